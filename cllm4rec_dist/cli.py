@@ -1,0 +1,202 @@
+"""The `cllm4rec` command: thin entry points over the package.
+
+Every command that computes runs under any launcher (see `launchers.py`). An error that input caused ends with its one
+message and exit status 2.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.launchers import launch
+
+METRICS = "recall@20,recall@40,ndcg@100"
+
+
+class _Commands(typer.core.TyperGroup):
+    """Shows errors that people caused as one message."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CLLM4RecError as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Train an LLM recommender (CLLM4Rec) on many GPUs, or on a laptop.
+
+The way through: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**. Without a
+pretrained decoder at hand, **backbone** builds a small one first.
+
+Every setting of a run is documented in `cllm4rec_dist/config.py` and may be given as `section.key=value`.""",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")]
+LauncherOption = Annotated[
+    str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
+]
+Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Ranks, where Ray starts them.")]
+MetricNames = Annotated[str, typer.Option("--metrics", help="Comma-separated recall@K and ndcg@K.")]
+BatchUsers = Annotated[int, typer.Option("--batch-users", min=1, help="Users ranked at a time by each rank.")]
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file as in shards/.")],
+    output: Annotated[str, typer.Argument(help="Corpus folder or fsspec URL to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Backbone folder whose tokenizer the texts are read with.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace a corpus that is there.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
+    from cllm4rec_dist.corpus.prepare import prepare as build
+    from cllm4rec_dist.corpus.recipe import PrepareConfig
+    from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+
+    _log_alone()
+    config = load_config(PrepareConfig, recipe, overrides or ())
+    manifest = build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite)
+    typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
+
+
+@app.command()
+def backbone(
+    recipe: Annotated[Path, typer.Argument(help="Recipe whose texts the tokenizer is trained on.")],
+    output: Annotated[Path, typer.Argument(help="Backbone folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Build a small decoder with random weights and a tokenizer trained on a recipe's texts.
+
+    Settings: family, hidden, layers, heads, words, max_positions, dropout, seed.
+    """
+    from cllm4rec_dist.corpus.recipe import PrepareConfig
+    from cllm4rec_dist.corpus.sources import read_source
+    from cllm4rec_dist.model.tiny import build_backbone
+
+    _log_alone()
+    if (output / "config.json").exists():
+        raise ConfigError("output", str(output), "already holds a backbone", "Choose another folder or remove it.")
+    config = load_config(BackboneConfig, None, overrides or ())
+    raw = read_source(load_config(PrepareConfig, recipe).source)
+    columns = [raw.interactions["text"], raw.items["title"], raw.items["description"], raw.users["text"]]
+    size = build_backbone(config, (text for column in columns for text in column if text), output)
+    typer.echo(f"{output}: {size:,} parameters")
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
+    overrides: Overrides = None,
+    launcher: LauncherOption = "auto",
+    workers: Workers = 1,
+) -> None:
+    """Mutually regularized pretraining of the collaborative and the content LLM. Resumes by itself."""
+    _train("pretrain", config, overrides, launcher, workers)
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
+    overrides: Overrides = None,
+    launcher: LauncherOption = "auto",
+    workers: Workers = 1,
+) -> None:
+    """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes by itself."""
+    _train("finetune", config, overrides, launcher, workers)
+
+
+def _train(stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: int) -> None:
+    from cllm4rec_dist.train import train
+
+    loaded = load_config(RunConfig, path, [*(overrides or ()), f"stage={stage}"])
+    paths = {name: _absolute(getattr(loaded, name)) for name in ("corpus", "output", "init_from", "deepspeed")}
+    if Path(loaded.backbone).is_dir():
+        paths["backbone"] = _absolute(loaded.backbone)
+    config = loaded.model_copy(update=paths)
+    launch(train, launcher, workers, Path(config.output) / "ray", config=config)
+    if _is_main():
+        typer.echo(f"{stage} done: {config.output}")
+
+
+def _absolute(path: str | None) -> str | None:
+    """Ray's workers run in a folder of their own, so local paths are made absolute; URLs stay."""
+    return path if path is None or "://" in path else str(Path(path).absolute())
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; RUN/evaluation if left out.")] = None,
+    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    metrics: MetricNames = METRICS,
+    baselines: Annotated[bool, typer.Option(help="Fit popularity, EASE, title-aware EASE and iALS beside it.")] = True,
+    batch_users: BatchUsers = 256,
+    launcher: LauncherOption = "auto",
+    workers: Workers = 1,
+) -> None:
+    """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
+    from cllm4rec_dist.inference import evaluate_run
+
+    folder = (output or Path(run) / "evaluation").absolute()
+    names = [name.strip() for name in metrics.split(",")]
+    started = time.monotonic()
+    launch(
+        evaluate_run, launcher, workers, folder / "ray",
+        run=str(Path(run).absolute()), split=split, metrics=names, batch_users=batch_users, output=str(folder),
+    )  # fmt: skip
+    if _is_main():
+        from cllm4rec_dist.comparison import compare
+
+        _log_alone()
+        typer.echo(compare(folder, names, with_baselines=baselines, seconds=time.monotonic() - started))
+
+
+@app.command()
+def recommend(
+    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the Parquet files to write.")],
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items for each user.")] = 100,
+    user: Annotated[list[str] | None, typer.Option("--user", help="Only this user (may be repeated).")] = None,
+    users_file: Annotated[Path | None, typer.Option(help="Only the users of this file, one id a line.")] = None,
+    batch_users: BatchUsers = 256,
+    launcher: LauncherOption = "auto",
+    workers: Workers = 1,
+) -> None:
+    """Write each user's best items with scores as Parquet, by external ids."""
+    from cllm4rec_dist.inference import recommend_users
+
+    chosen = list(user or ())
+    if users_file is not None:
+        chosen += [line for line in users_file.read_text(encoding="utf-8").splitlines() if line]
+    launch(
+        recommend_users, launcher, workers, output.absolute() / "ray",
+        run=str(Path(run).absolute()), users=chosen or None, num_best=top, batch_users=batch_users,
+        output=str(output.absolute()),
+    )  # fmt: skip
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _log_alone() -> None:
+    import torch
+
+    from cllm4rec_dist.log import setup_logging
+    from cllm4rec_dist.topology import World
+
+    setup_logging(World(0, 1, 0, torch.device("cpu")))

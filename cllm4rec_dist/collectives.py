@@ -1,0 +1,166 @@
+"""Collectives with exact gradients, over ragged rows.
+
+Convention for every autograd function here and in `model/`: the gradient is that of the *sum* of all ranks' losses.
+What each rank hands to `backward` is its own part of that sum. gloo and NCCL both have the tensor forms used here;
+lengths may differ between ranks and be zero. Every function is a collective: all ranks must call it, in one order.
+
+Legend: n rows of this rank, N rows of all ranks, W ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cllm4rec_dist.topology import World
+
+
+def gather_counts(count: int, world: World) -> list[int]:
+    """Every rank's `count`, in rank order. All-gathers one integer."""
+    if world.size == 1:
+        return [count]
+    own = torch.tensor([count], device=world.device)
+    counts = torch.empty(world.size, dtype=own.dtype, device=world.device)
+    dist.all_gather_into_tensor(counts, own)
+    return counts.tolist()
+
+
+def all_reduce_sum(x: Tensor, world: World) -> Tensor:
+    """Sum of `x` over the ranks, without gradient. `x` itself is left as it is."""
+    total = x.detach().clone()
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def _all_gather(x: Tensor, counts: list[int], world: World) -> Tensor:
+    """[n, ...] -> [N, ...]; pads to the longest part, since ragged all-gathers do not exist on gloo."""
+    if world.size == 1:
+        return x
+    longest = max(counts)
+    padded = x.new_zeros((longest, *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    gathered = x.new_empty((world.size * longest, *x.shape[1:]))
+    dist.all_gather_into_tensor(gathered, padded)
+    if min(counts) == longest:
+        return gathered
+    return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+
+def _reduce_scatter(x: Tensor, counts: list[int], world: World) -> Tensor:
+    """[N, ...] on every rank -> sum over the ranks of this rank's part [n, ...]."""
+    if world.size == 1:
+        return x
+    longest = max(counts)
+    padded = x.new_zeros((world.size, longest, *x.shape[1:]))
+    for rank, part in enumerate(x.split(counts)):
+        padded[rank, : counts[rank]] = part
+    own = x.new_empty((longest, *x.shape[1:]))
+    dist.reduce_scatter_tensor(own, padded.flatten(0, 1))
+    return own[: counts[world.rank]]
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int], world: World) -> Tensor:
+        ctx.counts, ctx.world = counts, world
+        return _all_gather(x, counts, world)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(grad.contiguous(), ctx.counts, ctx.world), None, None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int], world: World) -> Tensor:
+        ctx.counts, ctx.world = counts, world
+        return _reduce_scatter(x, counts, world)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(grad.contiguous(), ctx.counts, ctx.world), None, None
+
+
+def all_gather_rows(x: Tensor, counts: list[int], world: World) -> Tensor:
+    """Rows of all ranks, in rank order: [n, ...] -> [N, ...]. Its gradient is a reduce-scatter.
+
+    Args:
+        x: this rank's rows; trailing shape and dtype are the same on all ranks.
+        counts: rows of every rank (`gather_counts`).
+    """
+    return x if world.size == 1 else _AllGatherRows.apply(x, counts, world)
+
+
+def reduce_scatter_rows(x: Tensor, counts: list[int], world: World) -> Tensor:
+    """Sum over ranks of this rank's part: [N, ...] -> [n, ...]. Its gradient is an all-gather."""
+    return x if world.size == 1 else _ReduceScatterRows.apply(x, counts, world)
+
+
+class _CombineLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, counts: list[int], world: World) -> Tensor:
+        highest = partial.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        total = (partial - highest).exp_()
+        dist.all_reduce(total)
+        lse = highest.add_(total.log_())
+        ctx.save_for_backward(partial, lse)
+        ctx.counts, ctx.world = counts, world
+        return lse.split(counts)[world.rank].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        partial, lse = ctx.saved_tensors
+        return _all_gather(grad.contiguous(), ctx.counts, ctx.world) * (partial - lse).exp(), None, None
+
+
+def combine_logsumexp(partial: Tensor, counts: list[int], world: World) -> Tensor:
+    """Log-sum-exp over all shards from each shard's own.
+
+    Args:
+        partial: [N] log-sum-exp over this rank's columns for every gathered row; -inf where it has no column.
+        counts: rows of every rank.
+
+    Returns:
+        [n], this rank's rows. All-reduces a maximum and a sum of [N]; backward all-gathers [n].
+    """
+    return partial if world.size == 1 else _CombineLogSumExp.apply(partial, counts, world)
+
+
+def all_to_all_rows(x: Tensor, send_counts: list[int], receive_counts: list[int], world: World) -> Tensor:
+    """Send the first `send_counts[0]` rows to rank 0 and so on; rows come back in rank order. No gradient."""
+    if world.size == 1:
+        return x
+    received = x.new_empty((sum(receive_counts), *x.shape[1:]))
+    dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts)
+    return received
+
+
+def exchange_counts(send_counts: Tensor, world: World) -> Tensor:
+    """int64 [W] rows for each rank -> int64 [W] rows from each rank."""
+    if world.size == 1:
+        return send_counts
+    received = torch.empty_like(send_counts)
+    dist.all_to_all_single(received, send_counts)
+    return received
+
+
+def scatter_rows(rows: Tensor | None, partition_sizes: list[int], width: int, world: World) -> Tensor:
+    """Rank 0's fp32 [sum of sizes, width] -> this rank's block [sizes[rank], width], on the CPU side of the world."""
+    if world.size == 1:
+        assert rows is not None
+        return rows.to(world.device)
+    longest = max(partition_sizes)
+    own = torch.empty(longest, width, device=world.device)
+    parts = None
+    if world.rank == 0:
+        assert rows is not None
+        parts = [torch.zeros(longest, width, device=world.device) for _ in partition_sizes]
+        for part, block in zip(parts, rows.split(partition_sizes), strict=True):
+            part[: len(block)] = block.to(world.device)
+    dist.scatter(own, parts, src=0)
+    return own[: partition_sizes[world.rank]].clone()

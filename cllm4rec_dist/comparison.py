@@ -1,0 +1,70 @@
+"""An evaluated model beside the baselines on the same split, as one report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cllm4rec_dist.baselines import BaselineConfig, SplitData, run_baselines
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.inference import EVALUATION_FILE
+from cllm4rec_dist.log import METRICS_FILE
+from cllm4rec_dist.report import ExampleRecommendation, RecommendedItem, ResultRow, Results, markdown_table, write_report
+from cllm4rec_dist.system import interaction_matrix
+
+
+def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, seconds: float) -> str:
+    """Fit the baselines, write results, pictures and page into `folder`, and return the table as Markdown.
+
+    Args:
+        folder: holds `evaluation.json`, written by `inference.evaluate_run`.
+        seconds: that the evaluation took.
+
+    Raises:
+        DataError: where `folder` has no evaluation.
+    """
+    try:
+        evaluated: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(str(folder), EVALUATION_FILE, f"cannot be read ({error})", "Evaluate a run first.") from error
+    config = evaluated["config"]
+    corpus = Corpus.open(config["corpus"], verify=False)
+    rows = [ResultRow(name="CLLM4Rec", metrics=evaluated["mean"], stderr=evaluated["stderr"])]
+    if with_baselines:
+        rows += _baselines(corpus, metrics, evaluated["split"])
+    results = Results(
+        dataset=f"{corpus.manifest.name} ({evaluated['split']})",
+        rows=tuple(rows),
+        num_users=evaluated["num_users"],
+        seconds=seconds,
+        config=config,
+        fingerprints=evaluated["fingerprints"],
+        skipped=corpus.manifest.skipped,
+    )
+    logs = [Path(run) / METRICS_FILE for run in (config["init_from"], config["output"]) if run]
+    write_report(folder, results, [log for log in logs if log.is_file()], [_example(e) for e in evaluated["examples"]])
+    return markdown_table(results) + f"\n\nReport: {os.path.relpath(folder / 'report.html')}"
+
+
+def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[ResultRow]:
+    items = corpus.items()
+    titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
+    data = SplitData(
+        train=interaction_matrix(corpus, "train"),
+        valid=interaction_matrix(corpus, "valid"),
+        test=interaction_matrix(corpus, split),
+        item_texts=[f"{title} {description}".strip() for title, description in zip(titles, descriptions, strict=True)],
+    )
+    found = run_baselines(data, metrics, BaselineConfig())
+    return [
+        ResultRow(name=b.name, metrics=b.metrics, stderr=b.stderr, chosen=dict(b.chosen), baseline=True) for b in found
+    ]
+
+
+def _example(example: dict[str, Any]) -> ExampleRecommendation:
+    recommended = [RecommendedItem(item["title"], item["hit"]) for item in example["recommended"]]
+    return ExampleRecommendation(example["user"], example["history"], recommended)

@@ -1,0 +1,122 @@
+"""What a corpus on disk says about itself: `manifest.json`.
+
+It is written last, so that its presence means a complete corpus, and holds the size and sha256 of every file, so that
+damage is found before training and not in it. It names no path outside of the corpus and no time: the same input gives
+the same bytes wherever and whenever it is built, and the sha256 of the manifest identifies the corpus.
+
+Reading and writing of the files is left to `shards.py` and `writer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import IntEnum
+from typing import Literal
+
+from pydantic import ValidationError, field_validator, model_validator
+
+from cllm4rec_dist.config import StrictModel
+from cllm4rec_dist.corpus.recipe import Preparation
+from cllm4rec_dist.errors import CorpusError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "valid", "test")
+_RELATIVE_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+
+
+class ContentKind(IntEnum):
+    """What a text of the content corpus is about; stored as uint8."""
+
+    USER_ITEM = 0
+    """A review: the text of a user about an item."""
+    ITEM_TITLE = 1
+    ITEM_DESCRIPTION = 2
+    USER_PROFILE = 3
+
+
+class FileEntry(StrictModel):
+    """One file of the corpus."""
+
+    path: str
+    """Relative to the manifest, with forward slashes."""
+    kind: Literal["users", "items", "interactions", "content"]
+    """A table of users or items, or a shard of one of the two corpora."""
+    num_bytes: int
+    """Size of the file."""
+    sha256: str
+    """Of the whole file, hexadecimal."""
+    record_sizes: tuple[int, ...] = ()
+    """Shards only: number of examples in each record, in file order."""
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        if not _RELATIVE_PATH.fullmatch(path):
+            raise ValueError("must be a plain relative path inside of the corpus")
+        return path
+
+
+class Manifest(StrictModel):
+    """Contents of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Of the files' layout."""
+    name: str
+    """Of the data set."""
+    num_users: int
+    """Rows of users.parquet; every one has at least one training item."""
+    num_items: int
+    """Rows of items.parquet."""
+    num_interactions: dict[str, int]
+    """By split: train, valid, test."""
+    num_content: dict[str, int]
+    """Texts by kind, in lower case: user_item, item_title, item_description, user_profile."""
+    tokenizer_fingerprint: str
+    """Of the tokenizer that made the words; a run with another one is refused."""
+    preparation: Preparation
+    """Filters, split, seed and texts that the recipe chose."""
+    skipped: dict[str, int]
+    """Everything of the raw data that is not in the corpus: reason -> count."""
+    files: tuple[FileEntry, ...]
+    """Every other file of the corpus, shards in order."""
+
+    @model_validator(mode="after")
+    def _has_tables(self) -> Manifest:
+        if [len(self.of_kind(kind)) for kind in ("users", "items")] != [1, 1]:
+            raise ValueError("files must name one table of users and one of items")
+        return self
+
+    def of_kind(self, kind: str) -> tuple[FileEntry, ...]:
+        """The files of one kind, in order."""
+        return tuple(entry for entry in self.files if entry.kind == kind)
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes: the same manifest gives the same ones."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, origin: str) -> Manifest:
+        """Parse and check; `origin` is named in errors.
+
+        Raises:
+            CorpusError: for anything but a manifest of this schema version.
+        """
+        try:
+            version = json.loads(content)["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorpusError(origin, str(error), "is not a corpus manifest", "Build the corpus again.") from None
+        if version != SCHEMA_VERSION:
+            raise CorpusError(
+                f"{origin} schema_version", version, f"is not {SCHEMA_VERSION}, which this cllm4rec_dist reads",
+                "Use the version of cllm4rec_dist that built the corpus, or build it again with this one.",
+            )  # fmt: skip
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise CorpusError(
+                f"{origin} {field}", first["input"], f"is invalid ({first['msg']})", "Build the corpus again."
+            ) from None

@@ -1,0 +1,202 @@
+"""Documents: a heterogeneous prompt and a homogeneous main text, composed when a batch is made.
+
+Everything that may change between visits (order, masking) or between runs (templates) happens here and not on disk.
+Randomness is a function of (seed, epoch, row), so that a document is the same on whichever rank it is made.
+
+The documents of the paper, in bracket notation:
+
+    collaborative   <user_i> has interacted with | <item_j> <item_k> ...             every item is predicted
+    recommendation  <user_i> has interacted with <the rest>, <user_i> will interact with |     held-out items
+    content         <user_i> writes the review for <item_j>: | words ...             every word is predicted
+
+Legend: B documents, T longest document, Q positions that predict, M targets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm4rec_dist.config import MethodConfig
+from cllm4rec_dist.corpus.shards import ContentKind
+from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+
+COLLABORATIVE_PROMPT = "{user} has interacted with {items}"
+RECOMMENDATION_PROMPT = "{user} has interacted with {items}, {user} will interact with"
+CONTENT_PROMPTS = {
+    ContentKind.USER_ITEM: "{user} writes the review for {item}:",
+    ContentKind.ITEM_TITLE: "The title of {item} is:",
+    ContentKind.ITEM_DESCRIPTION: "The description of {item} is:",
+    ContentKind.USER_PROFILE: "The profile of {user} is:",
+}
+_SLOT = re.compile(r"(\{\w+\})")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sequence and what is predicted in it.
+
+    Attributes:
+        token_ids: int64 [t] in the common id space.
+        queries: int64 [q] positions whose hidden state predicts.
+        target_query: int64 [m] index into `queries` for each target.
+        targets: int64 [m] item rows, or word ids.
+        key: seed of this document's embedding dropout.
+    """
+
+    token_ids: np.ndarray
+    queries: np.ndarray
+    target_query: np.ndarray
+    targets: np.ndarray
+    key: int
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """Documents as tensors, right-padded. Positions are flat: document * T + token.
+
+    Attributes:
+        word_ids: int64 [B, T]; 0 where no word stands.
+        user_positions, user_ids: int64 [..]; where user tokens stand and their rows.
+        item_positions, item_ids: the same for items.
+        query_positions: int64 [Q].
+        target_query, targets: int64 [M]; index into query_positions, item row or word id.
+        keys: int64 [B].
+        num_tokens: real tokens, padding not counted.
+    """
+
+    word_ids: Tensor
+    user_positions: Tensor
+    user_ids: Tensor
+    item_positions: Tensor
+    item_ids: Tensor
+    query_positions: Tensor
+    target_query: Tensor
+    targets: Tensor
+    keys: Tensor
+    num_tokens: int
+
+    def to(self, device: torch.device) -> DocumentBatch:
+        """The same batch on `device`."""
+        tensors = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return DocumentBatch(**tensors)
+
+
+class Composer:
+    """Makes documents of corpus examples.
+
+    Args:
+        tokenizer: of the backbone.
+        space: its words and the corpus's users and items.
+        method: order, target, mask share, longest history.
+        seed: of orders, masks and dropout keys.
+    """
+
+    def __init__(self, tokenizer: WordTokenizer, space: TokenSpace, method: MethodConfig, seed: int) -> None:
+        self.space, self.method, self.seed = space, method, seed
+        self._collaborative = self._compile(tokenizer, COLLABORATIVE_PROMPT)
+        self._recommendation = self._compile(tokenizer, RECOMMENDATION_PROMPT)
+        self._content = {int(kind): self._compile(tokenizer, text) for kind, text in CONTENT_PROMPTS.items()}
+
+    def _compile(self, tokenizer: WordTokenizer, template: str) -> list[np.ndarray | str]:
+        pieces = [piece for piece in _SLOT.split(template) if piece.strip()]
+        # A byte-level tokenizer keeps the blank before a word in the word; the one after it belongs to the slot.
+        compiled: list[np.ndarray | str] = [np.array(tokenizer.prefix, dtype=np.int64)]
+        for piece in pieces:
+            words = np.array(tokenizer.encode(piece.rstrip(), self.space), dtype=np.int64)
+            compiled.append(piece if _SLOT.fullmatch(piece) else words)
+        return compiled
+
+    def _fill(self, template: list[np.ndarray | str], **slots: np.ndarray) -> np.ndarray:
+        return np.concatenate([slots[piece[1:-1]] if isinstance(piece, str) else piece for piece in template])
+
+    def _user(self, row: int) -> np.ndarray:
+        return np.array([self.space.first_user + row], dtype=np.int64)
+
+    def _random(self, stream: int, epoch: int, row: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream, epoch, row])
+
+    def _arrange(self, items: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """The user's items in this visit's order, at most `max_history` of them."""
+        longest = self.method.max_history
+        if self.method.order == "shuffled":
+            return random.permutation(items)[:longest]
+        return items[-longest:]
+
+    def collaborative(self, user: int, items: np.ndarray, epoch: int) -> Document:
+        """Item language modeling: every item is predicted, the first one from the prompt's last token."""
+        random = self._random(0, epoch, user)
+        arranged = self._arrange(items.astype(np.int64), random)
+        token_ids = self._fill(self._collaborative, user=self._user(user), items=self.space.first_item + arranged)
+        start = len(token_ids) - len(arranged)
+        queries = np.arange(start - 1, len(token_ids) - 1)
+        return Document(token_ids, queries, np.arange(len(queries)), arranged, _key(random))
+
+    def recommendation(self, user: int, items: np.ndarray, epoch: int) -> Document:
+        """Multinomial finetuning: a random share of the items is masked and predicted from the last position.
+
+        At least one item is masked; at least one is shown where the user has two or more.
+        """
+        random = self._random(1, epoch, user)
+        arranged = self._arrange(items.astype(np.int64), random)
+        share = random.uniform(*self.method.mask_share)
+        num_masked = min(max(1, round(share * len(arranged))), max(1, len(arranged) - 1))
+        masked = np.zeros(len(arranged), dtype=bool)
+        masked[random.choice(len(arranged), num_masked, replace=False)] = True
+        targets = arranged[masked] if self.method.target == "held_out" else arranged
+        return self._recommend(user, arranged[~masked], targets, _key(random))
+
+    def prediction(self, user: int, items: np.ndarray) -> Document:
+        """The same prompt over the whole history, in stored order, with nothing to predict but from its end."""
+        return self._recommend(user, items.astype(np.int64)[-self.method.max_history :], np.empty(0, np.int64), 0)
+
+    def _recommend(self, user: int, shown: np.ndarray, targets: np.ndarray, key: int) -> Document:
+        token_ids = self._fill(self._recommendation, user=self._user(user), items=self.space.first_item + shown)
+        return Document(token_ids, np.array([len(token_ids) - 1]), np.zeros(len(targets), np.int64), targets, key)
+
+    def content(self, kind: int, user: int, item: int, words: np.ndarray, epoch: int, example: int) -> Document:
+        """Language modeling of a text about a user, an item or both."""
+        item_token = np.array([self.space.first_item + item], dtype=np.int64)
+        prompt = self._fill(self._content[kind], user=self._user(user), item=item_token)
+        token_ids = np.concatenate([prompt, words.astype(np.int64)])
+        queries = np.arange(len(prompt) - 1, len(token_ids) - 1)
+        return Document(token_ids, queries, np.arange(len(queries)), words, _key(self._random(2, epoch, example)))
+
+
+def _key(random: np.random.Generator) -> int:
+    return int(random.integers(1 << 62))
+
+
+def collate(documents: Sequence[Document], space: TokenSpace) -> DocumentBatch:
+    """Pad documents to one batch. No document at all gives a single padding token that predicts nothing, because every
+    rank must run every forward."""
+    lengths = [len(d.token_ids) for d in documents] or [1]
+    tokens = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+    for row, document in zip(tokens, documents, strict=False):
+        row[: len(document.token_ids)] = document.token_ids
+    flat = tokens.ravel()
+    is_item = flat >= space.first_item
+    is_user = (flat >= space.first_user) & ~is_item
+    num_queries = np.cumsum([0] + [len(d.queries) for d in documents])
+    width = tokens.shape[1]
+    return DocumentBatch(
+        word_ids=torch.from_numpy(np.where(is_user | is_item, 0, flat).reshape(tokens.shape)),
+        user_positions=torch.from_numpy(np.flatnonzero(is_user)),
+        user_ids=torch.from_numpy(flat[is_user] - space.first_user),
+        item_positions=torch.from_numpy(np.flatnonzero(is_item)),
+        item_ids=torch.from_numpy(flat[is_item] - space.first_item),
+        query_positions=_join([row * width + d.queries for row, d in enumerate(documents)]),
+        target_query=_join([num_queries[row] + d.target_query for row, d in enumerate(documents)]),
+        targets=_join([d.targets for d in documents]),
+        keys=torch.tensor([d.key for d in documents] or [0]),
+        num_tokens=sum(len(d.token_ids) for d in documents),
+    )
+
+
+def _join(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))

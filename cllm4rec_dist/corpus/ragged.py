@@ -1,0 +1,82 @@
+"""Lists of different lengths in two arrays: the form of every list of items or words in memory and on disk.
+
+Legend: N rows, M values in all rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """N rows of different lengths; row n is values[offsets[n] : offsets[n + 1]].
+
+    Attributes:
+        offsets: int64 [N + 1], from 0 to M, never falling.
+        values: [M], any one type.
+    """
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.offsets[0] == 0
+        assert self.offsets[-1] == len(self.values)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Values of a row as a view; IndexError outside of [0, N)."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N] values in each row."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [M] row of each value; with `values` the coordinates of a sparse matrix."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @classmethod
+    def from_lengths(cls, lengths: np.ndarray, values: np.ndarray) -> Ragged:
+        """Of values that lie row by row, and the length of each row."""
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(offsets, values)
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[int] | np.ndarray], dtype: np.typing.DTypeLike = np.int32) -> Ragged:
+        """Of one sequence for each row; no row at all is fine."""
+        parts = [np.asarray(part, dtype=dtype) for part in lists]
+        lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        return cls.from_lengths(lengths, np.concatenate([np.empty(0, dtype), *parts]))
+
+    def take(self, rows: np.ndarray | Sequence[int]) -> Ragged:
+        """The given rows in the given order; a row may come more than once."""
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        starts = self.offsets[rows] - np.cumsum(lengths) + lengths
+        return self.from_lengths(lengths, self.values[np.repeat(starts, lengths) + np.arange(lengths.sum())])
+
+    def slice(self, start: int, stop: int) -> Ragged:
+        """Rows [start, stop) without a copy of the values; `stop` may lie behind the end."""
+        offsets = self.offsets[start : stop + 1]
+        return Ragged(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
+
+    @classmethod
+    def concat(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The rows of all parts, one part after the other; at least one part."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls.from_lengths(lengths, np.concatenate([part.values for part in parts]))

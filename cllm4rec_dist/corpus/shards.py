@@ -1,0 +1,233 @@
+"""A corpus on disk: opening, checking and random access.
+
+A corpus is a folder or any fsspec URL:
+
+    manifest.json            counts, settings, size and sha256 of every file (`manifest.py`)
+    users.parquet            row, user, text
+    items.parquet            row, item, title, description
+    interactions/*.tar       users and their items, by split
+    content/*.tar            texts as word ids
+
+Shards are WebDataset tars, readable with plain `webdataset`; a record packs many examples as ragged .npy arrays, which
+is some fifty times faster than one example a record. Reading at random takes a byte index of each tar, made from its
+headers at first use. Other file systems are read through fsspec's `simplecache`. Nothing is ever unpickled or
+extracted.
+
+    interactions record      users.npy int64 [n]; for each split: {split}_offsets.npy int64 [n+1],
+                             {split}_items.npy int32
+    content record           kind.npy uint8 [n], users.npy int64 [n], items.npy int64 [n] (0 where the kind has none),
+                             offsets.npy int64 [n+1], tokens.npy int32
+
+Building is left to `writer.py`, the order of examples to `stream.py`.
+
+Legend: R records, n examples of a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+import tarfile
+from collections.abc import Sequence
+from typing import Self
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, Manifest
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.corpus.writer import write_corpus
+from cllm4rec_dist.errors import CorpusError
+
+__all__ = ["SPLITS", "ContentKind", "Corpus", "Manifest", "ShardSet", "write_corpus"]
+
+logger = logging.getLogger(__name__)
+
+_MEMBER = re.compile(r"(\d+)\.(\w+)\.npy")
+_REBUILD = "Copy the corpus again, or build it again with `cllm4rec prepare`."
+_Span = tuple[int, int]
+
+
+class ShardSet:
+    """The records of one kind of shards, numbered through all of them.
+
+    Attributes:
+        record_sizes: int64 [R] examples of each record.
+        num_examples: sum of them.
+    """
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, root: str, entries: Sequence[FileEntry]) -> None:
+        self._fs, self._root, self._entries = fs, root, entries
+        self._ends = np.cumsum([len(entry.record_sizes) for entry in entries], dtype=np.int64)
+        self._indexes: dict[int, list[dict[str, _Span]]] = {}
+        self.record_sizes = np.array([n for entry in entries for n in entry.record_sizes], dtype=np.int64)
+        self.num_examples = int(self.record_sizes.sum())
+
+    def __len__(self) -> int:
+        """R."""
+        return len(self.record_sizes)
+
+    def read_record(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of a record by name (`users`, `train_offsets`, ...).
+
+        Safe to call from several threads and after a fork: no open file is kept.
+
+        Raises:
+            CorpusError: for a shard that is missing or damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        path = f"{self._root}/{self._entries[shard].path}"
+        if shard not in self._indexes:
+            self._indexes[shard] = self._scan(path, len(self._entries[shard].record_sizes))
+        spans = self._indexes[shard][index - int(self._ends[shard])]
+        try:
+            with self._fs.open(path, "rb") as file:
+                arrays = {name: _read_array(file, span) for name, span in spans.items()}
+        except (OSError, ValueError, EOFError) as error:
+            raise CorpusError(f"{path} record {index}", str(error), "cannot be read", _REBUILD) from error
+        self._check(arrays, index, path)
+        return arrays
+
+    def _scan(self, path: str, num_records: int) -> list[dict[str, _Span]]:
+        """Byte spans of the arrays of each record in a tar, from its headers alone."""
+        records: dict[str, dict[str, _Span]] = {}
+        try:
+            with self._fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    match = _MEMBER.fullmatch(member.name)
+                    if match is None or not member.isreg():
+                        raise CorpusError(path, member.name, "is not a member that a corpus may hold", _REBUILD)
+                    records.setdefault(match[1], {})[match[2]] = member.offset_data, member.size
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise CorpusError(path, str(error), "is not a whole tar file", _REBUILD) from error
+        if len(records) != num_records:
+            raise CorpusError(path, len(records), f"records, but the manifest says {num_records}", _REBUILD)
+        return list(records.values())
+
+    def _check(self, arrays: dict[str, np.ndarray], index: int, path: str) -> None:
+        expected = int(self.record_sizes[index])
+        if "users" not in arrays or len(arrays["users"]) != expected:
+            found = len(arrays.get("users", ()))
+            raise CorpusError(f"{path} record {index}", found, f"examples, but the manifest says {expected}", _REBUILD)
+
+
+def _read_array(file: io.BufferedIOBase, span: _Span) -> np.ndarray:
+    start, size = span
+    file.seek(start)
+    # Not np.load, which also opens zip archives: a record holds plain arrays only.
+    return np.lib.format.read_array(io.BytesIO(file.read(size)), allow_pickle=False)
+
+
+class Corpus:
+    """An opened corpus.
+
+    Attributes:
+        url: where it is.
+        manifest: what it says about itself.
+        fingerprint: sha256 of the manifest, which holds those of all files: identifies the corpus.
+        interactions: records of users and their items.
+        content: records of texts; has no record where the corpus has no texts.
+    """
+
+    def __init__(
+        self, url: str, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest, fingerprint: str
+    ) -> None:
+        self.url, self._fs, self._root = url, fs, root
+        self.manifest, self.fingerprint = manifest, fingerprint
+        self.interactions = ShardSet(fs, root, manifest.of_kind("interactions"))
+        self.content = ShardSet(fs, root, manifest.of_kind("content"))
+
+    @classmethod
+    def open(cls, url: str, *, verify: bool = True) -> Self:
+        """Open and check a corpus.
+
+        Args:
+            url: folder or fsspec URL.
+            verify: hash every file (reads the whole corpus). Without it only presence and sizes are checked.
+
+        Raises:
+            CorpusError: for a corpus that is absent, incomplete, damaged or of another schema version.
+        """
+        source, root = fsspec.core.url_to_fs(str(url))
+        # Sizes are asked of the source: the cache would fetch a file to tell its size.
+        fs = source if isinstance(source, LocalFileSystem) else fsspec.filesystem("simplecache", fs=source)
+        try:
+            content = source.cat_file(f"{root}/{MANIFEST_NAME}")
+        except OSError as error:
+            raise CorpusError(
+                "corpus", url, f"has no readable {MANIFEST_NAME} ({error})",
+                "Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.",
+            ) from error  # fmt: skip
+        manifest = Manifest.from_bytes(content, f"{url}/{MANIFEST_NAME}")
+        for entry in manifest.files:
+            _check_size(source, f"{root}/{entry.path}", entry)
+            if verify:
+                _check_hash(fs, f"{root}/{entry.path}", entry)
+        logger.info("opened corpus %s: %d users, %d items", url, manifest.num_users, manifest.num_items)
+        return cls(str(url), fs, root, manifest, hashlib.sha256(content).hexdigest())
+
+    @property
+    def num_users(self) -> int:
+        """Number of users."""
+        return self.manifest.num_users
+
+    @property
+    def num_items(self) -> int:
+        """Number of items."""
+        return self.manifest.num_items
+
+    def users(self) -> pa.Table:
+        """Columns row int64, user string (external id), text string; sorted by row."""
+        return self._table("users", self.num_users)
+
+    def items(self) -> pa.Table:
+        """Columns row int64, item string (external id), title string, description string; sorted by row."""
+        return self._table("items", self.num_items)
+
+    def _table(self, kind: str, num_rows: int) -> pa.Table:
+        (entry,) = self.manifest.of_kind(kind)
+        path = f"{self._root}/{entry.path}"
+        try:
+            with self._fs.open(path, "rb") as file:
+                table = pq.read_table(io.BytesIO(file.read()))
+        except (OSError, pa.ArrowException) as error:
+            raise CorpusError(path, str(error), "cannot be read", _REBUILD) from error
+        if table.num_rows != num_rows:
+            raise CorpusError(path, table.num_rows, f"rows, but the manifest says {num_rows}", _REBUILD)
+        return table
+
+    def split(self, name: str) -> Ragged:
+        """Items of each user, by user row: U rows of int32 item rows in stored (time) order.
+
+        Args:
+            name: train, valid or test.
+        """
+        assert name in SPLITS, name
+        records = map(self.interactions.read_record, range(len(self.interactions)))
+        return Ragged.concat([Ragged(record[f"{name}_offsets"], record[f"{name}_items"]) for record in records])
+
+
+def _check_size(fs: fsspec.AbstractFileSystem, path: str, entry: FileEntry) -> None:
+    try:
+        size = fs.info(path)["size"]
+    except OSError as error:
+        raise CorpusError(path, "missing", "is named by the manifest but cannot be found", _REBUILD) from error
+    if size != entry.num_bytes:
+        raise CorpusError(path, size, f"bytes, but the manifest says {entry.num_bytes}", _REBUILD)
+
+
+def _check_hash(fs: fsspec.AbstractFileSystem, path: str, entry: FileEntry) -> None:
+    try:
+        with fs.open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CorpusError(path, str(error), "cannot be read", _REBUILD) from error
+    if digest != entry.sha256:
+        raise CorpusError(path, digest, f"is its sha256, but the manifest says {entry.sha256}", _REBUILD)

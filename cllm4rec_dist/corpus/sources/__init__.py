@@ -1,0 +1,62 @@
+"""Readers of raw data, one module a family of formats.
+
+Every reader turns its files into rows of (line, user, item, rating, timestamp, text) and texts of users and items; what
+is dirty in them is judged in one place, `corpus/raw.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from cllm4rec_dist.corpus.raw import RawData
+from cllm4rec_dist.corpus.recipe import (
+    AmazonSource,
+    GroupLensSource,
+    RecboleSource,
+    SequencesSource,
+    SourceConfig,
+    SyntheticSource,
+    TableSource,
+)
+from cllm4rec_dist.corpus.sources.movielens import read_grouplens, read_recbole
+from cllm4rec_dist.corpus.sources.reviews import read_amazon, read_yelp
+from cllm4rec_dist.corpus.sources.sequences import read_sequences
+from cllm4rec_dist.corpus.sources.tables import read_table
+from cllm4rec_dist.corpus.synthetic import generate
+
+__all__ = ["RawData", "read_source"]
+
+logger = logging.getLogger(__name__)
+
+
+def read_source(source: SourceConfig) -> RawData:
+    """Read everything that a recipe's source names.
+
+    Raises:
+        DataError: for a missing file or column, a file that cannot be read at all, no interaction left, and, with
+            `on_bad_line: error`, the first line that cannot be read.
+    """
+    raw = _read(source)
+    logger.info(
+        "read %s: %d interactions of %d users with %d items", source.format, len(raw.interactions),
+        raw.interactions["user"].nunique(), raw.interactions["item"].nunique(),
+    )  # fmt: skip
+    return raw
+
+
+def _read(source: SourceConfig) -> RawData:
+    match source:
+        case RecboleSource():
+            return read_recbole(source)
+        case GroupLensSource():
+            return read_grouplens(source)
+        case AmazonSource():
+            return read_amazon(source)
+        case SequencesSource():
+            return read_sequences(source)
+        case TableSource():
+            return read_table(source)
+        case SyntheticSource():
+            return generate(source)
+        case _:
+            return read_yelp(source)

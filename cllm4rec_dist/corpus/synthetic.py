@@ -1,0 +1,157 @@
+"""An invented data set with a known structure, for the demo, for tests and for first steps without a download.
+
+Items belong to clusters of interest (coffee, hiking, ...) whose words fill their titles, descriptions and reviews, and
+each cluster falls into two lines of taste (say, espresso and filter). A user has one to three clusters, and one line in
+each that is liked far more than the other. Within a line a few items are popular and many are not. So whoever reads the
+interactions of a user can do much better than naming popular items, and the texts tell about cold items what the
+interactions cannot.
+
+Some ids are in scripts other than Latin, as real ids may be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from cllm4rec_dist.corpus.raw import RawData
+from cllm4rec_dist.corpus.recipe import SyntheticSource
+
+_TOPICS: dict[str, tuple[str, str]] = {
+    "coffee": ("espresso crema portafilter tamper grinder milk steam", "filter pour kettle scale dripper beans aroma"),
+    "hiking": ("trail boots summit ridge backpack map compass", "camp tent stove lantern sleeping hammock fire"),
+    "music": ("guitar strings pick amplifier pedal chord fret", "piano keys sheet sonata bench metronome scale"),
+    "kitchen": ("knife steel blade cutting sharpener chef onion", "oven bread flour yeast dough tin sourdough"),
+    "garden": ("rose soil compost pruner trowel bloom petal", "tomato seed greenhouse harvest basil pepper sprout"),
+    "cycling": ("road helmet carbon saddle cadence sprint jersey", "mountain fork tyre mud descent suspension grip"),
+    "photography": ("lens portrait aperture studio flash backdrop", "landscape tripod sunset filter horizon panorama"),
+    "games": ("board dice strategy castle merchant card tile", "console controller level boss arcade pixel joystick"),
+    "fishing": ("river fly trout rod wader cast stream", "sea boat reel tackle mackerel bait harbour"),
+    "knitting": ("wool needle scarf yarn cable mitten sweater", "cotton crochet hook lace blanket pattern doily"),
+    "astronomy": ("telescope planet eyepiece saturn orbit crater", "nebula camera galaxy constellation comet"),
+    "yoga": ("mat stretch balance pose breath block flow", "meditation cushion incense silence candle bell calm"),
+    "painting": ("oil canvas easel palette brush varnish linseed", "watercolour paper pigment wash sketch postcard"),
+    "woodwork": ("chisel plane joint oak bench mallet dovetail", "lathe bowl turning maple gouge sandpaper finish"),
+    "aquarium": ("reef coral clownfish saltwater pump anemone skimmer", "tetra plant driftwood freshwater moss gravel"),
+    "tea": ("green matcha whisk leaf sencha bamboo ceremony", "black assam pot lemon earl saucer biscuit"),
+}  # fmt: skip
+_QUALITIES = ("classic", "compact", "deluxe", "everyday", "light", "modern", "sturdy", "vintage")
+_OPINIONS = (
+    "better than I hoped",
+    "worth its price",
+    "a joy to use",
+    "exactly what I needed",
+    "well made",
+    "good value",
+)
+_USER_SCRIPTS = ("用户-{}", "пользователь-{}", "مستخدم-{}", "उपयोगकर्ता-{}")
+_ITEM_SCRIPTS = ("товар-{}", "商品-{}", "상품-{}", "προϊόν-{}")
+_FEWEST_ITEMS = 5
+_OTHER_LINE = 0.15
+_ANYTHING = 0.03
+_FIRST_DAY = 1_600_000_000
+
+
+def generate(source: SyntheticSource) -> RawData:
+    """Users, items, interactions with ratings, times and reviews, titles, descriptions and profiles.
+
+    The same configuration gives the same data on every machine.
+    """
+    random = np.random.default_rng(source.seed)
+    clusters = np.arange(source.num_items) % source.num_clusters
+    lines = np.arange(source.num_items) // source.num_clusters % 2
+    weights = _popularity(clusters * 2 + lines, random)
+    users = _names(_USER_SCRIPTS, "user", source.num_users)
+    items = _names(_ITEM_SCRIPTS, "item", source.num_items)
+    words = [_line_words(cluster, line) for cluster, line in zip(clusters.tolist(), lines.tolist(), strict=True)]
+    profiles, rows = [], []
+    for user in users:
+        tastes = _tastes(source.num_clusters, random)
+        profiles.append((user, _profile(tastes, random)))
+        chances = np.full(source.num_items, _ANYTHING / source.num_items)
+        for cluster, line, share in tastes:
+            in_line = np.where(lines == line, 1 - _OTHER_LINE, _OTHER_LINE) * weights * (clusters == cluster)
+            chances += share * in_line / in_line.sum()
+        chosen = _choose(chances, source.mean_interactions, random)
+        times = _FIRST_DAY + np.sort(random.integers(0, 365 * 86_400, len(chosen)))
+        liked = {cluster for cluster, _, _ in tastes}
+        for item, time in zip(chosen, times, strict=True):
+            rating = float(random.integers(4, 6) if clusters[item] in liked else random.integers(2, 5))
+            rows.append((user, items[item], rating, float(time), _review(words[item], random)))
+    frame = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp", "text"])
+    described = [(item, _title(words[j], random), _description(words[j], random)) for j, item in enumerate(items)]
+    return RawData(
+        interactions=frame.assign(position=np.arange(len(frame), dtype=np.int64)),
+        items=pd.DataFrame(described, columns=["item", "title", "description"]),
+        users=pd.DataFrame(profiles, columns=["user", "text"]),
+        skipped=Counter(),
+    )
+
+
+def _names(scripts: Sequence[str], word: str, count: int) -> list[str]:
+    """Ids, one in 25 in another script."""
+    return [scripts[n // 25 % len(scripts)].format(n) if n % 25 == 12 else f"{word}-{n}" for n in range(count)]
+
+
+def _line_words(cluster: int, line: int) -> tuple[str, ...]:
+    """The cluster's name, then the words of the line."""
+    topic = list(_TOPICS)[cluster]
+    return topic, *_TOPICS[topic][line].split()
+
+
+def _popularity(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Weight of each item: 1 / rank^0.7 in its group, the ranks drawn."""
+    weights = np.empty(len(groups))
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        weights[random.permutation(members)] = 1 / np.arange(1, len(members) + 1) ** 0.7
+    return weights
+
+
+def _tastes(num_clusters: int, random: np.random.Generator) -> list[tuple[int, int, float]]:
+    """Cluster, preferred line and share of a user's one to three interests."""
+    chosen = random.choice(num_clusters, min(int(random.integers(1, 4)), num_clusters), replace=False)
+    shares = random.dirichlet(np.full(len(chosen), 3.0))
+    return [
+        (int(cluster), int(random.integers(2)), float(share)) for cluster, share in zip(chosen, shares, strict=True)
+    ]
+
+
+def _choose(chances: np.ndarray, mean: float, random: np.random.Generator) -> np.ndarray:
+    """Distinct items, drawn one after the other by chance; at least five."""
+    count = min(_FEWEST_ITEMS + int(random.poisson(mean - _FEWEST_ITEMS)), len(chances))
+    # Gumbel noise on the logarithms: the order of draws without replacement.
+    return np.argsort(-(np.log(chances) + random.gumbel(size=len(chances))))[:count]
+
+
+def _pick(words: Sequence[str], count: int, random: np.random.Generator) -> list[str]:
+    return [words[index] for index in random.permutation(len(words))[:count]]
+
+
+def _title(words: Sequence[str], random: np.random.Generator) -> str:
+    topic, *rest = words
+    return " ".join([*_pick(_QUALITIES, 1, random), *_pick(rest, 2, random), f"for {topic}"]).capitalize()
+
+
+def _description(words: Sequence[str], random: np.random.Generator) -> str:
+    topic, *rest = words
+    first, second, third = _pick(rest, 3, random)
+    return f"Made for people who love {topic}: goes well with {first}, {second} and {third}."
+
+
+def _review(words: Sequence[str], random: np.random.Generator) -> str:
+    topic, *rest = words
+    first, second = _pick(rest, 2, random)
+    (opinion,) = _pick(_OPINIONS, 1, random)
+    return f"I wanted it for the {first} and the {second}. For {topic} it is {opinion}."
+
+
+def _profile(tastes: list[tuple[int, int, float]], random: np.random.Generator) -> str:
+    def interest(cluster: int, line: int) -> str:
+        topic, *rest = _line_words(cluster, line)
+        return f"{topic} ({' and '.join(_pick(rest, 2, random))})"
+
+    return "Spends free time on " + ", ".join(interest(cluster, line) for cluster, line, _ in tastes) + "."

@@ -1,0 +1,123 @@
+"""Words and bracket tokens.
+
+A user is `<user_3>` and an item `<item_7>`: one token each, with ids behind the V words of the backbone. They are
+never split by the word tokenizer, and brackets that somebody wrote into a review stay words: only templates, which are
+ours, are read with `encode`; texts of people go through `encode_batch`.
+
+Legend: V words of the backbone, U users, I items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from cllm4rec_dist.errors import ConfigError, DataError
+
+_BRACKET = re.compile(r"<(user|item)_(\d+)>")
+
+
+@dataclass(frozen=True)
+class TokenSpace:
+    """Where words, users and items lie in the common id space: [0, V), [V, V+U), [V+U, V+U+I)."""
+
+    num_words: int
+    num_users: int
+    num_items: int
+
+    @property
+    def first_user(self) -> int:
+        """Token id of user row 0."""
+        return self.num_words
+
+    @property
+    def first_item(self) -> int:
+        """Token id of item row 0."""
+        return self.num_words + self.num_users
+
+    @property
+    def size(self) -> int:
+        """V + U + I."""
+        return self.first_item + self.num_items
+
+
+class WordTokenizer:
+    """The backbone's own tokenizer, without truncation or added special tokens.
+
+    Attributes:
+        fingerprint: sha256 of everything that decides its ids.
+        prefix: ids that the backbone expects at the start of a sequence (a BOS token, or none).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        self.fingerprint = hashlib.sha256(rules.encode()).hexdigest()
+        bos = tokenizer.bos_token_id
+        self.prefix = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+    @classmethod
+    def load(cls, folder: str | Path) -> WordTokenizer:
+        """From a folder that holds a Hugging Face tokenizer. ConfigError where it does not."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:
+            raise ConfigError(
+                "tokenizer", str(folder), f"cannot be loaded ({error})", "Give a backbone folder with tokenizer.json."
+            ) from error
+        return cls(tokenizer)
+
+    def __len__(self) -> int:
+        """Number of word ids; at most the V of the backbone."""
+        return len(self._tokenizer)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Word ids of each text; brackets in a text are words like any other."""
+        if not texts:
+            return []
+        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+
+    def encode(self, template: str, space: TokenSpace) -> list[int]:
+        """Ids of a text in bracket notation: words by the word tokenizer, each bracket as its one token.
+
+        Raises:
+            DataError: for a user or item row that does not exist.
+        """
+        token_ids: list[int] = []
+        end = 0
+        for match in _BRACKET.finditer(template):
+            token_ids += self._words(template[end : match.start()])
+            kind, row = match[1], int(match[2])
+            count = space.num_users if kind == "user" else space.num_items
+            if row >= count:
+                raise DataError(match[0], row, f"is not below the {count} {kind}s of the corpus", "Use an existing row.")
+            token_ids.append((space.first_user if kind == "user" else space.first_item) + row)
+            end = match.end()
+        return token_ids + self._words(template[end:])
+
+    def decode(self, token_ids: Sequence[int], space: TokenSpace) -> str:
+        """Text in bracket notation, the reverse of `encode`."""
+        parts: list[str] = []
+        words: list[int] = []
+        for token_id in [*token_ids, None]:
+            if token_id is not None and token_id < space.first_user:
+                words.append(token_id)
+                continue
+            if words:
+                parts.append(self._tokenizer.decode(words))
+                words = []
+            if token_id is not None:
+                is_item = token_id >= space.first_item
+                row = token_id - (space.first_item if is_item else space.first_user)
+                parts.append(f"<{'item' if is_item else 'user'}_{row}>")
+        return "".join(parts)
+
+    def _words(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0] if text else []

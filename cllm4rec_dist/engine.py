@@ -1,0 +1,166 @@
+"""DeepSpeed, and nothing else of the project: the only file that imports it.
+
+`Engine` wraps a ZeRO-3 engine around the backbone and offers what one training step needs: forward, backward, this
+rank's gradient partitions for joint clipping, step, save and load. Tables live outside (see `model/tables.py`).
+
+Scaling, the one rule for all gradients: each rank's loss is `local_sum * W / global_count`, summed over the
+micro-batches of a step. ZeRO-3 averages over W ranks; tables get the gradient of the sum over ranks and are divided by
+W in `train.py`. DeepSpeed's own clipping stays off, since its norm does not know the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.errors import CheckpointError, ConfigError
+from cllm4rec_dist.topology import World, adopt_slurm_environment
+
+_TAG = "engine"
+
+
+def start_world() -> World:
+    """Join the run that the launcher made (Ray, torchrun, deepspeed, srun), or be a run of one process.
+
+    Reuses a process group that exists. Collectives: none beyond the rendezvous.
+    """
+    adopt_slurm_environment(os.environ)
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, alone)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Its C++ shared-memory collectives are compiled at first use, a minute for nothing on a CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch")
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def resolve_settings(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed file with every "auto" filled in by the run.
+
+    Raises:
+        ConfigError: where the file fixes a value that the run decides otherwise, or is not a ZeRO-3 file.
+    """
+    path = Path(config.deepspeed)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError("deepspeed", str(path), f"is not a readable JSON file ({error})", "See ds_configs/.") from error
+    decided = {
+        "train_micro_batch_size_per_gpu": 1,  # batches are made by our stream; DeepSpeed only prints this
+        "gradient_accumulation_steps": config.batch.accumulation,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+    for key, value in decided.items():
+        settings[key] = _decide(f"{path}: {key}", settings.get(key, "auto"), value)
+    bf16 = settings.setdefault("bf16", {})
+    bf16["enabled"] = _decide(f"{path}: bf16.enabled", bf16.get("enabled", "auto"), config.precision == "bf16")
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise ConfigError(f"{path}: zero_optimization.stage", stage, "must be 3", "Start from ds_configs/zero3.json.")
+    settings.setdefault("steps_per_print", 1 << 30)
+    return settings
+
+
+def _decide(field: str, given: Any, decided: Any) -> Any:
+    if given not in ("auto", decided):
+        raise ConfigError(field, given, f"conflicts with the run, which says {decided!r}", 'Write "auto" there.')
+    return decided
+
+
+@contextmanager
+def sharded_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Inside, Hugging Face models are born partitioned: no rank ever holds the whole backbone."""
+    alive = HfDeepSpeedConfig(settings)  # transformers keeps only a weak reference
+    yield
+    del alive
+
+
+class Engine:
+    """A ZeRO-3 engine around the backbone.
+
+    Args:
+        module: built inside `sharded_loading`.
+        settings: from `resolve_settings`.
+        optimizer: over the module's trainable parameters.
+    """
+
+    def __init__(self, module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def __call__(self, *embeddings: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One forward of the module. Every rank must call it equally often."""
+        return self._engine(*embeddings)
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout on or off."""
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> bool:
+        """Accumulate gradients of a micro-batch's loss; True at the boundary, when gradients are complete."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        return self._engine.is_gradient_accumulation_boundary()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's partition of each trainable gradient, fp32 (padding is zero). At the boundary only."""
+        return {name: safe_get_local_grad(parameter) for name, parameter in self.trainable.items()}
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient partition. At the boundary only."""
+        for parameter in self.trainable.values():
+            safe_set_local_grad(parameter, safe_get_local_grad(parameter) * factor)
+
+    def step(self, lr: float) -> None:
+        """End of a micro-batch; at the boundary the optimizer steps with learning rate `lr`."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's optimizer partitions and trainable weights below `folder`. Collective."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, at the same number of ranks. Collective."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        if loaded is None:
+            raise CheckpointError("engine", str(folder), "could not be loaded", "Use another checkpoint.")
+
+    def gather_trainable(self) -> dict[str, Tensor] | None:
+        """Whole trainable weights on rank 0, None elsewhere. Gathers one parameter at a time; collective."""
+        whole = {}
+        for name, parameter in self.trainable.items():
+            with GatheredParameters([parameter]):
+                if dist.get_rank() == 0:
+                    whole[name] = parameter.detach().cpu().clone()
+        return whole or None
+
+    def set_trainable(self, weights: dict[str, Tensor]) -> None:
+        """Overwrite trainable weights with whole tensors that every rank holds. Collective."""
+        for name, parameter in self.trainable.items():
+            with GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(weights[name])

@@ -1,0 +1,119 @@
+"""The same function under every launcher.
+
+`launch` runs `function(world, report, **arguments)` on all ranks:
+
+    torchrun, deepspeed, srun   this process is one rank already: join the others
+    ray                         start (or join) Ray and run as many Train workers as asked for
+    process                     one rank, here
+
+`auto` joins where a launcher has set the ranks, and starts Ray otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+Launcher = Literal["auto", "ray", "process"]
+LAUNCHERS = ("auto", "ray", "process")
+
+
+class RankFunction(Protocol):
+    """What runs on every rank; importable, because Ray carries it to its workers by name."""
+
+    def __call__(self, world: Any, report: Callable[[dict[str, float]], None], **arguments: Any) -> object: ...
+
+
+def launch(function: RankFunction, launcher: str, workers: int, storage: Path, **arguments: Any) -> None:
+    """Run `function` on all ranks and wait for its end.
+
+    Args:
+        launcher: auto, ray or process.
+        workers: ranks that Ray starts.
+        storage: folder for Ray's own records of the run.
+        arguments: picklable keyword arguments of `function`.
+
+    Raises:
+        CLLM4RecError: what a rank raised, also from a Ray worker.
+    """
+    if launcher not in LAUNCHERS:
+        raise ConfigError("--launcher", launcher, f"is not one of {LAUNCHERS}", "Leave it out for auto.")
+    joined = "RANK" in os.environ or {"SLURM_PROCID", "MASTER_ADDR"} <= set(os.environ)
+    if launcher == "process" or (launcher == "auto" and joined):
+        _run_here(function, lambda metrics: None, arguments)
+    else:
+        _run_on_ray(function, workers, storage, arguments)
+
+
+def _run_here(function: RankFunction, report: Callable[[dict[str, float]], None], arguments: dict[str, Any]) -> None:
+    import torch.distributed as dist  # after the launcher's choice: a Ray driver needs neither torch nor DeepSpeed
+
+    from cllm4rec_dist.engine import start_world
+    from cllm4rec_dist.log import setup_logging
+
+    ours = not dist.is_initialized()
+    world = start_world()
+    setup_logging(world)
+    try:
+        function(world, report, **arguments)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: dict[str, Any]) -> None:
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DEDUP_LOGS": "0",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
+    import ray
+    import torch
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False if "RAY_ADDRESS" not in os.environ else None, log_to_driver=True)
+    gpu = bool(ray.cluster_resources().get("GPU"))
+    logger.info("Ray Train with %d workers on %s", workers, "GPUs" if gpu else "CPUs")
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"function": function, "arguments": arguments},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={} if gpu else {"CPU": 1}),
+        run_config=RunConfig(name=function.__name__, storage_path=str(storage)),  # type: ignore[attr-defined]
+    )
+    del torch
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _original(error) from error
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    import ray.train
+
+    def report(metrics: dict[str, float]) -> None:
+        ray.train.report(metrics)
+
+    _run_here(settings["function"], report, settings["arguments"])
+
+
+def _original(error: BaseException) -> BaseException:
+    """Our own error inside what Ray made of it, or Ray's."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, CLLM4RecError):
+            return found
+        for failure in getattr(found, "worker_failures", {}).values():
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, CLLM4RecError):
+                return cause
+        found = found.__cause__
+    return error

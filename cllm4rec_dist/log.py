@@ -1,0 +1,106 @@
+"""What a run tells: logs with the rank, one progress bar, metrics as JSON lines and TensorBoard.
+
+Only rank 0 shows a bar and writes metrics; warnings come from every rank. Inside a Ray worker the bar is Ray's own, so
+that the driver's terminal shows one bar and not its redrawings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cllm4rec_dist.topology import World
+
+METRICS_FILE = "metrics.jsonl"
+
+Report = Callable[[dict[str, float]], None]
+"""Told the latest metrics at a run's milestones, on every rank alike; Ray Train listens here."""
+
+
+class Bar(Protocol):
+    """What the loop needs of a progress bar."""
+
+    def update(self, n: int = 1) -> object: ...
+    def set_description(self, desc: str) -> object: ...
+    def close(self) -> object: ...
+
+
+def setup_logging(world: World) -> None:
+    """Log to stderr with time and rank: information from rank 0, warnings from all."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {world.rank}/{world.size}] %(levelname)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("cllm4rec_dist")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(logging.INFO if world.is_main else logging.WARNING)
+
+
+def progress_bar(world: World, total: int, description: str, unit: str, done: int = 0) -> Bar:
+    """A bar on rank 0, a silent one elsewhere."""
+    if world.is_main and _in_ray_worker():
+        from ray.experimental import tqdm_ray  # only where Ray is running this process
+
+        bar = tqdm_ray.tqdm(total=total, desc=description, unit=unit)
+        bar.update(done)
+        return bar
+    return tqdm(
+        total=total, desc=description, unit=unit, initial=done, disable=not world.is_main, dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0, leave=False,
+    )  # fmt: skip
+
+
+def _in_ray_worker() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
+class MetricsLog:
+    """Metrics of a run, appended to `metrics.jsonl` and TensorBoard on rank 0.
+
+    Args:
+        run: folder of the run.
+        world: only rank 0 writes.
+        first_step: lines of steps from here on, which a run wrote that then died before its next checkpoint, are
+            dropped, so that the file tells one history.
+    """
+
+    def __init__(self, run: Path, world: World, first_step: int) -> None:
+        self._file = None
+        if world.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            path = run / METRICS_FILE
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+            path.write_text("".join(kept), encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line; numbers also go to TensorBoard under their names."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []

@@ -1,0 +1,245 @@
+"""Ranking metrics as the paper counts them, vectorised over users.
+
+What it is for: turning ranked item rows into Recall@K and NDCG@K, once for the trained model and the baselines, so
+that their numbers can be put side by side. The definitions are those of Mult-VAE (Liang et al., "Variational
+Autoencoders for Collaborative Filtering", WWW 2018), which the CLLM4Rec paper takes over: Recall@K divides by
+min(K, number of held-out items), so that a perfect ranking scores 1 at every K, and NDCG@K has binary gains with a
+log2 discount and the ideal DCG of min(K, number of held-out items) hits.
+
+Why sums: `MetricSums` can be added, so that blocks of users (or ranks) are counted apart and joined without keeping
+anything a user. A user with nothing held out has no defined metric and is left out of the mean, but counted.
+
+What it leaves to others: making the ranking and leaving seen items out of it (`ranking.py`, `baselines.py`).
+
+Shapes: U users, K ranked items, I items, M metrics, N held-out interactions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from cllm4rec_dist.errors import ConfigError, DataError
+
+IntArray = NDArray[np.integer]
+FloatArray = NDArray[np.float64]
+
+
+class RaggedLike(Protocol):
+    """Rows of unequal length: row u holds `values[offsets[u]:offsets[u + 1]]`."""
+
+    @property
+    def offsets(self) -> IntArray: ...
+
+    @property
+    def values(self) -> IntArray: ...
+
+
+HeldOut: TypeAlias = sp.csr_matrix | sp.csr_array | RaggedLike
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A parsed metric name: `recall@20` is Metric("recall", 20)."""
+
+    kind: str
+    cutoff: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}@{self.cutoff}"
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """Means over users: `mean[name]` and `stderr[name]` (standard deviation / sqrt(users), as Mult-VAE reports it).
+
+    `num_users` were evaluated; `num_skipped` had nothing held out.
+    """
+
+    mean: dict[str, float]
+    stderr: dict[str, float]
+    num_users: int
+    num_skipped: int
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """What is added up over users: sums and sums of squares [M], in the order of `names`."""
+
+    names: tuple[str, ...]
+    total: FloatArray
+    total_squares: FloatArray
+    num_users: int
+    num_skipped: int
+
+    def __add__(self, other: MetricSums) -> MetricSums:
+        assert self.names == other.names, "sums of different metrics cannot be joined"
+        return MetricSums(
+            self.names,
+            self.total + other.total,
+            self.total_squares + other.total_squares,
+            self.num_users + other.num_users,
+            self.num_skipped + other.num_skipped,
+        )
+
+    def result(self) -> MetricResult:
+        """Means and standard errors.
+
+        Raises:
+            DataError: when no user has a held-out item.
+        """
+        if self.num_users == 0:
+            raise DataError(
+                "held-out items",
+                f"0 of {self.num_skipped} users",
+                "must exist for at least one user",
+                "Check the split: keep users with enough interactions, or raise the held-out share.",
+            )
+        mean = self.total / self.num_users
+        variance = np.maximum(self.total_squares / self.num_users - mean**2, 0.0)
+        stderr = np.sqrt(variance / self.num_users)
+        return MetricResult(
+            dict(zip(self.names, mean.tolist(), strict=True)),
+            dict(zip(self.names, stderr.tolist(), strict=True)),
+            self.num_users,
+            self.num_skipped,
+        )
+
+
+def parse_metric(name: str) -> Metric:
+    """Read `recall@K` or `ndcg@K`, any K from 1.
+
+    Raises:
+        ConfigError: for any other text.
+    """
+    match = re.fullmatch(r"(recall|ndcg)@([1-9][0-9]*)", name)
+    if match is None:
+        raise ConfigError("metric", name, "must be recall@K or ndcg@K with K >= 1", "Write for example ndcg@100.")
+    return Metric(match[1], int(match[2]))
+
+
+def largest_cutoff(metrics: Sequence[str]) -> int:
+    """The number of ranked items that `metrics` need.
+
+    Raises:
+        ConfigError: for an empty list or a name that is not a metric.
+    """
+    if not metrics:
+        raise ConfigError("metrics", list(metrics), "must name at least one metric", "Write for example recall@20.")
+    return max(parse_metric(name).cutoff for name in metrics)
+
+
+def _offsets_and_items(heldout: HeldOut) -> tuple[IntArray, IntArray]:
+    if isinstance(heldout, sp.csr_matrix | sp.csr_array):
+        return heldout.indptr, heldout.indices
+    return heldout.offsets, heldout.values
+
+
+def _check(topk: IntArray, num_rows: int, items: IntArray) -> None:
+    if topk.ndim != 2 or not np.issubdtype(topk.dtype, np.integer):
+        raise DataError(
+            "topk", f"{topk.dtype} {topk.shape}", "must be an integer array [users, K]", "Pass item rows, best first."
+        )
+    if len(topk) != num_rows:
+        raise DataError(
+            "topk", f"{len(topk)} rows", f"must have one row for each of the {num_rows} users", "Pass the same users."
+        )
+    for field, values in (("topk", topk), ("held-out items", items)):
+        if values.size and values.min() < 0:
+            raise DataError(field, int(values.min()), "must be an item row, 0 or more", "Do not pad with negatives.")
+
+
+def hits(topk: IntArray, heldout: HeldOut) -> tuple[NDArray[np.bool_], IntArray]:
+    """Which ranked items are held out.
+
+    Args:
+        topk: item rows [U, K], best first, no item twice in a row.
+        heldout: CSR [U, I] or ragged rows of item rows; an item that stands there twice counts once.
+
+    Returns:
+        hit [U, K] and the number of distinct held-out items [U].
+
+    Raises:
+        DataError: when the shapes do not agree or a row is negative.
+    """
+    offsets, items = _offsets_and_items(heldout)
+    num_rows = len(offsets) - 1
+    _check(topk, num_rows, items)
+    # One sorted key per (user, item) makes membership a single binary search for all users.
+    stride = 1 + max((int(values.max()) for values in (topk, items) if values.size), default=0)
+    item_users = np.repeat(np.arange(num_rows, dtype=np.int64), np.diff(offsets))
+    held_keys = np.unique(item_users * stride + items)
+    num_heldout = np.bincount(held_keys // stride, minlength=num_rows)
+    keys = np.arange(num_rows, dtype=np.int64)[:, None] * stride + topk
+    if held_keys.size == 0:
+        return np.zeros(topk.shape, dtype=np.bool_), num_heldout
+    positions = np.minimum(np.searchsorted(held_keys, keys), held_keys.size - 1)
+    return held_keys[positions] == keys, num_heldout
+
+
+def _recall(hit: NDArray[np.bool_], num_heldout: IntArray, cutoff: int) -> FloatArray:
+    return hit[:, :cutoff].sum(axis=1) / np.minimum(cutoff, num_heldout)
+
+
+def _ndcg(hit: NDArray[np.bool_], num_heldout: IntArray, cutoff: int) -> FloatArray:
+    discount = 1.0 / np.log2(np.arange(2, cutoff + 2))
+    ideal = np.cumsum(discount)[np.minimum(cutoff, num_heldout) - 1]
+    ranked = hit[:, :cutoff]
+    return ranked @ discount[: ranked.shape[1]] / ideal
+
+
+_METRICS: dict[str, Callable[[NDArray[np.bool_], IntArray, int], FloatArray]] = {"recall": _recall, "ndcg": _ndcg}
+
+
+def sum_topk(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None) -> MetricSums:
+    """The metrics of a block of users, ready to be added to those of other blocks.
+
+    Args:
+        topk: item rows [U, K], best first, no item twice in a row; K is at least the largest cutoff, or the ranking
+            covers the whole catalog (K = I).
+        heldout: CSR [U, I] or ragged rows of held-out item rows.
+        metrics: names such as `recall@20`, `ndcg@100`.
+        num_items: I; needed only for ragged `heldout` when the catalog has fewer items than the largest cutoff.
+
+    Raises:
+        ConfigError: for a name that is not a metric.
+        DataError: when the shapes do not agree, a row is negative or K is too small.
+    """
+    parsed = [parse_metric(name) for name in metrics]
+    needed = largest_cutoff(metrics)
+    if num_items is None and isinstance(heldout, sp.csr_matrix | sp.csr_array):
+        num_items = heldout.shape[1]
+    if num_items is not None:
+        needed = min(needed, num_items)
+    hit, num_heldout = hits(topk, heldout)
+    if topk.shape[1] < needed:
+        raise DataError(
+            "topk",
+            f"{topk.shape[1]} columns",
+            f"must have at least {needed} for {', '.join(metrics)}",
+            "Rank more items.",
+        )
+    has_heldout = num_heldout > 0
+    hit, num_heldout = hit[has_heldout], num_heldout[has_heldout]
+    values = np.stack([_METRICS[metric.kind](hit, num_heldout, metric.cutoff) for metric in parsed])
+    return MetricSums(
+        tuple(metric.name for metric in parsed),
+        values.sum(axis=1),
+        (values**2).sum(axis=1),
+        num_users=len(num_heldout),
+        num_skipped=int((~has_heldout).sum()),
+    )
+
+
+def evaluate_topk(
+    topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None
+) -> MetricResult:
+    """Mean metrics over the users who have held-out items; arguments and errors as `sum_topk`."""
+    return sum_topk(topk, heldout, metrics, num_items).result()

@@ -1,0 +1,235 @@
+"""The backbone: one decoder that serves both LLMs, its adapters, and its frozen word embeddings.
+
+`DualBackbone` is the only module that goes into the DeepSpeed engine. It takes embeddings and gives hidden states, for
+the collaborative and the content LLM in ONE forward: a ZeRO-3 engine whose adapters take turns between forwards
+accumulates stale gradients of the adapter that rested, without a word. Word embeddings and the word head are frozen
+and small next to the backbone; `load_words` reads them straight from the weight files, because a weight that ZeRO-3
+owns is empty outside its module's forward.
+
+Decoders are fed right-padded batches without an attention mask: attention is causal, so no real position ever sees
+the padding behind it.
+
+Legend: B batch, T tokens, D hidden, V words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from cllm4rec_dist.config import AdapterConfig
+from cllm4rec_dist.errors import ConfigError
+
+COLLABORATIVE, CONTENT = "collaborative", "content"
+
+LORA_TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "mistral": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+"""Supported decoder families and where their adapters sit by default (every linear layer)."""
+
+_WORD_WEIGHTS = ("embed_tokens.weight", "wte.weight")
+_HEAD_WEIGHT = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Words:
+    """The frozen ends of the language model, one copy a rank.
+
+    Attributes:
+        embedding: [V, D].
+        head: [V, D]; the same tensor where the backbone ties them.
+    """
+
+    embedding: Tensor
+    head: Tensor
+
+    @property
+    def scale(self) -> float:
+        """Root mean square of an embedding entry: the scale on which new rows start."""
+        return self.embedding.float().square().mean().sqrt().item()
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a backbone: itself, or the cached snapshot of a hub id."""
+    if Path(name).is_dir():
+        return Path(name).absolute()
+    from huggingface_hub import snapshot_download  # only where a hub id is used
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:
+        raise ConfigError(
+            "backbone", name, f"is neither a folder nor a hub id that can be had ({error})", "Give a folder with config.json."
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a backbone folder, sorted. Pickled weights are not read."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            "backbone", str(folder), "holds no .safetensors file", "Convert it: model.save_pretrained(folder)."
+        )
+    return files
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the architecture and every weight byte; another base model has another one.
+
+    ZeRO-3's universal load does not restore frozen weights and says nothing, so checkpoints carry this.
+    """
+    digest = hashlib.sha256()
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("transformers_version", "_name_or_path"):
+        settings.pop(volatile, None)
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The decoder's configuration; refuses families that nobody has tested here."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in LORA_TARGETS:
+        raise ConfigError(
+            "backbone", config.model_type, f"is not one of {sorted(LORA_TARGETS)}", "Choose a supported decoder."
+        )
+    return config
+
+
+def load_words(folder: Path, dtype: torch.dtype, device: torch.device) -> Words:
+    """Read the word embeddings and the word head from the weight files, without building the model."""
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    if name.endswith(_WORD_WEIGHTS):
+                        found["embedding"] = tensors.get_tensor(name)
+                    elif name.endswith(_HEAD_WEIGHT):
+                        found["head"] = tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError("backbone", str(path), f"is damaged ({error})", "Fetch the weights again.") from error
+    if "embedding" not in found:
+        raise ConfigError("backbone", str(folder), f"has none of {_WORD_WEIGHTS}", "Choose a supported decoder.")
+    embedding = found["embedding"].to(device, dtype)
+    return Words(embedding, found["head"].to(device, dtype) if "head" in found else embedding)
+
+
+@contextmanager
+def _active(adapters: list[LoraLayer], name: str) -> Iterator[None]:
+    # PEFT's set_adapter also turns requires_grad off on the other adapter, which a DeepSpeed engine does not see and
+    # then gets wrong. Choosing by the attribute alone leaves the parameters as they are.
+    before = [layer._active_adapter for layer in adapters]
+    for layer in adapters:
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, names in zip(adapters, before, strict=True):
+            layer._active_adapter = names
+
+
+class DualBackbone(nn.Module):
+    """One frozen decoder run twice in a forward: as the collaborative LLM, then as the content LLM.
+
+    Args:
+        decoder: a Hugging Face decoder without head.
+        dual: True where each run has its own adapter.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, *, dual: bool) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self._adapters = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
+        assert dual == bool(self._adapters)
+        if not any(parameter.requires_grad for parameter in decoder.parameters()):
+            # A ZeRO-3 engine that trains nothing refuses to run backward, and rows-only training needs the gradient
+            # of the embeddings. This scalar gives it something to train; it never gets a gradient and stays zero.
+            self.anchor = nn.Parameter(torch.zeros(1))
+
+    def _run(self, name: str, embeddings: Tensor) -> Tensor:
+        with _active(self._adapters, name):
+            return self.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+
+    def forward(self, collaborative: Tensor | None, content: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Embeddings [B, T, D] of each LLM (or None on every rank alike) -> hidden states of the same shapes."""
+        return (
+            None if collaborative is None else self._run(COLLABORATIVE, collaborative),
+            None if content is None else self._run(CONTENT, content),
+        )
+
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only layer inputs and recompute the rest in backward.
+
+        Recomputation happens when the other adapter may be active, so each checkpoint remembers its own.
+        """
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            if not self._adapters:
+                return nullcontext(), nullcontext()
+            return nullcontext(), _active(self._adapters, self._adapters[0]._active_adapter[0])
+
+        self.decoder.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
+
+
+def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> DualBackbone:
+    """Build the decoder with its adapters; only what `adapter.kind` names asks for gradients.
+
+    Call it inside `engine.sharded_loading`, which makes ZeRO-3 shard the weights while they are read. Attention is
+    flash-attn where it can be imported on a GPU, else torch's SDPA.
+
+    Args:
+        dtype: of the frozen weights and the adapters (DeepSpeed keeps an fp32 master of what is trained).
+        seed: of the adapters' start; the same on every rank.
+    """
+    config = load_config(folder)
+    decoder = AutoModel.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, attn_implementation=_attention(dtype), local_files_only=True
+    )
+    # Words enter as embeddings; an embedding layer here would be a weight that ZeRO-3 carries for nothing.
+    decoder.set_input_embeddings(nn.Identity())
+    decoder.requires_grad_(adapter.kind == "full")
+    if adapter.kind == "lora":
+        torch.manual_seed(seed)
+        settings = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=list(adapter.targets or LORA_TARGETS[config.model_type]),
+            fan_in_fan_out=config.model_type == "gpt2",
+        )
+        for name in (COLLABORATIVE, CONTENT):
+            inject_adapter_in_model(settings, decoder, name)
+        for name, parameter in decoder.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.to(dtype)
+    return DualBackbone(decoder, dual=adapter.kind == "lora")
+
+
+def _attention(dtype: torch.dtype) -> str:
+    if torch.cuda.is_available() and dtype is torch.bfloat16:
+        from transformers.utils import is_flash_attn_2_available  # optional extra
+
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"

@@ -1,0 +1,67 @@
+"""A small decoder from a config, with a tokenizer trained on the texts at hand.
+
+For demos, tests and data sets too small for a pretrained backbone. Its weights are random, so it is trained whole
+(`adapter.kind: full`); everything else is as with a pretrained one, which is a folder of the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from cllm4rec_dist.config import BackboneConfig
+from cllm4rec_dist.corpus.prompts import CONTENT_PROMPTS, RECOMMENDATION_PROMPT
+
+_ROTARY = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+
+
+def train_tokenizer(texts: Iterable[str], num_words: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `num_words` words: it has a code for any text in any script."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(num_words, len(alphabet) + 1), special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    prompts = [RECOMMENDATION_PROMPT, *CONTENT_PROMPTS.values()]
+    tokenizer.train_from_iterator([*texts, *prompts], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", clean_up_tokenization_spaces=False)
+
+
+def decoder_config(config: BackboneConfig, num_words: int) -> PretrainedConfig:
+    """Hugging Face configuration of the decoder that `config` describes."""
+    if config.family == "gpt2":
+        return GPT2Config(
+            vocab_size=num_words, n_positions=config.max_positions, n_embd=config.hidden, n_layer=config.layers,
+            n_head=config.heads, resid_pdrop=config.dropout, attn_pdrop=config.dropout, embd_pdrop=0.0,
+            bos_token_id=None, eos_token_id=0,
+        )  # fmt: skip
+    return _ROTARY[config.family](
+        vocab_size=num_words, max_position_embeddings=config.max_positions, hidden_size=config.hidden,
+        intermediate_size=4 * config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_key_value_heads=config.heads, attention_dropout=config.dropout, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+
+
+def build_backbone(config: BackboneConfig, texts: Iterable[str], folder: Path) -> int:
+    """Write tokenizer and random decoder to `folder`; returns the number of parameters."""
+    tokenizer = train_tokenizer(texts, config.words)
+    torch.manual_seed(config.seed)
+    decoder = AutoModelForCausalLM.from_config(decoder_config(config, len(tokenizer)), dtype=torch.float32)
+    decoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in decoder.parameters())

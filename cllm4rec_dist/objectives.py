@@ -1,0 +1,58 @@
+"""The losses of the method, pure: each returns (sum, count).
+
+Sums and counts are this rank's parts; a run divides the global sum by the global count, so that every term is a mean
+over predictions (or rows) of the whole optimizer step and means the same at any batch size, accumulation and world
+size.
+
+Legend: n positions, M targets, D width, k distinct user and item rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cllm4rec_dist.model.heads import dense_nll, sharded_nll
+from cllm4rec_dist.topology import RowPartition, World
+
+
+def item_likelihood(
+    queries: Tensor, operand: Tensor, target_query: Tensor, targets: Tensor, partition: RowPartition, world: World
+) -> tuple[Tensor, int]:
+    """Negative log-likelihood over the catalog, in nats, and the number of targets.
+
+    With one target a position it is item language modeling (collaborative LLM, Eq. 6 of the paper); with a user's
+    held-out items at one position it is the multinomial likelihood of finetuning (Eq. 9).
+
+    Args:
+        queries: [n, D]. operand: [rows of this rank, D].
+        target_query, targets: int64 [M], position and global item row of each target.
+
+    Collectives: those of `sharded_nll`.
+    """
+    nll = sharded_nll(queries, operand, target_query, targets, partition, world)
+    return nll.sum(), len(targets)
+
+
+def word_likelihood(
+    queries: Tensor, word_head: Tensor, target_query: Tensor, targets: Tensor
+) -> tuple[Tensor, int]:
+    """Negative log-likelihood of the words of the main texts, in nats, and their number (content LLM, Eq. 7).
+
+    Args:
+        queries: [n, D] hidden states. word_head: [V, D], frozen.
+    """
+    return dense_nll(queries, word_head, target_query, targets).sum(), len(targets)
+
+
+def mutual_regularization(
+    collaborative: Tensor, content: Tensor | None, lambda_l: float, lambda_c: float
+) -> tuple[Tensor, int]:
+    """lambda_c/2 |z_c - z_l|^2 + lambda_l/2 |z_l|^2 over distinct rows, and their number (Eqs. 5 and 8).
+
+    Args:
+        collaborative, content: [k, D] rows of the same tokens; without content rows only the prior term is left.
+    """
+    loss = lambda_l / 2 * collaborative.square().sum()
+    if content is not None:
+        loss = loss + lambda_c / 2 * (content - collaborative).square().sum()
+    return loss, len(collaborative)

@@ -1,0 +1,185 @@
+"""One training step: the method, in the order of the design.
+
+    batch -> routes -> embeddings -> backbone (one engine forward for both LLMs) -> heads -> losses -> joint clip -> step
+
+One place scales losses, one place clips, one place steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm4rec_dist import objectives
+from cllm4rec_dist.collectives import all_reduce_sum
+from cllm4rec_dist.config import OptimizerConfig
+from cllm4rec_dist.corpus.batches import MicroBatch
+from cllm4rec_dist.model.recommender import RoutedBatch
+from cllm4rec_dist.model.tables import touched_rows
+from cllm4rec_dist.system import System
+
+TERMS = ("items", "words", "mutual")
+"""Losses of a step: over the catalog, over the vocabulary, between the two sets of rows."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global figures of one step.
+
+    Attributes:
+        losses: mean of each term over the step's predictions (or rows), in nats.
+        grad_norm: joint norm before clipping.
+        tokens: real tokens read by all ranks.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """The minimised sum."""
+        return sum(self.losses.values())
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak learning rate at `step`, a pure function: nothing to save, nothing to resume."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    fallen = done if config.schedule == "linear" else (1 - math.cos(math.pi * min(1.0, done))) / 2
+    return 1 - (1 - config.final_share) * fallen
+
+
+def train_step(system: System, micro_batches: list[MicroBatch], lr_factor: float) -> StepResult:
+    """Forward and backward of every micro-batch, then one clipped optimizer step. Collective.
+
+    Args:
+        micro_batches: this rank's part of the global batch; all ranks have equally many.
+        lr_factor: share of the peak learning rates.
+    """
+    world, model, optimizer = system.world, system.recommender, system.config.optimizer
+    batches = [batch.to(world.device) for batch in micro_batches]
+    routed = [(model.route(b.items), None if b.words is None else model.route(b.words)) for b in batches]
+    counts = _global_counts(system, batches, routed)
+    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=world.device)
+
+    for index, (items, words) in enumerate(routed):
+        parts = _losses(system, items, words)
+        if index == len(routed) - 1:
+            parts["mutual"] = _mutual(system, routed)
+        scaled = [value * (world.size / max(1, counts[term])) for term, value in parts.items()]
+        at_boundary = system.engine.backward(torch.stack(scaled).sum())
+        for term, value in parts.items():
+            sums[TERMS.index(term)] += value.detach().double()
+        if at_boundary:
+            # One all-reduce brings the joint norm and what the step tells of itself.
+            *told, square = all_reduce_sum(torch.cat([sums, _complete_gradients(system)[None]]), world).tolist()
+            grad_norm = math.sqrt(square)
+            _clip(system, grad_norm)
+            system.table_optimizer.step(optimizer.tables_lr * lr_factor)
+        system.engine.step(optimizer.lr * lr_factor)
+
+    means = {term: value / max(1, counts[term]) for term, value in zip(TERMS, told, strict=True)}
+    return StepResult(means, grad_norm, counts["tokens"])
+
+
+def _global_counts(
+    system: System, batches: list[MicroBatch], routed: list[tuple[RoutedBatch, RoutedBatch | None]]
+) -> dict[str, int]:
+    """What each sum of the step is divided by, and its real tokens. One all-reduce of four integers."""
+    documents = [d for b in batches for d in (b.items, b.words) if d is not None]
+    local = {
+        "items": sum(len(b.items.targets) for b in batches),
+        "words": sum(len(b.words.targets) for b in batches if b.words is not None),
+        "mutual": sum(len(index) for index in _touched(routed)),
+        "tokens": sum(d.num_tokens for d in documents),
+    }
+    total = all_reduce_sum(torch.tensor(list(local.values()), device=system.world.device), system.world)
+    return dict(zip(local, total.tolist(), strict=True))
+
+
+def _touched(routed: list[tuple[RoutedBatch, RoutedBatch | None]]) -> tuple[Tensor, Tensor]:
+    """Local users and items that stand in any document of the step on any rank."""
+    documents = [batch for pair in routed for batch in pair if batch is not None]
+    return touched_rows([d.users for d in documents]), touched_rows([d.items for d in documents])
+
+
+def _losses(system: System, items: RoutedBatch, words: RoutedBatch | None) -> dict[str, Tensor]:
+    """This rank's sums of the item and word likelihoods of one micro-batch."""
+    model, world = system.recommender, system.world
+    embedded, item_rows = model.embed(model.collaborative, items)
+    content = None
+    if words is not None:
+        assert model.content is not None
+        content, _ = model.embed(model.content, words)
+    hidden, content_hidden = system.engine(embedded, content)
+    assert hidden is not None
+
+    queries = model.item_queries(hidden, item_rows, items.documents)
+    losses = {
+        "items": objectives.item_likelihood(
+            queries, model.item_operand(), items.documents.target_query, items.documents.targets,
+            model.item_partition, world,
+        )[0]
+    }  # fmt: skip
+    if words is not None:
+        assert content_hidden is not None
+        losses["words"] = objectives.word_likelihood(
+            model.word_queries(content_hidden, words.documents), model.words.head,
+            words.documents.target_query, words.documents.targets,
+        )[0]  # fmt: skip
+    return losses
+
+
+def _mutual(system: System, routed: list[tuple[RoutedBatch, RoutedBatch | None]]) -> Tensor:
+    """The mutual regularizer over the rows this rank owns of those touched in the step. No collective."""
+    model, config = system.recommender, system.config.rows
+    users, items = _touched(routed)
+    collaborative = torch.cat([model.collaborative.users.own(users), model.collaborative.items.own(items)])
+    content = None
+    if model.content is not None:
+        content = torch.cat([model.content.users.own(users), model.content.items.own(items)])
+    return objectives.mutual_regularization(collaborative, content, config.lambda_l, config.lambda_c)[0]
+
+
+def _complete_gradients(system: System) -> Tensor:
+    """Make the gradients outside the engine those of the mean, as ZeRO-3 makes its own; this rank's squared norm.
+
+    Tables hold the gradient of the sum over ranks of losses that carry a factor W, so they are divided by W once.
+    Replicated parameters are all-reduced first, and count on one W-th of each rank.
+    """
+    world, model = system.world, system.recommender
+    square = torch.zeros((), dtype=torch.float64, device=world.device)
+    replicated = dict(model.replicated_parameters())
+    for name, parameter in zip(system.table_optimizer.names, system.table_optimizer.parameters, strict=True):
+        if parameter.grad is None:
+            continue
+        if name in replicated:
+            parameter.grad = all_reduce_sum(parameter.grad, world)
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+        values = _values(parameter.grad).div_(world.size)
+        square += values.double().square().sum() / (world.size if name in replicated else 1)
+    for gradient in system.engine.gradients().values():
+        square += gradient.double().square().sum()
+    return square
+
+
+def _clip(system: System, norm: float) -> None:
+    """Scale every gradient, in the engine and outside, to a joint norm of at most `clip_norm`."""
+    factor = system.config.optimizer.clip_norm / (norm + 1e-6)
+    if factor < 1:
+        for parameter in system.table_optimizer.parameters:
+            if parameter.grad is not None:
+                _values(parameter.grad).mul_(factor)
+        system.engine.scale_gradients(factor)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient._values() if gradient.is_sparse else gradient

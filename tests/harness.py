@@ -1,0 +1,101 @@
+"""Runs a function on N gloo ranks of one machine, and builds what tests train on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import cllm4rec_dist.engine
+import cllm4rec_dist.train  # noqa: F401 - imported before the fork, so that ranks start fast
+from cllm4rec_dist.config import BackboneConfig
+from cllm4rec_dist.corpus.catalog import Catalog, Reviews
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+from cllm4rec_dist.corpus.writer import write_corpus
+from cllm4rec_dist.model.tiny import build_backbone
+from cllm4rec_dist.topology import World
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _enter(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], out: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    world = cllm4rec_dist.engine.start_world()
+    torch.save(function(world, *arguments), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(world, *arguments)` on `size` ranks; what each returned (tensors and plain values), in rank order."""
+    with tempfile.TemporaryDirectory() as out:
+        mp.start_processes(_enter, (size, free_port(), function, arguments, out), nprocs=size, start_method="fork")
+        return [torch.load(f"{out}/{rank}.pt") for rank in range(size)]
+
+
+def alone() -> World:
+    return World(0, 1, 0, torch.device("cpu"))
+
+
+def make_catalog(num_users: int = 23, num_items: int = 17, seed: int = 0) -> Catalog:
+    """Users with 1 to 9 training items in two tastes, texts about most of them, texts in several scripts."""
+    random = np.random.default_rng(seed)
+    train, valid, test = [], [], []
+    for user in range(num_users):
+        taste = np.arange(user % 2, num_items, 2)
+        items = random.permutation(taste)[: 1 + user % len(taste)]
+        rest = np.setdiff1d(np.arange(num_items), items)
+        train.append(items)
+        held = random.permutation(rest)[:2]
+        valid.append(held[:1])
+        test.append(held[1:])
+    words = ["río", "mountain", "чай", "音楽", "blue", "espresso", "trail", "quiet"]
+    sentence = lambda: " ".join(random.choice(words, random.integers(1, 6)))  # noqa: E731
+    reviewed = [(u, int(items[0])) for u, items in enumerate(train) if u % 3]
+    return Catalog(
+        user_ids=[f"user-{u:03d}" for u in range(num_users)],
+        item_ids=[f"item-{i:03d}" for i in range(num_items)],
+        user_texts=[sentence() if u % 4 == 0 else "" for u in range(num_users)],
+        item_titles=[sentence() for _ in range(num_items)],
+        item_descriptions=["" for _ in range(num_items)],
+        train=Ragged.from_lists(train),
+        valid=Ragged.from_lists(valid),
+        test=Ragged.from_lists(test),
+        reviews=Reviews(
+            np.array([u for u, _ in reviewed]), np.array([i for _, i in reviewed]), [sentence() for _ in reviewed]
+        ),
+        skipped=Counter(),
+    )
+
+
+def make_backbone(folder: Path, catalog: Catalog, **settings: Any) -> Path:
+    settings = {"family": "gpt2", "hidden": 16, "layers": 2, "heads": 2, "words": 300, "max_positions": 256} | settings
+    texts = [*catalog.item_titles, *catalog.user_texts, *catalog.reviews.texts]
+    build_backbone(BackboneConfig(**settings), [text for text in texts if text], folder)
+    return folder
+
+
+def make_corpus(folder: Path, catalog: Catalog, backbone: Path, **settings: Any) -> str:
+    recipe = PrepareConfig.model_validate(
+        {"name": "test", "source": {"format": "synthetic"}, "examples_per_record": 4, "records_per_shard": 3} | settings
+    )
+    write_corpus(catalog, WordTokenizer.load(backbone), str(folder), recipe, progress=False)
+    return str(folder)

@@ -1,0 +1,119 @@
+"""The method again, dense, in one process, document by document, from the formulas: what the sharded step must equal.
+
+Nothing of `model/`, `step.py` or `objectives.py` is used but the container that holds the decoder and its adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.corpus.prompts import Document
+from cllm4rec_dist.corpus.tokenizer import TokenSpace
+from cllm4rec_dist.model.backbone import DualBackbone, Words
+
+
+class DenseRun:
+    """Whole tables, whole logits, plain Adam.
+
+    Args:
+        rows: initial `collaborative.users`, `collaborative.items`, `content.users`, `content.items`.
+    """
+
+    def __init__(self, config: RunConfig, backbone: DualBackbone, words: Words, space: TokenSpace, rows: dict[str, Tensor]) -> None:
+        self.config, self.backbone, self.words, self.space = config, backbone, words, space
+        self.rows = {name: value.clone().requires_grad_() for name, value in rows.items()}
+        self.bias = torch.zeros(space.num_items, requires_grad=True) if config.head.item_bias else None
+        cosine = config.head.form == "cosine"
+        self.log_temperature = torch.tensor(math.log(config.head.temperature), requires_grad=True) if cosine else None
+        self.adapters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.steps = 0
+
+    def outside(self) -> dict[str, Tensor]:
+        """Parameters outside the backbone by name."""
+        found = dict(self.rows)
+        if self.bias is not None:
+            found["head.bias"] = self.bias
+        if self.log_temperature is not None:
+            found["head.log_temperature"] = self.log_temperature
+        return found
+
+    def _embed(self, which: str, token_ids: Tensor) -> Tensor:
+        """Rows of the one dense table [V + U + I, D] that the paper describes."""
+        table = torch.cat([self.words.embedding, self.rows[f"{which}.users"], self.rows[f"{which}.items"]])
+        return table[token_ids]
+
+    def _items_loss(self, document: Document) -> Tensor:
+        embedded = self._embed("collaborative", torch.from_numpy(document.token_ids))
+        hidden = self.backbone(embedded[None], None)[0][0]
+        items = self.rows["collaborative.items"]
+        total = torch.zeros((), dtype=hidden.dtype)
+        for query, target in zip(document.target_query.tolist(), document.targets.tolist(), strict=True):
+            position = int(document.queries[query])
+            state = hidden[position]
+            if self.config.head.pool_residual:
+                read = [embedded[t] for t in range(position + 1) if document.token_ids[t] >= self.space.first_item]
+                if read:
+                    state = state + F.normalize(torch.stack(read).sum(0), dim=0) * math.sqrt(len(state))
+            if self.log_temperature is None:
+                logits = items @ state
+            else:
+                logits = F.cosine_similarity(items, state[None], dim=1) / self.log_temperature.exp()
+            if self.bias is not None:
+                logits = logits + self.bias
+            total = total - torch.log_softmax(logits, 0)[target]
+        return total
+
+    def _words_loss(self, document: Document) -> Tensor:
+        hidden = self.backbone(None, self._embed("content", torch.from_numpy(document.token_ids))[None])[1][0]
+        logits = hidden[torch.from_numpy(document.queries)] @ self.words.head.T
+        return F.cross_entropy(logits, torch.from_numpy(document.targets.astype("int64")), reduction="sum")
+
+    def losses(self, users: list[Document], texts: list[Document]) -> dict[str, Tensor]:
+        """Mean of each term over the whole step."""
+        tokens = torch.tensor(sorted({int(t) for d in [*users, *texts] for t in d.token_ids if t >= self.space.first_user}))
+        own, content = self._embed("collaborative", tokens), self._embed("content", tokens)
+        rows = self.config.rows
+        mutual = rows.lambda_c / 2 * (content - own).square().sum() + rows.lambda_l / 2 * own.square().sum()
+        return {
+            "items": sum(self._items_loss(d) for d in users) / sum(len(d.targets) for d in users),
+            "words": sum(self._words_loss(d) for d in texts) / sum(len(d.targets) for d in texts),
+            "mutual": mutual / len(tokens),
+        }
+
+    def step(self, users: list[Document], texts: list[Document], factor: float) -> dict[str, Any]:
+        """One clipped Adam step; returns losses, norm and the gradients before clipping."""
+        everything = self.outside() | self.adapters
+        losses = self.losses(users, texts)
+        sum(losses.values()).backward()
+        gradients = {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in everything.items()}
+        norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+        clip = min(1.0, self.config.optimizer.clip_norm / (norm.item() + 1e-6))
+        self.steps += 1
+        lazy = {"collaborative.users", "content.users", "content.items"} if self.config.optimizer.lazy_tables else set()
+        for name, parameter in everything.items():
+            rate = self.config.optimizer.tables_lr if name in self.outside() else self.config.optimizer.lr
+            self._adam(name, parameter, gradients[name] * clip, rate * factor, lazy=name in lazy)
+            parameter.grad = None
+        return {"losses": {k: v.item() for k, v in losses.items()}, "norm": norm.item(), "gradients": gradients}
+
+    @torch.no_grad()
+    def _adam(self, name: str, parameter: Tensor, gradient: Tensor, lr: float, *, lazy: bool) -> None:
+        low, high = self.config.optimizer.betas
+        first, second = self.moments.setdefault(name, (torch.zeros_like(parameter), torch.zeros_like(parameter)))
+        moved = (gradient != 0).any(dim=-1, keepdim=True).expand_as(gradient) if lazy else torch.ones_like(gradient, dtype=torch.bool)
+        first[moved] = (low * first + (1 - low) * gradient)[moved]
+        second[moved] = (high * second + (1 - high) * gradient**2)[moved]
+        correction = 1 - low**self.steps, 1 - high**self.steps
+        # SparseAdam puts epsilon beside the uncorrected root.
+        if lazy:
+            update = lr * math.sqrt(correction[1]) / correction[0] * first / (second.sqrt() + 1e-8)
+        else:
+            update = lr * (first / correction[0]) / ((second / correction[1]).sqrt() + 1e-8)
+        parameter[moved] -= update[moved]

@@ -1,0 +1,150 @@
+"""Baselines against dense formulas, and the rules of tuning and ranking."""
+
+import logging
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from cllm4rec_dist import baselines
+from cllm4rec_dist.baselines import BaselineConfig, SplitData, run_baselines, top_rows
+from cllm4rec_dist.config import validate
+from cllm4rec_dist.errors import ConfigError, DataError
+from cllm4rec_dist.metrics import evaluate_topk
+
+METRICS = ["recall@5", "ndcg@10"]
+FAST = {"ials_factors": (4,), "ials_regularizations": (1.0,), "ials_alphas": (5.0,), "num_threads": 1}
+
+
+def csr(dense: np.ndarray) -> sp.csr_matrix:
+    return sp.csr_matrix(dense.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def data() -> SplitData:
+    """Two groups of users and items; texts name the group of the item."""
+    rng = np.random.default_rng(0)
+    num_users, num_items = 80, 30
+    same_group = (np.arange(num_users)[:, None] % 2) == (np.arange(num_items)[None, :] % 2)
+    interactions = rng.random((num_users, num_items)) < np.where(same_group, 0.5, 0.05)
+    part = rng.choice(3, p=[0.7, 0.15, 0.15], size=interactions.shape)
+    texts = [f"{'even' if item % 2 == 0 else 'odd'} thing {item}" for item in range(num_items)]
+    return SplitData(*(csr(interactions & (part == number)) for number in range(3)), texts)
+
+
+def slow_ranking(scores: np.ndarray, num_ranked: int) -> np.ndarray:
+    return np.argsort(-scores, axis=1, kind="stable")[:, :num_ranked]
+
+
+@pytest.mark.parametrize("num_ranked", [1, 7, 50])
+def test_top_rows_breaks_ties_by_the_lower_row(num_ranked):
+    scores = np.random.default_rng(0).integers(0, 4, size=(20, 50)).astype(np.float32)
+    scores[3] = -np.inf
+    scores[4, 5:] = -np.inf
+    np.testing.assert_array_equal(top_rows(scores, num_ranked), slow_ranking(scores, num_ranked))
+
+
+def expected_metrics(data: SplitData, scores: np.ndarray) -> dict[str, float]:
+    scores = np.where(data.train.toarray() > 0, -np.inf, scores)
+    return evaluate_topk(slow_ranking(scores, 10), data.test, METRICS).mean
+
+
+def dense_ease(gram: np.ndarray, l2: float) -> np.ndarray:
+    inverse = np.linalg.inv(gram.astype(np.float64) + l2 * np.eye(len(gram)))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    return weights
+
+
+@pytest.mark.parametrize("block_rows", [7, 1024])
+def test_ease_weights_equal_the_closed_form(data, monkeypatch, block_rows):
+    monkeypatch.setattr(baselines, "_GRAM_BLOCK_ROWS", block_rows)
+    gram = baselines._gram(data.train)
+    dense = data.train.toarray()
+    np.testing.assert_array_equal(gram, dense.T @ dense)
+    np.testing.assert_allclose(baselines._ease_weights(gram.copy(), 3.0), dense_ease(gram, 3.0), rtol=2e-4, atol=1e-5)
+
+
+def test_results_equal_dense_formulas(data, monkeypatch):
+    monkeypatch.setattr(baselines, "_BLOCK_SCORES", 30 * 7)  # seven users a block: 80 do not divide evenly
+    config = BaselineConfig(
+        names=("popularity", "ease", "title_ease"),
+        ease_lambdas=(5.0,),
+        title_ease_lambdas=(5.0,),
+        title_ease_alphas=(2.0,),
+    )
+    popularity, ease, titles = run_baselines(data, METRICS, config)
+    train = data.train.toarray()
+    features = baselines._text_features(data.item_texts).toarray()
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, rtol=1e-6)
+    counts = np.tile(train.sum(axis=0), (80, 1))
+    assert popularity.metrics == pytest.approx(expected_metrics(data, counts))
+    gram = train.T @ train
+    assert ease.metrics == pytest.approx(expected_metrics(data, train @ dense_ease(gram, 5.0)))
+    stacked = dense_ease(gram + 2.0 * features @ features.T, 5.0)
+    assert titles.metrics == pytest.approx(expected_metrics(data, train @ stacked))
+    assert titles.chosen == {"alpha": 2.0, "lambda": 5.0}
+    assert titles.num_users == int((data.test.getnnz(axis=1) > 0).sum())
+
+
+def test_all_run_and_beat_popularity_deterministically(data):
+    config = BaselineConfig(**FAST)
+    results = run_baselines(data, METRICS, config)
+    assert [result.name for result in results] == ["popularity", "ease", "title_ease", "ials"]
+    assert [result.label for result in results] == ["Popularity", "EASE", "EASE + titles", "iALS"]
+    for result in results[1:]:
+        assert result.metrics["ndcg@10"] > results[0].metrics["ndcg@10"]
+        assert set(result.stderr) == set(METRICS)
+    again = run_baselines(data, METRICS, config)
+    assert [result.metrics for result in again] == [result.metrics for result in results]
+
+
+def test_validation_chooses_the_lambda(data):
+    grid = (1.0, 20.0, 1e4)
+    values = []
+    for l2 in grid:
+        swapped = SplitData(data.train, data.test, data.valid, data.item_texts)
+        (result,) = run_baselines(swapped, ["ndcg@100"], BaselineConfig(names=("ease",), ease_lambdas=(l2,)))
+        values.append(result.metrics["ndcg@100"])  # the "test" of the swapped split is the validation part
+    (tuned,) = run_baselines(data, METRICS, BaselineConfig(names=("ease",), ease_lambdas=grid))
+    assert tuned.chosen == {"lambda": grid[int(np.argmax(values))]}
+
+
+def test_items_without_words_leave_the_title_baseline_out(data, caplog):
+    wordless = SplitData(data.train, data.valid, data.test, ["", " ", "-"] * 10)
+    with caplog.at_level(logging.WARNING):
+        results = run_baselines(wordless, METRICS, BaselineConfig(names=("popularity", "title_ease")))
+    assert [result.name for result in results] == ["popularity"]
+    assert "no item has a text" in caplog.text
+
+
+def test_a_catalog_too_large_is_refused_with_the_memory_it_needs(data):
+    config = BaselineConfig(names=("ease",), max_dense_gib=1e-6)
+    with pytest.raises(ConfigError, match=r"max_dense_gib.*must be at least .* 30 x 30 .*take ease and title_ease out"):
+        run_baselines(data, METRICS, config)
+
+
+def test_a_split_that_leaks_or_does_not_fit_is_refused(data):
+    with pytest.raises(DataError, match=r"test: .* must not be in train"):
+        SplitData(data.train, data.valid, data.train, data.item_texts)
+    with pytest.raises(DataError, match=r"valid: .* must have the shape of train"):
+        SplitData(data.train, data.valid[:5], data.test, data.item_texts)
+    with pytest.raises(DataError, match=r"valid: .* must hold out at least one item"):
+        SplitData(data.train, csr(np.zeros(data.train.shape)), data.test, data.item_texts)
+    with pytest.raises(DataError, match="item_texts: '29 texts'"):
+        SplitData(data.train, data.valid, data.test, data.item_texts[1:])
+
+
+@pytest.mark.parametrize(
+    "tree", [{"ease_lambdas": []}, {"ease_lambdas": [0.0]}, {"names": ["knn"]}, {"lambdas": [1.0]}]
+)
+def test_bad_configurations_are_refused(tree):
+    with pytest.raises(ConfigError):
+        validate(BaselineConfig, tree, source="baselines")
+
+
+def test_unknown_metrics_are_refused(data):
+    with pytest.raises(ConfigError, match="recall@K or ndcg@K"):
+        BaselineConfig(select_by="auc")
+    with pytest.raises(ConfigError, match="recall@K or ndcg@K"):
+        run_baselines(data, ["hits@5"], BaselineConfig(names=("popularity",)))

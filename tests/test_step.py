@@ -1,0 +1,141 @@
+"""One sharded step = one dense step: losses, gradients, and parameters after four steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cllm4rec_dist import step as step_module
+from cllm4rec_dist.checkpoint import RunState, read_rows, save
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.batches import BatchSource
+from cllm4rec_dist.corpus.prompts import Composer
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.model.backbone import load_backbone, load_words
+from cllm4rec_dist.step import learning_rate_factor, train_step
+from cllm4rec_dist.system import System, assemble, start_rows
+from cllm4rec_dist.topology import World
+from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks
+from tests.reference import DenseRun
+
+STEPS = 4
+PAPER_HEAD = {"form": "dot", "item_bias": False, "pool_residual": False}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("step")
+    catalog = make_catalog()
+    backbone = make_backbone(folder / "backbone", catalog)
+    return make_corpus(folder / "corpus", catalog, backbone), str(backbone)
+
+
+def make_config(made: tuple[str, str], stage: str, **changes: Any) -> RunConfig:
+    tree = {
+        "stage": stage, "corpus": made[0], "backbone": made[1], "output": "unused",
+        "batch": {"users": 9, "texts": 7, "accumulation": 2},
+        "adapter": {"kind": "lora", "rank": 4},
+        "rows": {"start": "prior", "lambda_l": 0.3, "lambda_c": 0.7},
+        "head": {"form": "cosine"},
+        "method": {"max_history": 100},
+        "optimizer": {"lr": 1e-2, "tables_lr": 5e-3, "warmup_steps": 2, "clip_norm": 0.5},
+        "shuffle_records": 3,
+    } | changes  # fmt: skip
+    return validate(RunConfig, tree, "test")
+
+
+def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
+    """Four steps; losses, norms, whole gradients of the first step, and parameters as a checkpoint has them."""
+    system = assemble(config, world)
+    start_rows(system)
+    torch.manual_seed(3)
+    source = BatchSource(system.corpus, system.composer, config, world)
+    gradients: dict[str, Tensor] = {}
+    complete = step_module._complete_gradients
+
+    def spy(system: System) -> Tensor:
+        square = complete(system)
+        if not gradients:
+            for name, parameter in zip(system.table_optimizer.names, system.table_optimizer.parameters, strict=True):
+                assert parameter.grad is not None
+                gradients[name] = parameter.grad.to_dense().clone()
+            gradients.update({f"adapter:{name}": g.clone() for name, g in system.engine.gradients().items()})
+        return square
+
+    step_module._complete_gradients = spy
+    results = []
+    for number in range(STEPS):
+        system.train(True)
+        results.append(train_step(system, source.make(number), learning_rate_factor(number, STEPS, config.optimizer)))
+    folder = save(system, RunState(STEPS), Path(out))
+    return {
+        "losses": [r.losses for r in results], "norms": [r.grad_norm for r in results], "gradients": gradients,
+        "folder": str(folder),
+    }  # fmt: skip
+
+
+def dense(config: RunConfig, rows_of: dict[str, Tensor]) -> tuple[DenseRun, list[dict[str, Any]]]:
+    folder = Path(config.backbone)
+    backbone = load_backbone(folder, config.adapter, torch.float32, config.seed)
+    words = load_words(folder, torch.float32, torch.device("cpu"))
+    corpus = Corpus.open(config.corpus)
+    space = TokenSpace(len(words.embedding), corpus.num_users, corpus.num_items)
+    composer = Composer(WordTokenizer.load(folder), space, config.method, config.seed)
+    run, source = DenseRun(config, backbone, words, space, rows_of), BatchSource(corpus, composer, config, alone())
+    results = []
+    for number in range(STEPS):
+        users, texts = source.documents(number)
+        results.append(run.step(users, texts, learning_rate_factor(number, STEPS, config.optimizer)))
+    return run, results
+
+
+def start_of(world: World, config: RunConfig) -> dict[str, Tensor]:
+    system = assemble(config, world)
+    start_rows(system)
+    return {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters() if "head" not in name}
+
+
+CASES = {
+    "pretrain-cosine": ("pretrain", {}),
+    "finetune-cosine": ("finetune", {}),
+    "pretrain-paper": ("pretrain", {"head": PAPER_HEAD}),
+    "finetune-paper-rows-only": ("finetune", {"head": PAPER_HEAD, "adapter": {"kind": "none"}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, case: str, size: int) -> None:
+    stage, changes = CASES[case]
+    config = make_config(made, stage, **changes)
+    ranks = run_ranks(size, sharded, config, str(tmp_path))
+    run, results = dense(config, run_ranks(1, start_of, config)[0])
+
+    for got, wanted in zip(ranks[0]["losses"], results, strict=True):
+        for term, value in wanted["losses"].items():
+            assert got[term] == pytest.approx(value, rel=1e-6), term
+    assert ranks[0]["norms"] == pytest.approx([r["norm"] for r in results], rel=1e-5)
+
+    first = results[0]["gradients"]
+    for name in run.outside():
+        parts = [rank["gradients"][name] for rank in ranks]
+        whole = parts[0] if name == "head.log_temperature" else torch.cat(parts).squeeze(1 if name == "head.bias" else -1)
+        torch.testing.assert_close(whole.view_as(first[name]), first[name], rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    for name in run.adapters:
+        whole = torch.cat([rank["gradients"][f"adapter:{name}"].flatten() for rank in ranks])[: first[name].numel()]
+        torch.testing.assert_close(whole.view_as(first[name]), first[name], rtol=1e-5, atol=1e-6)
+
+    folder = Path(ranks[0]["folder"])
+    for name, value in run.rows.items():
+        saved = read_rows(folder, name, 0, len(value), len(value), size)
+        torch.testing.assert_close(saved, value.detach(), rtol=0, atol=2e-5)
+    for name, value in load_file(folder / "adapter.safetensors").items():
+        if name != "anchor":
+            torch.testing.assert_close(value, run.adapters[name].detach(), rtol=0, atol=2e-5)
