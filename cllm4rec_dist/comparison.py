@@ -61,7 +61,7 @@ def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[Resul
     )
     found = run_baselines(data, metrics, BaselineConfig())
     return [
-        ResultRow(name=b.name, metrics=b.metrics, stderr=b.stderr, chosen=dict(b.chosen), baseline=True) for b in found
+        ResultRow(name=b.label, metrics=b.metrics, stderr=b.stderr, chosen=dict(b.chosen), baseline=True) for b in found
     ]
 
 

@@ -195,7 +195,7 @@ def _split(
         drawn = np.arange(len(users))[::-1]
         drawn = drawn[np.argsort(users[drawn], kind="stable")]
         num_valid, num_test = _last_counts(lengths, config.split)
-    _count(skipped, "user with too few items to hold any out (all are for training)", int((lengths < 3).sum()))
+    _count(skipped, "user with too few items to hold any out", int((num_valid + num_test == 0).sum()))
     # Place of each interaction in its user's drawing order: the first ones are the test, the next ones validation.
     place = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     owner = users[drawn]

@@ -41,7 +41,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, Manifest
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.corpus.writer import write_corpus
+from cllm4rec_dist.corpus.writer import locate, write_corpus
 from cllm4rec_dist.errors import CorpusError
 
 __all__ = ["SPLITS", "ContentKind", "Corpus", "Manifest", "ShardSet", "write_corpus"]
@@ -155,7 +155,7 @@ class Corpus:
         Raises:
             CorpusError: for a corpus that is absent, incomplete, damaged or of another schema version.
         """
-        source, root = fsspec.core.url_to_fs(str(url))
+        source, root = locate(url)
         # Sizes are asked of the source: the cache would fetch a file to tell its size.
         fs = source if isinstance(source, LocalFileSystem) else fsspec.filesystem("simplecache", fs=source)
         try:

@@ -79,7 +79,7 @@ def write_corpus(
     Raises:
         CorpusError: if `out` is in use.
     """
-    fs, root = fsspec.core.url_to_fs(str(out))
+    fs, root = locate(out)
     _check_room(fs, root, overwrite)
     with _building(fs, root) as folder:
         writer = _Writer(fs, folder, config.records_per_shard)
@@ -103,6 +103,16 @@ def write_corpus(
         )
         fs.pipe_file(f"{folder}/{MANIFEST_NAME}", manifest.to_bytes())
     return manifest
+
+
+def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a corpus and its folder there. CorpusError for an unknown or uninstalled one."""
+    try:
+        fs, root = fsspec.core.url_to_fs(str(url))
+    except (ValueError, ImportError) as error:
+        cure = "Give a folder or an URL that fsspec knows; some need a package, as s3:// needs s3fs."
+        raise CorpusError("corpus", url, f"is on no file system that can be used here ({error})", cure) from error
+    return fs, root
 
 
 def _check_room(fs: fsspec.AbstractFileSystem, root: str, overwrite: bool) -> None:

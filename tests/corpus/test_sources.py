@@ -47,7 +47,8 @@ def recbole(tmp_path: Path) -> dict[str, str]:
         ),
         "items": write(
             tmp_path / "x.item",
-            "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\na\tToy Story\t1995\tComedy\nb\t\t\t\n",
+            "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+            "a\tToy Story\t1995\tComedy\nb\t\t\t\n",
         ),
         "users": write(
             tmp_path / "x.user",
@@ -79,7 +80,10 @@ def test_recbole_refuses_a_file_without_typed_header(tmp_path: Path) -> None:
 
 def test_grouplens_100k_is_latin_1(tmp_path: Path) -> None:
     write(tmp_path / "u.data", "1\t10\t5\t100\n2\t10\t3\t90\n")
-    write(tmp_path / "u.item", f"10|Les Misérables (1995)|x||u|{'|'.join('0' * 8)}|1|{'|'.join('0' * 10)}\n".encode("latin-1"))
+    write(
+        tmp_path / "u.item",
+        f"10|Les Misérables (1995)|x||u|{'|'.join('0' * 8)}|1|{'|'.join('0' * 10)}\n".encode("latin-1"),
+    )
     write(tmp_path / "u.user", "1|24|M|technician|85711\n2|53|F|other|94043\n")
     raw = read_source(source(format="grouplens", edition="100k", folder=str(tmp_path)))
     assert texts(raw.items) == {"10": ("Les Misérables (1995)", "genres: Drama")}
@@ -110,7 +114,9 @@ def test_amazon_2014_reads_python_literals(tmp_path: Path) -> None:
         {"reviewerID": "B", "asin": "00X", "overall": 1.0, "reviewText": "", "summary": "Bad", "unixReviewTime": 8},
         {"reviewerID": "C", "asin": "00X", "reviewText": "no stars", "unixReviewTime": 9},
     ]
-    metadata = "{'asin': '00X', 'title': \"Rock'n\\nRoll\", 'description': 'It&#39;s loud'}\n{'asin': '00Y', 'title': 'x'}\n"
+    metadata = (
+        "{'asin': '00X', 'title': \"Rock'n\\nRoll\", 'description': 'It&#39;s loud'}\n{'asin': '00Y', 'title': 'x'}\n"
+    )
     raw = read_source(
         source(
             format="amazon",
@@ -163,7 +169,9 @@ def test_yelp(tmp_path: Path) -> None:
                     {"user_id": "u", "business_id": "c", "stars": 4, "text": "…", "date": "yesterday"},
                 ],
             ),
-            businesses=write(tmp_path / "b.json", [{"business_id": "b", "name": "Café", "categories": None, "city": "Łódź"}]),
+            businesses=write(
+                tmp_path / "b.json", [{"business_id": "b", "name": "Café", "categories": None, "city": "Łódź"}]
+            ),
             users=write(tmp_path / "u.json", [{"user_id": "u", "yelping_since": "2009-01-01", "elite": "2015,2016"}]),
         )
     )
@@ -233,7 +241,9 @@ def test_table_jsonl(tmp_path: Path) -> None:
 def test_table_parquet_has_typed_columns(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     moments = pd.to_datetime(["2020-01-02", "2020-01-01", None])
-    pd.DataFrame({"who": [12, 7, 7], "what": ["a", "b", None], "stars": [1.5, 2.0, 3.0], "when": moments}).to_parquet(path)
+    pd.DataFrame({"who": [12, 7, 7], "what": ["a", "b", None], "stars": [1.5, 2.0, 3.0], "when": moments}).to_parquet(
+        path
+    )
     columns = {key: COLUMNS[key] for key in ("user", "item", "rating", "timestamp")}
     raw = read_source(source(format="table", interactions={"path": str(path), "kind": "parquet", **columns}))
     assert pairs(raw) == [("12", "a"), ("7", "b")]
@@ -278,7 +288,12 @@ def test_bad_lines_are_counted_or_named(tmp_path: Path, line: str | bytes) -> No
 
 def test_missing_values_are_counted(tmp_path: Path) -> None:
     rows = ",b,4\n  ,b,4\na,,4\nnan,b,4\na,b,\na,c,NaN\na,d,4\n"
-    table = {"path": write(tmp_path / "x.csv", "who,what,stars\n" + rows), "user": "who", "item": "what", "rating": "stars"}
+    table = {
+        "path": write(tmp_path / "x.csv", "who,what,stars\n" + rows),
+        "user": "who",
+        "item": "what",
+        "rating": "stars",
+    }
     raw = read_source(source(format="table", interactions=table))
     assert pairs(raw) == [("a", "d")]
     assert raw.skipped == {
@@ -321,6 +336,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
         read_source(source(format="sequences", sequences=str(path)))
 
 
+def test_a_protocol_that_nobody_knows() -> None:
+    with pytest.raises(DataError, match="nosuchprotocol"):
+        read_source(source(format="sequences", sequences="nosuchprotocol://x"))
+
+
 def test_clean_text_mends_half_characters() -> None:
     assert clean_text(" a &lt;b&gt; \ud800 ") == "a <b> \ufffd"
     assert clean_text("👍🏽 ไทย") == "👍🏽 ไทย"
@@ -359,7 +379,11 @@ def test_committed_recipes_load(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "num_users", "num_items", "num_interactions"),
-    [("ml-100k", 943, 1682, 100_000), ("amazon-beauty", 22_363, 12_101, 198_502), ("musical-instruments", 1381, 392, 5050)],
+    [
+        ("ml-100k", 943, 1682, 100_000),
+        ("amazon-beauty", 22_363, 12_101, 198_502),
+        ("musical-instruments", 1381, 392, 5050),
+    ],
 )
 def test_real_data(
     name: str, num_users: int, num_items: int, num_interactions: int, monkeypatch: pytest.MonkeyPatch

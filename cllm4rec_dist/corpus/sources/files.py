@@ -30,7 +30,12 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
         DataError: where it is missing or breaks off.
     """
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
+        source = fsspec.open(path, "rb", compression="infer")
+    except (ValueError, ImportError) as error:
+        cure = "Mend the path in the recipe; some file systems need a package, as s3:// needs s3fs."
+        raise DataError("file", path, f"is on no file system that can be used here ({error})", cure) from error
+    try:
+        with source as file:
             yield file
     except FileNotFoundError as error:
         raise DataError("file", path, "does not exist", "Mend the path in the recipe, or fetch the data.") from error
