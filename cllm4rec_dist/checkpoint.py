@@ -89,7 +89,10 @@ def find(path: str) -> Path:
         if candidate is not None and is_committed(candidate):
             return candidate
     raise CheckpointError(
-        "checkpoint", path, f"is neither a checkpoint nor a run with one (no {COMMIT})", "Give a run folder that trained."
+        "checkpoint",
+        path,
+        f"is neither a checkpoint nor a run with one (no {COMMIT})",
+        "Give a run folder that trained.",
     )
 
 
@@ -202,7 +205,9 @@ def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         marker = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
         files, version = dict(marker["files"]), int(marker["schema_version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError("checkpoint", str(folder), f"has no readable {COMMIT} ({error})", "Use another one.") from error
+        raise CheckpointError(
+            "checkpoint", str(folder), f"has no readable {COMMIT} ({error})", "Use another one."
+        ) from error
     if version > SCHEMA_VERSION:
         raise CheckpointError(str(folder), version, f"is a newer schema than {SCHEMA_VERSION}", "Update cllm4rec_dist.")
     for name, expected in files.items():
@@ -235,7 +240,9 @@ def resume(system: System, folder: Path) -> RunState:
     saved = read_state(folder, verify=world.is_main)
     require_same(folder, saved["fingerprints"], system.fingerprints)
     if not saved["resumable"]:
-        raise CheckpointError("checkpoint", str(folder), "holds weights only", "Use it with init_from, or a step-* one.")
+        raise CheckpointError(
+            "checkpoint", str(folder), "holds weights only", "Use it with init_from, or a step-* one."
+        )
     if saved["world_size"] != world.size:
         raise CheckpointError(
             str(folder), saved["world_size"], f"ranks wrote it, but this run has {world.size}",
@@ -265,7 +272,9 @@ def load_weights(system: System, folder: Path) -> None:
             logger.warning("%s holds no %s; they stay as they are", folder, name)
             continue
         if block.shape != parameter.shape:
-            raise CheckpointError(f"{folder}: {name}", tuple(block.shape), f"should be {tuple(parameter.shape)}", "Use another backbone.")
+            raise CheckpointError(
+                f"{folder}: {name}", tuple(block.shape), f"should be {tuple(parameter.shape)}", "Use another backbone."
+            )
         with torch.no_grad():
             parameter.copy_(block)
     replicated = load_file(folder / "head.safetensors")
@@ -276,7 +285,9 @@ def load_weights(system: System, folder: Path) -> None:
     adapter = load_file(folder / "adapter.safetensors")
     missing = sorted(set(system.engine.trainable) ^ set(adapter))
     if missing:
-        raise CheckpointError(f"{folder}: adapter", missing[:3], "do not match this run's adapter", "Use the same adapter settings.")
+        raise CheckpointError(
+            f"{folder}: adapter", missing[:3], "do not match this run's adapter", "Use the same adapter settings."
+        )
     system.engine.set_trainable(adapter)
 
 
@@ -294,7 +305,9 @@ def read_rows(folder: Path, name: str, start: int, stop: int, num_rows: int, sav
                 low, high = max(start, first), min(stop, last)
                 parts.append(tensors.get_slice(name)[max(low - first, 0) : max(high - first, 0)])
         except (SafetensorError, OSError) as error:
-            raise CheckpointError("checkpoint file", str(path), f"cannot be read ({error})", "Use another one.") from error
+            raise CheckpointError(
+                "checkpoint file", str(path), f"cannot be read ({error})", "Use another one."
+            ) from error
     return torch.cat(parts)
 
 
@@ -304,7 +317,9 @@ def _optimizer_states(system: System, folder: Path) -> dict[str, dict[str, Tenso
     tensors |= load_file(folder / "head.safetensors")
     states: dict[str, dict[str, Tensor]] = {}
     for name in system.table_optimizer.names:
-        found = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+        found = {
+            key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors
+        }
         if found:
             states[name] = {k: v if k == "step" else v.to(world.device) for k, v in found.items()}
     return states

@@ -7,11 +7,11 @@ message and exit status 2.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import click
 import typer
 
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
@@ -21,19 +21,7 @@ from cllm4rec_dist.launchers import launch
 METRICS = "recall@20,recall@40,ndcg@100"
 
 
-class _Commands(typer.core.TyperGroup):
-    """Shows errors that people caused as one message."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except CLLM4RecError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(2) from error
-
-
 app = typer.Typer(
-    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -45,7 +33,9 @@ pretrained decoder at hand, **backbone** builds a small one first.
 Every setting of a run is documented in `cllm4rec_dist/config.py` and may be given as `section.key=value`.""",
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")
+]
 LauncherOption = Annotated[
     str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
 ]
@@ -200,3 +190,12 @@ def _log_alone() -> None:
     from cllm4rec_dist.topology import World
 
     setup_logging(World(0, 1, 0, torch.device("cpu")))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; an error that input caused is one message and exit status 2."""
+    try:
+        app(arguments)
+    except CLLM4RecError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)

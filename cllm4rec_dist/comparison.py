@@ -13,7 +13,14 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.inference import EVALUATION_FILE
 from cllm4rec_dist.log import METRICS_FILE
-from cllm4rec_dist.report import ExampleRecommendation, RecommendedItem, ResultRow, Results, markdown_table, write_report
+from cllm4rec_dist.report import (
+    ExampleRecommendation,
+    RecommendedItem,
+    ResultRow,
+    Results,
+    markdown_table,
+    write_report,
+)
 from cllm4rec_dist.system import interaction_matrix
 
 
@@ -43,7 +50,7 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         seconds=seconds,
         config=config,
         fingerprints=evaluated["fingerprints"],
-        skipped=corpus.manifest.skipped,
+        skipped=dict(corpus.manifest.skipped),
     )
     logs = [Path(run) / METRICS_FILE for run in (config["init_from"], config["output"]) if run]
     write_report(folder, results, [log for log in logs if log.is_file()], [_example(e) for e in evaluated["examples"]])

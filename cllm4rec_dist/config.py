@@ -6,6 +6,7 @@ YAML; `key.sub=value` overrides are applied on top before validation, so that no
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,24 +29,28 @@ ModelT = TypeVar("ModelT", bound=StrictModel)
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
-        raise ConfigError("override", override, "must look like section.key=value", "Write for example optimizer.lr=1e-3.")
+        raise ConfigError(
+            "override", override, "must look like section.key=value", "Write for example optimizer.lr=1e-3."
+        )
     *sections, leaf = dotted.split(".")
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ConfigError("override", override, f"goes below {section!r}, which is a value", "Name an existing section.")
+            raise ConfigError(
+                "override", override, f"goes below {section!r}, which is a value", "Name an existing section."
+            )
         node = child
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError("override", override, f"has a value that is not YAML ({error})", "Quote the value.") from error
+        raise ConfigError(
+            "override", override, f"has a value that is not YAML ({error})", "Quote the value."
+        ) from error
     # YAML 1.1 reads 1e-3 as text; people mean the number.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node[leaf] = value
 
 
@@ -55,9 +60,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("configuration file", str(path), f"is not readable YAML ({error})", "Mend the file.") from error
+        raise ConfigError(
+            "configuration file", str(path), f"is not readable YAML ({error})", "Mend the file."
+        ) from error
     if not isinstance(tree, dict):
-        raise ConfigError("configuration file", str(path), "must hold key: value pairs", "Start from a committed example.")
+        raise ConfigError(
+            "configuration file", str(path), "must hold key: value pairs", "Start from a committed example."
+        )
     return tree
 
 
@@ -86,7 +95,9 @@ def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
         found = [(".".join(map(str, e["loc"])) or "(whole)", e["msg"], e.get("input")) for e in error.errors()]
         fields = "; ".join(f"{loc}: {message} (got {value!r:.80})" for loc, message, value in found)
         known = ", ".join(model.model_fields)
-        raise ConfigError(source, [loc for loc, _, _ in found], f"is invalid: {fields}", f"Known keys here: {known}.") from None
+        raise ConfigError(
+            source, [loc for loc, _, _ in found], f"is invalid: {fields}", f"Known keys here: {known}."
+        ) from None
 
 
 class AdapterConfig(StrictModel):
@@ -95,11 +106,11 @@ class AdapterConfig(StrictModel):
     kind: Literal["lora", "none", "full"] = "lora"
     """`lora`: one adapter for each LLM on the frozen backbone. `none`: rows only, as in the paper. `full`: the whole
     backbone, shared by both LLMs; for small ones built from a config, which have nothing pretrained to keep."""
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """LoRA rank."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(default=32, ge=1)
     """LoRA scale; the update is multiplied with alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of the adapters. Its masks depend on the number of ranks; everything else random does not."""
     targets: tuple[str, ...] | None = None
     """Names of the layers that get adapters; every linear layer if left out."""
@@ -108,14 +119,16 @@ class AdapterConfig(StrictModel):
 class RowsConfig(StrictModel):
     """Where user and item rows start, and their priors."""
 
-    lambda_l: float = Field(1e-3, ge=0)
+    lambda_l: float = Field(default=1e-3, ge=0)
     """Precision of the prior of collaborative rows, N(0, 1/lambda_l), per predicted token."""
-    lambda_c: float = Field(1e-2, ge=0)
+    lambda_c: float = Field(default=1e-2, ge=0)
     """Precision of content rows around collaborative ones, N(z_l, 1/lambda_c), per predicted token."""
-    start: Literal["prior", "spectral", "hybrid"] = "hybrid"
+    start: Literal["prior", "spectral"] = "spectral"
     """Centre of the item prior. `prior`: zero, as in the paper. `spectral`: singular vectors of the training
-    interactions. `hybrid`: half of the width for those, half for singular vectors of the items' words."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    interactions and of the items' words."""
+    text_weight: float = Field(default=0.4, ge=0)
+    """Weight of the words against the interactions in a spectral start; 0 leaves them out."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the entries of user and item embeddings dropped at the input."""
 
 
@@ -124,7 +137,7 @@ class HeadConfig(StrictModel):
 
     form: Literal["dot", "cosine"] = "cosine"
     """`dot`: tied inner product. `cosine`: inner product of directions over a learned temperature."""
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
     """First temperature of the cosine head."""
     item_bias: bool = True
     """Learn a bias for each item."""
@@ -141,7 +154,7 @@ class MethodConfig(StrictModel):
     """Order of a user's items at each visit: drawn anew (paper) or as stored (the authors' code)."""
     mask_share: tuple[float, float] = (0.1, 0.9)
     """Share of a user's items that is masked, drawn uniformly from this range at each visit."""
-    max_history: int = Field(256, ge=1)
+    max_history: int = Field(default=256, ge=1)
     """Items of a user put into a prompt at most; a random subset (the last ones with fixed order) beyond."""
 
     @model_validator(mode="after")
@@ -155,32 +168,32 @@ class MethodConfig(StrictModel):
 class BatchConfig(StrictModel):
     """What one optimizer step reads, over all ranks together."""
 
-    users: int = Field(256, ge=1)
+    users: int = Field(default=256, ge=1)
     """Users of a step."""
-    texts: int = Field(32, ge=0)
+    texts: int = Field(default=32, ge=0)
     """Texts of a step; 0 leaves the content LLM out."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     """Micro-batches in which each rank works its part off. The result does not depend on it."""
 
 
 class OptimizerConfig(StrictModel):
     """AdamW for what the engine trains, its dense or lazy form for the tables."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of adapters (or of the backbone)."""
-    tables_lr: float = Field(1e-4, gt=0)
+    tables_lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of user and item rows and of the head's parameters."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay of adapters; tables have their priors instead."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moments."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up: hold, or fall to `final_share` of the peak at the last step."""
-    final_share: float = Field(0.1, ge=0, le=1)
+    final_share: float = Field(default=0.1, ge=0, le=1)
     """Where a falling schedule ends, as a share of the peak."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
     """Steps of linear rise from zero."""
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
     """Largest joint gradient norm of adapters and tables."""
     lazy_tables: bool = True
     """Tables that are only looked up (users, content items) update the rows of the batch alone (SparseAdam)."""
@@ -189,22 +202,22 @@ class OptimizerConfig(StrictModel):
 class ValidationConfig(StrictModel):
     """Ranking of the validation items while training."""
 
-    every_epochs: int = Field(1, ge=0)
+    every_epochs: int = Field(default=1, ge=0)
     """Epochs between validations; 0 never validates."""
     metrics: tuple[str, ...] = ("recall@20", "recall@40", "ndcg@100")
     """Metrics written down; the first one chooses the best checkpoint."""
-    batch_users: int = Field(256, ge=1)
+    batch_users: int = Field(default=256, ge=1)
     """Users ranked at a time by each rank."""
-    patience: int = Field(0, ge=0)
+    patience: int = Field(default=0, ge=0)
     """Validations without a better result after which training stops; 0 trains to the end."""
 
 
 class CheckpointConfig(StrictModel):
     """Checkpoints to resume from."""
 
-    every_steps: int = Field(500, ge=1)
+    every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints; one more is written at the end."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """How many of the newest are kept; the best one is kept beside them."""
 
 
@@ -223,19 +236,19 @@ class RunConfig(StrictModel):
     """Run folder or checkpoint whose rows and adapters a new run starts from (finetune after pretrain)."""
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed file; what the run decides is "auto" there."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of everything random."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the backbone and its activations. Tables and optimizer states are fp32."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more work."""
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(default=10, ge=1)
     """Passes over the users."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps, whatever the epochs say."""
-    shuffle_records: int = Field(64, ge=1)
+    shuffle_records: int = Field(default=64, ge=1)
     """Records of a shard mixed with each other; more mixes better and reads more at a time."""
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics."""
     adapter: AdapterConfig = AdapterConfig()
     rows: RowsConfig = RowsConfig()
@@ -252,19 +265,19 @@ class BackboneConfig(StrictModel):
 
     family: Literal["gpt2", "llama", "mistral", "qwen2"] = "gpt2"
     """Architecture."""
-    hidden: int = Field(128, ge=8)
+    hidden: int = Field(default=128, ge=8)
     """Width D."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(default=2, ge=1)
     """Decoder layers."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Attention heads; divides `hidden`."""
-    words: int = Field(4096, ge=300)
+    words: int = Field(default=4096, ge=300)
     """Words of the tokenizer at most, trained on the texts of the recipe."""
-    max_positions: int = Field(512, ge=16)
+    max_positions: int = Field(default=512, ge=16)
     """Longest sequence."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of attention and (GPT-2) residual branches."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of the random weights."""
 
     @model_validator(mode="after")

@@ -67,7 +67,9 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError("deepspeed", str(path), f"is not a readable JSON file ({error})", "See ds_configs/.") from error
+        raise ConfigError(
+            "deepspeed", str(path), f"is not a readable JSON file ({error})", "See ds_configs/."
+        ) from error
     decided = {
         "train_micro_batch_size_per_gpu": 1,  # batches are made by our stream; DeepSpeed only prints this
         "gradient_accumulation_steps": config.batch.accumulation,

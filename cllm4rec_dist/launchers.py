@@ -15,20 +15,17 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-Launcher = Literal["auto", "ray", "process"]
 LAUNCHERS = ("auto", "ray", "process")
 
 
-class RankFunction(Protocol):
-    """What runs on every rank; importable, because Ray carries it to its workers by name."""
-
-    def __call__(self, world: Any, report: Callable[[dict[str, float]], None], **arguments: Any) -> object: ...
+RankFunction = Callable[..., object]
+"""`function(world, report, **arguments)`; importable, because Ray carries it to its workers by name."""
 
 
 def launch(function: RankFunction, launcher: str, workers: int, storage: Path, **arguments: Any) -> None:
@@ -75,21 +72,19 @@ def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: 
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
     import ray
-    import torch
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False if "RAY_ADDRESS" not in os.environ else None, log_to_driver=True)
+        ray.init(logging_level=logging.WARNING)
     gpu = bool(ray.cluster_resources().get("GPU"))
     logger.info("Ray Train with %d workers on %s", workers, "GPUs" if gpu else "CPUs")
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"function": function, "arguments": arguments},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={} if gpu else {"CPU": 1}),
-        run_config=RunConfig(name=function.__name__, storage_path=str(storage)),  # type: ignore[attr-defined]
+        run_config=RunConfig(name=function.__name__, storage_path=str(storage)),
     )
-    del torch
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
@@ -98,6 +93,8 @@ def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
     def report(metrics: dict[str, float]) -> None:
         ray.train.report(metrics)

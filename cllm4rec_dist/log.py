@@ -37,7 +37,9 @@ class Bar(Protocol):
 def setup_logging(world: World) -> None:
     """Log to stderr with time and rank: information from rank 0, warnings from all."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {world.rank}/{world.size}] %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s [rank {world.rank}/{world.size}] %(levelname)s %(message)s", "%H:%M:%S")
+    )
     root = logging.getLogger("cllm4rec_dist")
     root.handlers[:] = [handler]
     root.propagate = False
@@ -96,7 +98,9 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             self._file.close()
             self._board.close()

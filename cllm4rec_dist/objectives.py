@@ -33,9 +33,7 @@ def item_likelihood(
     return nll.sum(), len(targets)
 
 
-def word_likelihood(
-    queries: Tensor, word_head: Tensor, target_query: Tensor, targets: Tensor
-) -> tuple[Tensor, int]:
+def word_likelihood(queries: Tensor, word_head: Tensor, target_query: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """Negative log-likelihood of the words of the main texts, in nats, and their number (content LLM, Eq. 7).
 
     Args:

@@ -84,7 +84,13 @@ def _best(scores: Tensor, rows: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
 
 
 def _local_topk(
-    queries: Tensor, operand: Tensor, num_best: int, seen: Tensor, partition: RowPartition, world: World, max_logits: int
+    queries: Tensor,
+    operand: Tensor,
+    num_best: int,
+    seen: Tensor,
+    partition: RowPartition,
+    world: World,
+    max_logits: int,
 ) -> tuple[Tensor, Tensor]:
     """This rank's candidates [N, K]; where it has fewer rows, places are filled with -inf and rows past the end."""
     chunk = max(num_best, max_logits // max(1, len(queries)))
@@ -104,7 +110,11 @@ def _local_topk(
 
 @torch.no_grad()
 def rank_users(
-    system: System, users: np.ndarray, num_best: int, batch_users: int, progress: Callable[[int], object] = lambda done: None
+    system: System,
+    users: np.ndarray,
+    num_best: int,
+    batch_users: int,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[Ranking]:
     """Rank the catalog for `users`, block by block.
 
@@ -121,6 +131,8 @@ def rank_users(
     history = system.corpus.split("train")
     num_best = min(num_best, system.corpus.num_items)
     block = batch_users * world.size
+    # Histories of like length beside each other: little is padded.
+    users = users[np.argsort(history.lengths[users], kind="stable")]
     system.train(False)
     operand = model.item_operand()
     for start in range(0, len(users), block):

@@ -1,6 +1,6 @@
 """One training step: the method, in the order of the design.
 
-    batch -> routes -> embeddings -> backbone (one engine forward for both LLMs) -> heads -> losses -> joint clip -> step
+    batch -> routes -> embeddings -> backbone (one forward for both LLMs) -> heads -> losses -> joint clip -> step
 
 One place scales losses, one place clips, one place steps.
 """

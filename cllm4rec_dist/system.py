@@ -74,9 +74,11 @@ def assemble(config: RunConfig, world: World) -> System:
     longest = getattr(decoder, "n_positions", None) or decoder.max_position_embeddings
     if config.method.max_history + 64 > longest:
         raise ConfigError(
-            "method.max_history", config.method.max_history, f"with its prompt passes the backbone's {longest} positions",
+            "method.max_history",
+            config.method.max_history,
+            f"with its prompt passes the backbone's {longest} positions",
             f"Set it to {longest - 64} or less.",
-        )  # fmt: skip
+        )
     settings = resolve_settings(config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with sharded_loading(settings):
@@ -115,8 +117,8 @@ def start_rows(system: System) -> None:
         logger.info("computing the %s start of %d item rows", config.rows.start, system.corpus.num_items)
         width = model.words.embedding.shape[1]
         centre = rows.item_centre(
-            config.rows.start, interaction_matrix(system.corpus, "train"), word_counts(system.corpus, system.composer.space),
-            width, config.seed,
+            interaction_matrix(system.corpus, "train"), word_counts(system.corpus, system.composer.space),
+            config.rows.text_weight, width, config.seed,
         )  # fmt: skip
     if config.rows.start == "prior":
         rows.start_prior(model.collaborative.items, scale, world, config.seed, 0)
@@ -125,7 +127,8 @@ def start_rows(system: System) -> None:
     rows.start_prior(model.collaborative.users, scale, world, config.seed, 1)
     if model.content is not None:
         for index, (content, own) in enumerate(
-            [(model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)], start=2
+            [(model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)],
+            start=2,
         ):
             rows.start_content(content, own, config.rows, scale, world, config.seed, index)
 

@@ -35,6 +35,7 @@ _NOT_OF_THE_TRAJECTORY = {
 """Settings that may differ between a run and its resumption: they do not change what a step does. (Corpus and
 backbone may have moved; their fingerprints are held against each other.)"""
 
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a finished run leaves.
@@ -145,9 +146,7 @@ def _validates(config: RunConfig, step: int, steps_per_epoch: int, total_steps: 
     return config.stage == "finetune" and every > 0 and (step % every == 0 or step == total_steps)
 
 
-def _validate(
-    system: System, state: RunState, epoch: int, run: Path, metrics: MetricsLog, report: Report
-) -> RunState:
+def _validate(system: System, state: RunState, epoch: int, run: Path, metrics: MetricsLog, report: Report) -> RunState:
     """Rank the validation items; a better result than any before is kept as the `best` checkpoint."""
     config = system.config.validation
     found = ranking.evaluate(system, "valid", config.metrics, config.batch_users).mean

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -74,7 +75,9 @@ class BatchSource:
     def make(self, step: int) -> list[MicroBatch]:
         """The same as `accumulation` micro-batches, some perhaps without documents."""
         items, words = self.documents(step)
-        content: list[DocumentBatch] | list[None] = self._split(words) if self.has_texts else [None] * self._batch.accumulation
+        content: list[DocumentBatch] | list[None] = (
+            self._split(words) if self.has_texts else [None] * self._batch.accumulation
+        )
         return [MicroBatch(i, w) for i, w in zip(self._split(items), content, strict=True)]
 
     def _split(self, documents: list[Document]) -> list[DocumentBatch]:
@@ -82,7 +85,7 @@ class BatchSource:
         documents.sort(key=lambda document: len(document.token_ids))
         parts = self._batch.accumulation
         bounds = [len(documents) * part // parts for part in range(parts + 1)]
-        return [collate(documents[a:b], self._composer.space) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [collate(documents[a:b], self._composer.space) for a, b in pairwise(bounds)]
 
     def _user_document(self, example: Example) -> Document:
         record = self._users[1][example.record]

@@ -51,7 +51,8 @@ class EpochOrder:
     """
 
     def __init__(self, record_sizes: np.ndarray, seed: int, window: int) -> None:
-        assert len(record_sizes) and record_sizes.min() > 0
+        assert len(record_sizes)
+        assert record_sizes.min() > 0
         self._sizes, self._seed, self._window = record_sizes, seed, window
         self.num_examples = int(record_sizes.sum())
         self._window_cache: tuple[tuple[int, int], np.ndarray] | None = None
@@ -66,8 +67,13 @@ class EpochOrder:
         """[examples of the window, 2] pairs of record and index, in the epoch's order."""
         if self._window_cache is None or self._window_cache[0] != (epoch, window):
             members = records[window * self._window : (window + 1) * self._window]
-            pairs = np.concatenate([np.stack([np.full(n, r), np.arange(n)], 1) for r, n in zip(members, self._sizes[members], strict=True)])
-            self._window_cache = (epoch, window), np.random.default_rng([self._seed, 11, epoch, window]).permutation(pairs)
+            pairs = np.concatenate(
+                [np.stack([np.full(n, r), np.arange(n)], 1) for r, n in zip(members, self._sizes[members], strict=True)]
+            )
+            self._window_cache = (
+                (epoch, window),
+                np.random.default_rng([self._seed, 11, epoch, window]).permutation(pairs),
+            )
         return self._window_cache[1]
 
     def range(self, start: int, stop: int) -> list[Example]:

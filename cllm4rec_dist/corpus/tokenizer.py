@@ -97,7 +97,9 @@ class WordTokenizer:
             kind, row = match[1], int(match[2])
             count = space.num_users if kind == "user" else space.num_items
             if row >= count:
-                raise DataError(match[0], row, f"is not below the {count} {kind}s of the corpus", "Use an existing row.")
+                raise DataError(
+                    match[0], row, f"is not below the {count} {kind}s of the corpus", "Use an existing row."
+                )
             token_ids.append((space.first_user if kind == "user" else space.first_item) + row)
             end = match.end()
         return token_ids + self._words(template[end:])
@@ -111,7 +113,7 @@ class WordTokenizer:
                 words.append(token_id)
                 continue
             if words:
-                parts.append(self._tokenizer.decode(words))
+                parts.append(str(self._tokenizer.decode(words)))
                 words = []
             if token_id is not None:
                 is_item = token_id >= space.first_item

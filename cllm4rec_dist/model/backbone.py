@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,10 @@ def local_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:
         raise ConfigError(
-            "backbone", name, f"is neither a folder nor a hub id that can be had ({error})", "Give a folder with config.json."
+            "backbone",
+            name,
+            f"is neither a folder nor a hub id that can be had ({error})",
+            "Give a folder with config.json.",
         ) from error
 
 
@@ -133,7 +136,7 @@ def load_words(folder: Path, dtype: torch.dtype, device: torch.device) -> Words:
 
 
 @contextmanager
-def _active(adapters: list[LoraLayer], name: str) -> Iterator[None]:
+def _active(adapters: Sequence[LoraLayer], name: str) -> Iterator[None]:
     # PEFT's set_adapter also turns requires_grad off on the other adapter, which a DeepSpeed engine does not see and
     # then gets wrong. Choosing by the attribute alone leaves the parameters as they are.
     before = [layer._active_adapter for layer in adapters]

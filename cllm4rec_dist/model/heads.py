@@ -33,7 +33,9 @@ class _ChunkedLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, weight: Tensor, max_logits: int) -> Tensor:
         chunk = max(1, max_logits // max(1, queries.shape[0]))
-        highest = queries.new_full((queries.shape[0],), -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32))
+        highest = queries.new_full(
+            (queries.shape[0],), -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32)
+        )
         total = torch.zeros_like(highest)
         for rows in weight.split(chunk) if weight.shape[0] else ():
             logits = (queries @ rows.to(queries.dtype).T).to(highest.dtype)

@@ -29,7 +29,9 @@ class TableOptimizer:
         named = [(name, parameter) for name, parameter, _ in model.sharded_parameters()]
         self._named = [*named, *model.replicated_parameters()]
         dense = [p for _, p in self._named if not any(p is other for other in lazy)]
-        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(dense, lr=0.0, betas=betas, weight_decay=0.0)]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(dense, lr=0.0, betas=betas, weight_decay=0.0)
+        ]
         if lazy:
             self._optimizers.append(torch.optim.SparseAdam(lazy, lr=1.0, betas=betas))
 
@@ -52,7 +54,9 @@ class TableOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def _states(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
-        owners = {id(p): optimizer for optimizer in self._optimizers for g in optimizer.param_groups for p in g["params"]}
+        owners = {
+            id(p): optimizer for optimizer in self._optimizers for g in optimizer.param_groups for p in g["params"]
+        }
         for name, parameter in self._named:
             yield name, parameter, owners[id(parameter)]
 

@@ -34,7 +34,10 @@ def train_tokenizer(texts: Iterable[str], num_words: int) -> PreTrainedTokenizer
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=max(num_words, len(alphabet) + 1), special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=max(num_words, len(alphabet) + 1),
+        special_tokens=["<|end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     prompts = [RECOMMENDATION_PROMPT, *CONTENT_PROMPTS.values()]
     tokenizer.train_from_iterator([*texts, *prompts], trainer)
@@ -47,6 +50,7 @@ def decoder_config(config: BackboneConfig, num_words: int) -> PretrainedConfig:
         return GPT2Config(
             vocab_size=num_words, n_positions=config.max_positions, n_embd=config.hidden, n_layer=config.layers,
             n_head=config.heads, resid_pdrop=config.dropout, attn_pdrop=config.dropout, embd_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",  # the same function as gelu_new, in one kernel
             bos_token_id=None, eos_token_id=0,
         )  # fmt: skip
     return _ROTARY[config.family](

@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all that a fresh machine needs (Python 3.11 or newer, no GPU).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint install clean-demo
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Raw data -> backbone -> corpus -> pretraining -> finetuning -> report, each step one command.
+demo: install clean-demo
+	$(BIN)/cllm4rec backbone shards/demo.yaml backbones/demo hidden=128 layers=2 words=2000
+	$(BIN)/cllm4rec prepare shards/demo.yaml shards/demo/corpus --tokenizer backbones/demo
+	$(BIN)/python launch/pretrain.py --config launch/configs/demo-pretrain.yaml --workers $(WORKERS)
+	$(BIN)/python launch/finetune.py --config launch/configs/demo-finetune.yaml --workers $(WORKERS)
+	$(BIN)/cllm4rec evaluate runs/demo/finetune --workers $(WORKERS)
+
+clean-demo:
+	rm -rf backbones/demo shards/demo runs/demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install lint
+	$(BIN)/python -m pytest
