@@ -34,6 +34,13 @@ class Bar(Protocol):
     def close(self) -> object: ...
 
 
+class _Terminal(tqdm):
+    """A tqdm whose description waits for the next redrawing, so that a log file gets a line in ten seconds."""
+
+    def set_description(self, desc: str | None = None, refresh: bool | None = False) -> None:
+        super().set_description(desc, refresh=bool(refresh))
+
+
 def setup_logging(world: World) -> None:
     """Log to stderr with time and rank: information from rank 0, warnings from all."""
     handler = logging.StreamHandler(sys.stderr)
@@ -54,7 +61,7 @@ def progress_bar(world: World, total: int, description: str, unit: str, done: in
         bar = tqdm_ray.tqdm(total=total, desc=description, unit=unit)
         bar.update(done)
         return bar
-    return tqdm(
+    return _Terminal(
         total=total, desc=description, unit=unit, initial=done, disable=not world.is_main, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10.0, leave=False,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import cllm4rec_dist.engine
-import cllm4rec_dist.train  # noqa: F401 - imported before the fork, so that ranks start fast
+import cllm4rec_dist.train
 from cllm4rec_dist.config import BackboneConfig
 from cllm4rec_dist.corpus.catalog import Catalog, Reviews
 from cllm4rec_dist.corpus.ragged import Ragged

@@ -25,7 +25,9 @@ class DenseRun:
         rows: initial `collaborative.users`, `collaborative.items`, `content.users`, `content.items`.
     """
 
-    def __init__(self, config: RunConfig, backbone: DualBackbone, words: Words, space: TokenSpace, rows: dict[str, Tensor]) -> None:
+    def __init__(
+        self, config: RunConfig, backbone: DualBackbone, words: Words, space: TokenSpace, rows: dict[str, Tensor]
+    ) -> None:
         self.config, self.backbone, self.words, self.space = config, backbone, words, space
         self.rows = {name: value.clone().requires_grad_() for name, value in rows.items()}
         self.bias = torch.zeros(space.num_items, requires_grad=True) if config.head.item_bias else None
@@ -77,7 +79,9 @@ class DenseRun:
 
     def losses(self, users: list[Document], texts: list[Document]) -> dict[str, Tensor]:
         """Mean of each term over the whole step."""
-        tokens = torch.tensor(sorted({int(t) for d in [*users, *texts] for t in d.token_ids if t >= self.space.first_user}))
+        tokens = torch.tensor(
+            sorted({int(t) for d in [*users, *texts] for t in d.token_ids if t >= self.space.first_user})
+        )
         own, content = self._embed("collaborative", tokens), self._embed("content", tokens)
         rows = self.config.rows
         mutual = rows.lambda_c / 2 * (content - own).square().sum() + rows.lambda_l / 2 * own.square().sum()
@@ -92,7 +96,9 @@ class DenseRun:
         everything = self.outside() | self.adapters
         losses = self.losses(users, texts)
         sum(losses.values()).backward()
-        gradients = {name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in everything.items()}
+        gradients = {
+            name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in everything.items()
+        }
         norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
         clip = min(1.0, self.config.optimizer.clip_norm / (norm.item() + 1e-6))
         self.steps += 1
@@ -107,7 +113,11 @@ class DenseRun:
     def _adam(self, name: str, parameter: Tensor, gradient: Tensor, lr: float, *, lazy: bool) -> None:
         low, high = self.config.optimizer.betas
         first, second = self.moments.setdefault(name, (torch.zeros_like(parameter), torch.zeros_like(parameter)))
-        moved = (gradient != 0).any(dim=-1, keepdim=True).expand_as(gradient) if lazy else torch.ones_like(gradient, dtype=torch.bool)
+        moved = (
+            (gradient != 0).any(dim=-1, keepdim=True).expand_as(gradient)
+            if lazy
+            else torch.ones_like(gradient, dtype=torch.bool)
+        )
         first[moved] = (low * first + (1 - low) * gradient)[moved]
         second[moved] = (high * second + (1 - high) * gradient**2)[moved]
         correction = 1 - low**self.steps, 1 - high**self.steps

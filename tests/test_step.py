@@ -126,11 +126,11 @@ def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, 
     first = results[0]["gradients"]
     for name in run.outside():
         parts = [rank["gradients"][name] for rank in ranks]
-        whole = parts[0] if name == "head.log_temperature" else torch.cat(parts).squeeze(1 if name == "head.bias" else -1)
-        torch.testing.assert_close(whole.view_as(first[name]), first[name], rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        whole = parts[0] if name == "head.log_temperature" else torch.cat(parts)
+        assert_same_gradient(name, whole, first[name])
     for name in run.adapters:
         whole = torch.cat([rank["gradients"][f"adapter:{name}"].flatten() for rank in ranks])[: first[name].numel()]
-        torch.testing.assert_close(whole.view_as(first[name]), first[name], rtol=1e-5, atol=1e-6)
+        assert_same_gradient(name, whole, first[name])
 
     folder = Path(ranks[0]["folder"])
     for name, value in run.rows.items():
@@ -139,3 +139,8 @@ def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, 
     for name, value in load_file(folder / "adapter.safetensors").items():
         if name != "anchor":
             torch.testing.assert_close(value, run.adapters[name].detach(), rtol=0, atol=2e-5)
+
+
+def assert_same_gradient(name: str, got: Tensor, wanted: Tensor) -> None:
+    """Equal to 1e-6 of the largest entry: what is left is the rounding of fp32 sums in another order."""
+    assert (got.view_as(wanted) - wanted).abs().max() <= 1e-6 * wanted.abs().max() + 1e-9, name

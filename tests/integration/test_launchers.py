@@ -1,0 +1,125 @@
+"""The same run under every launcher: one process, torchrun, deepspeed, Ray Train, and a submitted Ray job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import free_port, make_backbone, make_catalog, make_corpus
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+CONFIG = """
+corpus: {folder}/corpus
+backbone: {folder}/backbone
+output: {folder}/unset
+deepspeed: {root}/ds_configs/zero3.json
+epochs: 2
+adapter: {{rank: 4}}
+batch: {{users: 9, texts: 7}}
+method: {{max_history: 100}}
+optimizer: {{lr: 1.0e-2, tables_lr: 5.0e-3, warmup_steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    catalog = make_catalog()
+    make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
+    path = folder / "run.yaml"
+    path.write_text(CONFIG.format(folder=folder, root=ROOT))
+    return path
+
+
+def losses(config: Path, *command: str, environment: dict[str, str] | None = None, timeout: int = 300) -> list[float]:
+    """Run `command` on the configuration and give the loss of every step."""
+    output = config.parent / f"run-{len(list(config.parent.iterdir()))}"
+    everything = [*command, "launch/pretrain.py", "--config", str(config), f"output={output}"]
+    if "--workers" in command:  # options of the script go behind it
+        workers = everything.index("--workers")
+        everything = everything[:workers] + everything[workers + 2 :] + everything[workers : workers + 2]
+    # A clean start: whichever launcher runs the tests must not be joined.
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    }
+    found = subprocess.run(
+        everything, cwd=ROOT, env=clean | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{clean['PATH']}"} | (environment or {}),
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def wanted(config: Path) -> list[float]:
+    found = losses(config, str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2")
+    assert len(found) == 6
+    return found
+
+
+@pytest.mark.integration
+def test_one_plain_process(config: Path, wanted: list[float]) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert losses(config, sys.executable, environment=environment) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.integration
+def test_deepspeed(config: Path, wanted: list[float]) -> None:
+    command = (str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", "--no_local_rank")
+    assert losses(config, *command) == wanted
+
+
+@pytest.mark.integration
+def test_ray_train_starts_a_local_ray_by_itself(config: Path, wanted: list[float]) -> None:
+    assert losses(config, sys.executable, "--workers", "2") == wanted
+
+
+@pytest.fixture
+def ray_address() -> Iterator[str]:
+    """A Ray of this test alone; stopped by the session that started it."""
+    port, dashboard = free_port(), free_port()
+    head = subprocess.Popen(
+        [
+            *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats"),
+            *(f"--port={port}", f"--dashboard-port={dashboard}"),
+        ],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_for(address)
+        yield address
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def _wait_for(address: str) -> None:
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(f"{address}/api/version", timeout=2):
+                return
+        except urllib.error.HTTPError:  # it answers, if only to ask for the token that `ray job` knows
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"no Ray dashboard at {address}")
+
+
+@pytest.mark.integration
+def test_ray_job_submit(config: Path, wanted: list[float], ray_address: str) -> None:
+    command = (str(BIN / "ray"), "job", "submit", "--address", ray_address, "--working-dir", ".", "--", sys.executable)
+    assert losses(config, *command, "--workers", "2") == wanted

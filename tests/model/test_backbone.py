@@ -1,0 +1,298 @@
+"""The backbone of each family: two adapters in one forward, padding, recomputation, words, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cllm4rec_dist.config import AdapterConfig, RunConfig, validate
+from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.backbone import (
+    COLLABORATIVE,
+    CONTENT,
+    DualBackbone,
+    fingerprint,
+    load_backbone,
+    load_config,
+    load_words,
+    local_folder,
+)
+from cllm4rec_dist.topology import World
+from tests.harness import make_backbone, make_catalog, run_ranks
+
+FAMILIES = ["gpt2", "llama", "mistral", "qwen2"]
+LORA = AdapterConfig(kind="lora", rank=2, alpha=4)
+B, T, D = 2, 7, 16
+DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, catalog = tmp_path_factory.mktemp("backbones"), make_catalog()
+    return {family: make_backbone(root / family, catalog, family=family, hidden=D) for family in FAMILIES}
+
+
+def embeddings(seed: int, length: int = T) -> Tensor:
+    return torch.randn(B, length, D, generator=torch.Generator().manual_seed(seed))
+
+
+def open_backbone(folder: Path, adapter: AdapterConfig = LORA) -> DualBackbone:
+    """A backbone whose adapters do something: PEFT starts their second factor at zero."""
+    dual = load_backbone(folder, adapter, torch.float32, seed=5)
+    random = torch.Generator().manual_seed(9)
+    for name, parameter in dual.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.3
+    return dual.train()
+
+
+def adapters_of(dual: DualBackbone, which: str) -> dict[str, Tensor]:
+    return {name: p for name, p in dual.named_parameters() if "lora_" in name and f".{which}." in name}
+
+
+def run_both(dual: DualBackbone, *, content_first: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of both LLMs over different inputs, and every gradient, those of the inputs included."""
+    collaborative, content = embeddings(1).requires_grad_(), embeddings(2).requires_grad_()
+    hidden, content_hidden = dual(collaborative, content)
+    losses = [hidden.square().sum(), (content_hidden * embeddings(3)).sum()]
+    # In the second order the collaborative LLM is recomputed last, in the first one first.
+    torch.stack(losses[::-1] if content_first else losses).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in dual.named_parameters() if p.grad is not None}
+    assert collaborative.grad is not None
+    assert content.grad is not None
+    return [loss.item() for loss in losses], gradients | {"in": collaborative.grad, "content in": content.grad}
+
+
+def engine_runs(world: World, folders: dict[str, str]) -> dict[str, Any]:
+    """For each family: hidden states of the engine and of the bare module, and which adapters got gradients."""
+    found: dict[str, Any] = {}
+    for family, folder in folders.items():
+        tree = {"stage": "pretrain", "corpus": "-", "backbone": folder, "output": "-", "deepspeed": str(DEEPSPEED)}
+        settings = resolve_settings(validate(RunConfig, tree, "test"))
+        with sharded_loading(settings):
+            dual = load_backbone(Path(folder), LORA, torch.float32, seed=5)
+        trained = [p for p in dual.parameters() if p.requires_grad]
+        engine = Engine(dual, settings, torch.optim.AdamW(trained, lr=0.0))
+        inputs = [embeddings(1).requires_grad_(), embeddings(2).requires_grad_()]
+        hidden, content = engine(*inputs)
+        assert hidden is not None
+        assert content is not None
+        at_boundary = engine.backward(hidden.square().sum() + content.square().sum())
+        norms = {name: float(gradient.norm()) for name, gradient in engine.gradients().items()}
+        engine.step(1e-3)
+        found[family] = {
+            "hidden": hidden.detach(), "content": content.detach(), "boundary": at_boundary, "norms": norms,
+            "input": [float(x.grad.norm()) for x in inputs if x.grad is not None],
+        }  # fmt: skip
+    return found
+
+
+@pytest.mark.slow
+def test_every_family_runs_in_the_engine_and_equals_the_bare_decoder(folders: dict[str, Path]) -> None:
+    (found,) = run_ranks(1, engine_runs, {family: str(folder) for family, folder in folders.items()})
+    for family, folder in folders.items():
+        got = found[family]
+        # Adapters start as the identity, so the words' own decoder is the reference.
+        decoder = AutoModelForCausalLM.from_pretrained(folder).base_model
+        for name, seed in (("hidden", 1), ("content", 2)):
+            wanted = decoder(inputs_embeds=embeddings(seed)).last_hidden_state
+            torch.testing.assert_close(got[name], wanted.detach(), rtol=1e-4, atol=1e-5)
+        assert got["boundary"]
+        assert len(got["input"]) == 2
+        assert all(norm > 0 for norm in got["input"])
+        for which in (COLLABORATIVE, CONTENT):
+            second_factors = [norm for name, norm in got["norms"].items() if "lora_B" in name and f".{which}." in name]
+            assert second_factors, family
+            assert all(norm > 0 for norm in second_factors), (family, which)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_without_a_mask_changes_no_real_position(folders: dict[str, Path], family: str) -> None:
+    dual = open_backbone(folders[family]).eval()
+    short = embeddings(1)
+    padded = torch.cat([short, 100 * embeddings(4, length=3)], dim=1)
+    with torch.no_grad():
+        for index in range(2):
+            alone = dual(*((short, None) if index == 0 else (None, short)))[index]
+            behind = dual(*((padded, None) if index == 0 else (None, padded)))[index]
+            torch.testing.assert_close(behind[:, :T], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("content_first", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_activations_uses_each_runs_own_adapter(
+    folders: dict[str, Path], family: str, content_first: bool
+) -> None:
+    losses, gradients = run_both(open_backbone(folders[family]), content_first=content_first)
+    recomputing = open_backbone(folders[family])
+    recomputing.enable_activation_checkpointing()
+    calls = count_forwards(recomputing)
+    again, gradients_again = run_both(recomputing, content_first=content_first)
+    assert calls[0] > 2, "nothing was recomputed"
+    assert again == losses
+    assert gradients_again.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def count_forwards(dual: DualBackbone) -> list[int]:
+    """Counts the forwards of one adapted layer: 2 in a forward of both LLMs, 4 with recomputation."""
+    calls = [0]
+
+    def hook(*_: Any) -> None:
+        calls[0] += 1
+
+    dual._adapters[0].register_forward_hook(hook)
+    return calls
+
+
+def test_activation_checkpointing_works_without_adapters(folders: dict[str, Path]) -> None:
+    settings = AdapterConfig(kind="full")
+    losses, gradients = run_both(open_backbone(folders["gpt2"], settings))
+    recomputing = open_backbone(folders["gpt2"], settings)
+    recomputing.enable_activation_checkpointing()
+    again, gradients_again = run_both(recomputing)
+    assert again == losses
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_run_uses_its_own_adapter_alone(folders: dict[str, Path], family: str) -> None:
+    dual = open_backbone(folders[family])
+    own, other = adapters_of(dual, COLLABORATIVE), adapters_of(dual, CONTENT)
+    assert own
+    assert len(own) == len(other)
+    assert {id(p) for p in own.values()}.isdisjoint(id(p) for p in other.values())
+    x = embeddings(1)
+    both = dual(x, x)
+    assert not torch.allclose(both[0], both[1], atol=1e-3)
+
+    dual(x, None)[0].square().sum().backward()
+    assert all(p.grad is not None for p in own.values())
+    assert all(p.grad is None for p in other.values())
+    dual.zero_grad()
+    dual(None, x)[1].square().sum().backward()
+    assert all(p.grad is None for p in own.values())
+    assert all(p.grad is not None for p in other.values())
+
+    for p in other.values():
+        p.data.add_(1.0)
+    changed = dual(x, x)
+    torch.testing.assert_close(changed[0], both[0], rtol=0, atol=0)
+    assert not torch.allclose(changed[1], both[1], atol=1e-3)
+
+
+def test_adapters_start_the_same_from_one_seed_and_as_the_identity(folders: dict[str, Path]) -> None:
+    first, second, other = (load_backbone(folders["gpt2"], LORA, torch.float32, seed) for seed in (1, 1, 2))
+    weights = [dict(dual.named_parameters()) for dual in (first, second, other)]
+    name = next(n for n in weights[0] if "lora_A" in n)
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert not torch.equal(weights[0][name], weights[2][name])
+    assert all(not p.any() for n, p in weights[0].items() if "lora_B" in n)
+
+
+def test_only_what_the_adapter_kind_names_is_trained(folders: dict[str, Path]) -> None:
+    def trained(kind: str) -> list[str]:
+        dual = load_backbone(folders["gpt2"], AdapterConfig(kind=kind, rank=2), torch.bfloat16, 0)
+        assert all(p.dtype is torch.bfloat16 for n, p in dual.named_parameters() if n != "anchor")
+        return [name for name, p in dual.named_parameters() if p.requires_grad]
+
+    assert trained("none") == ["anchor"]
+    assert all("lora_" in name for name in trained("lora"))
+    assert not any("lora_" in name or "wte" in name for name in trained("full"))
+    assert any("c_attn" in name for name in trained("full"))
+
+
+def test_targets_choose_the_layers(folders: dict[str, Path]) -> None:
+    settings = AdapterConfig(kind="lora", rank=2, targets=("q_proj",))
+    adapted = [name for name, _ in load_backbone(folders["llama"], settings, torch.float32, 0).named_parameters()]
+    assert all(".q_proj." in name for name in adapted if "lora_" in name)
+    assert sum("lora_A" in name for name in adapted) == 2 * 2, "two adapters in two layers"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_are_the_models_own_tied_weights(folders: dict[str, Path], family: str) -> None:
+    words = load_words(folders[family], torch.float32, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(folders[family])
+    assert torch.equal(words.embedding, model.get_input_embeddings().weight)
+    assert torch.equal(words.head, model.get_output_embeddings().weight)
+    assert words.head is words.embedding
+    assert words.scale == pytest.approx(words.embedding.square().mean().sqrt().item())
+
+
+def test_an_untied_head_is_read_as_well(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    config = model.config
+    config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    untied = AutoModelForCausalLM.from_config(config)
+    untied.save_pretrained(tmp_path)
+    words = load_words(tmp_path, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(words.embedding, untied.get_input_embeddings().weight.bfloat16())
+    assert torch.equal(words.head, untied.get_output_embeddings().weight.bfloat16())
+    assert not torch.equal(words.head, words.embedding)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def test_the_fingerprint_changes_with_one_byte_of_a_weight(folders: dict[str, Path], tmp_path: Path) -> None:
+    same, other = copied(folders["gpt2"], tmp_path / "same"), copied(folders["gpt2"], tmp_path / "other")
+    assert fingerprint(same) == fingerprint(folders["gpt2"])
+    path = other / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    assert fingerprint(other) != fingerprint(same)
+
+
+def test_the_fingerprint_knows_the_architecture_but_not_the_library(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(folders["gpt2"], tmp_path / "backbone")
+    before = fingerprint(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"transformers_version": "99.0"}))
+    assert fingerprint(folder) == before
+    (folder / "config.json").write_text(json.dumps(settings | {"layer_norm_epsilon": 1e-3}))
+    assert fingerprint(folder) != before
+
+
+def test_an_unsupported_family_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 16}))
+    with pytest.raises(ConfigError, match=r"bert.*gpt2.*llama.*mistral.*qwen2"):
+        load_config(tmp_path)
+    assert load_config(folders["qwen2"]).model_type == "qwen2"
+
+
+def test_a_folder_without_safetensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(folders["gpt2"], tmp_path / "backbone")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for function in (fingerprint, lambda f: load_words(f, torch.float32, torch.device("cpu"))):
+        with pytest.raises(ConfigError, match="no .safetensors file"):
+            function(folder)
+
+
+def test_damaged_or_foreign_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(folders["gpt2"], tmp_path / "backbone")
+    path = folder / "model.safetensors"
+    save_file({"other": load_file(path)["transformer.h.0.ln_1.weight"]}, path)
+    with pytest.raises(ConfigError, match=r"wte\.weight"):
+        load_words(folder, torch.float32, torch.device("cpu"))
+    path.write_bytes(b"\x00" * 40)
+    with pytest.raises(ConfigError, match="damaged"):
+        load_words(folder, torch.float32, torch.device("cpu"))
+
+
+def test_a_folder_is_taken_as_it_is(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders["gpt2"].parent)
+    assert local_folder("gpt2") == folders["gpt2"].absolute()

@@ -1,0 +1,93 @@
+"""Row ranges, shares of positions, and Slurm's names of ranks."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
+
+SIZES = st.integers(1, 9)
+ROWS = st.integers(0, 60)
+
+
+@given(num_rows=ROWS, size=SIZES)
+def test_ranges_cover_all_rows_once_in_rank_order(num_rows: int, size: int) -> None:
+    partition = RowPartition(num_rows, size)
+    covered = [row for rank in range(size) for row in range(*partition.range(rank))]
+    assert covered == list(range(num_rows))
+    assert [partition.num_local(rank) for rank in range(size)] == [
+        stop - start for start, stop in map(partition.range, range(size))
+    ]
+
+
+@given(num_rows=ROWS, size=SIZES)
+def test_the_owner_of_a_row_is_the_row_divided_by_the_block(num_rows: int, size: int) -> None:
+    partition = RowPartition(num_rows, size)
+    for rank in range(size):
+        assert all(row // partition.block == rank for row in range(*partition.range(rank)))
+
+
+@given(num_rows=ROWS, size=SIZES)
+def test_only_trailing_ranks_hold_less_than_a_block(num_rows: int, size: int) -> None:
+    partition = RowPartition(num_rows, size)
+    lengths = [partition.num_local(rank) for rank in range(size)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(length == partition.block for length in lengths[: num_rows // partition.block])
+
+
+def test_ranks_behind_the_last_row_hold_none() -> None:
+    partition = RowPartition(5, 4)
+    assert [partition.range(rank) for rank in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
+    assert [RowPartition(2, 4).num_local(rank) for rank in range(4)] == [1, 1, 0, 0]
+    assert [RowPartition(0, 2).range(rank) for rank in range(2)] == [(0, 0), (0, 0)]
+
+
+@given(num_rows=ROWS, size=SIZES)
+def test_starts_are_the_bounds_of_the_ranges(num_rows: int, size: int) -> None:
+    partition = RowPartition(num_rows, size)
+    starts = partition.starts()
+    assert starts.dtype is torch.int64
+    assert starts.tolist() == [partition.range(rank)[0] for rank in range(size)] + [num_rows]
+
+
+@given(start=st.integers(0, 1000), length=st.integers(0, 50), size=SIZES)
+def test_shares_cover_the_positions_once_and_differ_by_at_most_one(start: int, length: int, size: int) -> None:
+    worlds = [World(rank, size, rank, torch.device("cpu")) for rank in range(size)]
+    shares = [world.share(start, start + length) for world in worlds]
+    assert [position for share in shares for position in range(*share)] == list(range(start, start + length))
+    lengths = [stop - first for first, stop in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_rank_0_is_the_main_one() -> None:
+    assert [World(rank, 3, rank, torch.device("cpu")).is_main for rank in range(3)] == [True, False, False]
+
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"}
+
+
+def test_slurms_names_become_torchs() -> None:
+    environ = dict(SLURM)
+    adopt_slurm_environment(environ)
+    assert {name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+    }
+
+
+def test_a_rank_that_a_launcher_set_is_left_alone() -> None:
+    environ = SLURM | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    before = dict(environ)
+    adopt_slurm_environment(environ)
+    assert environ == before
+
+
+def test_an_interactive_shell_inside_slurm_without_a_rendezvous_is_left_alone() -> None:
+    for missing in ("MASTER_ADDR", "SLURM_PROCID"):
+        environ = {name: value for name, value in SLURM.items() if name != missing}
+        before = dict(environ)
+        adopt_slurm_environment(environ)
+        assert environ == before
