@@ -76,7 +76,8 @@ def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: 
     from ray.train.torch import TorchTrainer
 
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
+        # A job and RAY_ADDRESS=auto name the cluster to join; else never one that somebody left behind on this host.
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING)
     gpu = bool(ray.cluster_resources().get("GPU"))
     logger.info("Ray Train with %d workers on %s", workers, "GPUs" if gpu else "CPUs")
     trainer = TorchTrainer(
