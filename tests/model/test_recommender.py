@@ -1,0 +1,199 @@
+"""What lives around the engine: keyed dropout, rows put in their places, pooled item rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cllm4rec_dist.config import HeadConfig
+from cllm4rec_dist.corpus.prompts import Document, DocumentBatch, collate
+from cllm4rec_dist.corpus.tokenizer import TokenSpace
+from cllm4rec_dist.model.backbone import Words
+from cllm4rec_dist.model.recommender import Recommender, keyed_dropout
+from tests.harness import alone
+
+WIDTH = 8
+SPACE = TokenSpace(num_words=10, num_users=4, num_items=6)
+
+
+def keys_of(count: int) -> Tensor:
+    return torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_scales_it_up(share: float) -> None:
+    count, width = 2000, 64
+    dropped = keyed_dropout(torch.ones(count, width), keys_of(count), torch.arange(count) % 50, share)
+    kept = dropped != 0
+    # Five standard deviations of a fair draw of so many entries.
+    assert kept.double().mean().item() == pytest.approx(1 - share, abs=5 * (share * (1 - share) / kept.numel()) ** 0.5)
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - share)))
+    # No row or column of the mask is special.
+    assert kept.double().mean(0).sub(1 - share).abs().max() < 6 * (share * (1 - share) / count) ** 0.5
+    assert kept.double().mean(1).sub(1 - share).abs().max() < 6 * (share * (1 - share) / width) ** 0.5
+
+
+def test_the_mask_is_the_same_however_a_batch_is_split() -> None:
+    x, keys, positions = torch.ones(12, WIDTH), keys_of(12), torch.arange(12)
+    whole = keyed_dropout(x, keys, positions, 0.5)
+    parts = [keyed_dropout(x[i], keys[i], positions[i], 0.5) for i in (slice(0, 5), slice(5, 6), slice(6, 12))]
+    assert torch.equal(torch.cat(parts), whole)
+    turned = torch.arange(12).flip(0)
+    assert torch.equal(keyed_dropout(x, keys[turned], positions[turned], 0.5), whole[turned])
+
+
+def test_the_mask_differs_with_key_and_with_position() -> None:
+    count, width = 300, 64
+    x, key, position = torch.ones(count, width), keys_of(1).expand(count), torch.zeros(count, dtype=torch.int64)
+    by_position = keyed_dropout(x, key, torch.arange(count), 0.5) != 0
+    by_key = keyed_dropout(x, torch.arange(count), position, 0.5) != 0
+    for masks in (by_position, by_key):
+        assert len(masks.unique(dim=0)) == count
+        agreement = (masks[1:] == masks[:-1]).double().mean().item()
+        assert agreement == pytest.approx(0.5, abs=0.02), "masks that follow each other resemble each other"
+
+
+def test_the_gradient_of_dropout_passes_where_the_value_does() -> None:
+    x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
+    keys = keys_of(5)
+    y = keyed_dropout(x, keys, torch.arange(5), 0.3)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.where(y.detach() != 0, 1 / 0.7, 0.0).to(x.dtype))
+
+
+def document(token_ids: list[int], queries: list[int], key: int) -> Document:
+    empty = np.empty(0, dtype=np.int64)
+    return Document(np.array(token_ids), np.array(queries), empty, empty, key)
+
+
+# Words 0..9, users 10..13, items 14..19.
+FIRST = document([3, 11, 5, 14, 19, 14], [2, 5], key=1 << 40)
+SECOND = document([13, 7, 16], [0, 2], key=77)
+
+
+def batch() -> DocumentBatch:
+    return collate([FIRST, SECOND], SPACE)
+
+
+def recommender(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32, pool: bool = True) -> Recommender:
+    random = torch.Generator().manual_seed(0)
+    embedding = torch.randn(SPACE.num_words, WIDTH, generator=random).to(dtype)
+    head = HeadConfig(form="dot", item_bias=False, pool_residual=pool)
+    model = Recommender(4, 6, Words(embedding, embedding), head, alone(), dropout=dropout, lazy=False, content=True)
+    assert model.content is not None
+    for rows in (model.collaborative, model.content):
+        for table in (rows.users, rows.items):
+            table.local_rows.data = torch.randn(table.local_rows.shape, generator=random)
+    return model
+
+
+def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
+    """The embedding of a token of the common id space."""
+    rows = getattr(model, which)
+    if token_id < SPACE.first_user:
+        return model.words.embedding[token_id]
+    if token_id < SPACE.first_item:
+        return rows.users.local_rows[token_id - SPACE.first_user]
+    return rows.items.local_rows[token_id - SPACE.first_item]
+
+
+@pytest.mark.parametrize("which", ["collaborative", "content"])
+def test_embeddings_stand_where_their_tokens_stand(which: str) -> None:
+    model = recommender()
+    embedded, item_rows = model.embed(getattr(model, which), model.route(batch()))
+    assert embedded.shape == (2, 6, WIDTH)
+    for row, doc in enumerate((FIRST, SECOND)):
+        for position, token_id in enumerate(doc.token_ids.tolist()):
+            assert torch.equal(embedded[row, position], row_of(model, which, token_id)), (row, position)
+    items = [t for doc in (FIRST, SECOND) for t in doc.token_ids.tolist() if t >= SPACE.first_item]
+    assert torch.equal(item_rows, torch.stack([row_of(model, which, t) for t in items]))
+
+
+def test_every_use_of_a_row_gives_it_gradient() -> None:
+    model = recommender()
+    embedded, _ = model.embed(model.collaborative, model.route(batch()))
+    embedded.sum().backward()
+    users, items = model.collaborative.users.local_rows.grad, model.collaborative.items.local_rows.grad
+    assert users is not None
+    assert items is not None
+    assert users[:, 0].tolist() == [0, 1, 0, 1]
+    assert items[:, 0].tolist() == [2, 0, 1, 0, 0, 1]
+    assert model.content is not None
+    assert model.content.users.local_rows.grad is None
+
+
+def test_embeddings_have_the_dtype_of_the_words_and_item_rows_stay_fp32() -> None:
+    model = recommender(dtype=torch.bfloat16)
+    embedded, item_rows = model.embed(model.collaborative, model.route(batch()))
+    assert (embedded.dtype, item_rows.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_dropout_touches_users_and_items_alone_and_only_in_training() -> None:
+    model, plain = recommender(dropout=0.5), recommender()
+    wanted, _ = plain.embed(plain.collaborative, plain.route(batch()))
+    embedded, item_rows = model.embed(model.collaborative, model.route(batch()))
+    words = torch.ones(12, dtype=torch.bool)
+    words[batch().user_positions] = False
+    words[batch().item_positions] = False
+    assert torch.equal(embedded.flatten(0, 1)[words], wanted.flatten(0, 1)[words])
+    for positions in (batch().user_positions, batch().item_positions):
+        rows, exact = embedded.flatten(0, 1)[positions], wanted.flatten(0, 1)[positions]
+        assert (rows == 0).any()
+        assert torch.equal(rows[rows != 0], 2 * exact[rows != 0])
+    assert torch.equal(embedded.flatten(0, 1)[batch().item_positions], item_rows)
+    # Two visits of an item in one document have masks of their own.
+    assert not torch.equal(embedded[0, 3], embedded[0, 5])
+    model.eval()
+    assert torch.equal(model.embed(model.collaborative, model.route(batch()))[0], wanted)
+
+
+def test_dropout_does_not_depend_on_the_batch_a_document_is_in() -> None:
+    model = recommender(dropout=0.5)
+    together, _ = model.embed(model.collaborative, model.route(batch()))
+    alone_, _ = model.embed(model.collaborative, model.route(collate([SECOND], SPACE)))
+    assert torch.equal(together[1, :3], alone_[0])
+
+
+def test_queries_pool_the_item_rows_up_to_their_position() -> None:
+    model = recommender()
+    routed = model.route(batch())
+    _, item_rows = model.embed(model.collaborative, routed)
+    hidden = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(2))
+    queries = model.item_queries(hidden, item_rows, routed.documents)
+    items = model.collaborative.items.local_rows
+    # Two items of FIRST are the same row; the first queries of both documents come before any item.
+    pooled = [torch.zeros(WIDTH), 2 * items[0] + items[5], torch.zeros(WIDTH), items[2]]
+    states = [hidden[0, 2], hidden[0, 5], hidden[1, 0], hidden[1, 2]]
+    for query, state, pool in zip(queries, states, pooled, strict=True):
+        wanted = state + torch.nn.functional.normalize(pool, dim=0) * WIDTH**0.5
+        torch.testing.assert_close(query, wanted)
+    assert torch.equal(model.word_queries(hidden, routed.documents), torch.stack(states))
+    torch.testing.assert_close(recommender(pool=False).item_queries(hidden, item_rows, batch()), torch.stack(states))
+
+
+def test_a_batch_without_documents_passes_through() -> None:
+    model = recommender(dropout=0.5)
+    routed = model.route(collate([], SPACE))
+    embedded, item_rows = model.embed(model.collaborative, routed)
+    assert embedded.shape == (1, 1, WIDTH)
+    assert model.item_queries(embedded, item_rows, routed.documents).shape == (0, WIDTH)
+
+
+def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
+    embedding = torch.zeros(SPACE.num_words, WIDTH)
+    model = Recommender(
+        4, 6, Words(embedding, embedding), HeadConfig(), alone(), dropout=0.0, lazy=True, content=True
+    )  # fmt: skip
+    sharded = {name: partition.num_rows for name, _, partition in model.sharded_parameters()}
+    assert sharded == {
+        "collaborative.users": 4, "collaborative.items": 6, "content.users": 4, "content.items": 6, "head.bias": 6,
+    }  # fmt: skip
+    assert [name for name, _ in model.replicated_parameters()] == ["head.log_temperature"]
+    named = {id(p) for _, p, _ in model.sharded_parameters()} | {id(p) for _, p in model.replicated_parameters()}
+    assert named == {id(p) for p in model.parameters()}
+    assert model.content is not None
+    lazy = [t.sparse_gradients for rows in (model.collaborative, model.content) for t in (rows.users, rows.items)]
+    assert lazy == [True, False, True, True], "the operand of the softmax has a dense gradient"
