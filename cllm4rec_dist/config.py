@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cllm4rec_dist.errors import ConfigError
 
@@ -153,9 +153,14 @@ class MethodConfig(StrictModel):
     order: Literal["shuffled", "fixed"] = "shuffled"
     """Order of a user's items at each visit: drawn anew (paper) or as stored (the authors' code)."""
     mask_share: tuple[float, float] = (0.1, 0.9)
-    """Share of a user's items that is masked, drawn uniformly from this range at each visit."""
+    """Share of a user's items that is masked: drawn uniformly from a range at each visit, or one fixed share."""
     max_history: int = Field(default=256, ge=1)
     """Items of a user put into a prompt at most; a random subset (the last ones with fixed order) beyond."""
+
+    @field_validator("mask_share", mode="before")
+    @classmethod
+    def _fixed_share(cls, value: object) -> object:
+        return (value, value) if isinstance(value, float) else value
 
     @model_validator(mode="after")
     def _ordered(self) -> MethodConfig:

@@ -1,0 +1,242 @@
+"""Documents are those of the paper, read back through the tokenizer; batches hold them unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cllm4rec_dist.config import MethodConfig
+from cllm4rec_dist.corpus.prompts import Composer, Document, collate
+from cllm4rec_dist.corpus.shards import ContentKind
+from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.model.tiny import train_tokenizer
+
+TOKENIZER = WordTokenizer(train_tokenizer(["the quiet trail", "blue espresso"], 320))
+SPACE = TokenSpace(num_words=len(TOKENIZER), num_users=30, num_items=100)
+ITEMS = np.array([7, 3, 99, 12, 41, 0, 25, 64], dtype=np.int32)
+
+
+def composer(seed: int = 0, **method: Any) -> Composer:
+    return Composer(TOKENIZER, SPACE, MethodConfig(**method), seed)
+
+
+def text_of(document: Document) -> str:
+    """The document in bracket notation. A slot takes the blanks beside it: `with <item_3>` is written `with<item_3>`."""
+    return TOKENIZER.decode(document.token_ids.tolist(), SPACE)
+
+
+def brackets(items: Any) -> str:
+    return "".join(f"<item_{item}>" for item in items)
+
+
+def shown_items(document: Document) -> list[int]:
+    return [t - SPACE.first_item for t in document.token_ids.tolist() if t >= SPACE.first_item]
+
+
+def test_the_collaborative_document_is_the_papers() -> None:
+    document = composer(order="fixed").collaborative(4, ITEMS, epoch=0)
+    assert text_of(document) == f"<user_4> has interacted with{brackets(ITEMS)}"
+
+
+def test_every_item_is_predicted_from_the_token_before_it() -> None:
+    for order in ("fixed", "shuffled"):
+        document = composer(order=order).collaborative(4, ITEMS, epoch=0)
+        assert sorted(document.targets.tolist()) == sorted(ITEMS.tolist())
+        assert document.target_query.tolist() == list(range(len(ITEMS)))
+        predicted = document.token_ids[document.queries + 1] - SPACE.first_item
+        assert predicted.tolist() == document.targets.tolist()
+        # The first one from the last token of the prompt, which is a word.
+        prompt = TOKENIZER.encode("<user_4> has interacted with", SPACE)
+        assert document.queries[0] == len(prompt) - 1
+        assert document.token_ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("make", ["collaborative", "recommendation"])
+def test_shuffled_orders_differ_between_visits_and_users_and_are_repeatable(make: str) -> None:
+    def order(epoch: int, user: int = 4, seed: int = 0, **method: Any) -> list[int]:
+        return shown_items(getattr(composer(seed, **method), make)(user, ITEMS, epoch))
+
+    assert order(0) == order(0)
+    visits = [order(epoch) for epoch in range(5)]
+    assert len({tuple(visit) for visit in visits}) == 5
+    assert order(0, user=5) != order(0)
+    assert order(0, seed=1) != order(0)
+
+
+def test_a_fixed_order_is_the_stored_one_at_every_visit() -> None:
+    fixed = composer(order="fixed")
+    for epoch in range(3):
+        assert shown_items(fixed.collaborative(4, ITEMS, epoch)) == ITEMS.tolist()
+        shown = shown_items(fixed.recommendation(4, ITEMS, epoch))
+        assert shown == [item for item in ITEMS.tolist() if item in shown]
+
+
+def test_the_recommendation_document_is_the_papers() -> None:
+    document = composer().recommendation(4, ITEMS, epoch=1)
+    shown = shown_items(document)
+    assert text_of(document) == f"<user_4> has interacted with{brackets(shown)},<user_4> will interact with"
+    assert document.queries.tolist() == [len(document.token_ids) - 1], "read from the last position"
+    assert set(document.target_query.tolist()) == {0}
+
+
+def test_held_out_targets_are_those_that_are_not_shown() -> None:
+    for epoch in range(20):
+        document = composer(target="held_out").recommendation(4, ITEMS, epoch)
+        assert sorted([*shown_items(document), *document.targets.tolist()]) == sorted(ITEMS.tolist())
+
+
+def test_all_targets_are_all_items_though_some_are_masked() -> None:
+    for epoch in range(20):
+        document = composer(target="all").recommendation(4, ITEMS, epoch)
+        assert sorted(document.targets.tolist()) == sorted(ITEMS.tolist())
+        assert 0 < len(shown_items(document)) < len(ITEMS)
+
+
+def test_masked_shares_fill_their_range() -> None:
+    items = np.arange(100)
+    made = composer(mask_share=(0.3, 0.6))
+    masked = [len(made.recommendation(4, items, epoch).targets) for epoch in range(200)]
+    assert 30 <= min(masked) <= 35
+    assert 55 <= max(masked) <= 60
+    counts = np.bincount(
+        np.concatenate([made.recommendation(4, items, epoch).targets for epoch in range(200)]), minlength=100
+    )
+    assert counts.min() > 50, "an item is hardly ever masked"
+
+
+def test_one_item_at_least_is_masked_and_one_shown() -> None:
+    for share in (0.01, 0.99):
+        made = composer(mask_share=(share, share))
+        for count in (2, 3, 8):
+            document = made.recommendation(4, ITEMS[:count], epoch=0)
+            assert len(document.targets) == (1 if share < 0.5 else count - 1)
+            assert len(shown_items(document)) == count - len(document.targets)
+
+
+@pytest.mark.parametrize("target", ["held_out", "all"])
+def test_the_only_item_of_a_user_is_masked(target: str) -> None:
+    document = composer(target=target).recommendation(4, ITEMS[:1], epoch=0)
+    assert text_of(document) == "<user_4> has interacted with,<user_4> will interact with"
+    assert document.targets.tolist() == [7]
+
+
+def test_a_long_history_is_cut_to_random_items_or_to_the_last_ones() -> None:
+    seen: set[int] = set()
+    for epoch in range(20):
+        items = shown_items(composer(max_history=3).collaborative(4, ITEMS, epoch))
+        assert len(items) == len(set(items)) == 3
+        seen |= set(items)
+    assert seen == set(ITEMS.tolist())
+    fixed = composer(max_history=3, order="fixed")
+    assert fixed.collaborative(4, ITEMS, 0).targets.tolist() == [0, 25, 64]
+    document = composer(max_history=3, target="all").recommendation(4, ITEMS, 0)
+    assert len(document.targets) == 3
+
+
+def test_a_prediction_shows_the_last_items_in_stored_order() -> None:
+    document = composer(max_history=5).prediction(4, ITEMS)
+    assert text_of(document) == f"<user_4> has interacted with{brackets(ITEMS[-5:])},<user_4> will interact with"
+    assert document.queries.tolist() == [len(document.token_ids) - 1]
+    assert len(document.targets) == 0
+
+
+CONTENT = {
+    ContentKind.USER_ITEM: "<user_4> writes the review for<item_9>:",
+    ContentKind.ITEM_TITLE: "The title of<item_9> is:",
+    ContentKind.ITEM_DESCRIPTION: "The description of<item_9> is:",
+    ContentKind.USER_PROFILE: "The profile of<user_4> is:",
+}
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+def test_content_documents_are_the_papers_and_every_word_is_predicted(kind: ContentKind) -> None:
+    words = np.array(TOKENIZER.encode_batch([" quiet trail <item_3>"])[0], dtype=np.int32)
+    document = composer().content(int(kind), 4, 9, words, epoch=0, example=17)
+    assert text_of(document) == f"{CONTENT[kind]} quiet trail <item_3>"
+    assert (document.token_ids >= SPACE.first_user).sum() == CONTENT[kind].count("<"), "a text's bracket is no token"
+    assert document.targets.tolist() == words.tolist()
+    assert document.token_ids[document.queries + 1].tolist() == words.tolist()
+    assert document.target_query.tolist() == list(range(len(words)))
+    assert document.token_ids.dtype == np.int64
+
+
+def test_dropout_keys_differ_between_visits_documents_and_kinds() -> None:
+    made = composer()
+    words = np.array([1, 2], dtype=np.int32)
+    keys = [
+        document.key
+        for epoch in range(3)
+        for row in range(3)
+        for document in (
+            made.collaborative(row, ITEMS, epoch),
+            made.recommendation(row, ITEMS, epoch),
+            made.content(1, row, 0, words, epoch, example=row),
+        )
+    ]
+    assert len(set(keys)) == 27
+    assert all(0 <= key < 1 << 62 for key in keys)
+
+
+def test_a_prefix_that_the_backbone_expects_comes_first() -> None:
+    tokenizer = WordTokenizer(train_tokenizer(["the quiet trail", "blue espresso"], 320))
+    tokenizer.prefix = [0]
+    made = Composer(tokenizer, SPACE, MethodConfig(order="fixed"), 0)
+    bare = composer(order="fixed")
+    for name in ("collaborative", "recommendation"):
+        document, without = getattr(made, name)(4, ITEMS, 0), getattr(bare, name)(4, ITEMS, 0)
+        assert document.token_ids.tolist() == [0, *without.token_ids.tolist()]
+        assert document.queries.tolist() == (without.queries + 1).tolist()
+
+
+def test_collate_holds_uneven_documents_unchanged() -> None:
+    made = composer(order="fixed")
+    words = np.array(TOKENIZER.encode_batch([" quiet trail"])[0], dtype=np.int32)
+    documents = [
+        made.collaborative(4, ITEMS[:2], 0), made.recommendation(29, ITEMS, 0),
+        made.content(int(ContentKind.USER_ITEM), 1, 99, words, 0, 5),
+    ]  # fmt: skip
+    batch = collate(documents, SPACE)
+    longest = max(len(d.token_ids) for d in documents)
+    assert batch.word_ids.shape == (3, longest)
+    assert batch.num_tokens == sum(len(d.token_ids) for d in documents)
+    assert batch.keys.tolist() == [d.key for d in documents]
+
+    flat = batch.word_ids.flatten().clone()
+    assert not flat[batch.user_positions].any()
+    assert not flat[batch.item_positions].any()
+    flat[batch.user_positions] = batch.user_ids + SPACE.first_user
+    flat[batch.item_positions] = batch.item_ids + SPACE.first_item
+    for row, document in zip(flat.view(3, longest).tolist(), documents, strict=True):
+        assert row[: len(document.token_ids)] == document.token_ids.tolist()
+        assert not any(row[len(document.token_ids) :])
+
+    # Each target's position and value, document by document.
+    positions = batch.query_positions[batch.target_query]
+    found = list(zip((positions // longest).tolist(), (positions % longest).tolist(), batch.targets.tolist(), strict=True))
+    assert found == [
+        (row, int(document.queries[query]), int(target))
+        for row, document in enumerate(documents)
+        for query, target in zip(document.target_query, document.targets, strict=True)
+    ]
+    assert len(batch.query_positions) == sum(len(d.queries) for d in documents)
+
+
+def test_collate_of_no_document_is_one_padding_token_that_predicts_nothing() -> None:
+    batch = collate([], SPACE)
+    assert batch.word_ids.tolist() == [[0]]
+    assert batch.num_tokens == 0
+    for name in ("user_ids", "item_ids", "query_positions", "target_query", "targets", "user_positions"):
+        assert len(getattr(batch, name)) == 0, name
+    assert len(batch.keys) == 1
+
+
+def test_a_batch_moves_with_every_tensor() -> None:
+    import torch
+
+    batch = collate([composer().collaborative(4, ITEMS, 0)], SPACE).to(torch.device("meta"))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 9
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert batch.num_tokens > 0

@@ -1,0 +1,170 @@
+"""Every epoch visits every example once, in an order that world size, batch size and resumption do not change."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm4rec_dist.corpus.stream import EpochOrder, Example, RecordCache, ahead, batch_range, steps_per_epoch
+from cllm4rec_dist.topology import World
+
+SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=12)
+WINDOWS = st.integers(1, 14)
+SEEDS = st.integers(0, 5)
+BATCHES = st.integers(1, 17)
+
+
+def order(sizes: list[int], seed: int, window: int) -> EpochOrder:
+    return EpochOrder(np.array(sizes, dtype=np.int64), seed, window)
+
+
+def places(examples: list[Example]) -> list[tuple[int, int]]:
+    return [(example.record, example.index) for example in examples]
+
+
+@given(sizes=SIZES, seed=SEEDS, window=WINDOWS)
+def test_every_epoch_visits_each_example_exactly_once(sizes: list[int], seed: int, window: int) -> None:
+    stream = order(sizes, seed, window)
+    everything = {(record, index) for record, size in enumerate(sizes) for index in range(size)}
+    assert stream.num_examples == len(everything)
+    for epoch in range(3):
+        examples = stream.range(epoch * len(everything), (epoch + 1) * len(everything))
+        assert Counter(places(examples)) == Counter(everything)
+        assert {example.epoch for example in examples} == {epoch}
+
+
+@given(sizes=SIZES, seed=SEEDS, window=WINDOWS, batch=BATCHES)
+def test_worlds_of_1_to_4_read_the_same_global_batches(sizes: list[int], seed: int, window: int, batch: int) -> None:
+    stream = order(sizes, seed, window)
+    for step in range(2 * steps_per_epoch(stream.num_examples, batch)):
+        bounds = batch_range(step, stream.num_examples, batch)
+        whole = stream.range(*bounds)
+        for size in range(1, 5):
+            # Each rank has a stream of its own, as in a run.
+            parts = [
+                order(sizes, seed, window).range(*World(rank, size, rank, torch.device("cpu")).share(*bounds))
+                for rank in range(size)
+            ]
+            assert [example for part in parts for example in part] == whole
+
+
+@given(sizes=SIZES, seed=SEEDS, window=WINDOWS, batch=BATCHES, data=st.data())
+def test_resumption_from_any_step_goes_on_with_the_same_sequence(
+    sizes: list[int], seed: int, window: int, batch: int, data: st.DataObject
+) -> None:
+    stream = order(sizes, seed, window)
+    total = 2 * steps_per_epoch(stream.num_examples, batch)
+    steps = [stream.range(*batch_range(step, stream.num_examples, batch)) for step in range(total)]
+    resumed_at = data.draw(st.integers(0, total - 1))
+    fresh = order(sizes, seed, window)
+    resumed = [fresh.range(*batch_range(step, fresh.num_examples, batch)) for step in range(resumed_at, total)]
+    assert resumed == steps[resumed_at:]
+
+
+@given(num_examples=st.integers(1, 40), batch=BATCHES)
+def test_batches_fill_their_epoch_and_do_not_cross_its_end(num_examples: int, batch: int) -> None:
+    per_epoch = steps_per_epoch(num_examples, batch)
+    position = 0
+    for step in range(3 * per_epoch):
+        start, stop = batch_range(step, num_examples, batch)
+        assert start == position
+        assert 1 <= stop - start <= batch
+        assert start // num_examples == (stop - 1) // num_examples
+        if (step + 1) % per_epoch:
+            assert stop - start == batch, "only the last batch of an epoch may be short"
+        position = stop
+    assert position == 3 * num_examples
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    sizes, total = [5, 4, 6, 5, 5, 3], 28
+    epochs = [places(order(sizes, 1, 2).range(epoch * total, (epoch + 1) * total)) for epoch in range(4)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert places(order(sizes, 2, 2).range(0, total)) != epochs[0]
+    # Read in any pieces, in any order, the same stream gives the same examples.
+    stream = order(sizes, 1, 2)
+    stream.range(70, 90)
+    pieces = [stream.range(start, min(start + 3, 2 * total)) for start in range(0, 2 * total, 3)]
+    assert [place for piece in pieces for place in places(piece)] == epochs[0] + epochs[1]
+
+
+def test_examples_of_a_window_are_mixed_and_only_they() -> None:
+    sizes = [50] * 6
+    examples = places(order(sizes, 0, 2).range(0, 300))
+    for start in range(0, 300, 100):
+        window = examples[start : start + 100]
+        records = [record for record, _ in window]
+        assert len(set(records)) == 2
+        assert records != sorted(records)
+        changes = sum(a != b for a, b in zip(records, records[1:], strict=False))
+        assert changes > 20, "records are hardly mixed"
+    assert places(order(sizes, 0, 1).range(0, 50)) != [(examples[0][0], index) for index in range(50)]
+
+
+class Shards:
+    """Records that remember how often they were read."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+
+    def read_record(self, index: int) -> dict[str, np.ndarray]:
+        self.reads.append(index)
+        return {"record": np.array([index])}
+
+
+def test_the_cache_keeps_the_records_used_last() -> None:
+    shards = Shards()
+    cache = RecordCache(shards, 2)  # type: ignore[arg-type]
+    for index in (0, 1, 0, 2, 0, 1):
+        assert cache[index]["record"].tolist() == [index]
+    assert shards.reads == [0, 1, 2, 1], "0 was used after 1, so 1 had to go"
+
+
+def test_ahead_yields_in_order_and_makes_one_in_advance() -> None:
+    made: list[int] = []
+    second = threading.Event()
+
+    def make(step: int) -> int:
+        made.append(step)
+        if step == 4:
+            second.set()
+        return 10 * step
+
+    stream = ahead(make, 3, 7)
+    assert next(stream) == 30
+    assert second.wait(5), "the next one is made while this one is used"
+    assert list(stream) == [40, 50, 60]
+    assert made == [3, 4, 5, 6]
+
+
+def test_ahead_of_nothing_makes_nothing() -> None:
+    def make(step: int) -> int:
+        raise AssertionError(step)
+
+    assert list(ahead(make, 5, 5)) == []
+
+
+def test_an_exception_comes_out_at_the_step_that_caused_it() -> None:
+    def make(step: int) -> int:
+        if step == 2:
+            raise ValueError("record 2 is damaged")
+        return step
+
+    stream: Iterator[int] = ahead(make, 0, 5)
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(ValueError, match="record 2 is damaged"):
+        next(stream)
+
+
+def test_a_stream_that_is_left_early_leaves_no_thread_behind() -> None:
+    stream = ahead(lambda step: step, 0, 100)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]

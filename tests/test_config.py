@@ -1,0 +1,231 @@
+"""Configurations are validated once and refused by the name of what is wrong; every committed file loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config, validate
+from cllm4rec_dist.engine import resolve_settings
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
+BASE = {"stage": "pretrain", "corpus": "corpus", "backbone": "backbone", "output": "runs/x"}
+
+
+def load(*overrides: str, path: Path | None = None) -> RunConfig:
+    given = [f"{key}={value}" for key, value in BASE.items()] if path is None else []
+    return load_config(RunConfig, path, [*given, *overrides])
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_the_papers_method() -> None:
+    method = load().method
+    assert (method.target, method.order) == ("held_out", "shuffled")
+
+
+def test_a_configuration_cannot_be_changed_after_it_is_checked() -> None:
+    config = load()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.epochs = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optimizer.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("model", [RunConfig, BackboneConfig])
+def test_every_field_is_documented(model: Any) -> None:
+    pending = [model]
+    while pending:
+        node = pending.pop()
+        for name, field in node.model_fields.items():
+            assert field.description, f"{node.__name__}.{name}"
+            if hasattr(field.annotation, "model_fields"):
+                pending.append(field.annotation)
+
+
+WRONG = {
+    "optimizer.learning_rate=1e-3": "optimizer.learning_rate",  # unknown key
+    "optimiser.lr=1e-3": "optimiser",  # unknown section
+    "epochs=many": "epochs",  # type
+    "corpus=3": "corpus",  # a number where a text belongs
+    "batch.users=1.5": "batch.users",
+    "epochs=0": "epochs",  # range
+    "optimizer.lr=-1": "optimizer.lr",
+    "optimizer.lr=nan": "optimizer.lr",
+    "rows.dropout=1": "rows.dropout",
+    "adapter.kind=qlora": "adapter.kind",  # choice
+    "method.mask_share=[0.9, 0.1]": "mask_share",
+    "method.mask_share=[0, 0.5]": "mask_share",
+    "method.mask_share=[0.5]": "method.mask_share",
+    "adapter=3": "adapter",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(override)
+    assert WRONG[override] in str(caught.value)
+    assert isinstance(caught.value, CLLM4RecError)
+
+
+def test_every_violation_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("epochs=0", "optimizer.lr=-1", "batch.user=3")
+    for field in ("epochs", "optimizer.lr", "batch.user"):
+        assert field in str(caught.value)
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(ConfigError, match="corpus"):
+        load_config(RunConfig, None, ["stage=pretrain"])
+
+
+@pytest.mark.parametrize("override", ["epochs", "=3", "epochs.more=3", "corpus.x=1", "epochs=[1, 2", ""])
+def test_a_bad_override_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("epochs=3", override)
+    assert caught.value.field == "override"
+
+
+OVERRIDES = [
+    ("optimizer.lr=1e-3", lambda c: c.optimizer.lr, 1e-3),
+    ("optimizer.lr=1E-3", lambda c: c.optimizer.lr, 1e-3),
+    ("optimizer.tables_lr=5", lambda c: c.optimizer.tables_lr, 5.0),
+    ("method.mask_share=[0.2, 0.4]", lambda c: c.method.mask_share, (0.2, 0.4)),
+    ("adapter.targets=[q_proj, v_proj]", lambda c: c.adapter.targets, ("q_proj", "v_proj")),
+    ("max_steps=null", lambda c: c.max_steps, None),
+    ("activation_checkpointing=true", lambda c: c.activation_checkpointing, True),
+    ("output=a=b", lambda c: c.output, "a=b"),
+    ("corpus=s3://bucket/corpus", lambda c: c.corpus, "s3://bucket/corpus"),
+]
+
+
+@pytest.mark.parametrize(("override", "read", "value"), OVERRIDES, ids=[o[0] for o in OVERRIDES])
+def test_an_override_is_read_as_yaml(override: str, read: Any, value: Any) -> None:
+    assert read(load(override)) == value
+
+
+def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps(BASE | {"epochs": 3, "optimizer": {"lr": 0.5, "warmup_steps": 7}}))
+    config = load("optimizer.lr=0.1", "optimizer.lr=0.2", path=path)
+    assert (config.epochs, config.optimizer.lr, config.optimizer.warmup_steps) == (3, 0.2, 7)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b", "just words", "a: [1, 2", "a: b: c", "\t- x"])
+def test_a_file_that_holds_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(path=written(tmp_path, text))
+    assert "run.yaml" in str(caught.value)
+
+
+def test_a_file_that_is_not_text_or_not_there_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(path=path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(path=tmp_path)
+    path.write_bytes(b"\xff\xfe\x00stage: 1")
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        load(path=path)
+
+
+def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not readable YAML"):
+        load(path=written(tmp_path, "corpus: !!python/object/apply:os.getcwd []"))
+    with pytest.raises(ConfigError, match="not YAML"):
+        load("corpus=!!python/object/apply:os.getcwd []")
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ConfigError, match="heads"):
+        validate(BackboneConfig, {"hidden": 20, "heads": 3}, "test")
+
+
+@pytest.mark.skipif(not LAUNCH, reason="no run configuration is committed")
+@pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.name)
+def test_every_committed_run_configuration_loads(path: Path) -> None:
+    # The entry point sets the stage.
+    for stage in ("pretrain", "finetune"):
+        config = load_config(RunConfig, path, [f"stage={stage}"])
+        assert (ROOT / config.deepspeed).is_file()
+
+
+def with_deepspeed(path: Path, *overrides: str) -> RunConfig:
+    return load(f"deepspeed={json.dumps(str(path))}", *overrides)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.name)
+def test_every_committed_deepspeed_file_is_filled_in_by_the_run(path: Path, precision: str) -> None:
+    settings = resolve_settings(with_deepspeed(path, "batch.accumulation=3", f"precision={precision}"))
+    assert settings["gradient_accumulation_steps"] == 3
+    assert settings["gradient_clipping"] == 0.0, "clipping is joint with the tables, and not DeepSpeed's"
+    assert settings["bf16"]["enabled"] == (precision == "bf16")
+    assert settings["zero_optimization"]["stage"] == 3
+    assert '"auto"' not in json.dumps(settings)
+
+
+def test_there_is_a_deepspeed_file() -> None:
+    assert ROOT / RunConfig.model_fields["deepspeed"].default in DEEPSPEED
+
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+def deepspeed_file(tmp_path: Path, tree: Any) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "conflict"),
+    [
+        ("gradient_accumulation_steps", {"gradient_accumulation_steps": 4}),
+        ("gradient_clipping", {"gradient_clipping": 1.0}),
+        ("train_micro_batch_size_per_gpu", {"train_micro_batch_size_per_gpu": 8}),
+        ("bf16.enabled", {"bf16": {"enabled": True}}),
+        ("zero_optimization.stage", {"zero_optimization": {"stage": 2}}),
+        ("zero_optimization.stage", {"zero_optimization": {}}),
+    ],
+)
+def test_a_deepspeed_file_that_conflicts_with_the_run_is_refused(tmp_path: Path, field: str, conflict: Any) -> None:
+    path = deepspeed_file(tmp_path, ZERO3 | conflict)
+    with pytest.raises(ConfigError) as caught:
+        resolve_settings(with_deepspeed(path))
+    assert field in str(caught.value)
+    assert "ds.json" in str(caught.value)
+
+
+def test_a_deepspeed_file_may_say_what_the_run_says_and_leave_out_the_rest(tmp_path: Path) -> None:
+    path = deepspeed_file(tmp_path, ZERO3 | {"gradient_accumulation_steps": 4, "bf16": {"enabled": False}})
+    settings = resolve_settings(with_deepspeed(path, "batch.accumulation=4"))
+    assert settings["gradient_accumulation_steps"] == 4
+    assert settings["train_micro_batch_size_per_gpu"] == 1
+
+
+def test_an_unreadable_deepspeed_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="deepspeed"):
+        resolve_settings(with_deepspeed(tmp_path / "absent.json"))
+    path = tmp_path / "ds.json"
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="deepspeed"):
+        resolve_settings(with_deepspeed(path))
+
+
+@pytest.mark.parametrize("tree", [[], {"bf16": True, **ZERO3}, {"zero_optimization": 3}])
+def test_a_deepspeed_file_of_the_wrong_form_is_refused(tmp_path: Path, tree: Any) -> None:
+    with pytest.raises(ConfigError):
+        resolve_settings(with_deepspeed(deepspeed_file(tmp_path, tree)))
