@@ -15,6 +15,7 @@ PACKAGE = "cllm4rec_dist"
 ROOT = Path(cllm4rec_dist.__file__).parent
 
 ORDER = [
+    "__main__",
     "cli",
     "launchers",
     "comparison",

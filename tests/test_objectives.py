@@ -71,7 +71,9 @@ def by_hand(kind: str, rank: int) -> float:
 @pytest.mark.parametrize("rank", range(len(HISTORIES)))
 @pytest.mark.parametrize("kind", CASES)
 def test_item_likelihood_is_the_papers(kind: str, rank: int) -> None:
-    loss, count = item_likelihood(CASES[kind](rank)[0], ITEMS, *CASES[kind](rank)[1:], RowPartition(NUM_ITEMS, 1), alone())
+    loss, count = item_likelihood(
+        CASES[kind](rank)[0], ITEMS, *CASES[kind](rank)[1:], RowPartition(NUM_ITEMS, 1), alone()
+    )
     assert loss.item() == pytest.approx(by_hand(kind, rank), rel=1e-12)
     assert count == sum(map(len, HISTORIES[rank]))
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
+
+patient = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+"""A loaded machine is no failure."""
 
 SIZES = st.integers(1, 9)
 ROWS = st.integers(0, 60)
 
 
+@patient
 @given(num_rows=ROWS, size=SIZES)
 def test_ranges_cover_all_rows_once_in_rank_order(num_rows: int, size: int) -> None:
     partition = RowPartition(num_rows, size)
@@ -22,6 +26,7 @@ def test_ranges_cover_all_rows_once_in_rank_order(num_rows: int, size: int) -> N
     ]
 
 
+@patient
 @given(num_rows=ROWS, size=SIZES)
 def test_the_owner_of_a_row_is_the_row_divided_by_the_block(num_rows: int, size: int) -> None:
     partition = RowPartition(num_rows, size)
@@ -29,6 +34,7 @@ def test_the_owner_of_a_row_is_the_row_divided_by_the_block(num_rows: int, size:
         assert all(row // partition.block == rank for row in range(*partition.range(rank)))
 
 
+@patient
 @given(num_rows=ROWS, size=SIZES)
 def test_only_trailing_ranks_hold_less_than_a_block(num_rows: int, size: int) -> None:
     partition = RowPartition(num_rows, size)
@@ -44,6 +50,7 @@ def test_ranks_behind_the_last_row_hold_none() -> None:
     assert [RowPartition(0, 2).range(rank) for rank in range(2)] == [(0, 0), (0, 0)]
 
 
+@patient
 @given(num_rows=ROWS, size=SIZES)
 def test_starts_are_the_bounds_of_the_ranges(num_rows: int, size: int) -> None:
     partition = RowPartition(num_rows, size)
@@ -52,6 +59,7 @@ def test_starts_are_the_bounds_of_the_ranges(num_rows: int, size: int) -> None:
     assert starts.tolist() == [partition.range(rank)[0] for rank in range(size)] + [num_rows]
 
 
+@patient
 @given(start=st.integers(0, 1000), length=st.integers(0, 50), size=SIZES)
 def test_shares_cover_the_positions_once_and_differ_by_at_most_one(start: int, length: int, size: int) -> None:
     worlds = [World(rank, size, rank, torch.device("cpu")) for rank in range(size)]

@@ -23,7 +23,7 @@ def composer(seed: int = 0, **method: Any) -> Composer:
 
 
 def text_of(document: Document) -> str:
-    """The document in bracket notation. A slot takes the blanks beside it: `with <item_3>` is written `with<item_3>`."""
+    """The document in bracket notation; a slot takes the blanks beside it (`with<item_3>`)."""
     return TOKENIZER.decode(document.token_ids.tolist(), SPACE)
 
 
@@ -214,7 +214,9 @@ def test_collate_holds_uneven_documents_unchanged() -> None:
 
     # Each target's position and value, document by document.
     positions = batch.query_positions[batch.target_query]
-    found = list(zip((positions // longest).tolist(), (positions % longest).tolist(), batch.targets.tolist(), strict=True))
+    found = list(
+        zip((positions // longest).tolist(), (positions % longest).tolist(), batch.targets.tolist(), strict=True)
+    )
     assert found == [
         (row, int(document.queries[query]), int(target))
         for row, document in enumerate(documents)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.model.tiny import train_tokenizer
+
+patient = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+"""A loaded machine is no failure."""
 
 TEXTS = ["the quiet trail", "río чай 音楽", "blue espresso mountain"]
 TOKENIZER = WordTokenizer(train_tokenizer(TEXTS, 320))
@@ -23,6 +26,7 @@ def test_words_users_and_items_follow_each_other() -> None:
     assert len(TOKENIZER) <= SPACE.num_words
 
 
+@patient
 @given(user=st.integers(0, 49), item=st.integers(0, 1199))
 def test_a_bracket_is_one_token_behind_the_words(user: int, item: int) -> None:
     assert TOKENIZER.encode(f"<user_{user}>", SPACE) == [SPACE.num_words + user]
@@ -46,6 +50,7 @@ BRACKETS = st.one_of(
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"), min_size=1, max_size=8)
 
 
+@patient
 @given(parts=st.lists(st.one_of(BRACKETS, PLAIN), max_size=8))
 def test_decode_reverses_encode(parts: list[str]) -> None:
     text = "".join(parts)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,8 +54,9 @@ def losses(config: Path, *command: str, environment: dict[str, str] | None = Non
         for k, v in os.environ.items()
         if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     }
+    clean |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{clean['PATH']}"} | (environment or {})
     found = subprocess.run(
-        everything, cwd=ROOT, env=clean | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{clean['PATH']}"} | (environment or {}),
+        everything, cwd=ROOT, env=clean,
         capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
@@ -87,16 +87,21 @@ def test_ray_train_starts_a_local_ray_by_itself(config: Path, wanted: list[float
     assert losses(config, sys.executable, "--workers", "2") == wanted
 
 
+# A cluster runs whatever it is sent: this one takes jobs of whoever knows its token, and from this host only.
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 @pytest.fixture
 def ray_address() -> Iterator[str]:
-    """A Ray of this test alone; stopped by the session that started it."""
+    """A Ray of this test alone."""
     port, dashboard = free_port(), free_port()
     head = subprocess.Popen(
         [
             *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"),
             *(f"--port={port}", f"--dashboard-port={dashboard}"),
         ],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=os.environ | TOKEN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -108,18 +113,16 @@ def ray_address() -> Iterator[str]:
 
 
 def _wait_for(address: str) -> None:
-    for _ in range(120):
-        try:
-            with urllib.request.urlopen(f"{address}/api/version", timeout=2):
-                return
-        except urllib.error.HTTPError:  # it answers, if only to ask for the token that `ray job` knows
+    """Until the cluster takes jobs, which is some seconds after it answers."""
+    command = [str(BIN / "ray"), "job", "submit", "--address", address, "--", "true"]
+    for _ in range(20):
+        if subprocess.run(command, env=os.environ | TOKEN, capture_output=True, check=False).returncode == 0:
             return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(f"no Ray dashboard at {address}")
+        time.sleep(2)
+    raise TimeoutError(f"no Ray at {address} that takes jobs")
 
 
 @pytest.mark.integration
 def test_ray_job_submit(config: Path, wanted: list[float], ray_address: str) -> None:
     command = (str(BIN / "ray"), "job", "submit", "--address", ray_address, "--working-dir", ".", "--", sys.executable)
-    assert losses(config, *command, "--workers", "2") == wanted
+    assert losses(config, *command, "--workers", "2", environment=TOKEN) == wanted

@@ -274,7 +274,7 @@ def test_a_folder_without_safetensors_is_refused(folders: dict[str, Path], tmp_p
     folder = copied(folders["gpt2"], tmp_path / "backbone")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     for function in (fingerprint, lambda f: load_words(f, torch.float32, torch.device("cpu"))):
-        with pytest.raises(ConfigError, match="no .safetensors file"):
+        with pytest.raises(ConfigError, match=r"no \.safetensors file"):
             function(folder)
 
 

@@ -121,7 +121,9 @@ def test_dense_nll_equals_log_softmax() -> None:
 
 # Positions of each rank. The last row of a world of 2 or more: no position anywhere, as in an empty micro-batch.
 POSITIONS = {1: [[6]], 2: [[4, 0], [3, 5], [0, 0]], 3: [[2, 0, 5], [0, 0, 0]], 4: [[3, 1, 0, 4], [0, 0, 0, 0]]}
-SHARDED = [(size, index, num_items) for size in WORLDS for index in range(len(POSITIONS[size])) for num_items in (11, 3)]
+SHARDED = [
+    (size, index, num_items) for size in WORLDS for index in range(len(POSITIONS[size])) for num_items in (11, 3)
+]
 
 
 def sharded_case(counts: list[int], num_items: int) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]], Tensor]:
@@ -147,7 +149,11 @@ def sharded(world: World) -> dict[str, Any]:
             own_weight = weight[start:stop].clone().requires_grad_()
             nll = sharded_nll(own_queries, own_weight, *targets[world.rank], partition, world, MAX_LOGITS)
             (nll * seed.split(counts)[world.rank]).sum().backward()
-            found[f"{index}-{num_items}"] = {"nll": nll.detach(), "queries": own_queries.grad, "weight": own_weight.grad}
+            found[f"{index}-{num_items}"] = {
+                "nll": nll.detach(),
+                "queries": own_queries.grad,
+                "weight": own_weight.grad,
+            }
     return found
 
 

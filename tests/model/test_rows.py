@@ -86,9 +86,7 @@ def test_collaborative_rows_are_samples_of_the_prior() -> None:
     ("lambda_l", "lambda_c", "ratio"),
     [(0.1, 0.4, 0.5), (1e-3, 1e-2, math.sqrt(0.1)), (0.4, 0.1, 1.0), (0.1, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.1, 0.0)],
 )
-def test_content_rows_are_samples_around_the_collaborative_ones(
-    lambda_l: float, lambda_c: float, ratio: float
-) -> None:
+def test_content_rows_are_samples_around_the_collaborative_ones(lambda_l: float, lambda_c: float, ratio: float) -> None:
     own, content = table(20_000, 10, alone()), table(20_000, 10, alone())
     start_prior(own, SCALE, alone(), seed=0, index=1)
     start_content(content, own, RowsConfig(lambda_l=lambda_l, lambda_c=lambda_c), SCALE, alone(), seed=0, index=2)
