@@ -70,6 +70,13 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(
             "deepspeed", str(path), f"is not a readable JSON file ({error})", "See ds_configs/."
         ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(str(path), settings, "must be a JSON object", "Start from ds_configs/zero3.json.")
+    for section in ("bf16", "zero_optimization"):
+        if not isinstance(settings.setdefault(section, {}), dict):
+            raise ConfigError(
+                f"{path}: {section}", settings[section], "must be an object", "See ds_configs/zero3.json."
+            )
     decided = {
         "train_micro_batch_size_per_gpu": 1,  # batches are made by our stream; DeepSpeed only prints this
         "gradient_accumulation_steps": config.batch.accumulation,
@@ -78,9 +85,9 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
     }
     for key, value in decided.items():
         settings[key] = _decide(f"{path}: {key}", settings.get(key, "auto"), value)
-    bf16 = settings.setdefault("bf16", {})
+    bf16 = settings["bf16"]
     bf16["enabled"] = _decide(f"{path}: bf16.enabled", bf16.get("enabled", "auto"), config.precision == "bf16")
-    stage = settings.get("zero_optimization", {}).get("stage")
+    stage = settings["zero_optimization"].get("stage")
     if stage != 3:
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "must be 3", "Start from ds_configs/zero3.json.")
     settings.setdefault("steps_per_print", 1 << 30)

@@ -83,6 +83,16 @@ def _best(scores: Tensor, rows: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, best), rows.gather(1, best)
 
 
+def _topk(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
+    """`torch.topk`, but of equal scores at the end the first columns, where torch takes any."""
+    top, place = scores.topk(num_best, dim=1)
+    tied = (scores >= top[:, -1:]).sum(dim=1) > num_best
+    if tied.any():
+        by_score = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :num_best]
+        place[tied], top[tied] = by_score, scores[tied].gather(1, by_score)
+    return top, place
+
+
 def _local_topk(
     queries: Tensor,
     operand: Tensor,
@@ -102,7 +112,7 @@ def _local_topk(
         rows = seen[:, 1] - (first + start)
         inside = (rows >= 0) & (rows < scores.shape[1])
         scores[seen[inside, 0], rows[inside]] = -torch.inf
-        top, place = scores.topk(min(num_best, scores.shape[1]), dim=1)
+        top, place = _topk(scores, min(num_best, scores.shape[1]))
         joined = torch.cat([best_scores, top], dim=1)
         best_scores, best_rows = _best(joined, torch.cat([best_rows, place + (first + start)], dim=1), num_best)
     return best_scores, best_rows
