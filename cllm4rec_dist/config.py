@@ -6,7 +6,7 @@ YAML; `key.sub=value` overrides are applied on top before validation, so that no
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ class StrictModel(BaseModel):
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -48,10 +49,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             "override", override, f"has a value that is not YAML ({error})", "Quote the value."
         ) from error
     # YAML 1.1 reads 1e-3 as text; people mean the number.
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    node[leaf] = value
+    node[leaf] = float(text) if _SCIENTIFIC.fullmatch(text) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -94,10 +92,19 @@ def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
     except ValidationError as error:
         found = [(".".join(map(str, e["loc"])) or "(whole)", e["msg"], e.get("input")) for e in error.errors()]
         fields = "; ".join(f"{loc}: {message} (got {value!r:.80})" for loc, message, value in found)
-        known = ", ".join(model.model_fields)
-        raise ConfigError(
-            source, [loc for loc, _, _ in found], f"is invalid: {fields}", f"Known keys here: {known}."
-        ) from None
+        known = "; ".join(dict.fromkeys(_known_keys(model, e["loc"]) for e in error.errors()))
+        raise ConfigError(source, [loc for loc, _, _ in found], f"is invalid: {fields}", f"{known}.") from None
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> str:
+    """The keys of the section in which something is wrong."""
+    section = "the file"
+    for part in location[:-1]:
+        inner = model.model_fields[str(part)].annotation if part in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model, section = inner, str(part)
+    return f"Keys of {section}: {', '.join(model.model_fields)}"
 
 
 class AdapterConfig(StrictModel):

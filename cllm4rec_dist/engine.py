@@ -66,7 +66,7 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
     path = Path(config.deepspeed)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             "deepspeed", str(path), f"is not a readable JSON file ({error})", "See ds_configs/."
         ) from error
@@ -87,6 +87,10 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
         settings[key] = _decide(f"{path}: {key}", settings.get(key, "auto"), value)
     bf16 = settings["bf16"]
     bf16["enabled"] = _decide(f"{path}: bf16.enabled", bf16.get("enabled", "auto"), config.precision == "bf16")
+    if settings.get("fp16"):
+        raise ConfigError(
+            f"{path}: fp16", settings["fp16"], "is not supported", "Remove it; `precision` is fp32 or bf16."
+        )
     stage = settings["zero_optimization"].get("stage")
     if stage != 3:
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "must be 3", "Start from ds_configs/zero3.json.")

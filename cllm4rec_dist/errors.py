@@ -22,7 +22,7 @@ class CLLM4RecError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Ray and multiprocessing carry errors between processes: rebuild from the four parts, not from the message.
-        return type(self), (self.field, str(self.value), self.constraint, self.cure)
+        return type(self), (self.field, self.value, self.constraint, self.cure)
 
 
 class ConfigError(CLLM4RecError):

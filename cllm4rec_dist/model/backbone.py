@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -220,8 +221,11 @@ def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed
             target_modules=list(adapter.targets or LORA_TARGETS[config.model_type]),
             fan_in_fan_out=config.model_type == "gpt2",
         )
-        for name in (COLLABORATIVE, CONTENT):
-            inject_adapter_in_model(settings, decoder, name)
+        with warnings.catch_warnings():
+            # PEFT wonders at a second adapter; two are the point.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            for name in (COLLABORATIVE, CONTENT):
+                inject_adapter_in_model(settings, decoder, name)
         for name, parameter in decoder.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(True)
