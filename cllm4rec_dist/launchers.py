@@ -72,7 +72,7 @@ def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: 
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     if not ray.is_initialized():
@@ -84,7 +84,10 @@ def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: 
         _ray_worker,
         train_loop_config={"function": function, "arguments": arguments},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={} if gpu else {"CPU": 1}),
-        run_config=RunConfig(name=function.__name__, storage_path=str(storage)),
+        # What fails is raised below; Ray's own account of it, and of its tidying up, is only noise beside it.
+        run_config=RunConfig(  # type: ignore[call-arg]  # typed as an older class
+            name=function.__name__, storage_path=str(storage), logging_config=LoggingConfig(log_level="CRITICAL")
+        ),
     )
     try:
         trainer.fit()
@@ -94,8 +97,6 @@ def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
     def report(metrics: dict[str, float]) -> None:
         ray.train.report(metrics)
