@@ -261,8 +261,11 @@ def resume(system: System, folder: Path) -> RunState:
 def load_weights(system: System, folder: Path) -> None:
     """Read rows, head and adapter of a checkpoint written at any world size. Collective.
 
-    Content rows and the head's options may be missing in the checkpoint (a run without texts): they then start from
-    the collaborative rows, or stay as they are.
+    Content rows and the head's options may be missing in the checkpoint (a run without texts): they then stay as they
+    started, with a warning.
+
+    Raises:
+        CheckpointError: for rows of another width or an adapter of other settings.
     """
     saved = read_state(folder, verify=False)
     for name, parameter, partition in system.recommender.sharded_parameters():
