@@ -168,12 +168,15 @@ def _describe(system: System, state: RunState, *, full: bool) -> dict[str, Any]:
 def _commit(folder: Path, final: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    marker = json.dumps({"schema_version": SCHEMA_VERSION, "files": listed}, indent=1)
+    (folder / COMMIT).write_text(marker, encoding="utf-8")
+    # A checkpoint of the same name (`best`) is moved aside and goes only when its successor is in place.
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     folder.rename(final)
-    marker = final / f".{COMMIT}.part"
-    marker.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "files": listed}, indent=1), encoding="utf-8")
-    marker.rename(final / COMMIT)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _prune(run: Path, keep: int) -> None:

@@ -20,8 +20,8 @@ def item_likelihood(
 ) -> tuple[Tensor, int]:
     """Negative log-likelihood over the catalog, in nats, and the number of targets.
 
-    With one target a position it is item language modeling (collaborative LLM, Eq. 6 of the paper); with a user's
-    held-out items at one position it is the multinomial likelihood of finetuning (Eq. 9).
+    With one target a position it is item language modeling (the paper's collaborative LLM); with a user's
+    held-out items at one position it is the multinomial likelihood of its finetuning.
 
     Args:
         queries: [n, D]. operand: [rows of this rank, D].
@@ -34,7 +34,7 @@ def item_likelihood(
 
 
 def word_likelihood(queries: Tensor, word_head: Tensor, target_query: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    """Negative log-likelihood of the words of the main texts, in nats, and their number (content LLM, Eq. 7).
+    """Negative log-likelihood of the words of the main texts, in nats, and their number (the paper's content LLM).
 
     Args:
         queries: [n, D] hidden states. word_head: [V, D], frozen.
@@ -45,7 +45,7 @@ def word_likelihood(queries: Tensor, word_head: Tensor, target_query: Tensor, ta
 def mutual_regularization(
     collaborative: Tensor, content: Tensor | None, lambda_l: float, lambda_c: float
 ) -> tuple[Tensor, int]:
-    """lambda_c/2 |z_c - z_l|^2 + lambda_l/2 |z_l|^2 over distinct rows, and their number (Eqs. 5 and 8).
+    """lambda_c/2 |z_c - z_l|^2 + lambda_l/2 |z_l|^2 over distinct rows, and their number (the paper's priors).
 
     Args:
         collaborative, content: [k, D] rows of the same tokens; without content rows only the prior term is left.

@@ -25,6 +25,9 @@ from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
 
+_PROMPT_ROOM = 64
+"""Positions kept for the words of a prompt; the longest template has some ten words."""
+
 
 @dataclass(frozen=True)
 class System:
@@ -71,14 +74,18 @@ def assemble(config: RunConfig, world: World) -> System:
             f"is not the backbone's, {tokenizer.fingerprint}",
             "Build the corpus again with this backbone's tokenizer.",
         )
-    longest = getattr(decoder, "n_positions", None) or decoder.max_position_embeddings
-    if config.method.max_history + 64 > longest:
-        raise ConfigError(
-            "method.max_history",
-            config.method.max_history,
-            f"with its prompt passes the backbone's {longest} positions",
-            f"Set it to {longest - 64} or less.",
-        )
+    positions = getattr(decoder, "n_positions", None) or decoder.max_position_embeddings
+    for field, length in (
+        ("method.max_history", config.method.max_history),
+        (f"{config.corpus}: max_text_tokens", corpus.manifest.preparation.max_text_tokens),
+    ):
+        if length + _PROMPT_ROOM > positions:
+            raise ConfigError(
+                field,
+                length,
+                f"with its prompt passes the backbone's {positions} positions",
+                f"Set it to {positions - _PROMPT_ROOM} or less.",
+            )
     settings = resolve_settings(config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with sharded_loading(settings):

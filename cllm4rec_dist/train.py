@@ -32,8 +32,8 @@ _NOT_OF_THE_TRAJECTORY = {
     "output", "corpus", "backbone", "deepspeed", "epochs", "max_steps", "log_every", "validation", "checkpoint",
     "init_from", "activation_checkpointing",
 }  # fmt: skip
-"""Settings that may differ between a run and its resumption: they do not change what a step does. (Corpus and
-backbone may have moved; their fingerprints are held against each other.)"""
+"""Settings that may differ between a run and its resumption. Corpus and backbone may have moved: their fingerprints are
+held against each other. Epochs and steps may be raised; under a falling schedule they also move its end."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
     state = _begin(system, run)
     source = BatchSource(system.corpus, system.composer, config, world)
     total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
+    last_step = state.step if _gave_up(config, state) else total_steps
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -74,7 +75,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
     saved = checkpoint.latest(run)
     bar = progress_bar(world, total_steps, config.stage, "step", state.step)
     with MetricsLog(run, world, state.step) as metrics:
-        for batches in ahead(source.make, state.step, total_steps):
+        for batches in ahead(source.make, state.step, last_step):
             started = time.perf_counter()
             system.train(True)
             result = train_step(system, batches, learning_rate_factor(state.step, total_steps, config.optimizer))
@@ -83,7 +84,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
             _tell(metrics, bar, config, state, epoch, result, time.perf_counter() - started)
             if _validates(config, state.step, source.steps_per_epoch, total_steps):
                 state = _validate(system, state, epoch, run, metrics, report)
-            stop = 0 < config.validation.patience <= state.validations_since_best
+            stop = _gave_up(config, state)
             if stop or state.step == total_steps or state.step % config.checkpoint.every_steps == 0:
                 saved = checkpoint.save(system, state, run)
             if stop:
@@ -138,6 +139,11 @@ def _tell(
     terms = " ".join(f"{term} {value:.3f}" for term, value in result.losses.items())
     bar.set_description(f"{config.stage} epoch {epoch} {terms} {speed:,.0f} tok/s")
     bar.update()
+
+
+def _gave_up(config: RunConfig, state: RunState) -> bool:
+    """Whether validation has not improved for as long as the run is patient."""
+    return 0 < config.validation.patience <= state.validations_since_best
 
 
 def _validates(config: RunConfig, step: int, steps_per_epoch: int, total_steps: int) -> bool:

@@ -6,7 +6,7 @@ Everything an item or word loss needs is a log-sum-exp over the classes and the 
 
 `chunked_logsumexp` does the first on one device, in chunks of classes, and recomputes in backward. `sharded_nll` does
 both over row shards: queries are all-gathered, each rank scores its own rows, a maximum and two sums come back. One
-target a position is language modeling (Eq. 6 of the paper), many are the multinomial likelihood (Eq. 9).
+target a position is language modeling (the paper's pretraining), many its multinomial likelihood.
 
 `ItemHead` makes queries and operand from hidden states and table rows; the plain dot product is the paper's.
 
