@@ -195,3 +195,30 @@ def test_a_damaged_or_unfinished_checkpoint_is_not_used(made: Made, tmp_path: Pa
     assert checkpoint.latest(tmp_path / "run") == older
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
         checkpoint.find(str(tmp_path / "nothing"))
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_early_takes_no_further_step_and_keeps_one_whole_best(made: Made, tmp_path: Path) -> None:
+    # With a learning rate of nothing the second validation cannot be better than the first.
+    changes: dict[str, Any] = {
+        "optimizer": {"lr": 1e-12, "tables_lr": 1e-12},
+        "validation": {"metrics": ["recall@5"], "patience": 1},
+    }
+    config = make_config(made, tmp_path / "run", "finetune", **changes)
+    run_ranks(1, run, config)
+    written = metrics(tmp_path / "run")
+    assert written[-1]["step"] == 6
+    run_ranks(1, run, config)
+    assert metrics(tmp_path / "run") == written
+    names = sorted(folder.name for folder in checkpoint.checkpoints_folder(tmp_path / "run").iterdir())
+    assert names == ["best", "step-00000003", "step-00000006"]
+    checkpoint.read_state(checkpoint.checkpoints_folder(tmp_path / "run") / "best")
+
+
+@pytest.mark.slow
+def test_texts_longer_than_the_backbone_are_refused(made: Made, tmp_path: Path) -> None:
+    backbone = Path(made[2])
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone, max_text_tokens=500)
+    config = make_config(made, tmp_path / "run").model_copy(update={"corpus": corpus})
+    message = run_ranks(1, refused, config)[0]
+    assert "max_text_tokens: 500 with its prompt passes the backbone's 512 positions" in message
