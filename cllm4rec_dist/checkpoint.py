@@ -1,48 +1,60 @@
-"""Checkpoints: engine, rows, optimizer states, position and fingerprints under one commit marker.
+"""Checkpoints: what of a run is kept, and how it comes back at any number of ranks.
 
     checkpoints/step-00000500/
-        tables-00000-of-00002.safetensors      this rank's block of every table and of its Adam state
-        random-00000-of-00002.safetensors      this rank's random state (backbone dropout only; the rest is keyed)
-        head.safetensors, adapter.safetensors  what is replicated, whole
-        engine/                                DeepSpeed's own files: partitions of LoRA and its Adam state
-        state.json                             stage, step, best result, fingerprints, configuration
-        COMMIT.json                            size and sha256 of every file; written last
+        shard-00000-of-00002.safetensors   this rank's rows of every table, its slice of every adapter weight,
+                                           and Adam's moments of both
+        replicated.safetensors             what every rank holds whole, and Adam's step counts
+        users.parquet, items.parquet       external ids of the rows, by which a later corpus finds them again
+        state.json                         position, best result, fingerprints, configuration
+        COMMIT.json                        size and sha256 of every file; written last (`store.py`)
 
-A folder without its marker is not a checkpoint. Folders are written under another name, committed and renamed; old
-ones are removed after that. Tables are safetensors blocks in the one row rule of `RowPartition`, so weights can be read
-for any range of rows at any world size, without pickle; the engine's files can be read at the world size that wrote
-them.
+Rows and slices follow one rule, `RowPartition`, which is also how ZeRO-3 cuts a flattened parameter. So a rank of a run
+of any size reads its own range from whichever files hold it: nothing is converted, nothing is gathered, nothing is
+unpickled (DeepSpeed's own checkpoint files and torch.distributed.checkpoint's index are pickles). The position in the
+data is the number of completed steps, and all randomness follows from it.
 
-A weights-only checkpoint (`best`) leaves out optimizer, engine and random state.
+`best-00000500` is the same without moments: enough to evaluate, to recommend and to start another run, not to resume.
+Writing is left to `saver.py`.
+
+Legend: W ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-import torch.distributed as dist
+import yaml
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.collectives import gather_integers
+from cllm4rec_dist.config import RunConfig, StrictModel
+from cllm4rec_dist.engine import MOMENTS
+from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
+from cllm4rec_dist.store import SCHEMA_VERSION, Marker, Store, parse
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-COMMIT = "COMMIT.json"
-BEST = "best"
-_STEP_PREFIX = "step-"
+T = TypeVar("T")
+Kind = Literal["step-", "best-"]
+STEP: Kind = "step-"
+BEST: Kind = "best-"
+CONFIG_FILE = "config.yaml"
+"""In a run's folder: its resolved configuration."""
+STATE_FILE, REPLICATED_FILE = "state.json", "replicated.safetensors"
+ADAPTER = "adapter."
+"""In front of the names of what the engine trains."""
 
 
 @dataclass(frozen=True)
@@ -50,282 +62,315 @@ class RunState:
     """Where a run stands.
 
     Attributes:
-        step: completed optimizer steps; everything about the data follows from it.
+        step: completed optimizer steps, skipped ones included; everything about the data follows from it.
         best: best validation result so far, and the step it was seen at.
         validations_since_best: for early stopping.
+        mean_loss: running mean, by which an explosion is known.
+        skipped_in_a_row: steps left out since the last good one.
     """
 
     step: int = 0
     best: float | None = None
     best_step: int | None = None
     validations_since_best: int = 0
+    mean_loss: float | None = None
+    skipped_in_a_row: int = 0
 
 
-def checkpoints_folder(run: Path) -> Path:
+class About(StrictModel):
+    """Contents of `state.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: RunState
+    world_size: int = Field(ge=1)
+    """Ranks that wrote it."""
+    num_users: int = Field(ge=1)
+    num_items: int = Field(ge=1)
+    steps_taken: float = Field(ge=0)
+    """Adam's count of the adapters."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of the adapters' whole parameters, which are stored flat."""
+    fingerprints: dict[str, str]
+    """Of backbone, corpus and tokenizer."""
+    config: dict[str, Any]
+    """Resolved configuration of the run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint, opened."""
+
+    store: Store
+    name: str
+    marker: Marker
+    about: About
+
+    @classmethod
+    def open(cls, store: Store, name: str) -> Self:
+        """Read marker and state.
+
+        Raises:
+            DamagedCheckpointError: where they are not whole; another checkpoint may be.
+        """
+        marker = store.marker(name)
+        content = _fetch(store, name, marker, STATE_FILE).read_bytes()
+        return cls(store, name, marker, parse(About, content, f"{store.path(name)}/{STATE_FILE}"))
+
+    @property
+    def path(self) -> str:
+        """Where it is, for people."""
+        return self.store.path(self.name)
+
+    def file(self, name: str) -> Path:
+        """A verified local copy of one of its files."""
+        return _fetch(self.store, self.name, self.marker, name)
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Everything that is stored whole, by name."""
+        with _reading(self, REPLICATED_FILE) as path:
+            return load_file(path)
+
+    def rows(self, name: str, num_rows: int, start: int, stop: int) -> Tensor | None:
+        """Rows [start, stop) of a sharded tensor of `num_rows` rows, from the files that hold them.
+
+        Returns None where no such tensor was saved. Every file that is read is verified first.
+        """
+        partition = RowPartition(num_rows, self.about.world_size)
+        parts: list[Tensor] = []
+        for rank in range(partition.world_size):
+            first, last = partition.range(rank)
+            low, high = max(start, first), min(stop, last)
+            if low >= high and (parts or rank + 1 < partition.world_size):
+                continue  # nothing here; the last file gives an empty part its width
+            file = shard_file(rank, partition.world_size)
+            with _reading(self, file) as path, safe_open(path, framework="pt") as tensors:
+                if name not in tensors.keys():  # noqa: SIM118 - not a dict
+                    return None
+                block = tensors.get_slice(name)
+                if block.get_shape()[0] != last - first:
+                    raise DamagedCheckpointError(
+                        f"{self.path}/{file}: {name}", block.get_shape(), f"should have {last - first} rows", _OTHER
+                    )
+                parts.append(block[max(low - first, 0) : max(high - first, 0)])
+        return torch.cat(parts)
+
+
+_OTHER = "Use another checkpoint."
+
+
+@contextmanager
+def _reading(checkpoint: Checkpoint, file: str) -> Iterator[Path]:
+    """The path of a verified file; what safetensors then finds wrong in it is damage too."""
+    try:
+        yield checkpoint.file(file)
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f"{checkpoint.path}/{file}", str(error), "cannot be read", _OTHER) from error
+
+
+def _fetch(store: Store, name: str, marker: Marker, file: str) -> Path:
+    if file not in marker.files:
+        raise DamagedCheckpointError(f"{store.path(name)}/{file}", "missing", "was never committed", _OTHER)
+    return store.fetch(name, file, marker.files[file])
+
+
+def shard_file(rank: int, size: int) -> str:
+    """Name of what `rank` of `size` ranks writes."""
+    return f"shard-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def store_url(config: RunConfig) -> str:
     """Where a run keeps its checkpoints."""
-    return run / "checkpoints"
+    return config.checkpoint.folder or f"{config.output}/checkpoints"
 
 
-def is_committed(folder: Path) -> bool:
-    """Whether a folder is a finished checkpoint."""
-    return (folder / COMMIT).is_file()
+def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[str]]:
+    """The checkpoints that a path means, the one to use first.
 
-
-def latest(run: Path) -> Path | None:
-    """Newest finished checkpoint of a run to resume from, or None."""
-    found = sorted(f for f in checkpoints_folder(run).glob(f"{_STEP_PREFIX}*") if is_committed(f))
-    return found[-1] if found else None
-
-
-def find(path: str) -> Path:
-    """A checkpoint by its own folder, or the best (else the newest) one of a run folder.
+    Args:
+        path: a checkpoint, a run's folder, or a folder of checkpoints.
+        kinds: of a run or folder: all of the first kind, newest first, then all of the second.
 
     Raises:
-        CheckpointError: where neither is a finished checkpoint.
+        CheckpointError: where there is none.
     """
-    folder = Path(path).absolute()
-    candidates = [folder, checkpoints_folder(folder) / BEST, latest(folder)]
-    for candidate in candidates:
-        if candidate is not None and is_committed(candidate):
-            return candidate
+    parent, _, name = path.rstrip("/").rpartition("/")
+    store = Store(parent or ".")
+    if name and store.is_committed(name):
+        return store, [name]
+    for store in (Store(_store_of_run(path)), Store(path)):
+        names = [name for kind in kinds for name in reversed(store.names(kind))]
+        if names:
+            return store, names
     raise CheckpointError(
-        "checkpoint",
-        path,
-        f"is neither a checkpoint nor a run with one (no {COMMIT})",
-        "Give a run folder that trained.",
+        "checkpoint", path, "is neither a checkpoint nor a run with a finished one", "Give a run that trained."
     )
 
 
-def save(system: System, state: RunState, run: Path, name: str | None = None) -> Path:
-    """Write a checkpoint, commit it, and then remove what is too old. Collective.
+def _store_of_run(path: str) -> str:
+    """A run's configuration may say that its checkpoints are elsewhere."""
+    file = Path(path) / CONFIG_FILE
+    tree = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    folder = tree.get("checkpoint", {}).get("folder") if isinstance(tree, dict) else None
+    return str(folder or f"{path}/checkpoints")
+
+
+def first_good(
+    store: Store, names: Sequence[str], world: World, read: Callable[[Checkpoint], T], *, set_aside: bool = False
+) -> tuple[Checkpoint, T] | None:
+    """The first checkpoint that every rank can read, and what `read` made of it; None if none can. Collective.
+
+    Damage is told loudly and the next one is tried.
 
     Args:
-        name: folder name of a weights-only checkpoint; a full one, named after the step, if left out.
+        names: in the order to try.
+        read: may raise DamagedCheckpointError on any rank; any other error is raised here.
+        set_aside: also take what is damaged out of the committed ones.
     """
-    full = name is None
-    final = checkpoints_folder(run) / (name or f"{_STEP_PREFIX}{state.step:08d}")
-    folder = final.with_name(f".{final.name}.part")
-    world = system.world
-    if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    _barrier(world)
-    suffix = f"{world.rank:05d}-of-{world.size:05d}.safetensors"
-    save_file(dict(_local_tensors(system, with_optimizer=full)), folder / f"tables-{suffix}")
-    if full:
-        save_file(_random_state(), folder / f"random-{suffix}")
-        system.engine.save(folder / "engine")
-    adapter = system.engine.gather_trainable()
-    if world.is_main:
-        save_file(adapter or {}, folder / "adapter.safetensors")
-        save_file(_replicated(system, with_optimizer=full), folder / "head.safetensors")
-        (folder / "state.json").write_text(json.dumps(_describe(system, state, full=full), indent=1), encoding="utf-8")
-    _barrier(world)
-    if world.is_main:
-        _commit(folder, final)
-        _prune(run, system.config.checkpoint.keep)
-    _barrier(world)
-    return final
-
-
-def _local_tensors(system: System, *, with_optimizer: bool) -> Iterator[tuple[str, Tensor]]:
-    states = system.table_optimizer.state() if with_optimizer else {}
-    for name, parameter, _ in system.recommender.sharded_parameters():
-        yield name, parameter.detach().cpu().contiguous()
-        for key, value in states.get(name, {}).items():
-            yield f"{name}.{key}", value.cpu().contiguous()
-
-
-def _replicated(system: System, *, with_optimizer: bool) -> dict[str, Tensor]:
-    states = system.table_optimizer.state() if with_optimizer else {}
-    tensors = {}
-    for name, parameter in system.recommender.replicated_parameters():
-        tensors[name] = parameter.detach().cpu().clone()
-        tensors |= {f"{name}.{key}": value.cpu() for key, value in states.get(name, {}).items()}
-    return tensors
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _describe(system: System, state: RunState, *, full: bool) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "resumable": full,
-        **vars(state),
-        "world_size": system.world.size,
-        "num_users": system.corpus.num_users,
-        "num_items": system.corpus.num_items,
-        "fingerprints": system.fingerprints,
-        "config": system.config.model_dump(mode="json"),
-    }
-
-
-def _commit(folder: Path, final: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    marker = json.dumps({"schema_version": SCHEMA_VERSION, "files": listed}, indent=1)
-    (folder / COMMIT).write_text(marker, encoding="utf-8")
-    # A checkpoint of the same name (`best`) is moved aside and goes only when its successor is in place.
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    folder.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _prune(run: Path, keep: int) -> None:
-    committed = sorted(f for f in checkpoints_folder(run).glob(f"{_STEP_PREFIX}*") if is_committed(f))
-    for folder in committed[:-keep]:
-        shutil.rmtree(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()
-
-
-def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
-    """What a checkpoint says of itself, after its files were held against the commit marker.
-
-    Args:
-        verify: compare checksums too, not only sizes.
-
-    Raises:
-        CheckpointError: for a missing, truncated or changed file, or a newer schema.
-    """
-    try:
-        marker = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
-        files, version = dict(marker["files"]), int(marker["schema_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    seen = gather_integers([zlib.crc32("/".join(names).encode())], world)
+    if any(other != seen[0] for other in seen):
         raise CheckpointError(
-            "checkpoint", str(folder), f"has no readable {COMMIT} ({error})", "Use another one."
-        ) from error
-    if version > SCHEMA_VERSION:
-        raise CheckpointError(str(folder), version, f"is a newer schema than {SCHEMA_VERSION}", "Update cllm4rec_dist.")
-    for name, expected in files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(str(folder / COMMIT), name, "names a file outside the checkpoint", "Do not use it.")
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"] or (verify and _sha256(path) != expected["sha256"]):
-            raise CheckpointError("checkpoint file", str(path), "is not what was committed", "Use another checkpoint.")
-    return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            "checkpoint.folder", store.url, f"shows other checkpoints to rank {world.rank} or to others",
+            "Put it where all hosts see the same files.",
+        )  # fmt: skip
+    for name in names:
+        found: tuple[Checkpoint, T] | None = None
+        try:
+            checkpoint = Checkpoint.open(store, name)
+            found = checkpoint, read(checkpoint)
+        except DamagedCheckpointError as error:
+            logger.error("DAMAGED CHECKPOINT: %s", error)
+        failed = [rank for rank, (bad,) in enumerate(gather_integers([int(found is None)], world)) if bad]
+        if not failed:
+            return found
+        if world.is_main:
+            logger.error("%s cannot be used (ranks %s); trying the one before it", store.path(name), failed)
+            if set_aside:
+                store.set_aside(name)
+    return None
 
 
-def require_same(folder: Path, saved: dict[str, str], own: dict[str, str]) -> None:
+def require_same(checkpoint: Checkpoint, own: dict[str, str]) -> None:
     """Refuse a checkpoint of another backbone, corpus or tokenizer, with both fingerprints named."""
+    saved = checkpoint.about.fingerprints
     for name, fingerprint in own.items():
         if saved.get(name) != fingerprint:
             raise CheckpointError(
-                f"{folder}: {name} fingerprint", saved.get(name), f"is not this run's, {fingerprint}",
+                f"{checkpoint.path}: {name} fingerprint", saved.get(name), f"is not this run's, {fingerprint}",
                 f"Use the {name} that the checkpoint was made with, or start a new run.",
             )  # fmt: skip
 
 
-def resume(system: System, folder: Path) -> RunState:
-    """Restore everything `save` wrote, so that the run goes on as if it had not stopped. Collective.
+@dataclass(frozen=True)
+class Contents:
+    """What a rank of this run reads of a checkpoint.
+
+    Attributes:
+        weights: this rank's rows and slices by name; without those the checkpoint does not have.
+        moments: Adam's, of the same.
+        replicated: what is stored whole.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    replicated: dict[str, Tensor]
+
+
+def _sharded(system: System) -> dict[str, RowPartition]:
+    """Everything of which a rank holds a range: rows of tables, elements of adapters."""
+    tables = {name: partition for name, _, partition in system.recommender.sharded_parameters()}
+    return tables | {ADAPTER + name: partition for name, partition in system.engine.partitions().items()}
+
+
+def read(system: System, checkpoint: Checkpoint, *, moments: bool) -> Contents:
+    """This rank's part of a checkpoint that any number of ranks wrote. Changes nothing yet; no collective.
 
     Raises:
-        CheckpointError: for damage, other fingerprints, or another world size.
+        DamagedCheckpointError: for damage, or missing moments where they are asked for.
+        CheckpointError: for adapters of other settings.
     """
-    world = system.world
-    saved = read_state(folder, verify=world.is_main)
-    require_same(folder, saved["fingerprints"], system.fingerprints)
-    if not saved["resumable"]:
+    saved = {name: tuple(shape) for name, shape in checkpoint.about.shapes.items()}
+    own = system.engine.shapes()
+    if saved != own:
+        other = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
         raise CheckpointError(
-            "checkpoint", str(folder), "holds weights only", "Use it with init_from, or a step-* one."
+            f"{checkpoint.path}: adapter",
+            other[:3],
+            "do not match this run's adapter",
+            "Use the same adapter settings.",
         )
-    if saved["world_size"] != world.size:
-        raise CheckpointError(
-            str(folder), saved["world_size"], f"ranks wrote it, but this run has {world.size}",
-            "Resume with as many ranks, or start a run with init_from, which reads weights at any number.",
-        )  # fmt: skip
-    load_weights(system, folder)
-    system.table_optimizer.load_state(_optimizer_states(system, folder))
-    system.engine.load(folder / "engine")
-    random = load_file(folder / f"random-{world.rank:05d}-of-{world.size:05d}.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
-    return RunState(saved["step"], saved["best"], saved["best_step"], saved["validations_since_best"])
+    contents = Contents({}, {}, checkpoint.replicated())
+    for name, partition in _sharded(system).items():
+        span = partition.num_rows, *partition.range(system.world.rank)
+        weights = checkpoint.rows(name, *span)
+        if weights is not None:
+            contents.weights[name] = weights
+        if moments:
+            found = {key: checkpoint.rows(f"{name}.{key}", *span) for key in MOMENTS}
+            contents.moments[name] = {key: value for key, value in found.items() if value is not None}
+    return contents
 
 
-def load_weights(system: System, folder: Path) -> None:
-    """Read rows, head and adapter of a checkpoint written at any world size. Collective.
-
-    Content rows and the head's options may be missing in the checkpoint (a run without texts): they then stay as they
-    started, with a warning.
-
-    Raises:
-        CheckpointError: for rows of another width or an adapter of other settings.
-    """
-    saved = read_state(folder, verify=False)
-    for name, parameter, partition in system.recommender.sharded_parameters():
-        start, stop = partition.range(system.world.rank)
-        block = read_rows(folder, name, start, stop, partition.num_rows, saved["world_size"])
-        if block is None:
-            logger.warning("%s holds no %s; they stay as they are", folder, name)
-            continue
-        if block.shape != parameter.shape:
-            raise CheckpointError(
-                f"{folder}: {name}", tuple(block.shape), f"should be {tuple(parameter.shape)}", "Use another backbone."
-            )
-        with torch.no_grad():
-            parameter.copy_(block)
-    replicated = load_file(folder / "head.safetensors")
-    for name, parameter in system.recommender.replicated_parameters():
-        if name in replicated:
-            with torch.no_grad():
-                parameter.copy_(replicated[name])
-    adapter = load_file(folder / "adapter.safetensors")
-    missing = sorted(set(system.engine.trainable) ^ set(adapter))
+def restore_weights(system: System, contents: Contents) -> None:
+    """Put weights in place. Rows that the checkpoint does not have (a run without texts) stay, with a warning."""
+    missing = sorted(_sharded(system).keys() - contents.weights.keys())
     if missing:
-        raise CheckpointError(
-            f"{folder}: adapter", missing[:3], "do not match this run's adapter", "Use the same adapter settings."
-        )
-    system.engine.set_trainable(adapter)
+        logger.warning("the checkpoint holds no %s; they stay as they are", ", ".join(missing))
+    parameters = {name: p for name, p, _ in system.recommender.sharded_parameters()}
+    parameters |= dict(system.recommender.replicated_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = (contents.weights | contents.replicated).get(name)
+            if value is not None:
+                parameter.copy_(value)
+    system.engine.set_weights(_of_engine(contents.weights))
 
 
-def read_rows(folder: Path, name: str, start: int, stop: int, num_rows: int, saved_world: int) -> Tensor | None:
-    """Rows [start, stop) of a sharded tensor, from whichever files hold them; None where no file has that name."""
-    partition = RowPartition(num_rows, saved_world)
-    parts = []
-    for rank in range(saved_world):
-        first, last = partition.range(rank)
-        path = folder / f"tables-{rank:05d}-of-{saved_world:05d}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                if name not in tensors.keys():  # noqa: SIM118 - not a dict
-                    return None
-                low, high = max(start, first), min(stop, last)
-                parts.append(tensors.get_slice(name)[max(low - first, 0) : max(high - first, 0)])
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "checkpoint file", str(path), f"cannot be read ({error})", "Use another one."
-            ) from error
-    return torch.cat(parts)
-
-
-def _optimizer_states(system: System, folder: Path) -> dict[str, dict[str, Tensor]]:
-    world = system.world
-    tensors = load_file(folder / f"tables-{world.rank:05d}-of-{world.size:05d}.safetensors")
-    tensors |= load_file(folder / "head.safetensors")
-    states: dict[str, dict[str, Tensor]] = {}
+def _restore_moments(system: System, contents: Contents, steps_taken: float) -> None:
+    device, whole = system.world.device, contents.replicated
+    states = {}
     for name in system.table_optimizer.names:
-        found = {
-            key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors
+        found = contents.moments.get(name) or {
+            key: whole[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in whole
         }
         if found:
-            states[name] = {k: v if k == "step" else v.to(world.device) for k, v in found.items()}
-    return states
+            states[name] = {key: v.to(device) for key, v in found.items()} | {"step": whole[f"{name}.step"]}
+    system.table_optimizer.load_state(states)
+    system.engine.set_moments(_of_engine(contents.moments), steps_taken)
+
+
+def _of_engine(tensors: dict[str, T]) -> dict[str, T]:
+    return {name.removeprefix(ADAPTER): value for name, value in tensors.items() if name.startswith(ADAPTER)}
+
+
+def resume(system: System, store: Store, names: Sequence[str], check: Callable[[Checkpoint], None]) -> RunState | None:
+    """Restore everything that a `Saver` kept, at any number of ranks, from the first of `names` that is good.
+
+    Collective. The run then goes on as if it had not stopped: bit for bit at the same number of ranks.
+
+    Args:
+        check: refuses a checkpoint that is not of this run, by a CheckpointError.
+
+    Returns None where no name is left.
+    """
+
+    def read_all(checkpoint: Checkpoint) -> Contents:
+        if checkpoint.name.startswith(BEST):
+            raise CheckpointError(
+                "resume", checkpoint.path, "holds weights only", "Use it as init_from, or resume from a step-* one."
+            )
+        require_same(checkpoint, system.fingerprints)
+        check(checkpoint)
+        return read(system, checkpoint, moments=True)
+
+    found = first_good(store, names, system.world, read_all, set_aside=True)
+    if found is None:
+        return None
+    checkpoint, contents = found
+    restore_weights(system, contents)
+    _restore_moments(system, contents, checkpoint.about.steps_taken)
+    if system.world.is_main:
+        logger.info(
+            "resumed %s (written by %d ranks) at step %d",
+            checkpoint.path, checkpoint.about.world_size, checkpoint.about.run.step,
+        )  # fmt: skip
+    return checkpoint.about.run

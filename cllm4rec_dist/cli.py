@@ -1,7 +1,7 @@
 """The `cllm4rec` command: thin entry points over the package.
 
 Every command that computes runs under any launcher (see `launchers.py`). An error that input caused ends with its one
-message and exit status 2.
+message and exit status 2, one that a fault caused with status 1; a run that was told to stop and has saved, with 75.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ LauncherOption = Annotated[
 ]
 Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Ranks, where Ray starts them.")]
 MetricNames = Annotated[str, typer.Option("--metrics", help="Comma-separated recall@K and ndcg@K.")]
+Resume = Annotated[
+    str | None,
+    typer.Option(help="auto (default): go on from this run's newest good checkpoint; none; or a checkpoint or run."),
+]
 BatchUsers = Annotated[int, typer.Option("--batch-users", min=1, help="Users ranked at a time by each rank.")]
 
 
@@ -93,9 +97,10 @@ def pretrain(
     overrides: Overrides = None,
     launcher: LauncherOption = "auto",
     workers: Workers = 1,
+    resume: Resume = None,
 ) -> None:
     """Mutually regularized pretraining of the collaborative and the content LLM. Resumes by itself."""
-    _train("pretrain", config, overrides, launcher, workers)
+    _train("pretrain", config, overrides, launcher, workers, resume)
 
 
 @app.command()
@@ -104,20 +109,27 @@ def finetune(
     overrides: Overrides = None,
     launcher: LauncherOption = "auto",
     workers: Workers = 1,
+    resume: Resume = None,
 ) -> None:
     """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes by itself."""
-    _train("finetune", config, overrides, launcher, workers)
+    _train("finetune", config, overrides, launcher, workers, resume)
 
 
-def _train(stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: int) -> None:
-    from cllm4rec_dist.train import train
+def _train(
+    stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: int, resume: str | None
+) -> None:
+    from cllm4rec_dist.interruption import EXIT_STATUS
+    from cllm4rec_dist.train import TrainResult, resolve_resume, train
 
-    loaded = load_config(RunConfig, path, [*(overrides or ()), f"stage={stage}"])
+    more = [f"stage={stage}", *([f"resume={resume}"] if resume else [])]
+    loaded = load_config(RunConfig, path, [*(overrides or ()), *more])
     paths = {name: _absolute(getattr(loaded, name)) for name in ("corpus", "output", "init_from", "deepspeed")}
     if Path(loaded.backbone).is_dir():
         paths["backbone"] = _absolute(loaded.backbone)
-    config = loaded.model_copy(update=paths)
-    launch(train, launcher, workers, Path(config.output) / "ray", config=config)
+    config = resolve_resume(loaded.model_copy(update=paths), os.environ)
+    result = launch(train, launcher, workers, Path(config.output) / "ray", config=config)
+    if isinstance(result, TrainResult) and result.interrupted:
+        raise typer.Exit(EXIT_STATUS)
     if _is_main():
         typer.echo(f"{stage} done: {config.output}")
 
@@ -193,9 +205,9 @@ def _log_alone() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error that input caused is one message and exit status 2."""
+    """Run the command line; an error of ours is one message and its exit status."""
     try:
         app(arguments)
     except CLLM4RecError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)

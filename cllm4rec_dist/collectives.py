@@ -9,6 +9,7 @@ Legend: n rows of this rank, N rows of all ranks, W ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,24 @@ from torch import Tensor
 from cllm4rec_dist.topology import World
 
 
+def gather_integers(values: Sequence[int], world: World, group: dist.ProcessGroup | None = None) -> list[list[int]]:
+    """Every rank's `values` (equally many, int64), in rank order. One all-gather.
+
+    Args:
+        group: of all ranks, on CPUs, for a thread that must not meddle with the main group's order; that one if None.
+    """
+    if world.size == 1:
+        return [list(values)]
+    device = world.device if group is None else torch.device("cpu")
+    own = torch.tensor([*values], dtype=torch.int64, device=device)
+    gathered = own.new_empty(world.size, len(values))
+    dist.all_gather_into_tensor(gathered.view(-1), own, group=group)
+    return gathered.tolist()
+
+
 def gather_counts(count: int, world: World) -> list[int]:
     """Every rank's `count`, in rank order. All-gathers one integer."""
-    if world.size == 1:
-        return [count]
-    own = torch.tensor([count], device=world.device)
-    counts = torch.empty(world.size, dtype=own.dtype, device=world.device)
-    dist.all_gather_into_tensor(counts, own)
-    return counts.tolist()
+    return [found for (found,) in gather_integers([count], world)]
 
 
 def all_reduce_sum(x: Tensor, world: World) -> Tensor:

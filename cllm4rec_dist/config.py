@@ -227,10 +227,26 @@ class ValidationConfig(StrictModel):
 class CheckpointConfig(StrictModel):
     """Checkpoints to resume from."""
 
+    folder: str | None = None
+    """Folder or fsspec URL (s3://..., gs://...) that all hosts see; OUTPUT/checkpoints if left out."""
     every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints; one more is written at the end."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Minutes between checkpoints, beside `every_steps`; not used if left out."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest are kept; the best one is kept beside them."""
+
+
+class FaultsConfig(StrictModel):
+    """What ends a run that goes wrong."""
+
+    hang_seconds: float = Field(default=600.0, gt=0)
+    """A rank that stands still for longer ends the job."""
+    bad_step: Literal["stop", "skip"] = "stop"
+    """What to do where a step's loss or gradient is not finite, or the loss explodes: end the run with the batch named,
+    or leave the step out and go on."""
+    explosion: float = Field(default=10.0, gt=1)
+    """A loss above so many times its running mean (and above so many nats) is an explosion."""
 
 
 class RunConfig(StrictModel):
@@ -246,6 +262,9 @@ class RunConfig(StrictModel):
     """Folder of the run: checkpoints, metrics, TensorBoard, resolved configuration."""
     init_from: str | None = None
     """Run folder or checkpoint whose rows and adapters a new run starts from (finetune after pretrain)."""
+    resume: str = "auto"
+    """`auto`: go on from the newest good checkpoint of this run, if it has one. `none`: start anew; refused where the
+    run has checkpoints. Else a checkpoint, or another run, whose newest is gone on from in this run's output."""
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed file; what the run decides is "auto" there."""
     seed: int = Field(default=0, ge=0)
@@ -270,6 +289,7 @@ class RunConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
 
 
 class BackboneConfig(StrictModel):

@@ -1,7 +1,8 @@
 """DeepSpeed, and nothing else of the project: the only file that imports it.
 
 `Engine` wraps a ZeRO-3 engine around the backbone and offers what one training step needs: forward, backward, this
-rank's gradient partitions for joint clipping, step, save and load. Tables live outside (see `model/tables.py`).
+rank's gradient partitions for joint clipping, step, and its slices of weights and optimizer state for checkpoints.
+Tables live outside (see `model/tables.py`).
 
 Scaling, the one rule for all gradients: each rank's loss is `local_sum * W / global_count`, summed over the
 micro-batches of a step. ZeRO-3 averages over W ranks; tables get the gradient of the sum over ranks and are divided by
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,16 +24,24 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.errors import CheckpointError, ConfigError
-from cllm4rec_dist.topology import World, adopt_slurm_environment
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
 
-_TAG = "engine"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state of a parameter, each in the parameter's shape."""
 
 
 def start_world() -> World:
@@ -123,7 +133,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.trainable: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def __call__(self, *embeddings: Tensor | None) -> tuple[Tensor | None, ...]:
         """One forward of the module. Every rank must call it equally often."""
@@ -153,27 +163,70 @@ class Engine:
             group["lr"] = lr
         self._engine.step()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's optimizer partitions and trainable weights below `folder`. Collective."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+    def discard(self) -> None:
+        """Spoil this step's gradients, at the boundary: `step` then drops them and changes nothing.
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, at the same number of ranks. Collective."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        if loaded is None:
-            raise CheckpointError("engine", str(folder), "could not be loaded", "Use another checkpoint.")
+        ZeRO-3 leaves out a step whose gradient norm is not finite, in every precision; there is no other way to drop
+        gradients that does not also move the optimizer's moments.
+        """
+        self.scale_gradients(math.nan)
 
-    def gather_trainable(self) -> dict[str, Tensor] | None:
-        """Whole trainable weights on rank 0, None elsewhere. Gathers one parameter at a time; collective."""
-        whole = {}
-        for name, parameter in self.trainable.items():
-            with GatheredParameters([parameter]):
-                if dist.get_rank() == 0:
-                    whole[name] = parameter.detach().cpu().clone()
-        return whole or None
+    def partitions(self) -> dict[str, RowPartition]:
+        """Which elements of each flattened trainable parameter a rank holds: ZeRO-3 cuts it as we cut rows."""
+        return {name: RowPartition(p.ds_numel, dist.get_world_size()) for name, p in self.trainable.items()}
 
-    def set_trainable(self, weights: dict[str, Tensor]) -> None:
-        """Overwrite trainable weights with whole tensors that every rank holds. Collective."""
-        for name, parameter in self.trainable.items():
-            with GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(weights[name])
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each whole trainable parameter."""
+        return {name: tuple(p.ds_shape) for name, p in self.trainable.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's elements of each flattened trainable parameter, fp32 (the master copy), without padding."""
+        return {name: safe_get_local_fp32_param(self.trainable[name])[:n] for name, n in self._num_local().items()}
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """By parameter: `exp_avg` and `exp_avg_sq` of the same elements; empty before the first step."""
+        state = self._optimizer_state()
+        return {
+            name: {key: safe_get_local_optimizer_state(self.trainable[name], key)[:n] for key in MOMENTS}
+            for name, n in self._num_local().items()
+            if state
+        }
+
+    def steps_taken(self) -> float:
+        """Adam's count of steps, which its bias correction needs."""
+        return float(self._optimizer_state().get("step", 0))
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Overwrite what `weights` gave, before the first forward. No collective.
+
+        Both the fp32 master and the partition that is gathered for a forward are written: DeepSpeed's
+        `GatheredParameters` writes the latter alone, and the first step would bring back the old values.
+        """
+        for name, local in weights.items():
+            parameter = self.trainable[name]
+            assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE, "weights are set before the first forward"
+            padded = parameter.ds_tensor.new_zeros(parameter.partition_numel(), dtype=torch.float32)
+            padded[: len(local)] = local
+            safe_set_local_fp32_param(parameter, padded)
+            parameter.ds_tensor.data.copy_(padded)
+
+    def set_moments(self, moments: dict[str, dict[str, Tensor]], steps_taken: float) -> None:
+        """Overwrite what `moments` and `steps_taken` gave. No collective."""
+        zero = self._engine.optimizer
+        for flat in zero.fp32_partitioned_groups_flat:
+            zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            zero.optimizer.state[flat] = {"step": torch.tensor(steps_taken), **zeros}
+        for name, found in moments.items():
+            parameter = self.trainable[name]
+            for key, local in found.items():
+                padded = parameter.ds_tensor.new_zeros(parameter.partition_numel(), dtype=torch.float32)
+                padded[: len(local)] = local
+                safe_set_local_optimizer_state(parameter, padded, key)
+
+    def _num_local(self) -> dict[str, int]:
+        return {name: partition.num_local(dist.get_rank()) for name, partition in self.partitions().items()}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Of the first flat group; all groups take the same steps."""
+        zero = self._engine.optimizer
+        return dict(zero.optimizer.state.get(zero.fp32_partitioned_groups_flat[0], {}))

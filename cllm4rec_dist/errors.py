@@ -14,7 +14,12 @@ class CLLM4RecError(Exception):
         value: the value found.
         constraint: the rule that it breaks, as a clause (`must be a positive number`).
         cure: what to do about it, as a sentence.
+
+    Attributes:
+        exit_status: of a command that ends with it.
     """
+
+    exit_status = 2
 
     def __init__(self, field: str, value: object, constraint: str, cure: str) -> None:
         self.field, self.value, self.constraint, self.cure = field, value, constraint, cure
@@ -39,3 +44,13 @@ class CorpusError(CLLM4RecError):
 
 class CheckpointError(CLLM4RecError):
     """A checkpoint that is absent, incomplete or belongs to another backbone, corpus or tokenizer."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are missing or not what was committed; another one may be whole."""
+
+
+class FaultError(CLLM4RecError):
+    """A run that cannot go on although its input is right: a lost, hung or diverged rank, a loss that explodes."""
+
+    exit_status = 1

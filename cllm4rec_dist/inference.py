@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cllm4rec_dist import checkpoint, ranking
+from cllm4rec_dist.checkpoint import Checkpoint
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.log import Report, progress_bar
 from cllm4rec_dist.ranking import Ranking
 from cllm4rec_dist.system import System, assemble
@@ -30,33 +31,37 @@ NUM_EXAMPLES = 6
 EXAMPLE_ITEMS = 10
 
 
-def load(run: str, world: World) -> tuple[System, Path]:
-    """The system of a run folder's best checkpoint (or of a checkpoint folder), and that checkpoint. Collective.
+def load(run: str, world: World) -> tuple[System, Checkpoint]:
+    """The system of a run's best checkpoint (or of the checkpoint given), and that checkpoint. Collective.
 
     Raises:
-        CheckpointError: where there is none, or its backbone, corpus or tokenizer has changed.
+        CheckpointError: where none is whole, or its backbone, corpus or tokenizer has changed.
     """
-    folder = checkpoint.find(run)
-    state = checkpoint.read_state(folder, verify=world.is_main)
-    config = validate(RunConfig, state["config"], str(folder / "state.json"))
-    system = assemble(config, world)
-    checkpoint.require_same(folder, state["fingerprints"], system.fingerprints)
-    checkpoint.load_weights(system, folder)
-    return system, folder
+    store, names = checkpoint.find(run)
+    opened = checkpoint.first_good(store, names, world, lambda found: found.about.config)
+    if opened is not None:
+        config = validate(RunConfig, opened[1], f"{opened[0].path}: configuration")
+        system = assemble(config, world)
+        checkpoint.require_same(opened[0], system.fingerprints)
+        found = checkpoint.first_good(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
+        if found is not None:
+            checkpoint.restore_weights(system, found[1])
+            return system, found[0]
+    raise CheckpointError("checkpoint", run, "is damaged, and so is every other one there", "Use another run.")
 
 
 def evaluate_run(
     world: World, report: Report, run: str, split: str, metrics: Sequence[str], batch_users: int, output: str
 ) -> None:
     """Write `evaluation.json` into `output`: metrics with standard errors, and recommendations of a few users."""
-    system, folder = load(run, world)
+    system, used = load(run, world)
     bar = progress_bar(world, int((system.corpus.split(split).lengths > 0).sum()), f"evaluate {split}", "user")
     result = ranking.evaluate(system, split, metrics, batch_users, bar.update)
     bar.close()
     examples = _examples(system, split)
     if world.is_main:
         content = {
-            "checkpoint": str(folder), "split": split, **vars(result), "examples": examples,
+            "checkpoint": used.path, "split": split, **vars(result), "examples": examples,
             "fingerprints": system.fingerprints, "config": system.config.model_dump(mode="json"),
         }  # fmt: skip
         target = Path(output)

@@ -28,8 +28,8 @@ RankFunction = Callable[..., object]
 """`function(world, report, **arguments)`; importable, because Ray carries it to its workers by name."""
 
 
-def launch(function: RankFunction, launcher: str, workers: int, storage: Path, **arguments: Any) -> None:
-    """Run `function` on all ranks and wait for its end.
+def launch(function: RankFunction, launcher: str, workers: int, storage: Path, **arguments: Any) -> object:
+    """Run `function` on all ranks and wait for its end. Returns what it returned on this rank; None under Ray.
 
     Args:
         launcher: auto, ray or process.
@@ -44,12 +44,12 @@ def launch(function: RankFunction, launcher: str, workers: int, storage: Path, *
         raise ConfigError("--launcher", launcher, f"is not one of {LAUNCHERS}", "Leave it out for auto.")
     joined = "RANK" in os.environ or {"SLURM_PROCID", "MASTER_ADDR"} <= set(os.environ)
     if launcher == "process" or (launcher == "auto" and joined):
-        _run_here(function, lambda metrics: None, arguments)
-    else:
-        _run_on_ray(function, workers, storage, arguments)
+        return _run_here(function, lambda metrics: None, arguments)
+    _run_on_ray(function, workers, storage, arguments)
+    return None
 
 
-def _run_here(function: RankFunction, report: Callable[[dict[str, float]], None], arguments: dict[str, Any]) -> None:
+def _run_here(function: RankFunction, report: Callable[[dict[str, float]], None], arguments: dict[str, Any]) -> object:
     import torch.distributed as dist  # after the launcher's choice: a Ray driver needs neither torch nor DeepSpeed
 
     from cllm4rec_dist.engine import start_world
@@ -59,7 +59,7 @@ def _run_here(function: RankFunction, report: Callable[[dict[str, float]], None]
     world = start_world()
     setup_logging(world)
     try:
-        function(world, report, **arguments)
+        return function(world, report, **arguments)
     finally:
         if ours:
             dist.destroy_process_group()

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -87,8 +87,9 @@ class MetricsLog:
         if world.is_main:
             run.mkdir(parents=True, exist_ok=True)
             path = run / METRICS_FILE
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-            path.write_text("".join(kept), encoding="utf-8")
+            part = path.with_suffix(".part")
+            part.write_text("".join(_lines_until(path, first_step)), encoding="utf-8")
+            part.replace(path)
             self._file = path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
@@ -113,5 +114,12 @@ class MetricsLog:
             self._board.close()
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+def _lines_until(path: Path, last_step: int) -> Iterator[str]:
+    """Lines of steps up to `last_step`; what a dying process wrote in part is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    for line in lines:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                yield line
+        except ValueError:
+            continue

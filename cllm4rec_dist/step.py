@@ -33,11 +33,13 @@ class StepResult:
         losses: mean of each term over the step's predictions (or rows), in nats.
         grad_norm: joint norm before clipping.
         tokens: real tokens read by all ranks.
+        accepted: False where the step was left out, because its loss or gradient was bad: nothing has changed then.
     """
 
     losses: dict[str, float]
     grad_norm: float
     tokens: int
+    accepted: bool
 
     @property
     def loss(self) -> float:
@@ -56,12 +58,15 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
     return 1 - (1 - config.final_share) * fallen
 
 
-def train_step(system: System, micro_batches: list[MicroBatch], lr_factor: float) -> StepResult:
+def train_step(
+    system: System, micro_batches: list[MicroBatch], lr_factor: float, largest_loss: float = math.inf
+) -> StepResult:
     """Forward and backward of every micro-batch, then one clipped optimizer step. Collective.
 
     Args:
         micro_batches: this rank's part of the global batch; all ranks have equally many.
         lr_factor: share of the peak learning rates.
+        largest_loss: a step with a larger loss, or with one that is not finite, is left out on all ranks alike.
     """
     world, model, optimizer = system.world, system.recommender, system.config.optimizer
     batches = [batch.to(world.device) for batch in micro_batches]
@@ -81,12 +86,17 @@ def train_step(system: System, micro_batches: list[MicroBatch], lr_factor: float
             # One all-reduce brings the joint norm and what the step tells of itself.
             *told, square = all_reduce_sum(torch.cat([sums, _complete_gradients(system)[None]]), world).tolist()
             grad_norm = math.sqrt(square)
-            _clip(system, grad_norm)
-            system.table_optimizer.step(optimizer.tables_lr * lr_factor)
+            means = {term: value / max(1, counts[term]) for term, value in zip(TERMS, told, strict=True)}
+            accepted = math.isfinite(grad_norm) and sum(means.values()) <= largest_loss
+            if accepted:
+                _clip(system, grad_norm)
+                system.table_optimizer.step(optimizer.tables_lr * lr_factor)
+            else:
+                system.table_optimizer.discard()
+                system.engine.discard()
         system.engine.step(optimizer.lr * lr_factor)
 
-    means = {term: value / max(1, counts[term]) for term, value in zip(TERMS, told, strict=True)}
-    return StepResult(means, grad_norm, counts["tokens"])
+    return StepResult(means, grad_norm, counts["tokens"], accepted)
 
 
 def _global_counts(

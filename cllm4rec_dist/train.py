@@ -1,129 +1,277 @@
 """The loop, one for all stages and launchers.
 
 A stage is data: `pretrain` and `finetune` differ in the documents that `BatchSource` makes and in nothing here. The
-loop reads a batch, takes a step (`step.py`), tells about it, and at its times validates and saves.
+loop reads a batch, takes a step (`step.py`), tells about it, and at its times validates and saves. It starts where the
+newest good checkpoint of its output ends, whatever number of ranks wrote it, so to start a run again is to go on.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from cllm4rec_dist import checkpoint, ranking
-from cllm4rec_dist.checkpoint import RunState
-from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
+from cllm4rec_dist.collectives import gather_integers
+from cllm4rec_dist.config import FaultsConfig, RunConfig
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.stream import ahead
-from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
+from cllm4rec_dist.interruption import StopRequest
 from cllm4rec_dist.log import Bar, MetricsLog, Report, progress_bar
+from cllm4rec_dist.saver import Saver
 from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
+from cllm4rec_dist.store import Store
 from cllm4rec_dist.system import System, assemble, start_rows
 from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
 _NOT_OF_THE_TRAJECTORY = {
     "output", "corpus", "backbone", "deepspeed", "epochs", "max_steps", "log_every", "validation", "checkpoint",
-    "init_from", "activation_checkpointing",
+    "init_from", "resume", "faults", "activation_checkpointing",
 }  # fmt: skip
 """Settings that may differ between a run and its resumption. Corpus and backbone may have moved: their fingerprints are
 held against each other. Epochs and steps may be raised; under a falling schedule they also move its end."""
+_MOST_SKIPPED = 20
+"""Bad steps in a row after which a run that skips them stops."""
+_LOCK_SECONDS = 60.0
+"""How long to wait for a dying predecessor to let go of the output."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves.
+    """What a run leaves.
 
     Attributes:
         state: of the last step.
-        losses: of the last step, by term.
-        checkpoint: the last one written.
+        losses: of the last step, by term; empty where there was none left to take.
+        interrupted: whether a signal ended it: saved, and not done.
     """
 
     state: RunState
     losses: dict[str, float]
-    checkpoint: Path
+    interrupted: bool
 
 
 def train(world: World, report: Report, config: RunConfig) -> TrainResult:
-    """Train a stage from its start, from `init_from`, or from the newest checkpoint in `output`. Collective.
+    """Train a stage from its newest checkpoint, from `init_from`, or from its start. Collective.
 
     Raises:
+        FaultError: for a loss that is not finite or explodes.
         CLLM4RecError: for input that does not fit; nothing that exists is lost.
     """
     run = Path(config.output).absolute()
-    system = assemble(config, world)
-    state = _begin(system, run)
-    source = BatchSource(system.corpus, system.composer, config, world)
-    total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
-    last_step = state.step if _gave_up(config, state) else total_steps
-    if world.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (run / CONFIG_FILE).write_text(text, encoding="utf-8")
-        logger.info("%s: %d users, %d items, steps %d to %d, %d an epoch",
-                    config.stage, system.corpus.num_users, system.corpus.num_items, state.step, total_steps,
-                    source.steps_per_epoch)  # fmt: skip
+    with _claim(run, world), StopRequest() as stop:
+        system = assemble(config, world)
+        store = Store(checkpoint.store_url(config))
+        state = _begin(system, store)
+        source = BatchSource(system.corpus, system.composer, config, world)
+        total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
+        last_step = state.step if _gave_up(config, state) else total_steps
+        if world.is_main:
+            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            (run / checkpoint.CONFIG_FILE).write_text(text, encoding="utf-8")
+            logger.info("%s: %d users, %d items, steps %d to %d, %d an epoch",
+                        config.stage, system.corpus.num_users, system.corpus.num_items, state.step, total_steps,
+                        source.steps_per_epoch)  # fmt: skip
 
-    losses: dict[str, float] = {}
-    saved = checkpoint.latest(run)
-    bar = progress_bar(world, total_steps, config.stage, "step", state.step)
-    with MetricsLog(run, world, state.step) as metrics:
-        for batches in ahead(source.make, state.step, last_step):
-            started = time.perf_counter()
-            system.train(True)
-            result = train_step(system, batches, learning_rate_factor(state.step, total_steps, config.optimizer))
-            state, losses = replace(state, step=state.step + 1), result.losses
-            epoch = (state.step - 1) // source.steps_per_epoch
-            _tell(metrics, bar, config, state, epoch, result, time.perf_counter() - started)
-            if _validates(config, state.step, source.steps_per_epoch, total_steps):
-                state = _validate(system, state, epoch, run, metrics, report)
-            stop = _gave_up(config, state)
-            if stop or state.step == total_steps or state.step % config.checkpoint.every_steps == 0:
-                saved = checkpoint.save(system, state, run)
-            if stop:
-                logger.info("no better validation since step %s: stopping at step %d", state.best_step, state.step)
-                break
-    bar.close()
-    if saved is None:
-        raise CheckpointError("epochs", config.epochs, "leave no step to take", "Raise epochs or max_steps.")
-    report({f"loss/{term}": value for term, value in losses.items()})
-    return TrainResult(state, losses, saved)
+        losses: dict[str, float] = {}
+        interrupted = False
+        bar = progress_bar(world, total_steps, config.stage, "step", state.step)
+        clock = _Clock(config.checkpoint.every_minutes)
+        with MetricsLog(run, world, state.step) as metrics, _saver(store, system) as saver:
+            for batches in ahead(source.make, state.step, last_step):
+                started = time.perf_counter()
+                _seed_dropout(config.seed, state.step, world.rank)
+                system.train(True)
+                factor = learning_rate_factor(state.step, total_steps, config.optimizer)
+                result = train_step(system, batches, factor, _largest_loss(state, config.faults))
+                state, losses = _advance(state, result, config.faults, source), result.losses
+                epoch = (state.step - 1) // source.steps_per_epoch
+                _tell(metrics, bar, config, state, epoch, result, time.perf_counter() - started)
+                if _validates(config, state.step, source.steps_per_epoch, total_steps):
+                    state = _validate(system, state, epoch, saver, metrics, report)
+                interrupted, due = _agree(system, state, stop.signal_name is not None, clock.is_due())
+                over = interrupted or _gave_up(config, state) or state.step == total_steps
+                if over or due or state.step % config.checkpoint.every_steps == 0:
+                    saver.save(state, STEP)
+                    clock.restart()
+                if over:
+                    break
+        bar.close()
+        if interrupted:
+            logger.warning("%s: saved at step %d of %d", stop.signal_name or "stopped", state.step, total_steps)
+        report({f"loss/{term}": value for term, value in losses.items()})
+        return TrainResult(state, losses, interrupted)
 
 
-def _begin(system: System, run: Path) -> RunState:
+def resolve_resume(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
+    """The configuration with `resume` as the ranks are to read it. Called once by a command, before its ranks start.
+
+    `none` becomes `auto` where the run has no checkpoint yet, so that the restarts of this very run go on.
+
+    Raises:
+        CheckpointError: for `none` where there is a checkpoint to lose.
+    """
+    if config.resume == "none":
+        names = Store(checkpoint.store_url(config)).names(STEP)
+        restarted = any(int(environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        if names and not restarted:
+            raise CheckpointError(
+                "resume", "none", f"would start anew where the run has {names[-1]}",
+                "Choose another output, or remove the run.",
+            )  # fmt: skip
+        return config.model_copy(update={"resume": "auto"})
+    if config.resume != "auto" and "://" not in config.resume:
+        return config.model_copy(update={"resume": str(Path(config.resume).absolute())})
+    return config
+
+
+@contextmanager
+def _claim(run: Path, world: World) -> Iterator[None]:
+    """Make the run's folder and hold it: two runs that write to one place would spoil each other's files."""
+    if not world.is_main:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout:
+        raise ConfigError(
+            "output", str(run), "is being written by another run", "Stop that one or choose another output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _saver(store: Store, system: System) -> Iterator[Saver]:
+    """A saver that has written what it was given before the run ends, also where the run fails."""
+    saver = Saver(store, system, system.config.checkpoint.keep)
+    try:
+        yield saver
+    except BaseException:
+        saver.wait()
+        raise
+    saver.finish()
+
+
+def _begin(system: System, store: Store) -> RunState:
     """Resume, continue from another run's weights, or start the rows."""
     config = system.config
-    newest = checkpoint.latest(run)
-    if newest is not None:
-        _require_same_trajectory(newest, config)
-        state = checkpoint.resume(system, newest)
-        logger.info("resumed %s at step %d", newest, state.step)
+    names = [*reversed(store.names(STEP))]
+    source = store
+    if config.resume != "auto":
+        source, wanted = checkpoint.find(config.resume, (STEP,))
+        if names and source.url == store.url and wanted[0] != names[0]:
+            raise CheckpointError(
+                "resume", config.resume, f"is not this run's newest checkpoint, {names[0]}",
+                "Choose another output to go on from it, or remove the newer ones.",
+            )  # fmt: skip
+        source, names = (store, names) if names else (source, wanted)
+    state = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
+    if state is not None:
         return state
+    damaged = store.set_aside_names(STEP)
+    if names or damaged:
+        raise CheckpointError(
+            "checkpoint.folder", store.url, f"holds no whole checkpoint, but damaged ones ({damaged or names})",
+            "Bring one back from a copy, or choose another output to start anew.",
+        )  # fmt: skip
     start_rows(system)
     if config.init_from is not None:
-        folder = checkpoint.find(config.init_from)
-        checkpoint.require_same(folder, checkpoint.read_state(folder)["fingerprints"], system.fingerprints)
-        checkpoint.load_weights(system, folder)
-        logger.info("starting from the weights of %s", folder)
+        _start_from(system, config.init_from)
     return RunState()
 
 
-def _require_same_trajectory(folder: Path, config: RunConfig) -> None:
+def _start_from(system: System, path: str) -> None:
+    """Take the weights of another run."""
+
+    def read(candidate: Checkpoint) -> checkpoint.Contents:
+        checkpoint.require_same(candidate, system.fingerprints)
+        return checkpoint.read(system, candidate, moments=False)
+
+    store, names = checkpoint.find(path)
+    found = checkpoint.first_good(store, names, system.world, read)
+    if found is None:
+        raise CheckpointError("init_from", path, "holds no whole checkpoint", "Use another one.")
+    checkpoint.restore_weights(system, found[1])
+    logger.info("starting from the weights of %s", found[0].path)
+
+
+def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
     own = config.model_dump(mode="json", exclude=_NOT_OF_THE_TRAJECTORY)
-    saved: dict[str, Any] = checkpoint.read_state(folder, verify=False)["config"]
+    saved: dict[str, Any] = candidate.about.config
     changed = {key: (saved.get(key), value) for key, value in own.items() if saved.get(key) != value}
     if changed:
         raise CheckpointError(
-            f"{folder}: configuration", changed, "differs between the checkpoint (first) and this run (second)",
+            f"{candidate.path}: configuration", changed, "differs between the checkpoint (first) and this run (second)",
             "Go on with the settings of the checkpoint, or choose another output folder.",
         )  # fmt: skip
+
+
+class _Clock:
+    """Tells when a checkpoint is due by time; rank 0's is the one that counts."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._started = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._started >= self._seconds
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make dropout inside the backbone and its adapters a function of (seed, step, rank): no state to keep."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, 30, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def _largest_loss(state: RunState, config: FaultsConfig) -> float:
+    """Above it a loss explodes."""
+    return math.inf if state.mean_loss is None else config.explosion * max(1.0, state.mean_loss)
+
+
+def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: BatchSource) -> RunState:
+    """The state after a step; a bad one ends the run or is counted."""
+    step = state.step + 1
+    if result.accepted:
+        mean = result.loss if state.mean_loss is None else 0.98 * state.mean_loss + 0.02 * result.loss
+        return replace(state, step=step, mean_loss=mean, skipped_in_a_row=0)
+    told = {**result.losses, "grad_norm": result.grad_norm}
+    where = f"step {state.step} ({source.describe(state.step)})"
+    if config.bad_step == "stop" or state.skipped_in_a_row + 1 >= _MOST_SKIPPED:
+        raise FaultError(
+            where, told, f"is not finite or above {_largest_loss(state, config):.4g}",
+            "The weights are those of the step before. Lower the learning rates, look at the batch, or set"
+            " faults.bad_step=skip.",
+        )  # fmt: skip
+    logger.error("left out %s: %s", where, told)
+    return replace(state, step=step, skipped_in_a_row=state.skipped_in_a_row + 1)
+
+
+def _agree(system: System, state: RunState, told_to_stop: bool, save_is_due: bool) -> tuple[bool, bool]:
+    """Whether any rank was told to stop, and whether rank 0 finds a checkpoint due. One small all-gather."""
+    told = gather_integers([told_to_stop, save_is_due], system.world)
+    return any(stop for stop, _ in told), bool(told[0][1])
 
 
 def _tell(
@@ -134,7 +282,7 @@ def _tell(
         values = {f"loss/{term}": value for term, value in result.losses.items()}
         metrics.write(state.step, {
             "stage": config.stage, "epoch": epoch, "loss": result.loss, **values, "grad_norm": result.grad_norm,
-            "tokens": result.tokens, "tokens_per_second": round(speed, 1),
+            "accepted": result.accepted, "tokens": result.tokens, "tokens_per_second": round(speed, 1),
         })  # fmt: skip
     terms = " ".join(f"{term} {value:.3f}" for term, value in result.losses.items())
     bar.set_description(f"{config.stage} epoch {epoch} {terms} {speed:,.0f} tok/s")
@@ -152,7 +300,9 @@ def _validates(config: RunConfig, step: int, steps_per_epoch: int, total_steps: 
     return config.stage == "finetune" and every > 0 and (step % every == 0 or step == total_steps)
 
 
-def _validate(system: System, state: RunState, epoch: int, run: Path, metrics: MetricsLog, report: Report) -> RunState:
+def _validate(
+    system: System, state: RunState, epoch: int, saver: Saver, metrics: MetricsLog, report: Report
+) -> RunState:
     """Rank the validation items; a better result than any before is kept as the `best` checkpoint."""
     config = system.config.validation
     found = ranking.evaluate(system, "valid", config.metrics, config.batch_users).mean
@@ -163,5 +313,5 @@ def _validate(system: System, state: RunState, epoch: int, run: Path, metrics: M
     if state.best is not None and value <= state.best:
         return replace(state, validations_since_best=state.validations_since_best + 1)
     state = replace(state, best=value, best_step=state.step, validations_since_best=0)
-    checkpoint.save(system, state, run, checkpoint.BEST)
+    saver.save(state, BEST)
     return state

@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from cllm4rec_dist import checkpoint
 from cllm4rec_dist import step as step_module
-from cllm4rec_dist.checkpoint import RunState, read_rows, save
+from cllm4rec_dist.checkpoint import STEP, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.prompts import Composer
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.model.backbone import load_backbone, load_words
+from cllm4rec_dist.saver import Saver
 from cllm4rec_dist.step import learning_rate_factor, train_step
+from cllm4rec_dist.store import Store
 from cllm4rec_dist.system import System, assemble, start_rows
 from cllm4rec_dist.topology import World
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks
@@ -73,10 +75,11 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
     for number in range(STEPS):
         system.train(True)
         results.append(train_step(system, source.make(number), learning_rate_factor(number, STEPS, config.optimizer)))
-    folder = save(system, RunState(STEPS), Path(out))
+    saver = Saver(Store(out), system, keep=1)
+    saver.save(RunState(STEPS), STEP)
+    saver.finish()
     return {
         "losses": [r.losses for r in results], "norms": [r.grad_norm for r in results], "gradients": gradients,
-        "folder": str(folder),
     }  # fmt: skip
 
 
@@ -132,13 +135,11 @@ def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, 
         whole = torch.cat([rank["gradients"][f"adapter:{name}"].flatten() for rank in ranks])[: first[name].numel()]
         assert_same_gradient(name, whole, first[name])
 
-    folder = Path(ranks[0]["folder"])
-    for name, value in run.rows.items():
-        saved = read_rows(folder, name, 0, len(value), len(value), size)
-        torch.testing.assert_close(saved, value.detach(), rtol=0, atol=2e-5)
-    for name, value in load_file(folder / "adapter.safetensors").items():
-        if name != "anchor":
-            torch.testing.assert_close(value, run.adapters[name].detach(), rtol=0, atol=2e-5)
+    saved = Checkpoint.open(Store(str(tmp_path)), f"step-{STEPS:08d}")
+    parameters = run.rows | {checkpoint.ADAPTER + name: value.flatten() for name, value in run.adapters.items()}
+    assert saved.about.shapes.keys() - {"anchor"} == run.adapters.keys() - {"anchor"}
+    for name, value in parameters.items():
+        torch.testing.assert_close(saved.rows(name, len(value), 0, len(value)), value.detach(), rtol=0, atol=2e-5)
 
 
 def assert_same_gradient(name: str, got: Tensor, wanted: Tensor) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
+import cllm4rec_dist.step as step_module
+import cllm4rec_dist.train as train_module
 from cllm4rec_dist import checkpoint
+from cllm4rec_dist.checkpoint import About, Checkpoint
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.batches import MicroBatch
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
 from cllm4rec_dist.inference import evaluate_run, recommend_users
 from cllm4rec_dist.log import METRICS_FILE
+from cllm4rec_dist.step import StepResult
+from cllm4rec_dist.store import FileEntry, Store
+from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.train import train
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
@@ -84,23 +96,51 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(made: Made, tmp_
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(2, run, make_config(made, whole, "finetune", **changes))
     run_ranks(2, run, make_config(made, parts, "finetune", **changes, max_steps=5))
-    assert checkpoint.latest(parts).name == "step-00000005"  # type: ignore[union-attr]
+    assert names(parts) == ["step-00000003", "step-00000005"]
     run_ranks(2, run, make_config(made, parts, "finetune", **changes))
     # The interrupted run validated once more, at the step that it was told to be its last.
     assert [line for line in metrics(parts) if line["step"] != 5 or "loss" in line] == metrics(whole)
-    last = [checkpoint.latest(folder) for folder in (whole, parts)]
-    for name in ("adapter", "head", "tables-00000-of-00002", "tables-00001-of-00002"):
-        one, other = (load_file(folder / f"{name}.safetensors") for folder in last if folder is not None)
-        assert one.keys() == other.keys()
-        for key in one:
-            assert torch.equal(one[key], other[key]), key
+    assert_equal_checkpoints(whole, parts)
+
+
+def names(run: Path) -> list[str]:
+    return Store(f"{run}/checkpoints").names("step-")
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / names(run)[-1]
+
+
+def assert_equal_checkpoints(one: Path, other: Path) -> None:
+    """The newest checkpoints of two runs hold the same bits, moments and step counts included."""
+    files = sorted(path.name for path in newest(one).glob("*.safetensors"))
+    assert files == sorted(path.name for path in newest(other).glob("*.safetensors"))
+    for file in files:
+        first, second = load_file(newest(one) / file), load_file(newest(other) / file)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_any_number_of_ranks(made: Made, tmp_path: Path) -> None:
+    # 2 -> 3 -> 1 -> 4 in one run, each leg inside of an epoch, with moments in every optimizer.
+    for stage in ("pretrain", "finetune"):
+        whole, parts = tmp_path / f"whole-{stage}", tmp_path / f"parts-{stage}"
+        run_ranks(2, run, make_config(made, whole, stage))
+        for size, until in ((2, 2), (3, 4), (1, 7), (4, None)):
+            run_ranks(size, run, make_config(made, parts, stage, max_steps=until))
+        got, wanted = ([line for line in metrics(folder) if "loss" in line] for folder in (parts, whole))
+        for one, other in zip(got, wanted, strict=True):
+            for key in other:
+                assert one[key] == pytest.approx(other[key], rel=2e-4, abs=1e-6), (other["step"], key)
 
 
 @pytest.mark.slow
 def test_another_backbone_corpus_or_tokenizer_is_refused_with_both_fingerprints(made: Made, tmp_path: Path) -> None:
     config = make_config(made, tmp_path / "run", max_steps=1)
     run_ranks(1, run, config)
-    saved = checkpoint.read_state(checkpoint.latest(tmp_path / "run"))["fingerprints"]  # type: ignore[arg-type]
+    saved = about(tmp_path / "run").fingerprints
 
     catalog = make_catalog()
     backbone = make_backbone(tmp_path / "other", catalog, seed=1)
@@ -120,6 +160,10 @@ def test_another_backbone_corpus_or_tokenizer_is_refused_with_both_fingerprints(
     assert saved["tokenizer"] in message
 
 
+def about(run: Path, name: str | None = None) -> About:
+    return Checkpoint.open(Store(f"{run}/checkpoints"), name or names(run)[-1]).about
+
+
 def checkpoint_fingerprint(folder: Path) -> str:
     from cllm4rec_dist.model.backbone import fingerprint
 
@@ -127,14 +171,11 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_changed_setting_or_world_size_is_refused_and_named(made: Made, tmp_path: Path) -> None:
+def test_a_changed_setting_is_refused_and_named(made: Made, tmp_path: Path) -> None:
     config = make_config(made, tmp_path / "run", max_steps=1)
     run_ranks(2, run, config)
     changed = config.model_copy(update={"seed": 5, "max_steps": 2})
     assert "'seed': (0, 5)" in run_ranks(2, refused, changed)[0]
-    assert (
-        "2 ranks wrote it, but this run has 1" in run_ranks(1, refused, config.model_copy(update={"max_steps": 2}))[0]
-    )
 
 
 @pytest.mark.slow
@@ -142,14 +183,14 @@ def test_finetuning_goes_on_from_pretraining_and_its_best_checkpoint_is_evaluate
     pretrained, tuned = tmp_path / "pretrain", tmp_path / "finetune"
     run_ranks(2, run, make_config(made, pretrained))
     run_ranks(3, run, make_config(made, tuned, "finetune", init_from=str(pretrained)))
-    best = checkpoint.find(str(tuned))
-    assert best.name == checkpoint.BEST
-    recorded = checkpoint.read_state(best)
+    _, (best, *_) = checkpoint.find(str(tuned))
+    assert best.startswith(checkpoint.BEST)
+    recorded = about(tuned, best).run
 
     for size in (1, 2):
         run_ranks(size, _evaluate, str(tuned), str(tmp_path / f"valid-{size}"))
         found = json.loads((tmp_path / f"valid-{size}" / "evaluation.json").read_text())
-        assert found["mean"]["recall@5"] == pytest.approx(recorded["best"], rel=1e-6)
+        assert found["mean"]["recall@5"] == pytest.approx(recorded.best, rel=1e-6)
         assert found["num_users"] == 23
 
 
@@ -181,20 +222,214 @@ def _recommend(world: World, folder: str, users: list[str] | None, output: str) 
     recommend_users(world, lambda metrics: None, folder, users, 6, 4, output)
 
 
-@pytest.mark.slow
-def test_a_damaged_or_unfinished_checkpoint_is_not_used(made: Made, tmp_path: Path) -> None:
-    run_ranks(1, run, make_config(made, tmp_path / "run", max_steps=6))
-    older, newest = sorted(checkpoint.checkpoints_folder(tmp_path / "run").glob("step-*"))
-    damaged = newest / "adapter.safetensors"
-    content = bytearray(damaged.read_bytes())
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    damaged.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match="not what was committed"):
-        checkpoint.read_state(newest)
-    (newest / checkpoint.COMMIT).unlink()
-    assert checkpoint.latest(tmp_path / "run") == older
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(made: Made, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for output in (whole, broken):
+        run_ranks(2, run, make_config(made, output, max_steps=8))
+    flip_last_bit(newest(broken) / "shard-00001-of-00002.safetensors")  # step 8; rank 0 alone would not see it
+    (broken / "checkpoints" / "step-00000006" / "replicated.safetensors").unlink()
+    unfinished = broken / "checkpoints" / "step-00000007"
+    unfinished.mkdir()
+    for output in (whole, broken):
+        run_ranks(2, run, make_config(made, output))
+    assert metrics(broken) == metrics(whole)
+    assert_equal_checkpoints(broken, whole)
+    assert not unfinished.exists()
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
         checkpoint.find(str(tmp_path / "nothing"))
+
+
+@pytest.mark.slow
+def test_where_every_checkpoint_is_damaged_nothing_starts_anew(made: Made, tmp_path: Path) -> None:
+    config = make_config(made, tmp_path / "run", max_steps=2)
+    run_ranks(1, run, config)
+    flip_last_bit(newest(tmp_path / "run") / "replicated.safetensors")
+    for _ in range(2):
+        assert "holds no whole checkpoint, but damaged ones" in run_ranks(1, refused, config)[0]
+
+
+@pytest.mark.slow
+def test_resume_names_another_run_and_refuses_an_older_checkpoint_of_the_same(made: Made, tmp_path: Path) -> None:
+    whole, branch = tmp_path / "whole", tmp_path / "branch"
+    run_ranks(1, run, make_config(made, whole))
+    older = str(whole / "checkpoints" / "step-00000006")
+    run_ranks(2, run, make_config(made, branch, resume=older, max_steps=7))
+    run_ranks(1, run, make_config(made, branch, resume=older))  # goes on from its own, as after a crash
+    assert [line["step"] for line in metrics(branch) if "loss" in line] == [7, 8, 9]
+    assert metrics(branch)[-1]["loss"] == pytest.approx(metrics(whole)[-1]["loss"], rel=2e-4)
+    assert "is not this run's newest" in run_ranks(1, refused, make_config(made, whole, resume=older))[0]
+
+
+@pytest.mark.slow
+def test_resume_none_starts_a_run_once_and_loses_none(made: Made, tmp_path: Path) -> None:
+    config = make_config(made, tmp_path / "run", resume="none", max_steps=1)
+    assert train_module.resolve_resume(config, {}).resume == "auto"
+    run_ranks(1, run, train_module.resolve_resume(config, {}))
+    with pytest.raises(CheckpointError, match="would start anew where the run has step-00000001"):
+        train_module.resolve_resume(config, {})
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        assert train_module.resolve_resume(config, {name: "1"}).resume == "auto"
+
+
+@pytest.mark.slow
+def test_adapters_of_pretraining_survive_the_first_steps_of_finetuning(made: Made, tmp_path: Path) -> None:
+    pretrained, tuned = tmp_path / "pretrain", tmp_path / "finetune"
+    run_ranks(2, run, make_config(made, pretrained, max_steps=6))
+    optimizer = {"lr": 1e-12, "tables_lr": 1e-12, "warmup_steps": 0}
+    run_ranks(1, run, make_config(made, tuned, "finetune", init_from=str(pretrained), optimizer=optimizer, max_steps=2))
+    start, end = newest(pretrained), newest(tuned)
+    for name, shape in about(tuned).shapes.items():
+        spans = (f"{checkpoint.ADAPTER}{name}", math.prod(shape), 0, math.prod(shape))
+        before, after = (Checkpoint.open(Store(str(f.parent)), f.name).rows(*spans) for f in (start, end))
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
+        assert "lora_B" not in name or before.abs().max() > 1e-4  # it had moved from its start, zero
+
+
+def bad_batch(world: World, config: RunConfig, bad: int, value: float) -> str:
+    """Train with the loss of one step replaced."""
+    genuine, steps = train_module.train_step, iter(range(100))
+
+    def spoiled(system: System, batches: list[MicroBatch], factor: float, largest: float) -> StepResult:
+        if next(steps) == bad and world.rank == 0:
+            likelihood = step_module.objectives.item_likelihood
+            step_module.objectives.item_likelihood = lambda *a: (likelihood(*a)[0] * value, 0)
+            try:
+                return genuine(system, batches, factor, largest)
+            finally:
+                step_module.objectives.item_likelihood = likelihood
+        return genuine(system, batches, factor, largest)
+
+    train_module.train_step = spoiled
+    return refused(world, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_bad_loss_stops_the_run_and_names_the_batch(made: Made, tmp_path: Path, value: float, precision: str) -> None:
+    changes: dict[str, Any] = {"precision": precision, "max_steps": 6, "checkpoint": {"every_steps": 1, "keep": 10}}
+    messages = run_ranks(2, bad_batch, make_config(made, tmp_path / "run", **changes), 4, value)
+    for message in messages:
+        assert "step 4 (epoch 1, users" in message
+        assert "faults.bad_step=skip" in message
+    assert names(tmp_path / "run")[-1] == "step-00000004"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_skipped_step_changes_nothing_but_the_position(made: Made, tmp_path: Path, precision: str) -> None:
+    changes: dict[str, Any] = {
+        "precision": precision, "faults": {"bad_step": "skip"}, "checkpoint": {"every_steps": 1, "keep": 10},
+    }  # fmt: skip
+    assert run_ranks(2, bad_batch, make_config(made, tmp_path / "run", **changes, max_steps=6), 4, math.nan) == ["", ""]
+    store = Store(str(tmp_path / "run" / "checkpoints"))
+    before, after, later = (Checkpoint.open(store, f"step-0000000{step}") for step in (4, 5, 6))
+    assert (after.about.run.step, after.about.run.skipped_in_a_row) == (5, 1)
+    assert later.about.run.skipped_in_a_row == 0
+    for file in ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors", "replicated.safetensors"):
+        one, other, third = (load_file(c.file(file)) for c in (before, after, later))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert not all(torch.equal(one[key], third[key]) for key in one)
+    assert [line["step"] for line in metrics(tmp_path / "run") if not line.get("accepted", True)] == [5]
+
+
+def interrupted(world: World, config: RunConfig) -> tuple[int, bool]:
+    """Send this rank a signal at its fourth batch, to one rank only."""
+    genuine, steps = train_module.train_step, iter(range(100))
+
+    def signalled(*arguments: Any) -> StepResult:
+        if next(steps) == 4 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return genuine(*arguments)
+
+    train_module.train_step = signalled
+    result = train(world, lambda metrics: None, config)
+    return result.state.step, result.interrupted
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(made: Made, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(2, run, make_config(made, whole))
+    assert run_ranks(2, interrupted, make_config(made, parts)) == [(5, True), (5, True)]
+    assert names(parts)[-1] == "step-00000005"
+    run_ranks(2, run, make_config(made, parts))
+    assert metrics(parts) == metrics(whole)
+    assert_equal_checkpoints(parts, whole)
+
+
+def on_a_failing_store(world: World, config: RunConfig, failing: list[str]) -> str:
+    """Train with a full disk under the named checkpoints, on rank 1."""
+    genuine = Store.write
+
+    def write(store: Store, name: str, file: str, make: Any) -> FileEntry:
+        if world.rank == 1 and name in failing:
+            (Path(store.url) / name).mkdir(exist_ok=True)
+            (Path(store.url) / name / file).write_bytes(b"half of")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return genuine(store, name, file, make)
+
+    Store.write = write  # type: ignore[method-assign]
+    return refused(world, config)
+
+
+@pytest.mark.slow
+def test_a_full_disk_harms_no_earlier_checkpoint_and_stops_no_step(made: Made, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    messages = run_ranks(2, on_a_failing_store, make_config(made, output), ["step-00000006"])
+    assert messages == ["", ""]
+    assert names(output) == ["step-00000003", "step-00000009"]
+    assert metrics(output)[-1]["step"] == 9
+    # The last checkpoint of a run is not optional.
+    messages = run_ranks(2, on_a_failing_store, make_config(made, output, epochs=4), ["step-00000012"])
+    assert all("could not take the last checkpoint" in message for message in messages)
+    assert names(output) == ["step-00000003", "step-00000009"]
+    assert not (output / "checkpoints" / "step-00000012").exists()
+    run_ranks(2, run, make_config(made, output, epochs=4))
+    assert names(output)[-1] == "step-00000012"
+
+
+@pytest.mark.slow
+def test_checkpoints_live_on_any_file_system(made: Made, tmp_path: Path) -> None:
+    config = make_config(made, tmp_path / "run", checkpoint={"folder": "memory://run", "every_steps": 3, "keep": 5})
+    assert run_ranks(1, _in_memory, config) == [["step-00000003", "step-00000006", "step-00000008"]]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def _in_memory(world: World, config: RunConfig) -> list[str]:
+    run(world, config.model_copy(update={"max_steps": 3}))
+    memory = Store("memory://run")
+    run(world, config.model_copy(update={"max_steps": 8}))
+    assert checkpoint.find(config.output)[1][0] == "step-00000008"
+    marker = memory.marker("step-00000008")
+    memory._fs.pipe_file("/run/step-00000008/state.json", b"{}")
+    found = checkpoint.first_good(memory, ["step-00000008", "step-00000006"], world, lambda c: c.about.run.step)
+    assert marker.files
+    assert found is None or found[1] == 6
+    return memory.names("step-")
+
+
+@pytest.mark.slow
+def test_old_checkpoints_go_and_the_best_stays(made: Made, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"checkpoint": {"every_steps": 1, "keep": 2}}
+    run_ranks(2, run, make_config(made, tmp_path / "run", "finetune", **changes))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    state = about(tmp_path / "run").run
+    assert kept == [f"best-{state.best_step:08d}", "step-00000008", "step-00000009"]
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_share_an_output(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "_LOCK_SECONDS", 0.2)
+    with FileLock(tmp_path / ".lock"):
+        assert "is being written by another run" in run_ranks(1, refused, make_config(made, tmp_path))[0]
 
 
 @pytest.mark.slow
@@ -210,9 +445,8 @@ def test_a_run_that_stopped_early_takes_no_further_step_and_keeps_one_whole_best
     assert written[-1]["step"] == 6
     run_ranks(1, run, config)
     assert metrics(tmp_path / "run") == written
-    names = sorted(folder.name for folder in checkpoint.checkpoints_folder(tmp_path / "run").iterdir())
-    assert names == ["best", "step-00000003", "step-00000006"]
-    checkpoint.read_state(checkpoint.checkpoints_folder(tmp_path / "run") / "best")
+    kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["best-00000003", "step-00000003", "step-00000006"]
 
 
 @pytest.mark.slow

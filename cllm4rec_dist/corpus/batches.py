@@ -72,6 +72,12 @@ class BatchSource:
         examples = self._texts[0].range(*self._world.share(start, start + self._batch.texts))
         return items, [self._text_document(example) for example in examples]
 
+    def describe(self, step: int) -> str:
+        """Which examples a step reads on all ranks, for people."""
+        start, stop = batch_range(step, self._users[0].num_examples, self._batch.users)
+        epoch, first = divmod(start, self._users[0].num_examples)
+        return f"epoch {epoch}, users at positions {first} to {first + stop - start - 1} of its order"
+
     def make(self, step: int) -> list[MicroBatch]:
         """The same as `accumulation` micro-batches, some perhaps without documents."""
         items, words = self.documents(step)

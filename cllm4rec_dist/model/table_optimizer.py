@@ -53,6 +53,11 @@ class TableOptimizer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    def discard(self) -> None:
+        """Drop the gradients of a step that is left out."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
     def _states(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
         owners = {
             id(p): optimizer for optimizer in self._optimizers for g in optimizer.param_groups for p in g["params"]
