@@ -3,51 +3,97 @@
 Convention for every autograd function here and in `model/`: the gradient is that of the *sum* of all ranks' losses.
 What each rank hands to `backward` is its own part of that sum. gloo and NCCL both have the tensor forms used here;
 lengths may differ between ranks and be zero. Every function is a collective: all ranks must call it, in one order.
+Each names itself to the watchdog, which tells in which one a rank waits.
 
 Legend: n rows of this rank, N rows of all ranks, W ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cllm4rec_dist.errors import FaultError
 from cllm4rec_dist.topology import World
 
 
-def gather_integers(values: Sequence[int], world: World, group: dist.ProcessGroup | None = None) -> list[list[int]]:
+def gather_integers(
+    values: Sequence[int], world: World, group: dist.ProcessGroup | None = None, what: str = "integers"
+) -> list[list[int]]:
     """Every rank's `values` (equally many, int64), in rank order. One all-gather.
 
     Args:
         group: of all ranks, on CPUs, for a thread that must not meddle with the main group's order; that one if None.
+        what: is gathered, for whoever reads where a rank is.
     """
     if world.size == 1:
         return [list(values)]
     device = world.device if group is None else torch.device("cpu")
     own = torch.tensor([*values], dtype=torch.int64, device=device)
     gathered = own.new_empty(world.size, len(values))
-    dist.all_gather_into_tensor(gathered.view(-1), own, group=group)
-    return gathered.tolist()
+    # The watch knows where the main thread is, and nothing of other threads.
+    with world.watch.collective(f"all-gather of {what}") if group is None else nullcontext():
+        dist.all_gather_into_tensor(gathered.view(-1), own, group=group)
+        return gathered.tolist()
 
 
 def gather_counts(count: int, world: World) -> list[int]:
     """Every rank's `count`, in rank order. All-gathers one integer."""
-    return [found for (found,) in gather_integers([count], world)]
+    return [found for (found,) in gather_integers([count], world, what="counts")]
 
 
-def all_reduce_sum(x: Tensor, world: World) -> Tensor:
+def require_agreement(values: Mapping[str, int], world: World) -> None:
+    """Make sure that `values`, int64 and named alike on all ranks, are equal on all of them. One all-gather.
+
+    Raises:
+        FaultError: on every rank: the first value that differs, the ranks that have another one than most (than rank 0
+            has, where there are no most), and what they have.
+    """
+    everyones = gather_integers([*values.values()], world, what=f"what must agree ({', '.join(values)})")
+    for name, found in zip(values, zip(*everyones, strict=True), strict=True):
+        usual = max(found, key=found.count)  # of equally many the first, rank 0's
+        others = {rank: value for rank, value in enumerate(found) if value != usual}
+        if others:
+            raise FaultError(
+                f"{name} on rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}",
+                next(iter(others.values())) if len(set(others.values())) == 1 else [*others.values()],
+                f"differs from {usual} on the other ranks",
+                "Every rank must run the same code on the same configuration and corpus; if they do, suspect the host.",
+            )  # fmt: skip
+
+
+def barrier(world: World, what: str) -> None:
+    """Wait until all ranks are here.
+
+    Args:
+        what: is waited for, as a person would say it (`the corpus to be there`).
+    """
+    if world.size > 1:
+        with world.watch.collective(f"barrier for {what}"):
+            dist.barrier()
+
+
+def all_reduce_sum(x: Tensor, world: World, what: str = "sums") -> Tensor:
     """Sum of `x` over the ranks, without gradient. `x` itself is left as it is."""
     total = x.detach().clone()
     if world.size > 1:
-        dist.all_reduce(total)
+        with world.watch.collective(f"all-reduce of {what}"):
+            dist.all_reduce(total)
     return total
 
 
-def _all_gather(x: Tensor, counts: list[int], world: World) -> Tensor:
+def sum_on_host(x: Tensor, world: World, what: str) -> list[Any]:
+    """Sum of `x` over the ranks as Python numbers. All-reduces `x`."""
+    with world.watch.collective(f"all-reduce of {what}"):
+        return all_reduce_sum(x, world, what).tolist()  # inside, because it is here that a host waits for its GPU
+
+
+def _all_gather(x: Tensor, counts: list[int], world: World, what: str) -> Tensor:
     """[n, ...] -> [N, ...]; pads to the longest part, since ragged all-gathers do not exist on gloo."""
     if world.size == 1:
         return x
@@ -55,13 +101,14 @@ def _all_gather(x: Tensor, counts: list[int], world: World) -> Tensor:
     padded = x.new_zeros((longest, *x.shape[1:]))
     padded[: x.shape[0]] = x
     gathered = x.new_empty((world.size * longest, *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded)
+    with world.watch.collective(f"all-gather of {what}"):
+        dist.all_gather_into_tensor(gathered, padded)
     if min(counts) == longest:
         return gathered
     return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
 
-def _reduce_scatter(x: Tensor, counts: list[int], world: World) -> Tensor:
+def _reduce_scatter(x: Tensor, counts: list[int], world: World, what: str) -> Tensor:
     """[N, ...] on every rank -> sum over the ranks of this rank's part [n, ...]."""
     if world.size == 1:
         return x
@@ -70,7 +117,8 @@ def _reduce_scatter(x: Tensor, counts: list[int], world: World) -> Tensor:
     for rank, part in enumerate(x.split(counts)):
         padded[rank, : counts[rank]] = part
     own = x.new_empty((longest, *x.shape[1:]))
-    dist.reduce_scatter_tensor(own, padded.flatten(0, 1))
+    with world.watch.collective(f"reduce-scatter of {what}"):
+        dist.reduce_scatter_tensor(own, padded.flatten(0, 1))
     return own[: counts[world.rank]]
 
 
@@ -78,22 +126,22 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], world: World) -> Tensor:
         ctx.counts, ctx.world = counts, world
-        return _all_gather(x, counts, world)
+        return _all_gather(x, counts, world, "rows")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(grad.contiguous(), ctx.counts, ctx.world), None, None
+        return _reduce_scatter(grad.contiguous(), ctx.counts, ctx.world, "row gradients"), None, None
 
 
 class _ReduceScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], world: World) -> Tensor:
         ctx.counts, ctx.world = counts, world
-        return _reduce_scatter(x, counts, world)
+        return _reduce_scatter(x, counts, world, "rows")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(grad.contiguous(), ctx.counts, ctx.world), None, None
+        return _all_gather(grad.contiguous(), ctx.counts, ctx.world, "row gradients"), None, None
 
 
 def all_gather_rows(x: Tensor, counts: list[int], world: World) -> Tensor:
@@ -115,9 +163,11 @@ class _CombineLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, counts: list[int], world: World) -> Tensor:
         highest = partial.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        with world.watch.collective("all-reduce of maxima"):
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
         total = (partial - highest).exp_()
-        dist.all_reduce(total)
+        with world.watch.collective("all-reduce of sums of exponentials"):
+            dist.all_reduce(total)
         lse = highest.add_(total.log_())
         ctx.save_for_backward(partial, lse)
         ctx.counts, ctx.world = counts, world
@@ -126,7 +176,8 @@ class _CombineLogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         partial, lse = ctx.saved_tensors
-        return _all_gather(grad.contiguous(), ctx.counts, ctx.world) * (partial - lse).exp(), None, None
+        grad = _all_gather(grad.contiguous(), ctx.counts, ctx.world, "log-sum-exp gradients")
+        return grad * (partial - lse).exp(), None, None
 
 
 def combine_logsumexp(partial: Tensor, counts: list[int], world: World) -> Tensor:
@@ -142,22 +193,26 @@ def combine_logsumexp(partial: Tensor, counts: list[int], world: World) -> Tenso
     return partial if world.size == 1 else _CombineLogSumExp.apply(partial, counts, world)
 
 
-def all_to_all_rows(x: Tensor, send_counts: list[int], receive_counts: list[int], world: World) -> Tensor:
+def all_to_all_rows(
+    x: Tensor, send_counts: list[int], receive_counts: list[int], world: World, what: str = "rows"
+) -> Tensor:
     """Send the first `send_counts[0]` rows to rank 0 and so on; rows come back in rank order. No gradient."""
     if world.size == 1:
         return x
     received = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts)
+    with world.watch.collective(f"all-to-all of {what}"):
+        dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts)
     return received
 
 
 def exchange_counts(send_counts: Tensor, world: World) -> Tensor:
-    """int64 [W] rows for each rank -> int64 [W] rows from each rank."""
+    """int64 [W] rows for each rank -> int64 [W] rows from each rank, on the CPU."""
     if world.size == 1:
-        return send_counts
+        return send_counts.cpu()
     received = torch.empty_like(send_counts)
-    dist.all_to_all_single(received, send_counts)
-    return received
+    with world.watch.collective("all-to-all of counts"):
+        dist.all_to_all_single(received, send_counts)
+        return received.cpu()  # inside, because it is here that a host waits for its GPU
 
 
 def scatter_rows(rows: Tensor | None, partition_sizes: list[int], width: int, world: World) -> Tensor:
@@ -173,5 +228,6 @@ def scatter_rows(rows: Tensor | None, partition_sizes: list[int], width: int, wo
         parts = [torch.zeros(longest, width, device=world.device) for _ in partition_sizes]
         for part, block in zip(parts, rows.split(partition_sizes), strict=True):
             part[: len(block)] = block.to(world.device)
-    dist.scatter(own, parts, src=0)
+    with world.watch.collective("scatter of rows"):
+        dist.scatter(own, parts, src=0)
     return own[: partition_sizes[world.rank]].clone()

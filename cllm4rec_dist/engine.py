@@ -18,6 +18,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,27 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.diagnosis import HANG_SECONDS
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
+from cllm4rec_dist.watchdog import Watch, Watchdog
+
+_BACKEND_MORE_SECONDS = 60.0
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state of a parameter, each in the parameter's shape."""
 
 
-def start_world() -> World:
+def start_world(hang_seconds: float = HANG_SECONDS) -> World:
     """Join the run that the launcher made (Ray, torchrun, deepspeed, srun), or be a run of one process.
 
-    Reuses a process group that exists. Collectives: none beyond the rendezvous.
+    What a rank does goes into `with world.watch`, which ends in order or names the rank that is at fault.
+
+    Args:
+        hang_seconds: the longest that a collective may take. The backend's own timeout, which names nobody, comes later
+            than the watchdog's; one of a process group that exists (Ray's: 1800 s) stays as it is.
+
+    Collectives: the rendezvous and one broadcast.
     """
     adopt_slurm_environment(os.environ)
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -59,12 +70,17 @@ def start_world() -> World:
         # Its C++ shared-memory collectives are compiled at first use, a minute for nothing on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch")
-    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=None, auto_mpi_discovery=False, verbose=False,
+        timeout=timedelta(seconds=hang_seconds + _BACKEND_MORE_SECONDS),
+    )  # fmt: skip
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    watch = Watchdog(rank, size, device, hang_seconds) if size > 1 else Watch()
+    return World(rank, size, local_rank, device, watch)
 
 
 def resolve_settings(config: RunConfig) -> dict[str, Any]:

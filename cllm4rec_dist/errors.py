@@ -54,3 +54,19 @@ class FaultError(CLLM4RecError):
     """A run that cannot go on although its input is right: a lost, hung or diverged rank, a loss that explodes."""
 
     exit_status = 1
+
+
+class RankError(FaultError):
+    """A rank that was lost, hangs, failed or went another way, as the other ranks see it.
+
+    Args:
+        message: names the rank, and where it and those who wait for it are.
+        cure: what to do about it, as a sentence.
+    """
+
+    def __init__(self, message: str, cure: str) -> None:
+        super().__init__("ranks", message, "ends the run", cure)
+        self.args = (f"{message}. {cure}",)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.value, self.cure)

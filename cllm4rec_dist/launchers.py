@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cllm4rec_dist.diagnosis import HANG_SECONDS
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -28,13 +29,17 @@ RankFunction = Callable[..., object]
 """`function(world, report, **arguments)`; importable, because Ray carries it to its workers by name."""
 
 
-def launch(function: RankFunction, launcher: str, workers: int, storage: Path, **arguments: Any) -> object:
+def launch(
+    function: RankFunction, launcher: str, workers: int, storage: Path, *,
+    hang_seconds: float = HANG_SECONDS, **arguments: Any,
+) -> object:  # fmt: skip
     """Run `function` on all ranks and wait for its end. Returns what it returned on this rank; None under Ray.
 
     Args:
         launcher: auto, ray or process.
         workers: ranks that Ray starts.
         storage: folder for Ray's own records of the run.
+        hang_seconds: the longest that ranks may wait for one; its name then ends the run.
         arguments: picklable keyword arguments of `function`.
 
     Raises:
@@ -44,28 +49,33 @@ def launch(function: RankFunction, launcher: str, workers: int, storage: Path, *
         raise ConfigError("--launcher", launcher, f"is not one of {LAUNCHERS}", "Leave it out for auto.")
     joined = "RANK" in os.environ or {"SLURM_PROCID", "MASTER_ADDR"} <= set(os.environ)
     if launcher == "process" or (launcher == "auto" and joined):
-        return _run_here(function, lambda metrics: None, arguments)
-    _run_on_ray(function, workers, storage, arguments)
+        return _run_here(function, lambda metrics: None, hang_seconds, arguments)
+    _run_on_ray(function, workers, storage, hang_seconds, arguments)
     return None
 
 
-def _run_here(function: RankFunction, report: Callable[[dict[str, float]], None], arguments: dict[str, Any]) -> object:
+def _run_here(
+    function: RankFunction, report: Callable[[dict[str, float]], None], hang_seconds: float, arguments: dict[str, Any]
+) -> object:
     import torch.distributed as dist  # after the launcher's choice: a Ray driver needs neither torch nor DeepSpeed
 
     from cllm4rec_dist.engine import start_world
     from cllm4rec_dist.log import setup_logging
 
     ours = not dist.is_initialized()
-    world = start_world()
+    world = start_world(hang_seconds)
     setup_logging(world)
     try:
-        return function(world, report, **arguments)
+        with world.watch:
+            return function(world, report, **arguments)
     finally:
         if ours:
             dist.destroy_process_group()
 
 
-def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: dict[str, Any]) -> None:
+def _run_on_ray(
+    function: RankFunction, workers: int, storage: Path, hang_seconds: float, arguments: dict[str, Any]
+) -> None:
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DEDUP_LOGS": "0",
         "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -82,7 +92,7 @@ def _run_on_ray(function: RankFunction, workers: int, storage: Path, arguments: 
     logger.info("Ray Train with %d workers on %s", workers, "GPUs" if gpu else "CPUs")
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"function": function, "arguments": arguments},
+        train_loop_config={"function": function, "hang_seconds": hang_seconds, "arguments": arguments},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={} if gpu else {"CPU": 1}),
         # What fails is raised below; Ray's own account of it, and of its tidying up, is only noise beside it.
         run_config=RunConfig(  # type: ignore[call-arg]  # typed as an older class
@@ -101,7 +111,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     def report(metrics: dict[str, float]) -> None:
         ray.train.report(metrics)
 
-    _run_here(settings["function"], report, settings["arguments"])
+    _run_here(settings["function"], report, settings["hang_seconds"], settings["arguments"])
 
 
 def _original(error: BaseException) -> BaseException:

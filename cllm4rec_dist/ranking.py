@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cllm4rec_dist.collectives import all_gather_rows, all_to_all_rows, gather_counts
+from cllm4rec_dist.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
 from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.metrics import MetricResult, MetricSums, largest_cutoff, sum_topk
@@ -151,7 +150,8 @@ def rank_users(
         documents = collate([composer.prediction(int(u), history[int(u)]) for u in block_users], composer.space)
         documents = documents.to(world.device)
         embedded, item_rows = model.embed(model.collaborative, model.route(documents))
-        hidden, _ = system.engine(embedded, None)
+        with world.watch.collective("ZeRO-3 forward"):
+            hidden, _ = system.engine(embedded, None)
         assert hidden is not None
         queries = model.item_queries(hidden, item_rows, documents)
         seen = _pairs(history, block_users).to(world.device)
@@ -187,7 +187,6 @@ def evaluate(
 
 def _total(sums: MetricSums, world: World, num_skipped: int) -> MetricSums:
     packed = torch.tensor([*sums.total, *sums.total_squares, sums.num_users], dtype=torch.float64, device=world.device)
-    if world.size > 1:
-        dist.all_reduce(packed)
+    packed = all_reduce_sum(packed, world, "metrics")
     total, squares = packed[:-1].cpu().numpy().reshape(2, -1)
     return MetricSums(sums.names, total, squares, int(packed[-1]), num_skipped)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist import objectives
-from cllm4rec_dist.collectives import all_reduce_sum
+from cllm4rec_dist.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.config import OptimizerConfig
 from cllm4rec_dist.corpus.batches import MicroBatch
 from cllm4rec_dist.model.recommender import RoutedBatch
@@ -79,12 +79,14 @@ def train_step(
         if index == len(routed) - 1:
             parts["mutual"] = _mutual(system, routed)
         scaled = [value * (world.size / max(1, counts[term])) for term, value in parts.items()]
-        at_boundary = system.engine.backward(torch.stack(scaled).sum())
+        with world.watch.collective("ZeRO-3 backward"):
+            at_boundary = system.engine.backward(torch.stack(scaled).sum())
         for term, value in parts.items():
             sums[TERMS.index(term)] += value.detach().double()
         if at_boundary:
             # One all-reduce brings the joint norm and what the step tells of itself.
-            *told, square = all_reduce_sum(torch.cat([sums, _complete_gradients(system)[None]]), world).tolist()
+            own = torch.cat([sums, _complete_gradients(system)[None]])
+            *told, square = sum_on_host(own, world, "losses and gradient norm")
             grad_norm = math.sqrt(square)
             means = {term: value / max(1, counts[term]) for term, value in zip(TERMS, told, strict=True)}
             accepted = math.isfinite(grad_norm) and sum(means.values()) <= largest_loss
@@ -94,7 +96,8 @@ def train_step(
             else:
                 system.table_optimizer.discard()
                 system.engine.discard()
-        system.engine.step(optimizer.lr * lr_factor)
+        with world.watch.collective("ZeRO-3 step"):
+            system.engine.step(optimizer.lr * lr_factor)
 
     return StepResult(means, grad_norm, counts["tokens"], accepted)
 
@@ -110,8 +113,8 @@ def _global_counts(
         "mutual": sum(len(index) for index in _touched(routed)),
         "tokens": sum(d.num_tokens for d in documents),
     }
-    total = all_reduce_sum(torch.tensor(list(local.values()), device=system.world.device), system.world)
-    return dict(zip(local, total.tolist(), strict=True))
+    own = torch.tensor(list(local.values()), device=system.world.device)
+    return dict(zip(local, sum_on_host(own, system.world, "counts"), strict=True))
 
 
 def _touched(routed: list[tuple[RoutedBatch, RoutedBatch | None]]) -> tuple[Tensor, Tensor]:
@@ -128,7 +131,8 @@ def _losses(system: System, items: RoutedBatch, words: RoutedBatch | None) -> di
     if words is not None:
         assert model.content is not None
         content, _ = model.embed(model.content, words)
-    hidden, content_hidden = system.engine(embedded, content)
+    with world.watch.collective("ZeRO-3 forward"):
+        hidden, content_hidden = system.engine(embedded, content)
     assert hidden is not None
 
     queries = model.item_queries(hidden, item_rows, items.documents)
@@ -171,7 +175,7 @@ def _complete_gradients(system: System) -> Tensor:
         if parameter.grad is None:
             continue
         if name in replicated:
-            parameter.grad = all_reduce_sum(parameter.grad, world)
+            parameter.grad = all_reduce_sum(parameter.grad, world, f"the gradient of {name}")
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
         values = _values(parameter.grad).div_(world.size)

@@ -8,9 +8,11 @@ ranges; tables, heads, ranking and checkpoints all ask it.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from cllm4rec_dist.watchdog import Watch
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class World:
         size: number of ranks.
         local_rank: index of this rank on its host; picks the GPU.
         device: where this rank computes.
+        watch: told where this rank is (`with world.watch.collective(...)`); tells it where another one hangs.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:

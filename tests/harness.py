@@ -40,7 +40,8 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., Any], argume
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     world = cllm4rec_dist.engine.start_world()
-    torch.save(function(world, *arguments), f"{out}/{rank}.pt")
+    with world.watch:
+        torch.save(function(world, *arguments), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -39,6 +39,8 @@ ORDER = [
     "log",
     "collectives",
     "topology",
+    "watchdog",
+    "diagnosis",
     "config",
     "errors",
 ]

@@ -55,7 +55,7 @@ def route_ids(ids: Tensor, partition: RowPartition, world: World) -> Route:
     send = bounds.diff()
     receive = exchange_counts(send, world)
     send_counts, receive_counts = send.tolist(), receive.tolist()
-    wanted = all_to_all_rows(distinct, send_counts, receive_counts, world)
+    wanted = all_to_all_rows(distinct, send_counts, receive_counts, world, "row ids")
     return Route(inverse, send_counts, receive_counts, wanted - partition.range(world.rank)[0])
 
 
@@ -71,7 +71,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         route: Route = ctx.route
         distinct = grad.new_zeros(sum(route.send_counts), grad.shape[1]).index_add_(0, route.inverse, grad)
-        owned = all_to_all_rows(distinct, route.send_counts, route.receive_counts, ctx.world)
+        owned = all_to_all_rows(distinct, route.send_counts, route.receive_counts, ctx.world, "row gradients")
         if ctx.sparse:
             gradient = torch.sparse_coo_tensor(route.local_index[None], owned, ctx.shape, check_invariants=False)
             return gradient, None, None, None
