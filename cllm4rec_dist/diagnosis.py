@@ -112,26 +112,35 @@ def diagnose(ranks: Mapping[int, Sighting], hang_seconds: float, patience: float
         return _divergence(ranks, waiting) or Diagnosis(
             _failure(ranks, broken), f"Cure what {_names(broken)} met. {_RESUME}", raised=broken
         )
-    silent = [rank for rank in _having(ranks, RUNS, BROKEN) if ranks[rank].silent > hang_seconds]
-    if silent or any(ranks[rank].still > hang_seconds for rank in waiting):
-        return _stall(ranks, silent, [rank for rank in waiting if rank not in silent])
+    unheard = [rank for rank in _having(ranks, RUNS, BROKEN) if ranks[rank].silent > hang_seconds]
+    if unheard or any(ranks[rank].still > hang_seconds for rank in waiting):
+        return _stall(ranks, waiting, unheard, patience)
     return None
 
 
-def _stall(ranks: Mapping[int, Sighting], silent: list[int], waiting: list[int]) -> Diagnosis:
-    """Who is waited for: ranks that do not answer, else those behind the farthest, else one that went elsewhere."""
-    farthest = max((ranks[rank].position.moves for rank in waiting), default=0)
-    ahead = [rank for rank in waiting if ranks[rank].position.moves == farthest]
+def _stall(ranks: Mapping[int, Sighting], waiting: list[int], unheard: list[int], patience: float) -> Diagnosis:
+    """Who is waited for: ranks that are not heard of or behind the farthest; else who went elsewhere, or nobody."""
+    silent = [rank for rank in _having(ranks, RUNS, BROKEN) if ranks[rank].silent > patience]
+    answering = [rank for rank in waiting if rank not in silent]
+    farthest = max((ranks[rank].position.moves for rank in answering), default=0)
+    ahead = [rank for rank in answering if ranks[rank].position.moves == farthest]
     since = max((ranks[rank].still for rank in ahead), default=0.0)
-    guilty = silent or [rank for rank in _having(ranks, RUNS) if ranks[rank].position.moves < farthest]
+    behind = [rank for rank in _having(ranks, RUNS) if ranks[rank].position.moves < farthest]
+    guilty = sorted({*behind, *unheard}) or silent
     if guilty:
         it = _verb(guilty, "it", "them")
         waits = f"{_doing(ranks, ahead, f'waits for {it} since {since:.0f} s', f'wait for {it} since {since:.0f} s')}; "
+        seen = [
+            f"{_names(group)} {_verb(group, 'was', 'were')} last seen {_at(ranks, group)} (the process {answers})"
+            for group, answers in (
+                ([rank for rank in guilty if rank not in silent], "runs"),
+                ([rank for rank in guilty if rank in silent], "does not answer"),
+            )
+            if group
+        ]
         return Diagnosis(
-            f"{_names(guilty)} {_verb(guilty, 'hangs', 'hang')}: {waits if ahead else ''}{_names(guilty)} "
-            f"{_verb(guilty, 'was', 'were')} last seen {_at(ranks, guilty)} "
-            f"(the process {'does not answer' if silent else 'runs'})",
-            f"Look at the host of {_names(guilty)}{'' if silent else ' and the stack that it printed'}; "
+            f"{_names(guilty)} {_verb(guilty, 'hangs', 'hang')}: {waits if ahead else ''}{', '.join(seen)}",
+            f"Look at the host of {_names(guilty)} and at the stack that a running process printed; "
             f"if it was only slow, raise faults.hang_seconds. {_RESUME}",
             stacks=guilty,
         )

@@ -190,6 +190,7 @@ class Watchdog(Watch):
                 "Let the hosts of a run connect to each other on all ports.",
             ) from error  # fmt: skip
         self._lines[0] = self._add(connection)
+        self._lines[0].rank = 0
 
     # From here on, everything runs in the thread.
 
@@ -227,7 +228,7 @@ class Watchdog(Watch):
     def _read(self, line: _Line) -> None:
         messages, stands = line.receive()
         for message in messages:
-            if not secrets.compare_digest(str(message.get("token")), self._token):
+            if not secrets.compare_digest(str(message.get("token")).encode(), self._token.encode()):
                 stands = False
                 break
             line.rank = int(message["rank"])
