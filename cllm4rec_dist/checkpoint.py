@@ -206,6 +206,12 @@ def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[s
     )
 
 
+def newest_step(run: Path) -> int:
+    """Completed steps of a run's newest checkpoint; 0 where there is none yet."""
+    names = Store(_store_of_run(str(run))).names(STEP)
+    return int(names[-1].removeprefix(STEP)) if names else 0
+
+
 def _store_of_run(path: str) -> str:
     """A run's configuration may say that its checkpoints are elsewhere."""
     file = Path(path) / CONFIG_FILE

@@ -191,6 +191,16 @@ def recommend(
     )  # fmt: skip
 
 
+@app.command()
+def audit(run: Annotated[Path, typer.Argument(help="Run folder that trained with audit=true.")]) -> None:
+    """Prove from its audit log that a run read every user and text exactly once, whatever befell it."""
+    from cllm4rec_dist.audit import check
+    from cllm4rec_dist.checkpoint import newest_step
+
+    typer.echo(check(run, newest_step(run)).table())
+    typer.echo("exactly once: yes")
+
+
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

@@ -281,6 +281,9 @@ class RunConfig(StrictModel):
     """Records of a shard mixed with each other; more mixes better and reads more at a time."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics."""
+    audit: bool = False
+    """Have every rank write down which users and texts it read at each step, in OUTPUT/audit, so that `cllm4rec audit`
+    can prove that each came exactly once; some 7 bytes an example. OUTPUT must be a folder that all hosts see."""
     adapter: AdapterConfig = AdapterConfig()
     rows: RowsConfig = RowsConfig()
     head: HeadConfig = HeadConfig()

@@ -23,6 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cllm4rec_dist import checkpoint, ranking
+from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.collectives import gather_integers
 from cllm4rec_dist.config import FaultsConfig, RunConfig
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _NOT_OF_THE_TRAJECTORY = {
     "output", "corpus", "backbone", "deepspeed", "epochs", "max_steps", "log_every", "validation", "checkpoint",
-    "init_from", "resume", "faults", "activation_checkpointing",
+    "init_from", "resume", "faults", "activation_checkpointing", "audit",
 }  # fmt: skip
 """Settings that may differ between a run and its resumption. Corpus and backbone may have moved: their fingerprints are
 held against each other. Epochs and steps may be raised; under a falling schedule they also move its end."""
@@ -92,14 +93,19 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
         interrupted = False
         bar = progress_bar(world, total_steps, config.stage, "step", state.step)
         clock = _Clock(config.checkpoint.every_minutes)
-        with MetricsLog(run, world, state.step) as metrics, _saver(store, system) as saver:
-            for batches in ahead(source.make, state.step, last_step):
+        with (
+            MetricsLog(run, world, state.step) as metrics,
+            AuditLog(run, world, config, source, state.step) as audit,
+            _saver(store, system) as saver,
+        ):
+            for batch in ahead(source.make, state.step, last_step):
                 started = time.perf_counter()
                 _seed_dropout(config.seed, state.step, world.rank)
                 system.train(True)
                 factor = learning_rate_factor(state.step, total_steps, config.optimizer)
-                result = train_step(system, batches, factor, _largest_loss(state, config.faults))
+                result = train_step(system, batch.micro_batches, factor, _largest_loss(state, config.faults))
                 state, losses = _advance(state, result, config.faults, source), result.losses
+                audit.record(state.step - 1, batch, accepted=result.accepted)
                 epoch = (state.step - 1) // source.steps_per_epoch
                 _tell(metrics, bar, config, state, epoch, result, time.perf_counter() - started)
                 if _validates(config, state.step, source.steps_per_epoch, total_steps):
@@ -107,6 +113,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
                 interrupted, due = _agree(system, state, stop.signal_name is not None, clock.is_due())
                 over = interrupted or _gave_up(config, state) or state.step == total_steps
                 if over or due or state.step % config.checkpoint.every_steps == 0:
+                    audit.sync()
                     saver.save(state, STEP)
                     clock.restart()
                 if over:

@@ -24,6 +24,7 @@ ORDER = [
     "inference",
     "baselines",
     "train",
+    "audit",
     "saver",
     "checkpoint",
     "store",

@@ -74,7 +74,8 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
     results = []
     for number in range(STEPS):
         system.train(True)
-        results.append(train_step(system, source.make(number), learning_rate_factor(number, STEPS, config.optimizer)))
+        batches = source.make(number).micro_batches
+        results.append(train_step(system, batches, learning_rate_factor(number, STEPS, config.optimizer)))
     saver = Saver(Store(out), system, keep=1)
     saver.save(RunState(STEPS), STEP)
     saver.finish()

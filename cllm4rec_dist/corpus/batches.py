@@ -32,6 +32,23 @@ class MicroBatch:
         return MicroBatch(self.items.to(device), None if self.words is None else self.words.to(device))
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's part of a global batch.
+
+    Attributes:
+        micro_batches: `accumulation` of them, some perhaps without documents.
+        epoch: pass over the users.
+        users: rows of the users that were read, in the order of the stream.
+        texts: record and index of the texts that were read, in the order of the stream.
+    """
+
+    micro_batches: list[MicroBatch]
+    epoch: int
+    users: list[int]
+    texts: list[tuple[int, int]]
+
+
 class BatchSource:
     """This rank's part of every global batch.
 
@@ -44,6 +61,8 @@ class BatchSource:
     Attributes:
         steps_per_epoch: optimizer steps in which every user comes once.
         has_texts: whether the content LLM has anything to read.
+        num_users: users of an epoch.
+        text_record_sizes: int64 [R] texts of each record; empty where no texts are read.
     """
 
     def __init__(self, corpus: Corpus, composer: Composer, config: RunConfig, world: World) -> None:
@@ -54,37 +73,50 @@ class BatchSource:
         self._users = self._stream(corpus.interactions, config)
         self.has_texts = config.batch.texts > 0 and corpus.content.num_examples > 0
         self._texts = self._stream(corpus.content, config) if self.has_texts else None
-        self.steps_per_epoch = steps_per_epoch(self._users[0].num_examples, config.batch.users)
+        self.num_users = self._users[0].num_examples
+        self.text_record_sizes = corpus.content.record_sizes if self.has_texts else np.empty(0, np.int64)
+        self.steps_per_epoch = steps_per_epoch(self.num_users, config.batch.users)
 
     @staticmethod
     def _stream(shards: ShardSet, config: RunConfig) -> tuple[EpochOrder, RecordCache]:
         window = config.shuffle_records
         return EpochOrder(shards.record_sizes, config.seed, window), RecordCache(shards, 2 * window)
 
+    def examples(self, step: int) -> tuple[list[Example], list[Example]]:
+        """The users and the texts that this rank reads at optimizer step `step`: the one rule of who reads what."""
+        order, _ = self._users
+        users = order.range(*self._world.share(*batch_range(step, self.num_users, self._batch.users)))
+        if self._texts is None:
+            return users, []
+        start = step * self._batch.texts
+        return users, self._texts[0].range(*self._world.share(start, start + self._batch.texts))
+
     def documents(self, step: int) -> tuple[list[Document], list[Document]]:
         """This rank's documents over items and over words of optimizer step `step`."""
-        order, _ = self._users
-        start, stop = batch_range(step, order.num_examples, self._batch.users)
-        items = [self._user_document(example) for example in order.range(*self._world.share(start, stop))]
-        if self._texts is None:
-            return items, []
-        start = step * self._batch.texts
-        examples = self._texts[0].range(*self._world.share(start, start + self._batch.texts))
-        return items, [self._text_document(example) for example in examples]
+        return self._compose(*self.examples(step))
 
     def describe(self, step: int) -> str:
         """Which examples a step reads on all ranks, for people."""
-        start, stop = batch_range(step, self._users[0].num_examples, self._batch.users)
-        epoch, first = divmod(start, self._users[0].num_examples)
+        start, stop = batch_range(step, self.num_users, self._batch.users)
+        epoch, first = divmod(start, self.num_users)
         return f"epoch {epoch}, users at positions {first} to {first + stop - start - 1} of its order"
 
-    def make(self, step: int) -> list[MicroBatch]:
-        """The same as `accumulation` micro-batches, some perhaps without documents."""
-        items, words = self.documents(step)
+    def make(self, step: int) -> StepBatch:
+        """What this rank reads at optimizer step `step`, and what it read it from. For one thread at a time."""
+        users, texts = self.examples(step)
+        items, words = self._compose(users, texts)
         content: list[DocumentBatch] | list[None] = (
             self._split(words) if self.has_texts else [None] * self._batch.accumulation
         )
-        return [MicroBatch(i, w) for i, w in zip(self._split(items), content, strict=True)]
+        return StepBatch(
+            [MicroBatch(i, w) for i, w in zip(self._split(items), content, strict=True)],
+            step // self.steps_per_epoch,
+            [self._user_row(example) for example in users],
+            [(example.record, example.index) for example in texts],
+        )
+
+    def _compose(self, users: list[Example], texts: list[Example]) -> tuple[list[Document], list[Document]]:
+        return [self._user_document(e) for e in users], [self._text_document(e) for e in texts]
 
     def _split(self, documents: list[Document]) -> list[DocumentBatch]:
         """Micro-batches of documents of like length, so that little is padded. Sums do not depend on the split."""
@@ -93,10 +125,13 @@ class BatchSource:
         bounds = [len(documents) * part // parts for part in range(parts + 1)]
         return [collate(documents[a:b], self._composer.space) for a, b in pairwise(bounds)]
 
+    def _user_row(self, example: Example) -> int:
+        return int(self._users[1][example.record]["users"][example.index])
+
     def _user_document(self, example: Example) -> Document:
         record = self._users[1][example.record]
         start, stop = record["train_offsets"][example.index : example.index + 2]
-        return self._document(int(record["users"][example.index]), record["train_items"][start:stop], example.epoch)
+        return self._document(self._user_row(example), record["train_items"][start:stop], example.epoch)
 
     def _text_document(self, example: Example) -> Document:
         assert self._texts is not None
