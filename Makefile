@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint install clean-demo
+.PHONY: demo test chaos lint install clean-demo
 
 install: $(VENV)/installed
 
@@ -28,6 +28,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Kills ranks of a run ten times, then goes on at 2, 3, 1 and 4 ranks, and shows that nothing is lost.
+chaos: install
+	$(BIN)/python -m tests.integration.chaos --kills 10
+	$(BIN)/python -m tests.integration.chaos --worlds 2,3,1,4
 
 test: install lint
 	$(BIN)/python -m pytest

@@ -39,7 +39,12 @@ Overrides = Annotated[
 LauncherOption = Annotated[
     str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
 ]
-Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Ranks, where Ray starts them.")]
+Workers = Annotated[
+    str, typer.Option("--workers", "-w", help="Ranks that Ray starts: 8, or 4:8 for as many as there are of these.")
+]
+MaxFailures = Annotated[
+    int, typer.Option("--max-failures", min=0, help="How often Ray starts again after a rank was lost.")
+]
 MetricNames = Annotated[str, typer.Option("--metrics", help="Comma-separated recall@K and ndcg@K.")]
 Resume = Annotated[
     str | None,
@@ -96,11 +101,12 @@ def pretrain(
     config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
     overrides: Overrides = None,
     launcher: LauncherOption = "auto",
-    workers: Workers = 1,
+    workers: Workers = "1",
     resume: Resume = None,
+    max_failures: MaxFailures = 3,
 ) -> None:
     """Mutually regularized pretraining of the collaborative and the content LLM. Resumes by itself."""
-    _train("pretrain", config, overrides, launcher, workers, resume)
+    _train("pretrain", config, overrides, launcher, workers, resume, max_failures)
 
 
 @app.command()
@@ -108,16 +114,18 @@ def finetune(
     config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
     overrides: Overrides = None,
     launcher: LauncherOption = "auto",
-    workers: Workers = 1,
+    workers: Workers = "1",
     resume: Resume = None,
+    max_failures: MaxFailures = 3,
 ) -> None:
     """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes by itself."""
-    _train("finetune", config, overrides, launcher, workers, resume)
+    _train("finetune", config, overrides, launcher, workers, resume, max_failures)
 
 
 def _train(
-    stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: int, resume: str | None
-) -> None:
+    stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: str, resume: str | None,
+    max_failures: int,
+) -> None:  # fmt: skip
     from cllm4rec_dist.interruption import EXIT_STATUS
     from cllm4rec_dist.train import TrainResult, resolve_resume, train
 
@@ -127,7 +135,10 @@ def _train(
     if Path(loaded.backbone).is_dir():
         paths["backbone"] = _absolute(loaded.backbone)
     config = resolve_resume(loaded.model_copy(update=paths), os.environ)
-    result = launch(train, launcher, workers, Path(config.output) / "ray", config=config)
+    result = launch(
+        train, launcher, workers, Path(config.output) / "ray",
+        hang_seconds=config.faults.hang_seconds, max_failures=max_failures, config=config,
+    )  # fmt: skip
     if isinstance(result, TrainResult) and result.interrupted:
         raise typer.Exit(EXIT_STATUS)
     if _is_main():
@@ -148,7 +159,7 @@ def evaluate(
     baselines: Annotated[bool, typer.Option(help="Fit popularity, EASE, title-aware EASE and iALS beside it.")] = True,
     batch_users: BatchUsers = 256,
     launcher: LauncherOption = "auto",
-    workers: Workers = 1,
+    workers: Workers = "1",
 ) -> None:
     """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
     from cllm4rec_dist.inference import evaluate_run
@@ -176,7 +187,7 @@ def recommend(
     users_file: Annotated[Path | None, typer.Option(help="Only the users of this file, one id a line.")] = None,
     batch_users: BatchUsers = 256,
     launcher: LauncherOption = "auto",
-    workers: Workers = 1,
+    workers: Workers = "1",
 ) -> None:
     """Write each user's best items with scores as Parquet, by external ids."""
     from cllm4rec_dist.inference import recommend_users

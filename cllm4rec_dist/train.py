@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 from cllm4rec_dist import checkpoint, ranking
 from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
-from cllm4rec_dist.collectives import gather_integers
+from cllm4rec_dist.collectives import gather_integers, require_agreement
 from cllm4rec_dist.config import FaultsConfig, RunConfig
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.stream import ahead
@@ -39,6 +40,8 @@ from cllm4rec_dist.system import System, assemble, start_rows
 from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NOT_OF_THE_TRAJECTORY = {
     "output", "corpus", "backbone", "deepspeed", "epochs", "max_steps", "log_every", "validation", "checkpoint",
@@ -76,6 +79,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
     """
     run = Path(config.output).absolute()
     with _claim(run, world), StopRequest() as stop:
+        require_agreement({"configuration": zlib.crc32(config.model_dump_json().encode())}, world)
         system = assemble(config, world)
         store = Store(checkpoint.store_url(config))
         state = _begin(system, store)
@@ -98,7 +102,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
             AuditLog(run, world, config, source, state.step) as audit,
             _saver(store, system) as saver,
         ):
-            for batch in ahead(source.make, state.step, last_step):
+            for batch in _watched(world, ahead(source.make, state.step, last_step)):
                 started = time.perf_counter()
                 _seed_dropout(config.seed, state.step, world.rank)
                 system.train(True)
@@ -276,9 +280,27 @@ def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: 
 
 
 def _agree(system: System, state: RunState, told_to_stop: bool, save_is_due: bool) -> tuple[bool, bool]:
-    """Whether any rank was told to stop, and whether rank 0 finds a checkpoint due. One small all-gather."""
+    """Whether any rank was told to stop, and whether rank 0 finds a checkpoint due. Two small all-gathers.
+
+    Raises:
+        FaultError: where ranks are not at one: from here on they would train different models.
+    """
+    replicated = b"".join(p.detach().cpu().numpy().tobytes() for _, p in system.recommender.replicated_parameters())
+    at_one = {"step": state.step, "replicated weights": zlib.crc32(replicated)}
+    require_agreement(at_one, system.world)
     told = gather_integers([told_to_stop, save_is_due], system.world)
     return any(stop for stop, _ in told), bool(told[0][1])
+
+
+def _watched(world: World, batches: Iterator[T]) -> Iterator[T]:
+    """The same batches, with the watchdog told that this rank is reading."""
+    while True:
+        with world.watch.doing("reading a batch"):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
 
 
 def _tell(

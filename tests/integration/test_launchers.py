@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
@@ -14,21 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import free_port, make_backbone, make_catalog, make_corpus
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-
-CONFIG = """
-corpus: {folder}/corpus
-backbone: {folder}/backbone
-output: {folder}/unset
-deepspeed: {root}/ds_configs/zero3.json
-epochs: 2
-adapter: {{rank: 4}}
-batch: {{users: 9, texts: 7}}
-method: {{max_history: 100}}
-optimizer: {{lr: 1.0e-2, tables_lr: 5.0e-3, warmup_steps: 2}}
-"""
+from tests.integration.runs import BIN, CONFIG, ROOT, losses
 
 
 @pytest.fixture(scope="module")
@@ -39,28 +24,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "run.yaml"
     path.write_text(CONFIG.format(folder=folder, root=ROOT))
     return path
-
-
-def losses(config: Path, *command: str, environment: dict[str, str] | None = None, timeout: int = 300) -> list[float]:
-    """Run `command` on the configuration and give the loss of every step."""
-    output = config.parent / f"run-{len(list(config.parent.iterdir()))}"
-    everything = [*command, "launch/pretrain.py", "--config", str(config), f"output={output}"]
-    if "--workers" in command:  # options of the script go behind it
-        workers = everything.index("--workers")
-        everything = everything[:workers] + everything[workers + 2 :] + everything[workers : workers + 2]
-    # A clean start: whichever launcher runs the tests must not be joined.
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    }
-    clean |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{clean['PATH']}"} | (environment or {})
-    found = subprocess.run(
-        everything, cwd=ROOT, env=clean,
-        capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,52 @@
+"""What the tests of launchers share: a small run, started by any command, and its losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+CONFIG = """
+corpus: {folder}/corpus
+backbone: {folder}/backbone
+output: {folder}/unset
+deepspeed: {root}/ds_configs/zero3.json
+epochs: 2
+adapter: {{rank: 4}}
+batch: {{users: 9, texts: 7}}
+method: {{max_history: 100}}
+optimizer: {{lr: 1.0e-2, tables_lr: 5.0e-3, warmup_steps: 2}}
+"""
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """Ours without a launcher's variables: whichever launcher runs the tests must not be joined."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+    clean = {key: value for key, value in os.environ.items() if key not in launchers}
+    return clean | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{clean['PATH']}"} | more
+
+
+def losses_of(output: Path) -> list[float]:
+    """The loss of every step that a run has written down."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def losses(config: Path, *command: str, environment: dict[str, str] | None = None, timeout: int = 300) -> list[float]:
+    """Run `command` on the configuration and give the loss of every step."""
+    output = config.parent / f"run-{len(list(config.parent.iterdir()))}"
+    everything = [*command, "launch/pretrain.py", "--config", str(config), f"output={output}"]
+    if "--workers" in command:  # options of the script go behind it
+        workers = everything.index("--workers")
+        everything = everything[:workers] + everything[workers + 2 :] + everything[workers : workers + 2]
+    found = subprocess.run(
+        everything, cwd=ROOT, env=clean_environment(**(environment or {})),
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    return losses_of(output)

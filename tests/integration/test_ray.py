@@ -1,0 +1,112 @@
+"""Ray Train on machines that die: workers and drivers killed, and input that no retry mends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness import make_backbone, make_catalog, make_corpus
+from tests.integration.runs import CONFIG, ROOT, clean_environment, losses_of
+
+EPOCHS = 60
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    catalog = make_catalog()
+    make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
+    path = folder / "run.yaml"
+    path.write_text(CONFIG.format(folder=folder, root=ROOT) + "checkpoint: {every_steps: 10}\n")
+    return path
+
+
+def start(config: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "launch/pretrain.py", "--config", str(config), f"output={output}", f"epochs={EPOCHS}"]
+    return subprocess.Popen(
+        [*command, "--launcher", "ray", *more],
+        cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(started: subprocess.Popen[str], timeout: int = 300) -> str:
+    told, _ = started.communicate(timeout=timeout)
+    return told
+
+
+@pytest.fixture(scope="module")
+def wanted(config: Path) -> list[float]:
+    output = config.parent / "whole"
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*torchrun, "launch/pretrain.py", "--config", str(config), f"output={output}", f"epochs={EPOCHS}"],
+        cwd=ROOT, env=clean_environment(), check=True, capture_output=True,
+    )  # fmt: skip
+    return losses_of(output)
+
+
+def wait_for_step(output: Path, step: int, started: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not (output / "metrics.jsonl").exists() or len(losses_of(output)) < step:
+        assert started.poll() is None, finish(started)[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ranks_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Ray's processes that train: those that hold a port of the process group have RANK in their environment."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if "TrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.integration
+def test_a_killed_worker_is_started_again_by_itself(config: Path, wanted: list[float]) -> None:
+    output = config.parent / "worker"
+    started = start(config, output, "--workers", "2")
+    wait_for_step(output, 25, started)
+    victims = ranks_of(started)
+    assert len(victims) == 2
+    victims[1].kill()
+    told = finish(started)
+    assert started.returncode == 0, told[-3000:]
+    assert "resumed" in told
+    assert losses_of(output) == wanted
+
+
+@pytest.mark.integration
+def test_after_a_killed_driver_the_same_command_goes_on(config: Path, wanted: list[float]) -> None:
+    output = config.parent / "driver"
+    started = start(config, output, "--workers", "2")
+    wait_for_step(output, 25, started)
+    workers = ranks_of(started)
+    started.kill()
+    finish(started)
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert len(gone) == 2
+    assert not alive
+    again = start(config, output, "--workers", "1:2")
+    told = finish(again)
+    assert again.returncode == 0, told[-3000:]
+    assert losses_of(output) == wanted
+
+
+@pytest.mark.integration
+def test_bad_input_is_one_message_and_no_retry(config: Path) -> None:
+    started = start(config, config.parent / "bad", "--workers", "2", f"corpus={config.parent}/nowhere")
+    told = finish(started)
+    assert started.returncode == 2, told[-3000:]
+    assert told.count("has no readable manifest.json") == 1
+    assert "Traceback" not in told
+    assert os.linesep.join(told.splitlines()[-6:]).count("error: corpus") == 1
