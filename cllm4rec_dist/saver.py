@@ -128,6 +128,9 @@ class Saver:
 
     def _commit(self, name: str, files: dict[str, FileEntry], started: float) -> str | None:
         try:
+            unseen = self._store.unseen(name, files)
+            if unseen:
+                return f"rank 0 does not see {unseen}: checkpoint.folder must be storage that all hosts share"
             self._store.commit(name, files)
         except Exception as error:
             return f"rank 0: {type(error).__name__}: {error}"

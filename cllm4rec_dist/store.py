@@ -113,6 +113,15 @@ class Store:
             self._fs.put_file(str(path), f"{self._root}/{name}/{file}")
         return entry
 
+    def unseen(self, name: str, files: dict[str, FileEntry]) -> list[str]:
+        """Those of `files` that are not there in their size, as seen from this host."""
+        self._fs.invalidate_cache()
+        paths = {file: f"{self._root}/{name}/{file}" for file in files}
+        return [
+            file for file, path in paths.items()
+            if not self._fs.isfile(path) or self._fs.size(path) != files[file].num_bytes
+        ]  # fmt: skip
+
     def commit(self, name: str, files: dict[str, FileEntry]) -> None:
         """Write the marker: from now on the folder is there."""
         content = Marker(files=files).model_dump_json(indent=1).encode()
