@@ -28,7 +28,7 @@ from cllm4rec_dist.checkpoint import (
     RunState,
     shard_file,
 )
-from cllm4rec_dist.collectives import gather_integers
+from cllm4rec_dist.collectives import barrier, gather_integers
 from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError
 from cllm4rec_dist.store import FileEntry, Store
@@ -66,6 +66,7 @@ class Saver:
         self._problem: str | None = None
         if self._world.is_main:
             store.sweep((STEP, BEST))
+        barrier(self._world, "leftovers to be swept")  # or what another rank has begun to write would go with them
 
     def save(self, state: RunState, kind: Kind) -> None:
         """Start a checkpoint of this step. Collective; waits for the one before it."""
