@@ -36,6 +36,8 @@ from cllm4rec_dist.system import System
 
 logger = logging.getLogger(__name__)
 
+_REMINDER_SECONDS = 60.0
+
 
 @dataclass(frozen=True)
 class _Snapshot:
@@ -82,10 +84,16 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what was started is written or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait until what was started is written or has failed; a store may be slow, but not silently."""
+        if self._thread is None:
+            return
+        started = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(_REMINDER_SECONDS)
+            if self._thread.is_alive():
+                waited = time.monotonic() - started
+                logger.warning("waiting since %.0f s for a checkpoint to be written to %s", waited, self._store.url)
+        self._thread = None
 
     def finish(self) -> None:
         """Wait, and refuse to end a run whose last checkpoint could not be written. Collective."""
@@ -135,11 +143,20 @@ class Saver:
             self._store.commit(name, files)
         except Exception as error:
             return f"rank 0: {type(error).__name__}: {error}"
-        for old in [*self._store.names(STEP)[: -self._keep], *self._store.names(BEST)[:-1]]:
-            self._discard(old)
+        self._prune()
         megabytes = sum(entry.num_bytes for entry in files.values()) / 1e6
         logger.info("checkpoint %s: %.1f MB written in %.1f s", name, megabytes, time.perf_counter() - started)
         return None
+
+    def _prune(self) -> None:
+        """Remove what is too old. What fails here must not be taken for a failure of what is committed."""
+        try:
+            too_old = [*self._store.names(STEP)[: -self._keep], *self._store.names(BEST)[:-1]]
+        except Exception as error:
+            logger.warning("old checkpoints at %s stay: %s", self._store.url, error)
+            return
+        for name in too_old:
+            self._discard(name)
 
     def _discard(self, name: str) -> None:
         """Make room; what cannot be removed now is removed after a later save or at the next start."""

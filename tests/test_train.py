@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,25 @@ def test_a_full_disk_harms_no_earlier_checkpoint_and_stops_no_step(made: Made, t
     assert not (output / "checkpoints" / "step-00000012").exists()
     run_ranks(2, run, make_config(made, output, epochs=4))
     assert names(output)[-1] == "step-00000012"
+
+
+def on_a_store_that_cannot_tidy_up(world: World, config: RunConfig) -> str:
+    def fails(*arguments: Any) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    genuine = Store.names
+    Store.remove = fails  # type: ignore[method-assign]
+    Store.names = lambda store, prefix: (  # type: ignore[method-assign]
+        fails() if threading.current_thread().name == "checkpoint" and prefix == "best-" else genuine(store, prefix)
+    )
+    return refused(world, config)
+
+
+@pytest.mark.slow
+def test_old_checkpoints_that_cannot_be_removed_stop_nothing(made: Made, tmp_path: Path) -> None:
+    config = make_config(made, tmp_path / "run", checkpoint={"every_steps": 3, "keep": 1})
+    assert run_ranks(2, on_a_store_that_cannot_tidy_up, config) == ["", ""]
+    assert names(tmp_path / "run") == ["step-00000003", "step-00000006", "step-00000009"]
 
 
 @pytest.mark.slow
