@@ -206,9 +206,10 @@ class Watchdog(Watch):
                     self._look()
                     self._tell()
         finally:
+            self._decided.set()
+            _hand_over([line.socket for line in self._lines.values()], self._patience)
             for key in [*self._selector.get_map().values()]:
                 key.fileobj.close()  # type: ignore[union-attr]  # only sockets are registered
-            self._decided.set()
         if self._diagnosis is not None:
             self._end(self._diagnosis)
 
@@ -243,7 +244,8 @@ class Watchdog(Watch):
         if not stands:
             self._selector.unregister(line.socket)
             line.socket.close()
-            if line.rank is not None and self._records[line.rank].state in (RUNS, BROKEN):
+            # Nobody leaves before all are told of the end; who has told of its error is known by that.
+            if line.rank is not None and self._records[line.rank].state != FAILED:
                 self._records[line.rank].state = LOST
                 self._urgent = True
 
@@ -358,6 +360,23 @@ class _Line:
         except (ValueError, TypeError):
             return [], False  # not one of ours
         return messages, stands and len(self._unread) < _LONGEST_LINE
+
+
+def _hand_over(connections: list[socket.socket], seconds: float) -> None:
+    """Wait until the other sides have closed, having read the last message.
+
+    To close a connection with unread messages would make TCP throw away what is still under way to the other side.
+    """
+    deadline = time.monotonic() + seconds
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            while (left := deadline - time.monotonic()) > 0:
+                connection.settimeout(left)
+                if not connection.recv(1 << 16):
+                    break
 
 
 def _listen() -> socket.socket:

@@ -48,7 +48,15 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., Any], argume
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(world, *arguments)` on `size` ranks; what each returned (tensors and plain values), in rank order."""
     with tempfile.TemporaryDirectory() as out:
-        mp.start_processes(_enter, (size, free_port(), function, arguments, out), nprocs=size, start_method="fork")
+        # Daemons, so that ranks that hang do not outlive the test that is stopped for it.
+        enter = (size, free_port(), function, arguments, out)
+        ranks = mp.start_processes(_enter, enter, nprocs=size, join=False, daemon=True, start_method="fork")
+        try:
+            while not ranks.join():
+                pass
+        finally:
+            for process in ranks.processes:
+                process.kill()
         return [torch.load(f"{out}/{rank}.pt") for rank in range(size)]
 
 

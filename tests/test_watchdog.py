@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from cllm4rec_dist import launchers
+from cllm4rec_dist import launchers, watchdog
 from cllm4rec_dist.collectives import (
     all_gather_rows,
     all_reduce_sum,
@@ -127,6 +128,23 @@ def test_operations_may_be_nested_and_count_alike() -> None:
     assert watch.position == Position(5, 3, "all-reduce of counts", True, True), "where the error came from"
 
 
+def test_the_last_message_arrives_although_the_sender_has_not_read_all() -> None:
+    # A plain close() would reset the connection, and the other side would never hear that the run has ended in order.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        rank_1 = socket.create_connection(listener.getsockname())
+        rank_0 = listener.accept()[0]
+    rank_1.sendall(b"a heartbeat that rank 0 has not read\n")
+    rank_0.sendall(b"decided\n")
+    leaving = threading.Thread(target=lambda: (watchdog._hand_over([rank_0], 10.0), rank_0.close()))
+    leaving.start()
+    time.sleep(0.2)
+    assert rank_1.recv(100) == b"decided\n"
+    assert rank_1.recv(100) == b""
+    rank_1.close()
+    leaving.join(5)
+    assert not leaving.is_alive(), "waited although the other side had closed"
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a rank ended: its status (None: it had to be killed) and what it wrote."""
@@ -146,7 +164,7 @@ def _rank(rank: int, size: int, port: int, out: str, function: Callable[..., Any
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     try:
-        launchers.launch(function, "auto", 1, Path(out), hang_seconds=HANG_SECONDS, arguments=arguments)
+        launchers.launch(function, "auto", "1", Path(out), hang_seconds=HANG_SECONDS, arguments=arguments)
     except CLLM4RecError as error:  # as in cli.main
         sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
         raise SystemExit(error.exit_status) from None
