@@ -114,7 +114,12 @@ class Checkpoint:
         """
         marker = store.marker(name)
         content = _fetch(store, name, marker, STATE_FILE).read_bytes()
-        return cls(store, name, marker, parse(About, content, f"{store.path(name)}/{STATE_FILE}"))
+        about = parse(About, content, f"{store.path(name)}/{STATE_FILE}")
+        if not name.endswith(f"-{about.run.step:08d}"):
+            raise DamagedCheckpointError(
+                f"{store.path(name)}/{STATE_FILE}: step", about.run.step, f"is not that of {name}", _OTHER
+            )
+        return cls(store, name, marker, about)
 
     @property
     def path(self) -> str:
@@ -147,11 +152,15 @@ class Checkpoint:
                 if name not in tensors.keys():  # noqa: SIM118 - not a dict
                     return None
                 block = tensors.get_slice(name)
-                if block.get_shape()[0] != last - first:
+                found = block.get_dtype(), block.get_shape()[:1]
+                if found != ("F32", [last - first]):
                     raise DamagedCheckpointError(
-                        f"{self.path}/{file}: {name}", block.get_shape(), f"should have {last - first} rows", _OTHER
+                        f"{self.path}/{file}: {name}", found, f"should be {last - first} rows of F32", _OTHER
                     )
                 parts.append(block[max(low - first, 0) : max(high - first, 0)])
+        widths = {tuple(part.shape[1:]) for part in parts}
+        if len(widths) > 1:
+            raise DamagedCheckpointError(f"{self.path}: {name}", widths, "should be one shape of rows", _OTHER)
         return torch.cat(parts)
 
 
@@ -305,15 +314,46 @@ def read(system: System, checkpoint: Checkpoint, *, moments: bool) -> Contents:
             "Use the same adapter settings.",
         )
     contents = Contents({}, {}, checkpoint.replicated())
+    shapes = _local_shapes(system)
     for name, partition in _sharded(system).items():
         span = partition.num_rows, *partition.range(system.world.rank)
         weights = checkpoint.rows(name, *span)
         if weights is not None:
-            contents.weights[name] = weights
+            contents.weights[name] = _shaped(checkpoint, name, weights, shapes[name])
         if moments:
             found = {key: checkpoint.rows(f"{name}.{key}", *span) for key in MOMENTS}
-            contents.moments[name] = {key: value for key, value in found.items() if value is not None}
+            contents.moments[name] = {
+                key: _shaped(checkpoint, f"{name}.{key}", value, shapes[name])
+                for key, value in found.items()
+                if value is not None
+            }
     return contents
+
+
+def _local_shapes(system: System) -> dict[str, tuple[int, ...]]:
+    """Of this rank's part of everything sharded."""
+    tables = {name: tuple(p.shape) for name, p, _ in system.recommender.sharded_parameters()}
+    return tables | {ADAPTER + name: tuple(value.shape) for name, value in system.engine.weights().items()}
+
+
+def _shaped(checkpoint: Checkpoint, name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(value.shape) != shape:
+        raise DamagedCheckpointError(f"{checkpoint.path}: {name}", tuple(value.shape), f"should be {shape}", _OTHER)
+    return value
+
+
+def _require_all(system: System, checkpoint: Checkpoint, contents: Contents) -> None:
+    """A run goes on with everything that it has, or with nothing of it."""
+    whole = {name: tuple(p.shape) for name, p in system.recommender.replicated_parameters()}
+    scalars = {f"{name}.step": () for name in system.table_optimizer.names}
+    moments = {f"{name}.{key}": shape for name, shape in whole.items() for key in MOMENTS}
+    for name, shape in (whole | moments | scalars).items():
+        if name not in contents.replicated:
+            raise DamagedCheckpointError(f"{checkpoint.path}: {name}", "missing", "should be there", _OTHER)
+        _shaped(checkpoint, name, contents.replicated[name], shape)
+    for name in _sharded(system):
+        if name not in contents.weights or len(contents.moments[name]) < len(MOMENTS):
+            raise DamagedCheckpointError(f"{checkpoint.path}: {name}", "missing", "should be there", _OTHER)
 
 
 def restore_weights(system: System, contents: Contents) -> None:
@@ -366,7 +406,9 @@ def resume(system: System, store: Store, names: Sequence[str], check: Callable[[
             )
         require_same(checkpoint, system.fingerprints)
         check(checkpoint)
-        return read(system, checkpoint, moments=True)
+        contents = read(system, checkpoint, moments=True)
+        _require_all(system, checkpoint, contents)
+        return contents
 
     found = first_good(store, names, system.world, read_all, set_aside=True)
     if found is None:
