@@ -67,6 +67,11 @@ def launch(
         raise ConfigError("--launcher", launcher, f"is not one of {LAUNCHERS}", "Leave it out for auto.")
     num_workers = parse_workers(workers)
     joined = "RANK" in os.environ or {"SLURM_PROCID", "MASTER_ADDR"} <= set(os.environ)
+    if launcher != "ray" and not joined and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ConfigError(
+            "MASTER_ADDR", None, f"is not set: each of {os.environ['SLURM_STEP_NUM_TASKS']} tasks would train alone",
+            "Export MASTER_ADDR and MASTER_PORT before srun, as launch/slurm/srun.sbatch does.",
+        )  # fmt: skip
     if launcher == "process" or (launcher == "auto" and joined):
         return _run_here(function, lambda metrics: None, hang_seconds, arguments)
     _run_on_ray(function, num_workers, storage, hang_seconds, max_failures, arguments)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.launchers import launch
 from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
 
 patient = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
@@ -99,3 +104,13 @@ def test_an_interactive_shell_inside_slurm_without_a_rendezvous_is_left_alone() 
         before = dict(environ)
         adopt_slurm_environment(environ)
         assert environ == before
+
+
+def test_tasks_of_srun_that_cannot_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # `deepspeed --launcher slurm` sets no MASTER_ADDR: every task would silently train alone into one output.
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ConfigError, match="each of 2 tasks would train alone"):
+        launch(len, "auto", "1", tmp_path)
