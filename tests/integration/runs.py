@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.harness import make_backbone, make_catalog, make_corpus
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
@@ -22,6 +24,15 @@ batch: {{users: 9, texts: 7}}
 method: {{max_history: 100}}
 optimizer: {{lr: 1.0e-2, tables_lr: 5.0e-3, warmup_steps: 2}}
 """
+
+
+def write_config(folder: Path) -> Path:
+    """A configuration of a small pretraining of six steps, with the corpus and the backbone that it names."""
+    catalog = make_catalog()
+    make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
+    path = folder / "run.yaml"
+    path.write_text(CONFIG.format(folder=folder, root=ROOT))
+    return path
 
 
 def clean_environment(**more: str) -> dict[str, str]:

@@ -12,18 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import free_port, make_backbone, make_catalog, make_corpus
-from tests.integration.runs import BIN, CONFIG, ROOT, losses
+from tests.harness import free_port
+from tests.integration.runs import BIN, ROOT, losses, write_config
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launchers")
-    catalog = make_catalog()
-    make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
-    path = folder / "run.yaml"
-    path.write_text(CONFIG.format(folder=folder, root=ROOT))
-    return path
+    return write_config(tmp_path_factory.mktemp("launchers"))
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import make_backbone, make_catalog, make_corpus
-from tests.integration.runs import CONFIG, ROOT, clean_environment, losses_of
+from tests.integration.runs import ROOT, clean_environment, losses_of, write_config
 
 EPOCHS = 60
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ray")
-    catalog = make_catalog()
-    make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
-    path = folder / "run.yaml"
-    path.write_text(CONFIG.format(folder=folder, root=ROOT) + "checkpoint: {every_steps: 10}\n")
+    path = write_config(tmp_path_factory.mktemp("ray"))
+    path.write_text(path.read_text() + "checkpoint: {every_steps: 10}\n")
     return path
 
 
