@@ -51,6 +51,11 @@ logger = logging.getLogger(__name__)
 _MEMBER = re.compile(r"(\d+)\.(\w+)\.npy")
 _REBUILD = "Copy the corpus again, or build it again with `cllm4rec prepare`."
 _Span = tuple[int, int]
+_LAYOUT: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "interactions": (("users",), {f"{split}_offsets": f"{split}_items" for split in SPLITS}),
+    "content": (("users", "items", "kind"), {"offsets": "tokens"}),
+}
+"""Of each kind of record: the arrays with a value an example, and those whose offsets cut others into a list each."""
 
 
 class ShardSet:
@@ -92,7 +97,7 @@ class ShardSet:
                 arrays = {name: _read_array(file, span) for name, span in spans.items()}
         except (OSError, ValueError, EOFError) as error:
             raise CorpusError(f"{path} record {index}", str(error), "cannot be read", _REBUILD) from error
-        self._check(arrays, index, path)
+        self._check(arrays, index, path, self._entries[shard].kind)
         return arrays
 
     def _scan(self, path: str, num_records: int) -> list[dict[str, _Span]]:
@@ -111,11 +116,28 @@ class ShardSet:
             raise CorpusError(path, len(records), f"records, but the manifest says {num_records}", _REBUILD)
         return list(records.values())
 
-    def _check(self, arrays: dict[str, np.ndarray], index: int, path: str) -> None:
+    def _check(self, arrays: dict[str, np.ndarray], index: int, path: str, kind: str) -> None:
         expected = int(self.record_sizes[index])
+        where = f"{path} record {index}"
         if "users" not in arrays or len(arrays["users"]) != expected:
             found = len(arrays.get("users", ()))
-            raise CorpusError(f"{path} record {index}", found, f"examples, but the manifest says {expected}", _REBUILD)
+            raise CorpusError(where, found, f"examples, but the manifest says {expected}", _REBUILD)
+        columns, lists = _LAYOUT[kind]
+        missing = {*columns, *lists, *lists.values()} - arrays.keys()
+        if missing:
+            raise CorpusError(where, sorted(missing), "are missing", _REBUILD)
+        for name, array in arrays.items():
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                shape = f"{array.dtype} {list(array.shape)}"
+                raise CorpusError(f"{where} {name}", shape, "is not a list of whole numbers", _REBUILD)
+        for name in columns:
+            if len(arrays[name]) != expected:
+                raise CorpusError(f"{where} {name}", len(arrays[name]), f"values, not {expected}", _REBUILD)
+        for name, values in lists.items():
+            offsets = arrays[name].astype(np.int64)
+            ends = len(offsets) == expected + 1 and (offsets[0], offsets[-1]) == (0, len(arrays[values]))
+            if not ends or (np.diff(offsets) < 0).any():
+                raise CorpusError(f"{where} {name}", offsets, f"do not cut {values} into {expected} lists", _REBUILD)
 
 
 def _read_array(file: io.BufferedIOBase, span: _Span) -> np.ndarray:

@@ -1,0 +1,186 @@
+"""Configurations, manifests and shards spoilt at random: understood or refused clearly, never met deep inside."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cllm4rec_dist.config import RunConfig, load_config
+from cllm4rec_dist.corpus.manifest import Manifest
+from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError, CorpusError
+from tests.harness import make_backbone, make_catalog, make_corpus
+from tests.test_checkpoint import DAMAGE, Bomb
+
+ROOT = Path(__file__).parents[1]
+patient = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8), st.just("../../etc"),
+    st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """Every container and key of a tree of plain values."""
+    pairs = list(tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ())
+    return [(tree, key) for key, _ in pairs] + [place for _, child in pairs for place in places(child)]
+
+
+def spoil(tree: Any, data: st.DataObject) -> None:
+    """Change, remove or rename one to three things."""
+    for _ in range(data.draw(st.integers(1, 3))):
+        found = places(tree)
+        container, key = found[data.draw(st.integers(0, len(found) - 1))]
+        kind = data.draw(st.sampled_from(["replace", "replace", "remove", "rename"]))
+        if kind == "replace" or isinstance(container, list):
+            container[key] = data.draw(ODD)
+        elif kind == "remove":
+            del container[key]
+        else:
+            container[str(key) + data.draw(st.sampled_from(["s", "_", "é"]))] = container.pop(key)
+        if not tree:
+            return
+
+
+FILES = [(RunConfig, path) for path in sorted((ROOT / "launch" / "configs").glob("*.yaml"))]
+FILES += [(PrepareConfig, path) for path in sorted((ROOT / "shards").glob("*.yaml"))]
+
+
+@patient
+@given(which=st.sampled_from(FILES), data=st.data())
+def test_spoilt_configurations(which: tuple[Any, Path], data: st.DataObject, tmp_path: Path) -> None:
+    model, path = which
+    tree = yaml.safe_load(path.read_text())
+    spoil(tree, data)
+    spoilt = tmp_path / "spoilt.yaml"
+    spoilt.write_text(yaml.safe_dump(tree))
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load_config(model, spoilt), model)
+
+
+@patient
+@given(which=st.sampled_from(FILES), seed=st.integers(0, 2**32), kind=st.sampled_from(sorted(DAMAGE)))
+def test_damaged_configuration_files(which: tuple[Any, Path], seed: int, kind: str, tmp_path: Path) -> None:
+    model, path = which
+    if kind in ("swapped", "folder", "missing"):
+        return
+    spoilt = tmp_path / "spoilt.yaml"
+    shutil.copy(path, spoilt)
+    DAMAGE[kind][0](spoilt, random.Random(seed))
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load_config(model, spoilt), model)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
+        ("optimizer: {lr: 1.0, warmup_steps: 2, lr: 2.0}\n", "'lr' is given twice"),
+        ("output: 2024-13-45\n", "month"),
+        ("a: " + 5000 * "[", "recursion"),
+        ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        ("a: *nobody\n", "undefined alias"),
+        ("[1, 2]\n", "must hold key: value pairs"),
+    ],
+)
+def test_files_that_yaml_would_misread(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_config(RunConfig, path)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    catalog = make_catalog()
+    return Path(make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog)))
+
+
+@patient
+@given(data=st.data())
+def test_spoilt_manifests(corpus: Path, data: st.DataObject) -> None:
+    tree = json.loads((corpus / "manifest.json").read_text())
+    spoil(tree, data)
+    with contextlib.suppress(CorpusError):
+        found = Manifest.from_bytes(json.dumps(tree).encode(), "manifest.json")
+        assert not any(Path(entry.path).is_absolute() or ".." in Path(entry.path).parts for entry in found.files)
+
+
+def read_all(folder: Path) -> None:
+    found = Corpus.open(str(folder))
+    found.users(), found.items()
+    for name in ("train", "valid", "test"):
+        found.split(name)
+    for shards in (found.interactions, found.content):
+        for record in range(len(shards)):
+            shards.read_record(record)
+
+
+def forge(folder: Path, name: str) -> None:
+    """Mend the manifest after a change, as somebody who means harm would."""
+    tree = json.loads((folder / "manifest.json").read_text())
+    content = (folder / name).read_bytes()
+    for entry in tree["files"]:
+        if entry["path"] == name:
+            entry |= {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(tree))
+
+
+def test_damaged_corpora(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: Counter[str] = Counter()
+    names = [path.relative_to(corpus).as_posix() for path in sorted(corpus.rglob("*")) if path.is_file()]
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        for kind, (damage, times) in DAMAGE.items():
+            for number in range(times if kind != "swapped" else 0):
+                for forged in (False, True):
+                    if forged and (kind in ("folder", "missing") or name == "manifest.json"):
+                        continue
+                    copy = tmp_path / "copy"
+                    shutil.copytree(corpus, copy)
+                    damage(copy / name, random.Random(f"{name}{kind}{number}"))
+                    if forged:
+                        forge(copy, name)
+                    try:
+                        read_all(copy)
+                        # A change inside of a value is another corpus, which its fingerprint tells.
+                        assert forged or name == "manifest.json", (name, kind)
+                        assert Corpus.open(str(copy)).fingerprint != Corpus.open(str(corpus)).fingerprint
+                        outcomes["another corpus"] += 1
+                    except CLLM4RecError:
+                        outcomes["refused with a clear error"] += 1
+                    shutil.rmtree(copy)
+    for name in names:
+        copy = tmp_path / "copy"
+        shutil.copytree(corpus, copy)
+        (copy / name).write_bytes(pickle.dumps(Bomb()))
+        if name != "manifest.json":
+            forge(copy, name)
+        with pytest.raises(CLLM4RecError):
+            read_all(copy)
+        outcomes["refused with a clear error"] += 1
+        shutil.rmtree(copy)
+    assert not (tmp_path / "exploded").exists()
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    with capsys.disabled():
+        os.write(1, f"\ndamaged corpora: {sum(outcomes.values())} tried: {told}\n".encode())
+    assert sum(outcomes.values()) >= 200
