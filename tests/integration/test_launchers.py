@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import free_port
-from tests.integration.runs import BIN, ROOT, losses, write_config
+from tests.integration.runs import BIN, ROOT, clean_environment, losses, losses_of, write_config
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,29 @@ def wanted(config: Path) -> list[float]:
 def test_one_plain_process(config: Path, wanted: list[float]) -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     assert losses(config, sys.executable, environment=environment) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.integration
+def test_torchrun_on_two_nodes_of_one_host(config: Path, wanted: list[float]) -> None:
+    output = config.parent / "two-nodes"
+    command = [
+        str(BIN / "torchrun"), "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test", "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1",
+        "launch/pretrain.py", "--config", str(config), f"output={output}",
+    ]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        told = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
+    assert [node.returncode for node in nodes] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    assert losses_of(output) == wanted
 
 
 @pytest.mark.integration
