@@ -203,6 +203,18 @@ def recommend(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+) -> None:
+    """Write a run for other programs: PEFT adapters or the backbone, tables as safetensors, external ids."""
+    from cllm4rec_dist.export import export
+
+    _log_alone()
+    typer.echo(f"exported to {output}: {', '.join(export(run, output))}")
+
+
+@app.command()
 def audit(run: Annotated[Path, typer.Argument(help="Run folder that trained with audit=true.")]) -> None:
     """Prove from its audit log that a run read every user and text exactly once, whatever befell it."""
     from cllm4rec_dist.audit import check

@@ -22,6 +22,7 @@ ORDER = [
     "report",
     "figures",
     "inference",
+    "export",
     "baselines",
     "train",
     "audit",

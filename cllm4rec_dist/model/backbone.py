@@ -195,6 +195,17 @@ class DualBackbone(nn.Module):
         )
 
 
+def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:
+    """PEFT's settings of one adapter."""
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(adapter.targets or LORA_TARGETS[model_type]),
+        fan_in_fan_out=model_type == "gpt2",
+    )
+
+
 def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> DualBackbone:
     """Build the decoder with its adapters; only what `adapter.kind` names asks for gradients.
 
@@ -214,13 +225,7 @@ def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed
     decoder.requires_grad_(adapter.kind == "full")
     if adapter.kind == "lora":
         torch.manual_seed(seed)
-        settings = LoraConfig(
-            r=adapter.rank,
-            lora_alpha=adapter.alpha,
-            lora_dropout=adapter.dropout,
-            target_modules=list(adapter.targets or LORA_TARGETS[config.model_type]),
-            fan_in_fan_out=config.model_type == "gpt2",
-        )
+        settings = lora_settings(adapter, config.model_type)
         with warnings.catch_warnings():
             # PEFT wonders at a second adapter; two are the point.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
