@@ -47,7 +47,7 @@ def _parse_yaml(text: str) -> Any:
         ValueError: for anything that is not YAML, an impossible date and endless nesting included.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
