@@ -46,7 +46,7 @@ class Header(StrictModel):
     """First line of a session in each rank's file: what there is to read, and from which step on."""
 
     session: int
-    """Start of rank 0, in milliseconds of Unix time; the same on all ranks."""
+    """Start of rank 0, in nanoseconds of Unix time; the same on all ranks."""
     world_size: int = Field(ge=1)
     first_step: int = Field(ge=0)
     num_users: int = Field(ge=1)
@@ -87,7 +87,7 @@ class AuditLog:
         self._file = None
         if not config.audit:
             return
-        self._session = gather_integers([time.time_ns() // 1_000_000], world)[0][0]
+        self._session = gather_integers([time.time_ns()], world)[0][0]
         path = run / FOLDER / f"rank-{world.rank:05d}-of-{world.size:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = _is_torn(path)

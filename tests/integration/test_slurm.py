@@ -16,6 +16,7 @@ from tests.integration.runs import BIN, ROOT, clean_environment, losses, losses_
 
 SCRIPT = ROOT / "tests" / "integration" / "slurm.sh"
 EPOCHS = 40
+GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,15 @@ def submit(slurm: dict[str, str], script: str, output: Path, tasks: int, *argume
     return found.stdout.strip()
 
 
-def until(holds: Callable[[], bool], seconds: float, log: Path) -> None:
+def until(holds: Callable[[], bool], seconds: float, slurm: dict[str, str], log: Path) -> None:
+    """Waits; fails with what the job wrote and what Slurm knows of it."""
     deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:
-            pytest.fail(log.read_text()[-3000:] if log.exists() else "the job has not started")
+            told = log.read_text()[-3000:] if log.exists() else "the job has not started"
+            for asked in ("job", "node"):
+                told += subprocess.run(["scontrol", "show", asked], env=slurm, capture_output=True, text=True).stdout
+            pytest.fail(told + (Path(slurm["SLURM_CONF"]).parent / "slurmctld.log").read_text()[-3000:])
         time.sleep(0.1)
 
 
@@ -80,7 +85,7 @@ def test_a_batch_job_gives_the_same_losses(
 ) -> None:
     output = tmp_path / "run"
     job = submit(slurm, script, output, tasks, "launch/pretrain.py", "--config", str(config))
-    until(lambda: state(slurm, job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 240, tmp_path)
+    until(lambda: state(slurm, job) not in GOING, 240, slurm, tmp_path / "run.log")
     assert state(slurm, job) == "COMPLETED", (tmp_path / "run.log").read_text()[-3000:]
     assert losses_of(output) == wanted
 
@@ -95,14 +100,17 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_by_itself(
     output, log = tmp_path / "run", tmp_path / "run.log"
     job = submit(slurm, "srun.sbatch", output, 2, "launch/pretrain.py", "--config", str(longer))
     metrics = output / "metrics.jsonl"
-    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, 240, log)
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, 240, slurm, log)
     subprocess.run(["scancel", "--signal=USR1", job], env=slurm, check=True)  # as `--signal=USR1@120` does
-    until(lambda: field(slurm, job, "Restarts") == "1", 120, log)
+    until(lambda: field(slurm, job, "Restarts") == "1", 120, slurm, log)
     stopped = len(losses_of(output))
     assert 2 < stopped < len(whole)
     assert losses_of(output) == whole[:stopped]
-    # A requeued job waits for two minutes, in which its host is tidied up; here there is nothing to tidy.
+    # A requeued job waits for two minutes, in which its host is tidied up; here there is nothing to tidy. But the host
+    # refuses a job in the second in which it ended ("Job credential revoked").
+    time.sleep(2)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True)
-    until(lambda: state(slurm, job) == "COMPLETED", 300, log)
+    until(lambda: state(slurm, job) not in GOING, 240, slurm, log)
+    assert state(slurm, job) == "COMPLETED", log.read_text()[-3000:]
     assert losses_of(output) == whole
     assert "saved at step" in log.read_text()
