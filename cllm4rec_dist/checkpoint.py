@@ -29,6 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import yaml
 from pydantic import Field
@@ -163,6 +166,40 @@ class Checkpoint:
             raise DamagedCheckpointError(f"{self.path}: {name}", widths, "should be one shape of rows", _OTHER)
         return torch.cat(parts)
 
+    def take(self, name: str, num_rows: int, ids: Tensor) -> Tensor | None:
+        """Rows `ids` (int64, any order) of a sharded tensor of `num_rows` rows: [len(ids), ...].
+
+        Returns None where no such tensor was saved. Memory: the span of `ids` in one file at a time.
+        """
+        partition = RowPartition(num_rows, self.about.world_size)
+        taken = self.rows(name, num_rows, 0, 0)
+        if taken is None:
+            return None
+        taken = taken.new_empty((len(ids), *taken.shape[1:]))
+        for rank in range(partition.world_size):
+            first, last = partition.range(rank)
+            here = (ids >= first) & (ids < last)
+            if here.any():
+                low = int(ids[here].min())
+                block = self.rows(name, num_rows, low, int(ids[here].max()) + 1)
+                assert block is not None
+                taken[here] = block[ids[here] - low]
+        return taken
+
+    def external_ids(self, kind: Literal["users", "items"]) -> pa.ChunkedArray:
+        """External ids of the rows, in their order."""
+        size = self.about.num_users if kind == "users" else self.about.num_items
+        path = self.file(f"{kind}.parquet")
+        try:
+            ids = pq.read_table(path, columns=[kind.removesuffix("s")]).column(0).cast(pa.string())
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise DamagedCheckpointError(f"{self.path}/{kind}.parquet", str(error), "cannot be read", _OTHER) from error
+        if len(ids) != size or pc.count_distinct(ids).as_py() != size:
+            raise DamagedCheckpointError(
+                f"{self.path}/{kind}.parquet", len(ids), f"should be {size} different ids", _OTHER
+            )
+        return ids
+
 
 _OTHER = "Use another checkpoint."
 
@@ -296,8 +333,12 @@ def _sharded(system: System) -> dict[str, RowPartition]:
     return tables | {ADAPTER + name: partition for name, partition in system.engine.partitions().items()}
 
 
-def read(system: System, checkpoint: Checkpoint, *, moments: bool) -> Contents:
+def read(system: System, checkpoint: Checkpoint, *, moments: bool, tables: bool = True) -> Contents:
     """This rank's part of a checkpoint that any number of ranks wrote. Changes nothing yet; no collective.
+
+    Args:
+        moments: Adam's too.
+        tables: False leaves out what has a row for each user or item (of another catalog: `growth.py`).
 
     Raises:
         DamagedCheckpointError: for damage, or missing moments where they are asked for.
@@ -316,6 +357,8 @@ def read(system: System, checkpoint: Checkpoint, *, moments: bool) -> Contents:
     contents = Contents({}, {}, checkpoint.replicated())
     shapes = _local_shapes(system)
     for name, partition in _sharded(system).items():
+        if not (tables or name.startswith(ADAPTER)):
+            continue
         span = partition.num_rows, *partition.range(system.world.rank)
         weights = checkpoint.rows(name, *span)
         if weights is not None:

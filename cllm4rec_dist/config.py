@@ -286,7 +286,8 @@ class RunConfig(StrictModel):
     output: str
     """Folder of the run: checkpoints, metrics, TensorBoard, resolved configuration."""
     init_from: str | None = None
-    """Run folder or checkpoint whose rows and adapters a new run starts from (finetune after pretrain)."""
+    """Run folder or checkpoint whose rows and adapters a new run starts from: finetune after pretrain, or go on with
+    another catalog (rows are matched by external id, see docs/operations.md)."""
     resume: str = "auto"
     """`auto`: go on from the newest good checkpoint of this run, if it has one. `none`: start anew; refused where the
     run has checkpoints. Else a checkpoint, or another run, whose newest is gone on from in this run's output."""

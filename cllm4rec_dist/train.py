@@ -23,7 +23,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from cllm4rec_dist import checkpoint, ranking
+from cllm4rec_dist import checkpoint, growth, ranking
 from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.collectives import gather_integers, require_agreement
@@ -212,18 +212,26 @@ def _begin(system: System, store: Store) -> RunState:
 
 
 def _start_from(system: System, path: str) -> None:
-    """Take the weights of another run."""
+    """Take the weights of another run, which may know another catalog."""
+    own = dict(system.fingerprints)
+    corpus = own.pop("corpus")
 
-    def read(candidate: Checkpoint) -> checkpoint.Contents:
-        checkpoint.require_same(candidate, system.fingerprints)
-        return checkpoint.read(system, candidate, moments=False)
+    def read(candidate: Checkpoint) -> checkpoint.Contents | growth.Grown:
+        checkpoint.require_same(candidate, own)
+        if candidate.about.fingerprints.get("corpus") == corpus:
+            return checkpoint.read(system, candidate, moments=False)
+        return growth.read(system, candidate)
 
     store, names = checkpoint.find(path)
     found = checkpoint.first_good(store, names, system.world, read)
     if found is None:
         raise CheckpointError("init_from", path, "holds no whole checkpoint", "Use another one.")
-    checkpoint.restore_weights(system, found[1])
-    logger.info("starting from the weights of %s", found[0].path)
+    candidate, contents = found
+    if isinstance(contents, growth.Grown):
+        growth.restore(system, contents)
+    else:
+        checkpoint.restore_weights(system, contents)
+    logger.info("starting from the weights of %s", candidate.path)
 
 
 def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:

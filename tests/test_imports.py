@@ -27,6 +27,7 @@ ORDER = [
     "train",
     "audit",
     "saver",
+    "growth",
     "checkpoint",
     "store",
     "interruption",
