@@ -169,7 +169,7 @@ def evaluate(
     started = time.monotonic()
     launch(
         evaluate_run, launcher, workers, folder / "ray",
-        run=str(Path(run).absolute()), split=split, metrics=names, batch_users=batch_users, output=str(folder),
+        run=_trained(run), split=split, metrics=names, batch_users=batch_users, output=str(folder),
     )  # fmt: skip
     if _is_main():
         from cllm4rec_dist.comparison import compare
@@ -197,7 +197,7 @@ def recommend(
         chosen += [line for line in users_file.read_text(encoding="utf-8").splitlines() if line]
     launch(
         recommend_users, launcher, workers, output.absolute() / "ray",
-        run=str(Path(run).absolute()), users=chosen or None, num_best=top, batch_users=batch_users,
+        run=_trained(run), users=chosen or None, num_best=top, batch_users=batch_users,
         output=str(output.absolute()),
     )  # fmt: skip
 
@@ -222,6 +222,15 @@ def audit(run: Annotated[Path, typer.Argument(help="Run folder that trained with
 
     typer.echo(check(run, newest_step(run)).table())
     typer.echo("exactly once: yes")
+
+
+def _trained(run: str) -> str:
+    """Where the ranks find a run; refused before they start where there is nothing to find."""
+    from cllm4rec_dist import checkpoint
+
+    path = run if "://" in run else str(Path(run).absolute())
+    checkpoint.find(path)
+    return path
 
 
 def _is_main() -> bool:

@@ -18,11 +18,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cllm4rec_dist import cli
 from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.errors import CLLM4RecError, ConfigError, CorpusError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.test_checkpoint import DAMAGE, Bomb
 
@@ -184,3 +185,13 @@ def test_damaged_corpora(
     with capsys.disabled():
         os.write(1, f"\ndamaged corpora: {sum(outcomes.values())} tried: {told}\n".encode())
     assert sum(outcomes.values()) >= 200
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend"])
+def test_a_run_that_is_not_there_is_refused_before_ranks_start(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: pytest.fail("started ranks"))
+    arguments = [command, str(tmp_path / "nothing"), *([str(tmp_path / "out")] if command == "recommend" else [])]
+    with pytest.raises(CheckpointError, match="nothing' is neither a checkpoint nor a run"):
+        cli.app(arguments, standalone_mode=False)
