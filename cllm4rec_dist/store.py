@@ -15,15 +15,17 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, ValidationError, field_validator
 
 from cllm4rec_dist.config import ModelT, StrictModel
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
+from cllm4rec_dist.filesystems import as_os_errors, locate
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +67,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            raise CheckpointError(
-                "checkpoint", url, f"is on no file system that can be used here ({error})",
-                "Give a folder or a URL that fsspec knows; some need a package, as s3:// needs s3fs.",
-            ) from error  # fmt: skip
+        self._fs, self._root = locate("checkpoint", self.url, CheckpointError)
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._fetched: dict[tuple[str, str], Path] = {}
         self._copies: tempfile.TemporaryDirectory[str] | None = None
@@ -86,14 +82,14 @@ class Store:
 
     def is_committed(self, name: str) -> bool:
         """Whether a folder is there as a whole."""
-        self._fs.invalidate_cache()
-        return bool(self._fs.isfile(f"{self._root}/{name}/{COMMIT}"))
+        with self._asking():
+            return self._info(f"{name}/{COMMIT}") is not None
 
     def _folders(self) -> list[str]:
-        self._fs.invalidate_cache()
-        if not self._fs.isdir(self._root):
-            return []
-        found = self._fs.ls(self._root, detail=True)
+        with self._asking():
+            if self._info("") is None:
+                return []
+            found = self._fs.ls(self._root, detail=True)
         return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory")
 
     def write(self, name: str, file: str, write: Callable[[Path], object]) -> FileEntry:
@@ -115,12 +111,9 @@ class Store:
 
     def unseen(self, name: str, files: dict[str, FileEntry]) -> list[str]:
         """Those of `files` that are not there in their size, as seen from this host."""
-        self._fs.invalidate_cache()
-        paths = {file: f"{self._root}/{name}/{file}" for file in files}
-        return [
-            file for file, path in paths.items()
-            if not self._fs.isfile(path) or self._fs.size(path) != files[file].num_bytes
-        ]  # fmt: skip
+        with self._asking():
+            found = {file: self._info(f"{name}/{file}") or {"size": None} for file in files}
+        return [file for file, info in found.items() if info["size"] != files[file].num_bytes]
 
     def commit(self, name: str, files: dict[str, FileEntry]) -> None:
         """Write the marker: from now on the folder is there."""
@@ -139,7 +132,7 @@ class Store:
         """Remove a folder; its marker first, so that it never looks whole."""
         if self.is_committed(name):
             self._fs.rm_file(f"{self._root}/{name}/{COMMIT}")
-        if self._fs.exists(f"{self._root}/{name}"):
+        if self._info(name) is not None:
             self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def sweep(self, prefixes: tuple[str, ...]) -> None:
@@ -154,7 +147,28 @@ class Store:
         return [name for name in self._folders() if name.startswith(prefix) and self._is_set_aside(name)]
 
     def _is_set_aside(self, name: str) -> bool:
-        return bool(self._fs.isfile(f"{self._root}/{name}/{DAMAGED}"))
+        with self._asking():
+            return self._info(f"{name}/{DAMAGED}") is not None
+
+    def _info(self, path: str) -> dict[str, Any] | None:
+        """What is at a path below the root; None for nothing.
+
+        Not `isfile` and `isdir`: to them a store that does not answer has no files, and what is not there is swept.
+        """
+        try:
+            return dict(self._fs.info(f"{self._root}/{path}".rstrip("/")))
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Inside, the file system is asked anew what there is; CheckpointError where it does not answer."""
+        self._fs.invalidate_cache()
+        try:
+            with as_os_errors():
+                yield
+        except OSError as error:
+            raise _unreadable(self.url, error) from error
 
     def set_aside(self, name: str) -> None:
         """Take a damaged folder out of the committed ones, without losing it."""
@@ -169,7 +183,8 @@ class Store:
         """
         origin = f"{self.path(name)}/{COMMIT}"
         try:
-            content = self._fs.cat_file(f"{self._root}/{name}/{COMMIT}")
+            with as_os_errors():
+                content = self._fs.cat_file(f"{self._root}/{name}/{COMMIT}")
         except FileNotFoundError as error:
             raise DamagedCheckpointError(origin, "missing", "is not there", "Use another checkpoint.") from error
         except OSError as error:
@@ -194,7 +209,8 @@ class Store:
             if not self._is_local:
                 self._copies = self._copies or tempfile.TemporaryDirectory()
                 path = Path(self._copies.name) / f"{name}-{file}"
-                self._fs.get_file(f"{self._root}/{name}/{file}", str(path))
+                with as_os_errors():
+                    self._fs.get_file(f"{self._root}/{name}/{file}", str(path))
             found = FileEntry(num_bytes=path.stat().st_size, sha256=_sha256(path))
         except (FileNotFoundError, IsADirectoryError) as error:
             raise DamagedCheckpointError(origin, "missing", "was committed but is not there", _OTHER) from error

@@ -102,7 +102,7 @@ def make_backbone(folder: Path, catalog: Catalog, **settings: Any) -> Path:
     return folder
 
 
-def make_corpus(folder: Path, catalog: Catalog, backbone: Path, **settings: Any) -> str:
+def make_corpus(folder: Path | str, catalog: Catalog, backbone: Path, **settings: Any) -> str:
     recipe = PrepareConfig.model_validate(
         {"name": "test", "source": {"format": "synthetic"}, "examples_per_record": 4, "records_per_shard": 3} | settings
     )

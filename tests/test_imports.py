@@ -45,6 +45,7 @@ ORDER = [
     "watchdog",
     "diagnosis",
     "config",
+    "filesystems",
     "errors",
 ]
 """Top to bottom: an import points to a later line, or stays inside of `model` or `corpus`."""

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
 from cllm4rec_dist.store import COMMIT, SCHEMA_VERSION, FileEntry, Store
+from tests.s3 import BUCKET, serve_s3
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    with serve_s3():
+        yield
+
+
+@pytest.fixture(params=["path", "file", "memory", pytest.param("s3", marks=pytest.mark.integration)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    urls = {"path": f"{tmp_path}/runs", "file": f"file://{tmp_path}/runs", "memory": f"memory://{secrets.token_hex(8)}"}
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+    urls = {
+        "path": f"{tmp_path}/runs", "file": f"file://{tmp_path}/runs", "memory": f"memory://{secrets.token_hex(8)}",
+        "s3": f"s3://{BUCKET}/{secrets.token_hex(8)}",
+    }  # fmt: skip
     return Store(urls[request.param])
 
 
@@ -108,3 +124,89 @@ def test_another_schema_is_refused_and_is_no_damage(store: Store, version: int) 
 def test_an_unknown_file_system_is_refused() -> None:
     with pytest.raises(CheckpointError, match="is on no file system"):
         Store("nosuch://bucket/run")
+
+
+class Broken(MemoryFileSystem):
+    """What a driver raises is its own affair."""
+
+    protocol = "broken"
+    cachable = False
+
+    def info(self, *args: Any, **kwargs: Any) -> Any:
+        raise LookupError("no credentials")
+
+    cat_file = get_file = info
+
+
+@pytest.fixture
+def broken() -> Store:
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    return Store("broken://bucket/run")
+
+
+@pytest.mark.parametrize("ask", [
+    lambda store: store.names("step-"), lambda store: store.set_aside_names("step-"), lambda store: store.marker("a"),
+    lambda store: store.unseen("a", {"a": FileEntry(num_bytes=1, sha256="0" * 64)}),
+    lambda store: store.fetch("a", "a", FileEntry(num_bytes=1, sha256="0" * 64)),
+])  # fmt: skip
+def test_a_store_that_does_not_answer_is_told_and_is_no_damage(broken: Store, ask: Callable[[Store], object]) -> None:
+    with pytest.raises(CheckpointError, match=r"LookupError: no credentials.* cannot be read") as refused:
+        ask(broken)
+    assert not isinstance(refused.value, DamagedCheckpointError)
+
+
+class Watched:
+    """A file system, with `look` called before everything that is asked of it."""
+
+    def __init__(self, genuine: fsspec.AbstractFileSystem, look: Callable[[], object]) -> None:
+        self._genuine, self._look = genuine, look
+
+    def __getattr__(self, name: str) -> Any:
+        self._look()
+        return getattr(self._genuine, name)
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_writer_killed_at_any_moment_leaves_whole_folders_only(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every state that the storage goes through while folders are written and removed is one to recover from."""
+    root = str(tmp_path / "runs") if place == "local" else f"/{secrets.token_hex(8)}"
+    url = root if place == "local" else f"memory:/{root}"
+    states: list[dict[str, bytes]] = []
+    genuine = Store(url)._fs
+
+    def look() -> None:
+        found = genuine.find(root) if genuine.exists(root) else []
+        state = {path: genuine.cat_file(path) for path in found}
+        if not states or state != states[-1]:
+            states.append(state)
+
+    def synced(path: Path) -> None:
+        look()
+
+    monkeypatch.setattr("cllm4rec_dist.store._sync", synced)
+    store = Store(url)
+    store._fs = Watched(genuine, look)
+    for step in range(1, 4):
+        name = f"step-{step}"
+        store.commit(name, write(store, name, b"content of " + name.encode()))
+        if step > 1:
+            store.remove(f"step-{step - 1}")
+    look()
+    assert len(states) >= 3 * 3 + 2 * 2  # two files and a marker each; a marker and files removed
+    recovered = []
+    for number, state in enumerate(states):
+        copy = Store(f"memory://{secrets.token_hex(8)}")
+        for path, content in state.items():
+            copy._fs.pipe_file(f"{copy._root}/{path.removeprefix(root).lstrip('/')}", content)
+        names = copy.names("step-")
+        for name in names:
+            for file, entry in copy.marker(name).files.items():
+                assert copy.fetch(name, file, entry).read_bytes() == b"content of " + name.encode(), (number, file)
+        recovered.append(names[-1] if names else "")
+        copy.sweep(("step-",))
+        assert copy._folders() == names
+    assert recovered == sorted(recovered)
+    assert set(recovered) == {"", "step-1", "step-2", "step-3"}
+    assert "" not in recovered[recovered.index("step-1") :]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Shard
 
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers import launch
@@ -29,6 +30,15 @@ def test_ranges_cover_all_rows_once_in_rank_order(num_rows: int, size: int) -> N
     assert [partition.num_local(rank) for rank in range(size)] == [
         stop - start for start, stop in map(partition.range, range(size))
     ]
+
+
+@patient
+@given(num_rows=ROWS, size=SIZES)
+def test_rows_are_cut_as_dtensor_cuts_them(num_rows: int, size: int) -> None:
+    partition = RowPartition(num_rows, size)
+    for rank in range(size):
+        count, start = Shard.local_shard_size_and_offset(num_rows, size, rank)
+        assert (partition.num_local(rank), partition.range(rank)[0]) == (count, start)
 
 
 @patient

@@ -41,8 +41,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, Manifest
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.corpus.writer import locate, write_corpus
+from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.errors import CorpusError
+from cllm4rec_dist.filesystems import as_os_errors, locate
 
 __all__ = ["SPLITS", "ContentKind", "Corpus", "Manifest", "ShardSet", "write_corpus"]
 
@@ -93,9 +94,9 @@ class ShardSet:
             self._indexes[shard] = self._scan(path, len(self._entries[shard].record_sizes))
         spans = self._indexes[shard][index - int(self._ends[shard])]
         try:
-            with self._fs.open(path, "rb") as file:
+            with as_os_errors(), self._fs.open(path, "rb") as file:
                 arrays = {name: _read_array(file, span) for name, span in spans.items()}
-        except (OSError, ValueError, EOFError) as error:
+        except OSError as error:
             raise CorpusError(f"{path} record {index}", str(error), "cannot be read", _REBUILD) from error
         self._check(arrays, index, path, self._entries[shard].kind)
         return arrays
@@ -104,13 +105,13 @@ class ShardSet:
         """Byte spans of the arrays of each record in a tar, from its headers alone."""
         records: dict[str, dict[str, _Span]] = {}
         try:
-            with self._fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with as_os_errors(), self._fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     match = _MEMBER.fullmatch(member.name)
                     if match is None or not member.isreg():
                         raise CorpusError(path, member.name, "is not a member that a corpus may hold", _REBUILD)
                     records.setdefault(match[1], {})[match[2]] = member.offset_data, member.size
-        except (OSError, EOFError, tarfile.TarError) as error:
+        except OSError as error:
             raise CorpusError(path, str(error), "is not a whole tar file", _REBUILD) from error
         if len(records) != num_records:
             raise CorpusError(path, len(records), f"records, but the manifest says {num_records}", _REBUILD)
@@ -177,11 +178,12 @@ class Corpus:
         Raises:
             CorpusError: for a corpus that is absent, incomplete, damaged or of another schema version.
         """
-        source, root = locate(url)
+        source, root = locate("corpus", url, CorpusError)
         # Sizes are asked of the source: the cache would fetch a file to tell its size.
         fs = source if isinstance(source, LocalFileSystem) else fsspec.filesystem("simplecache", fs=source)
         try:
-            content = source.cat_file(f"{root}/{MANIFEST_NAME}")
+            with as_os_errors():
+                content = source.cat_file(f"{root}/{MANIFEST_NAME}")
         except OSError as error:
             raise CorpusError(
                 "corpus", url, f"has no readable {MANIFEST_NAME} ({error})",
@@ -217,9 +219,9 @@ class Corpus:
         (entry,) = self.manifest.of_kind(kind)
         path = f"{self._root}/{entry.path}"
         try:
-            with self._fs.open(path, "rb") as file:
+            with as_os_errors(), self._fs.open(path, "rb") as file:
                 table = pq.read_table(io.BytesIO(file.read()))
-        except (OSError, pa.ArrowException) as error:
+        except OSError as error:
             raise CorpusError(path, str(error), "cannot be read", _REBUILD) from error
         if table.num_rows != num_rows:
             raise CorpusError(path, table.num_rows, f"rows, but the manifest says {num_rows}", _REBUILD)
@@ -238,7 +240,8 @@ class Corpus:
 
 def _check_size(fs: fsspec.AbstractFileSystem, path: str, entry: FileEntry) -> None:
     try:
-        size = fs.info(path)["size"]
+        with as_os_errors():
+            size = fs.info(path)["size"]
     except OSError as error:
         raise CorpusError(path, "missing", "is named by the manifest but cannot be found", _REBUILD) from error
     if size != entry.num_bytes:
@@ -247,7 +250,7 @@ def _check_size(fs: fsspec.AbstractFileSystem, path: str, entry: FileEntry) -> N
 
 def _check_hash(fs: fsspec.AbstractFileSystem, path: str, entry: FileEntry) -> None:
     try:
-        with fs.open(path, "rb") as file:
+        with as_os_errors(), fs.open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CorpusError(path, str(error), "cannot be read", _REBUILD) from error

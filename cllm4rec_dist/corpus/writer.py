@@ -32,6 +32,7 @@ from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, Fi
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig, TextsConfig
 from cllm4rec_dist.errors import CorpusError
+from cllm4rec_dist.filesystems import as_os_errors, locate
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def write_corpus(
     Raises:
         CorpusError: if `out` is in use.
     """
-    fs, root = locate(out)
+    fs, root = locate("out", out, CorpusError)
     _check_room(fs, root, overwrite)
     with _building(fs, root) as folder:
         writer = _Writer(fs, folder, config.records_per_shard)
@@ -105,19 +106,14 @@ def write_corpus(
     return manifest
 
 
-def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a corpus and its folder there. CorpusError for an unknown or uninstalled one."""
-    try:
-        fs, root = fsspec.core.url_to_fs(str(url))
-    except (ValueError, ImportError) as error:
-        cure = "Give a folder or an URL that fsspec knows; some need a package, as s3:// needs s3fs."
-        raise CorpusError("corpus", url, f"is on no file system that can be used here ({error})", cure) from error
-    return fs, root
-
-
 def _check_room(fs: fsspec.AbstractFileSystem, root: str, overwrite: bool) -> None:
     """Refuse a place that is in use: only a corpus is ever overwritten, and only if that is asked for."""
-    if not fs.exists(root):
+    try:
+        with as_os_errors():
+            exists = fs.exists(root)
+    except OSError as error:
+        raise CorpusError("out", root, f"cannot be reached ({error})", "Mend the URL or its credentials.") from error
+    if not exists:
         return
     if not fs.isdir(root):
         raise CorpusError("out", root, "is a file", "Give a folder.")

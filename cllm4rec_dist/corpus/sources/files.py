@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-import fsspec
 import pyarrow.parquet as pq
 
 from cllm4rec_dist.corpus.raw import SkipLog
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.filesystems import as_os_errors, locate
 
 
 @contextmanager
@@ -29,12 +29,10 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
     Raises:
         DataError: where it is missing or breaks off.
     """
+    fs, place = locate("file", path, DataError)
     try:
-        source = fsspec.open(path, "rb", compression="infer")
-    except (ValueError, ImportError) as error:
-        cure = "Mend the path in the recipe; some file systems need a package, as s3:// needs s3fs."
-        raise DataError("file", path, f"is on no file system that can be used here ({error})", cure) from error
-    try:
+        with as_os_errors():
+            source = fs.open(place, "rb", compression="infer")
         with source as file:
             yield file
     except FileNotFoundError as error:

@@ -1,0 +1,47 @@
+"""Any file system that fsspec knows, with errors that can be handled.
+
+A driver of fsspec may raise what it likes: botocore's `NoCredentialsError` is no OSError. Two rules mend that: a URL is
+resolved by `locate`, and whatever asks a file system for something does it inside of `as_os_errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import fsspec
+
+from cllm4rec_dist.errors import CLLM4RecError
+
+
+def locate(field: str, url: str, error: type[CLLM4RecError]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a folder, file or URL, and the path there. Asks the file system nothing.
+
+    Args:
+        field: what the URL is of, for the error.
+        url: where.
+        error: raised for a file system that is unknown, or whose package is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(str(url))
+    except (ValueError, ImportError) as cause:
+        raise error(
+            field, url, f"is on no file system that can be used here ({cause})",
+            "Give a path or a URL that fsspec knows; some need a package, as s3:// needs `pip install s3fs`.",
+        ) from cause  # fmt: skip
+    return fs, path
+
+
+@contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Inside, whatever a file system raises is an OSError; our own errors pass.
+
+    Raises:
+        OSError: as it was, or around what was raised and with its name.
+    """
+    try:
+        yield
+    except (OSError, CLLM4RecError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
