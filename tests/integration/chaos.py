@@ -26,10 +26,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from tests.harness import make_backbone, make_catalog, make_corpus
-from tests.integration.runs import CONFIG, ROOT, clean_environment, losses_of
-
-NOISE = 2e-4
-"""Relative difference of losses that fp32 sums in another order make, as in tests/test_train.py."""
+from tests.integration.runs import CONFIG, NOISE, ROOT, clean_environment, losses_of
 
 
 def make_config(folder: Path, epochs: int) -> Path:

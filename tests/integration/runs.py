@@ -12,6 +12,8 @@ from tests.harness import make_backbone, make_catalog, make_corpus
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+NOISE = 2e-4
+"""Relative difference of losses that fp32 sums in another order make, as in tests/test_train.py."""
 
 CONFIG = """
 corpus: {folder}/corpus

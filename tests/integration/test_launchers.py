@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness import free_port
+from tests.integration.ray_cluster import TOKEN, ray_head
 from tests.integration.runs import BIN, ROOT, clean_environment, losses, losses_of, write_config
 
 
@@ -68,42 +65,8 @@ def test_ray_train_starts_a_local_ray_by_itself(config: Path, wanted: list[float
     assert losses(config, sys.executable, "--workers", "2") == wanted
 
 
-# A cluster runs whatever it is sent: this one takes jobs of whoever knows its token, and from this host only.
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-@pytest.fixture
-def ray_address() -> Iterator[str]:
-    """A Ray of this test alone."""
-    port, dashboard = free_port(), free_port()
-    head = subprocess.Popen(
-        [
-            *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"),
-            *(f"--port={port}", f"--dashboard-port={dashboard}"),
-        ],
-        cwd=ROOT, env=os.environ | TOKEN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        _wait_for(address)
-        yield address
-    finally:
-        head.terminate()
-        head.wait(60)
-
-
-def _wait_for(address: str) -> None:
-    """Until the cluster takes jobs, which is some seconds after it answers."""
-    command = [str(BIN / "ray"), "job", "submit", "--address", address, "--", "true"]
-    for _ in range(20):
-        if subprocess.run(command, env=os.environ | TOKEN, capture_output=True, check=False).returncode == 0:
-            return
-        time.sleep(2)
-    raise TimeoutError(f"no Ray at {address} that takes jobs")
-
-
 @pytest.mark.integration
-def test_ray_job_submit(config: Path, wanted: list[float], ray_address: str) -> None:
-    command = (str(BIN / "ray"), "job", "submit", "--address", ray_address, "--working-dir", ".", "--", sys.executable)
-    assert losses(config, *command, "--workers", "2", environment=TOKEN) == wanted
+def test_ray_job_submit(config: Path, wanted: list[float]) -> None:
+    with ray_head(num_cpus=3) as (_, address):
+        command = (str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable)
+        assert losses(config, *command, "--workers", "2", environment=TOKEN) == wanted

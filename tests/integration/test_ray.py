@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.runs import ROOT, clean_environment, losses_of, write_config
+from tests.integration.ray_cluster import TOKEN, kill_tree, ray_head, ray_node
+from tests.integration.runs import BIN, NOISE, ROOT, clean_environment, losses_of, write_config
 
 EPOCHS = 60
 
@@ -19,15 +20,17 @@ EPOCHS = 60
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_config(tmp_path_factory.mktemp("ray"))
-    path.write_text(path.read_text() + "checkpoint: {every_steps: 10}\n")
+    # Slow enough to be stable, or the rounding of another number of ranks would make another run.
+    text = path.read_text().replace("lr: 1.0e-2, tables_lr: 5.0e-3", "lr: 1.0e-3, tables_lr: 1.0e-3")
+    path.write_text(text + "audit: true\ncheckpoint: {every_steps: 10}\n")
     return path
 
 
-def start(config: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+def start(config: Path, output: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "launch/pretrain.py", "--config", str(config), f"output={output}", f"epochs={EPOCHS}"]
     return subprocess.Popen(
         [*command, "--launcher", "ray", *more],
-        cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=clean_environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
@@ -106,3 +109,19 @@ def test_bad_input_is_one_message_and_no_retry(config: Path) -> None:
     assert told.count("has no readable manifest.json") == 1
     assert "Traceback" not in told
     assert os.linesep.join(told.splitlines()[-6:]).count("error: corpus") == 1
+
+
+@pytest.mark.integration
+def test_a_run_shrinks_where_a_node_is_lost(config: Path, wanted: list[float]) -> None:
+    """Two nodes with room for one rank each; one dies, and the run goes on with the rank that is left."""
+    output = config.parent / "shrinks"
+    with ray_head(num_cpus=1) as (address, _), ray_node(address) as node:
+        started = start(config, output, "--workers", "1:2", **TOKEN, RAY_ADDRESS=address)
+        wait_for_step(output, 25, started)
+        kill_tree(node)
+        told = finish(started)
+    assert started.returncode == 0, told[-3000:]
+    assert [len(list((output / "audit").glob(f"*-of-0000{size}.jsonl"))) for size in (1, 2)] == [1, 2]
+    assert losses_of(output) == pytest.approx(wanted, rel=NOISE)
+    audited = subprocess.run([str(BIN / "cllm4rec"), "audit", str(output)], capture_output=True, text=True, check=False)
+    assert audited.returncode == 0, audited.stdout + audited.stderr

@@ -1,0 +1,129 @@
+"""What asynchronous checkpoints cost the training loop.
+
+    python -m benchmarks.saving                      one save a minute for six minutes, 2 ranks, 0.9 GB a checkpoint
+
+One run trains a small decoder beside large tables. Each minute is one measurement: its steps while a checkpoint is
+copied, written, hashed and committed against its steps while none is. The cost is the time that the steps beside saving
+took longer, as a share of the minute.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import parser, tell, tell_table, write_json
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+name: saving
+source: {{format: synthetic, num_users: {users}, num_items: {items}, num_clusters: 12, mean_interactions: 8, seed: 0}}
+split: {{kind: random, valid: 0.1, test: 0.1}}
+seed: 0
+"""
+CONFIG = """
+corpus: {folder}/corpus
+backbone: {folder}/backbone
+output: {folder}/run
+deepspeed: {root}/ds_configs/zero3.json
+adapter: {{rank: 8}}
+rows: {{start: prior}}
+batch: {{users: 32, texts: 32}}
+method: {{max_history: 32}}
+epochs: 100000
+checkpoint: {{every_steps: 1000000000, every_minutes: {every}, keep: 2}}
+"""
+_SAVED = re.compile(r"checkpoint step-(\d+): (copied in|[\d.]+ MB written in) ([\d.]+) s")
+_MEGABYTES = re.compile(r"([\d.]+) MB written")
+
+
+def main() -> None:
+    options = parser("saving", __doc__)
+    options.add_argument("--users", type=int, default=200_000)
+    options.add_argument("--items", type=int, default=100_000)
+    options.add_argument("--hidden", type=int, default=128, help="width of the decoder and of every row (%(default)s)")
+    options.add_argument("--ranks", type=int, default=2)
+    options.add_argument("--every", type=float, default=1.0, help="minutes between checkpoints (%(default)s)")
+    options.add_argument("--saves", type=int, default=5)
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        log = train(Path(folder), chosen)
+        figures = measure(Path(folder) / "run", log)
+    minutes = figures["intervals"]
+    tell_table(
+        ["save", "copied (s)", "written (s)", "step beside it (ms)", "step without (ms)", "cost of the interval (%)"],
+        [[i + 1, f"{m['copied_s']:.2f}", f"{m['written_s']:.1f}", f"{m['step_saving_ms']:.1f}",
+          f"{m['step_alone_ms']:.1f}", f"{m['cost_percent']:.2f}"] for i, m in enumerate(minutes)],
+    )  # fmt: skip
+    tell(f"{figures['megabytes']:.0f} MB a checkpoint; cost {figures['cost_percent']:.2f} % of the loop's time")
+    write_json(chosen.json, figures)
+
+
+def train(folder: Path, chosen: Any) -> str:
+    """Build a corpus and train until enough checkpoints are written; the log."""
+    (folder / "recipe.yaml").write_text(RECIPE.format(users=chosen.users, items=chosen.items))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, root=ROOT, every=chosen.every))
+    cllm4rec = [sys.executable, "-m", "cllm4rec_dist"]
+    for command in (
+        ["backbone", str(folder / "recipe.yaml"), str(folder / "backbone"), f"hidden={chosen.hidden}", "layers=2"],
+        ["prepare", str(folder / "recipe.yaml"), str(folder / "corpus"), "--tokenizer", str(folder / "backbone")],
+    ):
+        subprocess.run([*cllm4rec, *command], check=True, cwd=ROOT)
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={chosen.ranks}"]
+    running = subprocess.Popen(
+        [*torchrun, "launch/pretrain.py", "--config", str(folder / "run.yaml")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    lines, written = [], 0
+    for line in running.stdout:
+        lines.append(line)
+        if " written in " in line:
+            written += 1
+            tell(line.rstrip().rpartition("INFO ")[2])
+        # One more interval's steps belong to the last save that counts.
+        if written == chosen.saves + 1:
+            running.terminate()
+            break
+    running.communicate()
+    return "".join(lines)
+
+
+def measure(run: Path, log: str) -> dict[str, Any]:
+    """Cost of each interval that begins with a save, from the time of every step."""
+    times = [
+        line["time"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
+    durations = [after - before for before, after in zip(times, times[1:], strict=False)]  # of steps 1, 2, ...
+    saves: dict[int, dict[str, float]] = {}
+    for step, what, seconds in _SAVED.findall(log):
+        saves.setdefault(int(step), {})["copied_s" if what == "copied in" else "written_s"] = float(seconds)
+    steps = sorted(step for step, found in saves.items() if len(found) == 2)
+    intervals = []
+    for first, stop in zip(steps, steps[1:], strict=False):
+        # A save of step n begins after that step, so its copy is inside of step n's successor.
+        busy_until = times[first - 1] + saves[first]["copied_s"] + saves[first]["written_s"]
+        beside = [
+            d for d, end in zip(durations[first - 1 : stop - 1], times[first:stop], strict=True) if end - d < busy_until
+        ]
+        alone = durations[first - 1 + len(beside) : stop - 1]
+        lost = sum(beside) - len(beside) * statistics.mean(alone)
+        intervals.append(saves[first] | {
+            "step_saving_ms": 1e3 * statistics.mean(beside), "step_alone_ms": 1e3 * statistics.mean(alone),
+            "cost_percent": 100 * lost / sum(alone + beside),
+        })  # fmt: skip
+    costs = [interval["cost_percent"] for interval in intervals]
+    return {
+        "megabytes": float(_MEGABYTES.findall(log)[-1]), "cost_percent": statistics.median(costs),
+        "cost_percent_range": [min(costs), max(costs)], "intervals": intervals,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
