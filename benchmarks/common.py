@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -34,10 +35,8 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+        found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
+        model = found[1] if found else model
     return f"{len(os.sched_getaffinity(0))} cores of {model}"
 
 

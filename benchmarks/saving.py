@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +98,19 @@ def train(folder: Path, chosen: Any) -> str:
 
 def measure(run: Path, log: str) -> dict[str, Any]:
     """Cost of each interval that begins with a save, from the time of every step."""
-    times = [
-        line["time"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
-    ]
-    durations = [after - before for before, after in zip(times, times[1:], strict=False)]  # of steps 1, 2, ...
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    ends = [line["time"] for line in lines if "loss" in line]
     saves: dict[int, dict[str, float]] = {}
     for step, what, seconds in _SAVED.findall(log):
         saves.setdefault(int(step), {})["copied_s" if what == "copied in" else "written_s"] = float(seconds)
     steps = sorted(step for step, found in saves.items() if len(found) == 2)
     intervals = []
-    for first, stop in zip(steps, steps[1:], strict=False):
-        # A save of step n begins after that step, so its copy is inside of step n's successor.
-        busy_until = times[first - 1] + saves[first]["copied_s"] + saves[first]["written_s"]
-        beside = [
-            d for d, end in zip(durations[first - 1 : stop - 1], times[first:stop], strict=True) if end - d < busy_until
-        ]
-        alone = durations[first - 1 + len(beside) : stop - 1]
+    for first, stop in pairwise(steps):
+        # A save begins after its step, so the copy is part of the time from that step's end to the next one's.
+        interval = [(start, end - start) for start, end in pairwise(ends[first - 1 : stop])]
+        until = ends[first - 1] + saves[first]["copied_s"] + saves[first]["written_s"]
+        beside = [seconds for start, seconds in interval if start < until]
+        alone = [seconds for start, seconds in interval if start >= until]
         lost = sum(beside) - len(beside) * statistics.mean(alone)
         intervals.append(saves[first] | {
             "step_saving_ms": 1e3 * statistics.mean(beside), "step_alone_ms": 1e3 * statistics.mean(alone),
