@@ -19,15 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.catalogs import make_corpus
 from benchmarks.common import parser, tell, tell_table, write_json
 
 ROOT = Path(__file__).parents[1]
-RECIPE = """
-name: saving
-source: {{format: synthetic, num_users: {users}, num_items: {items}, num_clusters: 12, mean_interactions: 8, seed: 0}}
-split: {{kind: random, valid: 0.1, test: 0.1}}
-seed: 0
-"""
 CONFIG = """
 corpus: {folder}/corpus
 backbone: {folder}/backbone
@@ -68,14 +63,8 @@ def main() -> None:
 
 def train(folder: Path, chosen: Any) -> str:
     """Build a corpus and train until enough checkpoints are written; the log."""
-    (folder / "recipe.yaml").write_text(RECIPE.format(users=chosen.users, items=chosen.items))
+    make_corpus(folder, chosen.users, chosen.items, chosen.hidden)
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder, root=ROOT, every=chosen.every))
-    cllm4rec = [sys.executable, "-m", "cllm4rec_dist"]
-    for command in (
-        ["backbone", str(folder / "recipe.yaml"), str(folder / "backbone"), f"hidden={chosen.hidden}", "layers=2"],
-        ["prepare", str(folder / "recipe.yaml"), str(folder / "corpus"), "--tokenizer", str(folder / "backbone")],
-    ):
-        subprocess.run([*cllm4rec, *command], check=True, cwd=ROOT)
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={chosen.ranks}"]
     running = subprocess.Popen(
         [*torchrun, "launch/pretrain.py", "--config", str(folder / "run.yaml")],

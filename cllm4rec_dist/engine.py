@@ -11,6 +11,7 @@ W in `train.py`. DeepSpeed's own clipping stays off, since its norm does not kno
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -44,6 +46,14 @@ from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
 from cllm4rec_dist.watchdog import Watch, Watchdog
 
 _BACKEND_MORE_SECONDS = 60.0
+
+_UNDERSTOOD = frozenset({
+    "activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type", "compile", "dump_state",
+    "flops_profiler", "gradient_accumulation_steps", "gradient_clipping", "memory_breakdown", "prescale_gradients",
+    "gradient_predivide_factor", "steps_per_print", "timers", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+})  # fmt: skip
+"""Sections of a DeepSpeed file that mean something here: DeepSpeed itself reads past a key that it does not know."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state of a parameter, each in the parameter's shape."""
@@ -98,6 +108,11 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
         ) from error
     if not isinstance(settings, dict):
         raise ConfigError(str(path), settings, "must be a JSON object", "Start from ds_configs/zero3.json.")
+    for key in settings.keys() - _UNDERSTOOD:
+        raise ConfigError(
+            f"{path}: {key}", settings[key], "would do nothing, or what the run decides",
+            f"Remove it; understood are {', '.join(sorted(_UNDERSTOOD))}.",
+        )  # fmt: skip
     for section in ("bf16", "zero_optimization"):
         if not isinstance(settings.setdefault(section, {}), dict):
             raise ConfigError(
@@ -113,14 +128,16 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
         settings[key] = _decide(f"{path}: {key}", settings.get(key, "auto"), value)
     bf16 = settings["bf16"]
     bf16["enabled"] = _decide(f"{path}: bf16.enabled", bf16.get("enabled", "auto"), config.precision == "bf16")
-    if settings.get("fp16"):
-        raise ConfigError(
-            f"{path}: fp16", settings["fp16"], "is not supported", "Remove it; `precision` is fp32 or bf16."
-        )
     stage = settings["zero_optimization"].get("stage")
     if stage != 3:
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "must be 3", "Start from ds_configs/zero3.json.")
     settings.setdefault("steps_per_print", 1 << 30)
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings))
+    except Exception as error:
+        raise ConfigError(
+            "deepspeed", str(path), f"is refused by DeepSpeed ({error})", "Start from ds_configs/zero3.json."
+        ) from error
     return settings
 
 

@@ -61,6 +61,7 @@ def assemble(config: RunConfig, world: World) -> System:
     corpus = Corpus.open(config.corpus, verify=world.is_main)
     folder = backbone.local_folder(config.backbone)
     decoder = backbone.load_config(folder)
+    backbone.require_weights(folder, decoder)
     tokenizer = WordTokenizer.load(folder)
     fingerprints = {
         "backbone": backbone.fingerprint(folder),
@@ -74,7 +75,7 @@ def assemble(config: RunConfig, world: World) -> System:
             f"is not the backbone's, {tokenizer.fingerprint}",
             "Build the corpus again with this backbone's tokenizer.",
         )
-    positions = getattr(decoder, "n_positions", None) or decoder.max_position_embeddings
+    positions = backbone.positions(decoder)
     for field, length in (
         ("method.max_history", config.method.max_history),
         (f"{config.corpus}: max_text_tokens", corpus.manifest.preparation.max_text_tokens),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import random
 import shutil
 from collections import Counter
@@ -24,52 +23,15 @@ from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.store import COMMIT, Store
 from cllm4rec_dist.system import System, assemble
 from cllm4rec_dist.topology import World
+from tests.damage import DAMAGE, Spoil
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.test_train import make_config, run
 
 OLDER, NEWER = "step-00000003", "step-00000006"
-Spoil = Callable[[Path, random.Random], object]
-
-
-def truncate(path: Path, draw: random.Random) -> None:
-    os.truncate(path, draw.randrange(path.stat().st_size))
-
-
-def flip_bit(path: Path, draw: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(bytes(content))
-
-
-def append(path: Path, draw: random.Random) -> None:
-    path.write_bytes(path.read_bytes() + draw.randbytes(draw.randrange(1, 100)))
-
-
-def noise(path: Path, draw: random.Random) -> None:
-    path.write_bytes(draw.randbytes(path.stat().st_size))
 
 
 def swap(path: Path, draw: random.Random) -> None:
     shutil.copy(path.parent.parent / OLDER / path.name, path)
-
-
-def folder(path: Path, draw: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGE: dict[str, tuple[Spoil, int]] = {
-    "truncated": (truncate, 6), "bit flipped": (flip_bit, 10), "appended": (append, 3), "noise": (noise, 2),
-    "swapped": (swap, 1), "folder": (folder, 1), "missing": (lambda path, draw: path.unlink(), 1),
-    "empty": (lambda path, draw: path.write_bytes(b""), 1),
-}  # fmt: skip
-
-
-class Bomb:
-    """Makes a file when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, ("exploded", "w")
 
 
 def retensor(change: Callable[[dict[str, Tensor]], object]) -> Spoil:
@@ -110,8 +72,7 @@ FORGED: list[tuple[str, Spoil]] = [
     *((SHARD, retensor(lambda t, p=p: t.update({key(t, p): t[key(t, p)][..., None]}))) for p in PARTS),
     *((SHARD, retensor(lambda t, p=p: t.update({f"x.{p}": t.pop(key(t, p))}))) for p in PARTS),
     *((SHARD, lying_header) for _ in range(5)),
-    *((file, lambda path, draw: path.write_bytes(pickle.dumps(Bomb()))) for file in (SHARD, STATE)),
-    (checkpoint.REPLICATED_FILE, lambda path, draw: path.write_bytes(pickle.dumps(Bomb()))),
+    *((file, DAMAGE["pickled"][0]) for file in (SHARD, STATE, checkpoint.REPLICATED_FILE)),
     (checkpoint.REPLICATED_FILE, retensor(lambda t: t.pop("head.log_temperature"))),
     (checkpoint.REPLICATED_FILE, retensor(lambda t: t.pop("collaborative.users.step"))),
     (checkpoint.REPLICATED_FILE, retensor(lambda t: t.update({"head.log_temperature": torch.ones(5)}))),
@@ -146,7 +107,7 @@ def cases(clean: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
         return lambda newer: void(spoil(newer / file, random.Random(seed)), forge_marker(newer))
 
     for path in sorted(clean.iterdir()):
-        for kind, (spoil, times) in DAMAGE.items():
+        for kind, (spoil, times) in (DAMAGE | {"swapped": (swap, 1)}).items():
             for number in range(times):
                 yield f"{path.name} {kind} {number}", damaged(path.name, spoil, f"{path.name}{kind}{number}")
     for number, (file, spoil) in enumerate(FORGED):

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import random
 import shutil
 from collections import Counter
@@ -14,18 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cllm4rec_dist import cli
-from cllm4rec_dist.config import RunConfig, load_config
+from cllm4rec_dist.config import AdapterConfig, RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+from cllm4rec_dist.engine import resolve_settings
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError
-from tests.harness import make_backbone, make_catalog, make_corpus
-from tests.test_checkpoint import DAMAGE, Bomb
+from cllm4rec_dist.model import backbone
+from tests.damage import DAMAGE
+from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
+from tests.test_train import make_config, refused
 
 ROOT = Path(__file__).parents[1]
 patient = settings(
@@ -79,9 +86,9 @@ def test_spoilt_configurations(which: tuple[Any, Path], data: st.DataObject, tmp
 @given(which=st.sampled_from(FILES), seed=st.integers(0, 2**32), kind=st.sampled_from(sorted(DAMAGE)))
 def test_damaged_configuration_files(which: tuple[Any, Path], seed: int, kind: str, tmp_path: Path) -> None:
     model, path = which
-    if kind in ("swapped", "folder", "missing"):
-        return
-    spoilt = tmp_path / "spoilt.yaml"
+    spoilt = tmp_path / f"{kind}.yaml"
+    if spoilt.is_dir():
+        spoilt.rmdir()
     shutil.copy(path, spoilt)
     DAMAGE[kind][0](spoilt, random.Random(seed))
     with contextlib.suppress(ConfigError):
@@ -152,7 +159,7 @@ def test_damaged_corpora(
     monkeypatch.chdir(tmp_path)
     for name in names:
         for kind, (damage, times) in DAMAGE.items():
-            for number in range(times if kind != "swapped" else 0):
+            for number in range(times):
                 for forged in (False, True):
                     if forged and (kind in ("folder", "missing") or name == "manifest.json"):
                         continue
@@ -170,21 +177,119 @@ def test_damaged_corpora(
                     except CLLM4RecError:
                         outcomes["refused with a clear error"] += 1
                     shutil.rmtree(copy)
-    for name in names:
-        copy = tmp_path / "copy"
-        shutil.copytree(corpus, copy)
-        (copy / name).write_bytes(pickle.dumps(Bomb()))
-        if name != "manifest.json":
-            forge(copy, name)
-        with pytest.raises(CLLM4RecError):
-            read_all(copy)
-        outcomes["refused with a clear error"] += 1
-        shutil.rmtree(copy)
     assert not (tmp_path / "exploded").exists()
+    tell("damaged corpora", outcomes, capsys)
+    assert sum(outcomes.values()) >= 200
+
+
+def tell(what: str, outcomes: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Print the counts, past pytest."""
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     with capsys.disabled():
-        os.write(1, f"\ndamaged corpora: {sum(outcomes.values())} tried: {told}\n".encode())
-    assert sum(outcomes.values()) >= 200
+        os.write(1, f"\n{what}: {sum(outcomes.values())} tried: {told}\n".encode())
+
+
+Facts = tuple[str, str, list[Tensor]]
+
+
+def facts_of(folder: Path) -> Facts:
+    """Fingerprints of a backbone and its tokenizer, and all weights as they are loaded."""
+    decoder = backbone.load_config(folder)
+    tokenizer = WordTokenizer.load(folder)
+    fingerprint = backbone.fingerprint(folder)
+    backbone.positions(decoder)
+    backbone.require_weights(folder, decoder)
+    words = backbone.load_words(folder, torch.float32, torch.device("cpu"))
+    dual = backbone.load_backbone(folder, AdapterConfig(rank=2), torch.float32, 0)
+    return fingerprint, tokenizer.fingerprint, [words.embedding, words.head, *dual.state_dict().values()]
+
+
+def same_or_another(found: Facts, wanted: Facts) -> str:
+    """What a backbone is that loads: the same weights, or one that its fingerprint tells apart."""
+    if found[:2] != wanted[:2]:
+        return "another backbone"
+    assert all(torch.equal(one, other) for one, other in zip(found[2], wanted[2], strict=True))
+    return "harmless"
+
+
+@pytest.fixture(scope="module")
+def decoder(corpus: Path) -> Path:
+    return corpus.parent / "backbone"
+
+
+def test_damaged_backbones(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcomes: Counter[str] = Counter()
+    wanted = facts_of(decoder)
+    for path in sorted(decoder.iterdir()):
+        for kind, (damage, times) in DAMAGE.items():
+            for number in range(times):
+                copy = tmp_path / "copy"
+                shutil.copytree(decoder, copy)
+                damage(copy / path.name, random.Random(f"{path.name}{kind}{number}"))
+                try:
+                    outcomes[same_or_another(facts_of(copy), wanted)] += 1
+                except ConfigError:
+                    outcomes["refused with a clear error"] += 1
+                shutil.rmtree(copy)
+    assert not (tmp_path / "exploded").exists()
+    tell("damaged backbones", outcomes, capsys)
+
+
+@pytest.mark.parametrize("change", ["gone", "renamed", "cut"])
+def test_weights_that_do_not_fit_the_backbone_are_never_made_up(decoder: Path, tmp_path: Path, change: str) -> None:
+    """Transformers starts weights that it does not find at random, and only warns."""
+    copy = tmp_path / "copy"
+    shutil.copytree(decoder, copy)
+    (file,) = copy.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name in weights if "mlp" in name and name.endswith("weight"))
+    weight = weights.pop(name)
+    if change != "gone":
+        weights |= {f"{name}s": weight} if change == "renamed" else {name: weight[1:].contiguous()}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="mlp"):
+        facts_of(copy)
+    config = make_config((tmp_path, str(decoder.parent / "corpus"), str(copy)), tmp_path / "run")
+    for message in run_ranks(2, refused, config):  # ZeRO-3 loads in another way
+        assert "mlp" in message
+
+
+@patient
+@given(data=st.data())
+def test_spoilt_backbone_configurations(decoder: Path, data: st.DataObject, tmp_path: Path) -> None:
+    wanted = facts_of(decoder)
+    copy = tmp_path / "copy"
+    shutil.copytree(decoder, copy, dirs_exist_ok=True)
+    tree = json.loads((copy / "config.json").read_text())
+    spoil(tree, data)
+    (copy / "config.json").write_text(json.dumps(tree))
+    with contextlib.suppress(ConfigError):
+        assert same_or_another(facts_of(copy), wanted)
+
+
+@patient
+@given(which=st.sampled_from(sorted((ROOT / "ds_configs").glob("*.json"))), data=st.data())
+def test_spoilt_deepspeed_files(which: Path, data: st.DataObject, tmp_path: Path) -> None:
+    tree = json.loads(which.read_text())
+    spoil(tree, data)
+    path = tmp_path / "spoilt.json"
+    path.write_text(json.dumps(tree))
+    config = load_config(RunConfig, ROOT / "launch/configs/demo-pretrain.yaml", ["stage=pretrain", f"deepspeed={path}"])
+    with contextlib.suppress(ConfigError):
+        DeepSpeedConfig(resolve_settings(config))
+
+
+@pytest.mark.parametrize(("key", "value"), [("optimizer", {"type": "Adam"}), ("zero_optimisation", {}), ("fp16", {})])
+def test_deepspeed_settings_that_would_do_nothing_are_refused(tmp_path: Path, key: str, value: object) -> None:
+    tree = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    path = tmp_path / "more.json"
+    path.write_text(json.dumps(tree | {key: value}))
+    config = load_config(RunConfig, ROOT / "launch/configs/demo-pretrain.yaml", ["stage=pretrain", f"deepspeed={path}"])
+    with pytest.raises(ConfigError, match=key):
+        resolve_settings(config)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "recommend"])

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -83,7 +84,7 @@ def local_folder(name: str) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a backbone folder, sorted. Pickled weights are not read."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
         raise ConfigError(
             "backbone", str(folder), "holds no .safetensors file", "Convert it: model.save_pretrained(folder)."
@@ -108,8 +109,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The decoder's configuration; refuses families that nobody has tested here."""
-    config = AutoConfig.from_pretrained(folder)
+    """The decoder's configuration; refuses what is none, and families that nobody has tested here."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            "backbone", str(folder), f"holds no config.json of a decoder ({error})", "Fetch the backbone again."
+        ) from error
     if config.model_type not in LORA_TARGETS:
         raise ConfigError(
             "backbone", config.model_type, f"is not one of {sorted(LORA_TARGETS)}", "Choose a supported decoder."
@@ -117,23 +123,63 @@ def load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def positions(config: PretrainedConfig) -> int:
+    """The longest sequence that a decoder takes."""
+    found = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        raise ConfigError("backbone: max_position_embeddings", found, "is no length", "Fetch the backbone again.")
+    return found
+
+
+def require_weights(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse files that lack a weight of the decoder, or have it in another shape. Outside of `sharded_loading`.
+
+    Transformers would start it at random with no more than a warning, under ZeRO-3 on rank 0 alone.
+    """
+    try:
+        with torch.device("meta"):
+            decoder = AutoModel.from_config(config)
+    except Exception as error:
+        raise ConfigError(
+            "backbone", str(folder), f"has a config.json of which no decoder can be made ({error})",
+            "Fetch the backbone again.",
+        ) from error  # fmt: skip
+    found: dict[str, list[int]] = {}
+    for path in weight_files(folder):
+        with _weights_of(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                found[name.removeprefix(f"{decoder.base_model_prefix}.")] = tensors.get_slice(name).get_shape()
+    wrong = [name for name, weight in decoder.state_dict().items() if found.get(name) != list(weight.shape)]
+    if wrong:
+        raise ConfigError(
+            f"backbone {folder}", wrong[:3], f"are missing or have not the shape that config.json says (and"
+            f" {len(wrong[3:])} more)", "Fetch the backbone again.",
+        )  # fmt: skip
+
+
 def load_words(folder: Path, dtype: torch.dtype, device: torch.device) -> Words:
     """Read the word embeddings and the word head from the weight files, without building the model."""
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if name.endswith(_WORD_WEIGHTS):
-                        found["embedding"] = tensors.get_tensor(name)
-                    elif name.endswith(_HEAD_WEIGHT):
-                        found["head"] = tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ConfigError("backbone", str(path), f"is damaged ({error})", "Fetch the weights again.") from error
+        with _weights_of(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name.endswith(_WORD_WEIGHTS):
+                    found["embedding"] = tensors.get_tensor(name)
+                elif name.endswith(_HEAD_WEIGHT):
+                    found["head"] = tensors.get_tensor(name)
     if "embedding" not in found:
         raise ConfigError("backbone", str(folder), f"has none of {_WORD_WEIGHTS}", "Choose a supported decoder.")
     embedding = found["embedding"].to(device, dtype)
     return Words(embedding, found["head"].to(device, dtype) if "head" in found else embedding)
+
+
+@contextmanager
+def _weights_of(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ConfigError("backbone", str(path), f"is damaged ({error})", "Fetch the weights again.") from error
 
 
 @contextmanager
@@ -217,9 +263,7 @@ def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed
         seed: of the adapters' start; the same on every rank.
     """
     config = load_config(folder)
-    decoder = AutoModel.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, attn_implementation=_attention(dtype), local_files_only=True
-    )
+    decoder = _load_decoder(folder, dtype)
     # Words enter as embeddings; an embedding layer here would be a weight that ZeRO-3 carries for nothing.
     decoder.set_input_embeddings(nn.Identity())
     decoder.requires_grad_(adapter.kind == "full")
@@ -236,6 +280,19 @@ def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.to(dtype)
     return DualBackbone(decoder, dual=adapter.kind == "lora")
+
+
+def _load_decoder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The decoder without its head."""
+    try:
+        return AutoModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation=_attention(dtype), local_files_only=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+    except Exception as error:
+        raise ConfigError(
+            "backbone", str(folder), f"cannot be loaded ({error})", "Fetch the backbone again."
+        ) from error
 
 
 def _attention(dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.harness import make_backbone, make_catalog, make_corpus
@@ -48,6 +49,21 @@ def losses_of(output: Path) -> list[float]:
     """The loss of every step that a run has written down."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def finish(started: subprocess.Popen[str], timeout: int = 300) -> str:
+    """What a command told, at its end."""
+    told, _ = started.communicate(timeout=timeout)
+    return told
+
+
+def wait_for_step(output: Path, step: int, started: subprocess.Popen[str]) -> None:
+    """Until a run has taken so many steps."""
+    deadline = time.monotonic() + 240
+    while not (output / "metrics.jsonl").exists() or len(losses_of(output)) < step:
+        assert started.poll() is None, finish(started)[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def losses(config: Path, *command: str, environment: dict[str, str] | None = None, timeout: int = 300) -> list[float]:

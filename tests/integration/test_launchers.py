@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from tests.harness import free_port
 from tests.integration.ray_cluster import TOKEN, ray_head
-from tests.integration.runs import BIN, ROOT, clean_environment, losses, losses_of, write_config
+from tests.integration.runs import BIN, ROOT, clean_environment, finish, losses, losses_of, wait_for_step, write_config
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,29 @@ def test_ray_job_submit(config: Path, wanted: list[float]) -> None:
     with ray_head(num_cpus=3) as (_, address):
         command = (str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable)
         assert losses(config, *command, "--workers", "2", environment=TOKEN) == wanted
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_signal_to_the_launcher_saves_and_stops(config: Path, launcher: str) -> None:
+    """What Ctrl-C, a scheduler or a host that goes down sends to all processes: ranks save the step that they are at.
+
+    The `deepspeed` command passes on no signal that it alone gets.
+    """
+    commands = {
+        "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", "--no_local_rank"],
+    }
+    output = config.parent / f"signal-{launcher}"
+    started = subprocess.Popen(
+        [*commands[launcher], "launch/pretrain.py", "--config", str(config), f"output={output}", "epochs=100000"],
+        cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    wait_for_step(output, 20, started)
+    os.killpg(started.pid, signal.SIGTERM)
+    told = finish(started, 120)
+    assert started.returncode != 0
+    steps = len(losses_of(output))
+    assert f"saved at step {steps} of" in told, told[-3000:]
+    assert (output / "checkpoints" / f"step-{steps:08d}" / "COMMIT.json").exists()

@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.integration.ray_cluster import TOKEN, kill_tree, ray_head, ray_node
-from tests.integration.runs import BIN, NOISE, ROOT, clean_environment, losses_of, write_config
+from tests.integration.runs import (
+    BIN,
+    NOISE,
+    ROOT,
+    clean_environment,
+    finish,
+    losses_of,
+    wait_for_step,
+    write_config,
+)
 
 EPOCHS = 60
 
@@ -34,11 +42,6 @@ def start(config: Path, output: Path, *more: str, **environment: str) -> subproc
     )  # fmt: skip
 
 
-def finish(started: subprocess.Popen[str], timeout: int = 300) -> str:
-    told, _ = started.communicate(timeout=timeout)
-    return told
-
-
 @pytest.fixture(scope="module")
 def wanted(config: Path) -> list[float]:
     output = config.parent / "whole"
@@ -48,14 +51,6 @@ def wanted(config: Path) -> list[float]:
         cwd=ROOT, env=clean_environment(), check=True, capture_output=True,
     )  # fmt: skip
     return losses_of(output)
-
-
-def wait_for_step(output: Path, step: int, started: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while not (output / "metrics.jsonl").exists() or len(losses_of(output)) < step:
-        assert started.poll() is None, finish(started)[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def ranks_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:

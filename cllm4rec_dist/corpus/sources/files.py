@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cllm4rec_dist.corpus.raw import SkipLog
@@ -158,12 +159,20 @@ def read_parquet(path: str, columns: list[str]) -> Iterator[tuple[int, list[Any]
                 "file", path, f"is not Parquet ({error})", "Mend the path or kind in the recipe."
             ) from error
         column_indexes(path, table.schema_arrow.names, columns)
-        number = 0
-        for batch in table.iter_batches(columns=sorted(set(columns))):
-            values = [batch.column(name).to_pylist() for name in columns]
-            for row in zip(*values, strict=True):
-                number += 1
-                yield number, list(row)
+        yield from enumerate(_parquet_rows(table, columns, path), start=1)
+
+
+def _parquet_rows(table: pq.ParquetFile, columns: list[str], path: str) -> Iterator[list[Any]]:
+    batches = table.iter_batches(columns=sorted(set(columns)))
+    while True:
+        try:
+            batch = next(batches, None)
+            values = [batch.column(name).to_pylist() for name in columns] if batch is not None else []
+        except (ValueError, pa.ArrowException) as error:  # also a page or a text that does not decode
+            raise DataError("file", path, f"is damaged ({error})", "Fetch the file again.") from error
+        if batch is None:
+            return
+        yield from map(list, zip(*values, strict=True))
 
 
 def require_field(path: str, entry: dict[str, Any], fields: tuple[str, ...]) -> None:

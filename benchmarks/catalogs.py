@@ -1,0 +1,46 @@
+"""Backbones and corpora of any size, made in seconds: ids and item rows drawn by chance, a few texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from cllm4rec_dist.config import BackboneConfig
+from cllm4rec_dist.corpus.catalog import Catalog, Reviews
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+from cllm4rec_dist.corpus.writer import write_corpus
+from cllm4rec_dist.model.tiny import build_backbone
+
+_WORDS = ("river", "mountain", "espresso", "trail", "quiet", "blue", "garden", "lantern", "violin", "harbour", "maple")
+
+
+def make_corpus(
+    folder: Path, num_users: int, num_items: int, hidden: int, layers: int = 2, num_texts: int = 5000
+) -> None:
+    """Write `folder`/backbone and `folder`/corpus.
+
+    Histories are log-normal in length (median 8, a long tail, as real ones are), reviews have 5 to 60 words.
+    """
+    random = np.random.default_rng(0)
+    settings = BackboneConfig(family="llama", hidden=hidden, layers=layers, heads=4, words=500)
+    build_backbone(settings, _WORDS, folder / "backbone")
+    lengths = np.clip(random.lognormal(np.log(8), 1.0, num_users).astype(np.int64), 3, 200)
+    items = random.integers(0, num_items, lengths.sum(), dtype=np.int32)
+    held = lambda: Ragged.from_lengths(np.ones(num_users, dtype=np.int64), random.integers(0, num_items, num_users))  # noqa: E731
+    authors = random.choice(num_users, min(num_texts, num_users), replace=False)
+    train = Ragged.from_lengths(lengths, items)
+    reviews = Reviews(
+        authors, np.array([train[int(user)][0] for user in authors]),
+        [" ".join(random.choice(_WORDS, random.integers(5, 60))) for _ in authors],
+    )  # fmt: skip
+    catalog = Catalog(
+        user_ids=[f"u{n:09d}" for n in range(num_users)], item_ids=[f"i{n:09d}" for n in range(num_items)],
+        user_texts=[""] * num_users, item_titles=[""] * num_items, item_descriptions=[""] * num_items,
+        train=train, valid=held(), test=held(), reviews=reviews, skipped=Counter(),
+    )  # fmt: skip
+    recipe = PrepareConfig.model_validate({"name": "benchmark", "source": {"format": "synthetic"}})
+    write_corpus(catalog, WordTokenizer.load(folder / "backbone"), str(folder / "corpus"), recipe)
