@@ -140,7 +140,7 @@ def rank_users(
     history = system.corpus.split("train")
     num_best = min(num_best, system.corpus.num_items)
     block = batch_users * world.size
-    # Histories of like length beside each other: little is padded.
+    # Histories of like length beside each other: rows are short, and attention is paid by their length.
     users = users[np.argsort(history.lengths[users], kind="stable")]
     system.train(False)
     operand = model.item_operand()
@@ -151,7 +151,7 @@ def rank_users(
         documents = documents.to(world.device)
         embedded, item_rows = model.embed(model.collaborative, model.route(documents))
         with world.watch.collective("ZeRO-3 forward"):
-            hidden, _ = system.engine(embedded, None)
+            hidden, _ = system.engine(embedded, None, documents.positions)
         assert hidden is not None
         queries = model.item_queries(hidden, item_rows, documents)
         seen = _pairs(history, block_users).to(world.device)

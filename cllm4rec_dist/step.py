@@ -33,12 +33,14 @@ class StepResult:
         losses: mean of each term over the step's predictions (or rows), in nats.
         grad_norm: joint norm before clipping.
         tokens: real tokens read by all ranks.
+        places: what the backbone computes for them, padding included.
         accepted: False where the step was left out, because its loss or gradient was bad: nothing has changed then.
     """
 
     losses: dict[str, float]
     grad_norm: float
     tokens: int
+    places: int
     accepted: bool
 
     @property
@@ -99,19 +101,20 @@ def train_step(
         with world.watch.collective("ZeRO-3 step"):
             system.engine.step(optimizer.lr * lr_factor)
 
-    return StepResult(means, grad_norm, counts["tokens"], accepted)
+    return StepResult(means, grad_norm, counts["tokens"], counts["places"], accepted)
 
 
 def _global_counts(
     system: System, batches: list[MicroBatch], routed: list[tuple[RoutedBatch, RoutedBatch | None]]
 ) -> dict[str, int]:
-    """What each sum of the step is divided by, and its real tokens. One all-reduce of four integers."""
+    """What each sum of the step is divided by, and its tokens and places. One all-reduce of five integers."""
     documents = [d for b in batches for d in (b.items, b.words) if d is not None]
     local = {
         "items": sum(len(b.items.targets) for b in batches),
         "words": sum(len(b.words.targets) for b in batches if b.words is not None),
         "mutual": sum(len(index) for index in _touched(routed)),
         "tokens": sum(d.num_tokens for d in documents),
+        "places": sum(d.word_ids.numel() for d in documents),
     }
     own = torch.tensor(list(local.values()), device=system.world.device)
     return dict(zip(local, sum_on_host(own, system.world, "counts"), strict=True))
@@ -127,12 +130,13 @@ def _losses(system: System, items: RoutedBatch, words: RoutedBatch | None) -> di
     """This rank's sums of the item and word likelihoods of one micro-batch."""
     model, world = system.recommender, system.world
     embedded, item_rows = model.embed(model.collaborative, items)
-    content = None
+    content, content_positions = None, None
     if words is not None:
         assert model.content is not None
         content, _ = model.embed(model.content, words)
+        content_positions = words.documents.positions
     with world.watch.collective("ZeRO-3 forward"):
-        hidden, content_hidden = system.engine(embedded, content)
+        hidden, content_hidden = system.engine(embedded, content, items.documents.positions, content_positions)
     assert hidden is not None
 
     queries = model.item_queries(hidden, item_rows, items.documents)

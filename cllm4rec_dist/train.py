@@ -320,6 +320,7 @@ def _tell(
         metrics.write(state.step, {
             "stage": config.stage, "epoch": epoch, "loss": result.loss, **values, "grad_norm": result.grad_norm,
             "accepted": result.accepted, "tokens": result.tokens, "tokens_per_second": round(speed, 1),
+            "filled": round(result.tokens / result.places, 4),
         })  # fmt: skip
     terms = " ".join(f"{term} {value:.3f}" for term, value in result.losses.items())
     bar.set_description(f"{config.stage} epoch {epoch} {terms} {speed:,.0f} tok/s")

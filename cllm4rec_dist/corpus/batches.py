@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.corpus.packing import balance
 from cllm4rec_dist.corpus.prompts import Composer, Document, DocumentBatch, collate
 from cllm4rec_dist.corpus.shards import Corpus, ShardSet
 from cllm4rec_dist.corpus.stream import EpochOrder, Example, RecordCache, batch_range, steps_per_epoch
@@ -119,11 +119,11 @@ class BatchSource:
         return [self._user_document(e) for e in users], [self._text_document(e) for e in texts]
 
     def _split(self, documents: list[Document]) -> list[DocumentBatch]:
-        """Micro-batches of documents of like length, so that little is padded. Sums do not depend on the split."""
-        documents.sort(key=lambda document: len(document.token_ids))
-        parts = self._batch.accumulation
-        bounds = [len(documents) * part // parts for part in range(parts + 1)]
-        return [collate(documents[a:b], self._composer.space) for a, b in pairwise(bounds)]
+        """Micro-batches of about equally many tokens. Sums do not depend on the split."""
+        lengths = np.array([len(document.token_ids) for document in documents], dtype=np.int64)
+        part, _ = balance(lengths, self._batch.accumulation)
+        members = [np.flatnonzero(part == number) for number in range(self._batch.accumulation)]
+        return [collate([documents[n] for n in numbers], self._composer.space) for numbers in members]
 
     def _user_row(self, example: Example) -> int:
         return int(self._users[1][example.record]["users"][example.index])

@@ -9,7 +9,7 @@ The documents of the paper, in bracket notation:
     recommendation  <user_i> has interacted with <the rest>, <user_i> will interact with |     held-out items
     content         <user_i> writes the review for <item_j>: | words ...             every word is predicted
 
-Legend: B documents, T longest document, Q positions that predict, M targets.
+Legend: R rows, L their length, Q places that predict, M targets.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.config import MethodConfig
+from cllm4rec_dist.corpus.packing import Packing, pack, ranges
 from cllm4rec_dist.corpus.shards import ContentKind
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 
@@ -59,27 +60,29 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Documents as tensors, right-padded. Positions are flat: document * T + token.
+    """Documents as tensors, packed into R rows of L positions (`packing.py`). A place is flat: row * L + column.
 
     Attributes:
-        word_ids: int64 [B, T]; 0 where no word stands.
-        user_positions, user_ids: int64 [..]; where user tokens stand and their rows.
-        item_positions, item_ids: the same for items.
-        query_positions: int64 [Q].
-        target_query, targets: int64 [M]; index into query_positions, item row or word id.
-        keys: int64 [B].
+        word_ids: int64 [R, L]; 0 where no word stands.
+        positions: int64 [R, L] of each token in its own document.
+        keys: int64 [R, L] of the document that a token is of.
+        user_places, user_ids: int64 [..]; where user tokens stand and their rows.
+        item_places, item_ids: the same for items.
+        query_places: int64 [Q].
+        target_query, targets: int64 [M]; index into query_places, item row or word id.
         num_tokens: real tokens, padding not counted.
     """
 
     word_ids: Tensor
-    user_positions: Tensor
+    positions: Tensor
+    keys: Tensor
+    user_places: Tensor
     user_ids: Tensor
-    item_positions: Tensor
+    item_places: Tensor
     item_ids: Tensor
-    query_positions: Tensor
+    query_places: Tensor
     target_query: Tensor
     targets: Tensor
-    keys: Tensor
     num_tokens: int
 
     def to(self, device: torch.device) -> DocumentBatch:
@@ -174,30 +177,40 @@ def _key(random: np.random.Generator) -> int:
 
 
 def collate(documents: Sequence[Document], space: TokenSpace) -> DocumentBatch:
-    """Pad documents to one batch. No document at all gives a single padding token that predicts nothing, because every
-    rank must run every forward."""
-    lengths = [len(d.token_ids) for d in documents] or [1]
-    tokens = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
-    for row, document in zip(tokens, documents, strict=False):
-        row[: len(document.token_ids)] = document.token_ids
-    flat = tokens.ravel()
-    is_item = flat >= space.first_item
-    is_user = (flat >= space.first_user) & ~is_item
-    num_queries = np.cumsum([0] + [len(d.queries) for d in documents])
-    width = tokens.shape[1]
+    """Pack documents into one batch.
+
+    No document at all gives a single padding token that predicts nothing, because every rank must run every forward.
+    """
+    lengths = np.array([len(d.token_ids) for d in documents], dtype=np.int64)
+    packing = pack(lengths) if len(documents) else Packing((1, 1), np.empty(0, np.int64))
+    places, within = ranges(packing.starts, lengths), ranges(np.zeros_like(lengths), lengths)
+    size = packing.shape[0] * packing.shape[1]
+    tokens, keys = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    positions = np.zeros(size, np.int64)  # each place that is left is a document of one token, which nobody reads
+    if len(documents):
+        tokens[places] = np.concatenate([d.token_ids for d in documents])
+        positions[places] = within
+        keys[places] = np.repeat([d.key for d in documents], lengths)
+    is_item = tokens >= space.first_item
+    is_user = (tokens >= space.first_user) & ~is_item
+    num_queries = np.array([len(d.queries) for d in documents], dtype=np.int64)
+    num_targets = np.array([len(d.targets) for d in documents], dtype=np.int64)
     return DocumentBatch(
-        word_ids=torch.from_numpy(np.where(is_user | is_item, 0, flat).reshape(tokens.shape)),
-        user_positions=torch.from_numpy(np.flatnonzero(is_user)),
-        user_ids=torch.from_numpy(flat[is_user] - space.first_user),
-        item_positions=torch.from_numpy(np.flatnonzero(is_item)),
-        item_ids=torch.from_numpy(flat[is_item] - space.first_item),
-        query_positions=_join([row * width + d.queries for row, d in enumerate(documents)]),
-        target_query=_join([num_queries[row] + d.target_query for row, d in enumerate(documents)]),
-        targets=_join([d.targets for d in documents]),
-        keys=torch.tensor([d.key for d in documents] or [0]),
-        num_tokens=sum(len(d.token_ids) for d in documents),
+        word_ids=torch.from_numpy(np.where(is_user | is_item, 0, tokens).reshape(packing.shape)),
+        positions=torch.from_numpy(positions.reshape(packing.shape)),
+        keys=torch.from_numpy(keys.reshape(packing.shape)),
+        user_places=torch.from_numpy(np.flatnonzero(is_user)),
+        user_ids=torch.from_numpy(tokens[is_user] - space.first_user),
+        item_places=torch.from_numpy(np.flatnonzero(is_item)),
+        item_ids=torch.from_numpy(tokens[is_item] - space.first_item),
+        query_places=_join([d.queries for d in documents], packing.starts, num_queries),
+        target_query=_join([d.target_query for d in documents], np.cumsum(num_queries) - num_queries, num_targets),
+        targets=_join([d.targets for d in documents], np.zeros_like(num_targets), num_targets),
+        num_tokens=int(lengths.sum()),
     )
 
 
-def _join(parts: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))
+def _join(parts: list[np.ndarray], shifts: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """All parts in a row, each shifted by its own number."""
+    joined = np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+    return torch.from_numpy(joined + np.repeat(shifts, lengths))

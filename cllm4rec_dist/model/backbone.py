@@ -214,15 +214,29 @@ class DualBackbone(nn.Module):
             # of the embeddings. This scalar gives it something to train; it never gets a gradient and stays zero.
             self.anchor = nn.Parameter(torch.zeros(1))
 
-    def _run(self, name: str, embeddings: Tensor) -> Tensor:
+    def _run(self, name: str, embeddings: Tensor, positions: Tensor | None) -> Tensor:
+        shape = embeddings.shape
+        if positions is not None and self.decoder.config._attn_implementation == "flash_attention_2":
+            # It finds the documents of one row only, and takes several rows for one document each.
+            embeddings, positions = embeddings.flatten(0, 1)[None], positions.flatten()[None]
         with _active(self._adapters, name):
-            return self.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            found = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        return found.last_hidden_state.view(shape)
 
-    def forward(self, collaborative: Tensor | None, content: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Embeddings [B, T, D] of each LLM (or None on every rank alike) -> hidden states of the same shapes."""
+    def forward(
+        self, collaborative: Tensor | None, content: Tensor | None, positions: Tensor | None = None,
+        content_positions: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Embeddings of packed documents -> hidden states of the same shapes, each document by itself.
+
+        Args:
+            collaborative, content: [R, L, D] of each LLM, or None on every rank alike.
+            positions, content_positions: int64 [R, L] of each token in its document, which starts where they do not
+                go on by one; a row is one document if left out.
+        """
         return (
-            None if collaborative is None else self._run(COLLABORATIVE, collaborative),
-            None if content is None else self._run(CONTENT, content),
+            None if collaborative is None else self._run(COLLABORATIVE, collaborative, positions),
+            None if content is None else self._run(CONTENT, content, content_positions),
         )
 
     def enable_activation_checkpointing(self) -> None:

@@ -4,7 +4,7 @@ The engine runs the backbone between `embed` and the queries:
 
     token ids --route--> rows --embed--> [engine] --> hidden --> item_queries / word_queries --> objectives
 
-Legend: B batch, T tokens, D hidden, Q query positions, V words, U users, I items.
+Legend: R rows, L their length, D hidden, Q query positions, V words, U users, I items.
 """
 
 from __future__ import annotations
@@ -113,31 +113,29 @@ class Recommender(nn.Module):
         )
 
     def embed(self, rows: TokenRows, batch: RoutedBatch) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, T, D] in the words' dtype, and the item rows among them [item tokens, D] in fp32.
+        """Embeddings [R, L, D] in the words' dtype, and the item rows among them [item tokens, D] in fp32.
 
         Collectives: one all-to-all for users and one for items; their reverse in backward.
         """
         documents = batch.documents
         user_rows, item_rows = rows.users.lookup(batch.users), rows.items.lookup(batch.items)
         if self.training and self.dropout > 0:
-            width = documents.word_ids.shape[1]
-            user_rows = keyed_dropout(user_rows, *_place(documents.user_positions, documents.keys, width), self.dropout)
-            item_rows = keyed_dropout(item_rows, *_place(documents.item_positions, documents.keys, width), self.dropout)
+            keys, positions = documents.keys.flatten(), documents.positions.flatten()
+            users, items = documents.user_places, documents.item_places
+            user_rows = keyed_dropout(user_rows, keys[users], positions[users], self.dropout)
+            item_rows = keyed_dropout(item_rows, keys[items], positions[items], self.dropout)
         embedded = F.embedding(documents.word_ids, self.words.embedding)
         flat = embedded.flatten(0, 1)
-        flat = flat.index_copy(0, documents.user_positions, user_rows.to(flat.dtype))
-        flat = flat.index_copy(0, documents.item_positions, item_rows.to(flat.dtype))
+        flat = flat.index_copy(0, documents.user_places, user_rows.to(flat.dtype))
+        flat = flat.index_copy(0, documents.item_places, item_rows.to(flat.dtype))
         return flat.view_as(embedded), item_rows
 
     def item_queries(self, hidden: Tensor, item_rows: Tensor, documents: DocumentBatch) -> Tensor:
-        """Hidden states [B, T, D] -> what the item head multiplies with its operand, [Q, D or D+1]."""
-        queries = hidden.flatten(0, 1)[documents.query_positions]
+        """Hidden states [R, L, D] -> what the item head multiplies with its operand, [Q, D or D+1]."""
+        queries = hidden.flatten(0, 1)[documents.query_places]
         pooled = torch.zeros_like(queries, dtype=item_rows.dtype)
         if self.head.pool_residual:
-            batch, length = documents.word_ids.shape
-            placed = item_rows.new_zeros(batch * length, item_rows.shape[1])
-            placed = placed.index_copy(0, documents.item_positions, item_rows).view(batch, length, -1)
-            pooled = placed.cumsum(dim=1).flatten(0, 1)[documents.query_positions]
+            pooled = _sums_of_document(item_rows, documents)
         return self.head.queries(queries, pooled)
 
     def item_operand(self) -> Tensor:
@@ -145,12 +143,22 @@ class Recommender(nn.Module):
         return self.head.operand(self.collaborative.items.local_rows)
 
     def word_queries(self, hidden: Tensor, documents: DocumentBatch) -> Tensor:
-        """Hidden states [B, T, D] -> those that predict a word, [Q, D]."""
-        return hidden.flatten(0, 1)[documents.query_positions]
+        """Hidden states [R, L, D] -> those that predict a word, [Q, D]."""
+        return hidden.flatten(0, 1)[documents.query_places]
 
 
-def _place(positions: Tensor, keys: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    return keys[positions // width], positions % width
+def _sums_of_document(item_rows: Tensor, documents: DocumentBatch) -> Tensor:
+    """For each query the sum of the item rows from its document's start up to itself: [item tokens, D] -> [Q, D]."""
+    size = documents.word_ids.numel()
+    # Item tokens before each place, and so before each document, as numbers of the item rows, which stand in order.
+    num_before = documents.item_places.new_zeros(size + 1)
+    num_before[1:].index_fill_(0, documents.item_places, 1)
+    num_before = num_before.cumsum(0)
+    places = documents.query_places
+    first, stop = num_before[places - documents.positions.flatten()[places]], num_before[places + 1]
+    sums = F.pad(item_rows.cumsum(dim=0), (0, 0, 1, 0))
+    # The direction of an empty sum has a gradient of 1e12, which would cancel only on paper.
+    return torch.where((stop > first)[:, None], sums[stop] - sums[first], 0.0)
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, positions: Tensor, share: float) -> Tensor:

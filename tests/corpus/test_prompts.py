@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cllm4rec_dist.config import MethodConfig
 from cllm4rec_dist.corpus.prompts import Composer, Document, collate
@@ -198,47 +199,46 @@ def test_collate_holds_uneven_documents_unchanged() -> None:
         made.content(int(ContentKind.USER_ITEM), 1, 99, words, 0, 5),
     ]  # fmt: skip
     batch = collate(documents, SPACE)
-    longest = max(len(d.token_ids) for d in documents)
-    assert batch.word_ids.shape == (3, longest)
     assert batch.num_tokens == sum(len(d.token_ids) for d in documents)
-    assert batch.keys.tolist() == [d.key for d in documents]
+    assert batch.word_ids.shape == batch.positions.shape == batch.keys.shape
 
-    flat = batch.word_ids.flatten().clone()
-    assert not flat[batch.user_positions].any()
-    assert not flat[batch.item_positions].any()
-    flat[batch.user_positions] = batch.user_ids + SPACE.first_user
-    flat[batch.item_positions] = batch.item_ids + SPACE.first_item
-    for row, document in zip(flat.view(3, longest).tolist(), documents, strict=True):
-        assert row[: len(document.token_ids)] == document.token_ids.tolist()
-        assert not any(row[len(document.token_ids) :])
-
-    # Each target's position and value, document by document.
-    positions = batch.query_positions[batch.target_query]
-    found = list(
-        zip((positions // longest).tolist(), (positions % longest).tolist(), batch.targets.tolist(), strict=True)
-    )
-    assert found == [
-        (row, int(document.queries[query]), int(target))
-        for row, document in enumerate(documents)
-        for query, target in zip(document.target_query, document.targets, strict=True)
-    ]
-    assert len(batch.query_positions) == sum(len(d.queries) for d in documents)
+    tokens = batch.word_ids.flatten().clone()
+    assert not tokens[batch.user_places].any()
+    assert not tokens[batch.item_places].any()
+    tokens[batch.user_places] = batch.user_ids + SPACE.first_user
+    tokens[batch.item_places] = batch.item_ids + SPACE.first_item
+    positions, keys = batch.positions.flatten(), batch.keys.flatten()
+    places = batch.query_places[batch.target_query]
+    left = torch.ones(len(tokens), dtype=torch.bool)
+    for document in documents:
+        (start,) = torch.nonzero((keys == document.key) & (positions == 0)).flatten().tolist()
+        stop = start + len(document.token_ids)
+        assert tokens[start:stop].tolist() == document.token_ids.tolist()
+        assert positions[start:stop].tolist() == list(range(stop - start))
+        assert (keys[start:stop] == document.key).all()
+        assert start // batch.word_ids.shape[1] == (stop - 1) // batch.word_ids.shape[1], "cut by the end of a row"
+        # Each target's place and value.
+        own = (places >= start) & (places < stop)
+        assert (places[own] - start).tolist() == document.queries[document.target_query].tolist()
+        assert batch.targets[own].tolist() == document.targets.tolist()
+        left[start:stop] = False
+    assert not tokens[left].any()
+    assert not positions[left].any()
+    assert len(batch.query_places) == sum(len(d.queries) for d in documents)
 
 
 def test_collate_of_no_document_is_one_padding_token_that_predicts_nothing() -> None:
     batch = collate([], SPACE)
     assert batch.word_ids.tolist() == [[0]]
     assert batch.num_tokens == 0
-    for name in ("user_ids", "item_ids", "query_positions", "target_query", "targets", "user_positions"):
+    for name in ("user_ids", "item_ids", "query_places", "target_query", "targets", "user_places"):
         assert len(getattr(batch, name)) == 0, name
-    assert len(batch.keys) == 1
+    assert batch.keys.tolist() == batch.positions.tolist() == [[0]]
 
 
 def test_a_batch_moves_with_every_tensor() -> None:
-    import torch
-
     batch = collate([composer().collaborative(4, ITEMS, 0)], SPACE).to(torch.device("meta"))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 9
+    assert len(tensors) == 10
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert batch.num_tokens > 0

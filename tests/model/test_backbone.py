@@ -115,15 +115,23 @@ def test_every_family_runs_in_the_engine_and_equals_the_bare_decoder(folders: di
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_right_padding_without_a_mask_changes_no_real_position(folders: dict[str, Path], family: str) -> None:
+def test_packed_documents_do_not_see_each_other(folders: dict[str, Path], family: str) -> None:
+    """Documents of 3, 4 and 5 tokens and two places that are left: each as it is alone, forward and gradient."""
     dual = open_backbone(folders[family]).eval()
-    short = embeddings(1)
-    padded = torch.cat([short, 100 * embeddings(4, length=3)], dim=1)
-    with torch.no_grad():
-        for index in range(2):
-            alone = dual(*((short, None) if index == 0 else (None, short)))[index]
-            behind = dual(*((padded, None) if index == 0 else (None, padded)))[index]
-            torch.testing.assert_close(behind[:, :T], alone, rtol=1e-4, atol=1e-5)
+    packed = embeddings(1).requires_grad_()
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0]])
+    weights = embeddings(2)
+    for index in range(2):
+        inputs: list[Tensor | None] = [None] * 4
+        inputs[index], inputs[2 + index] = packed, positions
+        together = dual(*inputs)[index]
+        (gradient,) = torch.autograd.grad((together * weights)[:, :5].sum() + (together * weights)[0, 5:].sum(), packed)
+        for row, start, stop in ((0, 0, 3), (0, 3, 7), (1, 0, 5)):
+            document = packed[row : row + 1, start:stop].detach().requires_grad_()
+            alone = dual(*((document, None) if index == 0 else (None, document)))[index]
+            torch.testing.assert_close(together[row : row + 1, start:stop], alone, rtol=1e-4, atol=1e-5)
+            (wanted,) = torch.autograd.grad((alone * weights[row : row + 1, start:stop]).sum(), document)
+            torch.testing.assert_close(gradient[row : row + 1, start:stop], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
