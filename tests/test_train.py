@@ -70,7 +70,7 @@ def refused(world: World, config: RunConfig) -> str:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    volatile = {"time", "tokens_per_second", "stage"}
+    volatile = {"time", "tokens_per_second", "stage", "filled"}  # of the machine, or of the number of ranks
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
 
