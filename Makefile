@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test chaos lint install clean-demo
+.PHONY: demo test chaos bench lint install clean-demo
 
 install: $(VENV)/installed
 
@@ -33,6 +33,15 @@ lint: install
 chaos: install
 	$(BIN)/python -m tests.integration.chaos --kills 10
 	$(BIN)/python -m tests.integration.chaos --worlds 2,3,1,4
+
+# What things cost, as ratios within one run; about half an hour, on an idle machine. Figures go to benchmarks/results/.
+BEAUTY := --corpus shards/amazon-beauty --backbone backbones/amazon-beauty
+bench: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.head
+	$(BIN)/python -m benchmarks.topk
+	$(BIN)/python -m benchmarks.saving
+	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
 test: install lint
 	$(BIN)/python -m pytest

@@ -13,15 +13,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
 from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.metrics import MetricResult, MetricSums, largest_cutoff, sum_topk
-from cllm4rec_dist.model.heads import MAX_LOGITS
+from cllm4rec_dist.model.heads import logits_at_a_time
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
+
+_BLOCK = 512
+"""Queries at a time: enough for the speed of a matrix product, few enough for long chunks of rows."""
+_MORE = 4
+"""Scores at a time, in chunks of the heads: they are looked at once, not kept in a cache."""
+_LOOK = 64
+"""Neighbouring scores of which the highest is looked at first."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ def sharded_topk(
     seen: Tensor,
     partition: RowPartition,
     world: World,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores and rows of the `num_best` highest products per query over all shards.
 
@@ -66,6 +74,8 @@ def sharded_topk(
     all_queries = all_gather_rows(queries, counts, world)
     seen = seen + torch.tensor([sum(counts[: world.rank]), 0], device=seen.device)
     all_seen = all_gather_rows(seen, gather_counts(len(seen), world), world)
+    if max_logits is None:
+        max_logits = _MORE * logits_at_a_time(queries.device)
     scores, rows = _local_topk(all_queries, local_operand, num_best, all_seen, partition, world, max_logits)
 
     mine = [counts[world.rank]] * world.size
@@ -102,19 +112,85 @@ def _local_topk(
     max_logits: int,
 ) -> tuple[Tensor, Tensor]:
     """This rank's candidates [N, K]; where it has fewer rows, places are filled with -inf and rows past the end."""
-    chunk = max(num_best, max_logits // max(1, len(queries)))
     first = partition.range(world.rank)[0]
-    best_scores = queries.new_full((len(queries), num_best), -torch.inf)
-    best_rows = partition.num_rows + torch.arange(num_best, device=queries.device).expand(len(queries), -1)
-    for start in range(0, len(operand), chunk):
-        scores = queries @ operand[start : start + chunk].T
-        rows = seen[:, 1] - (first + start)
-        inside = (rows >= 0) & (rows < scores.shape[1])
-        scores[seen[inside, 0], rows[inside]] = -torch.inf
-        top, place = _topk(scores, min(num_best, scores.shape[1]))
-        joined = torch.cat([best_scores, top], dim=1)
-        best_scores, best_rows = _best(joined, torch.cat([best_rows, place + (first + start)], dim=1), num_best)
+    seen = torch.stack([seen[:, 0], seen[:, 1] - first], dim=1)
+    seen = seen[(seen[:, 1] >= 0) & (seen[:, 1] < len(operand))]
+    seen = seen[seen[:, 1].argsort()]
+    scores, rows = [], []
+    for start in range(0, len(queries), _BLOCK):
+        block = queries[start : start + _BLOCK]
+        own = seen[(seen[:, 0] >= start) & (seen[:, 0] < start + _BLOCK)]
+        own = torch.stack([own[:, 0] - start, own[:, 1]], dim=1)
+        found = _block_topk(block, operand, min(num_best, len(operand)), own, max_logits)
+        missing = num_best - found[0].shape[1]
+        past = partition.num_rows + torch.arange(missing, device=queries.device).expand(len(block), -1)
+        scores.append(F.pad(found[0], (0, missing), value=-torch.inf))
+        rows.append(torch.cat([found[1] + first, past], dim=1))
+    empty = seen.new_empty(0, num_best)
+    return torch.cat([queries.new_empty(0, num_best), *scores]), torch.cat([empty, *rows])
+
+
+def _block_topk(
+    queries: Tensor, operand: Tensor, num_best: int, seen: Tensor, max_logits: int
+) -> tuple[Tensor, Tensor]:
+    """Scores and local rows [b, K] of a block of queries.
+
+    After the first chunk of rows only scores above a query's K-th best count. They are few, about K for each doubling
+    of the rows that have been looked at, and are sorted in when these have doubled.
+
+    Args:
+        seen: int64 [s, 2] of query and local row to leave out, sorted by row.
+    """
+    chunk = max(num_best, max_logits // len(queries), 1)
+    bounds = torch.searchsorted(
+        seen[:, 1].contiguous(), torch.arange(0, len(operand) + chunk, chunk, device=seen.device)
+    ).tolist()
+    best_scores, best_rows = queries.new_empty(len(queries), 0), seen.new_empty(len(queries), 0)
+    buffer = queries.new_empty(len(queries) * min(chunk, len(operand)))  # fresh pages for each chunk cost time
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    merged = 1
+    for number, start in enumerate(range(0, len(operand), chunk)):
+        rows = operand[start : start + chunk]
+        scores = torch.mm(queries, rows.T, out=buffer[: len(queries) * len(rows)].view(len(queries), -1))
+        query, row = seen[bounds[number] : bounds[number + 1]].T
+        scores[query, row - start] = -torch.inf
+        if number == 0:
+            best_scores, best_rows = _best(*_topk(scores, num_best), num_best)
+            continue
+        query, column = _above(scores, best_scores[:, -1])
+        found.append((query, column + start, scores[query, column]))
+        if number + 1 >= 2 * merged or start + chunk >= len(operand):
+            merged = number + 1
+            query, row, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+            more_rows, more_scores = _aligned(query, row, score, len(queries))
+            joined = torch.cat([best_rows, more_rows], dim=1)
+            best_scores, best_rows = _best(torch.cat([best_scores, more_scores], dim=1), joined, num_best)
+            found = []
     return best_scores, best_rows
+
+
+def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of every score above its row's threshold. Blocks without one are passed over as a whole."""
+    num_blocks = scores.shape[1] // _LOOK
+    width = num_blocks * _LOOK
+    blocks = scores[:, :width].unflatten(1, (num_blocks, _LOOK))
+    row, block = (blocks.amax(dim=2) > threshold[:, None]).nonzero(as_tuple=True)
+    hit, within = (blocks[row, block] > threshold[row, None]).nonzero(as_tuple=True)
+    last_row, last = (scores[:, width:] > threshold[:, None]).nonzero(as_tuple=True)
+    return torch.cat([row[hit], last_row]), torch.cat([block[hit] * _LOOK + within, last + width])
+
+
+def _aligned(query: Tensor, rows: Tensor, scores: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+    """Candidates in any order -> rows and scores [b, most of a query]; -inf where a query has fewer."""
+    order = query.argsort()
+    query = query[order]
+    counts = torch.bincount(query, minlength=num_queries)
+    width = int(counts.max())
+    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    aligned_rows = rows.new_full((num_queries, width), torch.iinfo(torch.int64).max)
+    aligned_scores = scores.new_full((num_queries, width), -torch.inf)
+    aligned_rows[query, place], aligned_scores[query, place] = rows[order], scores[order]
+    return aligned_rows, aligned_scores
 
 
 @torch.no_grad()

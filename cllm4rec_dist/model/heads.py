@@ -4,9 +4,9 @@ Everything an item or word loss needs is a log-sum-exp over the classes and the 
 
     nll_p = N_p * logsumexp_c(q_p . w_c) - sum over p's N_p targets t of q_p . w_t
 
-`chunked_logsumexp` does the first on one device, in chunks of classes, and recomputes in backward. `sharded_nll` does
-both over row shards: queries are all-gathered, each rank scores its own rows, a maximum and two sums come back. One
-target a position is language modeling (the paper's pretraining), many its multinomial likelihood.
+`likelihood_parts` does both on one device, in chunks of classes, and recomputes in backward. `sharded_nll` does them
+over row shards: queries are all-gathered, each rank scores its own rows, a maximum and two sums come back. One target a
+position is language modeling (the paper's pretraining), many its multinomial likelihood.
 
 `ItemHead` makes queries and operand from hidden states and table rows; the plain dot product is the paper's.
 
@@ -25,72 +25,104 @@ from torch import Tensor, nn
 from cllm4rec_dist.collectives import all_gather_rows, combine_logsumexp, gather_counts, reduce_scatter_rows
 from cllm4rec_dist.topology import RowPartition, World
 
-MAX_LOGITS = 1 << 23
-"""Logits held at a time by a head, 32 MiB in fp32: large enough for full matrix-product speed."""
+_CPU_LOGITS = 1 << 20
+"""4 MiB in fp32: a chunk stays in a core's cache between the product that makes it and the one that uses it."""
+_GPU_SHARE = 64
 
 
-class _ChunkedLogSumExp(torch.autograd.Function):
+def logits_at_a_time(device: torch.device) -> int:
+    """How many logits a head holds at once: a cacheful on a CPU, a 64th of the memory of a GPU."""
+    if device.type != "cuda":
+        return _CPU_LOGITS
+    return torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE // 4
+
+
+def _logits(queries: Tensor, rows: Tensor, shift: Tensor | None, buffer: Tensor) -> Tensor:
+    """queries @ rows.T (+ shift), as wide as the buffer and in its memory: fresh pages for each chunk cost time."""
+    out = buffer[: len(queries) * len(rows)].view(len(queries), len(rows))
+    if queries.dtype != out.dtype:
+        out.copy_(queries @ rows.T)
+        return out if shift is None else out.add_(shift)
+    return torch.mm(queries, rows.T, out=out) if shift is None else torch.addmm(shift, queries, rows.T, out=out)
+
+
+class _Likelihood(torch.autograd.Function):
+    """Log-sum-exp over all classes and scores of the targets; one gradient of the classes for both."""
+
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, weight: Tensor, max_logits: int) -> Tensor:
-        chunk = max(1, max_logits // max(1, queries.shape[0]))
-        highest = queries.new_full(
-            (queries.shape[0],), -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32)
-        )
+    def forward(
+        ctx: Any, queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.chunk = chunk = max(1, max_logits // max(1, len(queries)))
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        highest = queries.new_full((len(queries),), -math.inf, dtype=wide)
         total = torch.zeros_like(highest)
-        for rows in weight.split(chunk) if weight.shape[0] else ():
-            logits = (queries @ rows.to(queries.dtype).T).to(highest.dtype)
+        buffer = highest.new_empty(min(chunk, len(weight)) * len(queries))
+        for rows in weight.split(chunk) if len(weight) else ():
+            logits = _logits(queries, rows.to(queries.dtype), None, buffer)
             raised = torch.maximum(highest, logits.amax(dim=1))
             total.mul_((highest - raised).exp_()).add_(logits.sub_(raised[:, None]).exp_().sum(dim=1))
             highest = raised
         lse = highest + total.log_()
-        ctx.save_for_backward(queries, weight, lse)
-        ctx.chunk = chunk
-        return lse
+        products = (queries[target_query].to(wide) * weight[target_row].to(wide)).sum(dim=1)
+        scores = torch.zeros_like(lse).index_add_(0, target_query, products)
+        ctx.save_for_backward(queries, weight, target_query, target_row, lse)
+        return lse, scores
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        queries, weight, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad_lse: Tensor, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
+        queries, weight, target_query, target_row, lse = ctx.saved_tensors
         grad_queries = torch.zeros_like(queries, dtype=lse.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, weight.shape[0], ctx.chunk):
+        # Rows of the probabilities are scaled by scaling what they are multiplied with, which is smaller.
+        scaled, shift = (queries * grad_lse[:, None]).to(queries.dtype), -lse[:, None]
+        buffer = lse.new_empty(min(ctx.chunk, len(weight)) * len(queries))
+        for start in range(0, len(weight), ctx.chunk):
             rows = weight[start : start + ctx.chunk].to(queries.dtype)
-            logits = (queries @ rows.T).to(lse.dtype)
-            scores = logits.sub_(lse[:, None]).exp_().mul_(grad[:, None]).to(queries.dtype)
-            grad_queries += scores @ rows
-            if grad_weight is not None:
-                grad_weight[start : start + ctx.chunk] = scores.T @ queries
-        return grad_queries.to(queries.dtype), grad_weight, None
+            logits = _logits(queries, rows, shift, buffer)
+            probabilities = logits.exp_().to(queries.dtype)
+            if rows.dtype == lse.dtype:
+                grad_queries.addmm_(probabilities, rows)
+            else:
+                grad_queries += probabilities @ rows
+            if grad_weight is not None and grad_weight.dtype == rows.dtype:
+                torch.mm(probabilities.T, scaled, out=grad_weight[start : start + ctx.chunk])
+            elif grad_weight is not None:
+                grad_weight[start : start + ctx.chunk] = probabilities.T @ scaled
+        grad_queries *= grad_lse[:, None]
+        share = grad_scores[target_query, None]
+        grad_queries.index_add_(0, target_query, share * weight[target_row])
+        if grad_weight is not None:
+            grad_weight.index_add_(0, target_row, (share * queries[target_query]).to(weight.dtype))
+        return grad_queries.to(queries.dtype), grad_weight, None, None, None
 
 
-def chunked_logsumexp(queries: Tensor, weight: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
-    """log sum over c of exp(q . w_c), in chunks of classes; backward recomputes each chunk.
+def likelihood_parts(
+    queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log sum over c of exp(q . w_c), and the sum of q . w_t over each query's targets; in chunks of classes.
+
+    Backward recomputes each chunk. Nothing of size [n, C] is stored.
 
     Args:
         queries: [n, D]; its dtype is that of the matrix products, sums are fp32 or wider.
-        weight: [C, D], C may be 0 (the result is -inf); gets a gradient only where it asks for one.
-        max_logits: logits held at a time.
+        weight: [C, D], C may be 0 (the log-sum-exp is -inf); gets a gradient only where it asks for one.
+        target_query, target_row: int64 [M] pairs of a query and a row of `weight`.
+        max_logits: logits held at a time; `logits_at_a_time` if left out.
 
     Returns:
-        [n], fp32 (fp64 for fp64 queries). No collective.
+        Twice [n], fp32 (fp64 for fp64 queries). No collective.
     """
-    return _ChunkedLogSumExp.apply(queries, weight, max_logits)
-
-
-def target_scores(queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor) -> Tensor:
-    """Sum of q . w_t over each query's targets: [n] fp32 or wider. No collective.
-
-    Args:
-        target_query, target_row: int64 [M] pairs of a query and a row of `weight`.
-    """
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    scores = (queries[target_query].to(wide) * weight[target_row].to(wide)).sum(dim=1)
-    return scores.new_zeros(queries.shape[0]).index_add(0, target_query, scores)
+    if max_logits is None:
+        max_logits = logits_at_a_time(queries.device)
+    lse, scores = _Likelihood.apply(queries, weight, target_query, target_row, max_logits)
+    return lse, scores
 
 
 def dense_nll(queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor) -> Tensor:
     """Negative log-likelihood of each query's targets under a softmax over the local `weight`: [n]. No collective."""
-    num_targets = torch.bincount(target_query, minlength=queries.shape[0])
-    return num_targets * chunked_logsumexp(queries, weight) - target_scores(queries, weight, target_query, target_row)
+    lse, scores = likelihood_parts(queries, weight, target_query, target_row)
+    return torch.bincount(target_query, minlength=len(queries)) * lse - scores
 
 
 def sharded_nll(
@@ -100,7 +132,7 @@ def sharded_nll(
     target_row: Tensor,
     partition: RowPartition,
     world: World,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> Tensor:
     """`dense_nll` over rows that are split between the ranks.
 
@@ -114,19 +146,15 @@ def sharded_nll(
 
     Collectives: all-gathers queries and target pairs; all-reduces a maximum and a sum of [N]; reduce-scatters [N].
     """
-    counts = gather_counts(queries.shape[0], world)
+    counts = gather_counts(len(queries), world)
     all_queries = all_gather_rows(queries, counts, world)
-    lse = combine_logsumexp(chunked_logsumexp(all_queries, local_weight, max_logits), counts, world)
-
     pairs = torch.stack([target_query + sum(counts[: world.rank]), target_row], dim=1)
     all_pairs = all_gather_rows(pairs, gather_counts(len(pairs), world), world)
     start, stop = partition.range(world.rank)
     owned = all_pairs[(all_pairs[:, 1] >= start) & (all_pairs[:, 1] < stop)]
-    partial = target_scores(all_queries, local_weight, owned[:, 0], owned[:, 1] - start)
-    scores = reduce_scatter_rows(partial, counts, world)
-
-    num_targets = torch.bincount(target_query, minlength=queries.shape[0])
-    return num_targets * lse - scores
+    partial, scores = likelihood_parts(all_queries, local_weight, owned[:, 0], owned[:, 1] - start, max_logits)
+    lse = combine_logsumexp(partial, counts, world)
+    return torch.bincount(target_query, minlength=len(queries)) * lse - reduce_scatter_rows(scores, counts, world)
 
 
 class ItemHead(nn.Module):

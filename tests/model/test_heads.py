@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cllm4rec_dist.model.heads import ItemHead, chunked_logsumexp, dense_nll, sharded_nll, target_scores
+from cllm4rec_dist.model.heads import ItemHead, dense_nll, likelihood_parts, sharded_nll
 from cllm4rec_dist.topology import RowPartition, World
 from tests.harness import alone, run_ranks
 
@@ -22,6 +22,17 @@ WIDTH = 5
 WORLDS = [1, 2, 3, 4]
 NUM_ITEMS = 11
 MAX_LOGITS = 12
+
+
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+def chunked_logsumexp(queries: Tensor, weight: Tensor, max_logits: int | None = None) -> Tensor:
+    return likelihood_parts(queries, weight, NONE, NONE, max_logits)[0]
+
+
+def target_scores(queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor) -> Tensor:
+    return likelihood_parts(queries, weight, target_query, target_row)[1]
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -48,7 +59,8 @@ def test_chunked_logsumexp_equals_torchs(max_logits: int) -> None:
 @pytest.mark.parametrize("max_logits", [1, 8, 1000])
 def test_gradients_of_chunked_logsumexp_are_right(max_logits: int) -> None:
     inputs = normal(4, WIDTH, seed=1).requires_grad_(), normal(7, WIDTH, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda q, w: chunked_logsumexp(q, w, max_logits), inputs)
+    pairs = torch.tensor([0, 2, 2, 3]), torch.tensor([6, 1, 1, 0])  # one query without a target, one target twice
+    assert torch.autograd.gradcheck(lambda q, w: likelihood_parts(q, w, *pairs, max_logits), inputs)
 
 
 def test_a_frozen_weight_gets_no_gradient_and_the_queries_the_same_one() -> None:

@@ -1,0 +1,131 @@
+"""The item head against torch's dense cross-entropy and against the bare matrix products, in one run.
+
+    python -m benchmarks.head
+
+Forward and backward of one target a position. `dense` is `F.cross_entropy(queries @ items.T)`, `products` the three
+matrix products that no head can do without (logits, gradient of the queries, gradient of the items), with nothing
+between them. Forms take turns; peak memory is measured in a process of each form's own.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import parser, tell_table, write_json
+from cllm4rec_dist.model.heads import sharded_nll
+from cllm4rec_dist.topology import RowPartition, World
+
+Form = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def ours(queries: Tensor, items: Tensor, targets: Tensor) -> None:
+    """The sharded head on one rank."""
+    world = World(0, 1, 0, queries.device)
+    places = torch.arange(len(queries), device=queries.device)
+    sharded_nll(queries, items, places, targets, RowPartition(len(items), 1), world).sum().backward()
+
+
+def dense(queries: Tensor, items: Tensor, targets: Tensor) -> None:
+    """All logits at once."""
+    F.cross_entropy(queries @ items.T, targets, reduction="sum").backward()
+
+
+@torch.no_grad()
+def products(queries: Tensor, items: Tensor, targets: Tensor) -> None:
+    """What the arithmetic alone costs."""
+    logits = queries @ items.T
+    queries.grad, items.grad = logits @ items, logits.T @ queries
+
+
+FORMS: dict[str, Form] = {"ours": ours, "dense": dense, "products": products}
+
+
+def inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, items, width -> queries, items, targets."""
+    random = torch.Generator().manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    queries, items = (torch.randn(n, shape[2], generator=random).mul_(0.3).to(device) for n in shape[:2])
+    targets = torch.randint(shape[1], shape[:1], generator=random).to(device)
+    return queries.requires_grad_(), items.requires_grad_(), targets
+
+
+def seconds(form: Form, made: tuple[Tensor, Tensor, Tensor]) -> float:
+    """One forward and backward."""
+    made[0].grad = made[1].grad = None
+    if made[0].is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    form(*made)
+    if made[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _peak(number: int, name: str, shape: tuple[int, int, int], told: str) -> None:
+    torch.set_num_threads(1)
+    status = Path("/proc/self/status")
+    read = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024  # noqa: E731
+    seconds(FORMS[name], inputs((8, 100, 16)))
+    made = inputs(shape)
+    before = read()
+    seconds(FORMS[name], made)
+    gradients = sum(tensor.nbytes for tensor in made[:2])
+    Path(told).write_text(str(read() - before - gradients))
+
+
+def peak_bytes(name: str, shape: tuple[int, int, int]) -> int:
+    """Bytes that a form needs at its peak beside its inputs and their gradients."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "peak"
+        mp.start_processes(_peak, (name, shape, str(told)), nprocs=1, start_method="spawn")
+        return int(told.read_text())
+
+
+def main() -> None:
+    options = parser("head", __doc__)
+    shapes = ["64x1000000x64", "2048x100000x256"]
+    options.add_argument("--shapes", nargs="+", default=shapes, help="positions x items x width")
+    options.add_argument("--repeats", type=int, default=7)
+    chosen = options.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    figures, rows = {}, []
+    for text in chosen.shapes:
+        positions, items, width = map(int, text.split("x"))
+        shape = (positions, items, width)
+        made = inputs(shape)
+        times: dict[str, list[float]] = {name: [] for name in FORMS}
+        for repeat in range(chosen.repeats + 1):
+            for name, form in FORMS.items():
+                taken = seconds(form, made)
+                if repeat:  # the first one warms up
+                    times[name].append(taken)
+        peaks = {name: peak_bytes(name, shape) for name in ("ours", "dense")}
+        median = {name: statistics.median(found) for name, found in times.items()}
+        ratios = [a / b for a, b in zip(times["ours"], times["dense"], strict=True)]
+        figures[text] = {
+            "seconds": median, "of_dense": statistics.median(ratios), "of_dense_range": [min(ratios), max(ratios)],
+            "of_products": median["products"] / median["ours"], "peak_bytes": peaks,
+            "memory_of_dense": peaks["ours"] / peaks["dense"],
+        }  # fmt: skip
+        found, low, high = figures[text], min(ratios), max(ratios)
+        rows.append([
+            text, *(f"{median[name]:.3f}" for name in FORMS), f"{found['of_dense']:.2f} ({low:.2f} to {high:.2f})",
+            f"{found['of_products']:.0%}", f"{peaks['ours'] / 1e6:.0f}", f"{found['memory_of_dense']:.2f}",
+        ])  # fmt: skip
+    names = [f"{name} (s)" for name in FORMS]
+    tell_table(["shape", *names, "of dense", "products' speed", "peak (MB)", "of dense"], rows)
+    write_json(chosen.json, figures)
+
+
+if __name__ == "__main__":
+    main()

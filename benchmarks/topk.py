@@ -1,0 +1,73 @@
+"""Exact top-100 of a million items against faiss's exact index, in one run.
+
+    python -m benchmarks.topk                        needs `pip install -e '.[bench]'`
+
+Both search the same fp32 vectors with all cores, in turns; a share of queries is checked against each other. faiss
+leaves out no item that a user has seen; ours does, with 20 a user.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+
+import faiss
+import torch
+
+from benchmarks.common import parser, tell_table, write_json
+from cllm4rec_dist.ranking import sharded_topk
+from cllm4rec_dist.topology import RowPartition, World
+
+
+def main() -> None:
+    options = parser("topk", __doc__)
+    options.add_argument("--items", type=int, default=1_000_000)
+    options.add_argument("--users", type=int, default=10_000)
+    options.add_argument("--width", type=int, default=64)
+    options.add_argument("--best", type=int, default=100)
+    options.add_argument("--repeats", type=int, default=5)
+    chosen = options.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    faiss.omp_set_num_threads(cores)
+    random = torch.Generator().manual_seed(0)
+    items = torch.randn(chosen.items, chosen.width, generator=random)
+    users = torch.randn(chosen.users, chosen.width, generator=random)
+    nothing = torch.empty(0, 2, dtype=torch.int64)
+    history = torch.randint(chosen.items, (20 * chosen.users,), generator=random)
+    seen = torch.stack([torch.arange(chosen.users).repeat_interleave(20), history], dim=1)
+    world, partition = World(0, 1, 0, torch.device("cpu")), RowPartition(chosen.items, 1)
+    index = faiss.IndexFlatIP(chosen.width)
+    index.add(items.numpy())
+
+    times: dict[str, list[float]] = {"faiss": [], "ours": [], "ours, seen left out": []}
+    for repeat in range(chosen.repeats + 1):
+        found = {}
+        for name in times:
+            started = time.perf_counter()
+            if name == "faiss":
+                found[name] = torch.from_numpy(index.search(users.numpy(), chosen.best)[1])
+            else:
+                left_out = nothing if name == "ours" else seen
+                found[name] = sharded_topk(users, items, chosen.best, left_out, partition, world)[1]
+            if repeat:  # the first one warms up
+                times[name].append(time.perf_counter() - started)
+    same = (found["ours"].sort(dim=1)[0] == found["faiss"].sort(dim=1)[0]).float().mean().item()
+    figures = {
+        name: {
+            "seconds": statistics.median(taken), "range": [min(taken), max(taken)],
+            "of_faiss": statistics.median(a / b for a, b in zip(taken, times["faiss"], strict=True)),
+        } for name, taken in times.items()
+    }  # fmt: skip
+    rows = []
+    for name, f in figures.items():
+        low, high = f["range"]
+        speed = f"{chosen.users / f['seconds']:,.0f}"
+        rows.append([name, f"{f['seconds']:.2f} ({low:.2f} to {high:.2f})", speed, f"{f['of_faiss']:.2f}"])
+    tell_table(["search", "seconds", "users a second", "time of faiss"], rows)
+    write_json(chosen.json, {"same_items": same, **figures})
+
+
+if __name__ == "__main__":
+    main()
