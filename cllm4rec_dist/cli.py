@@ -131,10 +131,7 @@ def _train(
 
     more = [f"stage={stage}", *([f"resume={resume}"] if resume else [])]
     loaded = load_config(RunConfig, path, [*(overrides or ()), *more])
-    paths = {name: _absolute(getattr(loaded, name)) for name in ("corpus", "output", "init_from", "deepspeed")}
-    if Path(loaded.backbone).is_dir():
-        paths["backbone"] = _absolute(loaded.backbone)
-    config = resolve_resume(loaded.model_copy(update=paths), os.environ)
+    config = resolve_resume(_with_absolute_paths(loaded), os.environ)
     result = launch(
         train, launcher, workers, Path(config.output) / "ray",
         hang_seconds=config.faults.hang_seconds, max_failures=max_failures, config=config,
@@ -143,6 +140,14 @@ def _train(
         raise typer.Exit(EXIT_STATUS)
     if _is_main():
         typer.echo(f"{stage} done: {config.output}")
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    paths = {name: _absolute(getattr(config, name)) for name in ("corpus", "output", "init_from", "deepspeed")}
+    if Path(config.backbone).is_dir():
+        paths["backbone"] = _absolute(config.backbone)
+    checkpoint = config.checkpoint.model_copy(update={"folder": _absolute(config.checkpoint.folder)})
+    return config.model_copy(update={**paths, "checkpoint": checkpoint})
 
 
 def _absolute(path: str | None) -> str | None:

@@ -300,3 +300,20 @@ def test_a_run_that_is_not_there_is_refused_before_ranks_start(
     arguments = [command, str(tmp_path / "nothing"), *([str(tmp_path / "out")] if command == "recommend" else [])]
     with pytest.raises(CheckpointError, match="nothing' is neither a checkpoint nor a run"):
         cli.app(arguments, standalone_mode=False)
+
+
+def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's workers run in a folder of their own."""
+    found: list[RunConfig] = []
+    monkeypatch.setattr(cli, "launch", lambda *args, config, **kwargs: found.append(config))
+    monkeypatch.chdir(corpus.parent)
+    (tmp_path / "run.yaml").write_text("{corpus: corpus, backbone: backbone, output: run, init_from: before}")
+    for folder in ("saves", "memory://saves"):
+        arguments = ["pretrain", "--config", str(tmp_path / "run.yaml"), f"checkpoint.folder={folder}"]
+        cli.app(arguments, standalone_mode=False)
+    for name in ("corpus", "backbone", "output", "init_from", "deepspeed"):
+        assert Path(getattr(found[0], name)).is_absolute(), name
+    assert found[0].checkpoint.folder == str(corpus.parent / "saves")
+    assert found[1].checkpoint.folder == "memory://saves"
