@@ -257,7 +257,7 @@ def test_weights_that_do_not_fit_the_backbone_are_never_made_up(decoder: Path, t
         assert "mlp" in message
 
 
-@patient
+@settings(patient, derandomize=True)  # what lies beneath is not ours: the same spoilt files at every run
 @given(data=st.data())
 def test_spoilt_backbone_configurations(decoder: Path, data: st.DataObject, tmp_path: Path) -> None:
     wanted = facts_of(decoder)
@@ -317,3 +317,8 @@ def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
         assert Path(getattr(found[0], name)).is_absolute(), name
     assert found[0].checkpoint.folder == str(corpus.parent / "saves")
     assert found[1].checkpoint.folder == "memory://saves"
+
+
+def test_adapters_on_layers_that_the_backbone_has_not_are_refused(decoder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.targets.*do not fit the backbone"):
+        backbone.load_backbone(decoder, AdapterConfig(rank=2, targets=("nosuch",)), torch.float32, 0)

@@ -287,8 +287,14 @@ def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed
         with warnings.catch_warnings():
             # PEFT wonders at a second adapter; two are the point.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            for name in (COLLABORATIVE, CONTENT):
-                inject_adapter_in_model(settings, decoder, name)
+            try:
+                for name in (COLLABORATIVE, CONTENT):
+                    inject_adapter_in_model(settings, decoder, name)
+            except ValueError as error:
+                raise ConfigError(
+                    "adapter.targets", settings.target_modules, f"do not fit the backbone ({error})",
+                    "Name linear layers that it has, or leave them out.",
+                ) from error  # fmt: skip
         for name, parameter in decoder.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(True)
