@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +35,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_grad,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
@@ -162,9 +163,17 @@ class Engine:
         module: built inside `sharded_loading`.
         settings: from `resolve_settings`.
         optimizer: over the module's trainable parameters.
+        layers: modules of which each is gathered and let go as a whole. Without them ZeRO-3 hooks every small module:
+            for a layer with adapters some forty times as many hooks and collectives, each over less. A layer must run
+            once in a forward.
     """
 
-    def __init__(self, module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer,
+        layers: Iterable[nn.Module] = (),
+    ) -> None:  # fmt: skip
+        for layer in layers:
+            set_z3_leaf_module(layer, True)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.trainable: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
 

@@ -110,7 +110,7 @@ def assemble(config: RunConfig, world: World) -> System:
         corpus=corpus,
         composer=Composer(tokenizer, space, config.method, config.seed),
         recommender=recommender,
-        engine=Engine(dual, settings, adapter_optimizer),
+        engine=Engine(dual, settings, adapter_optimizer, dual.layers),
         table_optimizer=TableOptimizer(recommender, config.optimizer.betas),
         fingerprints=fingerprints,
     )

@@ -1,10 +1,11 @@
 """The backbone: one decoder that serves both LLMs, its adapters, and its frozen word embeddings.
 
 `DualBackbone` is the only module that goes into the DeepSpeed engine. It takes embeddings and gives hidden states, for
-the collaborative and the content LLM in ONE forward: a ZeRO-3 engine whose adapters take turns between forwards
-accumulates stale gradients of the adapter that rested, without a word. Word embeddings and the word head are frozen
-and small next to the backbone; `load_words` reads them straight from the weight files, because a weight that ZeRO-3
-owns is empty outside its module's forward.
+the collaborative and the content LLM in ONE pass: the rows of both go through each frozen weight together, and each
+adapter adds its part to its own LLM's rows. So a weight is gathered once for both, products are larger, and no adapter
+ever rests: a ZeRO-3 engine whose adapters take turns between forwards accumulates stale gradients, without a word. Word
+embeddings and the word head are frozen and small next to the backbone; `load_words` reads them straight from the weight
+files, because a weight that ZeRO-3 owns is empty outside its module's forward.
 
 Decoders are fed right-padded batches without an attention mask: attention is causal, so no real position ever sees
 the padding behind it.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,46 +183,69 @@ def _weights_of(path: Path) -> Iterator[Any]:
         raise ConfigError("backbone", str(path), f"is damaged ({error})", "Fetch the weights again.") from error
 
 
-@contextmanager
-def _active(adapters: Sequence[LoraLayer], name: str) -> Iterator[None]:
-    # PEFT's set_adapter also turns requires_grad off on the other adapter, which a DeepSpeed engine does not see and
-    # then gets wrong. Choosing by the attribute alone leaves the parameters as they are.
-    before = [layer._active_adapter for layer in adapters]
-    for layer in adapters:
-        layer._active_adapter = [name]
-    try:
-        yield
-    finally:
-        for layer, names in zip(adapters, before, strict=True):
-            layer._active_adapter = names
+class _Shares:
+    """How many of the tokens in a pass are the collaborative LLM's; they stand first. Adapted layers ask it."""
+
+    def __init__(self) -> None:
+        self.num_collaborative = 0
+        self.num_content = 0
+
+    def set(self, num_collaborative: int, num_content: int) -> None:
+        self.num_collaborative, self.num_content = num_collaborative, num_content
+
+    @contextmanager
+    def again(self, num_collaborative: int, num_content: int) -> Iterator[None]:
+        """Inside, the shares of an earlier pass, whose activations are computed once more."""
+        now = self.num_collaborative, self.num_content
+        self.set(num_collaborative, num_content)
+        try:
+            yield
+        finally:
+            self.set(*now)
+
+
+def _adapt(layer: LoraLayer, shares: _Shares) -> None:
+    """Let a layer of PEFT add each adapter to its own LLM's tokens; PEFT itself runs one adapter over all of them."""
+
+    def forward(x: Tensor) -> Tensor:
+        base = layer.base_layer(x)
+        parts = x.flatten(0, -2).split([shares.num_collaborative, shares.num_content])
+        updates = [
+            layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](part))) * layer.scaling[name]
+            for name, part in zip((COLLABORATIVE, CONTENT), parts, strict=True)
+            if len(part)
+        ]
+        return base + torch.cat(updates).view_as(base)
+
+    layer.forward = forward  # type: ignore[attr-defined]
 
 
 class DualBackbone(nn.Module):
-    """One frozen decoder run twice in a forward: as the collaborative LLM, then as the content LLM.
+    """One frozen decoder that is the collaborative LLM for some rows of a pass and the content LLM for the others.
 
     Args:
         decoder: a Hugging Face decoder without head.
-        dual: True where each run has its own adapter.
+        dual: True where each LLM has its own adapter.
     """
 
     def __init__(self, decoder: PreTrainedModel, *, dual: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self._adapters = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
-        assert dual == bool(self._adapters)
+        self._shares = _Shares()
+        adapted = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
+        assert dual == bool(adapted)
+        for layer in adapted:
+            _adapt(layer, self._shares)
         if not any(parameter.requires_grad for parameter in decoder.parameters()):
             # A ZeRO-3 engine that trains nothing refuses to run backward, and rows-only training needs the gradient
             # of the embeddings. This scalar gives it something to train; it never gets a gradient and stays zero.
             self.anchor = nn.Parameter(torch.zeros(1))
 
-    def _run(self, name: str, embeddings: Tensor, positions: Tensor | None) -> Tensor:
-        shape = embeddings.shape
-        if positions is not None and self.decoder.config._attn_implementation == "flash_attention_2":
-            # It finds the documents of one row only, and takes several rows for one document each.
-            embeddings, positions = embeddings.flatten(0, 1)[None], positions.flatten()[None]
-        with _active(self._adapters, name):
-            found = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        return found.last_hidden_state.view(shape)
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers."""
+        kinds = self.decoder._no_split_modules or []
+        return [module for module in self.decoder.modules() if type(module).__name__ in kinds]
 
     def forward(
         self, collaborative: Tensor | None, content: Tensor | None, positions: Tensor | None = None,
@@ -230,29 +254,41 @@ class DualBackbone(nn.Module):
         """Embeddings of packed documents -> hidden states of the same shapes, each document by itself.
 
         Args:
-            collaborative, content: [R, L, D] of each LLM, or None on every rank alike.
+            collaborative, content: [R, L, D] of each LLM with an R of its own and one L, or None on every rank alike.
             positions, content_positions: int64 [R, L] of each token in its document, which starts where they do not
                 go on by one; a row is one document if left out.
         """
+        given = [x for x in (collaborative, content) if x is not None]
+        places = [x for x in (positions, content_positions) if x is not None]
+        self._shares.set(*(0 if x is None else x.shape[:-1].numel() for x in (collaborative, content)))
+        hidden = self._run(_joined(given), _joined(places) if places else None)
+        parts = iter(hidden.split([len(x) for x in given]))
         return (
-            None if collaborative is None else self._run(COLLABORATIVE, collaborative, positions),
-            None if content is None else self._run(CONTENT, content, content_positions),
+            None if collaborative is None else next(parts),
+            None if content is None else next(parts),
         )
 
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only layer inputs and recompute the rest in backward.
+    def _run(self, embeddings: Tensor, positions: Tensor | None) -> Tensor:
+        shape = embeddings.shape
+        if positions is not None and self.decoder.config._attn_implementation == "flash_attention_2":
+            # It finds the documents of one row only, and takes several rows for one document each.
+            embeddings, positions = embeddings.flatten(0, 1)[None], positions.flatten()[None]
+        found = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        return found.last_hidden_state.view(shape)
 
-        Recomputation happens when the other adapter may be active, so each checkpoint remembers its own.
-        """
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only layer inputs and recompute the rest in backward, with the shares of that forward."""
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            if not self._adapters:
-                return nullcontext(), nullcontext()
-            return nullcontext(), _active(self._adapters, self._adapters[0]._active_adapter[0])
+            return nullcontext(), self._shares.again(self._shares.num_collaborative, self._shares.num_content)
 
         self.decoder.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
         )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -41,8 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_backbone(root / family, catalog, family=family, hidden=D) for family in FAMILIES}
 
 
-def embeddings(seed: int, length: int = T) -> Tensor:
-    return torch.randn(B, length, D, generator=torch.Generator().manual_seed(seed))
+def embeddings(seed: int, rows: int = B) -> Tensor:
+    return torch.randn(rows, T, D, generator=torch.Generator().manual_seed(seed))
 
 
 def open_backbone(folder: Path, adapter: AdapterConfig = LORA) -> DualBackbone:
@@ -59,11 +61,16 @@ def adapters_of(dual: DualBackbone, which: str) -> dict[str, Tensor]:
     return {name: p for name, p in dual.named_parameters() if "lora_" in name and f".{which}." in name}
 
 
-def run_both(dual: DualBackbone) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of both LLMs over different inputs, and every gradient, those of the inputs included."""
-    collaborative, content = embeddings(1).requires_grad_(), embeddings(2).requires_grad_()
+def run_both(dual: DualBackbone, between: Callable[[], object] = lambda: None) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of both LLMs over different inputs, and every gradient, those of the inputs included.
+
+    Args:
+        between: called after the forward and before the backward.
+    """
+    collaborative, content = embeddings(1).requires_grad_(), embeddings(2, rows=3).requires_grad_()
     hidden, content_hidden = dual(collaborative, content)
-    losses = [hidden.square().sum(), (content_hidden * embeddings(3)).sum()]
+    losses = [hidden.square().sum(), (content_hidden * embeddings(3, rows=3)).sum()]
+    between()
     torch.stack(losses).sum().backward()
     gradients = {name: p.grad.clone() for name, p in dual.named_parameters() if p.grad is not None}
     assert collaborative.grad is not None
@@ -80,7 +87,7 @@ def engine_runs(world: World, folders: dict[str, str]) -> dict[str, Any]:
         with sharded_loading(settings):
             dual = load_backbone(Path(folder), LORA, torch.float32, seed=5)
         trained = [p for p in dual.parameters() if p.requires_grad]
-        engine = Engine(dual, settings, torch.optim.AdamW(trained, lr=0.0))
+        engine = Engine(dual, settings, torch.optim.AdamW(trained, lr=0.0), dual.layers)
         inputs = [embeddings(1).requires_grad_(), embeddings(2).requires_grad_()]
         hidden, content = engine(*inputs)
         assert hidden is not None
@@ -140,8 +147,8 @@ def test_recomputing_activations_uses_each_runs_own_adapter(folders: dict[str, P
     recomputing = open_backbone(folders[family])
     recomputing.enable_activation_checkpointing()
     calls = count_forwards(recomputing)
-    again, gradients_again = run_both(recomputing)
-    assert calls[0] > 2, "nothing was recomputed"
+    again, gradients_again = run_both(recomputing, between=lambda: recomputing(embeddings(4), None))
+    assert calls[0] == 3, "once forward, once between, once recomputed"
     assert again == losses
     assert gradients_again.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -149,13 +156,13 @@ def test_recomputing_activations_uses_each_runs_own_adapter(folders: dict[str, P
 
 
 def count_forwards(dual: DualBackbone) -> list[int]:
-    """Counts the forwards of one adapted layer: 2 in a forward of both LLMs, 4 with recomputation."""
+    """Counts the forwards of one adapted layer."""
     calls = [0]
 
     def hook(*_: Any) -> None:
         calls[0] += 1
 
-    dual._adapters[0].register_forward_hook(hook)
+    next(module for module in dual.modules() if isinstance(module, LoraLayer)).register_forward_hook(hook)
     return calls
 
 
@@ -196,6 +203,21 @@ def test_each_run_uses_its_own_adapter_alone(folders: dict[str, Path], family: s
     assert not torch.allclose(changed[1], both[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_over_both_gives_what_each_llm_gives_alone(folders: dict[str, Path], family: str) -> None:
+    """Forward and every gradient, with numbers of rows that differ."""
+    together, alone = open_backbone(folders[family]), open_backbone(folders[family])
+    losses, gradients = run_both(together)
+    inputs = [embeddings(1).requires_grad_(), embeddings(2, rows=3).requires_grad_()]
+    hidden, content = alone(inputs[0], None)[0], alone(None, inputs[1])[1]
+    wanted = [hidden.square().sum(), (content * embeddings(3, rows=3)).sum()]
+    torch.stack(wanted).sum().backward()
+    assert losses == pytest.approx([loss.item() for loss in wanted], rel=1e-6)
+    wanted_gradients = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    for name, gradient in wanted_gradients.items() | {("in", inputs[0].grad), ("content in", inputs[1].grad)}:
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_start_the_same_from_one_seed_and_as_the_identity(folders: dict[str, Path]) -> None:
     first, second, other = (load_backbone(folders["gpt2"], LORA, torch.float32, seed) for seed in (1, 1, 2))
     weights = [dict(dual.named_parameters()) for dual in (first, second, other)]
@@ -215,6 +237,14 @@ def test_only_what_the_adapter_kind_names_is_trained(folders: dict[str, Path]) -
     assert all("lora_" in name for name in trained("lora"))
     assert not any("lora_" in name or "wte" in name for name in trained("full"))
     assert any("c_attn" in name for name in trained("full"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_are_found_in_every_family(folders: dict[str, Path], family: str) -> None:
+    dual = open_backbone(folders[family])
+    assert len(dual.layers) == dual.decoder.config.num_hidden_layers
+    inside = {id(p) for layer in dual.layers for p in layer.parameters()}
+    assert all(id(p) in inside for name, p in dual.named_parameters() if "lora_" in name)
 
 
 def test_targets_choose_the_layers(folders: dict[str, Path]) -> None:
