@@ -297,6 +297,8 @@ class RunConfig(StrictModel):
     """Of everything random."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the backbone and its activations. Tables and optimizer states are fp32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Of the frozen backbone. `nf4`: its linear layers in 4 bits (QLoRA, bitsandbytes), computed in `precision`."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more work."""
     epochs: int = Field(default=10, ge=1)
@@ -319,6 +321,12 @@ class RunConfig(StrictModel):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
+
+    @model_validator(mode="after")
+    def _frozen_if_quantized(self) -> RunConfig:
+        if self.quantization != "none" and self.adapter.kind == "full":
+            raise ValueError("quantization is of a frozen backbone: adapter.kind must be lora or none")
+        return self
 
 
 class BackboneConfig(StrictModel):

@@ -90,7 +90,7 @@ def assemble(config: RunConfig, world: World) -> System:
     settings = resolve_settings(config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with sharded_loading(settings):
-        dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed)
+        dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
     words = backbone.load_words(folder, dtype, world.device)

@@ -27,7 +27,7 @@ from cllm4rec_dist import checkpoint, growth, ranking
 from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.collectives import gather_integers, require_agreement
-from cllm4rec_dist.config import FaultsConfig, RunConfig
+from cllm4rec_dist.config import FaultsConfig, RunConfig, validate
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.stream import ahead
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
@@ -236,8 +236,9 @@ def _start_from(system: System, path: str) -> None:
 
 def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
     own = config.model_dump(mode="json", exclude=_NOT_OF_THE_TRAJECTORY)
-    saved: dict[str, Any] = candidate.about.config
-    changed = {key: (saved.get(key), value) for key, value in own.items() if saved.get(key) != value}
+    # Read as a configuration, so that a setting that came later has its default in an older checkpoint.
+    saved: dict[str, Any] = validate(RunConfig, candidate.about.config, candidate.path).model_dump(mode="json")
+    changed = {key: (saved[key], value) for key, value in own.items() if saved[key] != value}
     if changed:
         raise CheckpointError(
             f"{candidate.path}: configuration", changed, "differs between the checkpoint (first) and this run (second)",

@@ -16,6 +16,7 @@ Legend: B batch, T tokens, D hidden, V words.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
@@ -241,6 +242,18 @@ class DualBackbone(nn.Module):
             # of the embeddings. This scalar gives it something to train; it never gets a gradient and stays zero.
             self.anchor = nn.Parameter(torch.zeros(1))
 
+    def train(self, mode: bool = True) -> DualBackbone:
+        """Switch dropout on or off. 4-bit layers, which have none, always train.
+
+        Where they do not, bitsandbytes repacks their weights in place at the first forward without gradients on some
+        CPUs, and training that goes on from there is wrong without a word.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.training = True
+        return self
+
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder's layers."""
@@ -302,7 +315,9 @@ def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:
     )
 
 
-def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> DualBackbone:
+def load_backbone(
+    folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed: int, quantization: str = "none"
+) -> DualBackbone:
     """Build the decoder with its adapters; only what `adapter.kind` names asks for gradients.
 
     Call it inside `engine.sharded_loading`, which makes ZeRO-3 shard the weights while they are read. Attention is
@@ -311,9 +326,11 @@ def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed
     Args:
         dtype: of the frozen weights and the adapters (DeepSpeed keeps an fp32 master of what is trained).
         seed: of the adapters' start; the same on every rank.
+        quantization: of the frozen linear layers, `none` or `nf4` (QLoRA). ZeRO-3 shards the packed weights, but each
+            rank first loads all of them.
     """
     config = load_config(folder)
-    decoder = _load_decoder(folder, dtype)
+    decoder = _load_decoder(folder, dtype, quantization)
     # Words enter as embeddings; an embedding layer here would be a weight that ZeRO-3 carries for nothing.
     decoder.set_input_embeddings(nn.Identity())
     decoder.requires_grad_(adapter.kind == "full")
@@ -338,17 +355,30 @@ def load_backbone(folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed
     return DualBackbone(decoder, dual=adapter.kind == "lora")
 
 
-def _load_decoder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_decoder(folder: Path, dtype: torch.dtype, quantization: str) -> PreTrainedModel:
     """The decoder without its head."""
+    settings = None if quantization == "none" else _nf4(dtype)
     try:
         return AutoModel.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, attn_implementation=_attention(dtype), local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=False, quantization_config=settings,
         )  # fmt: skip
     except Exception as error:
         raise ConfigError(
             "backbone", str(folder), f"cannot be loaded ({error})", "Fetch the backbone again."
         ) from error
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's: NF4 with quantized scales, packed into `dtype` because ZeRO-3 shards weights of one dtype."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "quantization", "nf4", "needs bitsandbytes, which is not installed", "pip install -e '.[qlora]'"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )  # fmt: skip
 
 
 def _attention(dtype: torch.dtype) -> str:
