@@ -14,7 +14,7 @@ import torch
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.packing import balance
-from cllm4rec_dist.corpus.prompts import Composer, Document, DocumentBatch, collate
+from cllm4rec_dist.corpus.prompts import Composer, Document, DocumentBatch, collate_groups
 from cllm4rec_dist.corpus.shards import Corpus, ShardSet
 from cllm4rec_dist.corpus.stream import EpochOrder, Example, RecordCache, batch_range, steps_per_epoch
 from cllm4rec_dist.topology import World
@@ -22,10 +22,13 @@ from cllm4rec_dist.topology import World
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one engine forward reads: documents over items, and documents over words (None without content LLM)."""
+    """What one engine forward reads: documents over items, and documents over words (None without content LLM).
+
+    The rows of both have one length.
+    """
 
     items: DocumentBatch
-    words: DocumentBatch | None
+    words: DocumentBatch | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
@@ -105,11 +108,9 @@ class BatchSource:
         """What this rank reads at optimizer step `step`, and what it read it from. For one thread at a time."""
         users, texts = self.examples(step)
         items, words = self._compose(users, texts)
-        content: list[DocumentBatch] | list[None] = (
-            self._split(words) if self.has_texts else [None] * self._batch.accumulation
-        )
+        groups = [self._split(items), self._split(words)] if self.has_texts else [self._split(items)]
         return StepBatch(
-            [MicroBatch(i, w) for i, w in zip(self._split(items), content, strict=True)],
+            [MicroBatch(*collate_groups(parts, self._composer.space)) for parts in zip(*groups, strict=True)],
             step // self.steps_per_epoch,
             [self._user_row(example) for example in users],
             [(example.record, example.index) for example in texts],
@@ -118,12 +119,12 @@ class BatchSource:
     def _compose(self, users: list[Example], texts: list[Example]) -> tuple[list[Document], list[Document]]:
         return [self._user_document(e) for e in users], [self._text_document(e) for e in texts]
 
-    def _split(self, documents: list[Document]) -> list[DocumentBatch]:
+    def _split(self, documents: list[Document]) -> list[list[Document]]:
         """Micro-batches of about equally many tokens. Sums do not depend on the split."""
         lengths = np.array([len(document.token_ids) for document in documents], dtype=np.int64)
         part, _ = balance(lengths, self._batch.accumulation)
         members = [np.flatnonzero(part == number) for number in range(self._batch.accumulation)]
-        return [collate([documents[n] for n in numbers], self._composer.space) for numbers in members]
+        return [[documents[n] for n in numbers] for numbers in members]
 
     def _user_row(self, example: Example) -> int:
         return int(self._users[1][example.record]["users"][example.index])

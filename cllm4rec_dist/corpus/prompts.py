@@ -177,12 +177,22 @@ def _key(random: np.random.Generator) -> int:
 
 
 def collate(documents: Sequence[Document], space: TokenSpace) -> DocumentBatch:
-    """Pack documents into one batch.
+    """Pack documents into one batch."""
+    return collate_groups([documents], space)[0]
 
-    No document at all gives a single padding token that predicts nothing, because every rank must run every forward.
+
+def collate_groups(groups: Sequence[Sequence[Document]], space: TokenSpace) -> list[DocumentBatch]:
+    """Pack each group of documents into a batch of its own, all with rows of one length L.
+
+    A group without documents gives one row of padding that predicts nothing, because every rank must run every forward.
     """
+    packings = pack([np.array([len(d.token_ids) for d in documents], dtype=np.int64) for documents in groups])
+    return [_place(documents, packing, space) for documents, packing in zip(groups, packings, strict=True)]
+
+
+def _place(documents: Sequence[Document], packing: Packing, space: TokenSpace) -> DocumentBatch:
+    """The documents at their places as tensors."""
     lengths = np.array([len(d.token_ids) for d in documents], dtype=np.int64)
-    packing = pack(lengths) if len(documents) else Packing((1, 1), np.empty(0, np.int64))
     places, within = ranges(packing.starts, lengths), ranges(np.zeros_like(lengths), lengths)
     size = packing.shape[0] * packing.shape[1]
     tokens, keys = np.zeros(size, np.int64), np.zeros(size, np.int64)
