@@ -165,7 +165,7 @@ class Engine:
         optimizer: over the module's trainable parameters.
         layers: modules of which each is gathered and let go as a whole. Without them ZeRO-3 hooks every small module:
             for a layer with adapters some forty times as many hooks and collectives, each over less. A layer must run
-            once in a forward.
+            once in a forward, on inputs that ask for gradients where it is trained.
     """
 
     def __init__(

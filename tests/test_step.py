@@ -108,7 +108,7 @@ def start_of(world: World, config: RunConfig) -> dict[str, Tensor]:
 CASES = {
     "pretrain-cosine": ("pretrain", {}),
     "finetune-cosine": ("finetune", {}),
-    "pretrain-paper": ("pretrain", {"head": PAPER_HEAD}),
+    "pretrain-paper-whole": ("pretrain", {"head": PAPER_HEAD, "adapter": {"kind": "full"}}),
     "finetune-paper-rows-only": ("finetune", {"head": PAPER_HEAD, "adapter": {"kind": "none"}}),
 }
 

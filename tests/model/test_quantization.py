@@ -97,7 +97,7 @@ def engine_steps(world: World, folder: str) -> dict[str, Any]:
     engine.train(True)
     losses = []
     for number in range(2):
-        hidden, content = engine(embeddings(number), embeddings(10 + number, 3))
+        hidden, content = engine(embeddings(number).requires_grad_(), embeddings(10 + number, 3).requires_grad_())
         assert hidden is not None
         assert content is not None
         loss = hidden[..., 0].square().mean() + content[..., 1].square().mean()
