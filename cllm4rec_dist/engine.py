@@ -163,14 +163,14 @@ class Engine:
         module: built inside `sharded_loading`.
         settings: from `resolve_settings`.
         optimizer: over the module's trainable parameters.
-        layers: modules of which each is gathered and let go as a whole. Without them ZeRO-3 hooks every small module:
+        layers: modules of which each is gathered and let go as a whole. Else ZeRO-3 would hook every small module:
             for a layer with adapters some forty times as many hooks and collectives, each over less. A layer must run
             once in a forward, on inputs that ask for gradients where it is trained.
     """
 
     def __init__(
         self, module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer,
-        layers: Iterable[nn.Module] = (),
+        layers: Iterable[nn.Module],
     ) -> None:  # fmt: skip
         for layer in layers:
             set_z3_leaf_module(layer, True)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
@@ -206,19 +207,31 @@ class _Shares:
 
 
 def _adapt(layer: LoraLayer, shares: _Shares) -> None:
-    """Let a layer of PEFT add each adapter to its own LLM's tokens; PEFT itself runs one adapter over all of them."""
+    """Let a layer of PEFT add each adapter to its own LLM's tokens; PEFT itself runs one adapter over all of them.
+
+    Both updates are one product, [tokens, 2r] @ [2r, out], in which a token has zeros where the other adapter's r
+    columns are: it is added while it is made, where one product an adapter would be joined and added in two more passes
+    over [tokens, out]. Factors are scaled where they are narrow.
+    """
 
     def forward(x: Tensor) -> Tensor:
         base = layer.base_layer(x)
         parts = x.flatten(0, -2).split([shares.num_collaborative, shares.num_content])
-        updates = [
-            layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](part))) * layer.scaling[name]
-            for name, part in zip((COLLABORATIVE, CONTENT), parts, strict=True)
-            if len(part)
-        ]
-        return base + torch.cat(updates).view_as(base)
+        used = [(name, part) for name, part in zip((COLLABORATIVE, CONTENT), parts, strict=True) if len(part)]
+        narrow = [layer.lora_A[name](layer.lora_dropout[name](part)) * layer.scaling[name] for name, part in used]
+        wide: list[Tensor] = [layer.lora_B[name].weight for name, _ in used]  # type: ignore[misc]
+        updated = torch.addmm(base.flatten(0, -2), _block_diagonal(narrow), _joined(wide, dim=1).T)
+        return updated.view_as(base)
 
     layer.forward = forward  # type: ignore[attr-defined]
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    """[t, r] and [u, r] -> [t + u, 2r]; a single block as it is."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first, second = blocks
+    return torch.cat([F.pad(first, (0, second.shape[1])), F.pad(second, (first.shape[1], 0))])
 
 
 class DualBackbone(nn.Module):
@@ -300,8 +313,8 @@ class DualBackbone(nn.Module):
         )
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:
