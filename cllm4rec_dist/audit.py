@@ -65,8 +65,8 @@ class StepLine(StrictModel):
     accepted: bool
     """False where the step was left out, because its loss was bad: read, but not learned from."""
     users: tuple[int, ...]
-    texts: tuple[tuple[int, int], ...]
-    """Record and index of each."""
+    texts: tuple[tuple[int, int, int], ...]
+    """Pass over the texts, record and index of each."""
 
 
 class AuditLog:
@@ -255,7 +255,7 @@ _CURE = "The run did not read its corpus as it should: report it with the log, a
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank read at one step: record and index of its users [n, 2] (record 0, index the row) and texts."""
+    """What one rank read at a step: pass, record and index [n, 3] of its users (record 0, index the row) and texts."""
 
     epoch: int
     accepted: bool
@@ -281,7 +281,7 @@ class _Session:
         return last + 1 if self.is_complete(last) else last
 
     def places(self, step: int, stream: str) -> np.ndarray:
-        """[n, 2] what all ranks read, in rank order."""
+        """[n, 3] what all ranks read, in rank order."""
         parts = self.steps[step]
         return np.concatenate([parts[rank].places[stream] for rank in sorted(parts)])
 
@@ -357,9 +357,9 @@ def _parse(model: type[ModelT], tree: Mapping[str, Any], where: str) -> ModelT:
 
 
 def _part(line: StepLine) -> _Part:
-    users = np.zeros((len(line.users), 2), np.int64)
-    users[:, 1] = line.users
-    texts = np.array(line.texts, np.int64).reshape(-1, 2)
+    users = np.zeros((len(line.users), 3), np.int64)
+    users[:, 0], users[:, 2] = line.epoch, line.users
+    texts = np.array(line.texts, np.int64).reshape(-1, 3)
     return _Part(line.epoch, line.accepted, {"user": users, "text": texts})
 
 
@@ -427,14 +427,18 @@ class _Stream:
             return batch_range(step, self.num_examples, self.batch)
         return step * self.batch, (step + 1) * self.batch
 
+    def bounds(self, visit: int) -> tuple[int, int]:
+        """Positions of a pass."""
+        return visit * self.num_examples, (visit + 1) * self.num_examples
+
     def numbers(self, places: np.ndarray) -> np.ndarray:
-        """[n, 2] record and index -> [n] number of the example, 0 to N - 1."""
-        return (np.cumsum(self.record_sizes) - self.record_sizes)[places[:, 0]] + places[:, 1]
+        """[n, 3] pass, record and index -> [n] number of the example, 0 to N - 1."""
+        return (np.cumsum(self.record_sizes) - self.record_sizes)[places[:, 1]] + places[:, 2]
 
     def foreign(self, places: np.ndarray) -> np.ndarray:
         """The places that are not in the corpus."""
-        known = (places >= 0).all(1) & (places[:, 0] < len(self.record_sizes))
-        known[known] &= places[known, 1] < self.record_sizes[places[known, 0]]
+        known = (places >= 0).all(1) & (places[:, 1] < len(self.record_sizes))
+        known[known] &= places[known, 2] < self.record_sizes[places[known, 1]]
         return places[~known]
 
     def called(self, number: int) -> str:
@@ -455,20 +459,21 @@ def _check_stream(stream: _Stream, chain: Mapping[int, _Session], per_epoch: int
         places = session.places(step, stream.name)
         foreign = stream.foreign(places)
         if len(foreign):
-            raise AuditError(_at(step, per_epoch), stream.called_at(*foreign[0]), "is not in the corpus", _CURE)
+            raise AuditError(_at(step, per_epoch), stream.called_at(*foreign[0, 1:]), "is not in the corpus", _CURE)
         start, stop = stream.positions(step)
         total += len(places)
-        if len(places) != stop - start:
-            wrong_sizes.append((step, len(places), stop - start))
-        if len(places):
-            visit, offset = divmod(start, stream.num_examples)
-            bounds = range(stream.num_examples - offset, len(places), stream.num_examples)
-            for more, piece in enumerate(np.split(stream.numbers(places), list(bounds))):
-                passes.setdefault(visit + more, []).append((step, piece))
+        visits = range(start // stream.num_examples, -(-stop // stream.num_examples))
+        for visit in sorted({*visits, *places[:, 0].tolist()}):
+            piece = stream.numbers(places[places[:, 0] == visit])
+            wanted = _overlap((start, stop), stream.bounds(visit))
+            if len(piece) != wanted:
+                wrong_sizes.append((step, visit, len(piece), wanted))
+            passes.setdefault(visit, []).append((step, piece))
     for visit, pieces in passes.items():
         _check_pass(stream, visit, pieces, chain, per_epoch)
-    for step, found, wanted in wrong_sizes:
-        raise AuditError(_at(step, per_epoch), f"{found} {stream.name}s", f"were read instead of {wanted}", _CURE)
+    for step, visit, found, wanted in wrong_sizes:
+        told = f"were read of pass {visit} instead of {wanted}"
+        raise AuditError(_at(step, per_epoch), f"{found} {stream.name}s", told, _CURE)
     return total
 
 
@@ -483,7 +488,7 @@ def _check_pass(
         raise AuditError(
             _at(steps[-1], per_epoch), stream.called(repeated[0]), f"was read more than once: at steps {steps}", _CURE
         )
-    begin, end = visit * stream.num_examples, (visit + 1) * stream.num_examples
+    begin, end = stream.bounds(visit)
     is_whole = stream.positions(min(chain))[0] <= begin and stream.positions(max(chain))[1] >= end
     unread = np.flatnonzero(counts == 0)
     if is_whole and len(unread):
@@ -509,6 +514,6 @@ def _compare(stream: _Stream, step: int, session: _Session, counting: _Session) 
     if other:
         per_epoch = steps_per_epoch(session.header.num_users, session.header.batch_users)
         raise AuditError(
-            _at(step, per_epoch), stream.called_at(*min(other)),
+            _at(step, per_epoch), stream.called_at(*min(other)[1:]),
             f"was read by only one of the sessions {session.header.session} and {counting.header.session}", _CURE,
         )  # fmt: skip

@@ -223,7 +223,7 @@ def rank_users(
     for start in range(0, len(users), block):
         low, high = world.share(start, min(start + block, len(users)))
         block_users = users[low:high]
-        documents = collate([composer.prediction(int(u), history[int(u)]) for u in block_users], composer.space)
+        documents = collate(composer.prediction(block_users, history.take(block_users)), composer.space)
         documents = documents.to(world.device)
         embedded, item_rows = model.embed(model.collaborative, model.route(documents))
         with world.watch.collective("ZeRO-3 forward"):

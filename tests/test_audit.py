@@ -38,18 +38,18 @@ def session(run: Path, number: int, size: int, first: int, stop: int, *, behind:
     texts = EpochOrder(np.array(TEXT_SIZES), 0, 2)
     (run / "audit").mkdir(parents=True, exist_ok=True)
     for rank in range(size):
-        world = World(rank, size, rank, torch.device("cpu"))
         lines: list[dict[str, Any]] = [{
             "session": number, "world_size": size, "first_step": first, "num_users": NUM_USERS,
             "batch_users": BATCH_USERS, "text_record_sizes": [[4, 4], [1, 1]], "batch_texts": BATCH_TEXTS,
         }]  # fmt: skip
         for step in range(first, stop - (rank >= size - behind)):
-            read = users.range(*world.share(*batch_range(step, NUM_USERS, BATCH_USERS)))
-            words = texts.range(*world.share(step * BATCH_TEXTS, (step + 1) * BATCH_TEXTS))
+            # Every rank's part is scattered over the batch, as it is where ranks are balanced by tokens.
+            read = users.range(*batch_range(step, NUM_USERS, BATCH_USERS)).take(slice(rank, None, size))
+            words = texts.range(step * BATCH_TEXTS, (step + 1) * BATCH_TEXTS).take(slice(rank, None, size))
             lines.append({
                 "session": number, "step": step, "epoch": step // steps_per_epoch(NUM_USERS, BATCH_USERS),
-                "accepted": True, "users": [4 * e.record + e.index for e in read],
-                "texts": [[e.record, e.index] for e in words],
+                "accepted": True, "users": (4 * read.records + read.indexes).tolist(),
+                "texts": np.stack([words.epochs, words.records, words.indexes], 1).tolist(),
             })  # fmt: skip
         with file(run, rank, size).open("a") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
@@ -133,7 +133,7 @@ def test_the_same_example_on_two_ranks_of_a_step_is_named(tmp_path: Path) -> Non
     session(tmp_path, 100, 2, 0, 2)
     twice = json.loads(file(tmp_path, 0, 2).read_text().splitlines()[2])["texts"][0]
     edit(tmp_path, 1, 2, lambda lines: lines[2]["texts"].__setitem__(1, twice))
-    assert f"step 1, epoch 0: 'text {tuple(twice)}' was read more than once: at steps [1, 1]" in refusal(tmp_path)
+    assert f"step 1, epoch 0: 'text {tuple(twice[1:])}' was read more than once: at steps [1, 1]" in refusal(tmp_path)
 
 
 def test_a_missing_example_is_named(tmp_path: Path) -> None:
@@ -147,14 +147,21 @@ def test_a_missing_example_is_named(tmp_path: Path) -> None:
 def test_a_missing_example_of_a_partial_epoch_shows_in_the_size_of_its_batch(tmp_path: Path) -> None:
     session(tmp_path, 100, 2, 0, 2)
     edit(tmp_path, 0, 2, change_users(1, lambda users: users.pop()))
-    assert "step 1, epoch 0: '8 users' were read instead of 9" in refusal(tmp_path)
+    assert "step 1, epoch 0: '8 users' were read of pass 0 instead of 9" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("place", [[9, 0], [0, 4], [0, -1], [-1, 0], [4, 1]])
 def test_a_foreign_text_is_named(tmp_path: Path, place: list[int]) -> None:
     session(tmp_path, 100, 2, 0, 9)
-    edit(tmp_path, 0, 2, lambda lines: lines[7]["texts"].__setitem__(1, place))
+    edit(tmp_path, 0, 2, lambda lines: lines[7]["texts"].__setitem__(1, [2, *place]))
     assert f"step 6, epoch 2: 'text {tuple(place)}' is not in the corpus" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("visit", [1, 7])
+def test_a_text_of_another_pass_is_named(tmp_path: Path, visit: int) -> None:
+    session(tmp_path, 100, 2, 0, 2)  # 14 of the 17 texts of pass 0
+    edit(tmp_path, 0, 2, lambda lines: lines[2]["texts"][1].__setitem__(0, visit))
+    assert "step 1, epoch 0: '6 texts' were read of pass 0 instead of 7" in refusal(tmp_path)
 
 
 def test_a_foreign_user_is_named(tmp_path: Path) -> None:
@@ -238,7 +245,7 @@ def test_a_log_goes_on_on_a_fresh_line_after_a_torn_one(tmp_path: Path) -> None:
     config: Any = SimpleNamespace(audit=True, batch=SimpleNamespace(users=2, texts=1))
     source: Any = SimpleNamespace(num_users=2, has_texts=True, text_record_sizes=np.array([2, 2, 1]))
     alone = World(0, 1, 0, torch.device("cpu"))
-    batches = [StepBatch([], step, [1, 0], [(step // 2, step % 2)]) for step in range(3)]
+    batches = [StepBatch([], step, [1, 0], [(0, step // 2, step % 2)]) for step in range(3)]
     with AuditLog(tmp_path, alone, config, source, 0) as log:
         for step in (0, 1):
             log.record(step, batches[step], accepted=True)

@@ -2,11 +2,17 @@
 
 A stage is data: which documents are made of a user's items. Texts come from a stream of their own, which goes on
 through its epochs while users go through theirs, so that both LLMs are trained in lockstep.
+
+A global batch is dealt out by tokens: every rank knows how long each of its documents will be, without making it, and
+shares them out over all micro-batches of all ranks by the one rule of `packing.balance`. Ranks wait for each other in
+every layer of every micro-batch, so the longest one is what a step costs.
+
+Legend: n examples, P parts: micro-batches of all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +20,9 @@ import torch
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.packing import balance
-from cllm4rec_dist.corpus.prompts import Composer, Document, DocumentBatch, collate_groups
+from cllm4rec_dist.corpus.prompts import Composer, Document, DocumentBatch, Documents, collate_groups
 from cllm4rec_dist.corpus.shards import Corpus, ShardSet
-from cllm4rec_dist.corpus.stream import EpochOrder, Example, RecordCache, batch_range, steps_per_epoch
+from cllm4rec_dist.corpus.stream import EpochOrder, Examples, WindowCache, batch_range, steps_per_epoch
 from cllm4rec_dist.topology import World
 
 
@@ -42,14 +48,65 @@ class StepBatch:
     Attributes:
         micro_batches: `accumulation` of them, some perhaps without documents.
         epoch: pass over the users.
-        users: rows of the users that were read, in the order of the stream.
-        texts: record and index of the texts that were read, in the order of the stream.
+        users: rows of the users that were read.
+        texts: pass, record and index of the texts that were read.
     """
 
     micro_batches: list[MicroBatch]
     epoch: int
     users: list[int]
-    texts: list[tuple[int, int]]
+    texts: list[tuple[int, int, int]]
+
+
+class _Users:
+    """The stream of users, and the documents that a stage makes of them."""
+
+    def __init__(self, shards: ShardSet, composer: Composer, config: RunConfig) -> None:
+        self.order = EpochOrder(shards.record_sizes, config.seed, config.shuffle_records)
+        self._data = WindowCache(shards, self.order, ["users"], ("train_offsets", "train_items"))
+        self._batch = config.batch.users
+        self._make, self._measure = (
+            (composer.collaborative, composer.collaborative_lengths) if config.stage == "pretrain"
+            else (composer.recommendation, composer.recommendation_lengths)
+        )  # fmt: skip
+
+    def read(self, step: int) -> Examples:
+        """The global batch of a step; it does not cross the end of an epoch."""
+        return self.order.range(*batch_range(step, self.order.num_examples, self._batch))
+
+    def rows(self, examples: Examples) -> np.ndarray:
+        return self._data.columns(examples)["users"]
+
+    def lengths(self, examples: Examples) -> np.ndarray:
+        columns = self._data.columns(examples)
+        return self._measure(columns["users"], columns["length"], examples.epochs)
+
+    def documents(self, examples: Examples) -> Documents:
+        return self._make(self.rows(examples), self._data.lists(examples), examples.epochs)
+
+
+class _Texts:
+    """The stream of texts."""
+
+    def __init__(self, shards: ShardSet, composer: Composer, config: RunConfig) -> None:
+        self.order = EpochOrder(shards.record_sizes, config.seed, config.shuffle_records)
+        self._data = WindowCache(shards, self.order, ["kind", "users", "items"], ("offsets", "tokens"))
+        self._batch, self._composer = config.batch.texts, composer
+
+    def read(self, step: int) -> Examples:
+        """The global batch of a step; it goes on into the next epoch."""
+        return self.order.range(step * self._batch, (step + 1) * self._batch)
+
+    def lengths(self, examples: Examples) -> np.ndarray:
+        columns = self._data.columns(examples)
+        return self._composer.content_lengths(columns["kind"], columns["length"])
+
+    def documents(self, examples: Examples) -> Documents:
+        columns = self._data.columns(examples)
+        return self._composer.content(
+            columns["kind"], columns["users"], columns["items"], self._data.lists(examples), examples.epochs,
+            (examples.records << 20) + examples.indexes,
+        )  # fmt: skip
 
 
 class BatchSource:
@@ -69,34 +126,40 @@ class BatchSource:
     """
 
     def __init__(self, corpus: Corpus, composer: Composer, config: RunConfig, world: World) -> None:
-        self._composer, self._world, self._batch = composer, world, config.batch
-        self._document: Callable[[int, np.ndarray, int], Document] = (
-            composer.collaborative if config.stage == "pretrain" else composer.recommendation
-        )
-        self._users = self._stream(corpus.interactions, config)
+        self._space, self._world, self._batch = composer.space, world, config.batch
+        self._users = _Users(corpus.interactions, composer, config)
+        self._streams: list[_Users | _Texts] = [self._users]
         self.has_texts = config.batch.texts > 0 and corpus.content.num_examples > 0
-        self._texts = self._stream(corpus.content, config) if self.has_texts else None
-        self.num_users = self._users[0].num_examples
+        if self.has_texts:
+            self._streams.append(_Texts(corpus.content, composer, config))
+        self.num_users = self._users.order.num_examples
         self.text_record_sizes = corpus.content.record_sizes if self.has_texts else np.empty(0, np.int64)
         self.steps_per_epoch = steps_per_epoch(self.num_users, config.batch.users)
 
-    @staticmethod
-    def _stream(shards: ShardSet, config: RunConfig) -> tuple[EpochOrder, RecordCache]:
-        window = config.shuffle_records
-        return EpochOrder(shards.record_sizes, config.seed, window), RecordCache(shards, 2 * window)
+    def examples(self, step: int) -> list[list[Examples]]:
+        """Of the users, and of the texts if there are any, what each micro-batch of this rank reads at a step.
 
-    def examples(self, step: int) -> tuple[list[Example], list[Example]]:
-        """The users and the texts that this rank reads at optimizer step `step`: the one rule of who reads what."""
-        order, _ = self._users
-        users = order.range(*self._world.share(*batch_range(step, self.num_users, self._batch.users)))
-        if self._texts is None:
-            return users, []
-        start = step * self._batch.texts
-        return users, self._texts[0].range(*self._world.share(start, start + self._batch.texts))
+        The one rule of who reads what: P parts of about equally many tokens, users and texts together. It is a function
+        of the global batch and of P, so each example of the batch is in one part of one rank.
+        """
+        num_own = self._batch.accumulation
+        loads = np.zeros(num_own * self._world.size, np.int64)
+        found = []
+        for stream in self._streams:
+            whole = stream.read(step)
+            lengths = stream.lengths(whole)
+            part, _ = balance(lengths, len(loads), loads)
+            np.add.at(loads, part, lengths)
+            found.append([whole.take(part == self._world.rank * num_own + own) for own in range(num_own)])
+        return found
 
     def documents(self, step: int) -> tuple[list[Document], list[Document]]:
         """This rank's documents over items and over words of optimizer step `step`."""
-        return self._compose(*self.examples(step))
+        made = [
+            [document for part in parts for document in stream.documents(part)]
+            for stream, parts in zip(self._streams, self.examples(step), strict=True)
+        ]
+        return made[0], made[1] if self.has_texts else []
 
     def describe(self, step: int) -> str:
         """Which examples a step reads on all ranks, for people."""
@@ -106,40 +169,15 @@ class BatchSource:
 
     def make(self, step: int) -> StepBatch:
         """What this rank reads at optimizer step `step`, and what it read it from. For one thread at a time."""
-        users, texts = self.examples(step)
-        items, words = self._compose(users, texts)
-        groups = [self._split(items), self._split(words)] if self.has_texts else [self._split(items)]
+        read = self.examples(step)
+        texts = Examples.concat(read[1]) if self.has_texts else Examples.concat([])
         return StepBatch(
-            [MicroBatch(*collate_groups(parts, self._composer.space)) for parts in zip(*groups, strict=True)],
+            [self._micro_batch(parts) for parts in zip(*read, strict=True)],
             step // self.steps_per_epoch,
-            [self._user_row(example) for example in users],
-            [(example.record, example.index) for example in texts],
+            self._users.rows(Examples.concat(read[0])).tolist(),
+            list(zip(texts.epochs.tolist(), texts.records.tolist(), texts.indexes.tolist(), strict=True)),
         )
 
-    def _compose(self, users: list[Example], texts: list[Example]) -> tuple[list[Document], list[Document]]:
-        return [self._user_document(e) for e in users], [self._text_document(e) for e in texts]
-
-    def _split(self, documents: list[Document]) -> list[list[Document]]:
-        """Micro-batches of about equally many tokens. Sums do not depend on the split."""
-        lengths = np.array([len(document.token_ids) for document in documents], dtype=np.int64)
-        part, _ = balance(lengths, self._batch.accumulation)
-        members = [np.flatnonzero(part == number) for number in range(self._batch.accumulation)]
-        return [[documents[n] for n in numbers] for numbers in members]
-
-    def _user_row(self, example: Example) -> int:
-        return int(self._users[1][example.record]["users"][example.index])
-
-    def _user_document(self, example: Example) -> Document:
-        record = self._users[1][example.record]
-        start, stop = record["train_offsets"][example.index : example.index + 2]
-        return self._document(self._user_row(example), record["train_items"][start:stop], example.epoch)
-
-    def _text_document(self, example: Example) -> Document:
-        assert self._texts is not None
-        record, i = self._texts[1][example.record], example.index
-        start, stop = record["offsets"][i : i + 2]
-        words = record["tokens"][start:stop]
-        unique = (example.record << 20) + i
-        return self._composer.content(
-            int(record["kind"][i]), int(record["users"][i]), int(record["items"][i]), words, example.epoch, unique
-        )
+    def _micro_batch(self, parts: Sequence[Examples]) -> MicroBatch:
+        made = [stream.documents(part) for stream, part in zip(self._streams, parts, strict=True)]
+        return MicroBatch(*collate_groups(made, self._space))

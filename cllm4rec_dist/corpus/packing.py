@@ -9,13 +9,15 @@ LLMs stand in rows of one length, so that the backbone, which they share, runs o
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 FULL = 0.97
 """Least share of real tokens in packed rows, where there are documents enough for it."""
+_STRIDE = 1.05
+"""How much longer than the last length that was tried the next one is at least: trying takes time."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,25 @@ class Packing:
     starts: np.ndarray
 
 
-def balance(lengths: np.ndarray, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+def balance(
+    lengths: np.ndarray, num_parts: int, loads: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Share documents out so that the parts are about equally long: the longest first, each to the shortest part.
 
     Args:
         lengths: int64 [n].
+        loads: int64 [num_parts] that the parts have already.
 
     Returns:
-        The part of each document, and the length of what stands before it in its part; both int64 [n].
+        The part of each document, and what stands before it in its part; both int64 [n].
     """
     part, before, known = [0] * len(lengths), [0] * len(lengths), lengths.tolist()
-    loads = [(0, number) for number in range(num_parts)]
+    heap = [(0, number) for number in range(num_parts)]
+    if loads is not None:
+        heap = sorted(zip(loads.tolist(), range(num_parts), strict=True))
     for document in np.argsort(-lengths, kind="stable").tolist():
-        before[document], part[document] = loads[0]
-        heapq.heapreplace(loads, (before[document] + known[document], part[document]))
+        before[document], part[document] = heap[0]
+        heapq.heapreplace(heap, (before[document] + known[document], part[document]))
     return np.array(part, np.int64), np.array(before, np.int64)
 
 
@@ -60,36 +67,35 @@ def pack(groups: Sequence[np.ndarray]) -> list[Packing]:
     """
     totals = np.array([lengths.sum() for lengths in groups], np.int64)
     longest = max(int(lengths.max(initial=1)) for lengths in groups)
-    best: list[Packing] | None = None
-    for width in _widths(totals, longest):
-        num_rows = np.maximum(1, -(-totals // width))
-        if best is None or width * num_rows.sum() < _num_places(best):
-            found = _lay(groups, num_rows, width)
-            best = found if best is None else min(best, found, key=_num_places)
-            if totals.sum() >= FULL * _num_places(best):
-                break
-    assert best is not None
+    best, tried = _lay(groups, totals, longest), longest
+    widths = _widths(totals, longest)
+    for width in widths:
+        if totals.sum() >= FULL * _num_places(best):
+            break
+        is_due = width >= _STRIDE * tried or width == widths[-1]
+        if is_due and width * _num_rows(totals, width).sum() < _num_places(best):
+            best, tried = min(best, _lay(groups, totals, width), key=_num_places), width
     return best
 
 
-def _widths(totals: np.ndarray, longest: int) -> Iterator[int]:
+def _widths(totals: np.ndarray, longest: int) -> list[int]:
     """Row lengths that fill the rows of at least one group, from the longest document's on upwards."""
     exact = [-(-total // np.arange(1, total // longest + 1)) for total in totals]
-    yield from np.unique(np.concatenate([[longest], *exact])).tolist()
+    return [int(width) for width in np.unique(np.concatenate(exact))]
 
 
-def _lay(groups: Sequence[np.ndarray], num_rows: np.ndarray, width: int) -> list[Packing]:
-    """The groups in so many rows each, of `width` or as much longer as it takes."""
-    rows, before = zip(*map(balance, groups, num_rows.tolist()), strict=True)
+def _num_rows(totals: np.ndarray, width: int) -> np.ndarray:
+    """Least rows of each group."""
+    return np.maximum(1, -(-totals // width))
+
+
+def _lay(groups: Sequence[np.ndarray], totals: np.ndarray, width: int) -> list[Packing]:
+    """Each group in as few rows as `width` allows; they become longer where documents do not come out even."""
+    num_rows = _num_rows(totals, width).tolist()
+    rows, before = zip(*map(balance, groups, num_rows), strict=True)
     width = max(width, *(int((b + n).max(initial=0)) for b, n in zip(before, groups, strict=True)))
-    return [Packing((r, width), row * width + b) for r, row, b in zip(num_rows.tolist(), rows, before, strict=True)]
+    return [Packing((number, width), row * width + b) for number, row, b in zip(num_rows, rows, before, strict=True)]
 
 
 def _num_places(packings: Sequence[Packing]) -> int:
     return sum(packing.shape[0] * packing.shape[1] for packing in packings)
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each start, `length` of them: int64 [sum of lengths]."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)

@@ -1,7 +1,8 @@
 """Documents: a heterogeneous prompt and a homogeneous main text, composed when a batch is made.
 
 Everything that may change between visits (order, masking) or between runs (templates) happens here and not on disk.
-Randomness is a function of (seed, epoch, row), so that a document is the same on whichever rank it is made.
+Randomness is a function of (seed, epoch, row), so that a document is the same on whichever rank it is made. All
+documents of a batch are made at once, by operations on whole arrays.
 
 The documents of the paper, in bracket notation:
 
@@ -9,13 +10,13 @@ The documents of the paper, in bracket notation:
     recommendation  <user_i> has interacted with <the rest>, <user_i> will interact with |     held-out items
     content         <user_i> writes the review for <item_j>: | words ...             every word is predicted
 
-Legend: R rows, L their length, Q places that predict, M targets.
+Legend: n documents, R rows, L their length, Q places that predict, M targets.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.config import MethodConfig
-from cllm4rec_dist.corpus.packing import Packing, pack, ranges
+from cllm4rec_dist.corpus.keyed import keyed_bits, keyed_places, keyed_uniform
+from cllm4rec_dist.corpus.packing import Packing, pack
+from cllm4rec_dist.corpus.ragged import Ragged, ranges
 from cllm4rec_dist.corpus.shards import ContentKind
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 
@@ -36,7 +39,11 @@ CONTENT_PROMPTS = {
     ContentKind.ITEM_DESCRIPTION: "The description of {item} is:",
     ContentKind.USER_PROFILE: "The profile of {user} is:",
 }
-_SLOT = re.compile(r"(\{\w+\})")
+_HISTORY = len(ContentKind)
+"""Number of the template that a history follows; those of texts have the numbers of their kinds."""
+_COLLABORATIVE, _RECOMMENDATION, _CONTENT = range(3)
+"""Streams of documents, and below what is drawn for each document: part of the keys of their random numbers."""
+_ORDER, _SHARE, _MASK, _DROPOUT = range(4)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,36 @@ class Document:
     target_query: np.ndarray
     targets: np.ndarray
     key: int
+
+
+@dataclass(frozen=True)
+class Documents:
+    """n documents, in the form in which they are made: the attributes of `Document`, a row for each.
+
+    Attributes:
+        tokens, queries, target_query, targets: n rows.
+        keys: int64 [n].
+    """
+
+    tokens: Ragged
+    queries: Ragged
+    target_query: Ragged
+    targets: Ragged
+    keys: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self) -> Iterator[Document]:
+        keys = self.keys.tolist()
+        return map(Document, self.tokens, self.queries, self.target_query, self.targets, keys)
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> Documents:
+        """Of single ones."""
+        rows = lambda name: Ragged.from_lists([getattr(document, name) for document in documents], np.int64)  # noqa: E731
+        keys = np.array([document.key for document in documents], np.int64)
+        return cls(rows("token_ids"), rows("queries"), rows("target_query"), rows("targets"), keys)
 
 
 @dataclass(frozen=True)
@@ -92,135 +129,176 @@ class DocumentBatch:
 
 
 class Composer:
-    """Makes documents of corpus examples.
+    """Makes documents of corpus examples, a batch at a time.
 
     Args:
         tokenizer: of the backbone.
         space: its words and the corpus's users and items.
         method: order, target, mask share, longest history.
         seed: of orders, masks and dropout keys.
+
+    Arguments of the methods, for n documents: `users`, `items`, `kinds`: int64 [n] rows or kinds; `histories`, `words`:
+    n rows of items or word ids; `counts`: int64 [n] values of each of them; `epochs`: int64 [n], the visits.
     """
 
     def __init__(self, tokenizer: WordTokenizer, space: TokenSpace, method: MethodConfig, seed: int) -> None:
         self.space, self.method, self.seed = space, method, seed
-        self._collaborative = self._compile(tokenizer, COLLABORATIVE_PROMPT)
-        self._recommendation = self._compile(tokenizer, RECOMMENDATION_PROMPT)
-        self._content = {int(kind): self._compile(tokenizer, text) for kind, text in CONTENT_PROMPTS.items()}
+        begin, end = RECOMMENDATION_PROMPT.split("{items}")
+        assert begin + "{items}" == COLLABORATIVE_PROMPT
+        texts = [CONTENT_PROMPTS[ContentKind(kind)] for kind in range(len(ContentKind))]
+        self._templates = Ragged.from_lists([_compile(tokenizer, text, space) for text in (*texts, begin)], np.int64)
+        self._end = np.array(_encode(tokenizer, end, space), np.int64)
 
-    def _compile(self, tokenizer: WordTokenizer, template: str) -> list[np.ndarray | str]:
-        pieces = [piece for piece in _SLOT.split(template) if piece.strip()]
-        # A byte-level tokenizer keeps the blank before a word in the word; the one after it belongs to the slot.
-        compiled: list[np.ndarray | str] = [np.array(tokenizer.prefix, dtype=np.int64)]
-        for piece in pieces:
-            words = np.array(tokenizer.encode(piece.rstrip(), self.space), dtype=np.int64)
-            compiled.append(piece if _SLOT.fullmatch(piece) else words)
-        return compiled
-
-    def _fill(self, template: list[np.ndarray | str], **slots: np.ndarray) -> np.ndarray:
-        return np.concatenate([slots[piece[1:-1]] if isinstance(piece, str) else piece for piece in template])
-
-    def _user(self, row: int) -> np.ndarray:
-        return np.array([self.space.first_user + row], dtype=np.int64)
-
-    def _random(self, stream: int, epoch: int, row: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, stream, epoch, row])
-
-    def _arrange(self, items: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """The user's items in this visit's order, at most `max_history` of them."""
-        longest = self.method.max_history
-        if self.method.order == "shuffled":
-            return random.permutation(items)[:longest]
-        return items[-longest:]
-
-    def collaborative(self, user: int, items: np.ndarray, epoch: int) -> Document:
+    def collaborative(self, users: np.ndarray, histories: Ragged, epochs: np.ndarray) -> Documents:
         """Item language modeling: every item is predicted, the first one from the prompt's last token."""
-        random = self._random(0, epoch, user)
-        arranged = self._arrange(items.astype(np.int64), random)
-        token_ids = self._fill(self._collaborative, user=self._user(user), items=self.space.first_item + arranged)
-        start = len(token_ids) - len(arranged)
-        queries = np.arange(start - 1, len(token_ids) - 1)
-        return Document(token_ids, queries, np.arange(len(queries)), arranged, _key(random))
+        keys = self._keys(_COLLABORATIVE, epochs, users)
+        return self._predicted(self._prompts(_HISTORY, users), self._arrange(histories, keys), keys, are_items=True)
 
-    def recommendation(self, user: int, items: np.ndarray, epoch: int) -> Document:
+    def collaborative_lengths(self, users: np.ndarray, counts: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """int64 [n] tokens that `collaborative` makes."""
+        return self._templates.lengths[_HISTORY] + np.minimum(counts, self.method.max_history)
+
+    def recommendation(self, users: np.ndarray, histories: Ragged, epochs: np.ndarray) -> Documents:
         """Multinomial finetuning: a random share of the items is masked and predicted from the last position.
 
         At least one item is masked; at least one is shown where the user has two or more.
         """
-        random = self._random(1, epoch, user)
-        arranged = self._arrange(items.astype(np.int64), random)
-        share = random.uniform(*self.method.mask_share)
-        num_masked = min(max(1, round(share * len(arranged))), max(1, len(arranged) - 1))
-        masked = np.zeros(len(arranged), dtype=bool)
-        masked[random.choice(len(arranged), num_masked, replace=False)] = True
-        targets = arranged[masked] if self.method.target == "held_out" else arranged
-        return self._recommend(user, arranged[~masked], targets, _key(random))
+        keys = self._keys(_RECOMMENDATION, epochs, users)
+        arranged = self._arrange(histories, keys)
+        num_masked = self._num_masked(keys, arranged.lengths)
+        masked = keyed_places(keyed_bits(keys, _MASK), arranged.lengths) < np.repeat(num_masked, arranged.lengths)
+        targets = arranged.keep(masked) if self.method.target == "held_out" else arranged
+        return self._recommended(users, arranged.keep(~masked), targets, keys)
 
-    def prediction(self, user: int, items: np.ndarray) -> Document:
+    def recommendation_lengths(self, users: np.ndarray, counts: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """int64 [n] tokens that `recommendation` makes."""
+        counts = np.minimum(counts, self.method.max_history)
+        num_shown = counts - self._num_masked(self._keys(_RECOMMENDATION, epochs, users), counts)
+        return self._templates.lengths[_HISTORY] + num_shown + len(self._end)
+
+    def prediction(self, users: np.ndarray, histories: Ragged) -> Documents:
         """The same prompt over the whole history, in stored order, with nothing to predict but from its end."""
-        return self._recommend(user, items.astype(np.int64)[-self.method.max_history :], np.empty(0, np.int64), 0)
+        nothing = Ragged.from_lengths(np.zeros(len(users), np.int64), np.empty(0, np.int64))
+        shown = histories.last(self.method.max_history)
+        return self._recommended(users, shown, nothing, np.zeros(len(users), np.uint64))
 
-    def _recommend(self, user: int, shown: np.ndarray, targets: np.ndarray, key: int) -> Document:
-        token_ids = self._fill(self._recommendation, user=self._user(user), items=self.space.first_item + shown)
-        return Document(token_ids, np.array([len(token_ids) - 1]), np.zeros(len(targets), np.int64), targets, key)
+    def content(
+        self, kinds: np.ndarray, users: np.ndarray, items: np.ndarray, words: Ragged, epochs: np.ndarray,
+        numbers: np.ndarray,
+    ) -> Documents:  # fmt: skip
+        """Language modeling of texts about a user, an item or both; `numbers`: int64 [n] that tell texts apart."""
+        keys = self._keys(_CONTENT, epochs, numbers)
+        return self._predicted(self._prompts(kinds, users, items), words, keys, are_items=False)
 
-    def content(self, kind: int, user: int, item: int, words: np.ndarray, epoch: int, example: int) -> Document:
-        """Language modeling of a text about a user, an item or both."""
-        item_token = np.array([self.space.first_item + item], dtype=np.int64)
-        prompt = self._fill(self._content[kind], user=self._user(user), item=item_token)
-        token_ids = np.concatenate([prompt, words.astype(np.int64)])
-        queries = np.arange(len(prompt) - 1, len(token_ids) - 1)
-        return Document(token_ids, queries, np.arange(len(queries)), words, _key(self._random(2, epoch, example)))
+    def content_lengths(self, kinds: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """int64 [n] tokens that `content` makes."""
+        return self._templates.lengths[kinds] + counts
+
+    def _keys(self, stream: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return keyed_bits(self.seed, stream, epochs, rows)
+
+    def _num_masked(self, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        low, high = self.method.mask_share
+        share = low + (high - low) * keyed_uniform(keys, _SHARE)
+        return np.clip(np.rint(share * counts).astype(np.int64), 1, np.maximum(1, counts - 1))
+
+    def _arrange(self, histories: Ragged, keys: np.ndarray) -> Ragged:
+        """The users' items in this visit's order, at most `max_history` of each."""
+        longest = self.method.max_history
+        if self.method.order == "fixed":
+            return histories.last(longest)
+        places = keyed_places(keyed_bits(keys, _ORDER), histories.lengths)
+        shuffled = np.empty_like(histories.values)
+        shuffled[places + np.repeat(histories.offsets[:-1], histories.lengths)] = histories.values
+        return Ragged(histories.offsets, shuffled).last(longest)
+
+    def _prompts(self, templates: int | np.ndarray, users: np.ndarray, items: np.ndarray | None = None) -> Ragged:
+        """Templates with their users and items put in."""
+        return self._about(self._templates.take(np.broadcast_to(templates, len(users))), users, items)
+
+    def _about(self, prompts: Ragged, users: np.ndarray, items: np.ndarray | None = None) -> Ragged:
+        """Prompts about user 0 and item 0 -> the same about others."""
+        tokens, rows = prompts.values, prompts.rows
+        tokens = tokens + np.where(tokens == self.space.first_user, users[rows], 0)
+        if items is not None:
+            tokens += np.where(prompts.values == self.space.first_item, items[rows], 0)
+        return Ragged(prompts.offsets, tokens)
+
+    def _predicted(self, prompts: Ragged, main: Ragged, keys: np.ndarray, *, are_items: bool) -> Documents:
+        """Prompts and main texts of which every token is predicted from the one before it."""
+        tokens = main.values.astype(np.int64) + (self.space.first_item if are_items else 0)
+        each = lambda starts: Ragged(main.offsets, ranges(starts, main.lengths))  # noqa: E731
+        return Documents(
+            Ragged.beside([prompts, Ragged(main.offsets, tokens)]), each(prompts.lengths - 1),
+            each(np.zeros(len(main), np.int64)), main, _dropout_keys(keys),
+        )  # fmt: skip
+
+    def _recommended(self, users: np.ndarray, shown: Ragged, targets: Ragged, keys: np.ndarray) -> Documents:
+        """Everything is predicted from the last token."""
+        items = Ragged(shown.offsets, shown.values.astype(np.int64) + self.space.first_item)
+        ends = Ragged.from_lengths(np.full(len(users), len(self._end)), np.tile(self._end, len(users)))
+        tokens = Ragged.beside([self._prompts(_HISTORY, users), items, self._about(ends, users)])
+        queries = Ragged(np.arange(len(users) + 1), tokens.lengths - 1)
+        first = Ragged(targets.offsets, np.zeros_like(targets.values))
+        return Documents(tokens, queries, first, targets, _dropout_keys(keys))
 
 
-def _key(random: np.random.Generator) -> int:
-    return int(random.integers(1 << 62))
+def _compile(tokenizer: WordTokenizer, template: str, space: TokenSpace) -> list[int]:
+    """A prompt's tokens about user 0 and item 0, with what the backbone expects at the start of a sequence."""
+    return [*tokenizer.prefix, *_encode(tokenizer, template, space)]
 
 
-def collate(documents: Sequence[Document], space: TokenSpace) -> DocumentBatch:
+def _encode(tokenizer: WordTokenizer, template: str, space: TokenSpace) -> list[int]:
+    # A byte-level tokenizer keeps the blank before a word in the word; the one before a slot belongs to the slot.
+    bare = re.sub(r" (?=\{|$)", "", template)
+    return tokenizer.encode(bare.format(user="<user_0>", item="<item_0>"), space)
+
+
+def _dropout_keys(keys: np.ndarray) -> np.ndarray:
+    return (keyed_bits(keys, _DROPOUT) >> np.uint64(2)).astype(np.int64)
+
+
+def collate(documents: Documents | Sequence[Document], space: TokenSpace) -> DocumentBatch:
     """Pack documents into one batch."""
-    return collate_groups([documents], space)[0]
+    return collate_groups([documents if isinstance(documents, Documents) else Documents.of(documents)], space)[0]
 
 
-def collate_groups(groups: Sequence[Sequence[Document]], space: TokenSpace) -> list[DocumentBatch]:
+def collate_groups(groups: Sequence[Documents], space: TokenSpace) -> list[DocumentBatch]:
     """Pack each group of documents into a batch of its own, all with rows of one length L.
 
     A group without documents gives one row of padding that predicts nothing, because every rank must run every forward.
     """
-    packings = pack([np.array([len(d.token_ids) for d in documents], dtype=np.int64) for documents in groups])
+    packings = pack([documents.tokens.lengths for documents in groups])
     return [_place(documents, packing, space) for documents, packing in zip(groups, packings, strict=True)]
 
 
-def _place(documents: Sequence[Document], packing: Packing, space: TokenSpace) -> DocumentBatch:
+def _place(documents: Documents, packing: Packing, space: TokenSpace) -> DocumentBatch:
     """The documents at their places as tensors."""
-    lengths = np.array([len(d.token_ids) for d in documents], dtype=np.int64)
-    places, within = ranges(packing.starts, lengths), ranges(np.zeros_like(lengths), lengths)
-    size = packing.shape[0] * packing.shape[1]
-    tokens, keys = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    positions = np.zeros(size, np.int64)  # each place that is left is a document of one token, which nobody reads
-    if len(documents):
-        tokens[places] = np.concatenate([d.token_ids for d in documents])
-        positions[places] = within
-        keys[places] = np.repeat([d.key for d in documents], lengths)
+    lengths = documents.tokens.lengths
+    places = ranges(packing.starts, lengths)
+    tokens, positions, keys = np.zeros((3, packing.shape[0] * packing.shape[1]), np.int64)
+    # Each place that is left is a document of one token, which nobody reads.
+    tokens[places] = documents.tokens.values
+    positions[places] = ranges(np.zeros_like(lengths), lengths)
+    keys[places] = np.repeat(documents.keys, lengths)
     is_item = tokens >= space.first_item
     is_user = (tokens >= space.first_user) & ~is_item
-    num_queries = np.array([len(d.queries) for d in documents], dtype=np.int64)
-    num_targets = np.array([len(d.targets) for d in documents], dtype=np.int64)
+    as_tensor = lambda values: torch.from_numpy(np.ascontiguousarray(values, np.int64))  # noqa: E731
     return DocumentBatch(
-        word_ids=torch.from_numpy(np.where(is_user | is_item, 0, tokens).reshape(packing.shape)),
-        positions=torch.from_numpy(positions.reshape(packing.shape)),
-        keys=torch.from_numpy(keys.reshape(packing.shape)),
-        user_places=torch.from_numpy(np.flatnonzero(is_user)),
-        user_ids=torch.from_numpy(tokens[is_user] - space.first_user),
-        item_places=torch.from_numpy(np.flatnonzero(is_item)),
-        item_ids=torch.from_numpy(tokens[is_item] - space.first_item),
-        query_places=_join([d.queries for d in documents], packing.starts, num_queries),
-        target_query=_join([d.target_query for d in documents], np.cumsum(num_queries) - num_queries, num_targets),
-        targets=_join([d.targets for d in documents], np.zeros_like(num_targets), num_targets),
+        word_ids=as_tensor(np.where(is_user | is_item, 0, tokens).reshape(packing.shape)),
+        positions=as_tensor(positions.reshape(packing.shape)),
+        keys=as_tensor(keys.reshape(packing.shape)),
+        user_places=as_tensor(np.flatnonzero(is_user)),
+        user_ids=as_tensor(tokens[is_user] - space.first_user),
+        item_places=as_tensor(np.flatnonzero(is_item)),
+        item_ids=as_tensor(tokens[is_item] - space.first_item),
+        query_places=as_tensor(_shifted(documents.queries, packing.starts)),
+        target_query=as_tensor(_shifted(documents.target_query, documents.queries.offsets[:-1])),
+        targets=as_tensor(documents.targets.values),
         num_tokens=int(lengths.sum()),
     )
 
 
-def _join(parts: list[np.ndarray], shifts: np.ndarray, lengths: np.ndarray) -> Tensor:
-    """All parts in a row, each shifted by its own number."""
-    joined = np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
-    return torch.from_numpy(joined + np.repeat(shifts, lengths))
+def _shifted(lists: Ragged, shifts: np.ndarray) -> np.ndarray:
+    """The values of all lists, those of each shifted by its own number."""
+    return lists.values + np.repeat(shifts, lists.lengths)

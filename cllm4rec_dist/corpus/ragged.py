@@ -66,9 +66,18 @@ class Ragged:
     def take(self, rows: np.ndarray | Sequence[int]) -> Ragged:
         """The given rows in the given order; a row may come more than once."""
         rows = np.asarray(rows, dtype=np.int64)
-        lengths = self.lengths[rows]
-        starts = self.offsets[rows] - np.cumsum(lengths) + lengths
-        return self.from_lengths(lengths, self.values[np.repeat(starts, lengths) + np.arange(lengths.sum())])
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        return self.from_lengths(lengths, self.values[ranges(starts, lengths)])
+
+    def keep(self, wanted: np.ndarray) -> Ragged:
+        """The same rows with only the wanted values in them; bool [M]."""
+        return self.from_lengths(np.bincount(self.rows[wanted], minlength=len(self)), self.values[wanted])
+
+    def last(self, count: int) -> Ragged:
+        """The last `count` values of each row, or all it has."""
+        lengths = np.minimum(self.lengths, count)
+        return self.from_lengths(lengths, self.values[ranges(self.offsets[1:] - lengths, lengths)])
 
     def slice(self, start: int, stop: int) -> Ragged:
         """Rows [start, stop) without a copy of the values; `stop` may lie behind the end."""
@@ -80,3 +89,19 @@ class Ragged:
         """The rows of all parts, one part after the other; at least one part."""
         lengths = np.concatenate([part.lengths for part in parts])
         return cls.from_lengths(lengths, np.concatenate([part.values for part in parts]))
+
+    @classmethod
+    def beside(cls, parts: Sequence[Ragged]) -> Ragged:
+        """Row n of all parts one behind the other, for each n; at least one part, all with as many rows."""
+        lengths = np.stack([part.lengths for part in parts])
+        joined = cls.from_lengths(lengths.sum(0), np.empty(lengths.sum(), parts[0].values.dtype))
+        starts = joined.offsets[:-1] + np.cumsum(lengths, axis=0) - lengths
+        for part, start in zip(parts, starts, strict=True):
+            joined.values[ranges(start, part.lengths)] = part.values
+        return joined
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each start, `length` of them: int64 [sum of lengths]."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)

@@ -30,7 +30,7 @@ import io
 import logging
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Self
 
 import fsspec
@@ -78,8 +78,8 @@ class ShardSet:
         """R."""
         return len(self.record_sizes)
 
-    def read_record(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays of a record by name (`users`, `train_offsets`, ...).
+    def read_record(self, index: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of a record by name (`users`, `train_offsets`, ...), or only those of the given names.
 
         Safe to call from several threads and after a fork: no open file is kept.
 
@@ -95,10 +95,11 @@ class ShardSet:
         spans = self._indexes[shard][index - int(self._ends[shard])]
         try:
             with as_os_errors(), self._fs.open(path, "rb") as file:
-                arrays = {name: _read_array(file, span) for name, span in spans.items()}
+                wanted = spans if names is None else {name: spans[name] for name in names if name in spans}
+                arrays = {name: _read_array(file, span) for name, span in wanted.items()}
         except OSError as error:
             raise CorpusError(f"{path} record {index}", str(error), "cannot be read", _REBUILD) from error
-        self._check(arrays, index, path, self._entries[shard].kind)
+        self._check(arrays, index, path, self._entries[shard].kind, names)
         return arrays
 
     def _scan(self, path: str, num_records: int) -> list[dict[str, _Span]]:
@@ -117,13 +118,18 @@ class ShardSet:
             raise CorpusError(path, len(records), f"records, but the manifest says {num_records}", _REBUILD)
         return list(records.values())
 
-    def _check(self, arrays: dict[str, np.ndarray], index: int, path: str, kind: str) -> None:
+    def _check(
+        self, arrays: dict[str, np.ndarray], index: int, path: str, kind: str, names: Collection[str] | None
+    ) -> None:
         expected = int(self.record_sizes[index])
         where = f"{path} record {index}"
-        if "users" not in arrays or len(arrays["users"]) != expected:
+        columns, lists = _LAYOUT[kind]
+        if names is not None:
+            columns = tuple(name for name in columns if name in names)
+            lists = {offsets: values for offsets, values in lists.items() if offsets in names}
+        if "users" in columns and len(arrays.get("users", ())) != expected:
             found = len(arrays.get("users", ()))
             raise CorpusError(where, found, f"examples, but the manifest says {expected}", _REBUILD)
-        columns, lists = _LAYOUT[kind]
         missing = {*columns, *lists, *lists.values()} - arrays.keys()
         if missing:
             raise CorpusError(where, sorted(missing), "are missing", _REBUILD)

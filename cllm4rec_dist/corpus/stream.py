@@ -1,44 +1,62 @@
-"""Which example comes when, and on which rank.
+"""Which example comes when, and where its data are.
 
 The order of an epoch is a function of (seed, epoch) alone: records are permuted, and the examples of `window` records
-in a row are mixed with each other. A global batch is a range of positions in that order, and each rank takes its
-contiguous part of the range. So every rank makes the same number of steps, every example comes exactly once an epoch
-(the last batch of an epoch may be short), and the position is known from the number of completed optimizer steps: it
-resumes anywhere, at any world size, with no state of its own. WebDataset's own splitting of shards over ranks gives
-unequal steps, on which ZeRO-3 hangs.
+in a row are mixed with each other. A global batch is a range of positions in that order. So every rank makes the same
+number of steps, every example comes exactly once an epoch (the last batch of an epoch may be short), and the position
+is known from the number of completed optimizer steps: it resumes anywhere, at any world size, with no state of its own.
+WebDataset's own splitting of shards over ranks gives unequal steps, on which ZeRO-3 hangs. Who reads which examples of
+a global batch is left to `batches.py`.
 
-Records are read at random from the shards and the last few are kept decoded; what a batch needs is read ahead of the
-step by `ahead`.
+Records are read a window at a time and laid end to end, so that a batch is cut out of them by operations on whole
+arrays; it is made ahead of the step by `ahead`.
+
+Legend: R records, n examples.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ShardSet
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Example:
-    """A place in the corpus.
+class Examples:
+    """Places in the corpus, in the order of the stream; all int64 [n].
 
     Attributes:
-        record: index of the record.
-        index: of the example in its record.
-        epoch: visit, from 0.
+        records: index of each one's record.
+        indexes: of each in its record.
+        epochs: visit, from 0.
+        windows: window of the stream, counted on through the epochs.
     """
 
-    record: int
-    index: int
-    epoch: int
+    records: np.ndarray
+    indexes: np.ndarray
+    epochs: np.ndarray
+    windows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def take(self, which: np.ndarray | slice) -> Examples:
+        """Some of them, by index or mask."""
+        return Examples(self.records[which], self.indexes[which], self.epochs[which], self.windows[which])
+
+    @classmethod
+    def concat(cls, parts: Sequence[Examples]) -> Examples:
+        """All parts, one behind the other; none at all is fine."""
+        empty = np.empty((4, 0), np.int64)
+        return cls(*np.concatenate([empty, *([p.records, p.indexes, p.epochs, p.windows] for p in parts)], axis=1))
 
 
 class EpochOrder:
@@ -54,58 +72,119 @@ class EpochOrder:
         assert len(record_sizes)
         assert record_sizes.min() > 0
         self._sizes, self._seed, self._window = record_sizes, seed, window
+        self._num_windows = -(-len(record_sizes) // window)
         self.num_examples = int(record_sizes.sum())
-        self._window_cache: tuple[tuple[int, int], np.ndarray] | None = None
+        self._kept_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._kept_window: tuple[int, Examples] | None = None
 
-    def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Records in the epoch's order [R], and the position at which each window starts."""
-        records = np.random.default_rng([self._seed, 10, epoch]).permutation(len(self._sizes))
-        ends = np.cumsum(self._sizes[records])
-        return records, np.concatenate([[0], ends[self._window - 1 :: self._window], ends[-1:]])
+    def records(self, window: int) -> np.ndarray:
+        """Records of a window of the stream, in the order of the corpus."""
+        epoch, within = divmod(window, self._num_windows)
+        return np.sort(self._epoch(epoch)[0][within * self._window : (within + 1) * self._window])
 
-    def _mixed(self, epoch: int, window: int, records: np.ndarray) -> np.ndarray:
-        """[examples of the window, 2] pairs of record and index, in the epoch's order."""
-        if self._window_cache is None or self._window_cache[0] != (epoch, window):
-            members = records[window * self._window : (window + 1) * self._window]
-            pairs = np.concatenate(
-                [np.stack([np.full(n, r), np.arange(n)], 1) for r, n in zip(members, self._sizes[members], strict=True)]
-            )
-            self._window_cache = (
-                (epoch, window),
-                np.random.default_rng([self._seed, 11, epoch, window]).permutation(pairs),
-            )
-        return self._window_cache[1]
-
-    def range(self, start: int, stop: int) -> list[Example]:
+    def range(self, start: int, stop: int) -> Examples:
         """Examples at positions [start, stop); positions go on through the epochs."""
-        found: list[Example] = []
+        found: list[Examples] = []
         while start < stop:
             epoch, offset = divmod(start, self.num_examples)
-            records, starts = self._windows(epoch)
-            window = int(np.searchsorted(starts, offset, side="right")) - 1
-            pairs = self._mixed(epoch, window, records)
-            first = offset - int(starts[window])
-            taken = pairs[first : first + stop - start]
-            found += [Example(int(record), int(index), epoch) for record, index in taken]
+            _, starts = self._epoch(epoch)
+            within = int(np.searchsorted(starts, offset, side="right")) - 1
+            first = offset - int(starts[within])
+            taken = self._mixed(epoch * self._num_windows + within).take(slice(first, first + stop - start))
+            found.append(taken)
             start += len(taken)
-        return found
+        return Examples.concat(found)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Records in the epoch's order [R], and the position at which each window starts."""
+        if self._kept_epoch is None or self._kept_epoch[0] != epoch:
+            records = np.random.default_rng([self._seed, 10, epoch]).permutation(len(self._sizes))
+            ends = np.cumsum(self._sizes[records])
+            starts = np.concatenate([[0], ends[self._window - 1 :: self._window], ends[-1:]])
+            self._kept_epoch = (epoch, records, starts)
+        return self._kept_epoch[1:]
+
+    def _mixed(self, window: int) -> Examples:
+        """All examples of a window, in the epoch's order."""
+        if self._kept_window is None or self._kept_window[0] != window:
+            epoch, within = divmod(window, self._num_windows)
+            lists = Ragged.from_lists([np.arange(self._sizes[record]) for record in self.records(window)])
+            order = np.random.default_rng([self._seed, 11, epoch, within]).permutation(len(lists.values))
+            records, same = self.records(window)[lists.rows], np.ones_like(order)
+            self._kept_window = window, Examples(records, lists.values, epoch * same, window * same).take(order)
+        return self._kept_window[1]
 
 
-class RecordCache:
-    """Decoded records, the most recently used `capacity` of them."""
+@dataclass(frozen=True)
+class _Window:
+    """Records of a window, laid end to end.
 
-    def __init__(self, shards: ShardSet, capacity: int) -> None:
-        self._shards, self._capacity = shards, capacity
-        self._records: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+    Attributes:
+        records, firsts: int64 [r] each record and the row of its first example.
+        columns: a value for each example, by name.
+        lists: a list for each example.
+    """
 
-    def __getitem__(self, record: int) -> dict[str, np.ndarray]:
-        if record in self._records:
-            self._records.move_to_end(record)
-        else:
-            self._records[record] = self._shards.read_record(record)
-            if len(self._records) > self._capacity:
-                self._records.popitem(last=False)
-        return self._records[record]
+    records: np.ndarray
+    firsts: np.ndarray
+    columns: dict[str, np.ndarray]
+    lists: Ragged
+
+    def rows(self, examples: Examples) -> np.ndarray:
+        return self.firsts[np.searchsorted(self.records, examples.records)] + examples.indexes
+
+
+class WindowCache:
+    """The data of examples, read a window at a time. As many windows are kept decoded as a batch was seen to lie in.
+
+    Args:
+        shards: what is read.
+        order: the stream's.
+        columns: names of arrays that have a value for each example.
+        lists: names of the arrays that hold offsets and values of a list for each example.
+    """
+
+    def __init__(self, shards: ShardSet, order: EpochOrder, columns: Sequence[str], lists: tuple[str, str]) -> None:
+        self._shards, self._order, self._columns, self._lists = shards, order, columns, lists
+        self._windows: OrderedDict[bytes, _Window] = OrderedDict()
+        self._capacity = 1
+
+    def columns(self, examples: Examples) -> dict[str, np.ndarray]:
+        """A value of each example by the name of its column, and int64 `length`s of their lists."""
+        found: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int64)] for name in (*self._columns, "length")}
+        for window, rows in self._located(examples):
+            for name, column in window.columns.items():
+                found[name].append(column[rows])
+            found["length"].append(window.lists.lengths[rows])
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def lists(self, examples: Examples) -> Ragged:
+        """The list of each example."""
+        return Ragged.concat([Ragged.from_lists([]), *(w.lists.take(rows) for w, rows in self._located(examples))])
+
+    def _located(self, examples: Examples) -> Iterator[tuple[_Window, np.ndarray]]:
+        """The windows that examples lie in, in their order, and the rows of their examples."""
+        numbers = np.unique(examples.windows).tolist()
+        self._capacity = max(self._capacity, len(numbers))
+        for number in numbers:
+            window = self._read(self._order.records(number))
+            yield window, window.rows(examples.take(examples.windows == number))
+
+    def _read(self, records: np.ndarray) -> _Window:
+        key = records.tobytes()
+        if key not in self._windows:
+            offsets, values = self._lists
+            found = [self._shards.read_record(int(r), {*self._columns, offsets, values}) for r in records]
+            sizes = np.array([len(record[offsets]) - 1 for record in found])
+            self._windows[key] = _Window(
+                records, np.cumsum(sizes) - sizes,
+                {name: np.concatenate([record[name] for record in found]) for name in self._columns},
+                Ragged.concat([Ragged(record[offsets], record[values]) for record in found]),
+            )  # fmt: skip
+            if len(self._windows) > self._capacity:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end(key)
+        return self._windows[key]
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

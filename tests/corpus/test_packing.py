@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm4rec_dist.corpus.packing import FULL, balance, pack, ranges
+from cllm4rec_dist.corpus.packing import FULL, balance, pack
+from cllm4rec_dist.corpus.ragged import ranges
 
 patient = settings(deadline=None, max_examples=150)
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=80).map(lambda found: np.array(found, dtype=np.int64))
@@ -72,6 +73,16 @@ def test_parts_differ_by_less_than_one_document(lengths: np.ndarray, num_parts: 
         own = np.flatnonzero(part == number)
         order = own[np.argsort(before[own])]
         assert before[order].tolist() == (np.cumsum(lengths[order]) - lengths[order]).tolist()
+
+
+@patient
+@given(lengths=LENGTHS, loads=st.lists(st.integers(0, 500), min_size=1, max_size=9))
+def test_parts_that_have_something_already_get_less(lengths: np.ndarray, loads: list[int]) -> None:
+    part, before = balance(lengths, len(loads), np.array(loads))
+    total = np.bincount(part, lengths, len(loads)) + loads
+    got = np.bincount(part, minlength=len(loads)) > 0
+    assert total[got].max() - total.min() <= lengths.max()
+    assert (before >= np.array(loads)[part]).all()
 
 
 def test_rows_stay_near_the_longest_document() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cllm4rec_dist.config import MethodConfig
-from cllm4rec_dist.corpus.prompts import Composer, Document, collate
+from cllm4rec_dist.corpus.prompts import Composer, Document, Documents, collate, collate_groups
+from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ContentKind
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.model.tiny import train_tokenizer
@@ -19,8 +20,40 @@ SPACE = TokenSpace(num_words=len(TOKENIZER), num_users=30, num_items=100)
 ITEMS = np.array([7, 3, 99, 12, 41, 0, 25, 64], dtype=np.int32)
 
 
-def composer(seed: int = 0, **method: Any) -> Composer:
-    return Composer(TOKENIZER, SPACE, MethodConfig(**method), seed)
+class Single:
+    """Documents one at a time, each as a batch of its own."""
+
+    def __init__(self, made: Composer) -> None:
+        self.all = made
+
+    def collaborative(self, user: int, items: np.ndarray, epoch: int) -> Document:
+        return one(self.all.collaborative(array(user), Ragged.from_lists([items]), array(epoch)))
+
+    def recommendation(self, user: int, items: np.ndarray, epoch: int) -> Document:
+        return one(self.all.recommendation(array(user), Ragged.from_lists([items]), array(epoch)))
+
+    def prediction(self, user: int, items: np.ndarray) -> Document:
+        return one(self.all.prediction(array(user), Ragged.from_lists([items])))
+
+    def content(self, kind: int, user: int, item: int, words: np.ndarray, epoch: int, example: int) -> Document:
+        return one(
+            self.all.content(
+                array(kind), array(user), array(item), Ragged.from_lists([words]), array(epoch), array(example)
+            )
+        )
+
+
+def one(documents: Documents) -> Document:
+    (document,) = documents
+    return document
+
+
+def array(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def composer(seed: int = 0, **method: Any) -> Single:
+    return Single(Composer(TOKENIZER, SPACE, MethodConfig(**method), seed))
 
 
 def text_of(document: Document) -> str:
@@ -180,10 +213,85 @@ def test_dropout_keys_differ_between_visits_documents_and_kinds() -> None:
     assert all(0 <= key < 1 << 62 for key in keys)
 
 
+def some_histories(count: int = 60) -> Ragged:
+    random = np.random.default_rng(0)
+    return Ragged.from_lists([random.permutation(100)[: random.integers(1, 40)] for _ in range(count)])
+
+
+@pytest.mark.parametrize("order", ["fixed", "shuffled"])
+@pytest.mark.parametrize("target", ["held_out", "all"])
+def test_documents_of_a_batch_are_those_made_alone(order: str, target: str) -> None:
+    made = composer(order=order, target=target, max_history=30)
+    histories, random = some_histories(), np.random.default_rng(1)
+    users, items, epochs = (random.integers(0, 30, 60) for _ in range(3))
+    kinds = random.integers(0, 4, 60)
+    alone = [(int(u), h, int(e)) for u, h, e in zip(users, histories, epochs, strict=True)]
+    batches = {
+        "collaborative": [made.collaborative(*one) for one in alone],
+        "recommendation": [made.recommendation(*one) for one in alone],
+        "prediction": [made.prediction(u, h) for u, h, _ in alone],
+        "content": [
+            made.content(int(k), u, int(i), h, e, 7 * n)
+            for n, ((u, h, e), k, i) in enumerate(zip(alone, kinds, items, strict=True))
+        ],
+    }
+    together = {
+        "collaborative": made.all.collaborative(users, histories, epochs),
+        "recommendation": made.all.recommendation(users, histories, epochs),
+        "prediction": made.all.prediction(users, histories),
+        "content": made.all.content(kinds, users, items, histories, epochs, 7 * np.arange(60)),
+    }
+    for name, documents in together.items():
+        assert len(documents) == 60
+        for got, wanted in zip(documents, batches[name], strict=True):
+            for field, value in vars(wanted).items():
+                np.testing.assert_array_equal(getattr(got, field), value, err_msg=f"{name} {field}")
+    counts = histories.lengths
+    lengths = {
+        "collaborative": made.all.collaborative_lengths(users, counts, epochs),
+        "recommendation": made.all.recommendation_lengths(users, counts, epochs),
+        "content": made.all.content_lengths(kinds, counts),
+    }
+    for name, known in lengths.items():
+        assert known.tolist() == together[name].tokens.lengths.tolist(), name
+
+
+def test_every_order_and_every_mask_is_equally_likely() -> None:
+    count = 24_000
+    histories = Ragged.from_lengths(np.full(count, 4), np.tile(np.arange(4), count))
+    users, epochs = np.arange(count) % 30, np.arange(count) // 30
+    made = composer(mask_share=0.5).all
+    orders = made.collaborative(users, histories, epochs).targets.values.reshape(count, 4)
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(counts) == 24
+    expected = count / 24
+    # Five standard deviations of a fair draw.
+    assert abs(counts - expected).max() < 5 * expected**0.5
+    again = orders[:-30] == orders[30:]  # a user's next visit
+    assert again.mean() == pytest.approx(1 / 4, abs=5 * (3 / 16 / again.size) ** 0.5)
+
+    masks = np.sort(made.recommendation(users, histories, epochs).targets.values.reshape(count, 2), axis=1)
+    _, counts = np.unique(masks, axis=0, return_counts=True)
+    assert len(counts) == 6
+    assert abs(counts - count / 6).max() < 5 * (count / 6) ** 0.5
+    shown = made.recommendation(users, histories, epochs).tokens.values.reshape(count, -1) - SPACE.first_item
+    shown = shown[shown >= 0].reshape(count, 2)
+    assert (shown[:, 0] < shown[:, 1]).mean() == pytest.approx(0.5, abs=5 * (0.25 / count) ** 0.5)
+
+
+def test_masked_shares_are_uniform() -> None:
+    count = 20_000
+    histories = Ragged.from_lengths(np.full(count, 100), np.tile(np.arange(100), count))
+    made = composer(mask_share=(0.2, 0.6)).all
+    share = made.recommendation(np.zeros(count, np.int64), histories, np.arange(count)).targets.lengths / 100
+    assert share.mean() == pytest.approx(0.4, abs=5 * 0.4 / (12 * count) ** 0.5)
+    assert share.std() == pytest.approx(0.4 / 12**0.5, rel=0.03)
+
+
 def test_a_prefix_that_the_backbone_expects_comes_first() -> None:
     tokenizer = WordTokenizer(train_tokenizer(["the quiet trail", "blue espresso"], 320))
     tokenizer.prefix = [0]
-    made = Composer(tokenizer, SPACE, MethodConfig(order="fixed"), 0)
+    made = Single(Composer(tokenizer, SPACE, MethodConfig(order="fixed"), 0))
     bare = composer(order="fixed")
     for name in ("collaborative", "recommendation"):
         document, without = getattr(made, name)(4, ITEMS, 0), getattr(bare, name)(4, ITEMS, 0)
@@ -234,6 +342,23 @@ def test_collate_of_no_document_is_one_padding_token_that_predicts_nothing() -> 
     for name in ("user_ids", "item_ids", "query_places", "target_query", "targets", "user_places"):
         assert len(getattr(batch, name)) == 0, name
     assert batch.keys.tolist() == batch.positions.tolist() == [[0]]
+
+
+def test_groups_have_rows_of_one_length_and_hold_what_they_hold_alone() -> None:
+    made = composer().all
+    users, histories = np.arange(30), some_histories(30)
+    items = made.collaborative(users, histories, users)
+    words = made.content(users[:4], users[:4], users[:4], histories.take(np.arange(4)), users[:4], users[:4])
+    groups = collate_groups([items, words, Documents.of([])], SPACE)
+    assert len({group.word_ids.shape[1] for group in groups}) == 1
+    assert groups[2].word_ids.shape[0] == 1
+    assert [group.num_tokens for group in groups] == [len(items.tokens.values), len(words.tokens.values), 0]
+    for group, documents in zip(groups, (items, words), strict=False):
+        alone = collate(documents, SPACE)
+        for name in ("targets", "target_query"):
+            assert torch.equal(getattr(group, name), getattr(alone, name))
+        for name in ("user_ids", "item_ids"):
+            assert torch.equal(getattr(group, name).sort().values, getattr(alone, name).sort().values)
 
 
 def test_a_batch_moves_with_every_tensor() -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cllm4rec_dist.corpus.stream import EpochOrder, Example, RecordCache, ahead, batch_range, steps_per_epoch
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.corpus.stream import EpochOrder, Examples, WindowCache, ahead, batch_range, steps_per_epoch
 
 patient = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 """A loaded machine is no failure."""
@@ -29,8 +27,12 @@ def order(sizes: list[int], seed: int, window: int) -> EpochOrder:
     return EpochOrder(np.array(sizes, dtype=np.int64), seed, window)
 
 
-def places(examples: list[Example]) -> list[tuple[int, int]]:
-    return [(example.record, example.index) for example in examples]
+def places(examples: Examples) -> list[tuple[int, int]]:
+    return list(zip(examples.records.tolist(), examples.indexes.tolist(), strict=True))
+
+
+def visits(examples: Examples) -> list[tuple[int, int, int]]:
+    return [(epoch, *place) for epoch, place in zip(examples.epochs.tolist(), places(examples), strict=True)]
 
 
 @patient
@@ -42,23 +44,10 @@ def test_every_epoch_visits_each_example_exactly_once(sizes: list[int], seed: in
     for epoch in range(3):
         examples = stream.range(epoch * len(everything), (epoch + 1) * len(everything))
         assert Counter(places(examples)) == Counter(everything)
-        assert {example.epoch for example in examples} == {epoch}
-
-
-@patient
-@given(sizes=SIZES, seed=SEEDS, window=WINDOWS, batch=BATCHES)
-def test_worlds_of_1_to_4_read_the_same_global_batches(sizes: list[int], seed: int, window: int, batch: int) -> None:
-    stream = order(sizes, seed, window)
-    for step in range(2 * steps_per_epoch(stream.num_examples, batch)):
-        bounds = batch_range(step, stream.num_examples, batch)
-        whole = stream.range(*bounds)
-        for size in range(1, 5):
-            # Each rank has a stream of its own, as in a run.
-            parts = [
-                order(sizes, seed, window).range(*World(rank, size, rank, torch.device("cpu")).share(*bounds))
-                for rank in range(size)
-            ]
-            assert [example for part in parts for example in part] == whole
+        assert set(examples.epochs.tolist()) == {epoch}
+        for number in np.unique(examples.windows):
+            inside = examples.take(examples.windows == number)
+            assert np.unique(inside.records).tolist() == stream.records(number).tolist()
 
 
 @patient
@@ -68,10 +57,10 @@ def test_resumption_from_any_step_goes_on_with_the_same_sequence(
 ) -> None:
     stream = order(sizes, seed, window)
     total = 2 * steps_per_epoch(stream.num_examples, batch)
-    steps = [stream.range(*batch_range(step, stream.num_examples, batch)) for step in range(total)]
+    steps = [visits(stream.range(*batch_range(step, stream.num_examples, batch))) for step in range(total)]
     resumed_at = data.draw(st.integers(0, total - 1))
     fresh = order(sizes, seed, window)
-    resumed = [fresh.range(*batch_range(step, fresh.num_examples, batch)) for step in range(resumed_at, total)]
+    resumed = [visits(fresh.range(*batch_range(step, fresh.num_examples, batch))) for step in range(resumed_at, total)]
     assert resumed == steps[resumed_at:]
 
 
@@ -123,22 +112,43 @@ def test_examples_of_a_window_are_mixed_and_only_they() -> None:
 
 
 class Shards:
-    """Records that remember how often they were read."""
+    """Records of two examples each, which remember how often they were read."""
 
     def __init__(self) -> None:
         self.reads: list[int] = []
 
-    def read_record(self, index: int) -> dict[str, np.ndarray]:
+    def read_record(self, index: int, names: Collection[str]) -> dict[str, np.ndarray]:
+        assert set(names) == {"users", "offsets", "values"}
         self.reads.append(index)
-        return {"record": np.array([index])}
+        return {
+            "users": 10 * index + np.arange(2), "offsets": np.array([0, 1, 3]), "values": 100 * index + np.arange(3),
+        }  # fmt: skip
 
 
-def test_the_cache_keeps_the_records_used_last() -> None:
-    shards = Shards()
-    cache = RecordCache(shards, 2)  # type: ignore[arg-type]
-    for index in (0, 1, 0, 2, 0, 1):
-        assert cache[index]["record"].tolist() == [index]
-    assert shards.reads == [0, 1, 2, 1], "0 was used after 1, so 1 had to go"
+def cache(num_records: int, window: int) -> tuple[WindowCache, EpochOrder, Shards]:
+    stream, shards = order([2] * num_records, 0, window), Shards()
+    return WindowCache(shards, stream, ["users"], ("offsets", "values")), stream, shards  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 40])
+def test_a_batch_has_the_data_of_its_examples_and_reads_each_record_once_an_epoch(step: int) -> None:
+    made, stream, shards = cache(num_records=7, window=3)
+    for start in range(0, 14 * 3, step):
+        examples = stream.range(start, min(start + step, 14 * 3))
+        columns, lists = made.columns(examples), made.lists(examples)
+        expected = [100 * r + np.arange(3)[i : 2 * i + 1] for r, i in places(examples)]
+        assert columns["users"].tolist() == [10 * r + i for r, i in places(examples)]
+        assert columns["length"].tolist() == lists.lengths.tolist() == [len(values) for values in expected]
+        assert lists.values.tolist() == np.concatenate(expected).tolist()
+    assert Counter(shards.reads) == dict.fromkeys(range(7), 3)
+    assert len(made.columns(examples.take(slice(0)))["users"]) == len(made.lists(examples.take(slice(0)))) == 0
+
+
+def test_records_that_are_all_in_one_window_are_read_once_in_a_run() -> None:
+    made, stream, shards = cache(num_records=5, window=8)
+    for start in range(0, 40, 4):
+        made.lists(stream.range(start, start + 4))
+    assert sorted(shards.reads) == [0, 1, 2, 3, 4]
 
 
 def test_ahead_yields_in_order_and_makes_one_in_advance() -> None:

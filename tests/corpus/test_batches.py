@@ -1,0 +1,132 @@
+"""All ranks together read each global batch once, in parts of equally many tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.batches import BatchSource, StepBatch
+from cllm4rec_dist.corpus.catalog import Catalog, Reviews
+from cllm4rec_dist.corpus.prompts import Composer, Document
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.corpus.writer import write_corpus
+from cllm4rec_dist.model.tiny import train_tokenizer
+from cllm4rec_dist.topology import World
+
+NUM_USERS, NUM_ITEMS, NUM_TEXTS = 230, 300, 170
+TOKENIZER = WordTokenizer(train_tokenizer(["the quiet trail", "blue espresso"], 320))
+STAGES = ["pretrain", "finetune"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Histories with a heavy tail: half of them have 1 or 2 items, one has hundreds."""
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.pareto(1.0, NUM_USERS) + 1, 1, NUM_ITEMS).astype(np.int64)
+    train = Ragged.from_lists([random.permutation(NUM_ITEMS)[:length] for length in lengths])
+    held = Ragged.from_lists([[0]] * NUM_USERS)
+    texts = [" ".join(["quiet"] * int(n)) for n in np.clip(random.lognormal(2, 1, NUM_TEXTS), 1, 100)]
+    catalog = Catalog(
+        user_ids=[f"u{n}" for n in range(NUM_USERS)], item_ids=[f"i{n}" for n in range(NUM_ITEMS)],
+        user_texts=[""] * NUM_USERS, item_titles=[""] * NUM_ITEMS, item_descriptions=[""] * NUM_ITEMS,
+        train=train, valid=held, test=held, skipped=Counter(),
+        reviews=Reviews(np.arange(NUM_TEXTS), train.values[train.offsets[:NUM_TEXTS]], texts),
+    )  # fmt: skip
+    recipe = PrepareConfig.model_validate(
+        {"name": "test", "source": {"format": "synthetic"}, "examples_per_record": 16, "records_per_shard": 3}
+    )
+    folder = tmp_path_factory.mktemp("batches") / "corpus"
+    write_corpus(catalog, TOKENIZER, str(folder), recipe, progress=False)
+    return Corpus.open(str(folder))
+
+
+def source(corpus: Corpus, stage: str = "pretrain", rank: int = 0, size: int = 1, **batch: Any) -> BatchSource:
+    tree = {
+        "stage": stage, "corpus": corpus.url, "backbone": "unused", "output": "unused", "shuffle_records": 4,
+        "batch": {"users": 64, "texts": 40, "accumulation": 2} | batch, "method": {"max_history": 200},
+    }  # fmt: skip
+    config = validate(RunConfig, tree, "test")
+    space = TokenSpace(len(TOKENIZER), NUM_USERS, NUM_ITEMS)
+    composer = Composer(TOKENIZER, space, config.method, config.seed)
+    return BatchSource(corpus, composer, config, World(rank, size, rank, torch.device("cpu")))
+
+
+def ranks(corpus: Corpus, stage: str, size: int, **batch: Any) -> list[BatchSource]:
+    return [source(corpus, stage, rank, size, **batch) for rank in range(size)]
+
+
+def contents(documents: list[Document]) -> list[tuple[Any, ...]]:
+    return sorted(tuple(map(str, (d.key, d.token_ids.tolist(), d.targets.tolist()))) for d in documents)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_worlds_of_1_to_4_make_the_same_documents(corpus: Corpus, stage: str) -> None:
+    alone = source(corpus, stage)
+    # Into the second epoch of the users, and of the texts in the middle of a step.
+    wanted = [alone.documents(step) for step in range(6)]
+    for size in range(2, 5):
+        made = [[s.documents(step) for step in range(6)] for s in ranks(corpus, stage, size)]
+        for step, (users, texts) in enumerate(wanted):
+            assert contents([d for rank in made for d in rank[step][0]]) == contents(users)
+            assert contents([d for rank in made for d in rank[step][1]]) == contents(texts)
+
+
+def test_what_is_told_is_what_is_read_and_everything_comes_once_an_epoch(corpus: Corpus) -> None:
+    made = ranks(corpus, "pretrain", 3)
+    assert made[0].steps_per_epoch == 4
+    users, texts = [], []
+    for step in range(17):  # 4 epochs of 230 users in 4 steps each, 4 passes over 170 texts in 4.25 steps each
+        batches = [s.make(step) for s in made]
+        assert {batch.epoch for batch in batches} == {step // 4}
+        users += [(batch.epoch, user) for batch in batches for user in batch.users]
+        texts += [text for batch in batches for text in batch.texts]
+        for batch in batches:
+            shown = torch.cat([m.items.user_ids for m in batch.micro_batches])
+            assert sorted(shown.tolist()) == sorted(batch.users)
+            assert sum(len(m.words.user_ids) for m in batch.micro_batches if m.words is not None) == len(batch.texts)
+    whole = users[: 4 * NUM_USERS]
+    assert Counter(whole) == Counter((epoch, user) for epoch in range(4) for user in range(NUM_USERS))
+    sizes = made[0].text_record_sizes
+    every = [(visit, record, i) for visit in range(4) for record, n in enumerate(sizes) for i in range(n)]
+    assert Counter(texts) == Counter(every)
+
+
+def tokens(batch: StepBatch) -> list[int]:
+    """Real tokens of each micro-batch."""
+    return [m.items.num_tokens + (m.words.num_tokens if m.words is not None else 0) for m in batch.micro_batches]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_micro_batches_of_all_ranks_have_equally_many_tokens(corpus: Corpus, stage: str, size: int) -> None:
+    made = ranks(corpus, stage, size, accumulation=1)
+    for step in range(6):
+        batches = [s.make(step) for s in made]
+        loads = [load for batch in batches for load in tokens(batch)]
+        longest = max(int(m.positions.max()) + 1 for batch in batches for m in [batch.micro_batches[0].items])
+        # What cannot be cut is a document: no part is longer than the mean and a few tokens, or than the longest one.
+        assert max(loads) <= max(1.02 * sum(loads) / size, longest + 30), (step, loads, longest)
+
+
+def test_every_rank_has_every_micro_batch_even_without_documents(corpus: Corpus) -> None:
+    for rank in ranks(corpus, "finetune", 4, users=2, texts=1):
+        batches = rank.make(0).micro_batches
+        assert len(batches) == 2
+        for batch in batches:
+            assert batch.words is not None
+            assert batch.items.word_ids.shape[1] == batch.words.word_ids.shape[1]
+    assert all(m.words is None for m in source(corpus, texts=0).make(0).micro_batches)
+
+
+def test_a_step_can_be_made_anew_in_any_order(corpus: Corpus) -> None:
+    first, second = source(corpus), source(corpus)
+    forward = [contents(first.documents(step)[0]) for step in range(8)]
+    assert [contents(second.documents(step)[0]) for step in reversed(range(8))] == forward[::-1]
