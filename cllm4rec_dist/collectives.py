@@ -193,25 +193,50 @@ def combine_logsumexp(partial: Tensor, counts: list[int], world: World) -> Tenso
     return partial if world.size == 1 else _CombineLogSumExp.apply(partial, counts, world)
 
 
+class ArrivingRows:
+    """Rows of an all-to-all that has been started; `wait` must be called once, in the same order on all ranks."""
+
+    def __init__(self, rows: Tensor, work: dist.Work | None, world: World, what: str) -> None:
+        self._rows, self._work, self._world, self._what = rows, work, world, what
+
+    def wait(self) -> Tensor:
+        """The rows, when they are here (on a GPU: for what is queued from now on)."""
+        if self._work is not None:
+            with self._world.watch.collective(f"all-to-all of {self._what}"):
+                self._work.wait()
+        return self._rows
+
+
+def start_all_to_all_rows(
+    x: Tensor, send_counts: list[int], receive_counts: list[int], world: World, what: str = "rows"
+) -> ArrivingRows:
+    """Begin to send the first `send_counts[0]` rows to rank 0 and so on; rows come in rank order. No gradient.
+
+    `x` must be left as it is until the rows are there.
+    """
+    if world.size == 1:
+        return ArrivingRows(x, None, world, what)
+    received = x.new_empty((sum(receive_counts), *x.shape[1:]))
+    with world.watch.collective(f"start of the all-to-all of {what}"):
+        work = dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts, async_op=True)
+    return ArrivingRows(received, work, world, what)
+
+
 def all_to_all_rows(
     x: Tensor, send_counts: list[int], receive_counts: list[int], world: World, what: str = "rows"
 ) -> Tensor:
     """Send the first `send_counts[0]` rows to rank 0 and so on; rows come back in rank order. No gradient."""
-    if world.size == 1:
-        return x
-    received = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    with world.watch.collective(f"all-to-all of {what}"):
-        dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts)
-    return received
+    return start_all_to_all_rows(x, send_counts, receive_counts, world, what).wait()
 
 
 def exchange_counts(send_counts: Tensor, world: World) -> Tensor:
-    """int64 [W] rows for each rank -> int64 [W] rows from each rank, on the CPU."""
+    """int64 [W, ...] for each rank -> int64 [W, ...] from each rank; both on the host. One all-to-all."""
     if world.size == 1:
-        return send_counts.cpu()
-    received = torch.empty_like(send_counts)
+        return send_counts
+    sent = send_counts.to(world.device).contiguous()
+    received = torch.empty_like(sent)
     with world.watch.collective("all-to-all of counts"):
-        dist.all_to_all_single(received, send_counts)
+        dist.all_to_all_single(received, sent)
         return received.cpu()  # inside, because it is here that a host waits for its GPU
 
 

@@ -162,6 +162,9 @@ class RowsConfig(StrictModel):
     """Weight of the words against the interactions in a spectral start; 0 leaves them out."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the entries of user and item embeddings dropped at the input."""
+    wire: Literal["fp32", "bf16"] = "fp32"
+    """Between ranks. `bf16` rounds looked-up rows on their way to the ranks that read them, and their gradients on the
+    way back: half of the bytes. Tables, sums of gradients and the item softmax stay fp32."""
 
 
 class HeadConfig(StrictModel):

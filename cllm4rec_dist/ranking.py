@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
+from cllm4rec_dist.corpus.batches import MicroBatch
 from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.metrics import MetricResult, MetricSums, largest_cutoff, sum_topk
@@ -224,12 +225,13 @@ def rank_users(
         low, high = world.share(start, min(start + block, len(users)))
         block_users = users[low:high]
         documents = collate(composer.prediction(block_users, history.take(block_users)), composer.space)
-        documents = documents.to(world.device)
-        embedded, item_rows = model.embed(model.collaborative, model.route(documents))
+        (routed,) = model.route([MicroBatch(documents, None)])
+        (embedded,) = model.embedded([routed])
+        documents = routed.batch.items
         with world.watch.collective("ZeRO-3 forward"):
-            hidden, _ = system.engine(embedded, None, documents.positions)
+            hidden, _ = system.engine(embedded.items, None, documents.positions)
         assert hidden is not None
-        queries = model.item_queries(hidden, item_rows, documents)
+        queries = model.item_queries(hidden, embedded.item_rows, documents)
         seen = _pairs(history, block_users).to(world.device)
         scores, rows = sharded_topk(queries, operand, num_best, seen, model.item_partition, world)
         yield Ranking(block_users, rows.cpu().numpy(), scores.float().cpu().numpy())

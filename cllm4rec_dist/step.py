@@ -1,6 +1,6 @@
 """One training step: the method, in the order of the design.
 
-    batch -> routes -> embeddings -> backbone (one forward for both LLMs) -> heads -> losses -> joint clip -> step
+    batches -> routes -> embeddings -> backbone (one forward for both LLMs) -> heads -> losses -> joint clip -> step
 
 One place scales losses, one place clips, one place steps.
 """
@@ -17,8 +17,7 @@ from cllm4rec_dist import objectives
 from cllm4rec_dist.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.config import OptimizerConfig
 from cllm4rec_dist.corpus.batches import MicroBatch
-from cllm4rec_dist.model.recommender import RoutedBatch
-from cllm4rec_dist.model.tables import touched_rows
+from cllm4rec_dist.model.recommender import Embedded
 from cllm4rec_dist.system import System
 
 TERMS = ("items", "words", "mutual")
@@ -71,15 +70,15 @@ def train_step(
         largest_loss: a step with a larger loss, or with one that is not finite, is left out on all ranks alike.
     """
     world, model, optimizer = system.world, system.recommender, system.config.optimizer
-    batches = [batch.to(world.device) for batch in micro_batches]
-    routed = [(model.route(b.items), None if b.words is None else model.route(b.words)) for b in batches]
-    counts = _global_counts(system, batches, routed)
+    routed = model.route(micro_batches)
+    touched = model.touched(routed)
+    counts = _global_counts(system, micro_batches, sum(map(len, touched)))
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=world.device)
 
-    for index, (items, words) in enumerate(routed):
-        parts = _losses(system, items, words)
+    for index, embedded in enumerate(model.embedded(routed)):
+        parts = _losses(system, routed[index].batch, embedded)
         if index == len(routed) - 1:
-            parts["mutual"] = _mutual(system, routed)
+            parts["mutual"] = _mutual(system, *touched)
         scaled = [value * (world.size / max(1, counts[term])) for term, value in parts.items()]
         with world.watch.collective("ZeRO-3 backward"):
             at_boundary = system.engine.backward(torch.stack(scaled).sum())
@@ -104,15 +103,13 @@ def train_step(
     return StepResult(means, grad_norm, counts["tokens"], counts["places"], accepted)
 
 
-def _global_counts(
-    system: System, batches: list[MicroBatch], routed: list[tuple[RoutedBatch, RoutedBatch | None]]
-) -> dict[str, int]:
+def _global_counts(system: System, batches: list[MicroBatch], num_touched: int) -> dict[str, int]:
     """What each sum of the step is divided by, and its tokens and places. One all-reduce of five integers."""
     documents = [d for b in batches for d in (b.items, b.words) if d is not None]
     local = {
         "items": sum(len(b.items.targets) for b in batches),
         "words": sum(len(b.words.targets) for b in batches if b.words is not None),
-        "mutual": sum(len(index) for index in _touched(routed)),
+        "mutual": num_touched,
         "tokens": sum(d.num_tokens for d in documents),
         "places": sum(d.word_ids.numel() for d in documents),
     }
@@ -120,45 +117,33 @@ def _global_counts(
     return dict(zip(local, sum_on_host(own, system.world, "counts"), strict=True))
 
 
-def _touched(routed: list[tuple[RoutedBatch, RoutedBatch | None]]) -> tuple[Tensor, Tensor]:
-    """Local users and items that stand in any document of the step on any rank."""
-    documents = [batch for pair in routed for batch in pair if batch is not None]
-    return touched_rows([d.users for d in documents]), touched_rows([d.items for d in documents])
-
-
-def _losses(system: System, items: RoutedBatch, words: RoutedBatch | None) -> dict[str, Tensor]:
+def _losses(system: System, batch: MicroBatch, embedded: Embedded) -> dict[str, Tensor]:
     """This rank's sums of the item and word likelihoods of one micro-batch."""
     model, world = system.recommender, system.world
-    embedded, item_rows = model.embed(model.collaborative, items)
-    content, content_positions = None, None
-    if words is not None:
-        assert model.content is not None
-        content, _ = model.embed(model.content, words)
-        content_positions = words.documents.positions
+    items, words = batch.items, batch.words
     with world.watch.collective("ZeRO-3 forward"):
-        hidden, content_hidden = system.engine(embedded, content, items.documents.positions, content_positions)
+        hidden, content_hidden = system.engine(
+            embedded.items, embedded.words, items.positions, None if words is None else words.positions
+        )
     assert hidden is not None
 
-    queries = model.item_queries(hidden, item_rows, items.documents)
+    queries = model.item_queries(hidden, embedded.item_rows, items)
     losses = {
         "items": objectives.item_likelihood(
-            queries, model.item_operand(), items.documents.target_query, items.documents.targets,
-            model.item_partition, world,
+            queries, model.item_operand(), items.target_query, items.targets, model.item_partition, world
         )[0]
-    }  # fmt: skip
+    }
     if words is not None:
         assert content_hidden is not None
         losses["words"] = objectives.word_likelihood(
-            model.word_queries(content_hidden, words.documents), model.words.head,
-            words.documents.target_query, words.documents.targets,
-        )[0]  # fmt: skip
+            model.word_queries(content_hidden, words), model.words.head, words.target_query, words.targets
+        )[0]
     return losses
 
 
-def _mutual(system: System, routed: list[tuple[RoutedBatch, RoutedBatch | None]]) -> Tensor:
+def _mutual(system: System, users: Tensor, items: Tensor) -> Tensor:
     """The mutual regularizer over the rows this rank owns of those touched in the step. No collective."""
     model, config = system.recommender, system.config.rows
-    users, items = _touched(routed)
     collaborative = torch.cat([model.collaborative.users.own(users), model.collaborative.items.own(items)])
     content = None
     if model.content is not None:

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _PROMPT_ROOM = 64
 """Positions kept for the words of a prompt; the longest template has some ten words."""
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class System:
@@ -88,7 +90,7 @@ def assemble(config: RunConfig, world: World) -> System:
                 f"Set it to {positions - _PROMPT_ROOM} or less.",
             )
     settings = resolve_settings(config)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = _DTYPES[config.precision]
     with sharded_loading(settings):
         dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
     if config.activation_checkpointing:
@@ -96,7 +98,7 @@ def assemble(config: RunConfig, world: World) -> System:
     words = backbone.load_words(folder, dtype, world.device)
     recommender = Recommender(
         corpus.num_users, corpus.num_items, words, config.head, world,
-        dropout=config.rows.dropout, lazy=config.optimizer.lazy_tables,
+        dropout=config.rows.dropout, wire=_DTYPES[config.rows.wire], lazy=config.optimizer.lazy_tables,
         content=config.batch.texts > 0 and corpus.content.num_examples > 0,
     )  # fmt: skip
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]

@@ -2,14 +2,14 @@
 
 The engine runs the backbone between `embed` and the queries:
 
-    token ids --route--> rows --embed--> [engine] --> hidden --> item_queries / word_queries --> objectives
+    token ids --route--> rows --embedded--> [engine] --> hidden --> item_queries / word_queries --> objectives
 
 Legend: R rows, L their length, D hidden, Q query positions, V words, U users, I items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +17,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm4rec_dist.config import HeadConfig
+from cllm4rec_dist.corpus.batches import MicroBatch
 from cllm4rec_dist.corpus.prompts import DocumentBatch
 from cllm4rec_dist.model.backbone import Words
 from cllm4rec_dist.model.heads import ItemHead
-from cllm4rec_dist.model.tables import Route, ShardedTable, route_ids
+from cllm4rec_dist.model.tables import Fetch, Route, ShardedTable, fetch, lookup, route_ids, touched_rows
 from cllm4rec_dist.topology import RowPartition, World
 
 
 @dataclass(frozen=True)
 class RoutedBatch:
-    """A batch and the routes of its user and item tokens."""
+    """A micro-batch on the device that computes, and the route of its user and item tokens: one for both LLMs."""
 
-    documents: DocumentBatch
-    users: Route
-    items: Route
+    batch: MicroBatch
+    route: Route
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the backbone reads of a micro-batch.
+
+    Attributes:
+        items: [R, L, D] of the documents over items, in the words' dtype.
+        item_rows: [item tokens of these documents, D] in fp32, as they were put in.
+        words: [R, L, D] of the documents over words; None without content LLM.
+    """
+
+    items: Tensor
+    item_rows: Tensor
+    words: Tensor | None
 
 
 class TokenRows(nn.Module):
@@ -51,6 +66,7 @@ class Recommender(nn.Module):
         num_users, num_items: U, I.
         words: frozen word embeddings and head; D is theirs.
         dropout: of user and item embeddings at the input.
+        wire: what rows and their gradients are rounded to between ranks.
         lazy: sparse gradients for tables that are only looked up.
         content: False leaves the content LLM out.
     """
@@ -64,12 +80,13 @@ class Recommender(nn.Module):
         world: World,
         *,
         dropout: float,
+        wire: torch.dtype,
         lazy: bool,
         content: bool,
     ) -> None:
         super().__init__()
         width = words.embedding.shape[1]
-        self.words, self.world, self.dropout = words, world, dropout
+        self.words, self.world, self.dropout, self.wire = words, world, dropout, wire
         # The collaborative items are the operand of the item softmax: their gradient is dense anyway.
         self.collaborative = TokenRows(num_users, num_items, width, world, sparse_users=lazy, sparse_items=False)
         self.content: TokenRows | None = None
@@ -89,6 +106,11 @@ class Recommender(nn.Module):
         """Who holds which item rows."""
         return self.collaborative.items.partition
 
+    @property
+    def tables(self) -> list[ShardedTable]:
+        """Users and items of the collaborative LLM, then those of the content LLM."""
+        return [table for rows in (self.collaborative, self.content) if rows for table in (rows.users, rows.items)]
+
     def sharded_parameters(self) -> Iterator[tuple[str, nn.Parameter, RowPartition]]:
         """Parameters that are blocks of rows, with the partition that says of which rows."""
         for prefix, rows in (("collaborative", self.collaborative), ("content", self.content)):
@@ -103,22 +125,45 @@ class Recommender(nn.Module):
         if self.head.log_temperature is not None:
             yield "head.log_temperature", self.head.log_temperature
 
-    def route(self, documents: DocumentBatch) -> RoutedBatch:
-        """Tell the owners of the batch's users and items which rows are wanted. Two all-to-alls for each."""
-        users, items = self.collaborative.users.partition, self.item_partition
-        return RoutedBatch(
-            documents,
-            route_ids(documents.user_ids, users, self.world),
-            route_ids(documents.item_ids, items, self.world),
-        )
+    def route(self, batches: Sequence[MicroBatch]) -> list[RoutedBatch]:
+        """Tell the owners of the users and items of a step's micro-batches which rows are wanted. Two all-to-alls.
 
-    def embed(self, rows: TokenRows, batch: RoutedBatch) -> tuple[Tensor, Tensor]:
-        """Embeddings [R, L, D] in the words' dtype, and the item rows among them [item tokens, D] in fp32.
-
-        Collectives: one all-to-all for users and one for items; their reverse in backward.
+        Args:
+            batches: on the host; equally many on all ranks, with or without texts alike.
         """
-        documents = batch.documents
-        user_rows, item_rows = rows.users.lookup(batch.users), rows.items.lookup(batch.items)
+        wanted = [[ids for d in _documents(batch) for ids in (d.user_ids, d.item_ids)] for batch in batches]
+        partitions = [table.partition for table in self.tables[: len(wanted[0])]]
+        routes = route_ids(wanted, partitions, self.world)
+        return [RoutedBatch(b.to(self.world.device), route) for b, route in zip(batches, routes, strict=True)]
+
+    def touched(self, routed: Sequence[RoutedBatch]) -> tuple[Tensor, Tensor]:
+        """Local users and items that stand in any document of `routed` on any rank. No collective."""
+        index = [batch.route.local_index for batch in routed]
+        users, items = (touched_rows([rows for tables in index for rows in tables[kind::2]]) for kind in (0, 1))
+        return users, items
+
+    def embedded(self, routed: Sequence[RoutedBatch]) -> Iterator[Embedded]:
+        """Embeddings of one micro-batch after the other; the rows of the next are on their way meanwhile.
+
+        Collectives: one all-to-all for each, its reverse in backward. Rows must not change before the iterator's end.
+        """
+        coming = self._fetch(routed[0])
+        for number, batch in enumerate(routed):
+            fetched = coming
+            if number + 1 < len(routed):
+                coming = self._fetch(routed[number + 1])
+            yield self._embed(batch.batch, lookup(fetched))
+
+    def _fetch(self, routed: RoutedBatch) -> Fetch:
+        return fetch(self.tables[: len(routed.route.lengths)], routed.route, self.wire)
+
+    def _embed(self, batch: MicroBatch, rows: list[Tensor]) -> Embedded:
+        items, item_rows = self._place(batch.items, *rows[:2])
+        words = None if batch.words is None else self._place(batch.words, *rows[2:])[0]
+        return Embedded(items, item_rows, words)
+
+    def _place(self, documents: DocumentBatch, user_rows: Tensor, item_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [R, L, D] in the words' dtype, and the item rows among them, with dropout."""
         if self.training and self.dropout > 0:
             keys, positions = documents.keys.flatten(), documents.positions.flatten()
             users, items = documents.user_places, documents.item_places
@@ -145,6 +190,10 @@ class Recommender(nn.Module):
     def word_queries(self, hidden: Tensor, documents: DocumentBatch) -> Tensor:
         """Hidden states [R, L, D] -> those that predict a word, [Q, D]."""
         return hidden.flatten(0, 1)[documents.query_places]
+
+
+def _documents(batch: MicroBatch) -> list[DocumentBatch]:
+    return [batch.items] if batch.words is None else [batch.items, batch.words]
 
 
 def _sums_of_document(item_rows: Tensor, documents: DocumentBatch) -> Tensor:

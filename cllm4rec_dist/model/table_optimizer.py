@@ -24,8 +24,7 @@ class TableOptimizer:
     """
 
     def __init__(self, model: Recommender, betas: tuple[float, float]) -> None:
-        tables = [table for rows in (model.collaborative, model.content) if rows for table in (rows.users, rows.items)]
-        lazy = [table.local_rows for table in tables if table.sparse_gradients and len(table.local_rows)]
+        lazy = [table.local_rows for table in model.tables if table.sparse_gradients and len(table.local_rows)]
         named = [(name, parameter) for name, parameter, _ in model.sharded_parameters()]
         self._named = [*named, *model.replicated_parameters()]
         dense = [p for _, p in self._named if not any(p is other for other in lazy)]

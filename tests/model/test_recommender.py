@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.config import HeadConfig
+from cllm4rec_dist.corpus.batches import MicroBatch
 from cllm4rec_dist.corpus.prompts import Document, DocumentBatch, collate
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.model.backbone import Words
@@ -64,6 +65,17 @@ def test_the_gradient_of_dropout_passes_where_the_value_does() -> None:
     torch.testing.assert_close(x.grad, torch.where(y.detach() != 0, 1 / 0.7, 0.0).to(x.dtype))
 
 
+def documents_of(batch: DocumentBatch, which: str) -> MicroBatch:
+    """The same documents for one of the two LLMs, and none for the other."""
+    return MicroBatch(batch, None) if which == "collaborative" else MicroBatch(collate([], SPACE), batch)
+
+
+def embed(model: Recommender, batch: DocumentBatch) -> tuple[Tensor, Tensor]:
+    """As the collaborative LLM reads it; with the item rows in it."""
+    (embedded,) = model.embedded(model.route([MicroBatch(batch, None)]))
+    return embedded.items, embedded.item_rows
+
+
 def document(token_ids: list[int], queries: list[int], key: int) -> Document:
     empty = np.empty(0, dtype=np.int64)
     return Document(np.array(token_ids), np.array(queries), empty, empty, key)
@@ -78,11 +90,14 @@ def batch() -> DocumentBatch:
     return collate([FIRST, SECOND], SPACE)
 
 
-def recommender(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32, pool: bool = True) -> Recommender:
+def recommender(
+    *, dropout: float = 0.0, dtype: torch.dtype = torch.float32, pool: bool = True, wire: torch.dtype = torch.float32
+) -> Recommender:
     random = torch.Generator().manual_seed(0)
     embedding = torch.randn(SPACE.num_words, WIDTH, generator=random).to(dtype)
     head = HeadConfig(form="dot", item_bias=False, pool_residual=pool)
-    model = Recommender(4, 6, Words(embedding, embedding), head, alone(), dropout=dropout, lazy=False, content=True)
+    words = Words(embedding, embedding)
+    model = Recommender(4, 6, words, head, alone(), dropout=dropout, wire=wire, lazy=False, content=True)
     assert model.content is not None
     for rows in (model.collaborative, model.content):
         for table in (rows.users, rows.items):
@@ -103,18 +118,21 @@ def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
 @pytest.mark.parametrize("which", ["collaborative", "content"])
 def test_embeddings_stand_where_their_tokens_stand(which: str) -> None:
     model = recommender()
-    embedded, item_rows = model.embed(getattr(model, which), model.route(batch()))
+    (found,) = model.embedded(model.route([documents_of(batch(), which)]))
+    embedded = found.items if which == "collaborative" else found.words
+    assert embedded is not None
     assert embedded.shape == (1, 9, WIDTH), "both in one row"
     token_ids = [*FIRST.token_ids.tolist(), *SECOND.token_ids.tolist()]
     for place, token_id in enumerate(token_ids):
         assert torch.equal(embedded[0, place], row_of(model, which, token_id)), place
     items = [t for doc in (FIRST, SECOND) for t in doc.token_ids.tolist() if t >= SPACE.first_item]
-    assert torch.equal(item_rows, torch.stack([row_of(model, which, t) for t in items]))
+    if which == "collaborative":
+        assert torch.equal(found.item_rows, torch.stack([row_of(model, which, t) for t in items]))
 
 
 def test_every_use_of_a_row_gives_it_gradient() -> None:
     model = recommender()
-    embedded, _ = model.embed(model.collaborative, model.route(batch()))
+    embedded, _ = embed(model, batch())
     embedded.sum().backward()
     users, items = model.collaborative.users.local_rows.grad, model.collaborative.items.local_rows.grad
     assert users is not None
@@ -127,14 +145,35 @@ def test_every_use_of_a_row_gives_it_gradient() -> None:
 
 def test_embeddings_have_the_dtype_of_the_words_and_item_rows_stay_fp32() -> None:
     model = recommender(dtype=torch.bfloat16)
-    embedded, item_rows = model.embed(model.collaborative, model.route(batch()))
+    embedded, item_rows = embed(model, batch())
     assert (embedded.dtype, item_rows.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_bf16_wire_rounds_the_rows_of_tokens_and_nothing_else() -> None:
+    exact, rounded = recommender(), recommender(wire=torch.bfloat16)
+    (wanted, wanted_rows), (embedded, item_rows) = embed(exact, batch()), embed(rounded, batch())
+    assert torch.equal(item_rows, wanted_rows.bfloat16().float())
+    places = torch.cat([batch().user_places, batch().item_places])
+    wanted.flatten(0, 1)[places] = wanted.flatten(0, 1)[places].bfloat16().float()
+    assert torch.equal(embedded, wanted)
+    assert torch.equal(rounded.item_operand(), exact.item_operand())
+
+
+def test_rows_of_the_next_micro_batch_are_on_their_way_while_one_is_read() -> None:
+    model = recommender()
+    batches = [MicroBatch(collate([document], SPACE), None) for document in (FIRST, SECOND)]
+    found = model.embedded(model.route(batches))
+    next(found)
+    with torch.no_grad():
+        model.collaborative.users.local_rows.add_(1)
+    with pytest.raises(AssertionError, match="changed"):
+        next(found)
 
 
 def test_dropout_touches_users_and_items_alone_and_only_in_training() -> None:
     model, plain = recommender(dropout=0.5), recommender()
-    wanted, _ = plain.embed(plain.collaborative, plain.route(batch()))
-    embedded, item_rows = model.embed(model.collaborative, model.route(batch()))
+    wanted, _ = embed(plain, batch())
+    embedded, item_rows = embed(model, batch())
     words = torch.ones(9, dtype=torch.bool)
     words[batch().user_places] = False
     words[batch().item_places] = False
@@ -147,22 +186,21 @@ def test_dropout_touches_users_and_items_alone_and_only_in_training() -> None:
     # Two visits of an item in one document have masks of their own.
     assert not torch.equal(embedded[0, 3], embedded[0, 5])
     model.eval()
-    assert torch.equal(model.embed(model.collaborative, model.route(batch()))[0], wanted)
+    assert torch.equal(embed(model, batch())[0], wanted)
 
 
 def test_dropout_does_not_depend_on_the_batch_a_document_is_in() -> None:
     model = recommender(dropout=0.5)
-    together, _ = model.embed(model.collaborative, model.route(batch()))
-    alone_, _ = model.embed(model.collaborative, model.route(collate([SECOND], SPACE)))
+    together, _ = embed(model, batch())
+    alone_, _ = embed(model, collate([SECOND], SPACE))
     assert torch.equal(together[0, 6:], alone_[0])
 
 
 def test_queries_pool_the_item_rows_up_to_their_position() -> None:
     model = recommender()
-    routed = model.route(batch())
-    _, item_rows = model.embed(model.collaborative, routed)
+    _, item_rows = embed(model, batch())
     hidden = torch.randn(1, 9, WIDTH, generator=torch.Generator().manual_seed(2))
-    queries = model.item_queries(hidden, item_rows, routed.documents)
+    queries = model.item_queries(hidden, item_rows, batch())
     items = model.collaborative.items.local_rows
     # Two items of FIRST are the same row; the first queries of both documents come before any item.
     pooled = [torch.zeros(WIDTH), 2 * items[0] + items[5], torch.zeros(WIDTH), items[2]]
@@ -170,23 +208,21 @@ def test_queries_pool_the_item_rows_up_to_their_position() -> None:
     for query, state, pool in zip(queries, states, pooled, strict=True):
         wanted = state + torch.nn.functional.normalize(pool, dim=0) * WIDTH**0.5
         torch.testing.assert_close(query, wanted)
-    assert torch.equal(model.word_queries(hidden, routed.documents), torch.stack(states))
+    assert torch.equal(model.word_queries(hidden, batch()), torch.stack(states))
     torch.testing.assert_close(recommender(pool=False).item_queries(hidden, item_rows, batch()), torch.stack(states))
 
 
 def test_a_batch_without_documents_passes_through() -> None:
     model = recommender(dropout=0.5)
-    routed = model.route(collate([], SPACE))
-    embedded, item_rows = model.embed(model.collaborative, routed)
+    nothing = collate([], SPACE)
+    embedded, item_rows = embed(model, nothing)
     assert embedded.shape == (1, 1, WIDTH)
-    assert model.item_queries(embedded, item_rows, routed.documents).shape == (0, WIDTH)
+    assert model.item_queries(embedded, item_rows, nothing).shape == (0, WIDTH)
 
 
 def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
-    embedding = torch.zeros(SPACE.num_words, WIDTH)
-    model = Recommender(
-        4, 6, Words(embedding, embedding), HeadConfig(), alone(), dropout=0.0, lazy=True, content=True
-    )  # fmt: skip
+    words, wire = Words(*torch.zeros(2, SPACE.num_words, WIDTH)), torch.float32
+    model = Recommender(4, 6, words, HeadConfig(), alone(), dropout=0.0, wire=wire, lazy=True, content=True)
     sharded = {name: partition.num_rows for name, _, partition in model.sharded_parameters()}
     assert sharded == {
         "collaborative.users": 4, "collaborative.items": 6, "content.users": 4, "content.items": 6, "head.bias": 6,

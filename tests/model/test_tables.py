@@ -1,4 +1,4 @@
-"""Lookups over row shards equal indexing of the whole table, forward and backward."""
+"""Lookups over row shards equal indexing of the whole tables, forward and backward."""
 
 from __future__ import annotations
 
@@ -8,57 +8,69 @@ import pytest
 import torch
 from torch import Tensor
 
-from cllm4rec_dist.model.tables import ShardedTable, route_ids, touched_rows
+from cllm4rec_dist.model.tables import ShardedTable, fetch, lookup, route_ids, touched_rows
 from cllm4rec_dist.topology import RowPartition, World
-from tests.harness import run_ranks
+from tests.harness import alone, run_ranks
 
 WIDTH = 4
-ROWS = [11, 8, 2]
+TABLES = [(11, False), (8, True), (2, True), (11, True)]
+"""Rows, and whether gradients are sparse. Of the third one most ranks hold nothing."""
+NUM_BATCHES = 3
 WORLDS = [1, 2, 3, 4]
+WIRES = [torch.float32, torch.bfloat16]
 
 
-def rows_of(num_rows: int) -> Tensor:
-    return torch.randn(num_rows, WIDTH, generator=torch.Generator().manual_seed(num_rows))
+def rows_of(table: int) -> Tensor:
+    return torch.randn(TABLES[table][0], WIDTH, generator=torch.Generator().manual_seed(table))
 
 
-def ids_of(num_rows: int, size: int) -> list[Tensor]:
-    """What each rank asks for: repeated and unsorted ids; nothing on the last of several ranks."""
-    random = torch.Generator().manual_seed(100 + num_rows)
-    lengths = [9 + 4 * rank for rank in range(size)]
-    if size > 1:
-        lengths[-1] = 0
-    return [torch.randint(num_rows, (length,), generator=random) for length in lengths]
+def ids_of(size: int, rank: int) -> list[list[Tensor]]:
+    """By micro-batch and table: repeated and unsorted ids; now and then none, and none on the last of several ranks."""
+    random = torch.Generator().manual_seed(100 + rank)
+    found = []
+    for batch in range(NUM_BATCHES):
+        lengths = [9 + 4 * rank - batch, 5, 3 * (batch % 2), 7 + batch]
+        if 0 < rank == size - 1:
+            lengths = [0] * len(TABLES)
+        pairs = zip(lengths, TABLES, strict=True)
+        found.append([torch.randint(rows, (length,), generator=random) for length, (rows, _) in pairs])
+    return found
 
 
-def weights_of(ids: list[Tensor]) -> list[Tensor]:
-    random = torch.Generator().manual_seed(7)
-    return [torch.randn(len(part), WIDTH, generator=random) for part in ids]
+def weights_of(size: int, rank: int) -> list[list[Tensor]]:
+    random = torch.Generator().manual_seed(rank)
+    return [[torch.randn(len(ids), WIDTH, generator=random) for ids in batch] for batch in ids_of(size, rank)]
 
 
 def looked_up(world: World) -> dict[str, Any]:
-    """Rows, gradients and routes for every table size, with dense and sparse gradients."""
-    found: dict[str, Any] = {}
-    for num_rows in ROWS:
-        partition = RowPartition(num_rows, world.size)
-        ids = ids_of(num_rows, world.size)
-        own_ids, weights = ids[world.rank], weights_of(ids)[world.rank]
-        route = route_ids(own_ids, partition, world)
-        other = route_ids(own_ids.flip(0)[:3], partition, world)
-        start, stop = partition.range(world.rank)
-        for sparse in (False, True):
-            table = ShardedTable(num_rows, WIDTH, world, sparse_gradients=sparse)
-            table.local_rows.data.copy_(rows_of(num_rows)[start:stop])
-            rows = table.lookup(route)
-            (rows * weights).sum().backward()
-            gradient = table.local_rows.grad
-            assert gradient is not None
-            found[f"{num_rows}-{sparse}"] = {
-                "rows": rows.detach(), "grad": gradient.to_dense(), "is_sparse": gradient.is_sparse,
-                "stored": gradient.coalesce().indices()[0] if gradient.is_sparse else None,
-            }  # fmt: skip
-        found[f"{num_rows}-route"] = {
-            "send": route.send_counts, "receive": route.receive_counts, "touched": touched_rows([route, other]) + start,
+    """Rows, gradients and routes, over an exact and a rounding wire."""
+    tables = []
+    for number, (num_rows, sparse) in enumerate(TABLES):
+        table = ShardedTable(num_rows, WIDTH, world, sparse_gradients=sparse)
+        table.local_rows.data.copy_(rows_of(number)[slice(*table.partition.range(world.rank))])
+        tables.append(table)
+    ids, weights = ids_of(world.size, world.rank), weights_of(world.size, world.rank)
+    routes = route_ids(ids, [table.partition for table in tables], world)
+    found: dict[str, Any] = {
+        "send": [route.send_counts for route in routes], "receive": [route.receive_counts for route in routes],
+        "touched": [
+            touched_rows([route.local_index[number] for route in routes]) + table.partition.range(world.rank)[0]
+            for number, table in enumerate(tables)
+        ],
+    }  # fmt: skip
+    for wire in WIRES:
+        rows = []
+        for route, weight in zip(routes, weights, strict=True):
+            rows.append(lookup(fetch(tables, route, wire)))
+            torch.stack([(r * w).sum() for r, w in zip(rows[-1], weight, strict=True)]).sum().backward()
+        gradients = [table.local_rows.grad for table in tables]
+        found[str(wire)] = {
+            "rows": [[part.detach() for part in batch] for batch in rows],
+            "gradients": [gradient.to_dense() for gradient in gradients if gradient is not None],
+            "stored": [g.coalesce().indices()[0] if g is not None and g.is_sparse else None for g in gradients],
         }  # fmt: skip
+        for table in tables:
+            table.local_rows.grad = None
     return found
 
 
@@ -67,65 +79,92 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
     return {size: run_ranks(size, looked_up) for size in WORLDS}
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("num_rows", ROWS)
+def gradient_of(size: int, table: int, wire: torch.dtype) -> Tensor:
+    """Of the whole table; what each rank has for a distinct row of a micro-batch is rounded once, sums are exact."""
+    total = torch.zeros(TABLES[table][0], WIDTH)
+    for rank in range(size):
+        for ids, weights in zip(ids_of(size, rank), weights_of(size, rank), strict=True):
+            own = torch.zeros_like(total).index_add_(0, ids[table], weights[table])
+            total += own.to(wire).float()
+    return total
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("table", range(len(TABLES)))
 @pytest.mark.parametrize("size", WORLDS)
-def test_a_lookup_equals_indexing_the_whole_table(ranks: Any, size: int, num_rows: int, sparse: bool) -> None:
-    ids = ids_of(num_rows, size)
-    table = rows_of(num_rows).requires_grad_()
-    sum((table[part] * weight).sum() for part, weight in zip(ids, weights_of(ids), strict=True)).backward()
-    for rank, part in zip(ranks[size], ids, strict=True):
-        found = rank[f"{num_rows}-{sparse}"]
-        torch.testing.assert_close(found["rows"], table.detach()[part], rtol=0, atol=0)
-        assert found["is_sparse"] == sparse
-    whole = torch.cat([rank[f"{num_rows}-{sparse}"]["grad"] for rank in ranks[size]])
-    torch.testing.assert_close(whole, table.grad)
+def test_a_lookup_equals_indexing_the_whole_table(ranks: Any, size: int, table: int, wire: torch.dtype) -> None:
+    found = [rank[str(wire)] for rank in ranks[size]]
+    for rank in range(size):
+        for rows, ids in zip(found[rank]["rows"], ids_of(size, rank), strict=True):
+            torch.testing.assert_close(rows[table], rows_of(table)[ids[table]].to(wire).float(), rtol=0, atol=0)
+        assert (found[rank]["stored"][table] is not None) == TABLES[table][1]
+    whole = torch.cat([part["gradients"][table] for part in found])
+    torch.testing.assert_close(whole, gradient_of(size, table, wire))
 
 
-@pytest.mark.parametrize("num_rows", ROWS)
+def test_the_exact_wire_gives_the_gradient_of_indexing(ranks: Any) -> None:
+    for number in range(len(TABLES)):
+        rows = rows_of(number).requires_grad_()
+        for ids, weights in zip(ids_of(1, 0), weights_of(1, 0), strict=True):
+            (rows[ids[number]] * weights[number]).sum().backward()
+        torch.testing.assert_close(ranks[1][0][str(torch.float32)]["gradients"][number], rows.grad)
+
+
+@pytest.mark.parametrize("table", range(len(TABLES)))
 @pytest.mark.parametrize("size", WORLDS)
-def test_touched_rows_are_those_that_any_rank_asked_for(ranks: Any, size: int, num_rows: int) -> None:
-    wanted = sorted({int(row) for part in ids_of(num_rows, size) for row in part})
-    touched = [row for rank in ranks[size] for row in rank[f"{num_rows}-route"]["touched"].tolist()]
-    assert touched == wanted
-    stored = torch.cat([
-        rank[f"{num_rows}-True"]["stored"] + RowPartition(num_rows, size).range(index)[0]
-        for index, rank in enumerate(ranks[size])
-    ])  # fmt: skip
-    assert stored.tolist() == wanted
+def test_touched_rows_are_those_that_any_rank_asked_for(ranks: Any, size: int, table: int) -> None:
+    wanted = sorted({int(row) for rank in range(size) for batch in ids_of(size, rank) for row in batch[table]})
+    assert [row for rank in ranks[size] for row in rank["touched"][table].tolist()] == wanted
+    if TABLES[table][1]:
+        partition = RowPartition(TABLES[table][0], size)
+        stored = [
+            rank[str(torch.float32)]["stored"][table] + partition.range(number)[0]
+            for number, rank in enumerate(ranks[size])
+        ]
+        assert torch.cat(stored).tolist() == wanted
 
 
-@pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("size", WORLDS)
-def test_an_id_goes_over_the_wire_once_however_often_it_is_asked_for(ranks: Any, size: int, num_rows: int) -> None:
-    partition = RowPartition(num_rows, size)
-    sent = [rank[f"{num_rows}-route"]["send"] for rank in ranks[size]]
-    for counts, part in zip(sent, ids_of(num_rows, size), strict=True):
-        owners = torch.bincount(part.unique() // partition.block, minlength=size)
-        assert counts == owners.tolist()
-    for index, rank in enumerate(ranks[size]):
-        assert rank[f"{num_rows}-route"]["receive"] == [counts[index] for counts in sent]
+def test_an_id_goes_over_the_wire_once_however_often_it_is_asked_for(ranks: Any, size: int) -> None:
+    for batch in range(NUM_BATCHES):
+        sent = [rank["send"][batch] for rank in ranks[size]]
+        for rank, counts in enumerate(sent):
+            owners = torch.zeros(size, dtype=torch.int64)
+            for ids, (num_rows, _) in zip(ids_of(size, rank)[batch], TABLES, strict=True):
+                owners += torch.bincount(ids.unique() // RowPartition(num_rows, size).block, minlength=size)
+            assert counts == owners.tolist()
+        for index, rank in enumerate(ranks[size]):
+            assert rank["receive"][batch] == [counts[index] for counts in sent]
 
 
-def own_rows(world: World) -> dict[str, Any]:
-    table = ShardedTable(5, WIDTH, world, sparse_gradients=True)
-    starts_at_zero = not table.local_rows.any()
-    table.local_rows.data.copy_(rows_of(5))
-    rows = table.own(torch.tensor([3, 1]))
-    rows.sum().backward()
-    assert table.local_rows.grad is not None
-    return {"zero": bool(starts_at_zero), "rows": rows.detach(), "grad": table.local_rows.grad.to_dense()}
+def make_table() -> ShardedTable:
+    table = ShardedTable(5, WIDTH, alone(), sparse_gradients=True)
+    assert not table.local_rows.any(), "it starts at zero"
+    with torch.no_grad():
+        table.local_rows.copy_(rows_of(0)[:5])
+    return table
 
 
 def test_own_rows_are_taken_by_local_index() -> None:
-    (found,) = [own_rows(World(0, 1, 0, torch.device("cpu")))]
-    assert found["zero"]
-    torch.testing.assert_close(found["rows"], rows_of(5)[[3, 1]], rtol=0, atol=0)
-    assert found["grad"].sum(dim=1).tolist() == [0, WIDTH, 0, WIDTH, 0]
+    table = make_table()
+    rows = table.own(torch.tensor([3, 1]))
+    rows.sum().backward()
+    assert table.local_rows.grad is not None
+    torch.testing.assert_close(rows, rows_of(0)[[3, 1]], rtol=0, atol=0)
+    assert table.local_rows.grad.to_dense().sum(dim=1).tolist() == [0, WIDTH, 0, WIDTH, 0]
 
 
 @pytest.mark.parametrize("row", [-1, 5])
 def test_a_row_outside_of_the_table_is_an_assertion(row: int) -> None:
-    world = World(0, 1, 0, torch.device("cpu"))
     with pytest.raises(AssertionError, match="out of range"):
-        route_ids(torch.tensor([0, row]), RowPartition(5, 1), world)
+        route_ids([[torch.tensor([0, row])]], [RowPartition(5, 1)], alone())
+
+
+def test_rows_that_have_changed_since_they_were_fetched_are_an_assertion() -> None:
+    table = make_table()
+    (route,) = route_ids([[torch.tensor([4, 0])]], [table.partition], alone())
+    early = fetch([table], route)
+    table.local_rows.grad = torch.ones_like(table.local_rows)
+    torch.optim.AdamW(table.parameters()).step()
+    with pytest.raises(AssertionError, match="changed"):
+        lookup(early)
