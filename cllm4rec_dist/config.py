@@ -236,7 +236,11 @@ class OptimizerConfig(StrictModel):
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest joint gradient norm of adapters and tables."""
     lazy_tables: bool = True
-    """Tables that are only looked up (users, content items) update the rows of the batch alone (SparseAdam)."""
+    """Tables that are only looked up (users, content items) update the rows of the batch alone (lazy Adam)."""
+    table_state: Literal["fp32", "int8", "cpu"] = "fp32"
+    """Adam's moments of user and item rows, twice the size of the rows in fp32. `int8`: packed by bitsandbytes, a
+    quarter of that. `cpu`: fp32 in host memory, where rows are then stepped; saves GPU memory and costs the way there
+    and back. Checkpoints hold fp32 in any case."""
 
 
 class ValidationConfig(StrictModel):

@@ -113,7 +113,7 @@ def assemble(config: RunConfig, world: World) -> System:
         composer=Composer(tokenizer, space, config.method, config.seed),
         recommender=recommender,
         engine=Engine(dual, settings, adapter_optimizer, dual.layers),
-        table_optimizer=TableOptimizer(recommender, config.optimizer.betas),
+        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.table_state),
         fingerprints=fingerprints,
     )
 

@@ -121,9 +121,5 @@ class DenseRun:
         first[moved] = (low * first + (1 - low) * gradient)[moved]
         second[moved] = (high * second + (1 - high) * gradient**2)[moved]
         correction = 1 - low**self.steps, 1 - high**self.steps
-        # SparseAdam puts epsilon beside the uncorrected root.
-        if lazy:
-            update = lr * math.sqrt(correction[1]) / correction[0] * first / (second.sqrt() + 1e-8)
-        else:
-            update = lr * (first / correction[0]) / ((second / correction[1]).sqrt() + 1e-8)
+        update = lr * (first / correction[0]) / ((second / correction[1]).sqrt() + 1e-8)
         parameter[moved] -= update[moved]
