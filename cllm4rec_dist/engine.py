@@ -177,7 +177,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.trainable: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def __call__(self, *inputs: Any) -> Tensor:
         """One forward of the module. Every rank must call it equally often."""
         return self._engine(*inputs)
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
-from cllm4rec_dist.corpus.batches import MicroBatch
 from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.metrics import MetricResult, MetricSums, largest_cutoff, sum_topk
@@ -224,14 +223,12 @@ def rank_users(
     for start in range(0, len(users), block):
         low, high = world.share(start, min(start + block, len(users)))
         block_users = users[low:high]
-        documents = collate(composer.prediction(block_users, history.take(block_users)), composer.space)
-        (routed,) = model.route([MicroBatch(documents, None)])
+        documents = composer.prediction(block_users, history.take(block_users))
+        (routed,) = model.route([collate(documents, composer.space)])
         (embedded,) = model.embedded([routed])
-        documents = routed.batch.items
         with world.watch.collective("ZeRO-3 forward"):
-            hidden, _ = system.engine(embedded.items, None, documents.positions)
-        assert hidden is not None
-        queries = model.item_queries(hidden, embedded.item_rows, documents)
+            hidden = system.engine(embedded.tokens, routed.batch.positions, routed.batch.boundary)
+        queries = model.item_queries(hidden, embedded.item_rows, routed.batch)
         seen = _pairs(history, block_users).to(world.device)
         scores, rows = sharded_topk(queries, operand, num_best, seen, model.item_partition, world)
         yield Ranking(block_users, rows.cpu().numpy(), scores.float().cpu().numpy())

@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm4rec_dist import objectives
 from cllm4rec_dist.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.config import OptimizerConfig
-from cllm4rec_dist.corpus.batches import MicroBatch
+from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.model.recommender import Embedded
 from cllm4rec_dist.system import System
 
@@ -105,13 +105,12 @@ def train_step(
 
 def _global_counts(system: System, batches: list[MicroBatch], num_touched: int) -> dict[str, int]:
     """What each sum of the step is divided by, and its tokens and places. One all-reduce of five integers."""
-    documents = [d for b in batches for d in (b.items, b.words) if d is not None]
     local = {
         "items": sum(len(b.items.targets) for b in batches),
         "words": sum(len(b.words.targets) for b in batches if b.words is not None),
         "mutual": num_touched,
-        "tokens": sum(d.num_tokens for d in documents),
-        "places": sum(d.word_ids.numel() for d in documents),
+        "tokens": sum(b.num_tokens for b in batches),
+        "places": sum(b.word_ids.numel() for b in batches),
     }
     own = torch.tensor(list(local.values()), device=system.world.device)
     return dict(zip(local, sum_on_host(own, system.world, "counts"), strict=True))
@@ -122,21 +121,17 @@ def _losses(system: System, batch: MicroBatch, embedded: Embedded) -> dict[str, 
     model, world = system.recommender, system.world
     items, words = batch.items, batch.words
     with world.watch.collective("ZeRO-3 forward"):
-        hidden, content_hidden = system.engine(
-            embedded.items, embedded.words, items.positions, None if words is None else words.positions
-        )
-    assert hidden is not None
+        hidden = system.engine(embedded.tokens, batch.positions, batch.boundary)
 
-    queries = model.item_queries(hidden, embedded.item_rows, items)
+    queries = model.item_queries(hidden, embedded.item_rows, batch)
     losses = {
         "items": objectives.item_likelihood(
             queries, model.item_operand(), items.target_query, items.targets, model.item_partition, world
         )[0]
     }
     if words is not None:
-        assert content_hidden is not None
         losses["words"] = objectives.word_likelihood(
-            model.word_queries(content_hidden, words), model.words.head, words.target_query, words.targets
+            hidden.flatten(0, 1)[words.query_places], model.words.head, words.target_query, words.targets
         )[0]
     return losses
 

@@ -53,7 +53,7 @@ class DenseRun:
 
     def _items_loss(self, document: Document) -> Tensor:
         embedded = self._embed("collaborative", torch.from_numpy(document.token_ids))
-        hidden = self.backbone(embedded[None], None)[0][0]
+        hidden = self.backbone(embedded[None], None, len(embedded))[0]
         items = self.rows["collaborative.items"]
         total = torch.zeros((), dtype=hidden.dtype)
         for query, target in zip(document.target_query.tolist(), document.targets.tolist(), strict=True):
@@ -73,7 +73,8 @@ class DenseRun:
         return total
 
     def _words_loss(self, document: Document) -> Tensor:
-        hidden = self.backbone(None, self._embed("content", torch.from_numpy(document.token_ids))[None])[1][0]
+        embedded = self._embed("content", torch.from_numpy(document.token_ids))
+        hidden = self.backbone(embedded[None], None, 0)[0]
         logits = hidden[torch.from_numpy(document.queries)] @ self.words.head.T
         return F.cross_entropy(logits, torch.from_numpy(document.targets.astype("int64")), reduction="sum")
 

@@ -24,7 +24,7 @@ def hidden(world: World, folder: str, embeddings: Tensor) -> list[Tensor]:
     system, _ = load(folder, world)
     system.train(False)
     with torch.no_grad():
-        states = [state for state in system.engine(embeddings, embeddings) if state is not None]
+        states = [system.engine(embeddings, None, boundary) for boundary in (embeddings.shape[:2].numel(), 0)]
     rows = {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
     return [*states, rows["collaborative.items"], rows["content.users"]]
 

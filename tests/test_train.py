@@ -21,7 +21,7 @@ import cllm4rec_dist.train as train_module
 from cllm4rec_dist import checkpoint
 from cllm4rec_dist.checkpoint import About, Checkpoint
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.corpus.batches import MicroBatch
+from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
 from cllm4rec_dist.inference import evaluate_run, recommend_users
 from cllm4rec_dist.log import METRICS_FILE

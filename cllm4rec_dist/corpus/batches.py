@@ -3,11 +3,13 @@
 A stage is data: which documents are made of a user's items. Texts come from a stream of their own, which goes on
 through its epochs while users go through theirs, so that both LLMs are trained in lockstep.
 
-A global batch is dealt out by tokens: every rank knows how long each of its documents will be, without making it, and
-shares them out over all micro-batches of all ranks by the one rule of `packing.balance`. Ranks wait for each other in
-every layer of every micro-batch, so the longest one is what a step costs.
+A global batch is dealt out by tokens: every rank knows how long each of its documents will be, without making it. Its
+longest documents are the first micro-batch of all ranks and its shortest ones the last, because attention is paid by
+the length of a row, and rows are as long as the longest document in them. Within a micro-batch documents are shared out
+over the ranks by the one rule of `packing.balance`: ranks wait for each other in every layer, so the longest part is
+what a step costs.
 
-Legend: n examples, P parts: micro-batches of all ranks.
+Legend: n examples, A micro-batches of a rank, W ranks.
 """
 
 from __future__ import annotations
@@ -16,29 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.packing import balance
-from cllm4rec_dist.corpus.prompts import Composer, Document, DocumentBatch, Documents, collate_groups
+from cllm4rec_dist.corpus.prompts import Composer, Document, Documents, MicroBatch, collate
 from cllm4rec_dist.corpus.shards import Corpus, ShardSet
 from cllm4rec_dist.corpus.stream import EpochOrder, Examples, WindowCache, batch_range, steps_per_epoch
 from cllm4rec_dist.topology import World
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one engine forward reads: documents over items, and documents over words (None without content LLM).
-
-    The rows of both have one length.
-    """
-
-    items: DocumentBatch
-    words: DocumentBatch | None = None
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on `device`."""
-        return MicroBatch(self.items.to(device), None if self.words is None else self.words.to(device))
 
 
 @dataclass(frozen=True)
@@ -139,18 +125,20 @@ class BatchSource:
     def examples(self, step: int) -> list[list[Examples]]:
         """Of the users, and of the texts if there are any, what each micro-batch of this rank reads at a step.
 
-        The one rule of who reads what: P parts of about equally many tokens, users and texts together. It is a function
-        of the global batch and of P, so each example of the batch is in one part of one rank.
+        The one rule of who reads what: parts of about equally many tokens, users and texts together. It is a function
+        of the global batch, of A and of W, so each example of the batch is in one part of one rank.
         """
-        num_own = self._batch.accumulation
-        loads = np.zeros(num_own * self._world.size, np.int64)
+        loads = np.zeros((self._batch.accumulation, self._world.size), np.int64)
         found = []
         for stream in self._streams:
             whole = stream.read(step)
             lengths = stream.lengths(whole)
-            part, _ = balance(lengths, len(loads), loads)
-            np.add.at(loads, part, lengths)
-            found.append([whole.take(part == self._world.rank * num_own + own) for own in range(num_own)])
+            own = []
+            for members, load in zip(_by_length(lengths, len(loads)), loads, strict=True):
+                rank, _ = balance(lengths[members], self._world.size, load)
+                np.add.at(load, rank, lengths[members])
+                own.append(whole.take(np.sort(members[rank == self._world.rank])))
+            found.append(own)
         return found
 
     def documents(self, step: int) -> tuple[list[Document], list[Document]]:
@@ -179,5 +167,13 @@ class BatchSource:
         )
 
     def _micro_batch(self, parts: Sequence[Examples]) -> MicroBatch:
-        made = [stream.documents(part) for stream, part in zip(self._streams, parts, strict=True)]
-        return MicroBatch(*collate_groups(made, self._space))
+        items, *words = [stream.documents(part) for stream, part in zip(self._streams, parts, strict=True)]
+        return collate(items, self._space, *words)
+
+
+def _by_length(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
+    """Examples in parts of about equally many tokens, from the longest ones to the shortest."""
+    order = np.argsort(-lengths, kind="stable")
+    middle = np.cumsum(lengths[order]) - lengths[order] / 2
+    cuts = np.searchsorted(middle, lengths.sum() * np.arange(1, num_parts) / num_parts)
+    return np.split(order, cuts)

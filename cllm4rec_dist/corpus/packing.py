@@ -3,34 +3,45 @@
 Padding every document to the longest one computes mostly nothing: histories and texts have long tails. Here documents
 stand one behind the other in as few rows as are needed, and `position_ids` that start anew at each of them keep the
 backbone's attention inside of a document. So a packed batch gives what its documents give alone. The documents of both
-LLMs stand in rows of one length, so that the backbone, which they share, runs over all of them at once.
+LLMs stand in the same rows, one LLM's behind the other's, so that the backbone, which they share, runs over all of them
+at once.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 
 FULL = 0.97
-"""Least share of real tokens in packed rows, where there are documents enough for it."""
+"""Least share of real tokens in packed rows."""
+_ROOM = 1.02
+"""Places for each token: with room to spare, best fit finds the rows that it should."""
 _STRIDE = 1.05
 """How much longer than the last length that was tried the next one is at least: trying takes time."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where documents stand.
+    """Where the documents of two groups stand.
 
     Attributes:
         shape: rows R and their length L.
-        starts: int64 [n] flat position of each document's first token.
+        starts: for each group int64 [n] flat position of each document's first token.
+        boundary: flat place before which the first group stands, and behind which the second one does.
     """
 
     shape: tuple[int, int]
-    starts: np.ndarray
+    starts: tuple[np.ndarray, np.ndarray]
+    boundary: int
+
+    @property
+    def num_places(self) -> int:
+        """R * L."""
+        return self.shape[0] * self.shape[1]
 
 
 def balance(
@@ -55,47 +66,60 @@ def balance(
     return np.array(part, np.int64), np.array(before, np.int64)
 
 
-def pack(groups: Sequence[np.ndarray]) -> list[Packing]:
-    """Place the documents of each group in rows of its own, with one length L for the rows of all groups.
+def pack(first: np.ndarray, second: np.ndarray) -> Packing:
+    """Place the documents of two groups in the same rows, at least `FULL` of all places real tokens.
 
-    At least `FULL` of all places are real tokens, and the rows are the shortest with which this is found, because
-    attention is paid by their length. Few documents may not allow it: each group has one row at least, and a row is no
-    shorter than the longest document of all. Then the rows are as full as was found; one group alone is always full.
+    Attention is paid by the row's length, so the rows are the shortest, from the longest document's on, with which this
+    is found. The last row of the first group is also the first one of the second, so that no group has a row that is
+    half empty. One row is always full.
 
     Args:
-        groups: int64 [n] lengths of each group's documents, each at least 1. A group may be empty.
+        first, second: int64 [n] lengths of each group's documents, each at least 1. A group may be empty.
     """
-    totals = np.array([lengths.sum() for lengths in groups], np.int64)
-    longest = max(int(lengths.max(initial=1)) for lengths in groups)
-    best, tried = _lay(groups, totals, longest), longest
-    widths = _widths(totals, longest)
-    for width in widths:
-        if totals.sum() >= FULL * _num_places(best):
-            break
-        is_due = width >= _STRIDE * tried or width == widths[-1]
-        if is_due and width * _num_rows(totals, width).sum() < _num_places(best):
-            best, tried = min(best, _lay(groups, totals, width), key=_num_places), width
-    return best
+    total = int(first.sum() + second.sum())
+    longest = max(int(lengths.max(initial=1)) for lengths in (first, second))
+    tried = 0
+    for width in (longest, *(math.ceil(_ROOM * total / rows) for rows in range(total // longest, 1, -1))):
+        if width >= _STRIDE * tried:
+            found, tried = _best_fit(first, second, width), width
+            if total >= FULL * found.num_places:
+                return found
+    return _best_fit(first, second, max(1, total))
 
 
-def _widths(totals: np.ndarray, longest: int) -> list[int]:
-    """Row lengths that fill the rows of at least one group, from the longest document's on upwards."""
-    exact = [-(-total // np.arange(1, total // longest + 1)) for total in totals]
-    return [int(width) for width in np.unique(np.concatenate(exact))]
+def _best_fit(first: np.ndarray, second: np.ndarray, width: int) -> Packing:
+    """Rows of `width`, as few as best fit finds."""
+    starts, rooms = _fit(first, width, [])
+    room, num_rows = 0, len(rooms)
+    if rooms:  # the emptiest one comes last, and is where the second group begins
+        room, emptiest = max((room, row) for row, room in enumerate(rooms))
+        row = starts // width
+        swapped = np.where(row == emptiest, num_rows - 1, np.where(row == num_rows - 1, emptiest, row))
+        starts = starts + (swapped - row) * width
+    shared = num_rows - (room > 0)
+    more, rooms = _fit(second, width, [room] if room else [])
+    shape = max(1, shared + len(rooms)), width
+    return Packing(shape, (starts, shared * width + more), num_rows * width - room)
 
 
-def _num_rows(totals: np.ndarray, width: int) -> np.ndarray:
-    """Least rows of each group."""
-    return np.maximum(1, -(-totals // width))
+def _fit(lengths: np.ndarray, width: int, rooms: list[int]) -> tuple[np.ndarray, list[int]]:
+    """Each document, the longest first, to the fullest row with room for it.
 
+    Args:
+        rooms: of rows that are there already.
 
-def _lay(groups: Sequence[np.ndarray], totals: np.ndarray, width: int) -> list[Packing]:
-    """Each group in as few rows as `width` allows; they become longer where documents do not come out even."""
-    num_rows = _num_rows(totals, width).tolist()
-    rows, before = zip(*map(balance, groups, num_rows), strict=True)
-    width = max(width, *(int((b + n).max(initial=0)) for b, n in zip(before, groups, strict=True)))
-    return [Packing((number, width), row * width + b) for number, row, b in zip(num_rows, rows, before, strict=True)]
-
-
-def _num_places(packings: Sequence[Packing]) -> int:
-    return sum(packing.shape[0] * packing.shape[1] for packing in packings)
+    Returns:
+        int64 [n] flat places, and the room that is left in each row.
+    """
+    starts, known, rooms = [0] * len(lengths), lengths.tolist(), [*rooms]
+    order = sorted((room, row) for row, room in enumerate(rooms))
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        found = bisect_left(order, (known[document], 0))
+        if found == len(order):
+            order.append((width, len(rooms)))
+            rooms.append(width)
+        room, row = order.pop(found)
+        starts[document] = (row + 1) * width - room
+        rooms[row] = room - known[document]
+        insort(order, (rooms[row], row))
+    return np.array(starts, np.int64), rooms

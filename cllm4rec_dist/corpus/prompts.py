@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cllm4rec_dist.config import MethodConfig
 from cllm4rec_dist.corpus.keyed import keyed_bits, keyed_places, keyed_uniform
-from cllm4rec_dist.corpus.packing import Packing, pack
+from cllm4rec_dist.corpus.packing import pack
 from cllm4rec_dist.corpus.ragged import Ragged, ranges
 from cllm4rec_dist.corpus.shards import ContentKind
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
@@ -97,22 +97,15 @@ class Documents:
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Documents as tensors, packed into R rows of L positions (`packing.py`). A place is flat: row * L + column.
+    """What the documents of one LLM ask of the rows of a micro-batch. A place is flat: row * L + column.
 
     Attributes:
-        word_ids: int64 [R, L]; 0 where no word stands.
-        positions: int64 [R, L] of each token in its own document.
-        keys: int64 [R, L] of the document that a token is of.
-        user_places, user_ids: int64 [..]; where user tokens stand and their rows.
+        user_places, user_ids: int64 [..]; where user tokens stand, in rising order, and their rows.
         item_places, item_ids: the same for items.
         query_places: int64 [Q].
         target_query, targets: int64 [M]; index into query_places, item row or word id.
-        num_tokens: real tokens, padding not counted.
     """
 
-    word_ids: Tensor
-    positions: Tensor
-    keys: Tensor
     user_places: Tensor
     user_ids: Tensor
     item_places: Tensor
@@ -120,11 +113,44 @@ class DocumentBatch:
     query_places: Tensor
     target_query: Tensor
     targets: Tensor
-    num_tokens: int
 
     def to(self, device: torch.device) -> DocumentBatch:
+        """The same on `device`."""
+        return DocumentBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one engine forward reads: documents of both LLMs, packed into R rows of L places (`packing.py`).
+
+    Attributes:
+        word_ids: int64 [R, L]; 0 where no word stands.
+        positions: int64 [R, L] of each token in its own document.
+        keys: int64 [R, L] of the document that a token is of.
+        items: documents over items; they stand before `boundary`.
+        words: documents over words, behind it; None without content LLM.
+        boundary: flat place.
+        num_tokens: real tokens, padding not counted.
+    """
+
+    word_ids: Tensor
+    positions: Tensor
+    keys: Tensor
+    items: DocumentBatch
+    words: DocumentBatch | None
+    boundary: int
+    num_tokens: int
+
+    @property
+    def documents(self) -> list[DocumentBatch]:
+        """Those over items, and those over words if there are any."""
+        return [self.items] if self.words is None else [self.items, self.words]
+
+    def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
-        moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | DocumentBatch)
+        }
         return replace(self, **moved)
 
 
@@ -258,45 +284,57 @@ def _dropout_keys(keys: np.ndarray) -> np.ndarray:
     return (keyed_bits(keys, _DROPOUT) >> np.uint64(2)).astype(np.int64)
 
 
-def collate(documents: Documents | Sequence[Document], space: TokenSpace) -> DocumentBatch:
-    """Pack documents into one batch."""
-    return collate_groups([documents if isinstance(documents, Documents) else Documents.of(documents)], space)[0]
+def collate(
+    items: Documents | Sequence[Document], space: TokenSpace, words: Documents | Sequence[Document] | None = None
+) -> MicroBatch:
+    """Pack documents over items, and over words where there is a content LLM, into one batch.
 
-
-def collate_groups(groups: Sequence[Documents], space: TokenSpace) -> list[DocumentBatch]:
-    """Pack each group of documents into a batch of its own, all with rows of one length L.
-
-    A group without documents gives one row of padding that predicts nothing, because every rank must run every forward.
+    No document at all gives one place of padding that predicts nothing, because every rank must run every forward.
     """
-    packings = pack([documents.tokens.lengths for documents in groups])
-    return [_place(documents, packing, space) for documents, packing in zip(groups, packings, strict=True)]
-
-
-def _place(documents: Documents, packing: Packing, space: TokenSpace) -> DocumentBatch:
-    """The documents at their places as tensors."""
-    lengths = documents.tokens.lengths
-    places = ranges(packing.starts, lengths)
-    tokens, positions, keys = np.zeros((3, packing.shape[0] * packing.shape[1]), np.int64)
+    groups = [d if isinstance(d, Documents) else Documents.of(d) for d in (items, words if words is not None else ())]
+    lengths = [documents.tokens.lengths for documents in groups]
+    packing = pack(lengths[0], lengths[1])
     # Each place that is left is a document of one token, which nobody reads.
-    tokens[places] = documents.tokens.values
-    positions[places] = ranges(np.zeros_like(lengths), lengths)
-    keys[places] = np.repeat(documents.keys, lengths)
-    is_item = tokens >= space.first_item
-    is_user = (tokens >= space.first_user) & ~is_item
-    as_tensor = lambda values: torch.from_numpy(np.ascontiguousarray(values, np.int64))  # noqa: E731
+    tokens, positions, keys = np.zeros((3, packing.num_places), np.int64)
+    for documents, starts, length in zip(groups, packing.starts, lengths, strict=True):
+        places = ranges(starts, length)
+        tokens[places] = documents.tokens.values
+        positions[places] = ranges(np.zeros_like(length), length)
+        keys[places] = np.repeat(documents.keys, length)
+    found = [
+        _asked(documents, starts, tokens, places, space)
+        for documents, starts, places in zip(
+            groups, packing.starts, (slice(0, packing.boundary), slice(packing.boundary, None)), strict=True
+        )
+    ]
+    shaped = lambda values: _tensor(values.reshape(packing.shape))  # noqa: E731
+    return MicroBatch(
+        word_ids=shaped(np.where(tokens < space.first_user, tokens, 0)), positions=shaped(positions),
+        keys=shaped(keys), items=found[0], words=None if words is None else found[1], boundary=packing.boundary,
+        num_tokens=sum(int(length.sum()) for length in lengths),
+    )  # fmt: skip
+
+
+def _asked(
+    documents: Documents, starts: np.ndarray, tokens: np.ndarray, places: slice, space: TokenSpace
+) -> DocumentBatch:
+    """Of documents that stand from `starts` on, and have `places` of the flat `tokens` for themselves."""
+    own = tokens[places]
+    is_item = own >= space.first_item
+    is_user = (own >= space.first_user) & ~is_item
     return DocumentBatch(
-        word_ids=as_tensor(np.where(is_user | is_item, 0, tokens).reshape(packing.shape)),
-        positions=as_tensor(positions.reshape(packing.shape)),
-        keys=as_tensor(keys.reshape(packing.shape)),
-        user_places=as_tensor(np.flatnonzero(is_user)),
-        user_ids=as_tensor(tokens[is_user] - space.first_user),
-        item_places=as_tensor(np.flatnonzero(is_item)),
-        item_ids=as_tensor(tokens[is_item] - space.first_item),
-        query_places=as_tensor(_shifted(documents.queries, packing.starts)),
-        target_query=as_tensor(_shifted(documents.target_query, documents.queries.offsets[:-1])),
-        targets=as_tensor(documents.targets.values),
-        num_tokens=int(lengths.sum()),
+        user_places=_tensor(np.flatnonzero(is_user) + places.start),
+        user_ids=_tensor(own[is_user] - space.first_user),
+        item_places=_tensor(np.flatnonzero(is_item) + places.start),
+        item_ids=_tensor(own[is_item] - space.first_item),
+        query_places=_tensor(_shifted(documents.queries, starts)),
+        target_query=_tensor(_shifted(documents.target_query, documents.queries.offsets[:-1])),
+        targets=_tensor(documents.targets.values),
     )
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.int64))
 
 
 def _shifted(lists: Ragged, shifts: np.ndarray) -> np.ndarray:

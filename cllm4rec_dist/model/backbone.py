@@ -185,57 +185,47 @@ def _weights_of(path: Path) -> Iterator[Any]:
         raise ConfigError("backbone", str(path), f"is damaged ({error})", "Fetch the weights again.") from error
 
 
-class _Shares:
-    """How many of the tokens in a pass are the collaborative LLM's; they stand first. Adapted layers ask it."""
+class _Boundary:
+    """Before which token of a pass the collaborative LLM's stand, and behind it the content LLM's."""
 
     def __init__(self) -> None:
-        self.num_collaborative = 0
-        self.num_content = 0
-
-    def set(self, num_collaborative: int, num_content: int) -> None:
-        self.num_collaborative, self.num_content = num_collaborative, num_content
+        self.place = 0
 
     @contextmanager
-    def again(self, num_collaborative: int, num_content: int) -> Iterator[None]:
-        """Inside, the shares of an earlier pass, whose activations are computed once more."""
-        now = self.num_collaborative, self.num_content
-        self.set(num_collaborative, num_content)
+    def again(self, place: int) -> Iterator[None]:
+        """Inside, the boundary of an earlier pass, whose activations are computed once more."""
+        now, self.place = self.place, place
         try:
             yield
         finally:
-            self.set(*now)
+            self.place = now
 
 
-def _adapt(layer: LoraLayer, shares: _Shares) -> None:
+def _adapt(layer: LoraLayer, boundary: _Boundary) -> None:
     """Let a layer of PEFT add each adapter to its own LLM's tokens; PEFT itself runs one adapter over all of them.
 
     Both updates are one product, [tokens, 2r] @ [2r, out], in which a token has zeros where the other adapter's r
     columns are: it is added while it is made, where one product an adapter would be joined and added in two more passes
     over [tokens, out]. Factors are scaled where they are narrow.
     """
+    names = (COLLABORATIVE, CONTENT)
 
     def forward(x: Tensor) -> Tensor:
         base = layer.base_layer(x)
-        parts = x.flatten(0, -2).split([shares.num_collaborative, shares.num_content])
-        used = [(name, part) for name, part in zip((COLLABORATIVE, CONTENT), parts, strict=True) if len(part)]
-        narrow = [layer.lora_A[name](layer.lora_dropout[name](part)) * layer.scaling[name] for name, part in used]
-        wide: list[Tensor] = [layer.lora_B[name].weight for name, _ in used]  # type: ignore[misc]
-        updated = torch.addmm(base.flatten(0, -2), _block_diagonal(narrow), _joined(wide, dim=1).T)
-        return updated.view_as(base)
+        parts = x.flatten(0, -2).tensor_split([boundary.place])
+        first, second = (
+            layer.lora_A[name](layer.lora_dropout[name](part)) * layer.scaling[name]
+            for name, part in zip(names, parts, strict=True)
+        )
+        narrow = torch.cat([F.pad(first, (0, second.shape[1])), F.pad(second, (first.shape[1], 0))])
+        wide = torch.cat([layer.lora_B[name].weight for name in names], dim=1)  # type: ignore[misc]
+        return torch.addmm(base.flatten(0, -2), narrow, wide.T).view_as(base)
 
     layer.forward = forward  # type: ignore[attr-defined]
 
 
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    """[t, r] and [u, r] -> [t + u, 2r]; a single block as it is."""
-    if len(blocks) == 1:
-        return blocks[0]
-    first, second = blocks
-    return torch.cat([F.pad(first, (0, second.shape[1])), F.pad(second, (first.shape[1], 0))])
-
-
 class DualBackbone(nn.Module):
-    """One frozen decoder that is the collaborative LLM for some rows of a pass and the content LLM for the others.
+    """One frozen decoder that is the collaborative LLM for some tokens of a pass and the content LLM for the others.
 
     Args:
         decoder: a Hugging Face decoder without head.
@@ -245,15 +235,43 @@ class DualBackbone(nn.Module):
     def __init__(self, decoder: PreTrainedModel, *, dual: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self._shares = _Shares()
+        self._boundary = _Boundary()
         adapted = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
         assert dual == bool(adapted)
         for layer in adapted:
-            _adapt(layer, self._shares)
+            _adapt(layer, self._boundary)
         if not any(parameter.requires_grad for parameter in decoder.parameters()):
             # A ZeRO-3 engine that trains nothing refuses to run backward, and rows-only training needs the gradient
             # of the embeddings. This scalar gives it something to train; it never gets a gradient and stays zero.
             self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, embeddings: Tensor, positions: Tensor | None, boundary: int) -> Tensor:
+        """Embeddings of packed documents -> hidden states of the same shape, [R, L, D], each document by itself.
+
+        Args:
+            embeddings: [R, L, D].
+            positions: int64 [R, L] of each token in its document, which starts where they do not go on by one; a row is
+                one document if left out.
+            boundary: flat place (row * L + column) before which the collaborative LLM's documents stand; the content
+                LLM's stand behind it.
+        """
+        self._boundary.place = boundary
+        shape = embeddings.shape
+        if positions is not None and self.decoder.config._attn_implementation == "flash_attention_2":
+            # It finds the documents of one row only, and takes several rows for one document each.
+            embeddings, positions = embeddings.flatten(0, 1)[None], positions.flatten()[None]
+        found = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        return found.last_hidden_state.view(shape)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only layer inputs and recompute the rest in backward, with the boundary of that forward."""
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._boundary.again(self._boundary.place)
+
+        self.decoder.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
 
     def train(self, mode: bool = True) -> DualBackbone:
         """Switch dropout on or off. 4-bit layers, which have none, always train.
@@ -272,49 +290,6 @@ class DualBackbone(nn.Module):
         """The decoder's layers."""
         kinds = self.decoder._no_split_modules or []
         return [module for module in self.decoder.modules() if type(module).__name__ in kinds]
-
-    def forward(
-        self, collaborative: Tensor | None, content: Tensor | None, positions: Tensor | None = None,
-        content_positions: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Embeddings of packed documents -> hidden states of the same shapes, each document by itself.
-
-        Args:
-            collaborative, content: [R, L, D] of each LLM with an R of its own and one L, or None on every rank alike.
-            positions, content_positions: int64 [R, L] of each token in its document, which starts where they do not
-                go on by one; a row is one document if left out.
-        """
-        given = [x for x in (collaborative, content) if x is not None]
-        places = [x for x in (positions, content_positions) if x is not None]
-        self._shares.set(*(0 if x is None else x.shape[:-1].numel() for x in (collaborative, content)))
-        hidden = self._run(_joined(given), _joined(places) if places else None)
-        parts = iter(hidden.split([len(x) for x in given]))
-        return (
-            None if collaborative is None else next(parts),
-            None if content is None else next(parts),
-        )
-
-    def _run(self, embeddings: Tensor, positions: Tensor | None) -> Tensor:
-        shape = embeddings.shape
-        if positions is not None and self.decoder.config._attn_implementation == "flash_attention_2":
-            # It finds the documents of one row only, and takes several rows for one document each.
-            embeddings, positions = embeddings.flatten(0, 1)[None], positions.flatten()[None]
-        found = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        return found.last_hidden_state.view(shape)
-
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only layer inputs and recompute the rest in backward, with the shares of that forward."""
-
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._shares.again(self._shares.num_collaborative, self._shares.num_content)
-
-        self.decoder.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
-        )
-
-
-def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:

@@ -2,7 +2,7 @@
 
 The engine runs the backbone between `embed` and the queries:
 
-    token ids --route--> rows --embedded--> [engine] --> hidden --> item_queries / word_queries --> objectives
+    token ids --route--> rows --embedded--> [engine] --> hidden --> queries --> objectives
 
 Legend: R rows, L their length, D hidden, Q query positions, V words, U users, I items.
 """
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm4rec_dist.config import HeadConfig
-from cllm4rec_dist.corpus.batches import MicroBatch
-from cllm4rec_dist.corpus.prompts import DocumentBatch
+from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.model.backbone import Words
 from cllm4rec_dist.model.heads import ItemHead
 from cllm4rec_dist.model.tables import Fetch, Route, ShardedTable, fetch, lookup, route_ids, touched_rows
@@ -38,14 +37,12 @@ class Embedded:
     """What the backbone reads of a micro-batch.
 
     Attributes:
-        items: [R, L, D] of the documents over items, in the words' dtype.
-        item_rows: [item tokens of these documents, D] in fp32, as they were put in.
-        words: [R, L, D] of the documents over words; None without content LLM.
+        tokens: [R, L, D] in the words' dtype.
+        item_rows: [item tokens of the documents over items, D] in fp32, as they were put in.
     """
 
-    items: Tensor
+    tokens: Tensor
     item_rows: Tensor
-    words: Tensor | None
 
 
 class TokenRows(nn.Module):
@@ -131,7 +128,7 @@ class Recommender(nn.Module):
         Args:
             batches: on the host; equally many on all ranks, with or without texts alike.
         """
-        wanted = [[ids for d in _documents(batch) for ids in (d.user_ids, d.item_ids)] for batch in batches]
+        wanted = [[ids for d in batch.documents for ids in (d.user_ids, d.item_ids)] for batch in batches]
         partitions = [table.partition for table in self.tables[: len(wanted[0])]]
         routes = route_ids(wanted, partitions, self.world)
         return [RoutedBatch(b.to(self.world.device), route) for b, route in zip(batches, routes, strict=True)]
@@ -158,53 +155,38 @@ class Recommender(nn.Module):
         return fetch(self.tables[: len(routed.route.lengths)], routed.route, self.wire)
 
     def _embed(self, batch: MicroBatch, rows: list[Tensor]) -> Embedded:
-        items, item_rows = self._place(batch.items, *rows[:2])
-        words = None if batch.words is None else self._place(batch.words, *rows[2:])[0]
-        return Embedded(items, item_rows, words)
-
-    def _place(self, documents: DocumentBatch, user_rows: Tensor, item_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [R, L, D] in the words' dtype, and the item rows among them, with dropout."""
+        """Words from the backbone, users and items from their `rows`, with dropout."""
+        places = torch.cat([p for d in batch.documents for p in (d.user_places, d.item_places)])
+        values = torch.cat(rows)
         if self.training and self.dropout > 0:
-            keys, positions = documents.keys.flatten(), documents.positions.flatten()
-            users, items = documents.user_places, documents.item_places
-            user_rows = keyed_dropout(user_rows, keys[users], positions[users], self.dropout)
-            item_rows = keyed_dropout(item_rows, keys[items], positions[items], self.dropout)
-        embedded = F.embedding(documents.word_ids, self.words.embedding)
-        flat = embedded.flatten(0, 1)
-        flat = flat.index_copy(0, documents.user_places, user_rows.to(flat.dtype))
-        flat = flat.index_copy(0, documents.item_places, item_rows.to(flat.dtype))
-        return flat.view_as(embedded), item_rows
+            keys, positions = batch.keys.flatten()[places], batch.positions.flatten()[places]
+            values = keyed_dropout(values, keys, positions, self.dropout)
+        embedded = F.embedding(batch.word_ids, self.words.embedding)
+        tokens = embedded.flatten(0, 1).index_copy(0, places, values.to(embedded.dtype)).view_as(embedded)
+        item_rows = values[len(rows[0]) : len(rows[0]) + len(rows[1])]
+        return Embedded(tokens, item_rows)
 
-    def item_queries(self, hidden: Tensor, item_rows: Tensor, documents: DocumentBatch) -> Tensor:
+    def item_queries(self, hidden: Tensor, item_rows: Tensor, batch: MicroBatch) -> Tensor:
         """Hidden states [R, L, D] -> what the item head multiplies with its operand, [Q, D or D+1]."""
-        queries = hidden.flatten(0, 1)[documents.query_places]
+        queries = hidden.flatten(0, 1)[batch.items.query_places]
         pooled = torch.zeros_like(queries, dtype=item_rows.dtype)
         if self.head.pool_residual:
-            pooled = _sums_of_document(item_rows, documents)
+            pooled = _sums_of_document(item_rows, batch)
         return self.head.queries(queries, pooled)
 
     def item_operand(self) -> Tensor:
         """This rank's rows of the item softmax, [rows, D or D+1]."""
         return self.head.operand(self.collaborative.items.local_rows)
 
-    def word_queries(self, hidden: Tensor, documents: DocumentBatch) -> Tensor:
-        """Hidden states [R, L, D] -> those that predict a word, [Q, D]."""
-        return hidden.flatten(0, 1)[documents.query_places]
 
-
-def _documents(batch: MicroBatch) -> list[DocumentBatch]:
-    return [batch.items] if batch.words is None else [batch.items, batch.words]
-
-
-def _sums_of_document(item_rows: Tensor, documents: DocumentBatch) -> Tensor:
+def _sums_of_document(item_rows: Tensor, batch: MicroBatch) -> Tensor:
     """For each query the sum of the item rows from its document's start up to itself: [item tokens, D] -> [Q, D]."""
-    size = documents.word_ids.numel()
     # Item tokens before each place, and so before each document, as numbers of the item rows, which stand in order.
-    num_before = documents.item_places.new_zeros(size + 1)
-    num_before[1:].index_fill_(0, documents.item_places, 1)
+    num_before = batch.items.item_places.new_zeros(batch.word_ids.numel() + 1)
+    num_before[1:].index_fill_(0, batch.items.item_places, 1)
     num_before = num_before.cumsum(0)
-    places = documents.query_places
-    first, stop = num_before[places - documents.positions.flatten()[places]], num_before[places + 1]
+    places = batch.items.query_places
+    first, stop = num_before[places - batch.positions.flatten()[places]], num_before[places + 1]
     sums = F.pad(item_rows.cumsum(dim=0), (0, 0, 1, 0))
     # The direction of an empty sum has a gradient of 1e12, which would cancel only on paper.
     return torch.where((stop > first)[:, None], sums[stop] - sums[first], 0.0)

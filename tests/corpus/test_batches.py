@@ -101,7 +101,7 @@ def test_what_is_told_is_what_is_read_and_everything_comes_once_an_epoch(corpus:
 
 def tokens(batch: StepBatch) -> list[int]:
     """Real tokens of each micro-batch."""
-    return [m.items.num_tokens + (m.words.num_tokens if m.words is not None else 0) for m in batch.micro_batches]
+    return [m.num_tokens for m in batch.micro_batches]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -111,9 +111,20 @@ def test_micro_batches_of_all_ranks_have_equally_many_tokens(corpus: Corpus, sta
     for step in range(6):
         batches = [s.make(step) for s in made]
         loads = [load for batch in batches for load in tokens(batch)]
-        longest = max(int(m.positions.max()) + 1 for batch in batches for m in [batch.micro_batches[0].items])
+        longest = max(int(batch.micro_batches[0].positions.max()) + 1 for batch in batches)
         # What cannot be cut is a document: no part is longer than the mean and a few tokens, or than the longest one.
         assert max(loads) <= max(1.02 * sum(loads) / size, longest + 30), (step, loads, longest)
+
+
+def test_later_micro_batches_have_shorter_rows_and_as_many_tokens(corpus: Corpus) -> None:
+    made = ranks(corpus, "pretrain", 2, accumulation=3)
+    for step in range(3):
+        batches = [s.make(step).micro_batches for s in made]
+        longest = [max(int(batch[number].positions.max()) for batch in batches) for number in range(3)]
+        assert longest == sorted(longest, reverse=True)
+        assert longest[2] < longest[0] / 2
+        loads = [batch[number].num_tokens for batch in batches for number in range(3)]
+        assert max(loads) - min(loads) <= 2 * (longest[0] + 1)
 
 
 def test_every_rank_has_every_micro_batch_even_without_documents(corpus: Corpus) -> None:
@@ -122,7 +133,6 @@ def test_every_rank_has_every_micro_batch_even_without_documents(corpus: Corpus)
         assert len(batches) == 2
         for batch in batches:
             assert batch.words is not None
-            assert batch.items.word_ids.shape[1] == batch.words.word_ids.shape[1]
     assert all(m.words is None for m in source(corpus, texts=0).make(0).micro_batches)
 
 

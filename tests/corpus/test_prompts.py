@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cllm4rec_dist.config import MethodConfig
-from cllm4rec_dist.corpus.prompts import Composer, Document, Documents, collate, collate_groups
+from cllm4rec_dist.corpus.prompts import Composer, Document, Documents, collate
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ContentKind
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
@@ -306,19 +306,23 @@ def test_collate_holds_uneven_documents_unchanged() -> None:
         made.collaborative(4, ITEMS[:2], 0), made.recommendation(29, ITEMS, 0),
         made.content(int(ContentKind.USER_ITEM), 1, 99, words, 0, 5),
     ]  # fmt: skip
-    batch = collate(documents, SPACE)
+    batch = collate(documents[:2], SPACE, documents[2:])
     assert batch.num_tokens == sum(len(d.token_ids) for d in documents)
     assert batch.word_ids.shape == batch.positions.shape == batch.keys.shape
 
     tokens = batch.word_ids.flatten().clone()
-    assert not tokens[batch.user_places].any()
-    assert not tokens[batch.item_places].any()
-    tokens[batch.user_places] = batch.user_ids + SPACE.first_user
-    tokens[batch.item_places] = batch.item_ids + SPACE.first_item
+    for asked in batch.documents:
+        for places in (asked.user_places, asked.item_places):
+            assert not tokens[places].any()
+            assert places.tolist() == sorted(places.tolist())
+            assert ((places < batch.boundary) == (asked is batch.items)).all()
+        tokens[asked.user_places] = asked.user_ids + SPACE.first_user
+        tokens[asked.item_places] = asked.item_ids + SPACE.first_item
     positions, keys = batch.positions.flatten(), batch.keys.flatten()
-    places = batch.query_places[batch.target_query]
     left = torch.ones(len(tokens), dtype=torch.bool)
-    for document in documents:
+    for number, document in enumerate(documents):
+        asked = batch.documents[number // 2]
+        places = asked.query_places[asked.target_query]
         (start,) = torch.nonzero((keys == document.key) & (positions == 0)).flatten().tolist()
         stop = start + len(document.token_ids)
         assert tokens[start:stop].tolist() == document.token_ids.tolist()
@@ -328,42 +332,28 @@ def test_collate_holds_uneven_documents_unchanged() -> None:
         # Each target's place and value.
         own = (places >= start) & (places < stop)
         assert (places[own] - start).tolist() == document.queries[document.target_query].tolist()
-        assert batch.targets[own].tolist() == document.targets.tolist()
+        assert asked.targets[own].tolist() == document.targets.tolist()
         left[start:stop] = False
     assert not tokens[left].any()
     assert not positions[left].any()
-    assert len(batch.query_places) == sum(len(d.queries) for d in documents)
+    assert sum(len(d.query_places) for d in batch.documents) == sum(len(d.queries) for d in documents)
 
 
 def test_collate_of_no_document_is_one_padding_token_that_predicts_nothing() -> None:
     batch = collate([], SPACE)
     assert batch.word_ids.tolist() == [[0]]
     assert batch.num_tokens == 0
-    for name in ("user_ids", "item_ids", "query_places", "target_query", "targets", "user_places"):
-        assert len(getattr(batch, name)) == 0, name
+    assert batch.words is None
+    for asked in [batch.items, *collate([], SPACE, []).documents]:
+        assert all(len(value) == 0 for value in vars(asked).values())
     assert batch.keys.tolist() == batch.positions.tolist() == [[0]]
 
 
-def test_groups_have_rows_of_one_length_and_hold_what_they_hold_alone() -> None:
-    made = composer().all
-    users, histories = np.arange(30), some_histories(30)
-    items = made.collaborative(users, histories, users)
-    words = made.content(users[:4], users[:4], users[:4], histories.take(np.arange(4)), users[:4], users[:4])
-    groups = collate_groups([items, words, Documents.of([])], SPACE)
-    assert len({group.word_ids.shape[1] for group in groups}) == 1
-    assert groups[2].word_ids.shape[0] == 1
-    assert [group.num_tokens for group in groups] == [len(items.tokens.values), len(words.tokens.values), 0]
-    for group, documents in zip(groups, (items, words), strict=False):
-        alone = collate(documents, SPACE)
-        for name in ("targets", "target_query"):
-            assert torch.equal(getattr(group, name), getattr(alone, name))
-        for name in ("user_ids", "item_ids"):
-            assert torch.equal(getattr(group, name).sort().values, getattr(alone, name).sort().values)
-
-
 def test_a_batch_moves_with_every_tensor() -> None:
-    batch = collate([composer().collaborative(4, ITEMS, 0)], SPACE).to(torch.device("meta"))
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 10
+    batch = collate([composer().collaborative(4, ITEMS, 0)], SPACE, []).to(torch.device("meta"))
+    assert batch.words is not None
+    values = [value for part in (batch, batch.items, batch.words) for value in vars(part).values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 3 + 2 * 7
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert batch.num_tokens > 0

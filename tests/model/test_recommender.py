@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.config import HeadConfig
-from cllm4rec_dist.corpus.batches import MicroBatch
-from cllm4rec_dist.corpus.prompts import Document, DocumentBatch, collate
+from cllm4rec_dist.corpus.prompts import Document, MicroBatch, collate
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.model.backbone import Words
 from cllm4rec_dist.model.recommender import Recommender, keyed_dropout
@@ -65,15 +64,10 @@ def test_the_gradient_of_dropout_passes_where_the_value_does() -> None:
     torch.testing.assert_close(x.grad, torch.where(y.detach() != 0, 1 / 0.7, 0.0).to(x.dtype))
 
 
-def documents_of(batch: DocumentBatch, which: str) -> MicroBatch:
-    """The same documents for one of the two LLMs, and none for the other."""
-    return MicroBatch(batch, None) if which == "collaborative" else MicroBatch(collate([], SPACE), batch)
-
-
-def embed(model: Recommender, batch: DocumentBatch) -> tuple[Tensor, Tensor]:
-    """As the collaborative LLM reads it; with the item rows in it."""
-    (embedded,) = model.embedded(model.route([MicroBatch(batch, None)]))
-    return embedded.items, embedded.item_rows
+def embed(model: Recommender, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Embeddings, and the item rows in them."""
+    (embedded,) = model.embedded(model.route([batch]))
+    return embedded.tokens, embedded.item_rows
 
 
 def document(token_ids: list[int], queries: list[int], key: int) -> Document:
@@ -86,7 +80,7 @@ FIRST = document([3, 11, 5, 14, 19, 14], [2, 5], key=1 << 40)
 SECOND = document([13, 7, 16], [0, 2], key=77)
 
 
-def batch() -> DocumentBatch:
+def batch() -> MicroBatch:
     return collate([FIRST, SECOND], SPACE)
 
 
@@ -118,16 +112,15 @@ def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
 @pytest.mark.parametrize("which", ["collaborative", "content"])
 def test_embeddings_stand_where_their_tokens_stand(which: str) -> None:
     model = recommender()
-    (found,) = model.embedded(model.route([documents_of(batch(), which)]))
-    embedded = found.items if which == "collaborative" else found.words
-    assert embedded is not None
+    documents = batch() if which == "collaborative" else collate([], SPACE, [FIRST, SECOND])
+    embedded, item_rows = embed(model, documents)
     assert embedded.shape == (1, 9, WIDTH), "both in one row"
     token_ids = [*FIRST.token_ids.tolist(), *SECOND.token_ids.tolist()]
     for place, token_id in enumerate(token_ids):
         assert torch.equal(embedded[0, place], row_of(model, which, token_id)), place
     items = [t for doc in (FIRST, SECOND) for t in doc.token_ids.tolist() if t >= SPACE.first_item]
     if which == "collaborative":
-        assert torch.equal(found.item_rows, torch.stack([row_of(model, which, t) for t in items]))
+        assert torch.equal(item_rows, torch.stack([row_of(model, which, t) for t in items]))
 
 
 def test_every_use_of_a_row_gives_it_gradient() -> None:
@@ -153,7 +146,7 @@ def test_a_bf16_wire_rounds_the_rows_of_tokens_and_nothing_else() -> None:
     exact, rounded = recommender(), recommender(wire=torch.bfloat16)
     (wanted, wanted_rows), (embedded, item_rows) = embed(exact, batch()), embed(rounded, batch())
     assert torch.equal(item_rows, wanted_rows.bfloat16().float())
-    places = torch.cat([batch().user_places, batch().item_places])
+    places = torch.cat([batch().items.user_places, batch().items.item_places])
     wanted.flatten(0, 1)[places] = wanted.flatten(0, 1)[places].bfloat16().float()
     assert torch.equal(embedded, wanted)
     assert torch.equal(rounded.item_operand(), exact.item_operand())
@@ -161,7 +154,7 @@ def test_a_bf16_wire_rounds_the_rows_of_tokens_and_nothing_else() -> None:
 
 def test_rows_of_the_next_micro_batch_are_on_their_way_while_one_is_read() -> None:
     model = recommender()
-    batches = [MicroBatch(collate([document], SPACE), None) for document in (FIRST, SECOND)]
+    batches = [collate([document], SPACE) for document in (FIRST, SECOND)]
     found = model.embedded(model.route(batches))
     next(found)
     with torch.no_grad():
@@ -175,14 +168,15 @@ def test_dropout_touches_users_and_items_alone_and_only_in_training() -> None:
     wanted, _ = embed(plain, batch())
     embedded, item_rows = embed(model, batch())
     words = torch.ones(9, dtype=torch.bool)
-    words[batch().user_places] = False
-    words[batch().item_places] = False
+    documents = batch().items
+    words[documents.user_places] = False
+    words[documents.item_places] = False
     assert torch.equal(embedded.flatten(0, 1)[words], wanted.flatten(0, 1)[words])
-    for positions in (batch().user_places, batch().item_places):
+    for positions in (documents.user_places, documents.item_places):
         rows, exact = embedded.flatten(0, 1)[positions], wanted.flatten(0, 1)[positions]
         assert (rows == 0).any()
         assert torch.equal(rows[rows != 0], 2 * exact[rows != 0])
-    assert torch.equal(embedded.flatten(0, 1)[batch().item_places], item_rows)
+    assert torch.equal(embedded.flatten(0, 1)[documents.item_places], item_rows)
     # Two visits of an item in one document have masks of their own.
     assert not torch.equal(embedded[0, 3], embedded[0, 5])
     model.eval()
@@ -208,7 +202,6 @@ def test_queries_pool_the_item_rows_up_to_their_position() -> None:
     for query, state, pool in zip(queries, states, pooled, strict=True):
         wanted = state + torch.nn.functional.normalize(pool, dim=0) * WIDTH**0.5
         torch.testing.assert_close(query, wanted)
-    assert torch.equal(model.word_queries(hidden, batch()), torch.stack(states))
     torch.testing.assert_close(recommender(pool=False).item_queries(hidden, item_rows, batch()), torch.stack(states))
 
 
