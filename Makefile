@@ -41,6 +41,7 @@ bench: install
 	$(BIN)/python -m benchmarks.head
 	$(BIN)/python -m benchmarks.topk
 	$(BIN)/python -m benchmarks.saving
+	$(BIN)/python -m benchmarks.stream
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
 test: install lint

@@ -1,0 +1,274 @@
+"""Examples a second of the stream against plain `webdataset` on the same shards, and what a step waits for it.
+
+    python -m benchmarks.stream                      on a corpus drawn by chance
+    python -m benchmarks.stream --corpus shards/amazon-beauty --backbone backbones/amazon-beauty
+
+Each form reads every user and every text once, a batch of both at a time, and ends with tensors of pretraining
+documents in an order that mixes the examples. The peer is what a user of webdataset writes: the records' arrays that
+are needed are decoded, cut into examples, mixed in a buffer, made documents one by one, and padded to the longest of
+the batch; in the process itself and in two workers of a DataLoader, which go on living between epochs. All forms take
+turns, and real tokens are counted to be the same. Decoding the records and doing nothing with them is shown beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+
+from benchmarks.catalogs import make_corpus
+from benchmarks.common import parser, tell, tell_table, write_json
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.batches import BatchSource
+from cllm4rec_dist.corpus.prompts import CONTENT_PROMPTS, RECOMMENDATION_PROMPT, Composer, ContentKind
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.stream import ahead
+from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.engine import start_world
+from cllm4rec_dist.step import train_step
+from cllm4rec_dist.system import assemble, start_rows
+from cllm4rec_dist.topology import World
+
+ROOT = Path(__file__).parents[1]
+NEEDED = {
+    "interactions": ["users.npy", "train_offsets.npy", "train_items.npy"],
+    "content": ["kind.npy", "users.npy", "items.npy", "offsets.npy", "tokens.npy"],
+}
+BUFFER = 16_384
+"""Examples that the peer mixes: as many as a window of ours has, 64 records of 256."""
+
+Sample = dict[str, Any]
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def histories(samples: Iterable[Sample]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each user and the user's items."""
+    for sample in samples:
+        offsets, items = sample["train_offsets.npy"], sample["train_items.npy"]
+        for n, user in enumerate(sample["users.npy"]):
+            yield int(user), items[offsets[n] : offsets[n + 1]]
+
+
+def texts(samples: Iterable[Sample]) -> Iterator[tuple[int, int, int, np.ndarray]]:
+    """Kind, user, item and words of each text."""
+    for sample in samples:
+        offsets, tokens = sample["offsets.npy"], sample["tokens.npy"]
+        columns = (sample[f"{name}.npy"].tolist() for name in ("kind", "users", "items"))
+        for n, (kind, user, item) in enumerate(zip(*columns, strict=True)):
+            yield kind, user, item, tokens[offsets[n] : offsets[n + 1]]
+
+
+class Prompts:
+    """Makes the peer's documents, each by itself: token ids, and labels of what is predicted."""
+
+    def __init__(self, tokenizer: WordTokenizer, space: TokenSpace, max_history: int) -> None:
+        self.space, self.max_history = space, max_history
+        self.random = np.random.default_rng()
+        begin = RECOMMENDATION_PROMPT.split(" {items}")[0]
+        encode = lambda text: np.array(  # noqa: E731
+            [*tokenizer.prefix, *tokenizer.encode(text.format(user="<user_0>", item="<item_0>"), space)]
+        )
+        self.history = encode(begin)
+        self.content = {int(k): encode(CONTENT_PROMPTS[k].replace(" {item}", "{item}")) for k in ContentKind}
+
+    def collaborative(self, example: tuple[int, np.ndarray]) -> Pair:
+        user, items = example
+        prompt = self.history + user * (self.history == self.space.first_user)
+        return self._labelled(prompt, self.space.first_item + self.random.permutation(items)[: self.max_history])
+
+    def text(self, example: tuple[int, int, int, np.ndarray]) -> Pair:
+        kind, user, item, words = example
+        prompt = self.content[kind]
+        prompt = prompt + user * (prompt == self.space.first_user) + item * (prompt == self.space.first_item)
+        return self._labelled(prompt, words)
+
+    def _labelled(self, prompt: np.ndarray, main: np.ndarray) -> Pair:
+        tokens = np.concatenate([prompt, main])
+        labels = tokens.copy()
+        labels[: len(prompt)] = -100
+        return tokens, labels
+
+
+def padded(batch: list[Pair]) -> dict[str, Tensor]:
+    """Documents as tensors, all as long as the longest."""
+    shape = len(batch), max(len(tokens) for tokens, _ in batch)
+    tokens, labels = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for row, (known, wanted) in enumerate(batch):
+        tokens[row, : len(known)], labels[row, : len(known)], mask[row, : len(known)] = known, wanted, 1
+    return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels), "mask": torch.from_numpy(mask)}
+
+
+class Peer:
+    """Users and texts by plain webdataset."""
+
+    def __init__(self, corpus: Corpus, prompts: Prompts, users: int, num_texts: int, workers: int) -> None:
+        self._loaders = [
+            self._loader(corpus, kind, split, compose, size, workers)
+            for kind, split, compose, size in (
+                ("interactions", histories, prompts.collaborative, users),
+                ("content", texts, prompts.text, num_texts),
+            )
+        ]
+
+    @staticmethod
+    def _loader(
+        corpus: Corpus, kind: str, split: Callable[..., Any], compose: Callable[..., Pair], size: int, workers: int
+    ) -> wds.WebLoader:
+        dataset = (
+            wds.WebDataset(urls(corpus, kind), shardshuffle=1000, empty_check=False)
+            .decode(only=NEEDED[kind])
+            .compose(split)
+            .shuffle(BUFFER)
+            .map(compose)
+            .batched(size, collation_fn=padded)
+        )
+        more = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+        return wds.WebLoader(dataset, batch_size=None, num_workers=workers, **more)
+
+    def epoch(self) -> int:
+        """Read everything once; its real tokens."""
+        return sum(int(batch["mask"].sum()) for loader in self._loaders for batch in loader)
+
+
+def urls(corpus: Corpus, kind: str) -> list[str]:
+    return [f"{corpus.url}/{entry.path}" for entry in corpus.manifest.of_kind(kind)]
+
+
+def decode_all(corpus: Corpus) -> int:
+    """webdataset's own share of the peer's work: records decoded, nothing made of them."""
+    for kind, only in NEEDED.items():
+        for _ in wds.WebDataset(urls(corpus, kind), shardshuffle=1000).decode(only=only):
+            pass
+    return 0
+
+
+def our_epoch(source: BatchSource, num_steps: int) -> int:
+    """Every example once, and at the end as many more as fill the last batch; real tokens of exactly one epoch."""
+    tokens = 0
+    for batch in ahead(source.make, 0, num_steps):
+        for part in batch.micro_batches:
+            tokens += part.num_tokens
+    return tokens
+
+
+def configured(chosen: argparse.Namespace, stage: str, users: int, num_texts: int) -> RunConfig:
+    return validate(RunConfig, {
+        "stage": stage, "corpus": chosen.corpus, "backbone": chosen.backbone, "output": tempfile.gettempdir(),
+        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "rows": {"start": "prior"},
+        "batch": {"users": users, "texts": num_texts}, "method": {"max_history": 200},
+    }, "benchmark")  # fmt: skip
+
+
+def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Examples a second of every form, over whole epochs in turns."""
+    corpus, tokenizer = Corpus.open(chosen.corpus, verify=False), WordTokenizer.load(chosen.backbone)
+    space = TokenSpace(len(tokenizer), corpus.num_users, corpus.num_items)
+    # As many batches of texts as of users, so that both end with their epoch.
+    num_steps = -(-corpus.num_users // chosen.users)
+    num_texts = -(-corpus.content.num_examples // num_steps)
+    config = configured(chosen, "pretrain", chosen.users, num_texts)
+    composer = Composer(tokenizer, space, config.method, config.seed)
+    source = BatchSource(corpus, composer, config, World(0, 1, 0, torch.device("cpu")))
+    prompts = Prompts(tokenizer, space, config.method.max_history)
+    peer = partial(Peer, corpus, prompts, chosen.users, num_texts)
+    forms: dict[str, Callable[[], int]] = {
+        "webdataset": peer(0).epoch, "webdataset, 2 workers": peer(2).epoch,
+        "webdataset, records decoded only": lambda: decode_all(corpus), "ours": lambda: our_epoch(source, num_steps),
+    }  # fmt: skip
+    num_examples = corpus.num_users + corpus.content.num_examples
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    tokens = dict.fromkeys(forms, 0)
+    for repeat in range(chosen.repeats + 1):
+        for name, run in forms.items():
+            started = time.perf_counter()
+            tokens[name] = run()
+            if repeat:  # the first one warms up
+                times[name].append(time.perf_counter() - started)
+    assert tokens["webdataset"] == tokens["webdataset, 2 workers"] <= tokens["ours"] <= 1.01 * tokens["webdataset"]
+    best = min(("webdataset", "webdataset, 2 workers"), key=lambda name: statistics.median(times[name]))
+    ratios = {name: [b / a for a, b in zip(taken, times[best], strict=True)] for name, taken in times.items()}
+    return {
+        "batch": {"users": chosen.users, "texts": num_texts}, "examples": num_examples, "tuned_peer": best,
+        "forms": {
+            name: {
+                "examples_per_second": num_examples / statistics.median(taken),
+                "ratio": statistics.median(ratios[name]), "ratio_range": [min(ratios[name]), max(ratios[name])],
+            } for name, taken in times.items()
+        },
+    }  # fmt: skip
+
+
+def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
+    """What a real step on one rank waits for its batch, and how long the batch took to make beside it."""
+    config = configured(chosen, stage, chosen.users, chosen.texts)
+    world = start_world()
+    system = assemble(config, world)
+    start_rows(system)
+    source = BatchSource(system.corpus, system.composer, config, world)
+    made, waited, stepped = [], [], []
+
+    def make(step: int) -> Any:
+        started = time.perf_counter()
+        batch = source.make(step)
+        made.append(time.perf_counter() - started)
+        return batch
+
+    batches = ahead(make, 0, chosen.steps + 1)
+    for step in range(chosen.steps + 1):
+        started = time.perf_counter()
+        batch = next(batches)
+        ready = time.perf_counter()
+        system.train(True)
+        train_step(system, batch.micro_batches, 1.0)
+        if step:  # nothing was made ahead of the first one
+            waited.append(ready - started)
+            stepped.append(time.perf_counter() - started)
+    return {
+        "step_seconds": statistics.median(stepped), "waited_share": sum(waited) / sum(stepped),
+        "make_seconds": statistics.median(made), "make_seconds_most": max(made),
+    }  # fmt: skip
+
+
+def main() -> None:
+    options = parser("stream", __doc__)
+    options.add_argument("--corpus", help="a corpus; one is drawn by chance if left out")
+    options.add_argument("--backbone", help="its backbone")
+    options.add_argument("--examples", type=int, default=50_000, help="users, and texts, of a corpus drawn by chance")
+    options.add_argument("--users", type=int, default=256, help="users of a batch")
+    options.add_argument("--texts", type=int, default=64, help="texts of a batch of the steps")
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--steps", type=int, default=20)
+    chosen = options.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.corpus is None:
+            chosen.corpus, chosen.backbone = f"{folder}/corpus", f"{folder}/backbone"
+            make_corpus(Path(folder), chosen.examples, 20_000, 64, num_texts=chosen.examples)
+        found = speeds(chosen)
+        shares = {stage: waiting(chosen, stage) for stage in ("pretrain", "finetune")}
+    tell_table(["stream", "examples/s", "ratio", "lowest", "highest"], [
+        [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
+        for name, f in found["forms"].items()
+    ])  # fmt: skip
+    tell_table(["stage", "step", "waited for its batch", "making a batch", "most"], [
+        [stage, f"{s['step_seconds']:.3f} s", f"{s['waited_share']:.3%}", f"{1e3 * s['make_seconds']:.1f} ms",
+         f"{1e3 * s['make_seconds_most']:.0f} ms"] for stage, s in shares.items()
+    ])  # fmt: skip
+    tell(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
+    write_json(chosen.json, found | {"steps": shares})
+
+
+if __name__ == "__main__":
+    main()
