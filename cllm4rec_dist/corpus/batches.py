@@ -168,7 +168,8 @@ class BatchSource:
 
     def _micro_batch(self, parts: Sequence[Examples]) -> MicroBatch:
         items, *words = [stream.documents(part) for stream, part in zip(self._streams, parts, strict=True)]
-        return collate(items, self._space, *words)
+        batch = collate(items, self._space, *words)
+        return batch.pinned() if self._world.device.type == "cuda" else batch
 
 
 def _by_length(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:

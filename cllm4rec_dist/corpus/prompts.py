@@ -16,7 +16,7 @@ Legend: n documents, R rows, L their length, Q places that predict, M targets.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,9 +114,9 @@ class DocumentBatch:
     target_query: Tensor
     targets: Tensor
 
-    def to(self, device: torch.device) -> DocumentBatch:
-        """The same on `device`."""
-        return DocumentBatch(**{name: value.to(device) for name, value in vars(self).items()})
+    def each(self, change: Callable[[Tensor], Tensor]) -> DocumentBatch:
+        """The same with `change` made to every tensor."""
+        return DocumentBatch(**{name: change(value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,21 @@ class MicroBatch:
         return [self.items] if self.words is None else [self.items, self.words]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | DocumentBatch)
-        }
-        return replace(self, **moved)
+        """The same batch on `device`; out of pinned memory it is copied while the caller goes on."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same batch in memory that a GPU copies from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, DocumentBatch):
+                changed[name] = value.each(change)
+        return replace(self, **changed)
 
 
 class Composer:
