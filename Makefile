@@ -40,6 +40,8 @@ bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.head
 	$(BIN)/python -m benchmarks.topk
+	$(BIN)/python -m benchmarks.lookup
+	$(BIN)/python -m benchmarks.adam
 	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m benchmarks.stream
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi

@@ -217,8 +217,8 @@ def start_all_to_all_rows(
     if world.size == 1:
         return ArrivingRows(x, None, world, what)
     received = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    with world.watch.collective(f"start of the all-to-all of {what}"):
-        work = dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts, async_op=True)
+    # Nobody is waited for here, so the watch is told of `wait` alone.
+    work = dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts, async_op=True)
     return ArrivingRows(received, work, world, what)
 
 
