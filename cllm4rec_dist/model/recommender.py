@@ -48,12 +48,10 @@ class Embedded:
 class TokenRows(nn.Module):
     """User and item rows of one LLM."""
 
-    def __init__(
-        self, num_users: int, num_items: int, width: int, world: World, *, sparse_users: bool, sparse_items: bool
-    ) -> None:
+    def __init__(self, num_users: int, num_items: int, width: int, world: World, *, lazy: bool) -> None:
         super().__init__()
-        self.users = ShardedTable(num_users, width, world, sparse_gradients=sparse_users)
-        self.items = ShardedTable(num_items, width, world, sparse_gradients=sparse_items)
+        self.users = ShardedTable(num_users, width, world, sparse_gradients=lazy)
+        self.items = ShardedTable(num_items, width, world, sparse_gradients=lazy)
 
 
 class Recommender(nn.Module):
@@ -84,11 +82,9 @@ class Recommender(nn.Module):
         super().__init__()
         width = words.embedding.shape[1]
         self.words, self.world, self.dropout, self.wire = words, world, dropout, wire
-        # The collaborative items are the operand of the item softmax: their gradient is dense anyway.
-        self.collaborative = TokenRows(num_users, num_items, width, world, sparse_users=lazy, sparse_items=False)
-        self.content: TokenRows | None = None
-        if content:
-            self.content = TokenRows(num_users, num_items, width, world, sparse_users=lazy, sparse_items=lazy)
+        # The collaborative items are the operand of the item softmax too, which makes their whole gradient dense.
+        self.collaborative = TokenRows(num_users, num_items, width, world, lazy=lazy)
+        self.content = TokenRows(num_users, num_items, width, world, lazy=lazy) if content else None
         self.head = ItemHead(
             self.item_partition.num_local(world.rank),
             world,

@@ -8,9 +8,9 @@ because it has no supported way to leave a parameter in place, and would gather 
 Routes do not depend on weights: one exchange serves all micro-batches of a step. Rows do not change within a step
 either, so those of the next micro-batch may be on their way while this one computes, but never those of the next step.
 
-A table that is only looked up gets sparse gradients (the rows that came by), for a lazy optimizer; one that is also a
-softmax operand gets dense ones. Optimizers, clipping and files are left to `table_optimizer.py`, `step.py`,
-`checkpoint.py`.
+Lookups give sparse gradients (of the rows that came by), for a lazy optimizer, or dense ones. That of a table that is a
+softmax operand too is dense in any case, when autograd has added the two. Optimizers, clipping and files are left to
+`table_optimizer.py`, `step.py`, `checkpoint.py`.
 
 Legend: T tables, W ranks, M micro-batches, n wanted ids of this rank, u of them distinct, m rows that ranks want from
 this one, R rows, D width.
@@ -186,7 +186,7 @@ class ShardedTable(nn.Module):
         num_rows: R over all ranks.
         width: D.
         world: the run.
-        sparse_gradients: True for a table that is only looked up.
+        sparse_gradients: of lookups.
 
     Attributes:
         width: D.

@@ -224,5 +224,17 @@ def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
     named = {id(p) for _, p, _ in model.sharded_parameters()} | {id(p) for _, p in model.replicated_parameters()}
     assert named == {id(p) for p in model.parameters()}
     assert model.content is not None
-    lazy = [t.sparse_gradients for rows in (model.collaborative, model.content) for t in (rows.users, rows.items)]
-    assert lazy == [True, False, True, True], "the operand of the softmax has a dense gradient"
+
+
+def test_the_gradient_of_the_softmax_operand_alone_is_dense() -> None:
+    words, wire = Words(*torch.zeros(2, SPACE.num_words, WIDTH)), torch.float32
+    model = Recommender(4, 6, words, HeadConfig(), alone(), dropout=0.0, wire=wire, lazy=True, content=True)
+    for number in range(2):  # micro-batches
+        (embedded,) = model.embedded(model.route([MicroBatch(batch(), batch())]))
+        assert embedded.words is not None
+        loss = embedded.items.sum() + embedded.words.sum() + model.item_operand().sum()
+        if number == 1:
+            loss = loss + sum(table.own(torch.tensor([0, 2])).sum() for table in model.tables)
+        loss.backward()
+    layouts = [table.local_rows.grad.is_sparse for table in model.tables if table.local_rows.grad is not None]
+    assert layouts == [True, False, True, True]
