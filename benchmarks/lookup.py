@@ -1,0 +1,289 @@
+"""Lookup of skewed ids in a row-sharded table, forward and backward, against two ways that torch's users have.
+
+    python -m benchmarks.lookup
+
+`ours` routes, fetches and looks up; its gradient is sparse, for a lazy Adam, or `dense`, as with `lazy_tables: false`;
+`bf16` is the lazy one with that on the wire. `rowwise` is an `nn.Embedding` under DTensor's `RowwiseParallel` with ids
+and rows sharded by rank (all-gather of ids, reduce-scatter of rows; torch makes a gradient of the whole table on every
+rank), `rowwise distinct` the same with ids deduplicated first and padded to the longest rank. `gathered` brings the
+whole table to every rank, embeds there and reduce-scatters the gradient, as ZeRO-3 would. All give the same rows and
+the same gradient of the local rows.
+
+Ids follow Zipf's law. Forms take turns on gloo ranks of one core each. Bytes are those that leave a rank: counted where
+torch dispatches a collective, by what the best known algorithm sends for it (a ring for all-gather and reduce-scatter).
+The least possible is every distinct row of another rank once each way. A second table shows what it brings to send for
+the rows of the next micro-batch before this one is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common import parser, tell, tell_table, write_json
+from cllm4rec_dist.model.tables import Route, ShardedTable, fetch, lookup, route_ids
+from cllm4rec_dist.topology import World
+
+Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Ids and the gradient of their rows -> rows, and the gradient of the local rows."""
+MICRO_BATCHES = 4
+BASES = ("ours", "ours dense")
+TURNS = ("one after the other", "sent for ahead")
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes that collectives make leave this rank."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world, self.num_bytes = world, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func.name().split("::")
+        if space in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier", "_wrap_tensor_autograd"):
+            self.num_bytes += self._leaving(name, args)
+        return func(*args, **(kwargs or {}))
+
+    def _leaving(self, name: str, args: Any) -> float:
+        size = self._world.size
+        match name:
+            case "alltoall_base_":
+                _, sent, _, _, splits = args[:5]
+                staying = splits[self._world.rank] if splits else len(sent) / size
+                return (len(sent) - staying) * sent[:1].nbytes
+            case "all_gather_into_tensor" | "_allgather_base_":
+                return (size - 1) * args[name.startswith("_")].nbytes
+            case "reduce_scatter_tensor" | "_reduce_scatter_base_":
+                return (size - 1) / size * args[name.startswith("_")].nbytes
+            case "allreduce_":
+                return 2 * (size - 1) / size * args[0][0].nbytes
+        raise AssertionError(f"{name} is not known")
+
+
+def zipf_ids(num_rows: int, count: int, rank: int) -> Tensor:
+    """Skewed ids; the popular ones are spread over the table, the same on all ranks."""
+    shares = 1 / np.arange(1, num_rows + 1)
+    shares /= shares.sum()
+    place = np.searchsorted(shares.cumsum(), np.random.default_rng(rank + 1).random(count)).clip(max=num_rows - 1)
+    return torch.from_numpy(np.random.default_rng(0).permutation(num_rows)[place])
+
+
+def make_forms(rows: Tensor, world: World) -> dict[str, Form]:
+    """Every form over the same `rows` [R, D]."""
+    mesh = init_device_mesh("cpu", (world.size,))
+
+    def make_table(sparse: bool) -> ShardedTable:
+        table = ShardedTable(*rows.shape, world, sparse_gradients=sparse)
+        table.local_rows.data.copy_(rows[slice(*table.partition.range(world.rank))])
+        return table
+
+    def make_ours(table: ShardedTable, wire: torch.dtype) -> Form:
+        def run(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+            (route,) = route_ids([[ids]], [table.partition], world)
+            (found,) = lookup(fetch([table], route, wire))
+            found.backward(gradient)
+            return found, taken(table.local_rows)
+
+        return run
+
+    embedding = nn.Embedding(*rows.shape, _weight=rows)
+    rowwise = parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)))
+
+    def run_rowwise(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        found = rowwise(ids)
+        found.backward(gradient)
+        return found, own_part(taken(rowwise.weight))
+
+    def run_distinct(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        longest = torch.tensor(len(distinct))
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        found = rowwise(F.pad(distinct, (0, int(longest) - len(distinct))))[inverse]
+        found.backward(gradient)
+        return found, own_part(taken(rowwise.weight))
+
+    lazy, dense = make_table(True), make_table(False)
+
+    def run_gathered(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        local = dense.local_rows.detach()
+        whole = local.new_empty(len(local) * world.size, rows.shape[1])
+        dist.all_gather_into_tensor(whole, local)
+        found = F.embedding(ids, whole.requires_grad_())
+        found.backward(gradient)
+        own = torch.empty_like(local)
+        dist.reduce_scatter_tensor(own, taken(whole))
+        return found, own
+
+    return {
+        "ours": make_ours(lazy, torch.float32), "ours bf16": make_ours(lazy, torch.bfloat16),
+        "ours dense": make_ours(dense, torch.float32), "rowwise": run_rowwise, "rowwise distinct": run_distinct,
+        "gathered": run_gathered,
+    }  # fmt: skip
+
+
+def taken(parameter: Tensor) -> Tensor:
+    """The gradient, which the next round finds gone."""
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    return gradient
+
+
+def own_part(gradient: Tensor) -> Tensor:
+    """What an optimizer of the local rows needs of a DTensor's gradient, which comes whole."""
+    assert isinstance(gradient, DTensor)
+    return gradient.redistribute(placements=[Shard(0)]).to_local()
+
+
+def seconds(form: Callable[[], object]) -> float:
+    """From when all ranks begin until all are done."""
+    dist.barrier()
+    started = time.perf_counter()
+    form()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def compare(world: World, chosen: Namespace, width: int) -> dict[str, Any]:
+    """Seconds of each round and bytes of each form; all must agree."""
+    rows = torch.randn(chosen.rows, width, generator=torch.Generator().manual_seed(0))
+    ids = zipf_ids(chosen.rows, chosen.ids, world.rank)
+    gradient = torch.randn(chosen.ids, width, generator=torch.Generator().manual_seed(world.rank))
+    forms = make_forms(rows, world)
+    wanted = forms["gathered"](ids, gradient)[1]
+    leaving = {}
+    for name, form in forms.items():
+        with Wire(world) as wire:
+            found, own = form(ids, gradient)
+        leaving[name] = wire.num_bytes
+        share = 2**-8 if "bf16" in name else 1e-5
+        for value, exact in ((found.detach(), rows[ids]), (own.to_dense(), wanted)):
+            torch.testing.assert_close(value, exact, rtol=0, atol=share * exact.abs().max().item())
+    taking: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(chosen.repeats):
+        for name, form in forms.items():
+            taking[name].append(seconds(lambda form=form: form(ids, gradient)))  # type: ignore[misc]
+    distinct = ids.unique()
+    remote = int((distinct // -(-chosen.rows // world.size) != world.rank).sum())
+    return {"seconds": taking, "bytes": leaving, "distinct": len(distinct), "least": 2 * remote * width * 4}
+
+
+def overlap(world: World, chosen: Namespace, width: int) -> dict[str, list[float]]:
+    """Seconds of some micro-batches of lookup and matrix products, forward alone."""
+    table = ShardedTable(chosen.rows, width, world, sparse_gradients=True)
+    parts = zipf_ids(chosen.rows, chosen.ids * MICRO_BATCHES, world.rank).split(chosen.ids)
+    routes = route_ids([[part] for part in parts], [table.partition], world)
+    weight = torch.randn(width, 8 * width)
+
+    def compute(rows: Tensor) -> Tensor:
+        return rows @ weight @ weight.T
+
+    def in_turn() -> None:
+        for route in routes:
+            compute(lookup(fetch([table], route))[0])
+
+    def ahead() -> None:
+        following: list[Route | None] = [*routes[1:], None]
+        coming = fetch([table], routes[0])
+        for route in following:
+            arrived = coming
+            if route is not None:
+                coming = fetch([table], route)
+            compute(lookup(arrived)[0])
+
+    taking: dict[str, list[float]] = {name: [] for name in TURNS}
+    with torch.no_grad():
+        for repeat in range(chosen.repeats + 1):
+            for name, form in zip(TURNS, (in_turn, ahead), strict=True):
+                taken_ = seconds(form)
+                if repeat:  # the first one warms up
+                    taking[name].append(taken_)
+    return taking
+
+
+def _enter(rank: int, size: int, chosen: Namespace, width: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    world = World(rank, size, rank, torch.device("cpu"))
+    figures = {"lookup": compare(world, chosen, width), "overlap": overlap(world, chosen, width)}
+    Path(folder, str(rank)).write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+def measure(size: int, chosen: Namespace, width: int) -> dict[str, Any]:
+    """Figures of one number of ranks: times of rank 0, bytes of all."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_enter, (size, chosen, width, folder), nprocs=size, start_method="fork")
+        ranks = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(size)]
+    first = ranks[0]["lookup"]["seconds"]
+    least = sum(rank["lookup"]["least"] for rank in ranks)
+    forms = {}
+    for name, taking in first.items():
+        of = {}
+        for base in BASES:
+            ratios = [ours / theirs for ours, theirs in zip(first[base], taking, strict=True)]
+            of[base] = [statistics.median(ratios), min(ratios), max(ratios)]
+        sent = sum(rank["lookup"]["bytes"][name] for rank in ranks)
+        forms[name] = {
+            "seconds": statistics.median(taking), "seconds_range": [min(taking), max(taking)],
+            "median_and_range_of_it": of, "bytes_a_rank": sent / size, "of_least_bytes": sent / least,
+        }  # fmt: skip
+    in_turn, ahead = (ranks[0]["overlap"][name] for name in TURNS)
+    ratios = [a / b for a, b in zip(ahead, in_turn, strict=True)]
+    return {
+        "ranks": size, "width": width, "distinct_of_rank_0": ranks[0]["lookup"]["distinct"], "forms": forms,
+        "overlap": {
+            "seconds": [statistics.median(in_turn), statistics.median(ahead)],
+            "ahead_of_in_turn": statistics.median(ratios), "range": [min(ratios), max(ratios)],
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    options = parser("lookup", __doc__)
+    options.add_argument("--rows", type=int, default=1_000_000)
+    options.add_argument("--widths", type=int, nargs="+", default=[64])
+    options.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    options.add_argument("--ids", type=int, default=8192, help="ids of a rank (%(default)s)")
+    options.add_argument("--repeats", type=int, default=9)
+    chosen = options.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    figures = [measure(size, chosen, width) for width in chosen.widths for size in chosen.ranks]
+    lines, overlaps = [], []
+    for found in figures:
+        about = [found["ranks"], found["width"]]
+        for name, form in found["forms"].items():
+            ratios = ["{:.3f} ({:.3f} to {:.3f})".format(*form["median_and_range_of_it"][base]) for base in BASES]
+            sent = f"{form['bytes_a_rank'] / 1e6:.2f}", f"{form['of_least_bytes']:.3f}"
+            lines.append([name, *about, f"{form['seconds'] * 1e3:.1f}", *ratios, *sent])
+        low, high = found["overlap"]["range"]
+        in_turn, ahead = (f"{value * 1e3:.1f}" for value in found["overlap"]["seconds"])
+        ratio = f"{found['overlap']['ahead_of_in_turn']:.2f} ({low:.2f} to {high:.2f})"
+        overlaps.append([f"{about[0]} ranks", about[1], in_turn, ahead, ratio])
+    tell_table(
+        ["form", "ranks", "width", "ms", *(f"{base}, of it" for base in BASES), "MB from a rank", "of the least"], lines
+    )
+    tell(f"\n{MICRO_BATCHES} micro-batches of lookup and matrix products:")
+    tell_table(["", "width", f"{TURNS[0]} (ms)", f"{TURNS[1]} (ms)", "ratio"], overlaps)
+    write_json(chosen.json, {"rows": chosen.rows, "ids_a_rank": chosen.ids, "runs": figures})
+
+
+if __name__ == "__main__":
+    main()
