@@ -81,25 +81,14 @@ def sharded_topk(
     mine = [counts[world.rank]] * world.size
     scores = all_to_all_rows(scores, counts, mine, world).view(world.size, -1, num_best).transpose(0, 1).flatten(1)
     rows = all_to_all_rows(rows, counts, mine, world).view(world.size, -1, num_best).transpose(0, 1).flatten(1)
-    return _best(scores, rows, num_best)
+    rows, by_row = rows.sort(dim=1)  # rows past the end, which fill up a short shard, go behind
+    return _best(scores.gather(1, by_row), rows, num_best)
 
 
 def _best(scores: Tensor, rows: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
-    """Highest scores first, equal ones by row."""
-    by_row = rows.argsort(dim=1)
-    scores, rows = scores.gather(1, by_row), rows.gather(1, by_row)
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :num_best]
-    return scores.gather(1, best), rows.gather(1, best)
-
-
-def _topk(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
-    """`torch.topk`, but of equal scores at the end the first columns, where torch takes any."""
-    top, place = scores.topk(num_best, dim=1)
-    tied = (scores >= top[:, -1:]).sum(dim=1) > num_best
-    if tied.any():
-        by_score = scores[tied].argsort(dim=1, descending=True, stable=True)[:, :num_best]
-        place[tied], top[tied] = by_score, scores[tied].gather(1, by_score)
-    return top, place
+    """Highest scores first; equal ones stay in the order in which they stand."""
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :num_best].contiguous(), rows.gather(1, order[:, :num_best])
 
 
 def _local_topk(
@@ -135,8 +124,9 @@ def _block_topk(
 ) -> tuple[Tensor, Tensor]:
     """Scores and local rows [b, K] of a block of queries.
 
-    After the first chunk of rows only scores above a query's K-th best count. They are few, about K for each doubling
-    of the rows that have been looked at, and are sorted in when these have doubled.
+    In the first chunk of rows, K blocks of neighbours have a highest score of at least the K-th of these, so nothing
+    below it counts. Later only scores above a query's K-th best count: few, which are sorted in when the rows that have
+    been looked at have grown by half.
 
     Args:
         seen: int64 [s, 2] of query and local row to leave out, sorted by row.
@@ -148,19 +138,23 @@ def _block_topk(
     best_scores, best_rows = queries.new_empty(len(queries), 0), seen.new_empty(len(queries), 0)
     buffer = queries.new_empty(len(queries) * min(chunk, len(operand)))  # fresh pages for each chunk cost time
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    merged = 1
+    merged = 0
     for number, start in enumerate(range(0, len(operand), chunk)):
         rows = operand[start : start + chunk]
         scores = torch.mm(queries, rows.T, out=buffer[: len(queries) * len(rows)].view(len(queries), -1))
         query, row = seen[bounds[number] : bounds[number + 1]].T
         scores[query, row - start] = -torch.inf
+        peaks = _blocks(scores).amax(dim=2)
         if number == 0:
-            best_scores, best_rows = _best(*_topk(scores, num_best), num_best)
-            continue
-        query, column = _above(scores, best_scores[:, -1])
-        found.append((query, column + start, scores[query, column]))
-        if number + 1 >= 2 * merged or start + chunk >= len(operand):
-            merged = number + 1
+            source = peaks if peaks.shape[1] >= num_best else scores
+            lowest = source.topk(num_best, dim=1)[0][:, -1]
+            query, column, score = _reaching(scores, peaks, lowest, torch.ge)
+        else:  # an equal score comes too late: its row is behind
+            query, column, score = _reaching(scores, peaks, best_scores[:, -1], torch.gt)
+        found.append((query, column + start, score))
+        done = start + len(rows)
+        if 2 * done >= 3 * merged or done == len(operand):
+            merged = done
             query, row, score = (torch.cat(parts) for parts in zip(*found, strict=True))
             more_rows, more_scores = _aligned(query, row, score, len(queries))
             joined = torch.cat([best_rows, more_rows], dim=1)
@@ -169,20 +163,36 @@ def _block_topk(
     return best_scores, best_rows
 
 
-def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every score above its row's threshold. Blocks without one are passed over as a whole."""
+def _blocks(scores: Tensor) -> Tensor:
+    """[b, C] -> [b, C // _LOOK, _LOOK], without the last few columns."""
     num_blocks = scores.shape[1] // _LOOK
-    width = num_blocks * _LOOK
-    blocks = scores[:, :width].unflatten(1, (num_blocks, _LOOK))
-    row, block = (blocks.amax(dim=2) > threshold[:, None]).nonzero(as_tuple=True)
-    hit, within = (blocks[row, block] > threshold[row, None]).nonzero(as_tuple=True)
-    last_row, last = (scores[:, width:] > threshold[:, None]).nonzero(as_tuple=True)
-    return torch.cat([row[hit], last_row]), torch.cat([block[hit] * _LOOK + within, last + width])
+    return scores[:, : num_blocks * _LOOK].unflatten(1, (num_blocks, _LOOK))
+
+
+def _reaching(
+    scores: Tensor, peaks: Tensor, threshold: Tensor, compare: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and value of every score that compares with its row's threshold, in rising order within a row.
+
+    Args:
+        peaks: [b, C // _LOOK] highest of each of `_blocks`; one that does not compare is passed over as a whole.
+    """
+    row, block = compare(peaks, threshold[:, None]).nonzero(as_tuple=True)
+    blocks = _blocks(scores)[row, block]
+    hit, within = compare(blocks, threshold[row, None]).nonzero(as_tuple=True)
+    row, column, score = row[hit], block[hit] * _LOOK + within, blocks[hit, within]
+    width = peaks.shape[1] * _LOOK
+    if width == scores.shape[1]:
+        return row, column, score
+    last_row, last = compare(scores[:, width:], threshold[:, None]).nonzero(as_tuple=True)
+    parts = (row, last_row), (column, last + width), (score, scores[last_row, last + width])
+    row, column, score = (torch.cat(pair) for pair in parts)
+    return row, column, score
 
 
 def _aligned(query: Tensor, rows: Tensor, scores: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
-    """Candidates in any order -> rows and scores [b, most of a query]; -inf where a query has fewer."""
-    order = query.argsort()
+    """Candidates of all queries -> rows and scores [b, most of a query], in their order; -inf where one has fewer."""
+    order = query.argsort(stable=True)
     query = query[order]
     counts = torch.bincount(query, minlength=num_queries)
     width = int(counts.max())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cllm4rec_dist.ranking import sharded_topk
 from cllm4rec_dist.topology import RowPartition, World
-from tests.harness import run_ranks
+from tests.harness import alone, run_ranks
 
 WIDTH, NUM_ITEMS = 4, 37
 WORLDS = [1, 2, 3, 4]
@@ -99,3 +99,20 @@ def test_seen_items_come_behind_everything_else(ranks: Any, size: int) -> None:
             hidden = items[user][scores[user] == -torch.inf].tolist()
             assert set(hidden) == left_out
             assert set(items[user].tolist()[: NUM_ITEMS - len(left_out)]).isdisjoint(left_out)
+
+
+@pytest.mark.parametrize("num_items", [64, 640, 1000])  # 1,000: the last chunk and the last block are short
+@pytest.mark.parametrize("num_best", [1, 3, 9, 50])  # fewer and more than a chunk of 400 has blocks
+@pytest.mark.parametrize("rising", [False, True])
+def test_blocks_of_neighbouring_scores_change_nothing(num_items: int, num_best: int, rising: bool) -> None:
+    random = torch.Generator().manual_seed(num_items)
+    queries = torch.randint(-1, 2, (5, WIDTH), generator=random).double()
+    rows = torch.randint(-2, 3, (num_items, WIDTH), generator=random).double()
+    if rising:  # every chunk beats the ones before it
+        rows += torch.arange(num_items)[:, None] // 100 * queries[0]
+    seen = torch.stack([torch.arange(5).repeat_interleave(60), torch.randint(num_items, (300,), generator=random)], 1)
+    found = sharded_topk(queries, rows, num_best, seen, RowPartition(num_items, 1), alone(), 5 * 400)
+    exact_scores, exact_items = wanted(queries, rows, seen, num_best)
+    torch.testing.assert_close(found[0], exact_scores)
+    kept = exact_scores > -torch.inf
+    assert found[1][kept].tolist() == exact_items[kept].tolist()
