@@ -122,6 +122,46 @@ def finetune(
     _train("finetune", config, overrides, launcher, workers, resume, max_failures)
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs that the run shall have, a rank on each.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="a100-40, a100-80, h100, h200, l40s or rtx4090.")] = "h100",
+    gpus_per_host: Annotated[int, typer.Option(min=1, help="GPUs that reach each other without the network.")] = 8,
+    stage: Annotated[str | None, typer.Option(help="pretrain, or finetune; told by init_from if left out.")] = None,
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the GPU's peak that matrix products reach, assumed.")
+    ] = 0.45,
+    samples: Annotated[int, typer.Option(min=1, help="Steps of the corpus that are counted.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+) -> None:
+    """Tell what a run will need before it starts: memory by part, bytes on the wire, FLOPs, time, what to change.
+
+    Starts nothing and loads no weights: the backbone's config.json, its tokenizer and the corpus are enough. Steps of
+    the corpus are composed as the ranks would do it, and the model is run on tensors without values. Ends with status 3
+    where the run does not fit.
+    """
+    import json
+
+    from cllm4rec_dist.planning.hardware import find_gpu
+    from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
+    from cllm4rec_dist.planning.table import as_json, tell, tell_changes
+
+    read = load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
+    if stage is None and read.init_from is not None:
+        read = read.model_copy(update={"stage": "finetune"})
+    made = make_plan(read, Place(find_gpu(gpu), gpus, gpus_per_host, efficiency), samples)
+    typer.echo(tell(made))
+    changes = list(ways_to_fit(read, made, samples))
+    if changes:
+        typer.echo("\n" + tell_changes(changes, made.place.gpu.memory))
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(made, changes), indent=1) + "\n", encoding="utf-8")
+    if not made.fits:
+        raise typer.Exit(3)
+
+
 def _train(
     stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: str, resume: str | None,
     max_failures: int,

@@ -142,6 +142,11 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
+def zero_config(settings: dict[str, Any]) -> Any:
+    """What DeepSpeed makes of the section `zero_optimization` of `resolve_settings`, its own defaults included."""
+    return DeepSpeedConfig(copy.deepcopy(settings)).zero_config
+
+
 def _decide(field: str, given: Any, decided: Any) -> Any:
     if given not in ("auto", decided):
         raise ConfigError(field, given, f"conflicts with the run, which says {decided!r}", 'Write "auto" there.')

@@ -68,14 +68,15 @@ class Words:
         return self.embedding.float().square().mean().sqrt().item()
 
 
-def local_folder(name: str) -> Path:
-    """The folder of a backbone: itself, or the cached snapshot of a hub id."""
+def local_folder(name: str, *, weights: bool = True) -> Path:
+    """The folder of a backbone: itself, or the cached snapshot of a hub id, without its weights where none is read."""
     if Path(name).is_dir():
         return Path(name).absolute()
     from huggingface_hub import snapshot_download  # only where a hub id is used
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise ConfigError(
             "backbone",
@@ -306,7 +307,7 @@ def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:
 def load_backbone(
     folder: Path, adapter: AdapterConfig, dtype: torch.dtype, seed: int, quantization: str = "none"
 ) -> DualBackbone:
-    """Build the decoder with its adapters; only what `adapter.kind` names asks for gradients.
+    """Build the decoder with its adapters.
 
     Call it inside `engine.sharded_loading`, which makes ZeRO-3 shard the weights while they are read. Attention is
     flash-attn where it can be imported on a GPU, else torch's SDPA.
@@ -317,14 +318,24 @@ def load_backbone(
         quantization: of the frozen linear layers, `none` or `nf4` (QLoRA). ZeRO-3 shards the packed weights, but each
             rank first loads all of them.
     """
-    config = load_config(folder)
-    decoder = _load_decoder(folder, dtype, quantization)
+    return _adapted(_load_decoder(folder, dtype, quantization), adapter, dtype, seed)
+
+
+def outline_backbone(config: PretrainedConfig, adapter: AdapterConfig, dtype: torch.dtype) -> DualBackbone:
+    """The same module as `load_backbone` makes, on the meta device: every shape and no value, whatever its size."""
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(dtype))
+        return _adapted(decoder, adapter, dtype, seed=0)
+
+
+def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> DualBackbone:
+    """The decoder for both LLMs; only what `adapter.kind` names asks for gradients."""
     # Words enter as embeddings; an embedding layer here would be a weight that ZeRO-3 carries for nothing.
     decoder.set_input_embeddings(nn.Identity())
     decoder.requires_grad_(adapter.kind == "full")
     if adapter.kind == "lora":
         torch.manual_seed(seed)
-        settings = lora_settings(adapter, config.model_type)
+        settings = lora_settings(adapter, decoder.config.model_type)
         with warnings.catch_warnings():
             # PEFT wonders at a second adapter; two are the point.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")

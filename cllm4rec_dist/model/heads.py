@@ -34,7 +34,12 @@ def logits_at_a_time(device: torch.device) -> int:
     """How many logits a head holds at once: a cacheful on a CPU, a 64th of the memory of a GPU."""
     if device.type != "cuda":
         return _CPU_LOGITS
-    return torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE // 4
+    return logits_within(torch.cuda.get_device_properties(device).total_memory)
+
+
+def logits_within(memory: int) -> int:
+    """The same for a GPU with `memory` bytes."""
+    return memory // _GPU_SHARE // 4
 
 
 def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -145,12 +145,12 @@ class Recommender(nn.Module):
             fetched = coming
             if number + 1 < len(routed):
                 coming = self._fetch(routed[number + 1])
-            yield self._embed(batch.batch, lookup(fetched))
+            yield self.embed(batch.batch, lookup(fetched))
 
     def _fetch(self, routed: RoutedBatch) -> Fetch:
         return fetch(self.tables[: len(routed.route.lengths)], routed.route, self.wire)
 
-    def _embed(self, batch: MicroBatch, rows: list[Tensor]) -> Embedded:
+    def embed(self, batch: MicroBatch, rows: list[Tensor]) -> Embedded:
         """Words from the backbone, users and items from their `rows`, with dropout."""
         places = torch.cat([p for d in batch.documents for p in (d.user_places, d.item_places)])
         values = torch.cat(rows)

@@ -1,0 +1,108 @@
+"""A plan for people, and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cllm4rec_dist.planning.hardware import GIB
+from cllm4rec_dist.planning.memory import PARTS
+from cllm4rec_dist.planning.plan import RESERVED, Change, Plan
+
+_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def tell(plan: Plan) -> str:
+    """Markdown tables of a plan."""
+    place = plan.place
+    room = place.gpu.memory - plan.needed
+    lines = [
+        f"{plan.stage} on {place.num_ranks} x {place.gpu.name}, {place.ranks_per_host} a host",
+        "",
+        *_table(
+            ("memory of the fullest GPU", "bytes", ""),
+            [
+                *((part, _bytes(plan.memory[part]), what) for part, what in PARTS.items()),
+                ("reserved", _bytes(RESERVED), "assumed: driver, libraries' workspaces, pieces of the allocator"),
+                ("needed", _bytes(plan.needed), f"of {_bytes(place.gpu.memory)}: "
+                 + (f"fits, {_bytes(room)} left" if plan.fits else f"does NOT fit, {_bytes(-room)} too much")),
+            ],
+        ),
+        "",
+        *_table(
+            ("sent by the busiest GPU in a step", "bytes", "share"),
+            [(what, _short(size), f"{float(size / max(1, plan.traffic.total())):.1%}")
+             for what, size in plan.traffic.most_common()] + [("total", _short(plan.traffic.total()), "")],
+        ),
+        "",
+        *_table(
+            ("computed by the busiest GPU in a step", "FLOPs", "share"),
+            [(what, _short(size), f"{size / max(1, plan.flops.total()):.1%}")
+             for what, size in plan.flops.most_common()] + [("total", _short(plan.flops.total()), "")],
+        ),
+        "",
+        *_table(
+            ("time of a step", "seconds", "share"),
+            [(what, f"{seconds:.3g}", f"{seconds / plan.step_seconds:.1%}") for what, seconds in plan.seconds.items()]
+            + [("total", f"{plan.step_seconds:.3g}", f"matrix products at {place.efficiency:.0%} of their peak")],
+        ),
+        "",
+        f"An epoch: {plan.steps_per_epoch:,} steps, {_duration(plan.steps_per_epoch * plan.step_seconds)};"
+        f" {plan.tokens:,.0f} real tokens a step, {plan.filled:.1%} of the places computed,"
+        f" {plan.tokens / plan.step_seconds:,.0f} tokens/s.",
+        "Memory and bytes are sums that tests hold to measurements on CPUs; times are a model that no GPU has checked.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def tell_changes(changes: Iterable[Change], gpu_memory: int) -> str:
+    """Markdown table of what to change, each on top of those before."""
+    rows = [
+        (c.settings, _bytes(c.needed), "fits" if c.needed <= gpu_memory else "", c.cost) for c in changes
+    ]  # fmt: skip
+    return "\n".join(_table(("change, on top of those before", "needs", "", "costs"), rows))
+
+
+def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:
+    """The same as plain values; bytes, FLOPs and seconds."""
+    place = plan.place
+    return {
+        "stage": plan.stage, "gpu": place.gpu.name, "gpus": place.num_ranks, "gpus_per_host": place.ranks_per_host,
+        "efficiency": place.efficiency, "fits": plan.fits, "gpu_memory": place.gpu.memory, "needed": plan.needed,
+        "memory": {**plan.memory, "reserved": RESERVED}, "traffic": _floats(plan.traffic), "flops": dict(plan.flops),
+        "seconds": plan.seconds, "step_seconds": plan.step_seconds, "steps_per_epoch": plan.steps_per_epoch,
+        "epoch_seconds": plan.step_seconds * plan.steps_per_epoch, "tokens": plan.tokens, "filled": plan.filled,
+        "changes": [vars(change) for change in changes],
+    }  # fmt: skip
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items()}
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Markdown; the second column to the right."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    rule = tuple("-" * (width - 1) + ":" if column == 1 else "-" * width for column, width in enumerate(widths))
+    pad = lambda column, cell: cell.rjust(widths[column]) if column == 1 else cell.ljust(widths[column])  # noqa: E731
+    padded = [[pad(*pair) for pair in enumerate(row)] for row in (cells[0], rule, *cells[1:])]
+    return ["| " + " | ".join(row) + " |" for row in padded]
+
+
+def _bytes(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
+
+
+def _short(count: Any) -> str:
+    value = float(count)
+    for size, letter in _UNITS:
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,124 @@
+"""Bytes that a rank sends in a step, collective by collective.
+
+Counted is the payload that leaves a rank: for an all-to-all what is for others; for the rest what the ring algorithm
+sends, of which no other sends less: (W-1)/W of an all-gather's result or of a reduce-scatter's operand, and twice that
+of an all-reduce's operand. How many times a backend cuts, copies or frames it is not counted.
+
+One function for each place in the code that communicates; `tests/planning/test_traffic.py` holds them to what torch is
+asked to send.
+
+Legend: W ranks, D width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.planning.gathering import Gathers
+from cllm4rec_dist.planning.sampling import MicroBatchSample, StepSample
+
+INTEGER, INDEX, HALF, FLOAT, DOUBLE = 8, 4, 2, 4, 8
+"""Bytes of int64, int32, bf16, fp32 and fp64."""
+
+Traffic = Counter[str]
+"""Bytes by what is sent."""
+
+
+def all_gather(part: int, num_ranks: int) -> int:
+    """Sent by a rank whose own part has `part` bytes."""
+    return (num_ranks - 1) * part
+
+
+reduce_scatter = all_gather
+"""Sent by a rank that keeps `part` bytes of the sum."""
+
+
+def all_reduce(operand: int, num_ranks: int) -> int:
+    """Sent by a rank for an operand of `operand` bytes, cut into W pieces that go round twice."""
+    return 2 * (num_ranks - 1) * -(-operand // num_ranks)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a run decides over its traffic.
+
+    Attributes:
+        width: D.
+        gathers: of ZeRO-3 in a step.
+        trained: elements that ZeRO-3 reduces in each micro-batch, padded, all ranks' parts together.
+        element: bytes of an element of the backbone.
+        num_groups: flat groups of ZeRO-3's optimizer.
+    """
+
+    width: int
+    gathers: Gathers
+    trained: int
+    element: int
+    num_groups: int
+
+
+def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
+    """Bytes that `rank` sends in `step.train_step`, by what is sent."""
+    total = lookup_traffic(model, config, sample, rank)
+    for batch in sample.micro_batches:
+        total += item_head_traffic(model, config, batch, rank)
+    return total + zero_traffic(model, sample) + bookkeeping_traffic(config, sample.num_ranks)
+
+
+def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
+    """`Recommender.route` and `embedded`: all-to-alls of counts, ids and rows, and of row gradients in backward."""
+    wants = [wants for batch in sample.micro_batches for wants in batch.wants]
+    row = model.width * (HALF if config.rows.wire == "bf16" else FLOAT)
+    fetched = sum(w.fetched_by(rank) for w in wants)
+    return Counter({
+        "counts": (sample.num_ranks - 1) * len(wants) * INTEGER,
+        "row ids": fetched * INDEX,
+        "rows": sum(w.sent_by(rank) for w in wants) * row,
+        "row gradients": fetched * row,
+    })  # fmt: skip
+
+
+def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, rank: int) -> Traffic:
+    """`heads.sharded_nll`: queries and targets gathered, log-sum-exps combined, scores and gradients brought back."""
+    queries, targets = batch.queries, batch.targets
+    num_ranks = len(queries)
+    query = (model.width + config.head.item_bias) * FLOAT
+    sent: Traffic = Counter()
+    sent["counts"] += 2 * all_gather(INTEGER, num_ranks)
+    sent["queries"] += all_gather(max(queries) * query, num_ranks)
+    sent["targets"] += all_gather(max(targets) * 2 * INTEGER, num_ranks)
+    sent["log-sum-exps"] += 2 * all_reduce(sum(queries) * FLOAT, num_ranks)
+    sent["scores"] += reduce_scatter(max(queries) * FLOAT, num_ranks)
+    # backward: of scores, of log-sum-exps, of queries
+    sent["scores"] += all_gather(max(queries) * FLOAT, num_ranks)
+    sent["log-sum-exps"] += all_gather(max(queries) * FLOAT, num_ranks)
+    sent["query gradients"] += reduce_scatter(max(queries) * query, num_ranks)
+    return sent
+
+
+def zero_traffic(model: Model, sample: StepSample) -> Traffic:
+    """ZeRO-3: weights gathered, gradients scattered, and what its optimizer asks before a step."""
+    num_ranks = sample.num_ranks
+    sent: Traffic = Counter()
+    sent["weights"] += all_gather(sum(model.gathers.calls) // num_ranks * model.element, num_ranks)
+    reduced = model.trained // num_ranks * model.element
+    sent["weight gradients"] += len(sample.micro_batches) * reduce_scatter(reduced, num_ranks)
+    sent["norms"] += model.num_groups * all_reduce(DOUBLE, num_ranks)
+    return sent
+
+
+def bookkeeping_traffic(config: RunConfig, num_ranks: int) -> Traffic:
+    """`step._global_counts`, the losses and the norm, and the gradient of what is replicated."""
+    sent: Traffic = Counter()
+    sent["counts"] += all_reduce(5 * INTEGER, num_ranks)
+    sent["norms"] += all_reduce(4 * DOUBLE, num_ranks)
+    if config.head.form == "cosine":
+        sent["temperature"] += all_reduce(FLOAT, num_ranks)
+    return sent
+
+
+def loop_traffic(num_ranks: int) -> Traffic:
+    """`train._agree`, once a step beside `train_step`."""
+    return Counter({"agreement": 2 * all_gather(2 * INTEGER, num_ranks)})

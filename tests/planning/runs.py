@@ -1,0 +1,33 @@
+"""Small runs to plan and to measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.planning.outline import Outline, outline_run
+from cllm4rec_dist.planning.plan import composer_of
+from cllm4rec_dist.planning.sampling import StepSample, sample_step
+
+
+def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], zero: dict[str, Any]) -> RunConfig:
+    """A run over a corpus and a backbone, with ZeRO-3 settings in a file of its own."""
+    settings = json.loads(Path("ds_configs/zero3.json").read_text())
+    settings["zero_optimization"] |= zero
+    (folder / "ds.json").write_text(json.dumps(settings))
+    tree = {
+        "stage": "pretrain", "corpus": made[0], "backbone": made[1], "output": "unused",
+        "deepspeed": str(folder / "ds.json"), "rows": {"start": "prior"},
+        "batch": {"users": 9, "texts": 7, "accumulation": 2}, "shuffle_records": 3,
+    } | changes  # fmt: skip
+    return validate(RunConfig, tree, "test")
+
+
+def outlined(config: RunConfig, num_ranks: int, step: int) -> tuple[Outline, StepSample]:
+    """The run's outline and one step of its corpus."""
+    corpus = Corpus.open(config.corpus)
+    outline = outline_run(config, corpus.num_users, corpus.num_items, True, num_ranks)
+    return outline, sample_step(corpus, composer_of(config, corpus), config, num_ranks, step)

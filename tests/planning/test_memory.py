@@ -1,0 +1,96 @@
+"""Memory and FLOPs of a plan against a real step, whose tensors and products are counted while it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.corpus.batches import BatchSource
+from cllm4rec_dist.planning import memory
+from cllm4rec_dist.planning.plan import needed_memory, rehearse_fullest, step_flops
+from cllm4rec_dist.planning.rehearsal import ATTENTION
+from cllm4rec_dist.planning.tracing import Trace, as_run
+from cllm4rec_dist.step import train_step
+from cllm4rec_dist.system import assemble, start_rows
+from cllm4rec_dist.topology import World
+from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
+from tests.planning.measured import Held
+from tests.planning.runs import make_config, outlined
+
+STEP = 2
+ZERO = {
+    "reduce_bucket_size": 500_000, "stage3_param_persistence_threshold": 1_000,
+    "stage3_prefetch_bucket_size": 100_000, "stage3_max_reuse_distance": 200_000,
+}  # fmt: skip
+CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "lora": (1, "llama", {}),
+    "checkpointed": (2, "llama", {"activation_checkpointing": True}),
+    "full, bf16": (2, "gpt2", {"adapter": {"kind": "full"}, "precision": "bf16"}),
+    "wide catalog": (1, "qwen2", {
+        "adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}, "optimizer": {"lazy_tables": False},
+    }),
+}  # fmt: skip
+"""Ranks, family, settings."""
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    folder = tmp_path_factory.mktemp("memory")
+    found = {}
+    for family, num_items in (("llama", 400), ("gpt2", 400), ("qwen2", 30_000)):
+        catalog = make_catalog(num_users=300, num_items=num_items)
+        backbone = make_backbone(folder / family, catalog, family=family, hidden=128, layers=3, heads=4)
+        corpus = make_corpus(folder / f"{family}-corpus", catalog, backbone, examples_per_record=100)
+        found[family] = corpus, str(backbone)
+    return found
+
+
+def held(world: World, config: RunConfig) -> dict[str, int]:
+    system = assemble(config, world)
+    start_rows(system)
+    source = BatchSource(system.corpus, system.composer, config, world)
+    for step in range(STEP):
+        system.train(True)
+        train_step(system, source.make(step).micro_batches, 1.0)
+    batches = source.make(STEP).micro_batches
+    with Held() as found:
+        train_step(system, batches, 1.0)
+    with FlopCounterMode(display=False) as flops:
+        train_step(system, batches, 1.0)
+    return {"before": found.before, "highest": found.highest, "flops": flops.get_total_flops()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_knows_memory_and_flops(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
+    size, family, changes = CASES[case]
+    batch = {"batch": {"users": 64, "texts": 32, "accumulation": 2}, "shuffle_records": 16}
+    config = make_config(corpora[family], tmp_path, batch | changes, ZERO)
+    measured = run_ranks(size, held, config)
+    outline, sample = outlined(config, size, STEP)
+    rehearsal, unit = rehearse_fullest(outline, [sample], 1 << 20)
+    gathers = outline.zero.play(rehearsal.events, config.batch.accumulation)
+    needed = needed_memory(outline, rehearsal, gathers)
+    flops = step_flops(sample, rehearsal, unit)
+    assert memory.resident(outline).total() == pytest.approx(measured[0]["before"], rel=0.05)
+    assert needed.total() == pytest.approx(max(m["highest"] for m in measured), rel=0.10)
+    # torch does not count its attention on CPUs; below it is held to torch's formulas. A plan takes the slowest rank of
+    # each micro-batch, which is not the same in all of them.
+    slowest = max(m["flops"] for m in measured)
+    assert flops.total() - flops[ATTENTION] == pytest.approx(slowest, rel=0 if size == 1 else 0.01, abs=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_counted_as_torch_counts_it(masked: bool) -> None:
+    query, key, value = (torch.empty(3, 4, 50, 16, device="meta", requires_grad=True) for _ in range(3))
+    mask = torch.empty(3, 1, 50, 50, dtype=torch.bool, device="meta") if masked else None
+    with Trace() as trace, as_run(trace):
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+    shape = query.shape
+    wanted = sdpa_flop_count(shape, shape, shape) + sdpa_backward_flop_count(shape, shape, shape, shape)
+    assert trace.flops == {"attention": wanted}

@@ -1,0 +1,73 @@
+"""The command, and what a plan says to people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cllm4rec_dist import cli
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
+from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
+from cllm4rec_dist.planning.table import as_json, tell
+from tests.harness import make_backbone, make_catalog, make_corpus
+from tests.planning.runs import make_config
+
+PLACE = Place(GPUS["h100"], 4, 2, 0.5)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("plan")
+    catalog = make_catalog()
+    backbone = make_backbone(folder / "backbone", catalog, hidden=32)
+    return make_config((make_corpus(folder / "corpus", catalog, backbone), str(backbone)), folder, {}, {})
+
+
+def test_a_plan_tells_everything_and_starts_nothing(config: RunConfig) -> None:
+    plan = make_plan(config, PLACE)
+    text = tell(plan)
+    for told in ("activations", "tables", "row gradients", "FLOPs", "time of a step", "An epoch: 3 steps", "fits"):
+        assert told in text
+    figures = as_json(plan)
+    assert figures["needed"] == sum(figures["memory"].values())
+    assert figures["fits"]
+    json.dumps(figures)
+
+
+def test_more_ranks_hold_less_and_send_more(config: RunConfig) -> None:
+    alone, few, many = (make_plan(config, replace(PLACE, num_ranks=n)) for n in (1, 2, 8))
+    for part in ("tables", "optimizer"):
+        assert alone.memory[part] >= few.memory[part] >= many.memory[part], part
+    assert alone.traffic.total() == 0 < few.traffic.total() < many.traffic.total()
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_is_told_what_to_change(config: RunConfig) -> None:
+    gpu = replace(PLACE.gpu, memory=2 * GIB + (1 << 20))
+    plan = make_plan(config, replace(PLACE, gpu=gpu))
+    assert not plan.fits
+    changes = list(ways_to_fit(config, plan, 2))
+    assert changes[0].settings == "precision=bf16"
+    needed = [plan.needed, *(change.needed for change in changes)]
+    assert needed[-1] < needed[0]
+    assert "does NOT fit" in tell(plan)
+
+
+def test_the_command(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(config.model_dump_json(exclude={"stage"}))
+    given = ["plan", "-c", str(tmp_path / "run.yaml"), "--gpus", "3", "--json", str(tmp_path / "plan.json")]
+    result = CliRunner().invoke(cli.app, [*given, "init_from=elsewhere"])
+    assert result.exit_code == 0, result.output
+    assert "finetune on 3 x h100" in result.output
+    assert json.loads((tmp_path / "plan.json").read_text())["gpus"] == 3
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--gpu"):
+        find_gpu("tpu")

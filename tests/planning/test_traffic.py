@@ -1,0 +1,77 @@
+"""Bytes on the wire: a plan against what torch is asked to send, equal and not about equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.corpus.batches import BatchSource
+from cllm4rec_dist.planning.plan import rehearse_fullest, traffic_model
+from cllm4rec_dist.planning.traffic import step_traffic
+from cllm4rec_dist.step import train_step
+from cllm4rec_dist.system import assemble, start_rows
+from cllm4rec_dist.topology import World
+from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
+from tests.planning.measured import Wire
+from tests.planning.runs import make_config, outlined
+
+STEP = 3
+"""The first steps teach ZeRO-3 the order of the modules and send more."""
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    folder = tmp_path_factory.mktemp("traffic")
+    catalog = make_catalog()
+    found = {}
+    for family in ("gpt2", "llama"):
+        backbone = make_backbone(folder / family, catalog, family=family, hidden=32, layers=3)
+        found[family] = make_corpus(folder / f"{family}-corpus", catalog, backbone), str(backbone)
+    return found
+
+
+def sent(world: World, config: RunConfig) -> dict[str, int]:
+    system = assemble(config, world)
+    start_rows(system)
+    source = BatchSource(system.corpus, system.composer, config, world)
+    for step in range(STEP):
+        system.train(True)
+        train_step(system, source.make(step).micro_batches, 1.0)
+    with Wire(world.rank, world.size) as wire:
+        train_step(system, source.make(STEP).micro_batches, 1.0)
+    return dict(wire.sent)
+
+
+EAGER = {
+    "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_size": 4_000, "stage3_max_live_parameters": 30_000,
+    "stage3_param_persistence_threshold": 40, "reduce_bucket_size": 6_000,
+}  # fmt: skip
+"""Thresholds between which weights of so small a backbone go and come as those of a large one do."""
+CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
+    "lora": (2, "llama", {"adapter": {"kind": "lora", "rank": 4}}, {}),
+    "lora, eager": (3, "llama", {"adapter": {"kind": "lora", "rank": 4}}, EAGER),
+    "checkpointed": (2, "llama", {
+        "adapter": {"kind": "lora", "rank": 4}, "activation_checkpointing": True, "precision": "bf16",
+        "rows": {"start": "prior", "wire": "bf16"},
+    }, EAGER),
+    "full": (3, "gpt2", {"adapter": {"kind": "full"}, "head": {"form": "dot", "item_bias": False}}, EAGER),
+    "rows only": (2, "gpt2", {"adapter": {"kind": "none"}, "batch": {"users": 9, "texts": 0}}, EAGER),
+}  # fmt: skip
+"""Ranks, family, settings, settings of ZeRO-3."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_knows_every_byte(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
+    size, family, changes, zero = CASES[case]
+    config = make_config(corpora[family], tmp_path, changes, zero)
+    ranks = run_ranks(size, sent, config)
+    outline, sample = outlined(config, size, STEP)
+    rehearsal, _ = rehearse_fullest(outline, [sample], 1 << 20)
+    model = traffic_model(outline, outline.zero.play(rehearsal.events, config.batch.accumulation))
+    for rank, measured in enumerate(ranks):
+        planned = step_traffic(model, config, sample, rank)
+        assert planned.total() == sum(measured.values()), (planned, measured)
