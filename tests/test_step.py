@@ -186,4 +186,4 @@ def test_options_of_tables_change_a_run_as_little_as_they_say(tmp_path: Path) ->
         assert found[name] != plain, name
         for step, wanted in zip(found[name], plain, strict=True):
             for term in ("items", "words", "mutual"):
-                assert step[term] == pytest.approx(wanted[term], rel=1e-3), (name, term)
+                assert step[term] == pytest.approx(wanted[term], rel=1 / 256), (name, term)
