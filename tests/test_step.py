@@ -180,10 +180,11 @@ def test_options_of_tables_change_a_run_as_little_as_they_say(tmp_path: Path) ->
     (found, _) = run_ranks(2, losses_by_option, config)
     plain = found["plain"]
     assert found["host"] == plain
-    # A rounding of 1 in 256 at the input; 1 % of a moment, and so of a step, from the second step on.
+    # A rounding of 1 in 256 at the input, and 1 % of a moment from the second step on. Both grow from there, because
+    # Adam's first steps go by the signs of gradients, those near zero included.
     assert found["packed"][0] == plain[0]
     for name in ("wire", "packed"):
         assert found[name] != plain, name
-        for step, wanted in zip(found[name], plain, strict=True):
+        for number, (step, wanted) in enumerate(zip(found[name], plain, strict=True)):
             for term in ("items", "words", "mutual"):
-                assert step[term] == pytest.approx(wanted[term], rel=1 / 256), (name, term)
+                assert step[term] == pytest.approx(wanted[term], rel=0.03 if number else 1 / 256), (name, number, term)
