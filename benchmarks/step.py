@@ -2,10 +2,11 @@
 
     python -m benchmarks.step --corpus shards/amazon-beauty --backbone backbones/amazon-beauty
 
-The peer is what one would write for one machine: the decoder from transformers, batches padded to their longest
-document, `nn.Embedding` tables and dense heads over the predicted positions, torch's
-cross-entropy and fused AdamW. Both read the same documents from the same stream, both use all cores. Steps of the two
-take turns, so that whatever else the machine does hits both. Real tokens are counted, padding is not.
+The peer is what one would write for one machine: the decoder from transformers, two adapters of PEFT, batches padded to
+their longest document, `nn.Embedding` tables and dense heads over the predicted positions, torch's cross-entropy and
+fused AdamW. It is timed with documents as they come (`padded`) and with documents of like length in one micro-batch
+(`grouped`), which needs less padding. All read the same documents from the same stream and use all cores. Steps take
+turns, so that whatever else the machine does hits all of them. Real tokens are counted, padding is not.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModel
 
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, tell_table, write_json
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.prompts import Document
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.engine import start_world
-from cllm4rec_dist.model.backbone import load_backbone, load_words
+from cllm4rec_dist.model.backbone import load_words, lora_settings
 from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import System, assemble, start_rows
 
@@ -44,14 +47,19 @@ class Peer(nn.Module):
         super().__init__()
         folder = Path(config.backbone)
         self.config, self.space = config, space
-        self.decoder = load_backbone(folder, config.adapter, torch.float32, config.seed)
+        decoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        settings = lora_settings(config.adapter, decoder.config.model_type)
+        self.decoder = get_peft_model(decoder, settings, "collaborative")
+        self.decoder.add_adapter("content", settings)
+        trained = [p for name, p in self.decoder.named_parameters() if "lora_" in name]
         words = load_words(folder, torch.float32, torch.device("cpu"))
         self.words, self.word_head = words.embedding, words.head
         width, rows = self.words.shape[1], space.num_users + space.num_items
         self.collaborative, self.content = nn.Embedding(rows, width), nn.Embedding(rows, width)
         for table in (self.collaborative, self.content):
             nn.init.normal_(table.weight, std=0.02)
-        self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        self.trained = [*trained, self.collaborative.weight, self.content.weight]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 
     def _hidden(self, which: str, documents: list[Document]) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of the predicting positions, their targets, and the user and item tokens."""
@@ -65,31 +73,52 @@ class Peer(nn.Module):
         rows = table(torch.where(is_row, tokens - self.space.first_user, 0))
         embedded = torch.where(is_row[..., None], rows, words)
         # Padding stands behind the document and attention is causal: no mask is needed, which is the faster way.
-        inputs = (embedded, None) if which == "collaborative" else (None, embedded)
-        hidden = next(found for found in self.decoder(*inputs) if found is not None)
+        self.decoder.set_adapter(which)
+        hidden = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
         places = [(row, int(d.queries[q])) for row, d in enumerate(documents) for q in d.target_query]
         row, column = torch.tensor(places).T
         targets = torch.cat([torch.from_numpy(d.targets.astype("int64")) for d in documents])
         return hidden[row, column], targets, tokens[is_row]
 
-    def step(self, users: list[Document], texts: list[Document]) -> None:
-        """One optimizer step over the documents, in as many micro-batches as the run has."""
-        parts = self.config.batch.accumulation
-        num_items, num_words = sum(len(d.targets) for d in users), sum(len(d.targets) for d in texts)
+    def step(self, micro_batches: list[tuple[list[Document], list[Document]]]) -> None:
+        """One optimizer step."""
+        num_items = sum(len(d.targets) for users, _ in micro_batches for d in users)
+        num_words = sum(len(d.targets) for _, texts in micro_batches for d in texts)
         self.optimizer.zero_grad()
-        for part in range(parts):
-            hidden, targets, tokens = self._hidden("collaborative", users[part::parts])
+        for users, texts in micro_batches:
+            hidden, targets, tokens = self._hidden("collaborative", users)
             items = self.collaborative.weight[self.space.num_users :]
-            loss = F.cross_entropy(hidden @ items.T, targets, reduction="sum") / num_items
-            hidden, targets, more = self._hidden("content", texts[part::parts])
-            loss = loss + F.cross_entropy(hidden @ self.word_head.T, targets, reduction="sum") / num_words
+            (F.cross_entropy(hidden @ items.T, targets, reduction="sum") / num_items).backward()
+            hidden, targets, more = self._hidden("content", texts)
+            loss = F.cross_entropy(hidden @ self.word_head.T, targets, reduction="sum") / num_words
             touched = torch.unique(torch.cat([tokens, more])) - self.space.first_user
             own, content = self.collaborative(touched), self.content(touched)
             rows = self.config.rows
             mutual = rows.lambda_c / 2 * (content - own).square().sum() + rows.lambda_l / 2 * own.square().sum()
-            (loss + mutual / len(touched) / parts).backward()
-        nn.utils.clip_grad_norm_(self.parameters(), self.config.optimizer.clip_norm)
+            (loss + mutual / len(touched) / len(micro_batches)).backward()
+        nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip_norm)
         self.optimizer.step()
+
+
+def as_they_come(users: list[Document], texts: list[Document], parts: int) -> list[tuple[list[Document], ...]]:
+    """Micro-batches of equally many documents of any length."""
+    return [(users[part::parts], texts[part::parts]) for part in range(parts)]
+
+
+def by_length(users: list[Document], texts: list[Document], parts: int) -> list[tuple[list[Document], ...]]:
+    """Micro-batches of equally many documents, the long ones in the first."""
+    ranked = [sorted(found, key=lambda d: -len(d.token_ids)) for found in (users, texts)]
+    cut = lambda found, part: found[len(found) * part // parts : len(found) * (part + 1) // parts]  # noqa: E731
+    return [tuple(cut(found, part) for found in ranked) for part in range(parts)]
+
+
+PEERS = {"padded": as_they_come, "grouped": by_length}
+
+
+def share_filled(micro_batches: list[tuple[list[Document], ...]]) -> float:
+    """Real tokens of all places that are padded to the longest document."""
+    groups = [[len(d.token_ids) for d in found] for part in micro_batches for found in part]
+    return sum(map(sum, groups)) / sum(len(group) * max(group) for group in groups)
 
 
 class Clock:
@@ -111,15 +140,11 @@ class Clock:
         )  # fmt: skip
         marks: dict[str, float] = {}
 
-        def timed_forward(this: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        def timed_forward(this: Any, embedded: Tensor, *more: Any) -> Tensor:
             begin = time.perf_counter()
-            for value in inputs[:2]:
-                if value is not None:
-                    value.register_hook(lambda _: marks.__setitem__("embedded", time.perf_counter()))
-            found = forward(this, *inputs)
-            for value in found:
-                if value is not None:
-                    value.register_hook(lambda _: marks.__setitem__("hidden", time.perf_counter()))
+            embedded.register_hook(lambda _: marks.__setitem__("embedded", time.perf_counter()))
+            found = forward(this, embedded, *more)
+            found.register_hook(lambda _: marks.__setitem__("hidden", time.perf_counter()))
             marks["end of forward"] = time.perf_counter()
             seconds["lookup"] += begin - marks["begin"]
             seconds["backbone"] += marks["end of forward"] - begin
@@ -151,42 +176,42 @@ class Clock:
             self._system.table_optimizer.step = optimizer  # type: ignore[method-assign]
 
 
-def measure(chosen: argparse.Namespace, stage: str) -> dict[str, Any]:
-    """Real tokens a second of both, over the same steps in turns."""
+def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> dict[str, Any]:
+    """Real tokens a second of all, over the same steps in turns."""
     config = validate(RunConfig, {
         "stage": stage, "corpus": chosen.corpus, "backbone": chosen.backbone, "output": tempfile.gettempdir(),
         "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "rows": {"start": "prior"},
-        "batch": {"users": chosen.users, "texts": chosen.texts, "accumulation": 2}, "method": {"max_history": 200},
+        "batch": {"users": users, "texts": texts, "accumulation": 2}, "method": {"max_history": 200},
     }, "benchmark")  # fmt: skip
-    world = start_world()
-    system = assemble(config, world)
+    system = assemble(config, start_world())
     start_rows(system)
-    source, clock = BatchSource(system.corpus, system.composer, config, world), Clock(system)
+    source, clock = BatchSource(system.corpus, system.composer, config, system.world), Clock(system)
     peer = Peer(config, system.composer.space)
-    ours, theirs, filled = [], [], []
+    speeds: dict[str, list[float]] = {name: [] for name in ("ours", *PEERS)}
+    filled: dict[str, list[float]] = {name: [] for name in PEERS}
     for number in range(chosen.warmup + chosen.steps):
         if number == chosen.warmup:
             clock.seconds = dict.fromkeys(PARTS, 0.0)
         system.train(True)
         started = time.perf_counter()
         tokens = clock.step(source, number)
-        ours.append(tokens / (time.perf_counter() - started))
-        started = time.perf_counter()
-        users, texts = source.documents(number)
-        peer.step(users, texts)
-        theirs.append(tokens / (time.perf_counter() - started))
-        padded = sum(
-            len(part) * max(len(d.token_ids) for d in part)
-            for found in (users, texts) for part in (found[0::2], found[1::2])
-        )  # fmt: skip
-        filled.append(tokens / padded)
-    ours, theirs = ours[chosen.warmup :], theirs[chosen.warmup :]
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        speeds["ours"].append(tokens / (time.perf_counter() - started))
+        documents = source.documents(number)
+        for name, grouped in PEERS.items():
+            micro_batches = grouped(*documents, config.batch.accumulation)
+            started = time.perf_counter()
+            peer.step(micro_batches)
+            speeds[name].append(tokens / (time.perf_counter() - started))
+            filled[name].append(share_filled(micro_batches))
+    speeds = {name: found[chosen.warmup :] for name, found in speeds.items()}
+    ratios = {name: [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)] for name in PEERS}
     total = sum(clock.seconds.values())
     return {
-        "tokens_per_second": statistics.median(ours), "peer_tokens_per_second": statistics.median(theirs),
-        "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
-        "peer_filled": statistics.mean(filled),
+        "stage": stage, "users": users, "texts": texts,
+        "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
+        "ratio": {name: statistics.median(found) for name, found in ratios.items()},
+        "ratio_range": {name: [min(found), max(found)] for name, found in ratios.items()},
+        "peers_filled": {name: statistics.mean(found) for name, found in filled.items()},
         "shares": {part: value / total for part, value in clock.seconds.items()},
     }  # fmt: skip
 
@@ -195,21 +220,25 @@ def main() -> None:
     options = parser("step", __doc__)
     options.add_argument("--corpus", required=True)
     options.add_argument("--backbone", required=True)
-    options.add_argument("--users", type=int, default=256)
-    options.add_argument("--texts", type=int, default=64)
-    options.add_argument("--steps", type=int, default=20)
-    options.add_argument("--warmup", type=int, default=3)
+    options.add_argument("--batches", nargs="+", default=["256x64", "1024x256"], help="users x texts of a step")
+    options.add_argument("--steps", type=int, default=9)
+    options.add_argument("--warmup", type=int, default=2)
     chosen = options.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    figures = {stage: measure(chosen, stage) for stage in ("pretrain", "finetune")}
-    tell_table(
-        ["stage", "real tokens/s", "Hugging Face alone", "ratio", "lowest", "highest", *PARTS],
-        [[stage, f"{f['tokens_per_second']:,.0f}", f"{f['peer_tokens_per_second']:,.0f}", f"{f['ratio']:.1f}",
-          *(f"{r:.1f}" for r in f["ratio_range"]), *(f"{f['shares'][p]:.0%}" for p in PARTS)]
-         for stage, f in figures.items()],
-    )  # fmt: skip
-    tell(f"padded batches hold {figures['pretrain']['peer_filled']:.0%} real tokens")
-    write_json(chosen.json, {"batch": {"users": chosen.users, "texts": chosen.texts}, **figures})
+    rows, figures = [], []
+    for batch in chosen.batches:
+        users, texts = map(int, batch.split("x"))
+        for stage in ("pretrain", "finetune"):
+            found = measure(chosen, stage, users, texts)
+            figures.append(found)
+            told = [f"{stage} {batch}", f"{found['tokens_per_second']['ours']:,.0f}"]
+            for name in PEERS:
+                low, high = found["ratio_range"][name]
+                told += [f"{found['peers_filled'][name]:.0%}", f"{found['ratio'][name]:.1f} ({low:.1f} to {high:.1f})"]
+            rows.append([*told, *(f"{found['shares'][part]:.0%}" for part in PARTS)])
+    names = [column for name in PEERS for column in (f"{name}: filled", "ratio")]
+    tell_table(["step", "real tokens/s", *names, *PARTS], rows)
+    write_json(chosen.json, {"steps": figures})
 
 
 if __name__ == "__main__":

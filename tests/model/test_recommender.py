@@ -230,9 +230,8 @@ def test_the_gradient_of_the_softmax_operand_alone_is_dense() -> None:
     words, wire = Words(*torch.zeros(2, SPACE.num_words, WIDTH)), torch.float32
     model = Recommender(4, 6, words, HeadConfig(), alone(), dropout=0.0, wire=wire, lazy=True, content=True)
     for number in range(2):  # micro-batches
-        (embedded,) = model.embedded(model.route([MicroBatch(batch(), batch())]))
-        assert embedded.words is not None
-        loss = embedded.items.sum() + embedded.words.sum() + model.item_operand().sum()
+        embedded, _ = embed(model, collate([FIRST, SECOND], SPACE, [FIRST, SECOND]))
+        loss = embedded.sum() + model.item_operand().sum()
         if number == 1:
             loss = loss + sum(table.own(torch.tensor([0, 2])).sum() for table in model.tables)
         loss.backward()
