@@ -74,7 +74,7 @@ class TableOptimizer:
         self.discard()
 
     def _update(self, weights: Tensor, rows: Rows, gradient: Tensor, moments: _Moments, lr: float) -> None:
-        part = weights[rows].to(moments.device)
+        part = _read(weights, rows).to(moments.device)
         first, second = moments.read(rows)
         steps = torch.full((), float(moments.steps), device=moments.device)
         adamw(
@@ -83,7 +83,7 @@ class TableOptimizer:
         )  # fmt: skip
         moments.write(rows, first, second)
         if isinstance(rows, Tensor) or part.device != weights.device:  # else `part` is a view
-            weights[rows] = part.to(weights.device)
+            _write(weights, rows, part.to(weights.device))
 
     def discard(self) -> None:
         """Drop the gradients of a step that is left out."""
@@ -123,6 +123,18 @@ def _parts(gradient: Tensor) -> Iterator[tuple[Rows, Tensor]]:
         yield from ((rows, _as_rows(gradient)[rows]) for rows in _blocks(_as_rows(gradient)))
 
 
+def _read(values: Tensor, rows: Rows) -> Tensor:
+    """A view of consecutive rows, a copy of others, where `values` are."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows.to(values.device))
+
+
+def _write(values: Tensor, rows: Rows, new: Tensor) -> None:
+    if isinstance(rows, slice):
+        values[rows] = new
+    else:
+        values.index_copy_(0, rows.to(values.device), new)
+
+
 def _blocks(values: Tensor) -> Iterator[slice]:
     """Consecutive rows, a bounded number of entries at a time."""
     size = max(1, _BLOCK_ENTRIES // max(1, values[:1].numel()))
@@ -152,13 +164,13 @@ class _Moments:
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Moments of some rows; views of consecutive ones."""
-        rows = rows.to(self.device) if isinstance(rows, Tensor) else rows
-        return self._first[rows], self._second[rows]
+        return _read(self._first, rows), _read(self._second, rows)
 
     def write(self, rows: Rows, first: Tensor, second: Tensor) -> None:
         """Put back what was read and has changed."""
         if isinstance(rows, Tensor):
-            self._first[rows.to(self.device)], self._second[rows.to(self.device)] = first, second
+            _write(self._first, rows, first)
+            _write(self._second, rows, second)
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Both, of all rows."""
@@ -200,7 +212,7 @@ class _PackedMoments(_Moments):
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         first, root = (
             self._bnb.dequantize_blockwise(
-                codes[rows].contiguous(), absmax=scales[rows].flatten(), code=code, blocksize=self._scaled_together
+                _read(codes, rows), absmax=_read(scales, rows).flatten(), code=code, blocksize=self._scaled_together
             )
             for codes, scales, code in zip(self._codes, self._scales, self._maps, strict=True)
         )
@@ -210,7 +222,8 @@ class _PackedMoments(_Moments):
         pairs = zip(self._codes, self._scales, self._maps, (first, second.sqrt()), strict=True)
         for codes, scales, code, values in pairs:
             packed, state = self._bnb.quantize_blockwise(values, code=code, blocksize=self._scaled_together)
-            codes[rows], scales[rows] = packed, state.absmax.view(len(values), -1)
+            _write(codes, rows, packed)
+            _write(scales, rows, state.absmax.view(len(values), -1))
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Both, of all rows, on the host."""
