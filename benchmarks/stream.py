@@ -8,6 +8,7 @@ documents in an order that mixes the examples. The peer is what a user of webdat
 are needed are decoded, cut into examples, mixed in a buffer, made documents one by one, and padded to the longest of
 the batch; in the process itself and in two workers of a DataLoader, which go on living between epochs. All forms take
 turns, and real tokens are counted to be the same. Decoding the records and doing nothing with them is shown beside it.
+Last, how even the parts of ranks are, by tokens and if they were dealt by number.
 """
 
 from __future__ import annotations
@@ -210,6 +211,29 @@ def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
+    """Tokens of the rank that has most over the mean, where parts have equally many examples, and as ours are."""
+    corpus, tokenizer = Corpus.open(chosen.corpus, verify=False), WordTokenizer.load(chosen.backbone)
+    config = configured(chosen, "pretrain", chosen.users, chosen.texts)
+    composer = Composer(
+        tokenizer, TokenSpace(len(tokenizer), corpus.num_users, corpus.num_items), config.method, config.seed
+    )
+    worlds = [World(rank, size, rank, torch.device("cpu")) for rank in range(size)]
+    whole = BatchSource(corpus, composer, config, World(0, 1, 0, torch.device("cpu")))
+    ranks = [BatchSource(corpus, composer, config, world) for world in worlds]
+    by_count, by_tokens = [], []
+    for step in range(chosen.steps):
+        lengths = [np.array([len(d.token_ids) for d in documents]) for documents in whole.documents(step)]
+        for lists in lengths:
+            np.random.default_rng(step).shuffle(lists)  # documents come by length, examples did not
+        shares = [sum(n[slice(*world.share(0, len(n)))].sum() for n in lengths) for world in worlds]
+        by_count.append(max(shares) / np.mean(shares))
+        tokens = [sum(batch.num_tokens for batch in source.make(step).micro_batches) for source in ranks]
+        assert sum(tokens) == sum(shares)
+        by_tokens.append(max(tokens) / np.mean(tokens))
+    return {"by_count": float(np.mean(by_count)), "by_tokens": float(np.mean(by_tokens))}
+
+
 def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
     """What a real step on one rank waits for its batch, and how long the batch took to make beside it."""
     config = configured(chosen, stage, chosen.users, chosen.texts)
@@ -257,6 +281,7 @@ def main() -> None:
             chosen.corpus, chosen.backbone = f"{folder}/corpus", f"{folder}/backbone"
             make_corpus(Path(folder), chosen.examples, 20_000, 64, num_texts=chosen.examples)
         found = speeds(chosen)
+        balance = {size: imbalance(chosen, size) for size in (2, 4, 8)}
         shares = {stage: waiting(chosen, stage) for stage in ("pretrain", "finetune")}
     tell_table(["stream", "examples/s", "ratio", "lowest", "highest"], [
         [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
@@ -266,8 +291,11 @@ def main() -> None:
         [stage, f"{s['step_seconds']:.3f} s", f"{s['waited_share']:.3%}", f"{1e3 * s['make_seconds']:.1f} ms",
          f"{1e3 * s['make_seconds_most']:.0f} ms"] for stage, s in shares.items()
     ])  # fmt: skip
+    tell_table(["ranks", "most tokens of a rank over the mean, by examples", "by tokens"], [
+        [size, f"{b['by_count']:.3f}", f"{b['by_tokens']:.3f}"] for size, b in balance.items()
+    ])  # fmt: skip
     tell(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
-    write_json(chosen.json, found | {"steps": shares})
+    write_json(chosen.json, found | {"steps": shares, "balance": balance})
 
 
 if __name__ == "__main__":
