@@ -281,20 +281,20 @@ def main() -> None:
             chosen.corpus, chosen.backbone = f"{folder}/corpus", f"{folder}/backbone"
             make_corpus(Path(folder), chosen.examples, 20_000, 64, num_texts=chosen.examples)
         found = speeds(chosen)
+        tell(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
+        tell_table(["stream", "examples/s", "ratio", "lowest", "highest"], [
+            [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
+            for name, f in found["forms"].items()
+        ])  # fmt: skip
         balance = {size: imbalance(chosen, size) for size in (2, 4, 8)}
+        tell_table(["ranks", "most tokens of a rank over the mean, by examples", "by tokens"], [
+            [size, f"{b['by_count']:.3f}", f"{b['by_tokens']:.3f}"] for size, b in balance.items()
+        ])  # fmt: skip
         shares = {stage: waiting(chosen, stage) for stage in ("pretrain", "finetune")}
-    tell_table(["stream", "examples/s", "ratio", "lowest", "highest"], [
-        [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
-        for name, f in found["forms"].items()
-    ])  # fmt: skip
-    tell_table(["stage", "step", "waited for its batch", "making a batch", "most"], [
-        [stage, f"{s['step_seconds']:.3f} s", f"{s['waited_share']:.3%}", f"{1e3 * s['make_seconds']:.1f} ms",
-         f"{1e3 * s['make_seconds_most']:.0f} ms"] for stage, s in shares.items()
-    ])  # fmt: skip
-    tell_table(["ranks", "most tokens of a rank over the mean, by examples", "by tokens"], [
-        [size, f"{b['by_count']:.3f}", f"{b['by_tokens']:.3f}"] for size, b in balance.items()
-    ])  # fmt: skip
-    tell(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
+        tell_table(["stage", "step", "waited for its batch", "making a batch", "most"], [
+            [stage, f"{s['step_seconds']:.3f} s", f"{s['waited_share']:.3%}", f"{1e3 * s['make_seconds']:.1f} ms",
+             f"{1e3 * s['make_seconds_most']:.0f} ms"] for stage, s in shares.items()
+        ])  # fmt: skip
     write_json(chosen.json, found | {"steps": shares, "balance": balance})
 
 
