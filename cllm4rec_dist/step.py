@@ -20,6 +20,8 @@ from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.model.recommender import Embedded
 from cllm4rec_dist.system import System
 
+PIECE = 1 << 22
+"""Entries of a gradient that are squared at a time."""
 TERMS = ("items", "words", "mutual")
 """Losses of a step: over the catalog, over the vocabulary, between the two sets of rows."""
 
@@ -163,10 +165,16 @@ def _complete_gradients(system: System) -> Tensor:
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
         values = _values(parameter.grad).div_(world.size)
-        square += values.double().square().sum() / (world.size if name in replicated else 1)
+        square += _square(values) / (world.size if name in replicated else 1)
     for gradient in system.engine.gradients().values():
         square += gradient.double().square().sum()
     return square
+
+
+def _square(values: Tensor) -> Tensor:
+    """Sum of squares in fp64, a piece at a time: twice a whole table in fp64 would be the fullest moment of a step."""
+    pieces = values.flatten().split(PIECE)
+    return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
 
 def _clip(system: System, norm: float) -> None:

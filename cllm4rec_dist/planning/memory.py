@@ -16,11 +16,12 @@ from torch import nn
 from cllm4rec_dist.planning.gathering import Gathers
 from cllm4rec_dist.planning.outline import Outline
 from cllm4rec_dist.planning.rehearsal import ATTENTION, BACKBONE, GRADIENTS, HEAD, LOOKUP, WORD_HEAD, Rehearsal
+from cllm4rec_dist.step import PIECE
 
 Memory = Counter[str]
 """Bytes by part."""
 
-FLOAT = 4
+FLOAT, DOUBLE = 4, 8
 MOMENTS = 2
 _SCALED_TOGETHER = 64
 """Neighbouring entries that share a scale of 8-bit moments at the least."""
@@ -112,4 +113,5 @@ def in_step(outline: Outline, rehearsal: Rehearsal) -> Memory:
     """On top of `resident`, when norms are taken and the optimizers step."""
     trained = _parts(outline, outline.trained, FLOAT) * (not outline.offload_optimizer)
     dense = rehearsal.left[GRADIENTS]
-    return Counter({GRADIENTS: dense, "buffers": max(4 * dense, 3 * trained)})
+    squared = min(dense // FLOAT, PIECE) * 2 * DOUBLE
+    return Counter({GRADIENTS: dense, "buffers": max(squared, 3 * trained)})
