@@ -203,8 +203,9 @@ def step_seconds(
     hidden = (traffic["weights"] + traffic["weight gradients"]) / link
     exposed = max(0.0, float(hidden) - body)
     others = (traffic.total() - traffic["weights"] - traffic["weight gradients"]) / link
-    dense = [t for t in outline.model.tables if not t.sparse_gradients]
-    entries = sum(t.local_rows.numel() for t in dense)
+    # The operand of the item softmax has a dense gradient, whatever lookups give.
+    tables = {outline.model.collaborative.items, *(t for t in outline.model.tables if not t.sparse_gradients)}
+    entries = sum(table.local_rows.numel() for table in tables)
     return {
         "backbone": body, "item head": max(compute[HEAD], launches[HEAD]),
         "word head": max(compute[WORD_HEAD], launches[WORD_HEAD]), "lookup": launches[LOOKUP],

@@ -31,7 +31,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "lora": (1, "llama", {}),
     "checkpointed": (2, "llama", {"activation_checkpointing": True}),
     "full, bf16": (2, "gpt2", {"adapter": {"kind": "full"}, "precision": "bf16"}),
-    "wide catalog": (1, "qwen2", {
+    "wide catalog": (1, "qwen2", {"adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}}),
+    "wide and dense": (1, "qwen2", {
         "adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}, "optimizer": {"lazy_tables": False},
     }),
 }  # fmt: skip
@@ -42,8 +43,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
     folder = tmp_path_factory.mktemp("memory")
     found = {}
-    for family, num_items in (("llama", 400), ("gpt2", 400), ("qwen2", 30_000)):
-        catalog = make_catalog(num_users=300, num_items=num_items)
+    for family, num_items in (("llama", 160), ("gpt2", 160), ("qwen2", 30_000)):
+        catalog = make_catalog(num_users=160, num_items=num_items)
         backbone = make_backbone(folder / family, catalog, family=family, hidden=128, layers=3, heads=4)
         corpus = make_corpus(folder / f"{family}-corpus", catalog, backbone, examples_per_record=100)
         found[family] = corpus, str(backbone)
