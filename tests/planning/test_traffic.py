@@ -50,8 +50,14 @@ EAGER = {
     "stage3_param_persistence_threshold": 40, "reduce_bucket_size": 6_000,
 }  # fmt: skip
 """Thresholds between which weights of so small a backbone go and come as those of a large one do."""
+FAR = EAGER | {
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 60_000,
+    "stage3_max_live_parameters": 10**9,
+}
+"""Weights fetched so far ahead that some are asked for again while they are still there."""
 CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
-    "lora": (2, "llama", {"adapter": {"kind": "lora", "rank": 4}}, {}),
+    "lora": (2, "llama", {"adapter": {"kind": "lora", "rank": 4}}, FAR),
     "lora, eager": (3, "llama", {"adapter": {"kind": "lora", "rank": 4}}, EAGER),
     "checkpointed": (2, "llama", {
         "adapter": {"kind": "lora", "rank": 4}, "activation_checkpointing": True, "precision": "bf16",
