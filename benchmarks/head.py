@@ -1,10 +1,13 @@
 """The item head against torch's dense cross-entropy and against the bare matrix products, in one run.
 
     python -m benchmarks.head
+    python -m benchmarks.head --dtype bf16           on a GPU, with `pip install -e '.[kernels]'`
 
 Forward and backward of one target a position. `dense` is `F.cross_entropy(queries @ items.T)`, `products` the three
 matrix products that no head can do without (logits, gradient of the queries, gradient of the items), with nothing
-between them. Forms take turns; peak memory is measured in a process of each form's own.
+between them. In bf16 on a GPU cut-cross-entropy (its filter of small gradients off, so that it is exact) and Liger's
+fused head take part where they are installed. Forms take turns; peak memory is measured in a process of each form's
+own.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,14 +51,38 @@ def products(queries: Tensor, items: Tensor, targets: Tensor) -> None:
     queries.grad, items.grad = logits @ items, logits.T @ queries
 
 
+def cut(queries: Tensor, items: Tensor, targets: Tensor) -> None:
+    """Apple's cut-cross-entropy."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    linear_cross_entropy(queries, items, targets, reduction="sum", filter_eps=None).backward()
+
+
+def liger(queries: Tensor, items: Tensor, targets: Tensor) -> None:
+    """Liger's fused linear cross-entropy."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    LigerFusedLinearCrossEntropyLoss(reduction="sum")(items, queries, targets).backward()
+
+
 FORMS: dict[str, Form] = {"ours": ours, "dense": dense, "products": products}
+KERNELS: dict[str, tuple[str, Form]] = {"cut": ("cut_cross_entropy", cut), "liger": ("liger_kernel", liger)}
+"""Forms for half precision on a GPU, and the package of each."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def forms(dtype: torch.dtype) -> dict[str, Form]:
+    """Those that run here."""
+    if not torch.cuda.is_available() or dtype is torch.float32:
+        return FORMS
+    return FORMS | {name: form for name, (package, form) in KERNELS.items() if find_spec(package)}
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Positions, items, width -> queries, items, targets."""
     random = torch.Generator().manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    queries, items = (torch.randn(n, shape[2], generator=random).mul_(0.3).to(device) for n in shape[:2])
+    queries, items = (torch.randn(n, shape[2], generator=random).mul_(0.3).to(device, dtype) for n in shape[:2])
     targets = torch.randint(shape[1], shape[:1], generator=random).to(device)
     return queries.requires_grad_(), items.requires_grad_(), targets
 
@@ -71,23 +99,29 @@ def seconds(form: Form, made: tuple[Tensor, Tensor, Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def _peak(number: int, name: str, shape: tuple[int, int, int], told: str) -> None:
+def _peak(number: int, name: str, shape: tuple[int, int, int], dtype: torch.dtype, told: str) -> None:
     torch.set_num_threads(1)
-    status = Path("/proc/self/status")
-    read = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024  # noqa: E731
-    seconds(FORMS[name], inputs((8, 100, 16)))
-    made = inputs(shape)
-    before = read()
-    seconds(FORMS[name], made)
+    form = forms(dtype)[name]
+    seconds(form, inputs((8, 100, 16), dtype))
+    made = inputs(shape, dtype)
+    before = _highest()
+    seconds(form, made)
     gradients = sum(tensor.nbytes for tensor in made[:2])
-    Path(told).write_text(str(read() - before - gradients))
+    Path(told).write_text(str(_highest() - before - gradients))
 
 
-def peak_bytes(name: str, shape: tuple[int, int, int]) -> int:
+def _highest() -> int:
+    """Peak bytes of this process so far: on the GPU, if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def peak_bytes(name: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> int:
     """Bytes that a form needs at its peak beside its inputs and their gradients."""
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "peak"
-        mp.start_processes(_peak, (name, shape, str(told)), nprocs=1, start_method="spawn")
+        mp.start_processes(_peak, (name, shape, dtype, str(told)), nprocs=1, start_method="spawn")
         return int(told.read_text())
 
 
@@ -96,20 +130,23 @@ def main() -> None:
     shapes = ["64x1000000x64", "2048x100000x256"]
     options.add_argument("--shapes", nargs="+", default=shapes, help="positions x items x width")
     options.add_argument("--repeats", type=int, default=7)
+    options.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="of queries and items (%(default)s)")
     chosen = options.parse_args()
+    dtype = DTYPES[chosen.dtype]
+    running = forms(dtype)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     figures, rows = {}, []
     for text in chosen.shapes:
         positions, items, width = map(int, text.split("x"))
         shape = (positions, items, width)
-        made = inputs(shape)
-        times: dict[str, list[float]] = {name: [] for name in FORMS}
+        made = inputs(shape, dtype)
+        times: dict[str, list[float]] = {name: [] for name in running}
         for repeat in range(chosen.repeats + 1):
-            for name, form in FORMS.items():
+            for name, form in running.items():
                 taken = seconds(form, made)
                 if repeat:  # the first one warms up
                     times[name].append(taken)
-        peaks = {name: peak_bytes(name, shape) for name in ("ours", "dense")}
+        peaks = {name: peak_bytes(name, shape, dtype) for name in running if name != "products"}
         median = {name: statistics.median(found) for name, found in times.items()}
         ratios = [a / b for a, b in zip(times["ours"], times["dense"], strict=True)]
         figures[text] = {
@@ -119,12 +156,12 @@ def main() -> None:
         }  # fmt: skip
         found, low, high = figures[text], min(ratios), max(ratios)
         rows.append([
-            text, *(f"{median[name]:.3f}" for name in FORMS), f"{found['of_dense']:.2f} ({low:.2f} to {high:.2f})",
+            text, *(f"{median[name]:.3f}" for name in running), f"{found['of_dense']:.2f} ({low:.2f} to {high:.2f})",
             f"{found['of_products']:.0%}", f"{peaks['ours'] / 1e6:.0f}", f"{found['memory_of_dense']:.2f}",
         ])  # fmt: skip
-    names = [f"{name} (s)" for name in FORMS]
+    names = [f"{name} (s)" for name in running]
     tell_table(["shape", *names, "of dense", "products' speed", "peak (MB)", "of dense"], rows)
-    write_json(chosen.json, figures)
+    write_json(chosen.json, {"dtype": chosen.dtype, **figures})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.topk                        needs `pip install -e '.[bench]'`
 
 Both search the same fp32 vectors with equally many threads, in turns; what they find is compared. faiss leaves out no
-item that a user has seen; ours does, with 20 a user. faiss is told to multiply matrices for any number of queries:
-where its own choice is its loop of single products, that is several times slower here.
+item that a user has seen; ours does, with 20 a user. faiss is told to multiply matrices for any number of queries: its
+own choice may be a loop of single products, which is several times slower here.
 """
 
 from __future__ import annotations
