@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python -m benchmarks.lookup
 	$(BIN)/python -m benchmarks.adam
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.sampled
 	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m benchmarks.stream
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi

@@ -178,6 +178,9 @@ class HeadConfig(StrictModel):
     """Learn a bias for each item."""
     pool_residual: bool = True
     """Add the direction of the sum of the item rows read so far to the hidden state."""
+    sampled: int = Field(default=0, ge=0)
+    """Items drawn for the softmax of a micro-batch in training, over all ranks, beside its targets; 0: all, exact.
+    Fewer make the loss too low and the gradients noisy (docs/performance.md). Prediction is exact in any case."""
 
 
 class MethodConfig(StrictModel):

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cllm4rec_dist.model.heads import dense_nll, sharded_nll
+from cllm4rec_dist.model.heads import Sampling, dense_nll, sharded_nll
 from cllm4rec_dist.topology import RowPartition, World
 
 
 def item_likelihood(
-    queries: Tensor, operand: Tensor, target_query: Tensor, targets: Tensor, partition: RowPartition, world: World
+    queries: Tensor,
+    operand: Tensor,
+    target_query: Tensor,
+    targets: Tensor,
+    partition: RowPartition,
+    world: World,
+    sampling: Sampling | None = None,
 ) -> tuple[Tensor, int]:
     """Negative log-likelihood over the catalog, in nats, and the number of targets.
 
@@ -26,10 +32,11 @@ def item_likelihood(
     Args:
         queries: [n, D]. operand: [rows of this rank, D].
         target_query, targets: int64 [M], position and global item row of each target.
+        sampling: items of a sampled softmax; all of them if left out.
 
     Collectives: those of `sharded_nll`.
     """
-    nll = sharded_nll(queries, operand, target_query, targets, partition, world)
+    nll = sharded_nll(queries, operand, target_query, targets, partition, world, sampling=sampling)
     return nll.sum(), len(targets)
 
 

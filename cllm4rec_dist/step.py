@@ -128,9 +128,10 @@ def _losses(system: System, batch: MicroBatch, embedded: Embedded) -> dict[str, 
     queries = model.item_queries(hidden, embedded.item_rows, batch)
     losses = {
         "items": objectives.item_likelihood(
-            queries, model.item_operand(), items.target_query, items.targets, model.item_partition, world
+            queries, model.item_operand(), items.target_query, items.targets, model.item_partition, world,
+            model.item_sampling(batch),
         )[0]
-    }
+    }  # fmt: skip
     if words is not None:
         losses["words"] = objectives.word_likelihood(
             hidden.flatten(0, 1)[words.query_places], model.words.head, words.target_query, words.targets

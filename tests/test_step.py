@@ -143,6 +143,19 @@ def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, 
         torch.testing.assert_close(saved.rows(name, len(value), 0, len(value)), value.detach(), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_a_sampled_softmax_changes_the_loss_and_draws_the_same_again(made: tuple[str, str], tmp_path: Path) -> None:
+    losses = []
+    for number, sampled in enumerate((0, 4, 4)):
+        config = make_config(made, "pretrain", head={"form": "cosine", "sampled": sampled})
+        losses.append(run_ranks(2, sharded, config, str(tmp_path / str(number)))[0]["losses"])
+    exact, drawn, again = losses
+    assert drawn == again
+    assert drawn[0]["items"] != pytest.approx(exact[0]["items"], rel=1e-4)
+    assert drawn[0]["items"] == pytest.approx(exact[0]["items"], rel=0.3)
+    assert drawn[0]["words"] == pytest.approx(exact[0]["words"], rel=1e-6)
+
+
 def assert_same_gradient(name: str, got: Tensor, wanted: Tensor) -> None:
     """Equal to 1e-6 of the largest entry: what is left is the rounding of fp32 sums in another order."""
     assert (got.view_as(wanted) - wanted).abs().max() <= 1e-6 * wanted.abs().max() + 1e-9, name

@@ -16,8 +16,10 @@ Legend: n positions of this rank, N of all ranks, C classes, D width, M targets 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -142,6 +144,42 @@ def dense_nll(queries: Tensor, weight: Tensor, target_query: Tensor, target_row:
     return torch.bincount(target_query, minlength=len(queries)) * lse - scores
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Classes that stand for the others in a sampled softmax.
+
+    Attributes:
+        num_rows: drawn over all ranks, evenly; a row that is drawn again counts once.
+        key: of the draw; the same key draws the same rows. May differ between ranks.
+    """
+
+    num_rows: int
+    key: int
+
+    def rows(self, num_local: int, targets: Tensor, world: World) -> tuple[Tensor, Tensor]:
+        """The local rows that are computed, and the logarithm of how many each stands for.
+
+        Targets stand for themselves, so they are scored as in the exact softmax. The others are drawn from alike, and
+        stand for all that are no target: the estimate of the sum of exponentials has no bias (its logarithm has one).
+
+        Args:
+            num_local: rows of this rank.
+            targets: int64 [m], local rows of all ranks' targets that live here.
+
+        Returns:
+            int64 [c] distinct local rows, rising, and fp32 [c]. No collective.
+        """
+        targets = targets.unique()
+        random = np.random.default_rng([self.key & 0xFFFFFFFFFFFFFFFF, world.rank])
+        count = -(-self.num_rows // world.size) if num_local else 0
+        drawn = torch.from_numpy(random.integers(num_local, size=count)) if count else targets.new_empty(0).cpu()
+        rows, place = torch.cat([targets, drawn.to(targets.device)]).unique(return_inverse=True)
+        others = len(rows) - len(targets)
+        log_weight = torch.full(rows.shape, math.log((num_local - len(targets)) / others) if others else 0.0)
+        log_weight = log_weight.to(rows.device).index_fill_(0, place[: len(targets)], 0.0)
+        return rows, log_weight
+
+
 def sharded_nll(
     queries: Tensor,
     local_weight: Tensor,
@@ -150,6 +188,7 @@ def sharded_nll(
     partition: RowPartition,
     world: World,
     max_logits: int | None = None,
+    sampling: Sampling | None = None,
 ) -> Tensor:
     """`dense_nll` over rows that are split between the ranks.
 
@@ -157,6 +196,7 @@ def sharded_nll(
         queries: [n, D] of this rank; n may differ between ranks and be 0.
         local_weight: [rows of this rank, D].
         target_query, target_row: int64 [M]; queries of this rank and global rows.
+        sampling: classes of a sampled softmax; all of them if left out.
 
     Returns:
         [n] of this rank. Its gradients are those of the sum over all ranks.
@@ -169,7 +209,14 @@ def sharded_nll(
     all_pairs = all_gather_rows(pairs, gather_counts(len(pairs), world), world)
     start, stop = partition.range(world.rank)
     owned = all_pairs[(all_pairs[:, 1] >= start) & (all_pairs[:, 1] < stop)]
-    partial, scores = likelihood_parts(all_queries, local_weight, owned[:, 0], owned[:, 1] - start, max_logits)
+    owned_query, owned_row = owned[:, 0], owned[:, 1] - start
+    if sampling is not None:
+        rows, log_weight = sampling.rows(len(local_weight), owned_row, world)
+        owned_row = torch.searchsorted(rows, owned_row)
+        # One more column adds the logarithms to the logits, as a bias would be.
+        local_weight = torch.cat([local_weight[rows], log_weight[:, None].to(local_weight.dtype)], dim=1)
+        all_queries = F.pad(all_queries, (0, 1), value=1.0)
+    partial, scores = likelihood_parts(all_queries, local_weight, owned_query, owned_row, max_logits)
     lse = combine_logsumexp(partial, counts, world)
     return torch.bincount(target_query, minlength=len(queries)) * lse - reduce_scatter_rows(scores, counts, world)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cllm4rec_dist.config import HeadConfig
 from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.model.backbone import Words
-from cllm4rec_dist.model.heads import ItemHead
+from cllm4rec_dist.model.heads import ItemHead, Sampling
 from cllm4rec_dist.model.tables import Fetch, Route, ShardedTable, fetch, lookup, route_ids, touched_rows
 from cllm4rec_dist.topology import RowPartition, World
 
@@ -82,6 +82,7 @@ class Recommender(nn.Module):
         super().__init__()
         width = words.embedding.shape[1]
         self.words, self.world, self.dropout, self.wire = words, world, dropout, wire
+        self.sampled = head.sampled
         # The collaborative items are the operand of the item softmax too, which makes their whole gradient dense.
         self.collaborative = TokenRows(num_users, num_items, width, world, lazy=lazy)
         self.content = TokenRows(num_users, num_items, width, world, lazy=lazy) if content else None
@@ -173,6 +174,10 @@ class Recommender(nn.Module):
     def item_operand(self) -> Tensor:
         """This rank's rows of the item softmax, [rows, D or D+1]."""
         return self.head.operand(self.collaborative.items.local_rows)
+
+    def item_sampling(self, batch: MicroBatch) -> Sampling | None:
+        """Items of a sampled softmax, drawn by the keys of the documents, so that a resumed run draws the same ones."""
+        return Sampling(self.sampled, int(batch.keys.sum())) if self.sampled else None
 
 
 def _sums_of_document(item_rows: Tensor, batch: MicroBatch) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cllm4rec_dist.model.heads import ItemHead, dense_nll, likelihood_parts, sharded_nll
+from cllm4rec_dist.model.heads import ItemHead, Sampling, dense_nll, likelihood_parts, sharded_nll
 from cllm4rec_dist.topology import RowPartition, World
 from tests.harness import alone, run_ranks
 
@@ -210,6 +210,74 @@ def test_sharded_nll_equals_dense_log_softmax(ranks: Any, size: int, index: int,
         torch.testing.assert_close(got["nll"], nll.detach())
         torch.testing.assert_close(got["queries"], leaf.grad)
     torch.testing.assert_close(torch.cat([got["weight"] for got in found]), weight.grad)
+
+
+SAMPLED = 6
+
+
+def sampled(world: World) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for index, counts in enumerate(POSITIONS[world.size]):
+        for num_items in (NUM_ITEMS, 3):
+            queries, weight, targets, seed = sharded_case(counts, num_items)
+            partition = RowPartition(num_items, world.size)
+            start, stop = partition.range(world.rank)
+            leaves = queries[world.rank].clone().requires_grad_(), weight[start:stop].clone().requires_grad_()
+            sampling = Sampling(SAMPLED, key=index - 1)
+            nll = sharded_nll(*leaves, *targets[world.rank], partition, world, MAX_LOGITS, sampling)
+            (nll * seed.split(counts)[world.rank]).sum().backward()
+            everyones = torch.cat([row for _, row in targets])
+            own = everyones[(everyones >= start) & (everyones < stop)] - start
+            rows, log_weight = sampling.rows(stop - start, own, world)
+            found[f"{index}-{num_items}"] = {
+                "nll": nll.detach(), "queries": leaves[0].grad, "weight": leaves[1].grad,
+                "rows": rows + start, "log_weight": log_weight,
+            }  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def sampled_ranks() -> dict[int, list[dict[str, Any]]]:
+    return {size: run_ranks(size, sampled) for size in WORLDS}
+
+
+@pytest.mark.parametrize(("size", "index", "num_items"), SHARDED)
+def test_a_sampled_softmax_is_the_dense_one_over_the_same_sample(
+    sampled_ranks: Any, size: int, index: int, num_items: int
+) -> None:
+    queries, weight, targets, seed = sharded_case(POSITIONS[size][index], num_items)
+    weight.requires_grad_()
+    found = [rank[f"{index}-{num_items}"] for rank in sampled_ranks[size]]
+    rows = torch.cat([got["rows"] for got in found])
+    log_weight = torch.cat([got["log_weight"] for got in found]).double()
+    assert len(rows.unique()) == len(rows)
+    leaves = [part.clone().requires_grad_() for part in queries]
+    parts = []
+    for query, (target_query, target_row) in zip(leaves, targets, strict=True):
+        lse = (query @ weight[rows].T + log_weight).logsumexp(1)
+        nll = lse.new_zeros(len(query))
+        parts.append(
+            nll.index_add(0, target_query, lse[target_query] - (query[target_query] * weight[target_row]).sum(1))
+        )
+    (torch.cat(parts) * seed).sum().backward()
+    for got, nll, leaf in zip(found, parts, leaves, strict=True):
+        torch.testing.assert_close(got["nll"], nll.detach())
+        torch.testing.assert_close(got["queries"], leaf.grad)
+    torch.testing.assert_close(torch.cat([got["weight"] for got in found]), weight.grad)
+
+
+def test_the_sampled_sum_of_exponentials_has_no_bias() -> None:
+    queries, weight = normal(3, WIDTH, seed=1), normal(40, WIDTH, seed=2)
+    targets, exact = torch.tensor([4, 17, 17]), (queries @ weight.T).exp().sum(1)
+    sums = []
+    for key in range(3000):
+        rows, log_weight = Sampling(10, key).rows(40, targets, alone())
+        assert set(targets.tolist()) <= set(rows.tolist())
+        sums.append((queries @ weight[rows].T + log_weight.double()).exp().sum(1))
+    every = torch.stack(sums)
+    assert (every.std(dim=0) > 0.05 * exact).all(), "samples must differ"
+    error = (every.mean(dim=0) - exact) / (every.std(dim=0) / len(sums) ** 0.5)
+    assert error.abs().max() < 4  # standard errors
 
 
 HIDDEN, POOLED, ITEMS = normal(3, WIDTH, seed=1), normal(3, WIDTH, seed=2), normal(4, WIDTH, seed=3)
