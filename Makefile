@@ -46,6 +46,8 @@ bench: install
 	$(BIN)/python -m benchmarks.sampled
 	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m benchmarks.stream
+	if [ -d backbones/amazon-beauty ]; then \
+	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
 test: install lint
