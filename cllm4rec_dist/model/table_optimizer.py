@@ -1,7 +1,7 @@
 """Adam for the parameters outside the engine: dense, or lazy for tables that are only looked up.
 
 A dense gradient moves every row, in blocks of rows; a sparse one moves the rows of the step alone, which are gathered,
-stepped and put back (torch's SparseAdam does the same in four times the time). Both use torch's fused AdamW. Nothing
+stepped and put back (torch's SparseAdam passes more often over them). Both use torch's fused AdamW. Nothing
 decays: rows have their priors instead.
 
 Moments live where the rows do, as fp32, as 8 bits by bitsandbytes, or in host memory. Whatever they are, they are saved
