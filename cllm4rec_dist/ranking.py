@@ -26,7 +26,7 @@ from cllm4rec_dist.topology import RowPartition, World
 
 _BLOCK = 512
 """Queries at a time: enough for the speed of a matrix product, few enough for long chunks of rows."""
-_MORE = 4
+_MORE = 2
 """Scores at a time, in chunks of the heads: they are looked at once, not kept in a cache."""
 _LOOK = 64
 """Neighbouring scores of which the highest is looked at first."""
