@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -35,6 +36,7 @@ def free_port() -> int:
 
 def _enter(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], out: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before the fork; DeepSpeed collects garbage at every start, a second for each engine
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
