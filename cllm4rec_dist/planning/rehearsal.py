@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm4rec_dist import objectives
@@ -222,8 +223,13 @@ def _gradient_of_rows(values: Tensor, sparse: bool, shape: torch.Size) -> Tensor
 def _item_loss(model: Recommender, queries: Tensor, share: Share, max_logits: int) -> Tensor:
     """`objectives.item_likelihood`."""
     everyones = _AllGather.apply(queries, share.item_queries) if len(share.item_queries) > 1 else queries
+    operand = model.item_operand()
+    if model.sampled:  # as many as can be: targets may be drawn or asked for twice
+        drawn = -(-model.sampled // len(share.item_queries)) + share.owned_targets
+        rows = operand[_indices(min(len(operand), drawn))]
+        operand, everyones = torch.cat([rows, rows.new_empty(len(rows), 1)], dim=1), F.pad(everyones, (0, 1))
     pairs = _indices(share.owned_targets), _indices(share.owned_targets)
-    lse, scores = likelihood_parts(everyones, model.item_operand(), *pairs, max_logits)
+    lse, scores = likelihood_parts(everyones, operand, *pairs, max_logits)
     return lse.sum() - scores.sum()
 
 

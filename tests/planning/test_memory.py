@@ -32,6 +32,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "checkpointed": (2, "llama", {"activation_checkpointing": True}),
     "full, bf16": (2, "gpt2", {"adapter": {"kind": "full"}, "precision": "bf16"}),
     "wide catalog": (1, "qwen2", {"adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}}),
+    "sampled": (2, "qwen2", {"batch": {"users": 8, "texts": 4}, "head": {"sampled": 3000}}),
     "wide and dense": (1, "qwen2", {
         "adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}, "optimizer": {"lazy_tables": False},
     }),
@@ -83,7 +84,7 @@ def test_a_plan_knows_memory_and_flops(corpora: dict[str, tuple[str, str]], tmp_
     # torch does not count its attention on CPUs; below it is held to torch's formulas. A plan takes the slowest rank of
     # each micro-batch, which is not the same in all of them.
     slowest = max(m["flops"] for m in measured)
-    assert flops.total() - flops[ATTENTION] == pytest.approx(slowest, rel=0 if size == 1 else 0.01, abs=0)
+    assert flops.total() - flops[ATTENTION] == pytest.approx(slowest, rel=0 if size == 1 else 0.02, abs=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
