@@ -17,6 +17,12 @@ from cllm4rec_dist.planning.gathering import Zero3, Zero3Settings
 from cllm4rec_dist.planning.rehearsal import META
 from cllm4rec_dist.topology import RowPartition, World
 
+_LEFT_OUT = {
+    "zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False,
+    "zero_quantized_nontrainable_weights": False, "use_all_reduce_for_fetch_params": False,
+}  # fmt: skip
+"""Settings of ZeRO that change what goes over the wire in ways that a plan does not know, and their usual values."""
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -28,6 +34,7 @@ class Outline:
         zero: how ZeRO-3 gathers `dual`.
         num_groups: flat groups of ZeRO-3's optimizer.
         offload_optimizer, offload_weights: whether these live in the host's memory.
+        left_out: settings of ZeRO that are not in the figures.
     """
 
     config: RunConfig
@@ -39,6 +46,7 @@ class Outline:
     contiguous_gradients: bool
     offload_optimizer: bool
     offload_weights: bool
+    left_out: list[str]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +87,7 @@ def outline_run(config: RunConfig, num_users: int, num_items: int, has_texts: bo
     return Outline(
         config, num_ranks, dual, model, zero, _num_groups(zero), bool(rules.contiguous_gradients),
         _is_offloaded(rules.offload_optimizer), _is_offloaded(rules.offload_param),
+        [name for name, usual in _LEFT_OUT.items() if getattr(rules, name) != usual],
     )  # fmt: skip
 
 

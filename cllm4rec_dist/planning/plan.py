@@ -73,6 +73,7 @@ class Plan:
         tokens: real ones of a step, all ranks together.
         filled: share of the computed places that are real tokens.
         steps_per_epoch: optimizer steps.
+        left_out: settings of ZeRO that are not in the figures.
     """
 
     place: Place
@@ -84,6 +85,7 @@ class Plan:
     tokens: float
     filled: float
     steps_per_epoch: int
+    left_out: list[str]
 
     @property
     def needed(self) -> int:
@@ -128,7 +130,7 @@ def make_plan(config: RunConfig, place: Place, num_samples: int = 2) -> Plan:
     return Plan(
         place, config.stage, needed_memory(outline, rehearsal, gathers), traffic, flops,
         step_seconds(outline, place, rehearsal, flops, traffic), tokens / len(samples),
-        tokens / sum(batch.word_ids.numel() for batch in batches), steps,
+        tokens / sum(batch.word_ids.numel() for batch in batches), steps, outline.left_out,
     )  # fmt: skip
 
 

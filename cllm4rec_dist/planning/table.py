@@ -52,6 +52,8 @@ def tell(plan: Plan) -> str:
         f" {plan.tokens / plan.step_seconds:,.0f} tokens/s.",
         "Memory and bytes are sums that tests hold to measurements on CPUs; times are a model that no GPU has checked.",
     ]  # fmt: skip
+    if plan.left_out:
+        lines.append(f"Not in these figures: {', '.join(plan.left_out)}.")
     return "\n".join(lines)
 
 
@@ -72,6 +74,7 @@ def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:
         "memory": {**plan.memory, "reserved": RESERVED}, "traffic": _floats(plan.traffic), "flops": dict(plan.flops),
         "seconds": plan.seconds, "step_seconds": plan.step_seconds, "steps_per_epoch": plan.steps_per_epoch,
         "epoch_seconds": plan.step_seconds * plan.steps_per_epoch, "tokens": plan.tokens, "filled": plan.filled,
+        "left_out": plan.left_out,
         "changes": [vars(change) for change in changes],
     }  # fmt: skip
 

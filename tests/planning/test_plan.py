@@ -59,6 +59,12 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(config: RunConfig) -> No
     assert "does NOT fit" in tell(plan)
 
 
+def test_what_a_plan_does_not_know_it_says(config: RunConfig, tmp_path: Path) -> None:
+    settings = {"zero_hpz_partition_size": 2}
+    plan = make_plan(make_config((config.corpus, config.backbone), tmp_path, {}, settings), PLACE)
+    assert "Not in these figures: zero_hpz_partition_size." in tell(plan)
+
+
 def test_the_command(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(config.model_dump_json(exclude={"stage"}))
     given = ["plan", "-c", str(tmp_path / "run.yaml"), "--gpus", "3", "--json", str(tmp_path / "plan.json")]
