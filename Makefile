@@ -45,6 +45,7 @@ bench: install
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.sampled
 	$(BIN)/python -m benchmarks.saving
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.stream
 	if [ -d backbones/amazon-beauty ]; then \
 	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi

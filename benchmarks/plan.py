@@ -1,0 +1,128 @@
+"""Memory that `cllm4rec plan` foretells against what the kernel says that a process took.
+
+    python -m benchmarks.plan
+
+Tests hold a plan to the tensors that are alive in a step. Here it is held to pages: how far the resident memory of each
+rank rises above what it was before the model was made, at its highest in two steps after a warm-up. Beside tensors that
+is what libraries, the heap's pieces and threads take, so models are large enough for that to matter little; freed
+blocks are given back at once (MALLOC_MMAP_THRESHOLD_). Pages that nobody touches, as most of ZeRO-3's bucket of
+gradients, are no memory to the kernel, so the bucket is made as small as the adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import parser, tell, tell_table, write_json
+
+ROOT = Path(__file__).parents[1]
+FORMS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "LoRA, checkpointed": {"activation_checkpointing": True},
+    "whole backbone": {"adapter": {"kind": "full"}},
+}
+
+
+def main() -> None:
+    options = parser("plan", __doc__)
+    options.add_argument("--users", type=int, default=5_000)
+    options.add_argument("--items", type=int, default=40_000)
+    options.add_argument("--hidden", type=int, default=512)
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--batch", type=int, default=32, help="users and texts of a step (%(default)s)")
+    options.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    chosen = options.parse_args()
+    if chosen.worker:
+        work(Path(chosen.worker[0]), FORMS[chosen.worker[1]], chosen.batch)
+        return
+    from benchmarks.catalogs import make_corpus
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_corpus(Path(folder), chosen.users, chosen.items, chosen.hidden, chosen.layers)
+        settings = json.loads((ROOT / "ds_configs/zero3.json").read_text(encoding="utf-8"))
+        settings["zero_optimization"]["reduce_bucket_size"] = 1_000_000
+        (Path(folder) / "ds.json").write_text(json.dumps(settings), encoding="utf-8")
+        for form in FORMS:
+            for ranks in chosen.ranks:
+                found.append({"form": form, "ranks": ranks, **run(folder, form, ranks, chosen.batch)})
+    tell_table(
+        ["form", "ranks", "planned MB", "taken MB", "planned / taken"],
+        [[f["form"], f["ranks"], f"{f['planned'] / 1e6:,.0f}", f"{f['taken'] / 1e6:,.0f}", f"{f['ratio']:.2f}"]
+         for f in found],
+    )  # fmt: skip
+    shape = {name: getattr(chosen, name) for name in ("users", "items", "hidden", "layers", "batch")}
+    write_json(chosen.json, {"shape": shape, "forms": found})
+
+
+def run(folder: str, form: str, ranks: int, batch: int) -> dict[str, Any]:
+    """One form on some ranks; figures of the rank that took most."""
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [*torchrun, "-m", "benchmarks.plan", "--batch", str(batch), "--worker", folder, form]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    told = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("rank-*.json")]
+    for path in Path(folder).glob("rank-*.json"):
+        path.unlink()
+    fullest: dict[str, Any] = max(told, key=lambda f: f["taken"])
+    tell(f"{form} on {ranks}: {fullest['ratio']:.2f}")
+    return fullest
+
+
+def work(folder: Path, form: dict[str, Any], batch: int) -> None:
+    """Train some steps as one of the ranks, and write down what they took."""
+    from cllm4rec_dist.config import RunConfig, validate
+    from cllm4rec_dist.corpus.batches import BatchSource
+    from cllm4rec_dist.corpus.shards import Corpus
+    from cllm4rec_dist.engine import start_world
+    from cllm4rec_dist.model.heads import logits_at_a_time
+    from cllm4rec_dist.planning.outline import outline_run
+    from cllm4rec_dist.planning.plan import composer_of, needed_memory, rehearse_fullest
+    from cllm4rec_dist.planning.sampling import sample_step
+    from cllm4rec_dist.step import train_step
+    from cllm4rec_dist.system import assemble, start_rows
+
+    config = validate(RunConfig, {
+        "stage": "pretrain", "corpus": str(folder / "corpus"), "backbone": str(folder / "backbone"),
+        "output": str(folder), "deepspeed": str(folder / "ds.json"), "rows": {"start": "prior"},
+        "batch": {"users": batch, "texts": batch, "accumulation": 2},
+    } | form, "benchmark")  # fmt: skip
+    world = start_world()
+    corpus = Corpus.open(config.corpus, verify=False)
+    samples = [sample_step(corpus, composer_of(config, corpus), config, world.size, step) for step in (2, 3)]
+    outline = outline_run(config, corpus.num_users, corpus.num_items, True, world.size)
+    rehearsal, _ = rehearse_fullest(outline, samples, logits_at_a_time(world.device))
+    gathers = outline.zero.play(rehearsal.events, config.batch.accumulation)
+    planned = needed_memory(outline, rehearsal, gathers).total()
+
+    with world.watch:
+        before = resident("VmRSS")
+        system = assemble(config, world)
+        start_rows(system)
+        source = BatchSource(system.corpus, system.composer, config, world)
+        for step in range(4):
+            if step == 2:
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the highest so far
+            system.train(True)
+            train_step(system, source.make(step).micro_batches, 1.0)
+        taken = resident("VmHWM") - before
+    figures = {"planned": planned, "taken": taken, "ratio": planned / taken}
+    (folder / f"rank-{world.rank}.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process as the kernel tells them."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    main()
