@@ -36,7 +36,7 @@ def free_port() -> int:
 
 def _enter(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], out: str) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported before the fork; DeepSpeed collects garbage at every start, a second for each engine
+    gc.freeze()  # what was imported before the fork: DeepSpeed collects garbage when an engine starts, for a second
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,33 @@ def test_a_sampled_softmax_changes_the_loss_and_draws_the_same_again(made: tuple
     assert drawn[0]["items"] != pytest.approx(exact[0]["items"], rel=1e-4)
     assert drawn[0]["items"] == pytest.approx(exact[0]["items"], rel=0.3)
     assert drawn[0]["words"] == pytest.approx(exact[0]["words"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_every_deepspeed_file_gives_the_same_run(made: tuple[str, str], tmp_path: Path) -> None:
+    """Losses, norms, and what is saved after four steps on two ranks, which are two hosts of one rank for hpZ."""
+    wanted, runs = None, {}
+    for path in sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json")):
+        tree = json.loads(path.read_text())
+        if "zero_hpz_partition_size" in tree["zero_optimization"]:
+            tree["zero_optimization"]["zero_hpz_partition_size"] = 2
+        file = tmp_path / path.name
+        file.write_text(json.dumps(tree))
+        folder = tmp_path / path.stem
+        (found, _) = run_ranks(2, sharded, make_config(made, "pretrain", deepspeed=str(file)), str(folder))
+        saved = Checkpoint.open(Store(str(folder)), f"step-{STEPS:08d}")
+        runs[path.name] = found["losses"], found["norms"], saved
+    assert len(runs) >= 5
+    wanted = runs.pop("zero3.json")
+    for name, (losses, norms, saved) in runs.items():
+        for got, exact in zip(losses, wanted[0], strict=True):
+            assert got == pytest.approx(exact, rel=1e-6), name
+        assert norms == pytest.approx(wanted[1], rel=1e-5), name
+        for parameter, shape in wanted[2].about.shapes.items():
+            key, count = checkpoint.ADAPTER + parameter, math.prod(shape)
+            torch.testing.assert_close(
+                saved.rows(key, count, 0, count), wanted[2].rows(key, count, 0, count), rtol=0, atol=1e-6
+            )
 
 
 def assert_same_gradient(name: str, got: Tensor, wanted: Tensor) -> None:

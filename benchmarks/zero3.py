@@ -1,0 +1,122 @@
+"""What the settings of ZeRO-3 do to the time of a step and to the bytes that leave a rank.
+
+    python -m benchmarks.zero3                         a LLaMA of 4 layers x 256 with adapters, 4 gloo ranks of one core
+
+Each line changes one thing of `ds_configs/zero3.json`. A step has two micro-batches, forward and backward of the
+backbone alone, over embeddings drawn by chance. Losses must not differ. Bytes are those that leave rank 0 by the best
+known algorithm for each collective. What a rank holds is told by `cllm4rec plan`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.common import parser, tell_table, write_json
+from benchmarks.lookup import Wire
+from cllm4rec_dist.config import AdapterConfig, BackboneConfig, RunConfig, validate
+from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading, start_world
+from cllm4rec_dist.model.backbone import load_backbone
+from cllm4rec_dist.model.tiny import build_backbone
+
+ROOT = Path(__file__).parents[1]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as committed": {},
+    "nothing kept between uses": {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0},
+    "no prefetch": {"stage3_prefetch_bucket_size": 0},
+    "everything persistent": {"stage3_param_persistence_threshold": 10**9},
+    "hpZ over 2 ranks": {"zero_hpz_partition_size": 2},
+    "weights offloaded": {"offload_param": {"device": "cpu", "pin_memory": False}},
+}
+MICRO_BATCHES = 2
+
+
+def run(rank: int, size: int, chosen: Namespace, name: str, folder: str) -> None:
+    """Train some steps under one variant and write down what they took."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_PORT": chosen.port}
+    world = start_world()
+    tree = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    tree["zero_optimization"] |= VARIANTS[name]
+    path = Path(folder, f"{rank}.json")
+    path.write_text(json.dumps(tree))
+    settings = resolve_settings(validate(RunConfig, {
+        "stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-", "deepspeed": str(path),
+        "batch": {"accumulation": MICRO_BATCHES},
+    }, "benchmark"))  # fmt: skip
+    with sharded_loading(settings):
+        dual = load_backbone(Path(folder, "backbone"), AdapterConfig(rank=8), torch.float32, 0)
+    trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
+    engine = Engine(dual, settings, torch.optim.AdamW(trained, lr=0.0), dual.layers)
+    engine.train(True)
+
+    def step(number: int) -> float:
+        total = 0.0
+        for part in range(MICRO_BATCHES):
+            random = torch.Generator().manual_seed(number * 1000 + part * 100 + rank)
+            embeddings = torch.randn(chosen.rows, chosen.length, chosen.hidden, generator=random).requires_grad_()
+            loss = engine(embeddings, None, embeddings.shape[:2].numel() // 2)[..., 0].square().mean()
+            engine.backward(loss)
+            engine.step(1e-3)
+            total += loss.item()
+        return total
+
+    losses = [step(number) for number in range(2)]
+    with Wire(world) as wire:
+        losses.append(step(2))
+    taken = []
+    for number in range(chosen.repeats):
+        dist.barrier()
+        started = time.perf_counter()
+        losses.append(step(3 + number))
+        taken.append(time.perf_counter() - started)
+    if rank == 0:
+        told = {"seconds": taken, "sent": wire.num_bytes, "losses": losses}
+        Path(folder, "told.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    options = parser("zero3", __doc__)
+    options.add_argument("--hidden", type=int, default=256)
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--rows", type=int, default=4, help="of a micro-batch of a rank (%(default)s)")
+    options.add_argument("--length", type=int, default=64, help="tokens of a row (%(default)s)")
+    options.add_argument("--ranks", type=int, default=4)
+    options.add_argument("--repeats", type=int, default=7)
+    options.add_argument("--port", default="29611")
+    chosen = options.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = BackboneConfig(family="llama", hidden=chosen.hidden, layers=chosen.layers, heads=4, words=500)
+        build_backbone(settings, ["a few words"], Path(folder, "backbone"))
+        for name in VARIANTS:
+            mp.start_processes(run, (chosen.ranks, chosen, name, folder), nprocs=chosen.ranks, start_method="fork")
+            figures[name] = json.loads(Path(folder, "told.json").read_text())
+    first = figures["as committed"]
+    rows = []
+    for name, found in figures.items():
+        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(first["losses"]), msg=name)
+        low, high = min(found["seconds"]), max(found["seconds"])
+        median = statistics.median(found["seconds"])
+        rows.append([
+            name, f"{median * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})",
+            f"{median / statistics.median(first['seconds']):.2f}", f"{found['sent'] / 1e6:.2f}",
+        ])  # fmt: skip
+    tell_table(["ZeRO-3 setting", "step (ms)", "of the first", "MB from a rank"], rows)
+    write_json(chosen.json, figures)
+
+
+if __name__ == "__main__":
+    main()
