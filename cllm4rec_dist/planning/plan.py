@@ -216,12 +216,27 @@ def step_seconds(
     }  # fmt: skip
 
 
+_MOST_TIMES = 64
+"""How many times the asked number of GPUs is tried at most."""
+_CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"precision": "bf16"}, "rounding; faster on GPUs"),
+    ({"activation_checkpointing": True}, "a third more work in the backbone"),
+    ({"batch.accumulation": 2}, "more, smaller passes"),
+    ({"batch.accumulation": 4}, "more, smaller passes"),
+    ({"batch.accumulation": 8}, "more, smaller passes"),
+    ({"optimizer.table_state": "int8"}, "moments of rows in 8 bits"),
+    ({"optimizer.table_state": "cpu"}, "rows are stepped on the host"),
+    ({"quantization": "nf4"}, "frozen weights in 4 bits, which is slower"),
+]
+"""Settings and what they cost, from the least to the most."""
+
+
 @dataclass(frozen=True)
 class Change:
     """A way to need less.
 
     Attributes:
-        settings: overrides, or words.
+        settings: overrides, or an option of the command.
         cost: what it costs.
         needed: bytes a GPU must have with it and all changes before it.
     """
@@ -243,27 +258,11 @@ def ways_to_fit(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Cha
         plan = make_plan(changed, place, num_samples)
         config = changed
         yield Change(" ".join(f"{key}={value}" for key, value in settings.items()), cost, plan.needed)
-    while (
-        not plan.fits and place.num_ranks < plan.place.num_ranks * _MOST_RANKS and place.num_ranks < config.batch.users
-    ):
+    most = min(place.num_ranks * _MOST_TIMES, config.batch.users)
+    while not plan.fits and 2 * place.num_ranks <= most:
         place = replace(place, num_ranks=2 * place.num_ranks)
-        more = make_plan(config, place, num_samples)
-        yield Change(f"--gpus {place.num_ranks}", "twice the GPUs", more.needed)
-        if more.fits:
-            return
-
-
-_MOST_RANKS = 64
-_CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"precision": "bf16"}, "rounding; faster on GPUs"),
-    ({"activation_checkpointing": True}, "a third more work in the backbone"),
-    ({"batch.accumulation": 2}, "more, smaller passes"),
-    ({"batch.accumulation": 4}, "more, smaller passes"),
-    ({"batch.accumulation": 8}, "more, smaller passes"),
-    ({"optimizer.table_state": "int8"}, "moments of rows in 8 bits"),
-    ({"optimizer.table_state": "cpu"}, "rows are stepped on the host"),
-    ({"quantization": "nf4"}, "frozen weights in 4 bits, which is slower"),
-]
+        plan = make_plan(config, place, num_samples)
+        yield Change(f"--gpus {place.num_ranks}", "twice the GPUs", plan.needed)
 
 
 def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig | None:
