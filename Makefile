@@ -41,6 +41,7 @@ bench: install
 	$(BIN)/python -m benchmarks.head
 	$(BIN)/python -m benchmarks.topk
 	$(BIN)/python -m benchmarks.lookup
+	$(BIN)/python -m benchmarks.zero3
 	$(BIN)/python -m benchmarks.adam
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.sampled

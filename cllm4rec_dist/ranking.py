@@ -28,7 +28,7 @@ _BLOCK = 512
 """Queries at a time: enough for the speed of a matrix product, few enough for long chunks of rows."""
 _MORE = 2
 """Scores at a time, in chunks of the heads: they are looked at once, not kept in a cache."""
-_LOOK = 64
+_LOOK = 16
 """Neighbouring scores of which the highest is looked at first."""
 
 
@@ -141,17 +141,18 @@ def _block_topk(
     merged = 0
     for number, start in enumerate(range(0, len(operand), chunk)):
         rows = operand[start : start + chunk]
-        scores = torch.mm(queries, rows.T, out=buffer[: len(queries) * len(rows)].view(len(queries), -1))
+        # Queries side by side: maxima over neighbouring rows are then taken for many queries at once.
+        scores = torch.mm(rows, queries.T, out=buffer[: len(rows) * len(queries)].view(len(rows), -1))
         query, row = seen[bounds[number] : bounds[number + 1]].T
-        scores[query, row - start] = -torch.inf
-        peaks = _blocks(scores).amax(dim=2)
+        scores[row - start, query] = -torch.inf
+        peaks = _blocks(scores).amax(dim=1)
         if number == 0:
-            source = peaks if peaks.shape[1] >= num_best else scores
-            lowest = source.topk(num_best, dim=1)[0][:, -1]
-            query, column, score = _reaching(scores, peaks, lowest, torch.ge)
+            source = peaks if len(peaks) >= num_best else scores
+            lowest = source.topk(num_best, dim=0)[0][-1]
+            query, row, score = _reaching(scores, peaks, lowest, torch.ge)
         else:  # an equal score comes too late: its row is behind
-            query, column, score = _reaching(scores, peaks, best_scores[:, -1], torch.gt)
-        found.append((query, column + start, score))
+            query, row, score = _reaching(scores, peaks, best_scores[:, -1], torch.gt)
+        found.append((query, row + start, score))
         done = start + len(rows)
         if 2 * done >= 3 * merged or done == len(operand):
             merged = done
@@ -164,30 +165,30 @@ def _block_topk(
 
 
 def _blocks(scores: Tensor) -> Tensor:
-    """[b, C] -> [b, C // _LOOK, _LOOK], without the last few columns."""
-    num_blocks = scores.shape[1] // _LOOK
-    return scores[:, : num_blocks * _LOOK].unflatten(1, (num_blocks, _LOOK))
+    """[C, b] -> [C // _LOOK, _LOOK, b], without the last few rows."""
+    num_blocks = len(scores) // _LOOK
+    return scores[: num_blocks * _LOOK].unflatten(0, (num_blocks, _LOOK))
 
 
 def _reaching(
     scores: Tensor, peaks: Tensor, threshold: Tensor, compare: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value of every score that compares with its row's threshold, in rising order within a row.
+    """Query, row and value of every score [C, b] that compares with its query's threshold [b], rows in rising order.
 
     Args:
-        peaks: [b, C // _LOOK] highest of each of `_blocks`; one that does not compare is passed over as a whole.
+        peaks: [C // _LOOK, b] highest of each of `_blocks`; one that does not compare is passed over as a whole.
     """
-    row, block = compare(peaks, threshold[:, None]).nonzero(as_tuple=True)
-    blocks = _blocks(scores)[row, block]
-    hit, within = compare(blocks, threshold[row, None]).nonzero(as_tuple=True)
-    row, column, score = row[hit], block[hit] * _LOOK + within, blocks[hit, within]
-    width = peaks.shape[1] * _LOOK
-    if width == scores.shape[1]:
-        return row, column, score
-    last_row, last = compare(scores[:, width:], threshold[:, None]).nonzero(as_tuple=True)
-    parts = (row, last_row), (column, last + width), (score, scores[last_row, last + width])
-    row, column, score = (torch.cat(pair) for pair in parts)
-    return row, column, score
+    block, query = compare(peaks, threshold).nonzero(as_tuple=True)
+    blocks = _blocks(scores)[block, :, query]
+    hit, within = compare(blocks, threshold[query, None]).nonzero(as_tuple=True)
+    query, row, score = query[hit], block[hit] * _LOOK + within, blocks[hit, within]
+    num_rows = len(peaks) * _LOOK
+    if num_rows == len(scores):
+        return query, row, score
+    last_row, last = compare(scores[num_rows:], threshold).nonzero(as_tuple=True)
+    parts = (query, last), (row, last_row + num_rows), (score, scores[last_row + num_rows, last])
+    query, row, score = (torch.cat(pair) for pair in parts)
+    return query, row, score
 
 
 def _aligned(query: Tensor, rows: Tensor, scores: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
