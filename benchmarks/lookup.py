@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.measured import Wire
 from cllm4rec_dist.model.tables import Route, ShardedTable, fetch, lookup, route_ids
 from cllm4rec_dist.topology import World
 
@@ -47,35 +47,6 @@ Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MICRO_BATCHES = 4
 BASES = ("ours", "ours dense")
 TURNS = ("one after the other", "sent for ahead")
-
-
-class Wire(TorchDispatchMode):
-    """Counts the bytes that collectives make leave this rank."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__()
-        self._world, self.num_bytes = world, 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, name = func.name().split("::")
-        if space in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier", "_wrap_tensor_autograd"):
-            self.num_bytes += self._leaving(name, args)
-        return func(*args, **(kwargs or {}))
-
-    def _leaving(self, name: str, args: Any) -> float:
-        size = self._world.size
-        match name:
-            case "alltoall_base_":
-                _, sent, _, _, splits = args[:5]
-                staying = splits[self._world.rank] if splits else len(sent) / size
-                return (len(sent) - staying) * sent[:1].nbytes
-            case "all_gather_into_tensor" | "_allgather_base_":
-                return (size - 1) * args[name.startswith("_")].nbytes
-            case "reduce_scatter_tensor" | "_reduce_scatter_base_":
-                return (size - 1) / size * args[name.startswith("_")].nbytes
-            case "allreduce_":
-                return 2 * (size - 1) / size * args[0][0].nbytes
-        raise AssertionError(f"{name} is not known")
 
 
 def zipf_ids(num_rows: int, count: int, rank: int) -> Tensor:

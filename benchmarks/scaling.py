@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import parser, tell, tell_table, write_json
 from benchmarks.head import inputs, ours, peak_bytes
-from benchmarks.lookup import Wire
+from benchmarks.measured import Wire
 from cllm4rec_dist.model.heads import sharded_nll
 from cllm4rec_dist.model.table_optimizer import TableOptimizer
 from cllm4rec_dist.model.tables import ShardedTable

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.common import parser, tell_table, write_json
-from benchmarks.lookup import Wire
+from benchmarks.measured import Wire
 from cllm4rec_dist.config import AdapterConfig, BackboneConfig, RunConfig, validate
 from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading, start_world
 from cllm4rec_dist.model.backbone import load_backbone

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cllm4rec_dist.collectives import all_gather_rows, combine_logsumexp, gather_counts, reduce_scatter_rows
+from cllm4rec_dist.collectives import all_gather_rows, combine_logsumexp, gather_integers, reduce_scatter_rows
 from cllm4rec_dist.topology import RowPartition, World
 
 _CPU_LOGITS = 1 << 20
@@ -203,10 +203,12 @@ def sharded_nll(
 
     Collectives: all-gathers queries and target pairs; all-reduces a maximum and a sum of [N]; reduce-scatters [N].
     """
-    counts = gather_counts(len(queries), world)
+    # In one all-gather, because a GPU is waited for at each.
+    everyones = gather_integers([len(queries), len(target_query)], world, what="counts of queries and targets")
+    counts, target_counts = (list(found) for found in zip(*everyones, strict=True))
     all_queries = all_gather_rows(queries, counts, world)
     pairs = torch.stack([target_query + sum(counts[: world.rank]), target_row], dim=1)
-    all_pairs = all_gather_rows(pairs, gather_counts(len(pairs), world), world)
+    all_pairs = all_gather_rows(pairs, target_counts, world)
     start, stop = partition.range(world.rank)
     owned = all_pairs[(all_pairs[:, 1] >= start) & (all_pairs[:, 1] < stop)]
     owned_query, owned_row = owned[:, 0], owned[:, 1] - start

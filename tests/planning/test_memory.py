@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.measured import Held
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.planning import memory
@@ -19,7 +20,6 @@ from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import assemble, start_rows
 from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.planning.measured import Held
 from tests.planning.runs import make_config, outlined
 
 STEP = 2

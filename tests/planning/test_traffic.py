@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.measured import Wire
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.planning.plan import rehearse_fullest, traffic_model
@@ -15,7 +16,6 @@ from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import assemble, start_rows
 from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.planning.measured import Wire
 from tests.planning.runs import make_config, outlined
 
 STEP = 3
@@ -40,7 +40,7 @@ def sent(world: World, config: RunConfig) -> dict[str, int]:
     for step in range(STEP):
         system.train(True)
         train_step(system, source.make(step).micro_batches, 1.0)
-    with Wire(world.rank, world.size) as wire:
+    with Wire(world) as wire:
         train_step(system, source.make(STEP).micro_batches, 1.0)
     return dict(wire.sent)
 

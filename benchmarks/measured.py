@@ -1,4 +1,4 @@
-"""What a real run sends and holds, counted where torch is asked for it, for comparison with a plan."""
+"""What a run sends and holds, counted where torch is asked for it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,51 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cllm4rec_dist.topology import World
+
+_NOTHING_SENT = ("wait_tensor", "barrier", "_wrap_tensor_autograd")
+
 
 class Wire(TorchDispatchMode):
-    """Inside, every collective is counted: bytes that leave this rank, as `planning/traffic.py` defines them."""
+    """Inside, bytes that collectives make leave this rank are counted, as `planning/traffic.py` defines them.
 
-    def __init__(self, rank: int, size: int) -> None:
+    Attributes:
+        sent: bytes by the name of the collective.
+    """
+
+    def __init__(self, world: World) -> None:
         super().__init__()
-        self.rank, self.size = rank, size
+        self._rank, self._size = world.rank, world.size
         self.sent: Counter[str] = Counter()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all collectives."""
+        return self.sent.total()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func._overloadpacket.__name__
-            self.sent[name] += self._bytes(name, args)
+        name = func._overloadpacket.__name__
+        if func.namespace in ("c10d", "_c10d_functional") and name not in _NOTHING_SENT:
+            self.sent[name] += self._leaving(name, args)
         return func(*args, **(kwargs or {}))
 
-    def _bytes(self, name: str, args: Any) -> int:
-        others = self.size - 1
-        if name == "allreduce_":
-            return 2 * others * -(-_bytes(args[0]) // self.size)
-        if name in ("_allgather_base_", "_reduce_scatter_base_"):  # result, operand
-            return others * min(_bytes(args[0]), _bytes(args[1]))
-        assert name == "alltoall_base_", name
-        operand, counts = args[1], args[4]
-        if not counts:
-            return _bytes(operand) * others // self.size
-        return (sum(counts) - counts[self.rank]) * _bytes(operand[:1])
+    def _leaving(self, name: str, args: Any) -> int:
+        others = self._size - 1
+        match name:
+            case "allreduce_":
+                return 2 * others * -(-_bytes(args[0]) // self._size)
+            case "_allgather_base_" | "_reduce_scatter_base_":  # result, operand
+                return others * min(_bytes(args[0]), _bytes(args[1]))
+            case "all_gather_into_tensor":  # operand
+                return others * _bytes(args[0])
+            case "reduce_scatter_tensor":
+                return others * _bytes(args[0]) // self._size
+            case "alltoall_base_":
+                operand, counts = args[1], args[4]
+                if not counts:
+                    return _bytes(operand) * others // self._size
+                return (sum(counts) - counts[self._rank]) * _bytes(operand[:1])
+        raise AssertionError(f"{name} is not known")
 
 
 def _bytes(tree: Any) -> int:
