@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import parser, tell_table, write_json
-from cllm4rec_dist.model.heads import sharded_nll
+from cllm4rec_dist.model.heads import ask, sharded_nll
 from cllm4rec_dist.topology import RowPartition, World
 
 Form = Callable[[Tensor, Tensor, Tensor], None]
@@ -36,7 +36,8 @@ def ours(queries: Tensor, items: Tensor, targets: Tensor) -> None:
     """The sharded head on one rank."""
     world = World(0, 1, 0, queries.device)
     places = torch.arange(len(queries), device=queries.device)
-    sharded_nll(queries, items, places, targets, RowPartition(len(items), 1), world).sum().backward()
+    asked = ask(queries, places, targets, world)
+    sharded_nll(asked, items, RowPartition(len(items), 1), world).sum().backward()
 
 
 def dense(queries: Tensor, items: Tensor, targets: Tensor) -> None:

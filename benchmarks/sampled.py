@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import parser, tell_table, write_json
-from cllm4rec_dist.model.heads import Sampling, sharded_nll
+from cllm4rec_dist.model.heads import Sampling, ask, sharded_nll
 from cllm4rec_dist.topology import RowPartition, World
 
 TEMPERATURE, NOISE = 0.1, 2.0
@@ -40,7 +40,7 @@ def run(made: tuple[Tensor, Tensor, Tensor], sampling: Sampling | None) -> tuple
     world, partition = World(0, 1, 0, torch.device("cpu")), RowPartition(len(rows), 1)
     started = time.thread_time()
     places = torch.arange(len(queries))
-    loss = sharded_nll(queries, rows, places, targets, partition, world, sampling=sampling).mean()
+    loss = sharded_nll(ask(queries, places, targets, world), rows, partition, world, sampling=sampling).mean()
     gradients = torch.autograd.grad(loss, (queries, rows))
     return loss.item(), list(gradients), time.thread_time() - started
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.common import parser, tell, tell_table, write_json
 from benchmarks.head import inputs, ours, peak_bytes
 from benchmarks.measured import Wire
-from cllm4rec_dist.model.heads import sharded_nll
+from cllm4rec_dist.model.heads import ask, sharded_nll
 from cllm4rec_dist.model.table_optimizer import TableOptimizer
 from cllm4rec_dist.model.tables import ShardedTable
 from cllm4rec_dist.topology import RowPartition, World
@@ -159,7 +159,7 @@ def _rank(rank: int, size: int, folder: str, repeats: int) -> None:
 
     def step() -> None:
         own.grad = rows.grad = None
-        sharded_nll(own, rows, places, wanted, partition, world).sum().backward()
+        sharded_nll(ask(own, places, wanted, world), rows, partition, world).sum().backward()
 
     with world.watch, Wire(world) as wire:
         step()

@@ -10,7 +10,7 @@ Legend: n rows of this rank, N rows of all ranks, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -93,19 +93,53 @@ def sum_on_host(x: Tensor, world: World, what: str) -> list[Any]:
         return all_reduce_sum(x, world, what).tolist()  # inside, because it is here that a host waits for its GPU
 
 
-def _all_gather(x: Tensor, counts: list[int], world: World, what: str) -> Tensor:
-    """[n, ...] -> [N, ...]; pads to the longest part, since ragged all-gathers do not exist on gloo."""
+class Arriving:
+    """What a collective that has been started brings; `wait` must be called once, in the same order on all ranks.
+
+    Args:
+        what: has been started, for whoever reads where a rank is.
+        arrange: the received tensor -> what was asked for.
+    """
+
+    def __init__(
+        self, received: Tensor, work: dist.Work | None, world: World, what: str,
+        arrange: Callable[[Tensor], Tensor] = lambda received: received,
+    ) -> None:  # fmt: skip
+        self._received, self._work, self._world, self._what, self._arrange = received, work, world, what, arrange
+
+    def wait(self) -> Tensor:
+        """The rows, when they are here (on a GPU: for what is queued from now on)."""
+        if self._work is not None:
+            # Nobody is waited for before, so the watch is told of this alone.
+            with self._world.watch.collective(self._what):
+                self._work.wait()
+        return self._arrange(self._received)
+
+
+def start_all_gather_rows(x: Tensor, counts: list[int], world: World, what: str = "rows") -> Arriving:
+    """Begin to bring [n, ...] of every rank to every rank, [N, ...] in rank order. No gradient.
+
+    Parts are padded to the longest, since ragged all-gathers do not exist on gloo.
+    """
+    what = f"all-gather of {what}"
     if world.size == 1:
-        return x
+        return Arriving(x, None, world, what)
     longest = max(counts)
     padded = x.new_zeros((longest, *x.shape[1:]))
     padded[: x.shape[0]] = x
     gathered = x.new_empty((world.size * longest, *x.shape[1:]))
-    with world.watch.collective(f"all-gather of {what}"):
-        dist.all_gather_into_tensor(gathered, padded)
-    if min(counts) == longest:
-        return gathered
-    return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
+    work = dist.all_gather_into_tensor(gathered, padded, async_op=True)
+
+    def without_padding(gathered: Tensor) -> Tensor:
+        if min(counts) == longest:
+            return gathered
+        return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+    return Arriving(gathered, work, world, what, without_padding)
+
+
+def _all_gather(x: Tensor, counts: list[int], world: World, what: str) -> Tensor:
+    return start_all_gather_rows(x, counts, world, what).wait()
 
 
 def _reduce_scatter(x: Tensor, counts: list[int], world: World, what: str) -> Tensor:
@@ -124,13 +158,13 @@ def _reduce_scatter(x: Tensor, counts: list[int], world: World, what: str) -> Te
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], world: World) -> Tensor:
+    def forward(ctx: Any, x: Tensor, arriving: Arriving, counts: list[int], world: World) -> Tensor:
         ctx.counts, ctx.world = counts, world
-        return _all_gather(x, counts, world, "rows")
+        return arriving.wait()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(grad.contiguous(), ctx.counts, ctx.world, "row gradients"), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _reduce_scatter(grad.contiguous(), ctx.counts, ctx.world, "row gradients"), None, None, None
 
 
 class _ReduceScatterRows(torch.autograd.Function):
@@ -144,14 +178,19 @@ class _ReduceScatterRows(torch.autograd.Function):
         return _all_gather(grad.contiguous(), ctx.counts, ctx.world, "row gradients"), None, None
 
 
-def all_gather_rows(x: Tensor, counts: list[int], world: World) -> Tensor:
+def all_gather_rows(x: Tensor, counts: list[int], world: World, arriving: Arriving | None = None) -> Tensor:
     """Rows of all ranks, in rank order: [n, ...] -> [N, ...]. Its gradient is a reduce-scatter.
 
     Args:
         x: this rank's rows; trailing shape and dtype are the same on all ranks.
         counts: rows of every rank (`gather_counts`).
+        arriving: where the all-gather of `x` has been started before.
     """
-    return x if world.size == 1 else _AllGatherRows.apply(x, counts, world)
+    if world.size == 1:
+        return x
+    if arriving is None:
+        arriving = start_all_gather_rows(x.detach(), counts, world)
+    return _AllGatherRows.apply(x, arriving, counts, world)
 
 
 def reduce_scatter_rows(x: Tensor, counts: list[int], world: World) -> Tensor:
@@ -193,33 +232,19 @@ def combine_logsumexp(partial: Tensor, counts: list[int], world: World) -> Tenso
     return partial if world.size == 1 else _CombineLogSumExp.apply(partial, counts, world)
 
 
-class ArrivingRows:
-    """Rows of an all-to-all that has been started; `wait` must be called once, in the same order on all ranks."""
-
-    def __init__(self, rows: Tensor, work: dist.Work | None, world: World, what: str) -> None:
-        self._rows, self._work, self._world, self._what = rows, work, world, what
-
-    def wait(self) -> Tensor:
-        """The rows, when they are here (on a GPU: for what is queued from now on)."""
-        if self._work is not None:
-            with self._world.watch.collective(f"all-to-all of {self._what}"):
-                self._work.wait()
-        return self._rows
-
-
 def start_all_to_all_rows(
     x: Tensor, send_counts: list[int], receive_counts: list[int], world: World, what: str = "rows"
-) -> ArrivingRows:
+) -> Arriving:
     """Begin to send the first `send_counts[0]` rows to rank 0 and so on; rows come in rank order. No gradient.
 
     `x` must be left as it is until the rows are there.
     """
+    what = f"all-to-all of {what}"
     if world.size == 1:
-        return ArrivingRows(x, None, world, what)
+        return Arriving(x, None, world, what)
     received = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    # Nobody is waited for here, so the watch is told of `wait` alone.
     work = dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts, async_op=True)
-    return ArrivingRows(received, work, world, what)
+    return Arriving(received, work, world, what)
 
 
 def all_to_all_rows(

@@ -11,18 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cllm4rec_dist.model.heads import Sampling, dense_nll, sharded_nll
+from cllm4rec_dist.model.heads import Asked, Sampling, dense_nll, sharded_nll
 from cllm4rec_dist.topology import RowPartition, World
 
 
 def item_likelihood(
-    queries: Tensor,
-    operand: Tensor,
-    target_query: Tensor,
-    targets: Tensor,
-    partition: RowPartition,
-    world: World,
-    sampling: Sampling | None = None,
+    asked: Asked, operand: Tensor, partition: RowPartition, world: World, sampling: Sampling | None = None
 ) -> tuple[Tensor, int]:
     """Negative log-likelihood over the catalog, in nats, and the number of targets.
 
@@ -30,14 +24,14 @@ def item_likelihood(
     held-out items at one position it is the multinomial likelihood of its finetuning.
 
     Args:
-        queries: [n, D]. operand: [rows of this rank, D].
-        target_query, targets: int64 [M], position and global item row of each target.
+        asked: queries [n, D], and for each of M targets its query and its global item row (`heads.ask`).
+        operand: [rows of this rank, D].
         sampling: items of a sampled softmax; all of them if left out.
 
     Collectives: those of `sharded_nll`.
     """
-    nll = sharded_nll(queries, operand, target_query, targets, partition, world, sampling=sampling)
-    return nll.sum(), len(targets)
+    nll = sharded_nll(asked, operand, partition, world, sampling=sampling)
+    return nll.sum(), len(asked.target_query)
 
 
 def word_likelihood(queries: Tensor, word_head: Tensor, target_query: Tensor, targets: Tensor) -> tuple[Tensor, int]:

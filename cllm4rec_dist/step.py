@@ -17,6 +17,7 @@ from cllm4rec_dist import objectives
 from cllm4rec_dist.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.config import OptimizerConfig
 from cllm4rec_dist.corpus.prompts import MicroBatch
+from cllm4rec_dist.model.heads import ask
 from cllm4rec_dist.model.recommender import Embedded
 from cllm4rec_dist.system import System
 
@@ -126,16 +127,15 @@ def _losses(system: System, batch: MicroBatch, embedded: Embedded) -> dict[str, 
         hidden = system.engine(embedded.tokens, batch.positions, batch.boundary)
 
     queries = model.item_queries(hidden, embedded.item_rows, batch)
-    losses = {
-        "items": objectives.item_likelihood(
-            queries, model.item_operand(), items.target_query, items.targets, model.item_partition, world,
-            model.item_sampling(batch),
-        )[0]
-    }  # fmt: skip
+    asked = ask(queries, items.target_query, items.targets, world)  # on its way while words are scored
+    losses = {}
     if words is not None:
         losses["words"] = objectives.word_likelihood(
             hidden.flatten(0, 1)[words.query_places], model.words.head, words.target_query, words.targets
         )[0]
+    losses["items"] = objectives.item_likelihood(
+        asked, model.item_operand(), model.item_partition, world, model.item_sampling(batch)
+    )[0]
     return losses
 
 

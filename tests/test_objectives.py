@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cllm4rec_dist.model.heads import ask
 from cllm4rec_dist.objectives import item_likelihood, mutual_regularization, word_likelihood
 from cllm4rec_dist.topology import RowPartition, World
 from tests.harness import alone, run_ranks
@@ -71,9 +72,8 @@ def by_hand(kind: str, rank: int) -> float:
 @pytest.mark.parametrize("rank", range(len(HISTORIES)))
 @pytest.mark.parametrize("kind", CASES)
 def test_item_likelihood_is_the_papers(kind: str, rank: int) -> None:
-    loss, count = item_likelihood(
-        CASES[kind](rank)[0], ITEMS, *CASES[kind](rank)[1:], RowPartition(NUM_ITEMS, 1), alone()
-    )
+    asked = ask(*CASES[kind](rank), alone())
+    loss, count = item_likelihood(asked, ITEMS, RowPartition(NUM_ITEMS, 1), alone())
     assert loss.item() == pytest.approx(by_hand(kind, rank), rel=1e-12)
     assert count == sum(map(len, HISTORIES[rank]))
 
@@ -81,7 +81,7 @@ def test_item_likelihood_is_the_papers(kind: str, rank: int) -> None:
 def test_a_user_with_one_item_is_language_modeling_with_one_position() -> None:
     state, partition = normal(1, WIDTH, seed=1), RowPartition(NUM_ITEMS, 1)
     one = torch.zeros(1, dtype=torch.int64)
-    loss, count = item_likelihood(state, ITEMS, one, torch.tensor([5]), partition, alone())
+    loss, count = item_likelihood(ask(state, one, torch.tensor([5]), alone()), ITEMS, partition, alone())
     assert loss.item() == pytest.approx(-log_softmax(state[0].tolist(), ITEMS.tolist(), 5), rel=1e-12)
     assert count == 1
 
@@ -91,7 +91,7 @@ def sharded(world: World) -> dict[str, Any]:
     start, stop = partition.range(world.rank)
     found = {}
     for kind, case in CASES.items():
-        loss, count = item_likelihood(case(world.rank)[0], ITEMS[start:stop], *case(world.rank)[1:], partition, world)
+        loss, count = item_likelihood(ask(*case(world.rank), world), ITEMS[start:stop], partition, world)
         found[kind] = (loss, count)
     return found
 

@@ -24,7 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cllm4rec_dist.collectives import all_gather_rows, combine_logsumexp, gather_integers, reduce_scatter_rows
+from cllm4rec_dist.collectives import (
+    Arriving,
+    all_gather_rows,
+    combine_logsumexp,
+    gather_integers,
+    reduce_scatter_rows,
+    start_all_gather_rows,
+)
 from cllm4rec_dist.topology import RowPartition, World
 
 _CPU_LOGITS = 1 << 20
@@ -180,11 +187,45 @@ class Sampling:
         return rows, log_weight
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Queries and targets of all ranks on their way to every rank.
+
+    Attributes:
+        queries: [n, D] of this rank.
+        target_query: int64 [M] query of each target of this rank.
+        counts: queries of every rank.
+    """
+
+    queries: Tensor
+    target_query: Tensor
+    counts: list[int]
+    arriving_queries: Arriving
+    arriving_pairs: Arriving
+
+
+def ask(queries: Tensor, target_query: Tensor, target_row: Tensor, world: World) -> Asked:
+    """Begin to bring queries and targets to the ranks that hold rows; what is computed until `sharded_nll` hides it.
+
+    Args:
+        queries: [n, D] of this rank; n may differ between ranks and be 0.
+        target_query, target_row: int64 [M]; queries of this rank and global rows.
+
+    Collectives: all-gathers two integers, and starts to all-gather queries and target pairs.
+    """
+    # Both numbers at once, because a GPU is waited for at each.
+    everyones = gather_integers([len(queries), len(target_query)], world, what="counts of queries and targets")
+    counts, target_counts = (list(found) for found in zip(*everyones, strict=True))
+    pairs = torch.stack([target_query + sum(counts[: world.rank]), target_row], dim=1)
+    return Asked(
+        queries, target_query, counts, start_all_gather_rows(queries.detach(), counts, world, "queries"),
+        start_all_gather_rows(pairs, target_counts, world, "targets"),
+    )  # fmt: skip
+
+
 def sharded_nll(
-    queries: Tensor,
+    asked: Asked,
     local_weight: Tensor,
-    target_query: Tensor,
-    target_row: Tensor,
     partition: RowPartition,
     world: World,
     max_logits: int | None = None,
@@ -193,22 +234,18 @@ def sharded_nll(
     """`dense_nll` over rows that are split between the ranks.
 
     Args:
-        queries: [n, D] of this rank; n may differ between ranks and be 0.
+        asked: queries and targets of this rank.
         local_weight: [rows of this rank, D].
-        target_query, target_row: int64 [M]; queries of this rank and global rows.
         sampling: classes of a sampled softmax; all of them if left out.
 
     Returns:
         [n] of this rank. Its gradients are those of the sum over all ranks.
 
-    Collectives: all-gathers queries and target pairs; all-reduces a maximum and a sum of [N]; reduce-scatters [N].
+    Collectives: waits for those of `ask`; all-reduces a maximum and a sum of [N]; reduce-scatters [N].
     """
-    # In one all-gather, because a GPU is waited for at each.
-    everyones = gather_integers([len(queries), len(target_query)], world, what="counts of queries and targets")
-    counts, target_counts = (list(found) for found in zip(*everyones, strict=True))
-    all_queries = all_gather_rows(queries, counts, world)
-    pairs = torch.stack([target_query + sum(counts[: world.rank]), target_row], dim=1)
-    all_pairs = all_gather_rows(pairs, target_counts, world)
+    counts, target_query = asked.counts, asked.target_query
+    all_queries = all_gather_rows(asked.queries, counts, world, asked.arriving_queries)
+    all_pairs = asked.arriving_pairs.wait()
     start, stop = partition.range(world.rank)
     owned = all_pairs[(all_pairs[:, 1] >= start) & (all_pairs[:, 1] < stop)]
     owned_query, owned_row = owned[:, 0], owned[:, 1] - start
@@ -220,7 +257,7 @@ def sharded_nll(
         all_queries = F.pad(all_queries, (0, 1), value=1.0)
     partial, scores = likelihood_parts(all_queries, local_weight, owned_query, owned_row, max_logits)
     lse = combine_logsumexp(partial, counts, world)
-    return torch.bincount(target_query, minlength=len(queries)) * lse - reduce_scatter_rows(scores, counts, world)
+    return torch.bincount(target_query, minlength=len(asked.queries)) * lse - reduce_scatter_rows(scores, counts, world)
 
 
 class ItemHead(nn.Module):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cllm4rec_dist.collectives import ArrivingRows, all_to_all_rows, exchange_counts, start_all_to_all_rows
+from cllm4rec_dist.collectives import Arriving, all_to_all_rows, exchange_counts, start_all_to_all_rows
 from cllm4rec_dist.topology import RowPartition, World
 
 
@@ -121,7 +121,7 @@ class Fetch:
     tables: Sequence[ShardedTable]
     route: Route
     wire: torch.dtype
-    arriving: ArrivingRows
+    arriving: Arriving
     versions: list[int]
 
 

@@ -154,19 +154,22 @@ def _run(
     hidden = dual(embedded.tokens, batch.positions, batch.boundary)
     trace.at_gradient_of(hidden, BACKBONE)
     trace.part = HEAD
-    loss = _item_loss(model, model.item_queries(hidden, embedded.item_rows, batch), share, max_logits)
-    trace.at_gradient_of(loss, HEAD)
+    queries = model.item_queries(hidden, embedded.item_rows, batch)
+    everyones = _AllGather.apply(queries, share.item_queries) if len(share.item_queries) > 1 else queries
+    loss = torch.zeros((), device=META)
     if batch.words is not None:
         trace.part = WORD_HEAD
-        queries = hidden.flatten(0, 1)[batch.words.query_places]
+        predicting = hidden.flatten(0, 1)[batch.words.query_places]
         lse, scores = likelihood_parts(
-            queries, model.words.head, batch.words.target_query, batch.words.targets, max_logits
+            predicting, model.words.head, batch.words.target_query, batch.words.targets, max_logits
         )
-        words_loss = lse.sum() - scores.sum()
-        trace.at_gradient_of(words_loss, WORD_HEAD)
-        loss = loss + words_loss
+        loss = lse.sum() - scores.sum()
+        trace.at_gradient_of(loss, WORD_HEAD)
+    trace.part = HEAD
+    items_loss = _item_loss(model, everyones, share, max_logits)
+    trace.at_gradient_of(items_loss, HEAD)
     trace.part = LOOKUP
-    (loss + _mutual(model, config, share)).backward()
+    (loss + items_loss + _mutual(model, config, share)).backward()
 
 
 def _indices(count: int) -> Tensor:
@@ -220,9 +223,8 @@ def _gradient_of_rows(values: Tensor, sparse: bool, shape: torch.Size) -> Tensor
     return None if sparse else values.new_zeros(shape)
 
 
-def _item_loss(model: Recommender, queries: Tensor, share: Share, max_logits: int) -> Tensor:
-    """`objectives.item_likelihood`."""
-    everyones = _AllGather.apply(queries, share.item_queries) if len(share.item_queries) > 1 else queries
+def _item_loss(model: Recommender, everyones: Tensor, share: Share, max_logits: int) -> Tensor:
+    """`objectives.item_likelihood`, of the queries that `heads.ask` has brought."""
     operand = model.item_operand()
     if model.sampled:  # as many as can be: targets may be drawn or asked for twice
         drawn = -(-model.sampled // len(share.item_queries)) + share.owned_targets

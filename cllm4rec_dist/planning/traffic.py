@@ -81,7 +81,7 @@ def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: in
 
 
 def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, rank: int) -> Traffic:
-    """`heads.sharded_nll`: queries and targets gathered, log-sum-exps combined, scores and gradients brought back."""
+    """`heads.ask` and `sharded_nll`: queries and targets gathered, log-sum-exps combined, scores and gradients back."""
     queries, targets = batch.queries, batch.targets
     num_ranks = len(queries)
     query = (model.width + config.head.item_bias) * FLOAT

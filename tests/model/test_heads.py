@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cllm4rec_dist.model.heads import ItemHead, Sampling, dense_nll, likelihood_parts, sharded_nll
+from cllm4rec_dist.model.heads import ItemHead, Sampling, ask, dense_nll, likelihood_parts, sharded_nll
 from cllm4rec_dist.topology import RowPartition, World
 from tests.harness import alone, run_ranks
 
@@ -173,6 +173,14 @@ def sharded_case(counts: list[int], num_items: int) -> tuple[list[Tensor], Tenso
     return queries, normal(num_items, WIDTH, seed=2), targets, normal(sum(counts), seed=3)
 
 
+def whole_nll(
+    queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, partition: RowPartition, world: World,
+    *more: Any,
+) -> Tensor:  # fmt: skip
+    """Both halves of the head, one after the other."""
+    return sharded_nll(ask(queries, target_query, target_row, world), weight, partition, world, *more)
+
+
 def sharded(world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for index, counts in enumerate(POSITIONS[world.size]):
@@ -182,7 +190,7 @@ def sharded(world: World) -> dict[str, Any]:
             start, stop = partition.range(world.rank)
             own_queries = queries[world.rank].clone().requires_grad_()
             own_weight = weight[start:stop].clone().requires_grad_()
-            nll = sharded_nll(own_queries, own_weight, *targets[world.rank], partition, world, MAX_LOGITS)
+            nll = whole_nll(own_queries, own_weight, *targets[world.rank], partition, world, MAX_LOGITS)
             (nll * seed.split(counts)[world.rank]).sum().backward()
             found[f"{index}-{num_items}"] = {
                 "nll": nll.detach(),
@@ -224,7 +232,7 @@ def sampled(world: World) -> dict[str, dict[str, Tensor]]:
             start, stop = partition.range(world.rank)
             leaves = queries[world.rank].clone().requires_grad_(), weight[start:stop].clone().requires_grad_()
             sampling = Sampling(SAMPLED, key=index - 1)
-            nll = sharded_nll(*leaves, *targets[world.rank], partition, world, MAX_LOGITS, sampling)
+            nll = whole_nll(*leaves, *targets[world.rank], partition, world, MAX_LOGITS, sampling)
             (nll * seed.split(counts)[world.rank]).sum().backward()
             everyones = torch.cat([row for _, row in targets])
             own = everyones[(everyones >= start) & (everyones < stop)] - start
@@ -373,13 +381,13 @@ def peak_growth(world: World, form: str, positions: int, items: int) -> int:
     return peak() - before
 
 
-FORMS: dict[str, Callable[..., Tensor]] = {"sharded": sharded_nll, "dense": dense_form}
+FORMS: dict[str, Callable[..., Tensor]] = {"sharded": whole_nll, "dense": dense_form}
 
 
 def test_the_head_never_makes_a_tensor_of_positions_by_items() -> None:
     positions, items = 1024, 50_000
     with LargestTensor() as seen:
-        run_head(sharded_nll, positions, items)
+        run_head(whole_nll, positions, items)
     # A chunk of logits, or a copy of the weight: whatever is larger.
     assert items * 16 <= seen.numel <= 1 << 23
     assert seen.numel < positions * items / 5

@@ -1,0 +1,22 @@
+"""Commands that wait for a GPU run, with shrunken sizes, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--hidden 64 --layers 2 --heads 4 --words 600 --items 1000 --users 500 --batch-users 16 --batch-texts 8"
+
+
+@pytest.mark.integration
+def test_the_benchmark_of_a_7b_backbone_runs(tmp_path: Path) -> None:
+    told = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", *SMALL.split(), "--steps", "2", "--warmup", "1"]
+    found = subprocess.run([*command, "--json", str(told)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(told.read_text())["tokens_per_second"] > 0
