@@ -127,7 +127,6 @@ class Clock:
     def __init__(self, system: System) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._system, self._engine = system, system.engine
-        self._arrived: dict[str, float] = {}
 
     def step(self, source: BatchSource, number: int) -> int:
         """One step, timed; its real tokens."""

@@ -9,7 +9,8 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -169,6 +170,17 @@ def checkpoint_fingerprint(folder: Path) -> str:
     from cllm4rec_dist.model.backbone import fingerprint
 
     return fingerprint(folder)
+
+
+def test_settings_that_came_later_have_their_defaults_in_an_older_checkpoint(tmp_path: Path) -> None:
+    tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
+    old = validate(RunConfig, tree, "test").model_dump(mode="json")
+    del old["quantization"], old["rows"]["wire"], old["optimizer"]["table_state"]
+    candidate = SimpleNamespace(path="old", about=SimpleNamespace(config=old))
+    train_module._require_same_trajectory(cast(Checkpoint, candidate), validate(RunConfig, tree, "test"))
+    changed = validate(RunConfig, tree | {"rows": {"wire": "bf16"}}, "test")
+    with pytest.raises(CheckpointError, match="wire"):
+        train_module._require_same_trajectory(cast(Checkpoint, candidate), changed)
 
 
 @pytest.mark.slow

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.planning.outline import Outline, outline_run
 from cllm4rec_dist.planning.plan import composer_of
 from cllm4rec_dist.planning.sampling import StepSample, sample_step
+from cllm4rec_dist.step import train_step
+from cllm4rec_dist.system import System, assemble, start_rows
+from cllm4rec_dist.topology import World
 
 
 def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], zero: dict[str, Any]) -> RunConfig:
@@ -31,3 +35,14 @@ def outlined(config: RunConfig, num_ranks: int, step: int) -> tuple[Outline, Ste
     corpus = Corpus.open(config.corpus)
     outline = outline_run(config, corpus.num_users, corpus.num_items, True, num_ranks)
     return outline, sample_step(corpus, composer_of(config, corpus), config, num_ranks, step)
+
+
+def trained(world: World, config: RunConfig, steps: int) -> tuple[System, BatchSource]:
+    """A run after so many steps."""
+    system = assemble(config, world)
+    start_rows(system)
+    source = BatchSource(system.corpus, system.composer, config, world)
+    for step in range(steps):
+        system.train(True)
+        train_step(system, source.make(step).micro_batches, 1.0)
+    return system, source

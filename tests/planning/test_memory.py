@@ -11,16 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.measured import Held
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.planning import memory
 from cllm4rec_dist.planning.plan import needed_memory, rehearse_fullest, step_flops
 from cllm4rec_dist.planning.rehearsal import ATTENTION
 from cllm4rec_dist.planning.tracing import Trace, as_run
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.system import assemble, start_rows
 from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.planning.runs import make_config, outlined
+from tests.planning.runs import make_config, outlined, trained
 
 STEP = 2
 ZERO = {
@@ -53,12 +51,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, st
 
 
 def held(world: World, config: RunConfig) -> dict[str, int]:
-    system = assemble(config, world)
-    start_rows(system)
-    source = BatchSource(system.corpus, system.composer, config, world)
-    for step in range(STEP):
-        system.train(True)
-        train_step(system, source.make(step).micro_batches, 1.0)
+    system, source = trained(world, config, STEP)
     batches = source.make(STEP).micro_batches
     with Held() as found:
         train_step(system, batches, 1.0)

@@ -9,14 +9,12 @@ import pytest
 
 from benchmarks.measured import Wire
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.planning.plan import rehearse_fullest, traffic_model
 from cllm4rec_dist.planning.traffic import step_traffic
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.system import assemble, start_rows
 from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.planning.runs import make_config, outlined
+from tests.planning.runs import make_config, outlined, trained
 
 STEP = 3
 """The first steps teach ZeRO-3 the order of the modules and send more."""
@@ -34,12 +32,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, st
 
 
 def sent(world: World, config: RunConfig) -> dict[str, int]:
-    system = assemble(config, world)
-    start_rows(system)
-    source = BatchSource(system.corpus, system.composer, config, world)
-    for step in range(STEP):
-        system.train(True)
-        train_step(system, source.make(step).micro_batches, 1.0)
+    system, source = trained(world, config, STEP)
     with Wire(world) as wire:
         train_step(system, source.make(STEP).micro_batches, 1.0)
     return dict(wire.sent)
