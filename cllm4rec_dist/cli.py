@@ -59,6 +59,9 @@ def prepare(
     output: Annotated[str, typer.Argument(help="Corpus folder or fsspec URL to write.")],
     tokenizer: Annotated[str, typer.Option(help="Backbone folder whose tokenizer the texts are read with.")],
     overwrite: Annotated[bool, typer.Option(help="Replace a corpus that is there.")] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", min=1, help="Ray tasks that write shards at a time, here or on a cluster.")
+    ] = 1,
     overrides: Overrides = None,
 ) -> None:
     """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
@@ -68,7 +71,7 @@ def prepare(
 
     _log_alone()
     config = load_config(PrepareConfig, recipe, overrides or ())
-    manifest = build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite)
+    manifest = build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite, num_workers=workers)
     typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
 
 
@@ -91,8 +94,8 @@ def backbone(
         raise ConfigError("output", str(output), "already holds a backbone", "Choose another folder or remove it.")
     config = load_config(BackboneConfig, None, overrides or ())
     raw = read_source(load_config(PrepareConfig, recipe).source)
-    columns = [raw.interactions["text"], raw.items["title"], raw.items["description"], raw.users["text"]]
-    size = build_backbone(config, (text for column in columns for text in column if text), output)
+
+    size = build_backbone(config, raw.texts(), output)
     typer.echo(f"{output}: {size:,} parameters")
 
 

@@ -50,7 +50,7 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         seconds=seconds,
         config=config,
         fingerprints=evaluated["fingerprints"],
-        skipped=dict(corpus.manifest.skipped),
+        skipped={reason: found.count for reason, found in corpus.manifest.skipped.items()},
     )
     logs = [Path(run) / METRICS_FILE for run in (config["init_from"], config["output"]) if run]
     write_report(folder, results, [log for log in logs if log.is_file()], [_example(e) for e in evaluated["examples"]])

@@ -6,12 +6,12 @@ import gc
 import os
 import socket
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -22,6 +22,8 @@ from cllm4rec_dist.config import BackboneConfig
 from cllm4rec_dist.corpus.catalog import Catalog, Reviews
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.reviews import ReviewStore
+from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.model.tiny import build_backbone
@@ -81,25 +83,29 @@ def make_catalog(num_users: int = 23, num_items: int = 17, seed: int = 0) -> Cat
     words = ["río", "mountain", "чай", "音楽", "blue", "espresso", "trail", "quiet"]
     sentence = lambda: " ".join(random.choice(words, random.integers(1, 6)))  # noqa: E731
     reviewed = [(u, int(items[0])) for u, items in enumerate(train) if u % 3]
+    user_texts = [sentence() if u % 4 == 0 else "" for u in range(num_users)]
+    titles = [sentence() for _ in range(num_items)]
+    store = ReviewStore()
+    store.append(np.arange(len(reviewed)), pl.Series([sentence() for _ in reviewed]))
     return Catalog(
-        user_ids=[f"user-{u:03d}" for u in range(num_users)],
-        item_ids=[f"item-{i:03d}" for i in range(num_items)],
-        user_texts=[sentence() if u % 4 == 0 else "" for u in range(num_users)],
-        item_titles=[sentence() for _ in range(num_items)],
-        item_descriptions=["" for _ in range(num_items)],
+        user_ids=pl.Series([f"user-{u:03d}" for u in range(num_users)]),
+        item_ids=pl.Series([f"item-{i:03d}" for i in range(num_items)]),
+        user_texts=pl.Series(user_texts),
+        item_titles=pl.Series(titles),
+        item_descriptions=pl.Series([""] * num_items),
         train=Ragged.from_lists(train),
         valid=Ragged.from_lists(valid),
         test=Ragged.from_lists(test),
         reviews=Reviews(
-            np.array([u for u, _ in reviewed]), np.array([i for _, i in reviewed]), [sentence() for _ in reviewed]
+            np.array([u for u, _ in reviewed]), np.array([i for _, i in reviewed]), np.arange(len(reviewed)), store
         ),
-        skipped=Counter(),
+        log=SkipLog(),
     )
 
 
 def make_backbone(folder: Path, catalog: Catalog, **settings: Any) -> Path:
     settings = {"family": "gpt2", "hidden": 16, "layers": 2, "heads": 2, "words": 300, "max_positions": 512} | settings
-    texts = [*catalog.item_titles, *catalog.user_texts, *catalog.reviews.texts]
+    texts = [*catalog.item_titles, *catalog.user_texts, *catalog.reviews.store]
     build_backbone(BackboneConfig(**settings), [text for text in texts if text], folder)
     return folder
 

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 import pandas as pd
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -41,8 +42,8 @@ def other_catalog() -> Catalog:
     catalog = make_catalog(29, 21, seed=3)
     return dataclasses.replace(
         catalog,
-        user_ids=[f"user-{u + 2:03d}" for u in range(29)],
-        item_ids=[f"item-{i + 3:03d}" for i in reversed(range(21))],
+        user_ids=pl.Series([f"user-{u + 2:03d}" for u in range(29)]),
+        item_ids=pl.Series([f"item-{i + 3:03d}" for i in reversed(range(21))]),
     )
 
 
@@ -206,10 +207,10 @@ def test_movielens_goes_on_with_the_users_and_items_of_its_last_weeks(
     raw = pd.read_csv(DATA / "ml-100k" / "ml-100k.inter", sep="\t")
     (time,) = (name for name in raw.columns if name.startswith("timestamp"))
     raw[raw[time] <= raw[time].quantile(0.75)].to_csv(tmp_path / "early.inter", sep="\t", index=False)
-    source = late.source.model_copy(update={"interactions": str(tmp_path / "early.inter")})
+    source = late.source.model_copy(update={"interactions": (str(tmp_path / "early.inter"),)})
     early = late.model_copy(update={"source": source, "name": "early"})
 
-    titles = [text for text in read_source(late.source).items["title"] if isinstance(text, str) and text]
+    titles = read_source(late.source).items["title"].drop_nulls().to_list()
     backbone = tmp_path / "backbone"
     build_backbone(BackboneConfig(hidden=64, layers=1, heads=2, words=1000, dropout=0.2), titles, backbone)
     tokenizer = WordTokenizer.load(backbone)

@@ -4,7 +4,8 @@ Rows are numbered by sorted external id, so that they do not depend on the order
 drawn for each user alone, from the recipe's seed and the ids: adding or removing other users moves nothing. Reviews of
 held-out interactions are left out, because they would give the answer away.
 
-Everything is arrays: a million interactions take seconds. Reading is left to `sources/`, writing to `writer.py`.
+Everything is arrays, sorted by user and time once: a hundred million interactions take minutes. Reading is left to
+`sources/`, writing to `writer.py`.
 
 Legend: U users, I items, N interactions.
 """
@@ -13,36 +14,39 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
+import polars as pl
 
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.raw import RawData
-from cllm4rec_dist.corpus.recipe import LastSplit, PrepareConfig, RandomSplit
+from cllm4rec_dist.corpus.recipe import GivenSplit, PrepareConfig, RandomSplit
+from cllm4rec_dist.corpus.reviews import ReviewStore
+from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_TRAIN, _VALID, _TEST = range(3)
+TRAIN, VALID, TEST = range(3)
 
 
 @dataclass(frozen=True)
 class Reviews:
-    """Texts of training interactions, sorted by user.
+    """Texts of training interactions, sorted by user and time.
 
     Attributes:
-        users: int64 [n] user rows.
-        items: int64 [n] item rows.
-        texts: n texts, none empty.
+        users: int32 [n] user rows.
+        items: int32 [n] item rows.
+        ranks: int64 [positions], place of each text of the store in this order; -1 for one that is left out.
+        store: the texts.
     """
 
     users: np.ndarray
     items: np.ndarray
-    texts: list[str]
+    ranks: np.ndarray
+    store: ReviewStore
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,19 @@ class Catalog:
         train, valid, test: int32 item rows of each user, in time order (file order where times are unknown); every
             user has at least one training item.
         reviews: of training interactions only.
-        skipped: everything of the raw data that is not here: reason -> count.
+        log: everything of the raw data that is not here.
     """
 
-    user_ids: list[str]
-    item_ids: list[str]
-    user_texts: list[str]
-    item_titles: list[str]
-    item_descriptions: list[str]
+    user_ids: pl.Series
+    item_ids: pl.Series
+    user_texts: pl.Series
+    item_titles: pl.Series
+    item_descriptions: pl.Series
     train: Ragged
     valid: Ragged
     test: Ragged
     reviews: Reviews
-    skipped: Counter[str]
+    log: SkipLog
 
     @property
     def num_users(self) -> int:
@@ -87,56 +91,92 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
     """Filter, number and split.
 
     Raises:
-        DataError: if a filter leaves nothing, or asks for ratings that the source does not have.
+        DataError: if a filter leaves nothing, or asks for ratings or a split that the source does not have.
     """
-    skipped = Counter(raw.skipped)
-    frame = _above_threshold(raw.interactions, config.rating_threshold, skipped)
-    frame = _core(frame, config.min_user_items, config.min_item_users, skipped)
-    users, user_ids = _number(frame["user"])
-    items, item_ids = _number(frame["item"])
-    # lexsort puts NaN last, but an unknown time counts as the oldest.
-    times = frame["timestamp"].fillna(-np.inf).to_numpy()
-    order = np.lexsort((frame["position"].to_numpy(), times, users))
-    users, items, texts = users[order], items[order], frame["text"].to_numpy()[order]
-    part = _split(users, items, user_ids, item_ids, config, skipped)
-    parts = [_ragged(users[part == p], items[part == p], len(user_ids)) for p in (_TRAIN, _VALID, _TEST)]
-    titles = _aligned(raw.items, "item", "title", item_ids)
-    _count(skipped, "item without title", titles.count(""))
+    log = raw.log.copy()
+    ids = {"user": raw.user_ids, "item": raw.item_ids}
+    frame = _sorted(raw, ids)
+    frame = _first_of_each_pair(frame, raw, ids, log)
+    frame = _above_threshold(frame, config.rating_threshold, raw, log)
+    frame = _core(frame, config.min_user_items, config.min_item_users, raw, log)
+    if "part" in frame.columns:
+        frame = _with_training(frame, log)
+    users, ids["user"] = _number(frame["user"], ids["user"])
+    items, ids["item"] = _number(frame["item"], ids["item"])
+    part = _part(frame, users, items, ids, config, log)
+    parts = [_ragged(users[part == p], items[part == p], len(ids["user"])) for p in (TRAIN, VALID, TEST)]
+    titles = _aligned(raw.items, "item", "title", ids["item"])
+    log.skip("item without title", int((titles == "").sum()), len(titles))
     return Catalog(
-        user_ids=user_ids,
-        item_ids=item_ids,
-        user_texts=_aligned(raw.users, "user", "text", user_ids),
+        user_ids=ids["user"],
+        item_ids=ids["item"],
+        user_texts=_aligned(raw.users, "user", "text", ids["user"]),
         item_titles=titles,
-        item_descriptions=_aligned(raw.items, "item", "description", item_ids),
-        train=parts[_TRAIN],
-        valid=parts[_VALID],
-        test=parts[_TEST],
-        reviews=_reviews(users, items, texts, part == _TRAIN, skipped),
-        skipped=skipped,
+        item_descriptions=_aligned(raw.items, "item", "description", ids["item"]),
+        train=parts[TRAIN],
+        valid=parts[VALID],
+        test=parts[TEST],
+        reviews=_reviews(frame, users, items, part == TRAIN, raw.reviews, log),
+        log=log,
     )
 
 
-def _count(skipped: Counter[str], reason: str, count: int) -> None:
-    if count:
-        skipped[reason] += count
+def _sorted(raw: RawData, ids: dict[str, pl.Series]) -> pl.DataFrame:
+    """Interactions by user, time and position, with ranks of sorted ids instead of codes; sorts `ids` too."""
+    frame = raw.interactions
+    for kind, names in ids.items():
+        order = names.arg_sort().to_numpy()
+        ranks = np.empty(len(names), dtype=np.uint32)
+        ranks[order] = np.arange(len(names), dtype=np.uint32)
+        ids[kind] = names[order]
+        frame = frame.with_columns(pl.Series(kind, ranks[frame[kind].to_numpy()]))
+    # An unknown time counts as the oldest, so that such an interaction is never mistaken for the latest.
+    oldest = pl.when(pl.col("timestamp").is_nan()).then(-np.inf).otherwise(pl.col("timestamp"))
+    frame = frame.with_columns(oldest.alias("timestamp"))
+    return frame.sort("user", "timestamp", "position").drop("timestamp")
 
 
-def _above_threshold(frame: pd.DataFrame, threshold: float | None, skipped: Counter[str]) -> pd.DataFrame:
+def _left_out(
+    frame: pl.DataFrame, kept: np.ndarray, reason: str, raw: RawData, log: SkipLog, value: str = "rating"
+) -> pl.DataFrame:
+    """The kept interactions; bool [N]. The others are counted, with the first of them in the files."""
+    if not kept.all():
+        gone = frame["position"].to_numpy()[~kept]
+        first = int(gone.min())
+        row = raw.interactions.row(int(np.searchsorted(raw.interactions["position"].to_numpy(), first)), named=True)
+        shown = [raw.user_ids[row["user"]], raw.item_ids[row["item"]]]
+        if value in row and row[value] == row[value]:
+            shown.append(f"{row[value]:g}")
+        log.skip(reason, len(gone), len(frame), value=" ".join(shown), **raw.origins.find(first))
+        frame = frame.filter(pl.Series(kept))
+    return frame
+
+
+def _first_of_each_pair(frame: pl.DataFrame, raw: RawData, ids: dict[str, pl.Series], log: SkipLog) -> pl.DataFrame:
+    """The earliest interaction of each user with each item."""
+    pairs = frame["user"].cast(pl.UInt64) * max(1, len(ids["item"])) + frame["item"]
+    first = pairs.is_first_distinct().to_numpy()
+    frame = _left_out(frame, first, "repeated interaction of a user with an item", raw, log)
+    if raw.has_reviews:
+        log.skip("empty review", int((~frame["has_text"]).sum()), len(frame))
+    return frame
+
+
+def _above_threshold(frame: pl.DataFrame, threshold: float | None, raw: RawData, log: SkipLog) -> pl.DataFrame:
     if threshold is None:
         return frame
-    if frame["rating"].isna().all():
+    ratings = frame["rating"].to_numpy()
+    if np.isnan(ratings).all():
         raise DataError("rating_threshold", threshold, "needs ratings, and the source has none", "Set it to null.")
-    kept = frame[frame["rating"] >= threshold]
-    if kept.empty:
-        highest = frame["rating"].max()
+    if not (ratings >= threshold).any():
+        highest = np.nanmax(ratings)
         raise DataError("rating_threshold", threshold, f"is above every rating (up to {highest})", "Lower it.")
-    _count(skipped, f"interaction rated below {threshold:g}", len(frame) - len(kept))
-    return kept
+    return _left_out(frame, ratings >= threshold, f"interaction rated below {threshold:g}", raw, log)
 
 
-def _core(frame: pd.DataFrame, min_user_items: int, min_item_users: int, skipped: Counter[str]) -> pd.DataFrame:
+def _core(frame: pl.DataFrame, min_user_items: int, min_item_users: int, raw: RawData, log: SkipLog) -> pl.DataFrame:
     """The largest part in which every user has enough items and every item enough users."""
-    users, items = pd.factorize(frame["user"])[0], pd.factorize(frame["item"])[0]
+    users, items = frame["user"].to_numpy(), frame["item"].to_numpy()
     kept = np.arange(len(frame))
     while len(kept):
         enough = (np.bincount(users[kept])[users[kept]] >= min_user_items) & (
@@ -150,21 +190,30 @@ def _core(frame: pd.DataFrame, min_user_items: int, min_item_users: int, skipped
             "min_user_items, min_item_users", (min_user_items, min_item_users), "leave no interaction", "Lower them."
         )
     reason = f"interaction outside of the core ({min_user_items} items a user, {min_item_users} users an item)"
-    _count(skipped, reason, len(frame) - len(kept))
-    return frame.iloc[kept]
+    inside = np.zeros(len(frame), dtype=bool)
+    inside[kept] = True
+    return _left_out(frame, inside, reason, raw, log)
 
 
-def _number(column: pd.Series) -> tuple[np.ndarray, list[str]]:
-    """Row of each value, int64 [N], and the ids by row, sorted by code point."""
-    codes, uniques = pd.factorize(column)
-    names = [str(name) for name in uniques]
-    order = sorted(range(len(names)), key=names.__getitem__)
-    ranks = np.empty(len(names), dtype=np.int64)
-    ranks[order] = np.arange(len(names))
-    return ranks[codes], [names[index] for index in order]
+def _with_training(frame: pl.DataFrame, log: SkipLog) -> pl.DataFrame:
+    """Interactions of users that a given split lets train: nothing else can be learnt about them."""
+    able = frame["user"].is_in(frame.filter(pl.col("part") == TRAIN)["user"].unique().implode())
+    log.skip("held-out interaction of a user without training items", int((~able).sum()), len(frame))
+    if not able.any():
+        raise DataError("interactions", "the files of the split", "have no training interaction", "Mend the recipe.")
+    return frame.filter(able)
 
 
-def _hashes(seed: int, kind: str, names: Sequence[str]) -> np.ndarray:
+def _number(ranks: pl.Series, names: pl.Series) -> tuple[np.ndarray, pl.Series]:
+    """Row of each rank among those that are left, int32 [N], and the ids by row."""
+    values = ranks.to_numpy()
+    used = np.zeros(len(names), dtype=bool)
+    used[values] = True
+    rows = (np.cumsum(used) - 1).astype(np.int32)
+    return rows[values], names.filter(pl.Series(used))
+
+
+def _hashes(seed: int, kind: str, names: Sequence[str] | pl.Series) -> np.ndarray:
     """uint64 for each id, the same on every machine and in every process."""
     digests = b"".join(hashlib.sha256(f"{seed}/{kind}/{name}".encode()).digest()[:8] for name in names)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
@@ -177,32 +226,51 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _split(
-    users: np.ndarray,
-    items: np.ndarray,
-    user_ids: list[str],
-    item_ids: list[str],
-    config: PrepareConfig,
-    skipped: Counter[str],
-) -> np.ndarray:
+def _part(
+    frame: pl.DataFrame, users: np.ndarray, items: np.ndarray, ids: dict[str, pl.Series], config: PrepareConfig,
+    log: SkipLog,
+) -> np.ndarray:  # fmt: skip
     """Part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
-    lengths = np.bincount(users, minlength=len(user_ids))
+    lengths = np.bincount(users, minlength=len(ids["user"]))
+    if isinstance(config.split, GivenSplit) or "part" in frame.columns:
+        return _given_part(frame, config)
     if isinstance(config.split, RandomSplit):
-        user_keys, item_keys = _hashes(config.seed, "user", user_ids), _hashes(config.seed, "item", item_ids)
-        drawn = np.lexsort((_mix(_mix(user_keys)[users] + item_keys[items]), users))
+        drawn = _drawn_order(users, items, ids, config.seed)
         num_valid, num_test = _random_counts(lengths, config.split)
     else:
         drawn = np.arange(len(users))[::-1]
         drawn = drawn[np.argsort(users[drawn], kind="stable")]
-        num_valid, num_test = _last_counts(lengths, config.split)
-    _count(skipped, "user with too few items to hold any out", int((num_valid + num_test == 0).sum()))
+        num_valid, num_test = _last_counts(lengths, config.split.num_valid, config.split.num_test)
+    none = num_valid + num_test == 0
+    example = ids["user"][int(np.flatnonzero(none)[0])] if none.any() else None
+    log.skip("user with too few items to hold any out", int(none.sum()), len(lengths), value=example)
     # Place of each interaction in its user's drawing order: the first ones are the test, the next ones validation.
     place = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     owner = users[drawn]
-    part = np.full(len(users), _TRAIN, dtype=np.uint8)
-    part[drawn[place < (num_test + num_valid)[owner]]] = _VALID
-    part[drawn[place < num_test[owner]]] = _TEST
+    part = np.full(len(users), TRAIN, dtype=np.uint8)
+    part[drawn[place < (num_test + num_valid)[owner]]] = VALID
+    part[drawn[place < num_test[owner]]] = TEST
     return part
+
+
+def _given_part(frame: pl.DataFrame, config: PrepareConfig) -> np.ndarray:
+    if "part" not in frame.columns:
+        raise DataError(
+            "split.kind", "given", "needs files of a split, and the source has none", "Choose another split."
+        )
+    if not isinstance(config.split, GivenSplit):
+        raise DataError(
+            "split.kind", config.split.kind, "would undo the split that the data set comes with",
+            "Write split: {kind: given}, or give one file of all interactions.",
+        )  # fmt: skip
+    return frame["part"].to_numpy()
+
+
+def _drawn_order(users: np.ndarray, items: np.ndarray, ids: dict[str, pl.Series], seed: int) -> np.ndarray:
+    """Each user's interactions in random order, user by user; int64 [N]."""
+    user_keys, item_keys = _hashes(seed, "user", ids["user"]), _hashes(seed, "item", ids["item"])
+    keys = pl.DataFrame({"user": users, "key": _mix(_mix(user_keys)[users] + item_keys[items])})
+    return keys.select(pl.arg_sort_by("user", "key", maintain_order=True)).to_series().to_numpy().astype(np.int64)
 
 
 def _random_counts(lengths: np.ndarray, split: RandomSplit) -> tuple[np.ndarray, np.ndarray]:
@@ -213,26 +281,29 @@ def _random_counts(lengths: np.ndarray, split: RandomSplit) -> tuple[np.ndarray,
     return num_valid, num_test
 
 
-def _last_counts(lengths: np.ndarray, split: LastSplit) -> tuple[np.ndarray, np.ndarray]:
-    """The same for the last items: all of them are held out, or none where that left nothing to train on."""
-    whole = (lengths >= 3) & (lengths > split.num_valid + split.num_test)
-    return whole * split.num_valid, whole * split.num_test
+def _last_counts(lengths: np.ndarray, num_valid: int, num_test: int) -> tuple[np.ndarray, np.ndarray]:
+    """Last items to hold out of each user: all that are asked for, or none where that left nothing to train on."""
+    whole = (lengths >= 3) & (lengths > num_valid + num_test)
+    return whole * num_valid, whole * num_test
 
 
 def _ragged(users: np.ndarray, items: np.ndarray, num_users: int) -> Ragged:
-    return Ragged.from_lengths(np.bincount(users, minlength=num_users), items.astype(np.int32))
+    return Ragged.from_lengths(np.bincount(users, minlength=num_users), items)
 
 
-def _aligned(table: pd.DataFrame, key: str, column: str, names: list[str]) -> list[str]:
+def _aligned(table: pl.DataFrame, key: str, column: str, names: pl.Series) -> pl.Series:
     """Texts in the order of `names`, "" where the table has none."""
-    texts = dict(zip(table[key].tolist(), table[column].tolist(), strict=True))
-    return [texts.get(name, "") for name in names]
+    left = names.alias(key).to_frame()
+    return left.join(table.select(key, column), on=key, how="left", maintain_order="left")[column].fill_null("")
 
 
 def _reviews(
-    users: np.ndarray, items: np.ndarray, texts: np.ndarray, training: np.ndarray, skipped: Counter[str]
+    frame: pl.DataFrame, users: np.ndarray, items: np.ndarray, training: np.ndarray, store: ReviewStore, log: SkipLog
 ) -> Reviews:
-    has_text = texts != ""
-    _count(skipped, "review of a held-out interaction", int((has_text & ~training).sum()))
+    has_text = frame["has_text"].to_numpy()
+    log.skip("review of a held-out interaction", int((has_text & ~training).sum()), int(has_text.sum()))
     kept = np.flatnonzero(has_text & training)
-    return Reviews(users[kept], items[kept], texts[kept].tolist())
+    positions = frame["position"].to_numpy()
+    ranks = np.full(int(positions.max()) + 1 if len(kept) else 0, -1, dtype=np.int64)
+    ranks[positions[kept]] = np.arange(len(kept))
+    return Reviews(users[kept], items[kept], ranks, store)

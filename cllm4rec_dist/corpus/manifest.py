@@ -58,6 +58,21 @@ class FileEntry(StrictModel):
         return path
 
 
+class LeftOut(StrictModel):
+    """What was left out of the corpus for one reason."""
+
+    count: int
+    """How many."""
+    share: float = 0.0
+    """Share of all of these in the raw data; 0 where unknown."""
+    file: str | None = None
+    """Name of the raw file of the first one, without its folder."""
+    line: int | None = None
+    """Line (row of a Parquet file, position in a JSON document) of the first one."""
+    value: str | None = None
+    """What was there, shortened."""
+
+
 class Manifest(StrictModel):
     """Contents of `manifest.json`."""
 
@@ -77,10 +92,18 @@ class Manifest(StrictModel):
     """Of the tokenizer that made the words; a run with another one is refused."""
     preparation: Preparation
     """Filters, split, seed and texts that the recipe chose."""
-    skipped: dict[str, int]
-    """Everything of the raw data that is not in the corpus: reason -> count."""
+    skipped: dict[str, LeftOut]
+    """Everything of the raw data that is not in the corpus, by reason."""
     files: tuple[FileEntry, ...]
     """Every other file of the corpus, shards in order."""
+
+    @field_validator("skipped", mode="before")
+    @classmethod
+    def _plain_counts(cls, skipped: object) -> object:
+        """Older corpora have counts alone."""
+        if not isinstance(skipped, dict):
+            return skipped
+        return {reason: {"count": found} if isinstance(found, int) else found for reason, found in skipped.items()}
 
     @model_validator(mode="after")
     def _has_tables(self) -> Manifest:

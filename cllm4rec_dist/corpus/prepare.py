@@ -6,16 +6,19 @@ import logging
 
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.manifest import Manifest
-from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.recipe import GivenSplit, PrepareConfig
+from cllm4rec_dist.corpus.skips import Skip
 from cllm4rec_dist.corpus.sources import read_source
-from cllm4rec_dist.corpus.writer import Tokenizer, write_corpus
+from cllm4rec_dist.corpus.tasks import ray_tasks
+from cllm4rec_dist.corpus.writer import Tokenizer, check_room, write_corpus
 
 logger = logging.getLogger(__name__)
 
 
 def prepare(
-    config: PrepareConfig, tokenizer: Tokenizer, out: str, *, overwrite: bool = False, progress: bool = True
-) -> Manifest:
+    config: PrepareConfig, tokenizer: Tokenizer, out: str, *, overwrite: bool = False, progress: bool = True,
+    num_workers: int = 1,
+) -> Manifest:  # fmt: skip
     """Build the corpus of a recipe and log what is left out of it.
 
     Args:
@@ -24,21 +27,29 @@ def prepare(
         out: folder or fsspec URL of the corpus.
         overwrite: replace a corpus that is there.
         progress: show a progress bar.
+        num_workers: Ray tasks that write shards at a time; 1 writes them here. The bytes are the same.
 
     Raises:
         DataError: for raw data that cannot be read or filters that leave nothing.
         CorpusError: if `out` is in use.
     """
-    manifest = write_corpus(
-        build_catalog(read_source(config.source), config),
-        tokenizer,
-        out,
-        config,
-        overwrite=overwrite,
-        progress=progress,
-    )
-    for reason, count in manifest.skipped.items():
-        logger.info("left out: %d x %s", count, reason)
+    check_room(out, overwrite=overwrite)
+    raw = read_source(config.source)
+    if "part" in raw.interactions.columns and "split" not in config.model_fields_set:
+        config = config.model_copy(update={"split": GivenSplit(kind="given")})
+    catalog = build_catalog(raw, config)
+    del raw
+    if num_workers > 1:
+        with ray_tasks(num_workers) as run_tasks:
+            manifest = write_corpus(
+                catalog, tokenizer, out, config, overwrite=overwrite, progress=progress, run_tasks=run_tasks
+            )
+    else:
+        manifest = write_corpus(catalog, tokenizer, out, config, overwrite=overwrite, progress=progress)
+    for reason, found in manifest.skipped.items():
+        total = round(found.count / found.share) if found.share else 0
+        skip = Skip(found.count, total, found.file, found.line, found.value)
+        logger.info("left out: %s x %s%s", f"{found.count:,}", reason, skip.describe())
     logger.info(
         "corpus %s at %s: %d users, %d items, interactions %s, texts %s", manifest.name, out, manifest.num_users,
         manifest.num_items, manifest.num_interactions, manifest.num_content,

@@ -1,58 +1,67 @@
-"""Raw data as every reader of `sources/` returns it, and the rules that all of them share.
+"""Raw interactions and texts, collected from batches of any reader.
 
-Raw files are dirty, and a reader that drops rows in silence makes results that nobody can check. So there is one way to
-leave something out, `SkipLog`, which counts it under a reason, and one place that decides what is left out, here:
-unreadable values, missing ids, missing ratings where the data has ratings, second interactions of a user with an item,
-texts that are empty or about nobody. Ids are exact strings: nothing is normalised, whatever the script.
+Readers (`sources/`) say which columns mean what. Here is decided what a row must have to be used, and what is kept of it:
+ids become codes, ratings and times numbers, reviews go to a file in a temporary folder, because the reviews of a large
+shop are many times larger than everything else. What cannot be used is counted (`skips.py`).
 
-Which columns mean what is left to the readers, filters by rating and count to `catalog.py`.
+Filters by rating and count, and the split, are left to `catalog.py`.
+
+Legend: N interactions, U users, I items.
 """
 
 from __future__ import annotations
 
-import html
-from collections import Counter
-from collections.abc import Iterable, Set
+import logging
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import polars as pl
 
+from cllm4rec_dist.corpus.markup import strip_html
+from cllm4rec_dist.corpus.reviews import ReviewStore
+from cllm4rec_dist.corpus.skips import SkipLog, base_name
+from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.times import Times, decide_order, read_times
+from cllm4rec_dist.corpus.values import (
+    MISSING_WORDS,
+    clean_texts,
+    column_ids,
+    column_numbers,
+    column_text,
+    whole_numbers,
+    without_missing,
+)
 from cllm4rec_dist.errors import DataError
 
-_CHUNK_ROWS = 1 << 18
-_MISSING = ("", "nan", "NaN")
+logger = logging.getLogger(__name__)
 
-Row = tuple[int, Any, Any, Any, Any, Any]
-"""Line number, user, item, rating, timestamp, text; None where a source has no such column."""
+_ROUNDED = r"^\d(\.\d+)?[eE]\+\d+$"
 
 
-@dataclass
-class SkipLog:
-    """What is left out while reading.
+@dataclass(frozen=True)
+class Rules:
+    """What holds for the values of a source.
 
     Attributes:
-        on_bad_line: `skip` counts a line that cannot be read, `error` stops at it.
-        skipped: reason -> count.
+        missing: words that stand for a missing value.
+        has_rating: an interaction without a rating cannot be used.
+        has_text: interactions have reviews.
+        has_html: texts come from web pages.
+        decimal: decimal mark of numbers in texts.
+        time_format: format of `strptime` for times, or None.
+        allow_unmatched: texts about none of the users or items are no error.
     """
 
-    on_bad_line: Literal["skip", "error"] = "skip"
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def skip(self, reason: str, count: int = 1) -> None:
-        """Count something that is left out."""
-        if count:
-            self.skipped[reason] += count
-
-    def bad_line(self, path: str, line: int, found: object, why: str) -> None:
-        """Count a line that cannot be read. DataError with its number if the recipe asks for that."""
-        if self.on_bad_line == "error":
-            raise DataError(
-                f"{path} line {line}", f"{found!s:.120}", why, "Mend the line, or set on_bad_line: skip in the recipe."
-            )
-        self.skip(f"unreadable line of {path.rsplit('/', 1)[-1]}")
+    missing: Sequence[str] = MISSING_WORDS
+    has_rating: bool = False
+    has_text: bool = False
+    has_html: bool = False
+    decimal: str = "."
+    time_format: str | None = None
+    allow_unmatched: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,162 +69,392 @@ class RawData:
     """What a source holds.
 
     Attributes:
-        interactions: columns user str, item str, rating float (NaN if the source has none), timestamp float (NaN where
-            unknown), text str ("" if none), position int (order in the file); one row for a user and an item.
-        items: columns item str, title str, description str ("" if none); items that have interactions and a text.
-        users: columns user str, text str; users that have interactions and a text.
-        skipped: everything left out: reason -> count.
+        interactions: columns user and item uint32 (codes), rating and timestamp float64 (NaN where there is none),
+            has_text bool, position uint32 (order in the files), and part uint8 where the data set comes with a split
+            (0 train, 1 valid, 2 test); sorted by position.
+        user_ids, item_ids: external id of each code.
+        items: columns item, title, description (null if none); items that have interactions and a text.
+        users: columns user, text; users that have interactions and a text.
+        reviews: texts of interactions, by their position.
+        has_reviews: whether the source has a column of them.
+        log: what was left out.
+        origins: where each interaction stands.
     """
 
-    interactions: pd.DataFrame
-    items: pd.DataFrame
-    users: pd.DataFrame
-    skipped: Counter[str]
+    interactions: pl.DataFrame
+    user_ids: pl.Series
+    item_ids: pl.Series
+    items: pl.DataFrame
+    users: pl.DataFrame
+    reviews: ReviewStore
+    has_reviews: bool
+    log: SkipLog
+    origins: Origins
+
+    def texts(self) -> Iterator[str]:
+        """Every text, reviews first."""
+        yield from self.reviews
+        for table, columns in ((self.items, ("title", "description")), (self.users, ("text",))):
+            for column in columns:
+                yield from table[column].drop_nulls()
 
 
-def clean_text(value: object) -> str:
-    """A text without HTML entities, surrounding blanks and lone surrogates; "" for anything but text and numbers."""
-    if not isinstance(value, str):
-        return "" if not isinstance(value, int | float) or value != value else str(value)
-    text = html.unescape(value).strip()
-    # JSON may hold half of a character, which no UTF-8 file can store.
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+class Origins:
+    """File and line of each interaction."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._batches: list[tuple[str, np.ndarray | range]] = []
+
+    def add(self, start: int, path: str, lines: np.ndarray) -> None:
+        """Interactions from position `start` on are on these lines."""
+        if len(lines):
+            whole = int(lines[-1]) - int(lines[0]) + 1 == len(lines)
+            self._starts.append(start)
+            self._batches.append((path, range(int(lines[0]), int(lines[-1]) + 1) if whole else lines.astype(np.int32)))
+
+    def find(self, position: int) -> dict[str, Any]:
+        """`file` and `line` of an interaction, as `SkipLog.skip` takes them; empty where unknown."""
+        index = bisect_right(self._starts, position) - 1
+        if index < 0:
+            return {}
+        path, lines = self._batches[index]
+        return {"file": path, "line": int(lines[position - self._starts[index]])}
 
 
-def clean_title(value: object) -> str:
-    """A clean text on one line."""
-    return " ".join(clean_text(value).split())
+class IdCodes:
+    """Gives each different text a code, from 0 on, in the order of their first use."""
+
+    def __init__(self) -> None:
+        self._categories = pl.Categories.random()
+        self._alive: pl.Series | None = None
+        self.size = 0
+
+    def encode(self, ids: pl.Series) -> np.ndarray:
+        """uint32 code of each id; none may be null."""
+        categorical = ids.cast(pl.Categorical(self._categories))
+        self._alive = categorical.head(1)  # Polars forgets categories that no series has
+        codes = categorical.to_physical().to_numpy()
+        self.size = max(self.size, int(codes.max()) + 1 if len(codes) else 0)
+        return codes.astype(np.uint32)
+
+    def ids(self) -> pl.Series:
+        """Id of each code."""
+        codes = pl.Series("id", np.arange(self.size, dtype=np.uint32))
+        return codes.cat.to(pl.Categorical(self._categories)).cast(pl.String)
 
 
-def _identifier(value: object) -> str | None:
-    """An id as exact string, "" for a missing one, None for something that is no id."""
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    name = str(value)
-    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-        return None
-    return "" if name in _MISSING or not name.strip() else name
+@dataclass
+class _Columns:
+    user: list[np.ndarray] = field(default_factory=list)
+    item: list[np.ndarray] = field(default_factory=list)
+    rating: list[np.ndarray] = field(default_factory=list)
+    timestamp: list[np.ndarray] = field(default_factory=list)
+    has_text: list[np.ndarray] = field(default_factory=list)
+    part: list[np.ndarray] = field(default_factory=list)
 
 
-def _numbers(values: tuple[Any, ...], *, dates: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of a column, NaN where missing, and where something stands that is no number (or ISO date)."""
-    plain = [value if value is None or isinstance(value, str | int | float) else str(value) for value in values]
-    column = pd.Series(plain, dtype=object)
-    if column.isna().all():
-        return np.full(len(column), np.nan), np.zeros(len(column), dtype=bool)
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
-    wrong = ~np.isfinite(numbers) & ~(column.isna() | column.isin(_MISSING)).to_numpy()
-    if dates and wrong.any():
-        moments = pd.to_datetime(column[wrong].astype(str), errors="coerce", utc=True, format="ISO8601")
-        seconds = (moments - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-        numbers[wrong] = seconds.to_numpy(dtype=np.float64, na_value=np.nan)
-        wrong &= np.isnan(numbers)
-    return numbers, wrong
+@dataclass(frozen=True)
+class _UndecidedDates:
+    positions: np.ndarray
+    day_first: np.ndarray
+    month_first: np.ndarray
+    example: str
 
 
-def _parse_chunk(rows: list[Row], path: str, log: SkipLog) -> pd.DataFrame:
-    """Typed columns of some rows, without those that cannot be read or miss an id."""
-    lines, users, items, ratings, timestamps, texts = zip(*rows, strict=True)
-    user_ids, item_ids = [_identifier(value) for value in users], [_identifier(value) for value in items]
-    rating, bad_rating = _numbers(ratings, dates=False)
-    timestamp, bad_time = _numbers(timestamps, dates=True)
-    bad_id = np.array([user is None or item is None for user, item in zip(user_ids, item_ids, strict=True)])
-    for reason, bad in (
-        ("has an id that is no text or number", bad_id),
-        ("has a rating that is no number", bad_rating & ~bad_id),
-        ("has a time that is neither a number nor an ISO 8601 date", bad_time & ~bad_rating & ~bad_id),
-    ):
-        for row in np.flatnonzero(bad):
-            log.bad_line(path, lines[row], rows[row][1:5], reason)
-    frame = pd.DataFrame(
-        {
-            "user": user_ids,
-            "item": item_ids,
-            "rating": rating,
-            "timestamp": timestamp,
-            "text": [clean_text(text) for text in texts],
-            "position": np.array(lines, dtype=np.int64),
-        }
-    )
-    frame = frame[~(bad_id | bad_rating | bad_time)]
-    no_user, no_item = frame["user"] == "", frame["item"] == ""
-    log.skip("interaction without user id", int(no_user.sum()))
-    log.skip("interaction without item id", int((no_item & ~no_user).sum()))
-    return frame[~(no_user | no_item)]
-
-
-def collect_interactions(
-    rows: Iterable[Row], path: str, log: SkipLog, *, has_rating: bool, has_text: bool
-) -> pd.DataFrame:
-    """Interactions of a stream of rows, in file order, the earliest of each user and item.
+class InteractionCollector:
+    """Collects interactions of batches whose columns are user, item, rating, timestamp and text.
 
     Args:
-        rows: values as the file has them.
-        path: of the file, for errors.
         log: counts what is left out.
-        has_rating: the source has ratings: an interaction without one is left out.
-        has_text: the source has reviews: empty ones are counted.
-
-    Raises:
-        DataError: if no interaction is left.
+        rules: of the source.
+        names: of the columns as the user knows them, for errors.
     """
-    stream = iter(rows)
-    chunks = [_parse_chunk(chunk, path, log) for chunk in iter(lambda: list(islice(stream, _CHUNK_ROWS)), [])]
-    frame = pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame()
-    if has_rating and len(frame):
-        unrated = frame["rating"].isna()
-        log.skip("interaction without rating", int(unrated.sum()))
-        frame = frame[~unrated]
-    if frame.empty:
-        left_out = ", ".join(f"{count} x {reason}" for reason, count in log.skipped.items()) or "the file has no rows"
-        raise DataError(path, left_out, "leaves no interaction", "Check the file and the format in the recipe.")
-    # An unknown time sorts first: such an interaction is never mistaken for the latest.
-    earliest_first = frame.sort_values(["timestamp", "position"], na_position="first", kind="stable")
-    repeated = earliest_first.duplicated(["user", "item"]).sort_index()
-    log.skip("repeated interaction of a user with an item", int(repeated.sum()))
-    frame = frame[~repeated].reset_index(drop=True)
-    if has_text:
-        log.skip("empty review", int((frame["text"] == "").sum()))
-    return frame.assign(position=np.arange(len(frame), dtype=np.int64))
+
+    def __init__(self, log: SkipLog, rules: Rules, names: Mapping[str, str] | None = None) -> None:
+        self._log, self._rules, self._names = log, rules, dict(names or {})
+        self._codes = {"user": IdCodes(), "item": IdCodes()}
+        self._columns, self._origins, self._reviews = _Columns(), Origins(), ReviewStore()
+        self._undecided: list[_UndecidedDates] = []
+        self._size = 0
+        self._paths: list[str] = []
+
+    def add_file(self, path: str, batches: Iterable[Batch], part: int | None = None) -> None:
+        """All rows of a file.
+
+        Args:
+            path: of the file.
+            batches: its rows, counted as read in the log.
+            part: of the split that the file is, or None.
+        """
+        self._paths.append(path)
+        for batch in batches:
+            self._add(batch, part)
+        self._log.close_file(path)
+
+    def _where(self, batch: Batch, column: str) -> str:
+        return f"{batch.path}: {self._names.get(column, column)}"
+
+    def _add(self, batch: Batch, part: int | None) -> None:
+        columns, missing = batch.columns, self._rules.missing
+        ids = {
+            kind: without_missing(column_ids(columns[kind], self._where(batch, kind)), missing)
+            for kind in ("user", "item")
+        }
+        bad = {f"has no {kind} id": ids[kind].is_null().to_numpy() for kind in ids}
+        ratings = np.full(len(columns), np.nan)
+        if "rating" in columns.columns:
+            ratings, wrong = column_numbers(columns["rating"], self._where(batch, "rating"), missing, self._rules.decimal)
+            bad["has a rating that is no number"] = wrong
+            if self._rules.has_rating:
+                bad["has no rating"] = np.isnan(ratings) & ~wrong
+        times = Times(np.full(len(columns), np.nan), np.zeros(len(columns), bool))
+        if "timestamp" in columns.columns:
+            where = self._where(batch, "timestamp")
+            times = read_times(columns["timestamp"], where, self._rules.time_format, missing)
+            bad["has a time that cannot be read"] = times.wrong
+        keep = np.ones(len(columns), bool)
+        for reason, rows in bad.items():
+            self._lose(reason, batch, rows & keep, is_gap=reason.startswith("has no "))
+            keep &= ~rows
+        self._keep_undecided(times, keep, columns)
+        for kind, found in ids.items():
+            getattr(self._columns, kind).append(self._codes[kind].encode(found.filter(keep)))
+        self._columns.rating.append(ratings[keep])
+        self._columns.timestamp.append(times.seconds[keep])
+        self._columns.has_text.append(self._add_reviews(columns, keep))
+        if part is not None:
+            self._columns.part.append(np.full(int(keep.sum()), part, np.uint8))
+        self._origins.add(self._size, batch.path, batch.lines[keep])
+        self._size += int(keep.sum())
+
+    def _add_reviews(self, columns: pl.DataFrame, keep: np.ndarray) -> np.ndarray:
+        if not self._rules.has_text or "text" not in columns.columns:
+            return np.zeros(int(keep.sum()), bool)
+        texts = column_text(columns["text"].filter(keep), "text")
+        texts = clean_texts(strip_html(texts) if self._rules.has_html else texts, self._rules.missing)
+        has_text = texts.is_not_null().to_numpy()
+        self._reviews.append(self._size + np.flatnonzero(has_text), texts.drop_nulls())
+        return has_text
+
+    def _lose(self, reason: str, batch: Batch, rows: np.ndarray, *, is_gap: bool) -> None:
+        if rows.any():
+            first = int(np.flatnonzero(rows)[0])
+            value = ", ".join("" if value is None else str(value) for value in batch.columns.row(first)[:4])
+            self._log.lose(reason, batch.path, int(batch.lines[first]), value, int(rows.sum()), is_gap=is_gap)
+
+    def _keep_undecided(self, times: Times, keep: np.ndarray, columns: pl.DataFrame) -> None:
+        if times.day_first is None or times.month_first is None:
+            return
+        day_first, month_first = times.day_first[keep], times.month_first[keep]
+        rows = np.flatnonzero(~(np.isnan(day_first) & np.isnan(month_first)))
+        if len(rows):
+            example = str(columns["timestamp"].filter(keep)[int(rows[0])])
+            self._undecided.append(_UndecidedDates(self._size + rows, day_first[rows], month_first[rows], example))
+
+    def _decide_dates(self, times: np.ndarray) -> np.ndarray:
+        """Put times of dates like 3/4/2024 in place, and return the positions of those that are none; int64."""
+        if not self._undecided:
+            return np.empty(0, np.int64)
+        first = self._undecided[0]
+        place = self._origins.find(int(first.positions[0]))
+        where = f"{place['file']} line {place['line']}: {self._names.get('timestamp', 'timestamp')}"
+        positions = np.concatenate([part.positions for part in self._undecided])
+        seconds, order = decide_order(
+            np.concatenate([part.day_first for part in self._undecided]),
+            np.concatenate([part.month_first for part in self._undecided]), where, first.example,
+        )  # fmt: skip
+        times[positions] = seconds
+        wrong = positions[np.isnan(seconds)]
+        for position in wrong.tolist():
+            place = self._origins.find(position)
+            self._log.lose(f"has a date that is not {order}", place["file"], place["line"], "")
+        return wrong
+
+    def finish(self) -> RawData:
+        """What was collected, without texts about users and items.
+
+        Raises:
+            DataError: if no interaction is left.
+        """
+        values = {name: np.concatenate(parts) for name, parts in vars(self._columns).items() if parts}
+        self._columns = _Columns()
+        if not self._size:
+            left_out = ", ".join(f"{count} x {reason}" for reason, count in self._log.counts.items())
+            raise DataError(
+                ", ".join(self._paths[:3]), left_out or "the file has no rows", "leaves no interaction",
+                "Check the file and the format in the recipe.",
+            )  # fmt: skip
+        no_dates = self._decide_dates(values["timestamp"])
+        ids = {}
+        for kind in ("user", "item"):
+            ids[kind], values[kind] = _canonical(self._codes[kind].ids(), values[kind], kind)
+        frame = pl.DataFrame(values).with_columns(position=pl.Series(np.arange(self._size, dtype=np.uint32)))
+        if len(no_dates):
+            for path in dict.fromkeys(self._paths):
+                self._log.close_file(path)
+            frame = frame[np.setdiff1d(np.arange(self._size), no_dates)]
+        return RawData(
+            interactions=frame,
+            user_ids=ids["user"],
+            item_ids=ids["item"],
+            items=no_texts("item", ("title", "description")),
+            users=no_texts("user", ("text",)),
+            reviews=self._reviews,
+            has_reviews=self._rules.has_text,
+            log=self._log,
+            origins=self._origins,
+        )
 
 
-def collect_texts(
-    rows: Iterable[tuple[Any, ...]], kind: str, columns: tuple[str, ...], known: Set[str], log: SkipLog
-) -> pd.DataFrame:
-    """Texts about users or items that have interactions, the first of each.
+def _canonical(ids: pl.Series, codes: np.ndarray, kind: str) -> tuple[pl.Series, np.ndarray]:
+    """Ids of a float column without `.0`, with the codes of those that then are one."""
+    rounded = ids.filter(ids.str.contains(_ROUNDED))
+    if len(rounded):
+        logger.warning(
+            "%s %s ids look like numbers that a spreadsheet has rounded, such as %r: different ones may be one now",
+            f"{len(rounded):,}", kind, rounded[0],
+        )  # fmt: skip
+    whole = whole_numbers(ids)
+    if whole is None:
+        return ids, codes
+    unique = IdCodes()
+    new_codes = unique.encode(whole)
+    return unique.ids(), new_codes[codes]
+
+
+class TextCollector:
+    """Collects texts about the users or items that have interactions.
+
+    Of several rows about one, the first value of each column counts.
 
     Args:
-        rows: id and one clean text for each column.
-        kind: `user` or `item`; name of the id's column.
-        columns: names of the texts.
+        kind: `user` or `item`; also the name of the id's column.
+        columns: names of the columns of texts.
         known: ids that have interactions.
         log: counts what is left out.
+        rules: of the source.
+        one_line: columns whose texts are made one line.
     """
-    about = "an item" if kind == "item" else "a user"
-    found: dict[str, tuple[str, ...]] = {}
-    for raw_id, *texts in rows:
-        name = _identifier(raw_id)
-        if not name:
-            log.skip(f"text about {about} without id")
-        elif name not in known:
-            log.skip(f"text about {about} without interactions")
-        elif name in found:
-            log.skip(f"second text about the same {kind}")
-        elif not any(texts):
-            log.skip(f"empty text about {about}")
-        else:
-            found[name] = tuple(texts)
-    table = pd.DataFrame([(name, *texts) for name, texts in found.items()], columns=[kind, *columns])
-    return table.astype(str)
+
+    def __init__(
+        self, kind: str, columns: Sequence[str], known: pl.Series, log: SkipLog, rules: Rules,
+        one_line: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._kind, self._texts, self._log, self._rules, self._one_line = kind, list(columns), log, rules, one_line
+        self._known = known
+        self._codes = IdCodes()
+        self._codes.encode(known)
+        self._num_known = self._codes.size
+        self._rows: list[pl.DataFrame] = []
+        self._num_rows, self._unknown = 0, 0
+        self._example: dict[str, Any] | None = None
+        self._paths: list[str] = []
+
+    def add_file(self, path: str, batches: Iterable[Batch]) -> None:
+        """All rows of a file: columns `kind` and the texts."""
+        self._paths.append(path)
+        for batch in batches:
+            self._add(batch)
+        self._log.close_file(path)
+
+    def _add(self, batch: Batch) -> None:
+        ids = without_missing(column_ids(batch.columns[self._kind], f"{batch.path}: {self._kind} id"), self._rules.missing)
+        without = ids.is_null().to_numpy()
+        if without.any():
+            first = int(np.flatnonzero(without)[0])
+            self._log.lose(
+                f"is a text about {_an(self._kind)} without id", batch.path, int(batch.lines[first]),
+                batch.columns.row(first)[1:], int(without.sum()), is_gap=True,
+            )  # fmt: skip
+        ids, batch = ids.filter(~without), batch.keep(~without)
+        self._num_rows += len(ids)
+        codes = self._codes.encode(ids)
+        if (whole := whole_numbers(ids)) is not None:
+            codes = np.where(codes < self._num_known, codes, self._codes.encode(whole))
+        known = codes < self._num_known
+        if not known.all():
+            first = int(np.flatnonzero(~known)[0])
+            self._unknown += int((~known).sum())
+            self._example = self._example or {
+                "file": batch.path, "line": int(batch.lines[first]), "value": ids[first],
+            }  # fmt: skip
+        texts = {name: self._clean(batch.columns[name].filter(known), batch.path, name) for name in self._texts}
+        self._rows.append(pl.DataFrame({"code": codes[known], **texts}))
+
+    def _clean(self, column: pl.Series, path: str, name: str) -> pl.Series:
+        texts = column_text(column, f"{path}: {name}")
+        texts = strip_html(texts) if self._rules.has_html else texts
+        return clean_texts(texts, self._rules.missing, one_line=name in self._one_line)
+
+    def finish(self) -> pl.DataFrame:
+        """Columns `kind` and the texts (null where there is none), one row for each id that the files know.
+
+        Raises:
+            DataError: where the files know none of the interactions' ids, unless the recipe allows that.
+        """
+        log, kind = self._log, self._kind
+        log.skip(
+            f"text about {_an(kind)} without interactions", self._unknown, self._num_rows, **(self._example or {})
+        )
+        empty = pl.DataFrame(schema={"code": pl.UInt32, **dict.fromkeys(self._texts, pl.String)})
+        rows = pl.concat([empty, *self._rows])
+        table = rows.group_by("code", maintain_order=True).agg(pl.col(name).drop_nulls().first() for name in self._texts)
+        log.skip(f"second text about the same {kind}", len(rows) - len(table), len(rows))
+        self._watch_join(len(table))
+        named = table.with_columns(self._codes.ids()[table["code"]].alias(kind)) if len(table) else table.with_columns(
+            pl.lit(None, pl.String).alias(kind)
+        )
+        return named.select(kind, *self._texts)
+
+    def _watch_join(self, num_matched: int) -> None:
+        """Warn or refuse where the ids of the two sides do not meet."""
+        num_known = self._num_known
+        if self._num_rows == 0 or num_matched * 2 >= num_known:
+            return
+        ours, theirs = self._examples()
+        files = ", ".join(map(base_name, self._paths[:3]))
+        if num_matched == 0 and not self._rules.allow_unmatched:
+            raise DataError(
+                files, theirs, f"is not among the {self._kind}s of the interactions, such as {ours!r}, nor is any other"
+                f" of its {self._num_rows:,} ids", "Mend the column in the recipe or the ids, or set allow_unmatched: true.",
+            )  # fmt: skip
+        logger.warning(
+            "%s: only %s of %s %ss of the interactions are in it (%.3g %%): the interactions have for example %r, the"
+            " file %r", files, f"{num_matched:,}", f"{num_known:,}", self._kind, 100 * num_matched / num_known, ours,
+            theirs,
+        )  # fmt: skip
+
+    def _examples(self) -> tuple[str, str]:
+        """An id of the interactions and one of the files that do not meet, alike if any are."""
+        theirs = self._codes.ids()[self._num_known : self._num_known + 100_000]
+        matched = pl.concat([rows["code"] for rows in self._rows]).unique() if self._rows else pl.Series([], dtype=pl.UInt32)
+        ours = self._known.filter(~pl.Series(np.arange(self._num_known, dtype=np.uint32)).is_in(matched.implode()))[:100_000]
+        like = {_plain(text): text for text in reversed(theirs.to_list())}
+        for text in ours.to_list():
+            if _plain(text) in like:
+                return text, like[_plain(text)]
+        return (ours[0] if len(ours) else ""), (theirs[0] if len(theirs) else "")
 
 
-def known_ids(interactions: pd.DataFrame, kind: str) -> Set[str]:
-    """The users or items that have interactions."""
-    return set(interactions[kind].unique())
+def _plain(name: str) -> str:
+    """An id without what often differs between two files: case, leading zeros, signs, `.0`."""
+    letters = "".join(letter for letter in name.casefold().removesuffix(".0") if letter.isalnum())
+    return letters.lstrip("0")
 
 
-def no_texts(kind: str, columns: tuple[str, ...]) -> pd.DataFrame:
+def _an(kind: str) -> str:
+    return f"{'an' if kind == 'item' else 'a'} {kind}"
+
+
+def no_texts(kind: str, columns: Sequence[str]) -> pl.DataFrame:
     """The table of texts of a source that has none."""
-    return collect_texts((), kind, columns, frozenset(), SkipLog())
+    return pl.DataFrame(schema=dict.fromkeys([kind, *columns], pl.String))
+
+
+def joined(table: pl.DataFrame, columns: Sequence[str], separator: str = " ") -> pl.Expr:
+    """The columns' texts one behind the other, null where all are."""
+    if not columns:
+        return pl.lit(None, pl.String)
+    parts = pl.concat_list(list(columns)).list.drop_nulls().list.join(separator)
+    return pl.when(parts.str.len_bytes() > 0).then(parts)

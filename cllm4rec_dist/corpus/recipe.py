@@ -9,13 +9,16 @@ Reading is left to `sources/`, filtering and splitting to `catalog.py`.
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
 from cllm4rec_dist.config import StrictModel
+from cllm4rec_dist.corpus.times import check_time_format
+from cllm4rec_dist.corpus.values import MISSING_WORDS
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -36,35 +39,70 @@ def expand_path(path: str) -> str:
 DataPath = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
 
 
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+DataPaths = Annotated[tuple[DataPath, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+"""One path or several. Each is a file, a pattern such as `orders-*.csv`, or a folder of parts as Spark and Hive write
+them; compressed (gz, bz2, xz, zst, zip) or not."""
+
+
+def _known_encoding(name: str) -> str:
+    if name != "auto":
+        try:
+            codecs.lookup(name)
+        except LookupError:
+            raise ValueError(
+                f"{name!r} is no encoding; write for example utf-8, cp1252, latin-1 or shift_jis"
+            ) from None
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class FileSource(StrictModel):
     """What all sources that read files share."""
 
     on_bad_line: Literal["skip", "error"] = "skip"
-    """A line that cannot be read: leave it out and count it, or stop with its number."""
+    """A row that cannot be used: leave it out and count it, or stop with its line."""
+    max_lost: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of a file's rows that may be left out because they cannot be used."""
+    missing: tuple[str, ...] = MISSING_WORDS
+    """Words that stand for a missing id, rating, time or text, beside the empty one."""
+    allow_unmatched: bool = False
+    """Go on where a file of texts knows none of the users or items of the interactions."""
+    encoding: Encoding = "auto"
+    """Encoding of text files, by Python's name. `auto`: UTF-8, UTF-16 by its mark, or a legacy encoding that can hardly
+    be another one."""
 
 
 class RecboleSource(FileSource):
-    """RecBole atomic files: tab-separated, with a header of typed fields (`user_id:token`)."""
+    """RecBole atomic files: fields with a header of names and types (`user_id:token`)."""
 
     format: Literal["recbole"]
-    interactions: DataPath
-    """The .inter file."""
-    items: DataPath | None = None
+    interactions: DataPaths
+    """The .inter file. Where it does not exist but .train.inter, .valid.inter and .test.inter beside it do, these are
+    read, and their split is kept."""
+    items: DataPaths | None = None
     """The .item file."""
-    users: DataPath | None = None
+    users: DataPaths | None = None
     """The .user file."""
+    field_separator: str = Field(default="\t", min_length=1)
+    """Between fields."""
     user_field: str = "user_id"
     """Name of the user field in .inter and .user."""
     item_field: str = "item_id"
     """Name of the item field in .inter and .item."""
     rating_field: str | None = "rating"
-    """Field of .inter; null where there are no ratings."""
+    """Field of .inter; null where there are no ratings. Names that the recipe does not give may be absent."""
     timestamp_field: str | None = "timestamp"
     """Field of .inter; null where there are no times."""
     text_field: str | None = None
     """Field of .inter that holds reviews."""
-    title_field: str = "movie_title"
-    """Field of .item."""
+    title_field: str | None = "movie_title"
+    """Field of .item; null where items have no titles."""
     description_fields: tuple[str, ...] = ("release_year", "class")
     """Fields of .item that make the description."""
     profile_fields: tuple[str, ...] = ("age", "gender", "occupation")
@@ -75,11 +113,11 @@ class GroupLensSource(FileSource):
     """MovieLens as GroupLens publishes it."""
 
     format: Literal["grouplens"]
-    edition: Literal["100k", "1m", "csv"]
-    """`100k`: u.data, u.item, u.user. `1m`: ratings.dat, movies.dat, users.dat.
-    `csv`: ratings.csv, movies.csv (20m, 25m, 32m, latest)."""
+    edition: Literal["100k", "1m", "10m", "20m", "25m", "32m", "latest", "csv"]
+    """`100k`: u.data, u.item, u.user. `1m`, `10m`: ratings.dat, movies.dat and, where there is one, users.dat. The
+    others: ratings.csv, movies.csv."""
     folder: DataPath
-    """Where the files are, uncompressed."""
+    """Where the files are."""
 
 
 class AmazonSource(FileSource):
@@ -88,49 +126,85 @@ class AmazonSource(FileSource):
     format: Literal["amazon"]
     edition: Literal["2014", "2018", "2023"]
     """Year of the collection; field names depend on it."""
-    reviews: DataPath
-    """File of reviews, one JSON object a line."""
-    metadata: DataPath | None = None
-    """File of items with titles and descriptions; lines in Python's notation, as in 2014, are read too."""
+    reviews: DataPaths
+    """Files of reviews, one JSON object a line."""
+    metadata: DataPaths | None = None
+    """Files of items with titles and descriptions; lines in Python's notation, as in 2014, are read too."""
 
 
 class YelpSource(FileSource):
     """The Yelp open dataset in JSON lines."""
 
     format: Literal["yelp"]
-    reviews: DataPath
+    reviews: DataPaths
     """yelp_academic_dataset_review.json"""
-    businesses: DataPath | None = None
+    businesses: DataPaths | None = None
     """yelp_academic_dataset_business.json"""
-    users: DataPath | None = None
+    users: DataPaths | None = None
     """yelp_academic_dataset_user.json"""
 
 
+class SteamSource(FileSource):
+    """Steam as McAuley's group publishes it: lines in Python's notation."""
+
+    format: Literal["steam"]
+    reviews: DataPaths
+    """steam_reviews.json.gz (a review a line), australian_users_items.json.gz or australian_user_reviews.json.gz (a user
+    a line, with all games)."""
+    games: DataPaths | None = None
+    """steam_games.json.gz: titles, genres and tags."""
+
+
+class MindSource(FileSource):
+    """MIND, Microsoft's news data: what a user has clicked before, and clicks among the articles shown."""
+
+    format: Literal["mind"]
+    behaviors: DataPaths
+    """behaviors.tsv"""
+    news: DataPaths | None = None
+    """news.tsv"""
+
+
 class SequencesSource(FileSource):
-    """One line a user: the user, then the items in time order, separated by blanks."""
+    """One line a user: the user, then the items in time order. JSON: {user: [items]}, or objects of a user and a list."""
 
     format: Literal["sequences"]
-    sequences: DataPath
+    sequences: DataPaths
     """File of the lines."""
-    titles: DataPath | None = None
-    """A JSON object {item: title} if the name ends with .json (or .json.gz), else lines of an item and its words."""
+    titles: DataPaths | None = None
+    """A JSON object {item: title} or {item: {"title": ...}}, else lines of an item and its words."""
+    separator: str | None = Field(default=None, min_length=1)
+    """Between items; blanks and tabs if left out."""
 
 
 class TableFile(StrictModel):
-    """A file of rows and named columns."""
+    """Rows and named columns in one file or several."""
 
-    path: DataPath
-    """CSV, JSON lines or Parquet."""
-    kind: Literal["csv", "jsonl", "parquet"] = "csv"
-    """How it is stored."""
-    delimiter: str = Field(",", min_length=1, max_length=1)
-    """Between the fields of a CSV line; quotes are those of RFC 4180."""
+    path: DataPaths
+    """CSV, JSON or Parquet."""
+    kind: Literal["auto", "csv", "jsonl", "parquet"] = "auto"
+    """How it is stored; by the first bytes if left out. `jsonl` is any JSON: an object a line, one array, one object of
+    objects."""
+    separator: str | None = Field(default=None, min_length=1, validation_alias=AliasChoices("separator", "delimiter"))
+    """Between the fields of a CSV line, one letter or several; that of comma, semicolon, tab and bar that makes the
+    recipe's columns of the header if left out."""
+    quoting: Literal["auto", "double", "none"] = "auto"
+    """What a quotation mark means. `auto`: it encloses a field where it opens and closes one, and is a character
+    elsewhere; a field that runs over lines that look like rows is refused. `double`: RFC 4180. `none`: a character."""
+    escape: str | None = Field(default=None, min_length=1, max_length=1)
+    """Letter that takes the meaning away from a mark or separator behind it: a backslash in files of Spark and MySQL."""
+    encoding: Encoding | None = None
+    """Encoding of this file, where it is not that of the source."""
+    decimal: str = Field(default=".", min_length=1, max_length=1)
+    """Decimal mark of ratings."""
     names: tuple[str, ...] | None = None
     """Names of a CSV file's columns, in order, where its first line is not a header."""
+    html: bool = False
+    """Texts come from web pages: take tags out of them."""
 
     @model_validator(mode="after")
     def _names_for_csv(self) -> TableFile:
-        if self.names is not None and self.kind != "csv":
+        if self.names is not None and self.kind not in ("csv", "auto"):
             raise ValueError("names belongs to csv; the other kinds name their columns themselves")
         return self
 
@@ -145,7 +219,10 @@ class InteractionTable(TableFile):
     rating: str | None = None
     """Column of ratings."""
     timestamp: str | None = None
-    """Column of times: numbers in any one unit, or ISO 8601 dates. Only their order is used."""
+    """Column of times: epochs of any unit, ISO 8601, RFC 2822, dates. Only their order is used."""
+    time_format: Annotated[str, AfterValidator(check_time_format)] | None = None
+    """Format of the times, as for strptime: `%d/%m/%Y %H:%M`. Needed where the file leaves open whether 3/4/2024 is in
+    March or April."""
     text: str | None = None
     """Column of reviews."""
 
@@ -171,7 +248,7 @@ class UserTable(TableFile):
 
 
 class TableSource(FileSource):
-    """CSV, JSON lines or Parquet with a mapping of columns."""
+    """CSV, JSON or Parquet with a mapping of columns."""
 
     format: Literal["table"]
     interactions: InteractionTable
@@ -205,7 +282,15 @@ class SyntheticSource(StrictModel):
 
 
 SourceConfig = Annotated[
-    RecboleSource | GroupLensSource | AmazonSource | YelpSource | SequencesSource | TableSource | SyntheticSource,
+    RecboleSource
+    | GroupLensSource
+    | AmazonSource
+    | YelpSource
+    | SteamSource
+    | MindSource
+    | SequencesSource
+    | TableSource
+    | SyntheticSource,
     Field(discriminator="format"),
 ]
 
@@ -236,6 +321,12 @@ class LastSplit(StrictModel):
     """Items for the test."""
 
 
+class GivenSplit(StrictModel):
+    """Keep the split that the data set's files have (RecBole's benchmark files)."""
+
+    kind: Literal["given"]
+
+
 class TextsConfig(StrictModel):
     """Which texts the content corpus holds."""
 
@@ -256,7 +347,7 @@ class Preparation(StrictModel):
     """Leave out users with fewer items ..."""
     min_item_users: int = Field(1, ge=1)
     """... and items with fewer users, again and again until nothing changes."""
-    split: Annotated[RandomSplit | LastSplit, Field(discriminator="kind")] = RandomSplit()
+    split: Annotated[RandomSplit | LastSplit | GivenSplit, Field(discriminator="kind")] = RandomSplit()
     """What is held out for validation and test."""
     seed: int = Field(0, ge=0)
     """Of the random split."""

@@ -11,14 +11,17 @@ Some ids are in scripts other than Latin, as real ids may be.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import polars as pl
 
-from cllm4rec_dist.corpus.raw import RawData
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import SyntheticSource
+from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.skips import SkipLog
 
 _TOPICS: dict[str, tuple[str, str]] = {
     "coffee": ("espresso crema portafilter tamper grinder milk steam", "filter pour kettle scale dripper beans aroma"),
@@ -53,6 +56,7 @@ _FEWEST_ITEMS = 5
 _OTHER_LINE = 0.15
 _ANYTHING = 0.03
 _FIRST_DAY = 1_600_000_000
+_ORIGIN = "synthetic data"
 
 
 def generate(source: SyntheticSource) -> RawData:
@@ -81,14 +85,21 @@ def generate(source: SyntheticSource) -> RawData:
         for item, time in zip(chosen, times, strict=True):
             rating = float(random.integers(4, 6) if clusters[item] in liked else random.integers(2, 5))
             rows.append((user, items[item], rating, float(time), _review(words[item], random)))
-    frame = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp", "text"])
+    collector = InteractionCollector(SkipLog(), Rules(has_rating=True, has_text=True))
+    collector.add_file(_ORIGIN, [_batch(rows, ("user", "item", "rating", "timestamp", "text"))])
+    raw = collector.finish()
     described = [(item, _title(words[j], random), _description(words[j], random)) for j, item in enumerate(items)]
-    return RawData(
-        interactions=frame.assign(position=np.arange(len(frame), dtype=np.int64)),
-        items=pd.DataFrame(described, columns=["item", "title", "description"]),
-        users=pd.DataFrame(profiles, columns=["user", "text"]),
-        skipped=Counter(),
+    known_items, known_users = set(raw.item_ids), set(raw.user_ids)
+    described = [row for row in described if row[0] in known_items]
+    return replace(
+        raw,
+        items=_batch(described, ("item", "title", "description")).columns,
+        users=_batch([row for row in profiles if row[0] in known_users], ("user", "text")).columns,
     )
+
+
+def _batch(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> Batch:
+    return Batch(_ORIGIN, np.arange(1, len(rows) + 1), pl.DataFrame(rows, schema=list(names), orient="row"))
 
 
 def _names(scripts: Sequence[str], word: str, count: int) -> list[str]:

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cllm4rec_dist.errors import ConfigError, DataError
 
 _BRACKET = re.compile(r"<(user|item)_(\d+)>")
+_MARKUP = re.compile(r"\s*(<[^<>]+>|<\|.*\|>|\[[^\[\]\s]+\]|\{[^{}\s]+\})\s*", re.DOTALL)
+"""Added tokens that are no words of a language."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,26 @@ class TokenSpace:
         return self.first_item + self.num_items
 
 
+def _without_control_tokens(backend: Tokenizer) -> Tokenizer:
+    """A copy that can read control tokens as words, those included that a tokenizer does not call special.
+
+    A customer who writes `<|endoftext|>` or `<tool_call>` into a review must not end a document with it. Added tokens
+    that are no markup (runs of blanks, line ends) stay what they are.
+    """
+    rules = json.loads(backend.to_str())
+    for token in rules.get("added_tokens", []):
+        token["special"] = token["special"] or _MARKUP.fullmatch(token["content"]) is not None
+    return _untruncated(Tokenizer.from_str(json.dumps(rules)))
+
+
+def _untruncated(backend: Tokenizer) -> Tokenizer:
+    """A copy without truncation and padding, which an earlier call may have left behind."""
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
 class WordTokenizer:
     """The backbone's own tokenizer, without truncation or added special tokens.
 
@@ -58,8 +81,9 @@ class WordTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else _untruncated(backend).to_str()
         self.fingerprint = hashlib.sha256(rules.encode()).hexdigest()
+        self._texts = None if backend is None else _without_control_tokens(backend)
         bos = tokenizer.bos_token_id
         self.prefix = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
@@ -79,10 +103,14 @@ class WordTokenizer:
         return len(self._tokenizer)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Word ids of each text; brackets in a text are words like any other."""
-        if not texts:
+        """Word ids of each text; brackets and control tokens in a text are words like any other."""
+        if not len(texts):
             return []
-        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        if self._texts is None:
+            options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            return self._tokenizer(list(texts), **options).input_ids
+        self._texts.encode_special_tokens = True  # not kept where a tokenizer is sent to another process
+        return [encoding.ids for encoding in self._texts.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode(self, template: str, space: TokenSpace) -> list[int]:
         """Ids of a text in bracket notation: words by the word tokenizer, each bracket as its one token.

@@ -12,15 +12,16 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import Literal, Protocol, TypeVar
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, Protocol, TypeVar
 
 import fsspec
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -28,9 +29,10 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from cllm4rec_dist.corpus.catalog import Catalog
-from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, Manifest
+from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, LeftOut, Manifest
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig, TextsConfig
+from cllm4rec_dist.corpus.skips import Skip, SkipLog
 from cllm4rec_dist.errors import CorpusError
 from cllm4rec_dist.filesystems import as_os_errors, locate
 
@@ -41,6 +43,8 @@ _TOKENIZER_BATCH = 1024
 
 Record = dict[str, np.ndarray]
 T = TypeVar("T")
+RunTasks = Callable[[Callable[[Any], "Shard"], Iterable[Any]], Iterable["Shard"]]
+"""`map`, or something that does the same in parallel."""
 
 
 class Tokenizer(Protocol):
@@ -54,18 +58,44 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text and what it is about; the row that a kind does not use is 0."""
+class Shard:
+    """A tar file to write.
 
-    kind: ContentKind
-    user: int
-    item: int
-    text: str
+    Attributes:
+        content: bytes of the file.
+        record_sizes: examples of each record.
+        counts: int64 [kinds] texts of each kind; content shards only.
+        num_empty, num_cut: texts that had no words, and that were too long.
+    """
+
+    content: bytes
+    record_sizes: tuple[int, ...]
+    counts: np.ndarray | None = None
+    num_empty: int = 0
+    num_cut: int = 0
+
+
+@dataclass(frozen=True)
+class InteractionSlice:
+    """What a shard of interactions is made of."""
+
+    first_record: int
+    first_user: int
+    examples_per_record: int
+    lists: dict[str, Ragged]
+
+
+@dataclass(frozen=True)
+class TextSlice:
+    """What a shard of texts is made of: columns kind, user, item, text."""
+
+    first_record: int
+    texts: pl.DataFrame
 
 
 def write_corpus(
     catalog: Catalog, tokenizer: Tokenizer, out: str, config: PrepareConfig, *, overwrite: bool = False,
-    progress: bool = True,
+    progress: bool = True, run_tasks: RunTasks = map,
 ) -> Manifest:  # fmt: skip
     """Write all files of a corpus; the same input gives the same bytes.
 
@@ -76,38 +106,52 @@ def write_corpus(
         config: name, texts, sizes of records and shards.
         overwrite: replace a corpus (nothing else) that is there.
         progress: show a progress bar.
+        run_tasks: runs a function on each of a stream of shards, in order, like `map`; `tasks.ray_tasks` runs several
+            at a time.
 
     Raises:
         CorpusError: if `out` is in use.
     """
     fs, root = locate("out", out, CorpusError)
-    _check_room(fs, root, overwrite)
+    check_room(out, overwrite=overwrite)
+    log = catalog.log.copy()
     with _building(fs, root) as folder:
-        writer = _Writer(fs, folder, config.records_per_shard)
+        writer = _Writer(fs, folder)
         writer.table("users", _user_table(catalog))
         writer.table("items", _item_table(catalog))
-        writer.shards("interactions", _interaction_records(catalog, config.examples_per_record))
-        skipped, num_content = Counter(catalog.skipped), Counter[str]()
-        texts = tqdm(_texts(catalog, config.texts), desc="texts", unit="text", disable=not progress)
-        words = _tokenized(texts, tokenizer, config.max_text_tokens, skipped)
-        writer.shards("content", _content_records(words, config.examples_per_record, num_content))
+        writer.shards("interactions", run_tasks(_interaction_shard, _interaction_slices(catalog, config)))
+        num_content = np.zeros(len(ContentKind), dtype=np.int64)
+        make = partial(_content_shard, tokenizer, config.max_text_tokens, config.examples_per_record)
+        num_texts = _count_texts(catalog, config.texts)
+        with tqdm(total=num_texts, desc="texts", unit="text", disable=not progress) as bar:
+            shards = run_tasks(make, _text_slices(catalog, config))
+            writer.shards("content", _counted(shards, num_content, log, config.max_text_tokens, num_texts, bar.update))
         manifest = Manifest(
             name=config.name,
             num_users=catalog.num_users,
             num_items=catalog.num_items,
             num_interactions={split: len(getattr(catalog, split).values) for split in SPLITS},
-            num_content={kind.name.lower(): num_content[kind.name] for kind in ContentKind},
+            num_content={kind.name.lower(): int(num_content[kind]) for kind in ContentKind},
             tokenizer_fingerprint=tokenizer.fingerprint,
             preparation=config.preparation(),
-            skipped=dict(sorted(skipped.items())),
+            skipped={reason: _left_out(skip) for reason, skip in sorted(log.skipped.items())},
             files=tuple(writer.entries),
         )
         fs.pipe_file(f"{folder}/{MANIFEST_NAME}", manifest.to_bytes())
     return manifest
 
 
-def _check_room(fs: fsspec.AbstractFileSystem, root: str, overwrite: bool) -> None:
-    """Refuse a place that is in use: only a corpus is ever overwritten, and only if that is asked for."""
+def _left_out(skip: Skip) -> LeftOut:
+    return LeftOut(count=skip.count, share=round(skip.share, 6), file=skip.file, line=skip.line, value=skip.value)
+
+
+def check_room(out: str, *, overwrite: bool) -> None:
+    """Refuse a place that is in use: only a corpus is ever overwritten, and only if that is asked for.
+
+    Raises:
+        CorpusError: for such a place, or one that cannot be reached.
+    """
+    fs, root = locate("out", out, CorpusError)
     try:
         with as_os_errors():
             exists = fs.exists(root)
@@ -158,8 +202,8 @@ def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
 class _Writer:
     """Writes files and keeps their entries for the manifest."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, folder: str, records_per_shard: int) -> None:
-        self._fs, self._folder, self._records_per_shard = fs, folder, records_per_shard
+    def __init__(self, fs: fsspec.AbstractFileSystem, folder: str) -> None:
+        self._fs, self._folder = fs, folder
         self.entries: list[FileEntry] = []
 
     def table(self, kind: Literal["users", "items"], table: pa.Table) -> None:
@@ -167,11 +211,10 @@ class _Writer:
         pq.write_table(table, stream, compression="zstd")
         self._write(f"{kind}.parquet", kind, stream.getvalue(), ())
 
-    def shards(self, kind: Literal["interactions", "content"], records: Iterable[Record]) -> None:
-        for shard, group in enumerate(_batched(records, self._records_per_shard)):
-            sizes = tuple(len(record["users"]) for record in group)
-            content = _tar(group, first=shard * self._records_per_shard)
-            self._write(f"{kind}/{kind}-{shard:06d}.tar", kind, content, sizes)
+    def shards(self, kind: Literal["interactions", "content"], shards: Iterable[Shard]) -> None:
+        for number, shard in enumerate(shards):
+            if shard.record_sizes:
+                self._write(f"{kind}/{kind}-{number:06d}.tar", kind, shard.content, shard.record_sizes)
 
     def _write(
         self, path: str, kind: Literal["users", "items", "interactions", "content"], content: bytes,
@@ -201,67 +244,119 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _user_table(catalog: Catalog) -> pa.Table:
-    return pa.table({"row": np.arange(catalog.num_users), "user": catalog.user_ids, "text": catalog.user_texts})
+    columns = {"user": catalog.user_ids, "text": catalog.user_texts}
+    return _arrow_table(catalog.num_users, columns)
 
 
 def _item_table(catalog: Catalog) -> pa.Table:
-    return pa.table(
-        {
-            "row": np.arange(catalog.num_items),
-            "item": catalog.item_ids,
-            "title": catalog.item_titles,
-            "description": catalog.item_descriptions,
-        }
+    columns = {"item": catalog.item_ids, "title": catalog.item_titles, "description": catalog.item_descriptions}
+    return _arrow_table(catalog.num_items, columns)
+
+
+def _arrow_table(num_rows: int, columns: dict[str, pl.Series]) -> pa.Table:
+    texts = {name: column.to_arrow().cast(pa.string()) for name, column in columns.items()}
+    return pa.table({"row": np.arange(num_rows), **texts})
+
+
+def _interaction_slices(catalog: Catalog, config: PrepareConfig) -> Iterator[InteractionSlice]:
+    """Users of each shard, with their items by split."""
+    size = config.examples_per_record * config.records_per_shard
+    for number, start in enumerate(range(0, catalog.num_users, size)):
+        lists = {split: getattr(catalog, split).slice(start, start + size) for split in SPLITS}
+        yield InteractionSlice(number * config.records_per_shard, start, config.examples_per_record, lists)
+
+
+def _interaction_shard(part: InteractionSlice) -> Shard:
+    records: list[Record] = []
+    num_users = len(part.lists["train"])
+    for start in range(0, num_users, part.examples_per_record):
+        stop = min(start + part.examples_per_record, num_users)
+        record: Record = {"users": part.first_user + np.arange(start, stop, dtype=np.int64)}
+        for split, lists in part.lists.items():
+            own = lists.slice(start, stop)
+            record |= {f"{split}_offsets": own.offsets, f"{split}_items": own.values}
+        records.append(record)
+    sizes = tuple(len(record["users"]) for record in records)
+    return Shard(_tar(records, part.first_record), sizes)
+
+
+def _count_texts(catalog: Catalog, use: TextsConfig) -> int:
+    tables = ([catalog.item_titles, catalog.item_descriptions] if use.item else []) + (
+        [catalog.user_texts] if use.user else []
     )
+    return (len(catalog.reviews.users) if use.user_item else 0) + sum(int((texts != "").sum()) for texts in tables)
 
 
-def _interaction_records(catalog: Catalog, size: int) -> Iterator[Record]:
-    for start in range(0, catalog.num_users, size):
-        stop = min(start + size, catalog.num_users)
-        record: Record = {"users": np.arange(start, stop, dtype=np.int64)}
-        for split in SPLITS:
-            lists: Ragged = getattr(catalog, split).slice(start, stop)
-            record |= {f"{split}_offsets": lists.offsets, f"{split}_items": lists.values}
-        yield record
-
-
-def _texts(catalog: Catalog, use: TextsConfig) -> Iterator[Text]:
-    """Every text of the catalog that is used, empty ones left out."""
-    if use.user_item:
+def _texts(catalog: Catalog, use: TextsConfig) -> Iterator[pl.DataFrame]:
+    """Every text of the catalog that is used, empty ones left out: columns kind, user, item (0 where unused), text."""
+    if use.user_item and len(catalog.reviews.users):
         reviews = catalog.reviews
-        for user, item, text in zip(reviews.users.tolist(), reviews.items.tolist(), reviews.texts, strict=True):
-            yield Text(ContentKind.USER_ITEM, user, item, text)
-    if use.item:
-        titles = ((ContentKind.ITEM_TITLE, row, text) for row, text in enumerate(catalog.item_titles))
-        descriptions = ((ContentKind.ITEM_DESCRIPTION, row, text) for row, text in enumerate(catalog.item_descriptions))
-        yield from (Text(kind, 0, row, text) for kind, row, text in chain(titles, descriptions) if text)
-    if use.user:
-        yield from (Text(ContentKind.USER_PROFILE, row, 0, text) for row, text in enumerate(catalog.user_texts) if text)
+        for table in reviews.store.sorted_by(reviews.ranks):
+            ranks = table["rank"].to_numpy()
+            yield _text_table(ContentKind.USER_ITEM, reviews.users[ranks], reviews.items[ranks], table["text"])
+    for kind, texts, used in (
+        (ContentKind.ITEM_TITLE, catalog.item_titles, use.item),
+        (ContentKind.ITEM_DESCRIPTION, catalog.item_descriptions, use.item),
+        (ContentKind.USER_PROFILE, catalog.user_texts, use.user),
+    ):
+        if used:
+            rows = np.flatnonzero((texts != "").to_numpy())
+            none = np.zeros(len(rows), dtype=np.int64)
+            users, items = (rows, none) if kind is ContentKind.USER_PROFILE else (none, rows)
+            yield _text_table(kind, users, items, texts[rows])
 
 
-def _tokenized(
-    texts: Iterable[Text], tokenizer: Tokenizer, longest: int, skipped: Counter[str]
-) -> Iterator[tuple[Text, list[int]]]:
-    """Texts with their words; those without any are left out and those that are cut are counted."""
-    for batch in _batched(texts, _TOKENIZER_BATCH):
-        for text, tokens in zip(batch, tokenizer.encode_batch([text.text for text in batch]), strict=True):
-            if not tokens:
-                skipped["text without words"] += 1
-                continue
-            if len(tokens) > longest:
-                skipped[f"end of a text longer than {longest} words"] += 1
-            yield text, tokens[:longest]
+def _text_table(kind: ContentKind, users: np.ndarray, items: np.ndarray, texts: pl.Series) -> pl.DataFrame:
+    kinds = np.full(len(texts), kind, dtype=np.uint8)
+    return pl.DataFrame({"kind": kinds, "user": users.astype(np.int64), "item": items.astype(np.int64), "text": texts})
 
 
-def _content_records(words: Iterable[tuple[Text, list[int]]], size: int, num_content: Counter[str]) -> Iterator[Record]:
-    """Records of `size` texts; counts the texts by kind."""
-    for group in _batched(words, size):
-        tokens = Ragged.from_lists([tokens for _, tokens in group], dtype=np.int32)
-        num_content.update(text.kind.name for text, _ in group)
-        yield {
-            "kind": np.array([text.kind for text, _ in group], dtype=np.uint8),
-            "users": np.array([text.user for text, _ in group], dtype=np.int64),
-            "items": np.array([text.item for text, _ in group], dtype=np.int64),
-            "offsets": tokens.offsets,
-            "tokens": tokens.values,
-        }
+def _text_slices(catalog: Catalog, config: PrepareConfig) -> Iterator[TextSlice]:
+    """Texts of each shard."""
+    size, number = config.examples_per_record * config.records_per_shard, 0
+    rest: pl.DataFrame | None = None
+    for table in _texts(catalog, config.texts):
+        rest = table if rest is None else pl.concat([rest, table])
+        while len(rest) >= size:
+            yield TextSlice(number * config.records_per_shard, rest[:size])
+            rest, number = rest[size:], number + 1
+    if rest is not None and len(rest):
+        yield TextSlice(number * config.records_per_shard, rest)
+
+
+def _content_shard(tokenizer: Tokenizer, longest: int, examples_per_record: int, part: TextSlice) -> Shard:
+    """Records of the texts' words; those without any are left out, those that are cut are counted."""
+    words = [
+        tokens for text in _batched(part.texts["text"], _TOKENIZER_BATCH) for tokens in tokenizer.encode_batch(text)
+    ]
+    lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
+    used = np.flatnonzero(lengths > 0)
+    columns = {name: part.texts[name].to_numpy()[used] for name in ("kind", "user", "item")}
+    records: list[Record] = []
+    for start in range(0, len(used), examples_per_record):
+        own = slice(start, start + examples_per_record)
+        tokens = Ragged.from_lists([words[index][:longest] for index in used[own].tolist()], dtype=np.int32)
+        records.append({
+            "kind": columns["kind"][own], "users": columns["user"][own], "items": columns["item"][own],
+            "offsets": tokens.offsets, "tokens": tokens.values,
+        })  # fmt: skip
+    counts = np.bincount(columns["kind"], minlength=len(ContentKind))
+    sizes = tuple(len(record["users"]) for record in records)
+    content = _tar(records, part.first_record) if records else b""
+    return Shard(content, sizes, counts, len(words) - len(used), int((lengths > longest).sum()))
+
+
+def _counted(
+    shards: Iterable[Shard], num_content: np.ndarray, log: SkipLog, longest: int, num_texts: int,
+    advance: Callable[[int], object],
+) -> Iterator[Shard]:  # fmt: skip
+    """The same shards; adds up what they hold and what was left out of them."""
+    num_empty = num_cut = 0
+    for shard in shards:
+        assert shard.counts is not None
+        num_content += shard.counts
+        num_empty, num_cut = num_empty + shard.num_empty, num_cut + shard.num_cut
+        advance(int(shard.counts.sum()) + shard.num_empty)
+        yield shard
+    log.skip("text without words", num_empty, num_texts)
+    log.skip(f"end of a text longer than {longest} words", num_cut, num_texts)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -15,7 +16,9 @@ from cllm4rec_dist.corpus.catalog import Catalog, Reviews
 from cllm4rec_dist.corpus.prompts import Composer, Document
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.model.tiny import train_tokenizer
@@ -34,12 +37,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     train = Ragged.from_lists([random.permutation(NUM_ITEMS)[:length] for length in lengths])
     held = Ragged.from_lists([[0]] * NUM_USERS)
     texts = [" ".join(["quiet"] * int(n)) for n in np.clip(random.lognormal(2, 1, NUM_TEXTS), 1, 100)]
+    store = ReviewStore()
+    store.append(np.arange(NUM_TEXTS), pl.Series(texts))
     catalog = Catalog(
-        user_ids=[f"u{n}" for n in range(NUM_USERS)], item_ids=[f"i{n}" for n in range(NUM_ITEMS)],
-        user_texts=[""] * NUM_USERS, item_titles=[""] * NUM_ITEMS, item_descriptions=[""] * NUM_ITEMS,
-        train=train, valid=held, test=held, skipped=Counter(),
-        reviews=Reviews(np.arange(NUM_TEXTS), train.values[train.offsets[:NUM_TEXTS]], texts),
-    )  # fmt: skip
+        user_ids=pl.Series([f"u{n}" for n in range(NUM_USERS)]),
+        item_ids=pl.Series([f"i{n}" for n in range(NUM_ITEMS)]),
+        user_texts=pl.Series([""] * NUM_USERS),
+        item_titles=pl.Series([""] * NUM_ITEMS),
+        item_descriptions=pl.Series([""] * NUM_ITEMS),
+        train=train,
+        valid=held,
+        test=held,
+        reviews=Reviews(np.arange(NUM_TEXTS), train.values[train.offsets[:NUM_TEXTS]], np.arange(NUM_TEXTS), store),
+        log=SkipLog(),
+    )
     recipe = PrepareConfig.model_validate(
         {"name": "test", "source": {"format": "synthetic"}, "examples_per_record": 16, "records_per_shard": 3}
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 
 from cllm4rec_dist.config import load_config
@@ -17,7 +19,7 @@ from cllm4rec_dist.corpus.raw import RawData
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.errors import DataError
-from tests.corpus.samples import raw_data, recipe
+from tests.corpus.samples import interactions, raw_data, recipe, reviews
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,7 +35,8 @@ def random_raw(num_users: int = 60, num_items: int = 40, seed: int = 0) -> RawDa
 
 def by_user(catalog: Catalog, split: str) -> dict[str, list[str]]:
     lists = getattr(catalog, split)
-    return {user: [catalog.item_ids[i] for i in lists[row]] for row, user in enumerate(catalog.user_ids)}
+    names = catalog.item_ids.to_list()
+    return {user: [names[i] for i in lists[row]] for row, user in enumerate(catalog.user_ids)}
 
 
 def test_ragged() -> None:
@@ -51,26 +54,25 @@ def test_ragged() -> None:
 def test_rows_follow_sorted_ids_and_items_follow_time() -> None:
     rows = [("ж", "b", None, 3.0, ""), ("a", "c", None, 2.0, ""), ("ж", "a", None, 1.0, ""), ("a", "b", None, None, "")]
     catalog = build_catalog(raw_data(rows, items=[("a", "Title", "About")], users=[("ж", "Text")]), recipe())
-    assert catalog.user_ids == ["a", "ж"]
-    assert catalog.item_ids == ["a", "b", "c"]
+    assert catalog.user_ids.to_list() == ["a", "ж"]
+    assert catalog.item_ids.to_list() == ["a", "b", "c"]
     assert by_user(catalog, "train") == {"a": ["b", "c"], "ж": ["a", "b"]}, "an unknown time is the oldest"
-    assert catalog.item_titles == ["Title", "", ""]
-    assert catalog.item_descriptions == ["About", "", ""]
-    assert catalog.user_texts == ["", "Text"]
-    assert catalog.skipped["item without title"] == 2
+    assert catalog.item_titles.to_list() == ["Title", "", ""]
+    assert catalog.item_descriptions.to_list() == ["About", "", ""]
+    assert catalog.user_texts.to_list() == ["", "Text"]
+    assert catalog.log.counts["item without title"] == 2
     assert catalog.train.values.dtype == np.int32
     assert catalog.train.offsets.dtype == np.int64
 
 
 def test_the_order_of_lines_does_not_matter() -> None:
     raw = random_raw()
-    mixed = raw.interactions.sample(frac=1, random_state=1).reset_index(drop=True)
     # Ties in time follow the file: make times unique.
-    times = pd.Series(np.arange(len(raw.interactions), dtype=float), index=raw.interactions.index)
-    ordered = raw.interactions.assign(timestamp=times)
-    mixed = ordered.sample(frac=1, random_state=1).reset_index(drop=True).assign(position=np.arange(len(ordered)))
-    one = build_catalog(RawData(ordered, raw.items, raw.users, raw.skipped), recipe())
-    other = build_catalog(RawData(mixed, raw.items, raw.users, raw.skipped), recipe())
+    ordered = raw.interactions.with_columns(timestamp=pl.int_range(pl.len()).cast(pl.Float64))
+    mixed = ordered.sample(fraction=1, shuffle=True, seed=1)
+    mixed = mixed.with_columns(position=pl.int_range(pl.len()).cast(pl.UInt32))
+    one = build_catalog(replace(raw, interactions=ordered), recipe())
+    other = build_catalog(replace(raw, interactions=mixed), recipe())
     for split in ("train", "valid", "test"):
         assert by_user(one, split) == by_user(other, split)
 
@@ -78,7 +80,8 @@ def test_the_order_of_lines_does_not_matter() -> None:
 def test_threshold_and_core_match_a_plain_loop() -> None:
     raw = random_raw()
     catalog = build_catalog(raw, recipe(rating_threshold=3, min_user_items=5, min_item_users=4))
-    kept = {(u, i) for u, i, r in raw.interactions[["user", "item", "rating"]].itertuples(index=False) if r >= 3}
+    table = interactions(raw)
+    kept = {(u, i) for u, i, r in table[["user", "item", "rating"]].itertuples(index=False) if r >= 3}
     while True:
         users, items = pd.Series([u for u, _ in kept]).value_counts(), pd.Series([i for _, i in kept]).value_counts()
         core = {(u, i) for u, i in kept if users[u] >= 5 and items[i] >= 4}
@@ -90,10 +93,10 @@ def test_threshold_and_core_match_a_plain_loop() -> None:
     }
     assert found == kept
     assert catalog.num_users == len({u for u, _ in kept})
-    below = int((raw.interactions["rating"] < 3).sum())
-    assert catalog.skipped["interaction rated below 3"] == below
+    below = int((table["rating"] < 3).sum())
+    assert catalog.log.counts["interaction rated below 3"] == below
     outside = "interaction outside of the core (5 items a user, 4 users an item)"
-    assert catalog.skipped[outside] == len(raw.interactions) - below - len(kept)
+    assert catalog.log.counts[outside] == len(raw.interactions) - below - len(kept)
 
 
 def test_random_split_shares() -> None:
@@ -103,7 +106,7 @@ def test_random_split_shares() -> None:
     expected = np.where(total < 3, 0, np.floor(total / 10 + 0.5))
     np.testing.assert_array_equal(valid, expected)
     np.testing.assert_array_equal(test, expected)
-    assert catalog.skipped["user with too few items to hold any out"] == (total < 5).sum() > 0
+    assert catalog.log.counts["user with too few items to hold any out"] == (total < 5).sum() > 0
 
 
 def test_every_user_keeps_a_training_item() -> None:
@@ -113,7 +116,8 @@ def test_every_user_keeps_a_training_item() -> None:
 
 def test_random_split_depends_on_seed_and_user_alone() -> None:
     raw = random_raw()
-    fewer = RawData(raw.interactions[raw.interactions["user"] < "u3"], raw.items, raw.users, raw.skipped)
+    wanted = raw.user_ids < "u3"
+    fewer = replace(raw, interactions=raw.interactions.filter(wanted[raw.interactions["user"]]))
     whole, part = build_catalog(raw, recipe()), build_catalog(fewer, recipe())
     for split in ("train", "valid", "test"):
         everyone = by_user(whole, split)
@@ -143,16 +147,16 @@ def test_last_split_of_a_user_that_is_too_short_is_counted() -> None:
     rows = [("u", item, None, float(time), "") for time, item in enumerate("abc")]
     catalog = build_catalog(raw_data(rows), recipe(split={"kind": "last", "num_valid": 2, "num_test": 2}))
     assert by_user(catalog, "train") == {"u": ["a", "b", "c"]}
-    assert catalog.skipped["user with too few items to hold any out"] == 1
+    assert catalog.log.counts["user with too few items to hold any out"] == 1
 
 
 def test_reviews_of_held_out_interactions_stay_out() -> None:
     rows = [("u", f"i{n}", None, float(n), f"review {n}" if n != 1 else "") for n in range(5)]
     catalog = build_catalog(raw_data(rows), recipe(split={"kind": "last", "num_valid": 1, "num_test": 1}))
-    assert catalog.reviews.texts == ["review 0", "review 2"]
+    assert reviews(catalog) == ["review 0", "review 2"]
     assert catalog.reviews.items.tolist() == [0, 2]
     assert catalog.reviews.users.tolist() == [0, 0]
-    assert catalog.skipped["review of a held-out interaction"] == 2
+    assert catalog.log.counts["review of a held-out interaction"] == 2
 
 
 def test_threshold_without_ratings_is_refused() -> None:
@@ -173,12 +177,11 @@ def test_a_hundred_thousand_users_take_seconds() -> None:
     frame = pd.DataFrame(
         {"user": random.integers(100_000, size=600_000), "item": random.integers(20_000, size=600_000)}
     )
-    frame = frame.drop_duplicates().astype(str).assign(rating=np.nan, timestamp=np.nan, text="")
-    raw = raw_data([("u", "i", None, None, "")])
+    frame = frame.drop_duplicates().astype(str)
+    rows = [(user, item, None, None, "") for user, item in frame.itertuples(index=False)]
+    raw = raw_data(rows)
     start = time.perf_counter()
-    catalog = build_catalog(
-        RawData(frame.assign(position=np.arange(len(frame))), raw.items, raw.users, raw.skipped), recipe()
-    )
+    catalog = build_catalog(raw, recipe())
     assert catalog.num_users > 90_000
     assert time.perf_counter() - start < 30
 
@@ -192,3 +195,50 @@ def test_ml_100k_after_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = build_catalog(read_source(config.source), config)
     assert (catalog.num_users, catalog.num_items) == (938, 1447)
     assert sum(len(lists.values) for lists in (catalog.train, catalog.valid, catalog.test)) == 55_361
+
+
+def test_what_is_left_out_names_its_first_place() -> None:
+    rows = [("u", f"i{n}", 5.0 - n % 2, float(n), "") for n in range(6)]
+    catalog = build_catalog(raw_data([*rows, ("u", "i0", 5.0, 9.0, "")]), recipe(rating_threshold=5))
+    repeated = catalog.log.skipped["repeated interaction of a user with an item"]
+    assert (repeated.count, repeated.total, repeated.file, repeated.line, repeated.value) == (
+        1,
+        7,
+        "sample",
+        7,
+        "u i0 5",
+    )
+    below = catalog.log.skipped["interaction rated below 5"]
+    assert (below.count, below.total, below.line, below.value) == (3, 6, 2, "u i1 4")
+
+
+def test_building_twice_counts_nothing_twice() -> None:
+    raw = raw_data([("u", "i", 3.0, None, ""), ("u", "i", 3.0, None, "")])
+    assert build_catalog(raw, recipe()).log.counts == build_catalog(raw, recipe()).log.counts
+
+
+GIVEN = {"kind": "given"}
+
+
+def with_parts(rows: list[tuple[str, str, int]]) -> RawData:
+    raw = raw_data([(user, item, None, None, "") for user, item, _ in rows])
+    parts = pl.Series("part", [part for *_, part in rows], dtype=pl.UInt8)
+    return replace(raw, interactions=raw.interactions.with_columns(parts))
+
+
+def test_a_given_split_is_kept() -> None:
+    rows = [("u", "a", 0), ("u", "b", 1), ("u", "c", 2), ("v", "a", 0), ("new", "a", 2)]
+    catalog = build_catalog(with_parts(rows), recipe(split=GIVEN))
+    assert by_user(catalog, "train") == {"u": ["a"], "v": ["a"]}
+    assert by_user(catalog, "valid") == {"u": ["b"], "v": []}
+    assert by_user(catalog, "test") == {"u": ["c"], "v": []}
+    assert catalog.log.counts["held-out interaction of a user without training items"] == 1
+
+
+def test_a_split_that_contradicts_the_files_is_refused() -> None:
+    with pytest.raises(DataError, match="would undo the split"):
+        build_catalog(with_parts([("u", "a", 0), ("u", "b", 1)]), recipe(split={"kind": "last"}))
+    with pytest.raises(DataError, match="needs files of a split"):
+        build_catalog(raw_data([("u", "a", None, None, "")]), recipe(split=GIVEN))
+    with pytest.raises(DataError, match="no training interaction"):
+        build_catalog(with_parts([("u", "a", 1)]), recipe(split=GIVEN))

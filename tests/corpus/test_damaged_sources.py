@@ -117,8 +117,8 @@ def test_damaged_raw_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
                         continue
                     # A changed letter makes another id or number; what is no interaction any more is left out.
                     assert len(raw.interactions) <= len(ROWS) + 3, (name, file, damage)
-                    assert raw.interactions["user"].astype(bool).all()
-                    lost = sum(raw.skipped.values()) or len(raw.interactions) < len(ROWS)
+                    assert (raw.user_ids.str.len_bytes() > 0).all()
+                    lost = sum(raw.log.counts.values()) or len(raw.interactions) < len(ROWS)
                     outcomes["read, with lines left out and counted" if lost else "read"] += 1
         shutil.rmtree(folder)
     assert not (tmp_path / "exploded").exists()

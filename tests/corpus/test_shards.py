@@ -23,7 +23,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.errors import CorpusError
-from tests.corpus.samples import BlankTokenizer, recipe
+from tests.corpus.samples import BlankTokenizer, recipe, reviews
 
 SMALL = recipe(examples_per_record=7, records_per_shard=3, max_text_tokens=9)
 
@@ -56,13 +56,13 @@ def test_what_is_written_is_read(catalog: Catalog, tmp_path: Path) -> None:
     corpus = Corpus.open(str(tmp_path / "c"))
     assert corpus.manifest == manifest
     assert (corpus.num_users, corpus.num_items) == (40, 30)
-    assert corpus.users()["user"].to_pylist() == catalog.user_ids
-    assert corpus.users()["text"].to_pylist() == catalog.user_texts
+    assert corpus.users()["user"].to_pylist() == catalog.user_ids.to_list()
+    assert corpus.users()["text"].to_pylist() == catalog.user_texts.to_list()
     items = corpus.items()
     assert items["row"].to_pylist() == list(range(30))
-    assert items["item"].to_pylist() == catalog.item_ids
-    assert items["title"].to_pylist() == catalog.item_titles
-    assert items["description"].to_pylist() == catalog.item_descriptions
+    assert items["item"].to_pylist() == catalog.item_ids.to_list()
+    assert items["title"].to_pylist() == catalog.item_titles.to_list()
+    assert items["description"].to_pylist() == catalog.item_descriptions.to_list()
     for split in SPLITS:
         np.testing.assert_array_equal(corpus.split(split).offsets, getattr(catalog, split).offsets)
         np.testing.assert_array_equal(corpus.split(split).values, getattr(catalog, split).values)
@@ -85,8 +85,8 @@ def test_types_on_disk(catalog: Catalog, tmp_path: Path) -> None:
 def test_content_holds_every_text_once(catalog: Catalog, tmp_path: Path) -> None:
     manifest = write(catalog, tmp_path / "c")
     encode = BlankTokenizer().encode_batch
-    reviews = zip(catalog.reviews.users, catalog.reviews.items, encode(catalog.reviews.texts), strict=True)
-    expected = [(0, int(user), int(item), words[:9]) for user, item, words in reviews]
+    written = zip(catalog.reviews.users, catalog.reviews.items, encode(reviews(catalog)), strict=True)
+    expected = [(0, int(user), int(item), words[:9]) for user, item, words in written]
     expected += [(1, 0, item, words[:9]) for item, words in enumerate(encode(catalog.item_titles))]
     expected += [(2, 0, item, words[:9]) for item, words in enumerate(encode(catalog.item_descriptions))]
     expected += [(3, user, 0, words[:9]) for user, words in enumerate(encode(catalog.user_texts))]
@@ -94,9 +94,9 @@ def test_content_holds_every_text_once(catalog: Catalog, tmp_path: Path) -> None
     assert texts(corpus) == expected
     assert corpus.content.num_examples == len(expected) == sum(manifest.num_content.values())
     assert manifest.num_content["user_profile"] == 40
-    everything = [*catalog.reviews.texts, *catalog.item_titles, *catalog.item_descriptions, *catalog.user_texts]
+    everything = [*reviews(catalog), *catalog.item_titles, *catalog.item_descriptions, *catalog.user_texts]
     longer = sum(len(words) > 9 for words in encode(everything))
-    assert manifest.skipped["end of a text longer than 9 words"] == longer > 0
+    assert manifest.skipped["end of a text longer than 9 words"].count == longer > 0
 
 
 def test_texts_without_words_are_counted(catalog: Catalog, tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_texts_without_words_are_counted(catalog: Catalog, tmp_path: Path) -> No
             ]
 
     manifest = write_corpus(catalog, FirstWordOnly(), str(tmp_path / "c"), SMALL, progress=False)
-    assert manifest.skipped["text without words"] == 30 + 30 + 40
-    assert set(manifest.num_content.values()) == {0, len(catalog.reviews.texts)}
+    assert manifest.skipped["text without words"].count == 30 + 30 + 40
+    assert set(manifest.num_content.values()) == {0, len(catalog.reviews.users)}
 
 
 def test_texts_can_be_left_out(catalog: Catalog, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_prepare_goes_all_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     manifest = prepare(SMALL, BlankTokenizer(), str(tmp_path / "c"), progress=False)
     assert Corpus.open(str(tmp_path / "c")).manifest == manifest
     assert manifest.preparation == SMALL.preparation()
-    assert manifest.skipped["review of a held-out interaction"] > 0
+    assert manifest.skipped["review of a held-out interaction"].count > 0
     assert "left out" in caplog.text
 
 

@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import polars as pl
 import pytest
 
 from cllm4rec_dist.config import load_config
-from cllm4rec_dist.corpus.raw import clean_text
+from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.recipe import PrepareConfig, expand_path
 from cllm4rec_dist.corpus.sources import RawData, read_source
 from cllm4rec_dist.errors import ConfigError, DataError
-from tests.corpus.samples import recipe, source
+from tests.corpus.samples import interactions, recipe, reviews, source
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def pairs(raw: RawData) -> list[tuple[str, str]]:
-    return list(zip(raw.interactions["user"], raw.interactions["item"], strict=True))
+    table = interactions(raw)
+    return list(zip(table["user"], table["item"], strict=True))
 
 
-def texts(table: pd.DataFrame) -> dict[str, tuple[str, ...]]:
-    return {row[0]: tuple(row[1:]) for row in table.itertuples(index=False)}
+def texts(table: pl.DataFrame) -> dict[str, tuple[str | None, ...]]:
+    return {row[0]: row[1:] for row in table.rows() if any(row[1:])}
 
 
 def write(path: Path, content: str | bytes | list[dict[str, Any]]) -> str:
@@ -60,16 +62,18 @@ def recbole(tmp_path: Path) -> dict[str, str]:
 def test_recbole(recbole: dict[str, str]) -> None:
     raw = read_source(source(**recbole))
     assert pairs(raw) == [("007", "a"), ("007", "b"), ("8", "a")]
-    assert raw.interactions["rating"].tolist() == [5, 4, 3]
-    assert raw.interactions["timestamp"].tolist() == [30, 10, 20]
-    assert raw.interactions["position"].tolist() == [0, 1, 2]
+    assert interactions(raw)["rating"].tolist() == [5, 4, 3]
+    assert interactions(raw)["timestamp"].tolist() == [30, 10, 20]
+    assert interactions(raw)["position"].tolist() == [0, 1, 2]
     assert texts(raw.items) == {"a": ("Toy Story", "released in 1995, genres: Comedy")}
     assert texts(raw.users) == {"007": ("24 years old, female, writer",)}
-    assert raw.skipped == {"empty text about an item": 1, "text about a user without interactions": 1}
+    assert raw.log.counts == {"text about a user without interactions": 1}
 
 
 def test_recbole_names_a_missing_field(recbole: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=r"x\.inter line 1: 'stars' is not among its columns"):
+    with pytest.raises(
+        DataError, match=r"x\.inter line 1: 'stars' is not among its columns.*Mend rating_field in the recipe"
+    ):
         read_source(source(**recbole, rating_field="stars"))
 
 
@@ -97,15 +101,18 @@ def test_grouplens_1m(tmp_path: Path) -> None:
     raw = read_source(source(format="grouplens", edition="1m", folder=str(tmp_path)))
     assert texts(raw.items) == {"10": ("Toy Story (1995)", "genres: Animation, Comedy")}
     assert texts(raw.users) == {"1": ("under 18 years old, female, K-12 student",)}
-    assert raw.skipped == {"unreadable line of ratings.dat": 1, "unreadable line of users.dat": 1}
+    assert raw.log.counts == {
+        "row that has 2 fields and not 4": 1,
+        "row that has an occupation that MovieLens 1M does not have": 1,
+    }
 
 
 def test_grouplens_csv(tmp_path: Path) -> None:
     write(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\n1,10,4.5,100\n1,11,2,101\n")
     write(tmp_path / "movies.csv", 'movieId,title,genres\n10,"American President, The (1995)",(no genres listed)\n')
     raw = read_source(source(format="grouplens", edition="csv", folder=str(tmp_path) + "/"))
-    assert raw.interactions["rating"].tolist() == [4.5, 2]
-    assert texts(raw.items) == {"10": ("American President, The (1995)", "")}
+    assert interactions(raw)["rating"].tolist() == [4.5, 2]
+    assert texts(raw.items) == {"10": ("American President, The (1995)", None)}
 
 
 def test_amazon_2014_reads_python_literals(tmp_path: Path) -> None:
@@ -125,9 +132,9 @@ def test_amazon_2014_reads_python_literals(tmp_path: Path) -> None:
             metadata=write(tmp_path / "m.json.gz", metadata),
         )
     )
-    assert raw.interactions["text"].tolist() == ["Tom & Jerry", "Bad"]
+    assert interactions(raw)["text"].tolist() == ["Tom & Jerry", "Bad"]
     assert texts(raw.items) == {"00X": ("Rock'n Roll", "It's loud")}
-    assert raw.skipped == {"interaction without rating": 1, "text about an item without interactions": 1}
+    assert raw.log.counts == {"row that has no rating": 1, "text about an item without interactions": 1}
 
 
 def test_amazon_2018_joins_lists(tmp_path: Path) -> None:
@@ -139,17 +146,19 @@ def test_amazon_2018_joins_lists(tmp_path: Path) -> None:
 
 
 def test_amazon_2023(tmp_path: Path) -> None:
-    reviews = [
+    entries = [
         {"user_id": "U", "parent_asin": "P", "asin": "v1", "rating": 4, "title": "t", "text": "x", "timestamp": 9000},
         {"user_id": "U", "parent_asin": "P", "asin": "v2", "rating": 1, "title": "t", "text": "y", "timestamp": 8000},
         {"user_id": "U", "asin": "Q", "rating": 4, "title": "only a title", "text": "", "timestamp": 1},
     ]
     metadata = [{"parent_asin": "P", "title": "Parent", "description": []}]
-    files = {"reviews": write(tmp_path / "r.jsonl", reviews), "metadata": write(tmp_path / "m.jsonl", metadata)}
+    files = {"reviews": write(tmp_path / "r.jsonl", entries), "metadata": write(tmp_path / "m.jsonl", metadata)}
     raw = read_source(source(format="amazon", edition="2023", **files))
-    assert pairs(raw) == [("U", "P"), ("U", "Q")]
-    assert raw.interactions["text"].tolist() == ["y", "only a title"], "the earliest of two reviews is kept"
-    assert raw.skipped == {"repeated interaction of a user with an item": 1}
+    assert pairs(raw) == [("U", "P"), ("U", "P"), ("U", "Q")]
+    assert interactions(raw)["text"].tolist() == ["x", "y", "only a title"]
+    catalog = build_catalog(raw, recipe())
+    assert sorted(reviews(catalog)) == ["only a title", "y"], "the earliest of two reviews is kept"
+    assert catalog.log.counts["repeated interaction of a user with an item"] == 1
 
 
 def test_amazon_of_another_edition_is_refused(tmp_path: Path) -> None:
@@ -175,10 +184,10 @@ def test_yelp(tmp_path: Path) -> None:
             users=write(tmp_path / "u.json", [{"user_id": "u", "yelping_since": "2009-01-01", "elite": "2015,2016"}]),
         )
     )
-    assert raw.interactions["timestamp"].tolist() == [1531001351]
+    assert interactions(raw)["timestamp"].tolist() == [1531001351]
     assert texts(raw.items) == {"b": ("Café", "in Łódź")}
     assert texts(raw.users) == {"u": ("member since 2009, elite in 2015,2016",)}
-    assert raw.skipped == {"unreadable line of review.json": 1}
+    assert raw.log.counts == {"row that has a time that cannot be read": 1}
 
 
 @pytest.mark.parametrize(
@@ -188,14 +197,11 @@ def test_yelp(tmp_path: Path) -> None:
 def test_sequences(tmp_path: Path, name: str, content: str) -> None:
     sequences = write(tmp_path / "s.txt", "用户-1 a b\u3000c a\n\nlonely\nمستخدم b\r\n用户-1 d\n")
     raw = read_source(source(format="sequences", sequences=sequences, titles=write(tmp_path / name, content)))
-    assert pairs(raw) == [("用户-1", "a"), ("用户-1", "b\u3000c"), ("مستخدم", "b"), ("用户-1", "d")]
-    assert raw.interactions["rating"].isna().all()
-    assert texts(raw.items) == {"a": ("Cream & Oil", "")}
-    assert raw.skipped == {
-        "repeated interaction of a user with an item": 1,
-        "unreadable line of s.txt": 1,
-        "text about an item without interactions": 1,
-    }
+    assert pairs(raw) == [("用户-1", "a"), ("用户-1", "b\u3000c"), ("用户-1", "a"), ("مستخدم", "b"), ("用户-1", "d")]
+    assert interactions(raw)["rating"].isna().all()
+    assert texts(raw.items) == {"a": ("Cream & Oil", None)}
+    assert raw.log.counts == {"row that has a user without items": 1, "text about an item without interactions": 1}
+    assert build_catalog(raw, recipe()).log.counts["repeated interaction of a user with an item"] == 1
 
 
 def test_sequences_refuse_titles_that_are_no_json(tmp_path: Path) -> None:
@@ -216,9 +222,9 @@ def test_table_csv_without_header(tmp_path: Path) -> None:
     table = {"path": path, "names": ["what", "who", "review", "stars", "when", "rest"], **COLUMNS}
     raw = read_source(source(format="table", interactions=table))
     assert pairs(raw) == [("0012", "товар-7"), ("Ω", "x")]
-    assert raw.interactions["text"].tolist() == ['said "hi",\nleft', ""]
-    assert raw.interactions["timestamp"].isna().tolist() == [False, True]
-    assert raw.skipped == {"empty review": 1}
+    assert interactions(raw)["text"].tolist() == ['said "hi",\nleft', ""]
+    assert interactions(raw)["timestamp"].isna().tolist() == [False, True]
+    assert build_catalog(raw, recipe()).log.counts["empty review"] == 1
 
 
 def test_table_jsonl(tmp_path: Path) -> None:
@@ -233,7 +239,7 @@ def test_table_jsonl(tmp_path: Path) -> None:
         )
     )
     assert pairs(raw) == [("0012", "товар-7"), ("Ω", "x")]
-    assert raw.interactions["timestamp"].diff().iloc[1] == -86400
+    assert interactions(raw)["timestamp"].diff().iloc[1] == -86400
     assert texts(raw.items) == {"x": ("Ex", "one two")}
     assert texts(raw.users) == {"Ω": ("いいね",)}
 
@@ -247,8 +253,8 @@ def test_table_parquet_has_typed_columns(tmp_path: Path) -> None:
     columns = {key: COLUMNS[key] for key in ("user", "item", "rating", "timestamp")}
     raw = read_source(source(format="table", interactions={"path": str(path), "kind": "parquet", **columns}))
     assert pairs(raw) == [("12", "a"), ("7", "b")]
-    assert raw.interactions["timestamp"].diff().iloc[1] == -86400
-    assert raw.skipped == {"interaction without item id": 1}
+    assert interactions(raw)["timestamp"].diff().iloc[1] == -86400
+    assert raw.log.counts == {"row that has no item id": 1}
 
 
 @pytest.mark.parametrize(
@@ -270,7 +276,7 @@ BAD_LINES = {
     "too many fields": "a,b,4,5\n",
     "no number": "a,b,four\n",
     "infinite": "a,b,inf\n",
-    "not utf-8": b"a,\xff\xfe,4\n",
+    "not utf-8": b"a,\xff\xfe,4\n" + "1,é,3\n2,é,3\n".encode(),
 }
 
 
@@ -280,8 +286,10 @@ def test_bad_lines_are_counted_or_named(tmp_path: Path, line: str | bytes) -> No
     path = write(tmp_path / "x.csv", b"who,what,stars\n1,2,3\n" + data + b"5,6,1\n")
     table = {"path": path, "user": "who", "item": "what", "rating": "stars"}
     raw = read_source(source(format="table", interactions=table))
-    assert pairs(raw) == [("1", "2"), ("5", "6")]
-    assert raw.skipped == {"unreadable line of x.csv": 1}
+    assert [pair for pair in pairs(raw) if pair[1] != "é"] == [("1", "2"), ("5", "6")]
+    assert sum(raw.log.counts.values()) == 1
+    (skip,) = raw.log.skipped.values()
+    assert (skip.file, skip.line, skip.total) == ("x.csv", 3, len(raw.interactions) + 1)
     with pytest.raises(DataError, match=r"x\.csv line 3: .*on_bad_line: skip"):
         read_source(source(format="table", interactions=table, on_bad_line="error"))
 
@@ -296,9 +304,7 @@ def test_missing_values_are_counted(tmp_path: Path) -> None:
     }
     raw = read_source(source(format="table", interactions=table))
     assert pairs(raw) == [("a", "d")]
-    assert raw.skipped == {
-        "interaction without user id": 3, "interaction without item id": 1, "interaction without rating": 2,
-    }  # fmt: skip
+    assert raw.log.counts == {"row that has no user id": 3, "row that has no item id": 1, "row that has no rating": 2}
 
 
 def test_json_values_of_wrong_types_are_bad_lines(tmp_path: Path) -> None:
@@ -308,14 +314,20 @@ def test_json_values_of_wrong_types_are_bad_lines(tmp_path: Path) -> None:
     ]  # fmt: skip
     lines = "".join(json.dumps(entry) + "\n" for entry in entries) + "[1]\nnot json\n"
     table = {"path": write(tmp_path / "x.jsonl", lines), "kind": "jsonl", "user": "u", "item": "i", "rating": "r"}
-    raw = read_source(source(format="table", interactions=table))
+    raw = read_source(source(format="table", interactions=table, max_lost=0.9))
     assert pairs(raw) == [("5", "b")]
-    assert raw.skipped == {"unreadable line of x.jsonl": 6, "interaction without user id": 1}
+    assert raw.log.counts == {
+        "row that has an id that is no text or number": 2,
+        "row that has a list or object where a number or time should be": 1,
+        "row that has an id with half of a character": 1,
+        "row that is not a JSON object": 2,
+        "row that has no user id": 1,
+    }
 
 
 def test_no_interaction_left(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "who,what\n,b\n")
-    with pytest.raises(DataError, match=r"x\.csv: '1 x interaction without user id' leaves no interaction"):
+    with pytest.raises(DataError, match=r"x\.csv: '1 x row that has no user id' leaves no interaction"):
         read_source(source(format="table", interactions={"path": path, "user": "who", "item": "what"}))
 
 
@@ -324,7 +336,7 @@ def test_empty_file(tmp_path: Path) -> None:
         read_source(source(format="sequences", sequences=write(tmp_path / "x.txt", "")))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "no gzip", "folder"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "folder"])
 def test_a_file_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "x.txt.gz"
     if damage == "folder":
@@ -332,20 +344,13 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
     elif damage != "missing":
         content = gzip.compress(b"u a b\n" * 1000)
         path.write_bytes(content[:-12] if damage == "truncated" else b"plain text")
-    with pytest.raises(DataError, match=r"x\.txt\.gz' (does not exist|cannot be read)"):
+    with pytest.raises(DataError, match=r"x\.txt\.gz'? ?(does not exist|cannot be read|is a folder)|leaves no|no gzip"):
         read_source(source(format="sequences", sequences=str(path)))
 
 
 def test_a_protocol_that_nobody_knows() -> None:
     with pytest.raises(DataError, match="nosuchprotocol"):
         read_source(source(format="sequences", sequences="nosuchprotocol://x"))
-
-
-def test_clean_text_mends_half_characters() -> None:
-    assert clean_text(" a &lt;b&gt; \ud800 ") == "a <b> \ufffd"
-    assert clean_text("👍🏽 ไทย") == "👍🏽 ไทย"
-    assert clean_text(1995) == "1995"
-    assert clean_text(None) == clean_text(float("nan")) == ""
 
 
 def test_paths_take_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +398,6 @@ def test_real_data(
         pytest.skip(f"needs the raw files of {name}: set CLLM4REC_DATA to the folder that holds {name}/")
     monkeypatch.setenv("CLLM4REC_DATA", str(folder))
     raw = read_source(load_config(PrepareConfig, REPOSITORY / "shards" / f"{name}.yaml").source)
-    assert raw.interactions["user"].nunique() == num_users
-    assert raw.interactions["item"].nunique() == num_items
+    assert len(raw.user_ids) == num_users
+    assert len(raw.item_ids) == num_items
     assert len(raw.interactions) == num_interactions

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
+import polars.testing
 
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.recipe import SyntheticSource
 from cllm4rec_dist.corpus.synthetic import generate
-from tests.corpus.samples import recipe
+from tests.corpus.samples import interactions, recipe
 
 
 def test_same_seed_same_data() -> None:
@@ -17,25 +17,27 @@ def test_same_seed_same_data() -> None:
     )
     one, two = generate(config), generate(config)
     for name in ("interactions", "items", "users"):
-        pd.testing.assert_frame_equal(getattr(one, name), getattr(two, name))
+        polars.testing.assert_frame_equal(getattr(one, name), getattr(two, name))
+    assert list(one.reviews) == list(two.reviews)
     other = generate(config.model_copy(update={"seed": 4}))
     assert not one.interactions["item"].equals(other.interactions["item"])
 
 
 def test_shape_and_scripts() -> None:
     raw = generate(SyntheticSource(format="synthetic", num_users=120, num_items=110, mean_interactions=10))
-    assert raw.interactions["user"].nunique() == 120
-    assert not raw.interactions.duplicated(["user", "item"]).any()
-    assert raw.interactions.groupby("user").size().min() >= 5
-    assert 8 < raw.interactions.groupby("user").size().mean() < 12
+    table = interactions(raw)
+    assert table["user"].nunique() == 120
+    assert not table.duplicated(["user", "item"]).any()
+    assert table.groupby("user").size().min() >= 5
+    assert 8 < table.groupby("user").size().mean() < 12
     assert {"用户-12", "пользователь-37"} <= set(raw.users["user"])
     assert {"товар-12", "商品-37"} <= set(raw.items["item"])
-    assert (raw.interactions["text"] != "").all()
+    assert (table["text"] != "").all()
 
 
 def test_fewest_items() -> None:
     raw = generate(SyntheticSource(format="synthetic", num_users=3, num_items=5, num_clusters=1))
-    assert raw.interactions.groupby("user").size().tolist() == [5, 5, 5]
+    assert interactions(raw).groupby("user").size().tolist() == [5, 5, 5]
 
 
 def test_history_says_more_than_popularity() -> None:

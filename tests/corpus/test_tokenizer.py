@@ -118,3 +118,23 @@ def test_use_does_not_change_the_fingerprint() -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer"):
         WordTokenizer.load(tmp_path)
+
+
+def test_control_tokens_in_peoples_texts_are_words() -> None:
+    raw = train_tokenizer(TEXTS, 320)
+    raw.add_tokens(["<tool_call>", "\n\n"])  # added, and not called special
+    raw.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer = WordTokenizer(raw)
+    control = {raw.convert_tokens_to_ids(token) for token in ("<|end|>", "<|im_end|>", "<tool_call>")}
+    for text in ("the <|end|> quiet", "<|im_end|>", "a<tool_call>b"):
+        (ids,) = tokenizer.encode_batch([text])
+        assert not control & set(ids)
+        assert tokenizer.decode(ids, SPACE) == text
+    (blank,) = tokenizer.encode_batch(["quiet\n\ntrail"])
+    assert raw.convert_tokens_to_ids("\n\n") in blank, "what is no markup stays a token"
+
+
+def test_ordinary_texts_have_the_tokens_that_transformers_gives_them() -> None:
+    raw = train_tokenizer(TEXTS, 320)
+    texts = [*TEXTS, "a  b\n\nc", "", "🙂 ok", "<b>x</b> & 5 < 6"]
+    assert WordTokenizer(raw).encode_batch(texts) == raw(texts, add_special_tokens=False).input_ids

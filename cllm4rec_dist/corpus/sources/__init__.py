@@ -1,7 +1,7 @@
 """Readers of raw data, one module a family of formats.
 
-Every reader turns its files into rows of (line, user, item, rating, timestamp, text) and texts of users and items; what
-is dirty in them is judged in one place, `corpus/raw.py`.
+Every reader turns its files into batches of columns user, item, rating, timestamp and text, and of texts about users and
+items; what is dirty in them is judged in one place, `corpus/raw.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from cllm4rec_dist.corpus.raw import RawData
 from cllm4rec_dist.corpus.recipe import (
     AmazonSource,
     GroupLensSource,
+    MindSource,
     RecboleSource,
     SequencesSource,
     SourceConfig,
+    SteamSource,
     SyntheticSource,
     TableSource,
 )
+from cllm4rec_dist.corpus.sources.mind import read_mind
 from cllm4rec_dist.corpus.sources.movielens import read_grouplens, read_recbole
-from cllm4rec_dist.corpus.sources.reviews import read_amazon, read_yelp
+from cllm4rec_dist.corpus.sources.reviews import read_amazon, read_steam, read_yelp
 from cllm4rec_dist.corpus.sources.sequences import read_sequences
 from cllm4rec_dist.corpus.sources.tables import read_table
 from cllm4rec_dist.corpus.synthetic import generate
@@ -38,8 +41,8 @@ def read_source(source: SourceConfig) -> RawData:
     """
     raw = _read(source)
     logger.info(
-        "read %s: %d interactions of %d users with %d items", source.format, len(raw.interactions),
-        raw.interactions["user"].nunique(), raw.interactions["item"].nunique(),
+        "read %s: %s interactions of %s users with %s items", source.format, f"{len(raw.interactions):,}",
+        f"{len(raw.user_ids):,}", f"{len(raw.item_ids):,}",
     )  # fmt: skip
     return raw
 
@@ -52,6 +55,10 @@ def _read(source: SourceConfig) -> RawData:
             return read_grouplens(source)
         case AmazonSource():
             return read_amazon(source)
+        case SteamSource():
+            return read_steam(source)
+        case MindSource():
+            return read_mind(source)
         case SequencesSource():
             return read_sequences(source)
         case TableSource():

@@ -1,186 +1,222 @@
-"""Reading text files line by line, with the number of each line.
+"""Raw files as bytes: which files a path means, and what is inside of them whatever their names say.
 
-A line is what ends with a newline and nothing else: other separators of Unicode belong to the texts. Bytes that are
-not of the encoding make a line unreadable, not the file.
+A path is a file, a pattern (`orders-*.csv`), a folder of parts as Spark and Hive write them, or a list of these, on any
+file system that fsspec knows. Compression is recognised by a file's first bytes. Whatever goes wrong while a file is
+read is one `DataError` that names it.
 """
 
 from __future__ import annotations
 
-import ast
-import csv
+import bz2
+import gzip
 import io
-import json
+import logging
+import lzma
+import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
 
+import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cllm4rec_dist.corpus.raw import SkipLog
+from cllm4rec_dist.corpus.skips import base_name
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
+
+logger = logging.getLogger(__name__)
+
+_PATTERN = "*?["
+_FETCH = "Fetch the file again."
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowInvalid, ValueError)
+_UNSUPPORTED = {
+    b"ORC": "an ORC file", b"Obj\x01": "an Avro file", b"ARROW1": "an Arrow (Feather) file",
+    b"\x89HDF": "an HDF5 file", b"SQLite format 3": "an SQLite database", b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"7z\xbc\xaf": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\x1f\x9d": "a file of compress (.Z)",
+}  # fmt: skip
+PARQUET_MAGIC = b"PAR1"
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One raw file.
+
+    Attributes:
+        path: path or URL, as it is shown to people.
+        partition: columns that its folders name, as in `country=de/part-0.csv`.
+    """
+
+    path: str
+    partition: dict[str, str] = field(default_factory=dict)
+
+
+def find_files(paths: Sequence[str]) -> list[RawFile]:
+    """The files that paths, patterns and folders mean; those of a pattern or folder sorted by name.
+
+    Files whose names begin with `_` or `.` (Spark's `_SUCCESS`) and empty ones are no parts of a folder.
+
+    Raises:
+        DataError: for one that means no file.
+    """
+    return [file for path in paths for file in _find(path)]
+
+
+def _find(path: str) -> list[RawFile]:
+    fs, place = locate("file", path, DataError)
+    try:
+        with as_os_errors():
+            if fs.isfile(place):
+                return [RawFile(path)]
+            is_pattern = any(letter in path for letter in _PATTERN)
+            if is_pattern:
+                found = sorted(str(name) for name in fs.glob(place))
+                roots = [name for name in found if fs.isdir(name)]
+                files = [RawFile(_shown(fs, name)) for name in found if name not in roots and _is_part(fs, name)]
+            else:
+                roots, files = ([place] if fs.isdir(place) else []), []
+            for root in roots:
+                files += _parts(fs, root)
+    except OSError as error:
+        raise DataError("file", path, f"cannot be reached ({error})", "Mend the path or its credentials.") from error
+    if files:
+        return files
+    if roots:
+        raise DataError("file", path, "is a folder without files to read", "Give the folder of the parts.")
+    constraint = "matches no file" if is_pattern else "does not exist"
+    raise DataError("file", path, constraint, "Mend the path in the recipe, or fetch the data.")
+
+
+def _parts(fs: fsspec.AbstractFileSystem, root: str) -> list[RawFile]:
+    found = []
+    for name in sorted(str(name) for name in fs.find(root)):
+        inner = name.removeprefix(root).strip("/").split("/")
+        if not any(part.startswith(("_", ".")) for part in inner) and _is_part(fs, name):
+            keys = dict(part.split("=", 1) for part in inner[:-1] if "=" in part)
+            found.append(RawFile(_shown(fs, name), keys))
+    return found
+
+
+def _is_part(fs: fsspec.AbstractFileSystem, name: str) -> bool:
+    return fs.info(name)["size"] != 0
+
+
+def _shown(fs: fsspec.AbstractFileSystem, name: str) -> str:
+    return name if "file" in fs.protocol or fs.protocol == "file" else fs.unstrip_protocol(name)
 
 
 @contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
-    """A file of any fsspec URL, decompressed by its extension.
+    """Content of a file of any fsspec URL, decompressed by its first bytes (gz, bz2, xz, zst, a zip of one file).
 
     Raises:
-        DataError: where it is missing or breaks off.
+        DataError: where it is missing, damaged, or of a kind that cannot be read.
     """
+    fs, place = locate("file", path, DataError)
+    with ExitStack() as stack:
+        try:
+            with as_os_errors():
+                file = stack.enter_context(fs.open(place, "rb"))
+            content = _decompressed(path, cast(BinaryIO, file), stack)
+            yield content
+        except FileNotFoundError as error:
+            raise DataError("file", path, "does not exist", "Mend the path in the recipe, or fetch the data.") from error
+        except _DAMAGE as error:
+            if isinstance(error, UnicodeError):
+                raise
+            raise DataError("file", path, f"cannot be read ({error or type(error).__name__})", _FETCH) from error
+
+
+def _decompressed(path: str, file: BinaryIO, stack: ExitStack) -> BinaryIO:
+    expected = next((kind for kind in _OPENERS if path.lower().endswith(f".{kind}")), None)
+    magic = file.read(16)
+    file.seek(0)
+    kind = next((kind for kind, (prefix, _) in _OPENERS.items() if magic.startswith(prefix)), None)
+    if kind != expected and magic:
+        logger.warning("%s: its first bytes say %s, so it is read as that", path, kind or "no compression")
+    if kind is None:
+        for prefix, what in _UNSUPPORTED.items():
+            if magic.startswith(prefix):
+                raise DataError("file", path, f"is {what}", "Save it as CSV, JSON lines or Parquet.")
+        return file
+    content = stack.enter_context(_OPENERS[kind][1](file))
+    head = content.read(262)
+    if head[257:262] == b"ustar":
+        raise DataError("file", path, "is a tar archive", "Unpack it and give its file or folder.")
+    content.seek(0)
+    return content
+
+
+def _unzip(file: BinaryIO) -> BinaryIO:
+    archive = zipfile.ZipFile(file)
+    members = [info for info in archive.infolist() if not info.is_dir() and not base_name(info.filename)[:1] in "_."]
+    if any(info.filename == "xl/workbook.xml" for info in members):
+        raise ValueError("an Excel workbook: save it as CSV")
+    if len(members) != 1:
+        raise ValueError(f"a zip archive of {len(members)} files: unpack it and give the file")
+    return cast(BinaryIO, archive.open(members[0]))
+
+
+class _Zstandard(io.RawIOBase):
+    """A zstandard stream that can go back to its start, which pyarrow's cannot."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._streams = [self._start()]
+
+    def _start(self) -> pa.CompressedInputStream:
+        return pa.CompressedInputStream(pa.PythonFile(self._file, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._streams[-1].read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if (offset, whence) != (0, 0):
+            raise io.UnsupportedOperation("only back to the start")
+        self._file.seek(0)
+        self._streams.append(self._start())  # the old one would close the file if it went
+        return 0
+
+
+def _open_zstandard(file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, _Zstandard(file))
+
+
+_OPENERS: dict[str, tuple[bytes, Callable[[BinaryIO], Any]]] = {
+    "gz": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+    "bz2": (b"BZh", bz2.BZ2File),
+    "xz": (b"\xfd7zXZ\x00", lzma.LZMAFile),
+    "zst": (b"\x28\xb5\x2f\xfd", _open_zstandard),
+    "zip": (b"PK\x03\x04", _unzip),
+}
+
+
+def first_bytes(path: str, count: int = 1 << 16) -> bytes:
+    """The first bytes of a file, decompressed."""
+    with open_binary(path) as file:
+        return read_exactly(file, count)
+
+
+def read_exactly(file: BinaryIO, count: int) -> bytes:
+    """`count` bytes, or all that are left: a stream may give fewer at a time."""
+    parts: list[bytes] = []
+    while count > 0 and (part := file.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file. DataError where that cannot be told."""
     fs, place = locate("file", path, DataError)
     try:
         with as_os_errors():
-            source = fs.open(place, "rb", compression="infer")
-        with source as file:
-            yield file
-    except FileNotFoundError as error:
-        raise DataError("file", path, "does not exist", "Mend the path in the recipe, or fetch the data.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError("file", path, f"cannot be read ({error})", "Fetch the file again.") from error
-
-
-@contextmanager
-def _open_text(path: str, encoding: str, newline: str) -> Iterator[io.TextIOWrapper]:
-    with open_binary(path) as file:
-        # Python's name for UTF-8 with or without a byte order mark.
-        codec = "utf-8-sig" if encoding == "utf-8" else encoding
-        yield io.TextIOWrapper(file, encoding=codec, errors="surrogateescape", newline=newline)
-
-
-def _is_text(line: str) -> bool:
-    """Whether all bytes of the line were of the file's encoding."""
-    return line.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in line)
-
-
-def read_lines(path: str, log: SkipLog, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line that is not blank."""
-    with _open_text(path, encoding, "\n") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.rstrip("\r\n")
-            if not _is_text(text):
-                log.bad_line(path, number, ascii(text), f"is not {encoding} text")
-            elif text.strip():
-                yield number, text
-
-
-def read_fields(
-    path: str, delimiter: str, num_fields: int, log: SkipLog, encoding: str
-) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of unquoted lines that have exactly so many."""
-    for number, line in read_lines(path, log, encoding):
-        fields = line.split(delimiter)
-        if len(fields) == num_fields:
-            yield number, fields
-        else:
-            log.bad_line(path, number, line, f"has {len(fields)} fields and not {num_fields}")
-
-
-def read_csv(
-    path: str, columns: list[str], log: SkipLog, delimiter: str = ",", names: tuple[str, ...] | None = None
-) -> Iterator[tuple[int, list[str]]]:
-    """Line number and the chosen columns of each row; quotes are those of RFC 4180.
-
-    Args:
-        path: the file.
-        columns: names of the columns to give, in this order.
-        log: counts rows that cannot be read.
-        delimiter: between fields.
-        names: of the file's columns; None if its first line has them.
-
-    Raises:
-        DataError: for a column that the file does not have.
-    """
-    with _open_text(path, "utf-8", "") as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        header = list(names) if names is not None else next(reader, [])
-        indexes = column_indexes(path, header, columns)
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                log.bad_line(path, reader.line_num, "", f"is not CSV ({error})")
-                continue
-            if row is None:
-                return
-            if not row:
-                continue
-            if len(row) != len(header):
-                log.bad_line(path, reader.line_num, row, f"has {len(row)} fields and not {len(header)}")
-            elif not all(map(_is_text, row)):
-                log.bad_line(path, reader.line_num, ascii(row), "is not utf-8 text")
-            else:
-                yield reader.line_num, [row[index] for index in indexes]
-
-
-def column_indexes(path: str, header: list[str], columns: list[str]) -> list[int]:
-    """Where the columns are. DataError for one that is not there."""
-    for column in columns:
-        if column not in header:
-            raise DataError(
-                f"{path} line 1", column, f"is not among its columns {header!r:.200}", "Mend the names in the recipe."
-            )
-    return [header.index(column) for column in columns]
-
-
-def read_objects(path: str, log: SkipLog) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line of JSON, or of a Python literal, as Amazon's metadata of 2014 are."""
-    for number, line in read_lines(path, log):
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            found = _literal(line)
-        if isinstance(found, dict):
-            yield number, found
-        else:
-            log.bad_line(path, number, line, "is not a JSON object")
-
-
-def _literal(line: str) -> object:
-    try:
-        return ast.literal_eval(line)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-
-
-def read_parquet(path: str, columns: list[str]) -> Iterator[tuple[int, list[Any]]]:
-    """Row number, from 1, and the chosen columns of each row.
-
-    Raises:
-        DataError: for a file that is no Parquet, or a column that it does not have.
-    """
-    with open_binary(path) as file:
-        try:
-            table = pq.ParquetFile(file)
-        except ValueError as error:
-            raise DataError(
-                "file", path, f"is not Parquet ({error})", "Mend the path or kind in the recipe."
-            ) from error
-        column_indexes(path, table.schema_arrow.names, columns)
-        yield from enumerate(_parquet_rows(table, columns, path), start=1)
-
-
-def _parquet_rows(table: pq.ParquetFile, columns: list[str], path: str) -> Iterator[list[Any]]:
-    batches = table.iter_batches(columns=sorted(set(columns)))
-    while True:
-        try:
-            batch = next(batches, None)
-            values = [batch.column(name).to_pylist() for name in columns] if batch is not None else []
-        except (ValueError, pa.ArrowException) as error:  # also a page or a text that does not decode
-            raise DataError("file", path, f"is damaged ({error})", "Fetch the file again.") from error
-        if batch is None:
-            return
-        yield from map(list, zip(*values, strict=True))
-
-
-def require_field(path: str, entry: dict[str, Any], fields: tuple[str, ...]) -> None:
-    """DataError if the first object of a file has none of the fields: then the format in the recipe is wrong."""
-    if not any(name in entry for name in fields):
-        raise DataError(
-            f"{path} line 1",
-            list(entry),
-            f"has no field {' or '.join(fields)}",
-            "Choose the format or edition that fits.",
-        )
+            return bool(fs.isfile(place))
+    except OSError as error:
+        raise DataError("file", path, f"cannot be reached ({error})", "Mend the path or its credentials.") from error

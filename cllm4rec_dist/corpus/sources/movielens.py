@@ -1,26 +1,24 @@
-"""MovieLens: RecBole's atomic files, and the files of GroupLens."""
+"""MovieLens: RecBole's atomic files, which other data sets have too, and the files of GroupLens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-import pandas as pd
+import polars as pl
 
-from cllm4rec_dist.corpus.raw import (
-    RawData,
-    Row,
-    SkipLog,
-    clean_text,
-    clean_title,
-    collect_interactions,
-    collect_texts,
-    known_ids,
-    no_texts,
-)
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector, joined
 from cllm4rec_dist.corpus.recipe import GroupLensSource, RecboleSource
-from cllm4rec_dist.corpus.sources.files import column_indexes, open_binary, read_csv, read_fields
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.sources.delimited import read_delimited, read_header
+from cllm4rec_dist.corpus.sources.files import RawFile, exists, find_files
+from cllm4rec_dist.corpus.sources.records import Dialect
+from cllm4rec_dist.corpus.values import clean_texts
 from cllm4rec_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
@@ -37,123 +35,229 @@ _OCCUPATIONS = (
     "tradesman or craftsman", "unemployed", "writer",
 )  # fmt: skip
 _GENDERS = {"M": "male", "F": "female"}
-_PHRASES: dict[str, Callable[[str], str]] = {
-    "age": "{} years old".format,
-    "gender": lambda value: _GENDERS.get(value, value),
-    "occupation": "{}".format,
-    "release_year": "released in {}".format,
-    "class": "genres: {}".format,
-}
+_PHRASES = {"age": "{} years old", "release_year": "released in {}", "class": "genres: {}", "gender": "{}", "occupation": "{}"}
+_BENCHMARK_PARTS = ("train", "valid", "test")
 
 
-def _sentence(field_values: list[tuple[str, str]]) -> str:
-    """`age: 24, gender: M, occupation: writer` in words; fields without a value are left out."""
-    cleaned = [(name, clean_title(value)) for name, value in field_values]
-    return ", ".join(
-        _PHRASES.get(name, f"{name.replace('_', ' ')}: {{}}".format)(value) for name, value in cleaned if value
-    )
+def _sentence(columns: pl.DataFrame, fields: Sequence[str], missing: Sequence[str]) -> pl.Series:
+    """`24 years old, male, writer`: the fields' phrases, those without a value left out; null where all are."""
+    phrases = {}
+    for index, name in enumerate(fields):
+        values = clean_texts(columns[name], missing, one_line=True)
+        if name == "gender":
+            values = values.replace(_GENDERS)
+        phrase = _PHRASES.get(name, f"{name.replace('_', ' ')}: {{}}")
+        phrases[f"{index}"] = pl.select(pl.format(phrase, values)).to_series()
+    table = pl.DataFrame(phrases) if phrases else pl.DataFrame({"": [None] * len(columns)}, schema={"": pl.String})
+    return table.select(joined(table, table.columns, ", ")).to_series()
 
 
 def read_recbole(source: RecboleSource) -> RawData:
-    """Atomic files: tab-separated fields with a header `name:type`."""
-    log = SkipLog(source.on_bad_line)
-    fields = [source.user_field, source.item_field, source.rating_field, source.timestamp_field, source.text_field]
-    interactions = collect_interactions(
-        _atomic_interactions(source.interactions, fields, log),
-        source.interactions,
-        log,
-        has_rating=source.rating_field is not None,
-        has_text=source.text_field is not None,
-    )
-    items, users = no_texts("item", ("title", "description")), no_texts("user", ("text",))
+    """Atomic files, the three of a benchmark split included."""
+    log = SkipLog(source.on_bad_line, source.max_lost)
+    files = _benchmark_files(source)
+    parts: Sequence[int | None] = range(3) if files else [None] * len(found := find_files(source.interactions))
+    files = files or found
+    names = _interaction_fields(source, files[0])
+    rules = Rules(
+        missing=source.missing, has_rating="rating" in names, has_text="text" in names,
+        allow_unmatched=source.allow_unmatched,
+    )  # fmt: skip
+    collector = InteractionCollector(log, rules, names)
+    for file, part in zip(files, parts, strict=True):
+        collector.add_file(file.path, _atomic(source, file, names, log), part)
+    raw = collector.finish()
     if source.items is not None:
-        names = [source.item_field, source.title_field, *source.description_fields]
-        rows = _atomic_rows(source.items, names, log)
-        described = ((f[0], clean_title(f[1]), _sentence(list(zip(names[2:], f[2:], strict=True)))) for _, f in rows)
-        items = collect_texts(described, "item", ("title", "description"), known_ids(interactions, "item"), log)
+        title = {} if source.title_field is None else {"title": source.title_field}
+        optional = {f"d{name}": name for name in source.description_fields}
+        described = TextCollector("item", ("title", "description"), raw.item_ids, log, rules, one_line=("title",))
+        for file in find_files(source.items):
+            present = _present(source, file, title | optional, ("title_field", "description_fields"))
+            batches = _atomic(source, file, {"item": source.item_field, **present}, log)
+            described.add_file(file.path, _with_sentence(batches, "item", "description", present, source.missing))
+        raw = replace(raw, items=described.finish())
     if source.users is not None:
-        names = [source.user_field, *source.profile_fields]
-        rows = _atomic_rows(source.users, names, log)
-        profiles = ((f[0], _sentence(list(zip(names[1:], f[1:], strict=True)))) for _, f in rows)
-        users = collect_texts(profiles, "user", ("text",), known_ids(interactions, "user"), log)
-    return RawData(interactions, items, users, log.skipped)
+        profiles = TextCollector("user", ("text",), raw.user_ids, log, rules)
+        for file in find_files(source.users):
+            present = _present(source, file, {f"d{name}": name for name in source.profile_fields}, ("profile_fields",))
+            batches = _atomic(source, file, {"user": source.user_field, **present}, log)
+            profiles.add_file(file.path, _with_sentence(batches, "user", "text", present, source.missing))
+        raw = replace(raw, users=profiles.finish())
+    return raw
 
 
-def _atomic_interactions(path: str, fields: list[str | None], log: SkipLog) -> Iterator[Row]:
-    present = [name for name in fields if name is not None]
-    for line, values in _atomic_rows(path, present, log):
-        by_field: dict[str | None, str] = dict(zip(present, values, strict=True))
-        user, item, rating, timestamp, text = (by_field.get(name) for name in fields)
-        yield line, user, item, rating, timestamp, text
+def _benchmark_files(source: RecboleSource) -> list[RawFile]:
+    """The files of a split beside the one that is named and does not exist."""
+    if len(source.interactions) != 1 or exists(path := source.interactions[0]):
+        return []
+    stem = path.removesuffix(".inter")
+    names = [f"{stem}.{part}.inter" for part in _BENCHMARK_PARTS]
+    if not exists(names[0]):
+        return []
+    logger.info("%s does not exist; the split of %s is kept", path, ", ".join(names))
+    return find_files(names)
 
 
-def _atomic_rows(path: str, columns: list[str], log: SkipLog) -> Iterator[tuple[int, list[str]]]:
-    """Line number and the chosen fields of each line below the header."""
-    with open_binary(path) as file:
-        first = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
-    header = [name.rpartition(":")[0] for name in first.split("\t")]
-    if not all(header):
+def _interaction_fields(source: RecboleSource, file: RawFile) -> dict[str, str]:
+    names = {"user": source.user_field, "item": source.item_field}
+    optional = {"rating": source.rating_field, "timestamp": source.timestamp_field, "text": source.text_field}
+    wanted = {role: name for role, name in optional.items() if name is not None}
+    return names | _present(source, file, wanted, tuple(f"{role}_field" for role in wanted))
+
+
+def _present(source: RecboleSource, file: RawFile, names: dict[str, str], keys: Sequence[str]) -> dict[str, str]:
+    """The fields that the file has. Those that the recipe names itself must be there; others are left out, with a log."""
+    header, _ = read_header(file, _dialect(source))
+    in_file = [name.rpartition(":")[0] for name in header]
+    absent = {role: name for role, name in names.items() if name not in in_file}
+    given = {key for key in keys if key in source.model_fields_set}
+    for role, name in absent.items():
+        key = next((key for key in keys if _is_of(key, role)), keys[0])
+        if key in given:
+            raise DataError(
+                f"{file.path} line 1", name, f"is not among its columns {in_file!r:.300}",
+                f"Mend {key} in the recipe, or set it to {'null' if key.endswith('_field') else '[]'}.",
+            )  # fmt: skip
+        logger.info("%s has no field %r and is read without it (set %s to name another)", file.path, name, key)
+    return {role: name for role, name in names.items() if role not in absent}
+
+
+def _is_of(key: str, role: str) -> bool:
+    return key == f"{role}_field" or (role.startswith("d") and key.endswith("_fields"))
+
+
+def _dialect(source: RecboleSource, names: tuple[str, ...] | None = None) -> Dialect:
+    return Dialect(source.field_separator, "none", None, source.encoding, names)
+
+
+def _atomic(source: RecboleSource, file: RawFile, names: dict[str, str], log: SkipLog) -> Iterator[Batch]:
+    """The fields of each line under the names of their roles."""
+    header, _ = read_header(file, _dialect(source))
+    fields = [name.rpartition(":")[0] for name in header]
+    if not all(fields):
         raise DataError(
-            f"{path} line 1", first, "is not a header of typed fields (user_id:token)", "Choose another format."
+            f"{file.path} line 1", source.field_separator.join(header)[:100],
+            "is not a header of typed fields (user_id:token)", "Choose another format, or set field_separator.",
+        )  # fmt: skip
+    typed = {name: full for name, full in zip(fields, header, strict=True)}
+    missing = [name for name in names.values() if name not in typed]
+    if missing:
+        raise DataError(
+            f"{file.path} line 1", missing[0], f"is not among its columns {fields!r:.300}", "Mend the names in the recipe."
         )
-    indexes = column_indexes(path, header, columns)
-    rows = read_fields(path, "\t", len(header), log, "utf-8")
-    return ((line, [values[index] for index in indexes]) for line, values in rows if line > 1)
+    columns = list(dict.fromkeys(typed[name] for name in names.values()))
+    numeric = [typed[names[role]] for role in ("rating", "timestamp") if role in names]
+    for batch in read_delimited(file, columns, _dialect(source), log, numeric):
+        renamed = batch.columns.select(batch.columns[typed[name]].alias(role) for role, name in names.items())
+        yield Batch(batch.path, batch.lines, renamed)
+
+
+def _with_sentence(
+    batches: Iterator[Batch], kind: str, text: str, present: dict[str, str], missing: Sequence[str]
+) -> Iterator[Batch]:
+    """The id, the title if there is one, and a sentence of the other fields."""
+    fields = {role: name for role, name in present.items() if role != "title"}
+    for batch in batches:
+        named = batch.columns.select(kind, *(pl.col(role).alias(name) for role, name in fields.items() if name != kind))
+        columns = {kind: batch.columns[kind], text: _sentence(named, list(fields.values()), missing)}
+        if kind == "item":
+            none = pl.Series([None] * len(batch.lines), dtype=pl.String)
+            columns["title"] = batch.columns["title"] if "title" in present else none
+        yield Batch(batch.path, batch.lines, pl.DataFrame(columns))
 
 
 def read_grouplens(source: GroupLensSource) -> RawData:
-    """The three layouts that GroupLens has used."""
-    log = SkipLog(source.on_bad_line)
-    at = partial("{}/{}".format, source.folder.rstrip("/"))
-    no_users = no_texts("user", ("text",))
+    """The layouts that GroupLens has used."""
+    log = SkipLog(source.on_bad_line, source.max_lost)
+    folder = source.folder.rstrip("/")
+    names = ("userId", "movieId", "rating", "timestamp")
     match source.edition:
         case "100k":
-            interactions = _ratings(read_fields(at("u.data"), "\t", 4, log, "latin-1"), at("u.data"), log)
-            movies = _movies_100k(at("u.item"), log)
-            profiles = _profiles_100k(at("u.user"), log)
-            users = collect_texts(profiles, "user", ("text",), known_ids(interactions, "user"), log)
-        case "1m":
-            interactions = _ratings(read_fields(at("ratings.dat"), "::", 4, log, "latin-1"), at("ratings.dat"), log)
-            movies = _movies(read_fields(at("movies.dat"), "::", 3, log, "latin-1"))
-            profiles = _profiles_1m(at("users.dat"), log)
-            users = collect_texts(profiles, "user", ("text",), known_ids(interactions, "user"), log)
-        case "csv":
-            columns = ["userId", "movieId", "rating", "timestamp"]
-            interactions = _ratings(read_csv(at("ratings.csv"), columns, log), at("ratings.csv"), log)
-            movies, users = _movies(read_csv(at("movies.csv"), ["movieId", "title", "genres"], log)), no_users
-    items = collect_texts(movies, "item", ("title", "description"), known_ids(interactions, "item"), log)
-    return RawData(interactions, items, users, log.skipped)
+            ratings, movies, profiles = f"{folder}/u.data", f"{folder}/u.item", f"{folder}/u.user"
+            dialect = Dialect("\t", "none", None, source.encoding, names)
+        case "1m" | "10m":
+            ratings, movies, profiles = (f"{folder}/{name}.dat" for name in ("ratings", "movies", "users"))
+            dialect = Dialect("::", "none", None, source.encoding, names)
+        case _:
+            ratings, movies, profiles = f"{folder}/ratings.csv", f"{folder}/movies.csv", ""
+            dialect = Dialect(",", "double", None, source.encoding)
+    rules = Rules(missing=source.missing, has_rating=True, allow_unmatched=source.allow_unmatched)
+    roles = dict(zip(("user", "item", "rating", "timestamp"), names, strict=True))
+    collector = InteractionCollector(log, rules, roles)
+    for file in find_files([ratings]):
+        collector.add_file(file.path, _as_roles(read_delimited(file, names, dialect, log, names[2:]), roles))
+    raw = collector.finish()
+    described = TextCollector("item", ("title", "description"), raw.item_ids, log, rules, one_line=("title",))
+    for file in find_files([movies]):
+        described.add_file(file.path, _movies(file, source, dialect, log))
+    raw = replace(raw, items=described.finish())
+    if profiles and (source.edition == "100k" or exists(profiles)):
+        about = TextCollector("user", ("text",), raw.user_ids, log, rules)
+        for file in find_files([profiles]):
+            about.add_file(file.path, _profiles(file, source, log))
+        raw = replace(raw, users=about.finish())
+    return raw
 
 
-def _ratings(rows: Iterator[tuple[int, list[str]]], path: str, log: SkipLog) -> pd.DataFrame:
-    stream = ((line, user, item, rating, time, None) for line, (user, item, rating, time) in rows)
-    return collect_interactions(stream, path, log, has_rating=True, has_text=False)
+def _as_roles(batches: Iterator[Batch], roles: dict[str, str]) -> Iterator[Batch]:
+    for batch in batches:
+        yield Batch(batch.path, batch.lines, batch.columns.rename({name: role for role, name in roles.items()}))
 
 
-def _genres(names: list[str]) -> str:
-    known = [name for name in names if name not in ("", "unknown", "(no genres listed)")]
-    return f"genres: {', '.join(known)}" if known else ""
+def _movies(file: RawFile, source: GroupLensSource, dialect: Dialect, log: SkipLog) -> Iterator[Batch]:
+    names: tuple[str, ...] = ("movieId", "title", "genres")
+    make: Callable[[pl.DataFrame], pl.Expr] = _listed_genres
+    if source.edition == "100k":
+        names = ("movieId", "title", "date", "video", "url", *_GENRES)
+        dialect = Dialect("|", "none", None, source.encoding, names)
+        make = _flagged_genres
+    elif dialect.names is not None:
+        dialect = replace(dialect, names=names)
+    for batch in read_delimited(file, names, dialect, log):
+        columns = batch.columns.select(
+            pl.col("movieId").alias("item"), "title", make(batch.columns).alias("description")
+        )
+        yield Batch(batch.path, batch.lines, columns)
 
 
-def _movies(rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, str, str]]:
-    return ((item, clean_title(title), _genres(genres.split("|"))) for _, (item, title, genres) in rows)
+def _genres(names: pl.Expr) -> pl.Expr:
+    """`genres: Drama, War` of lists of names; null where there is none."""
+    known = names.list.eval(
+        pl.element().filter(pl.element().is_not_null() & ~pl.element().is_in(["", "unknown", "(no genres listed)"]))
+    )
+    return pl.when(known.list.len() > 0).then("genres: " + known.list.join(", "))
 
 
-def _movies_100k(path: str, log: SkipLog) -> Iterator[tuple[str, str, str]]:
-    for _, fields in read_fields(path, "|", 5 + len(_GENRES), log, "latin-1"):
-        genres = [name for name, flag in zip(_GENRES, fields[5:], strict=True) if flag == "1"]
-        yield fields[0], clean_title(fields[1]), _genres(genres)
+def _listed_genres(columns: pl.DataFrame) -> pl.Expr:
+    return _genres(pl.col("genres").str.split("|"))
 
 
-def _profiles_100k(path: str, log: SkipLog) -> Iterator[tuple[str, str]]:
-    for _, (user, age, gender, occupation, _zip) in read_fields(path, "|", 5, log, "latin-1"):
-        yield user, _sentence([("age", age), ("gender", gender), ("occupation", occupation)])
+def _flagged_genres(columns: pl.DataFrame) -> pl.Expr:
+    return _genres(pl.concat_list([pl.when(pl.col(name).str.strip_chars() == "1").then(pl.lit(name)) for name in _GENRES]))
 
 
-def _profiles_1m(path: str, log: SkipLog) -> Iterator[tuple[str, str]]:
-    for line, (user, gender, age, occupation, _zip) in read_fields(path, "::", 5, log, "latin-1"):
-        if not (occupation.isascii() and occupation.isdigit() and int(occupation) < len(_OCCUPATIONS)):
-            log.bad_line(path, line, occupation, "is no occupation of MovieLens 1M")
-            continue
-        words = [_AGES.get(age, ""), _GENDERS.get(gender, ""), _OCCUPATIONS[int(occupation)]]
-        yield user, clean_text(", ".join(word for word in words if word))
+def _profiles(file: RawFile, source: GroupLensSource, log: SkipLog) -> Iterator[Batch]:
+    if source.edition == "100k":
+        names, separator = ("user", "age", "gender", "occupation", "zip"), "|"
+    else:
+        names, separator = ("user", "gender", "age", "occupation", "zip"), "::"
+    dialect = Dialect(separator, "none", None, source.encoding, names)
+    for batch in read_delimited(file, names, dialect, log):
+        if source.edition != "100k":
+            batch = _decoded(batch, log)
+            texts = batch.columns.select(joined(batch.columns, ("age", "gender", "occupation"), ", ")).to_series()
+        else:
+            texts = _sentence(batch.columns, ("age", "gender", "occupation"), source.missing)
+        yield Batch(batch.path, batch.lines, pl.DataFrame({"user": batch.columns["user"], "text": texts}))
+
+
+def _decoded(batch: Batch, log: SkipLog) -> Batch:
+    """Profiles of MovieLens 1M in words; a row with an unknown occupation is lost."""
+    jobs = {str(index): name for index, name in enumerate(_OCCUPATIONS)}
+    known = batch.columns["occupation"].is_in(list(jobs)).to_numpy()
+    for line, job in zip(batch.lines[~known].tolist(), batch.columns["occupation"].filter(~known).to_list(), strict=True):
+        log.lose("has an occupation that MovieLens 1M does not have", batch.path, line, job)
+    batch = batch.keep(known)
+    words = {"age": _AGES, "gender": _GENDERS, "occupation": jobs}
+    columns = [pl.col(name).replace_strict(table, default=None, return_dtype=pl.String) for name, table in words.items()]
+    return Batch(batch.path, batch.lines, batch.columns.with_columns(columns))

@@ -1,101 +1,167 @@
-"""Amazon reviews and the Yelp open dataset: JSON lines with texts of users about items."""
+"""Amazon reviews, the Yelp open dataset and Steam: JSON lines with texts of users about items."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from cllm4rec_dist.corpus.raw import (
-    RawData,
-    Row,
-    SkipLog,
-    clean_text,
-    clean_title,
-    collect_interactions,
-    collect_texts,
-    known_ids,
-    no_texts,
-)
-from cllm4rec_dist.corpus.recipe import AmazonSource, YelpSource
-from cllm4rec_dist.corpus.sources.files import read_objects, require_field
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector
+from cllm4rec_dist.corpus.recipe import AmazonSource, FileSource, SteamSource, YelpSource
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.sources.files import RawFile, find_files
+from cllm4rec_dist.corpus.sources.objects import Getter, Object, object_batches, read_objects, require_fields
+from cllm4rec_dist.corpus.values import id_text, number_text, plain_text
 
-Objects = Iterator[tuple[int, dict[str, Any]]]
+Groups = Sequence[tuple[str, ...]]
 
 
-def _checked(path: str, log: SkipLog, *required: tuple[str, ...]) -> Objects:
-    """The objects of a file whose first one has at least one field of each group."""
-    objects = read_objects(path, log)
-    for first in objects:
-        for fields in required:
-            require_field(path, first[1], fields)
-        return chain([first], objects)
-    return iter(())
+def _field(*names: str, convert: Callable[[Any], str | None]) -> Callable[[Object], str | None]:
+    """The first of the fields that has a value."""
+
+    def get(entry: Object) -> str | None:
+        for name in names:
+            value = entry.get(name)
+            if value is not None and value != "":
+                return convert(value)
+        return None
+
+    return get
 
 
-def _joined(value: object) -> str:
-    """A description that is a text or a list of paragraphs."""
-    parts = value if isinstance(value, list) else [value]
-    return " ".join(text for part in parts if (text := clean_text(part)))
+def _rules(source: FileSource, *, html: bool = False, rating: bool = True) -> Rules:
+    return Rules(
+        missing=source.missing, has_rating=rating, has_text=True, has_html=html, allow_unmatched=source.allow_unmatched
+    )
+
+
+def _read_reviews(
+    source: FileSource, paths: Sequence[str], getters: Sequence[Getter], required: Groups, rules: Rules, log: SkipLog,
+    expand: Callable[[Iterator[tuple[int, Object]]], Iterator[tuple[int, Object]]] | None = None,
+) -> RawData:  # fmt: skip
+    collector = InteractionCollector(log, rules)
+    for file in find_files(paths):
+        objects = require_fields(file.path, read_objects(file, log, source.encoding), *required)
+        if expand is not None:
+            objects = expand(objects)
+        collector.add_file(file.path, object_batches(file, objects, getters, log))
+    return collector.finish()
+
+
+def _add_texts(
+    collector: TextCollector, source: FileSource, files: Sequence[RawFile], getters: Sequence[Getter], required: Groups,
+    log: SkipLog,
+) -> Any:  # fmt: skip
+    for file in files:
+        objects = require_fields(file.path, read_objects(file, log, source.encoding), *required)
+        collector.add_file(file.path, object_batches(file, objects, getters, log))
+    return collector.finish()
 
 
 def read_amazon(source: AmazonSource) -> RawData:
     """Reviews and metadata; the text of a review is its body, or its title where it has no body."""
-    log = SkipLog(source.on_bad_line)
-    rows = _amazon_2023(source.reviews, log) if source.edition == "2023" else _amazon_2014(source.reviews, log)
-    interactions = collect_interactions(rows, source.reviews, log, has_rating=True, has_text=True)
-    items = no_texts("item", ("title", "description"))
+    log, rules = SkipLog(source.on_bad_line, source.max_lost), _rules(source, html=True)
+    if source.edition == "2023":
+        names = ("user_id", ("parent_asin", "asin"), "rating", "timestamp", ("text", "title"), "parent_asin")
+    else:
+        names = ("reviewerID", ("asin",), "overall", "unixReviewTime", ("reviewText", "summary"), "asin")
+    user, items, rating, time, texts, key = names
+    times = (str(time), "reviewTime") if source.edition != "2023" else (str(time),)
+    getters: list[Getter] = [
+        ("user", _field(str(user), convert=id_text)),
+        ("item", _field(*items, convert=id_text)),
+        ("rating", _field(str(rating), convert=number_text)),
+        ("timestamp", _field(*times, convert=number_text)),
+        ("text", _field(*texts, convert=plain_text)),
+    ]
+    raw = _read_reviews(source, source.reviews, getters, [(str(user),), tuple(items)], rules, log)
     if source.metadata is not None:
-        key = "parent_asin" if source.edition == "2023" else "asin"
-        described = (
-            (entry.get(key), clean_title(entry.get("title")), _joined(entry.get("description")))
-            for _, entry in _checked(source.metadata, log, (key,))
-        )
-        items = collect_texts(described, "item", ("title", "description"), known_ids(interactions, "item"), log)
-    return RawData(interactions, items, no_texts("user", ("text",)), log.skipped)
-
-
-def _amazon_2014(path: str, log: SkipLog) -> Iterator[Row]:
-    for line, entry in _checked(path, log, ("reviewerID",), ("asin",)):
-        text = entry.get("reviewText") or entry.get("summary")
-        yield line, entry.get("reviewerID"), entry.get("asin"), entry.get("overall"), entry.get("unixReviewTime"), text
-
-
-def _amazon_2023(path: str, log: SkipLog) -> Iterator[Row]:
-    for line, entry in _checked(path, log, ("user_id",), ("parent_asin", "asin")):
-        item = entry.get("parent_asin") or entry.get("asin")
-        text = entry.get("text") or entry.get("title")
-        yield line, entry.get("user_id"), item, entry.get("rating"), entry.get("timestamp"), text
+        about: list[Getter] = [
+            ("item", _field(str(key), convert=id_text)),
+            ("title", _field("title", convert=plain_text)),
+            ("description", _field("description", convert=plain_text)),
+        ]
+        collector = TextCollector("item", ("title", "description"), raw.item_ids, log, rules, one_line=("title",))
+        items_table = _add_texts(collector, source, find_files(source.metadata), about, [(str(key),)], log)
+        raw = replace(raw, items=items_table)
+    return raw
 
 
 def read_yelp(source: YelpSource) -> RawData:
     """Reviews; a business's description is its categories and city, a user's text when they joined and were elite."""
-    log = SkipLog(source.on_bad_line)
-    reviews = _checked(source.reviews, log, ("user_id",), ("business_id",))
-    rows: Iterator[Row] = (
-        (line, e.get("user_id"), e.get("business_id"), e.get("stars"), e.get("date"), e.get("text"))
-        for line, e in reviews
-    )
-    interactions = collect_interactions(rows, source.reviews, log, has_rating=True, has_text=True)
-    items, users = no_texts("item", ("title", "description")), no_texts("user", ("text",))
+    log, rules = SkipLog(source.on_bad_line, source.max_lost), _rules(source)
+    getters: list[Getter] = [
+        ("user", _field("user_id", convert=id_text)),
+        ("item", _field("business_id", convert=id_text)),
+        ("rating", _field("stars", convert=number_text)),
+        ("timestamp", _field("date", convert=number_text)),
+        ("text", _field("text", convert=plain_text)),
+    ]
+    raw = _read_reviews(source, source.reviews, getters, [("user_id",), ("business_id",)], rules, log)
     if source.businesses is not None:
-        described = (
-            (e.get("business_id"), clean_title(e.get("name")), _business(e))
-            for _, e in _checked(source.businesses, log, ("business_id",))
+        about: list[Getter] = [
+            ("item", _field("business_id", convert=id_text)), ("title", _field("name", convert=plain_text)),
+            ("description", _business),
+        ]  # fmt: skip
+        items = TextCollector(
+            "item", ("title", "description"), raw.item_ids, log, rules, one_line=("title", "description")
         )
-        items = collect_texts(described, "item", ("title", "description"), known_ids(interactions, "item"), log)
+        table = _add_texts(items, source, find_files(source.businesses), about, [("business_id",)], log)
+        raw = replace(raw, items=table)
     if source.users is not None:
-        profiles = ((e.get("user_id"), _member(e)) for _, e in _checked(source.users, log, ("user_id",)))
-        users = collect_texts(profiles, "user", ("text",), known_ids(interactions, "user"), log)
-    return RawData(interactions, items, users, log.skipped)
+        profile: list[Getter] = [("user", _field("user_id", convert=id_text)), ("text", _member)]
+        users = TextCollector("user", ("text",), raw.user_ids, log, rules, one_line=("text",))
+        raw = replace(raw, users=_add_texts(users, source, find_files(source.users), profile, [("user_id",)], log))
+    return raw
 
 
-def _business(entry: dict[str, Any]) -> str:
-    categories, city = clean_title(entry.get("categories")), clean_title(entry.get("city"))
-    return ", ".join(part for part in (categories, city and f"in {city}") if part)
+def _business(entry: Object) -> str | None:
+    categories, city = plain_text(entry.get("categories")), plain_text(entry.get("city"))
+    return ", ".join(part for part in (categories, city and f"in {city}") if part) or None
 
 
-def _member(entry: dict[str, Any]) -> str:
+def _member(entry: Object) -> str | None:
     # Counts and averages of the user's reviews are left out: they include the held-out ones.
-    since, elite = clean_title(entry.get("yelping_since"))[:4], clean_title(entry.get("elite"))
-    return ", ".join(part for part in (since and f"member since {since}", elite and f"elite in {elite}") if part)
+    since, elite = (plain_text(entry.get("yelping_since")) or "")[:4], plain_text(entry.get("elite"))
+    return ", ".join(part for part in (since and f"member since {since}", elite and f"elite in {elite}") if part) or None
+
+
+def read_steam(source: SteamSource) -> RawData:
+    """Reviews, or the games that users own; nothing is rated, every game counts."""
+    log, rules = SkipLog(source.on_bad_line, source.max_lost), _rules(source, rating=False)
+    users, items = ("username", "user_id"), ("product_id", "item_id")
+    getters: list[Getter] = [
+        ("user", _field(*users, convert=id_text)),
+        ("item", _field(*items, convert=id_text)),
+        ("timestamp", _field("date", convert=number_text)),
+        ("text", _field("text", "review", convert=plain_text)),
+    ]
+    required = [users, (*items, "items", "reviews")]
+    raw = _read_reviews(source, source.reviews, getters, required, rules, log, _each_game)
+    if source.games is not None:
+        about: list[Getter] = [
+            ("item", _field("id", convert=id_text)), ("title", _field("title", "app_name", convert=plain_text)),
+            ("description", _game),
+        ]  # fmt: skip
+        games = TextCollector("item", ("title", "description"), raw.item_ids, log, rules, one_line=("title",))
+        table = _add_texts(games, source, find_files(source.games), about, [("id", "app_name", "title")], log)
+        raw = replace(raw, items=table)
+    return raw
+
+
+def _each_game(objects: Iterator[tuple[int, Object]]) -> Iterator[tuple[int, Object]]:
+    """An object a game, where an object holds all games of a user."""
+    for line, entry in objects:
+        games = entry.get("items", entry.get("reviews"))
+        if not isinstance(games, list):
+            yield line, entry
+            continue
+        for game in games:
+            # Their dates are sentences ("Posted November 5, 2011."), some without a year: the order of the file is kept.
+            yield line, {"user_id": entry.get("user_id"), **{k: v for k, v in game.items() if k in ("item_id", "review")}}
+
+
+def _game(entry: Object) -> str | None:
+    parts = [("genres", entry.get("genres")), ("tags", entry.get("tags"))]
+    texts = [f"{name}: {', '.join(map(str, value))}" for name, value in parts if isinstance(value, list) and value]
+    return ", ".join(texts) or None

@@ -1,65 +1,159 @@
-"""Files of user sequences: one line a user, the items in time order."""
+"""Files of user sequences: a user and the items in time order, as lines or as JSON."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
 
-from cllm4rec_dist.corpus.raw import (
-    RawData,
-    Row,
-    SkipLog,
-    clean_title,
-    collect_interactions,
-    collect_texts,
-    known_ids,
-    no_texts,
-)
+import ijson
+import numpy as np
+import polars as pl
+
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector
 from cllm4rec_dist.corpus.recipe import SequencesSource
-from cllm4rec_dist.corpus.sources.files import open_binary, read_lines
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.row_batch import BATCH_ROWS, Batch
+from cllm4rec_dist.corpus.sources.encoding import first_lines, text_lines
+from cllm4rec_dist.corpus.sources.files import RawFile, find_files, first_bytes
+from cllm4rec_dist.corpus.sources.objects import read_members, read_objects
+from cllm4rec_dist.corpus.values import BadValue, id_text, plain_text
 from cllm4rec_dist.errors import DataError
 
 # Not str.split(): the wide blanks of other scripts may be part of an id.
 _BLANKS = re.compile("[ \t]+")
-_JSON_NAMES = (".json", ".json.gz")
+_OTHER_SEPARATORS = (",", ";", "|")
+Row = tuple[int, str | None, str | None]
+"""Line, user and item."""
 
 
 def read_sequences(source: SequencesSource) -> RawData:
     """Sequences without ratings and times; a user with several lines goes on in the next one."""
-    log = SkipLog(source.on_bad_line)
-    rows = _rows(source.sequences, log)
-    interactions = collect_interactions(rows, source.sequences, log, has_rating=False, has_text=False)
-    items = no_texts("item", ("title", "description"))
-    if source.titles is not None:
-        titles = (
-            _json_titles(source.titles) if source.titles.endswith(_JSON_NAMES) else _text_titles(source.titles, log)
-        )
-        items = collect_texts(titles, "item", ("title", "description"), known_ids(interactions, "item"), log)
-    return RawData(interactions, items, no_texts("user", ("text",)), log.skipped)
+    log = SkipLog(source.on_bad_line, source.max_lost)
+    rules = Rules(missing=source.missing, allow_unmatched=source.allow_unmatched)
+    collector = InteractionCollector(log, rules)
+    for file in find_files(source.sequences):
+        rows = _json_rows(file, source, log) if _is_json(file.path) else _line_rows(file, source, log)
+        collector.add_file(file.path, _batches(file.path, rows, ("user", "item")))
+    raw = collector.finish()
+    if source.titles is None:
+        return raw
+    titles = TextCollector("item", ("title",), raw.item_ids, log, rules, one_line=("title",))
+    for file in find_files(source.titles):
+        rows = _json_titles(file, source, log) if _is_json(file.path) else _text_titles(file, source, log)
+        titles.add_file(file.path, _batches(file.path, rows, ("item", "title")))
+    table = titles.finish().with_columns(pl.lit(None, pl.String).alias("description"))
+    return replace(raw, items=table)
 
 
-def _rows(path: str, log: SkipLog) -> Iterator[Row]:
-    for line, text in read_lines(path, log):
-        user, *items = _BLANKS.split(text.strip(" \t"))
+def _is_json(path: str) -> bool:
+    return first_bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+
+
+def _batches(path: str, rows: Iterator[Row], names: tuple[str, str]) -> Iterator[Batch]:
+    while chunk := list(islice(rows, BATCH_ROWS)):
+        lines, *columns = zip(*chunk, strict=True)
+        frame = pl.DataFrame(dict(zip(names, columns, strict=True)), schema=dict.fromkeys(names, pl.String))
+        yield Batch(path, np.array(lines, dtype=np.int64), frame)
+
+
+def _line_rows(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
+    if source.separator is None:
+        _refuse_other_separators(file.path, source.encoding)
+    for number, content in text_lines(file.path, source.encoding):
+        line = _decoded(content, file.path, number, log)
+        if line is None or not line.strip():
+            continue
+        user, items = _split(line, source.separator)
         if not items:
-            log.bad_line(path, line, text, "has a user without items")
+            log.read(file.path, 1)
+            log.lose("has a user without items", file.path, number, line)
+        log.read(file.path, len(items))
         for item in items:
-            yield line, user, item, None, None, None
+            yield number, user, item
 
 
-def _json_titles(path: str) -> Iterator[tuple[str, str, str]]:
-    with open_binary(path) as file:
-        try:
-            titles = json.loads(file.read())
-        except ValueError as error:
-            raise DataError("file", path, f"is not JSON ({error})", "Fetch the file again.") from error
-    if not isinstance(titles, dict):
-        raise DataError("file", path, "is not a JSON object {item: title}", "Choose another file of titles.")
-    return ((item, clean_title(title), "") for item, title in titles.items())
+def _decoded(content: bytes, path: str, number: int, log: SkipLog) -> str | None:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        log.read(path, 1)
+        log.lose("is not UTF-8 text", path, number, ascii(content[:100]))
+        return None
 
 
-def _text_titles(path: str, log: SkipLog) -> Iterator[tuple[str, str, str]]:
-    for _, text in read_lines(path, log):
-        item, *words = _BLANKS.split(text.strip(" \t"), maxsplit=1)
-        yield item, clean_title(" ".join(words)), ""
+def _split(line: str, separator: str | None) -> tuple[str, list[str]]:
+    """User and items. With a separator the user ends at it, or at the first blank."""
+    if separator is None:
+        user, *items = _BLANKS.split(line.strip(" \t"))
+        return user, items
+    first, *items = line.split(separator)
+    user, *more = _BLANKS.split(first.strip(" \t"), maxsplit=1)
+    return user.rstrip(":"), [item for item in [*more, *items] if item.strip()]
+
+
+def _refuse_other_separators(path: str, encoding: str) -> None:
+    words = [word for line in first_lines(path, encoding, 1000) for word in _BLANKS.split(line.decode(errors="replace"))]
+    for separator in _OTHER_SEPARATORS:
+        if sum(separator in word for word in words) * 2 > len(words):
+            raise DataError(
+                path, words[1] if len(words) > 1 else words[0],
+                f"and most other words hold {separator!r}, which looks like the separator of the items",
+                f"Set separator: {separator!r} in the recipe, or separator: ' ' if it belongs to the ids.",
+            )  # fmt: skip
+
+
+def _json_rows(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
+    members = read_members(file.path, source.encoding)
+    if members is not None:
+        for number, (user, items) in enumerate(members, start=1):
+            yield from _items_of(file.path, number, user, items, log)
+        return
+    for number, entry in read_objects(file, log, source.encoding):
+        lists = [value for value in entry.values() if isinstance(value, list)]
+        others = [value for value in entry.values() if not isinstance(value, list | dict)]
+        if len(lists) != 1 or len(others) != 1:
+            raise DataError(
+                f"{file.path} line {number}", list(entry), "are not one user and one list of items",
+                "Use format: table, or write {user: [items]}.",
+            )  # fmt: skip
+        yield from _items_of(file.path, number, others[0], lists[0], log)
+
+
+def _items_of(path: str, number: int, user: Any, items: Any, log: SkipLog) -> Iterator[Row]:
+    try:
+        if not isinstance(items, list):
+            raise BadValue("has no list of items", items)
+        row = id_text(user), [id_text(item) for item in items]
+    except BadValue as error:
+        log.read(path, 1)
+        log.lose(str(error), path, number, error.value)
+        return
+    log.read(path, len(row[1]))
+    yield from ((number, row[0], item) for item in row[1])
+
+
+def _json_titles(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
+    members = read_members(file.path, source.encoding)
+    if members is None:
+        raise DataError("file", file.path, "is not a JSON object {item: title}", "Choose another file of titles.")
+    for number, (item, value) in enumerate(members, start=1):
+        log.read(file.path, 1)
+        if isinstance(value, dict):
+            value = value.get("title", value)
+        if isinstance(value, dict):
+            raise DataError(
+                f"{file.path}: title of {item!r}", value, "is no text", "Write {item: title} or {item: {title: ...}}."
+            )
+        yield number, item, plain_text(value)
+
+
+def _text_titles(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
+    for number, content in text_lines(file.path, source.encoding):
+        line = _decoded(content, file.path, number, log)
+        if line is not None and line.strip():
+            log.read(file.path, 1)
+            item, *words = _BLANKS.split(line.strip(" \t"), maxsplit=1)
+            yield number, item, " ".join(words)

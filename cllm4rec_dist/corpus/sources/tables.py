@@ -1,76 +1,119 @@
-"""CSV, JSON lines and Parquet whose columns the recipe names."""
+"""CSV, JSON and Parquet files whose columns the recipe names, and the one way from any of these to batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
-from cllm4rec_dist.corpus.raw import (
-    RawData,
-    Row,
-    SkipLog,
-    clean_text,
-    clean_title,
-    collect_interactions,
-    collect_texts,
-    known_ids,
-    no_texts,
-)
-from cllm4rec_dist.corpus.recipe import InteractionTable, TableFile, TableSource
-from cllm4rec_dist.corpus.sources.files import read_csv, read_objects, read_parquet
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector, joined
+from cllm4rec_dist.corpus.recipe import TableFile, TableSource
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.sources.columnar import read_parquet
+from cllm4rec_dist.corpus.sources.delimited import read_delimited
+from cllm4rec_dist.corpus.sources.files import PARQUET_MAGIC, RawFile, find_files, first_bytes
+from cllm4rec_dist.corpus.sources.objects import Getter, object_batches, read_objects, require_seen
+from cllm4rec_dist.corpus.sources.records import Dialect
+from cllm4rec_dist.corpus.values import id_text, number_text, plain_text
 from cllm4rec_dist.errors import DataError
+
+Role = Literal["id", "number", "text"]
+_CONVERSIONS = {"id": id_text, "number": number_text, "text": plain_text}
 
 
 def read_table(source: TableSource) -> RawData:
     """Interactions, and texts where the recipe names files of them."""
-    log = SkipLog(source.on_bad_line)
+    log = SkipLog(source.on_bad_line, source.max_lost)
     table = source.interactions
-    interactions = collect_interactions(
-        _interactions(table, log), table.path, log, has_rating=table.rating is not None, has_text=table.text is not None
-    )
-    items, users = no_texts("item", ("title", "description")), no_texts("user", ("text",))
+    rules = Rules(
+        missing=source.missing, has_rating=table.rating is not None, has_text=table.text is not None, has_html=table.html,
+        decimal=table.decimal, time_format=table.time_format, allow_unmatched=source.allow_unmatched,
+    )  # fmt: skip
+    names = {"user": table.user, "item": table.item, "rating": table.rating, "timestamp": table.timestamp, "text": table.text}
+    present = {role: name for role, name in names.items() if name is not None}
+    roles: dict[str, Role] = {"user": "id", "item": "id", "rating": "number", "timestamp": "number", "text": "text"}
+    collector = InteractionCollector(log, rules, present)
+    for file in find_files(table.path):
+        collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, present, roles, log), present))
+    raw = collector.finish()
     if source.items is not None:
-        title = () if source.items.title is None else (source.items.title,)
-        rows = _rows(source.items, [source.items.item, *title, *source.items.description], log)
-        texts = ((row[0], row[1 : 1 + len(title)], row[1 + len(title) :]) for _, row in rows)
-        described = ((item, clean_title(_joined(names)), _joined(rest)) for item, names, rest in texts)
-        items = collect_texts(described, "item", ("title", "description"), known_ids(interactions, "item"), log)
+        raw = replace(raw, items=_item_texts(source, raw, rules, log))
     if source.users is not None:
-        profiles = (
-            (row[0], _joined(row[1:])) for _, row in _rows(source.users, [source.users.user, *source.users.text], log)
-        )
-        users = collect_texts(profiles, "user", ("text",), known_ids(interactions, "user"), log)
-    return RawData(interactions, items, users, log.skipped)
+        raw = replace(raw, users=_user_texts(source, raw, rules, log))
+    return raw
 
 
-def _joined(values: list[Any]) -> str:
-    return " ".join(text for value in values if (text := clean_text(value)))
+def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -> Any:
+    table = source.items
+    assert table is not None
+    columns = {f"d{index}": name for index, name in enumerate(table.description)}
+    titles = {} if table.title is None else {"title": table.title}
+    names = {"item": table.item, **titles, **columns}
+    texts = [*titles, *columns]
+    roles: dict[str, Role] = {"item": "id", **dict.fromkeys(texts, "text")}
+    rules = replace(rules, has_html=table.html)
+    collector = TextCollector("item", texts, raw.item_ids, log, rules, one_line=("title",))
+    for file in find_files(table.path):
+        collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, names, roles, log), names))
+    found = collector.finish()
+    return found.select("item", joined(found, list(titles)).alias("title"), joined(found, list(columns)).alias("description"))
 
 
-def _interactions(table: InteractionTable, log: SkipLog) -> Iterator[Row]:
-    columns = [table.user, table.item, table.rating, table.timestamp, table.text]
-    present = [name for name in columns if name is not None]
-    for line, values in _rows(table, present, log):
-        by_column: dict[str | None, Any] = dict(zip(present, values, strict=True))
-        user, item, rating, timestamp, text = (by_column.get(name) for name in columns)
-        yield line, user, item, rating, timestamp, text
+def _user_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -> Any:
+    table = source.users
+    assert table is not None
+    columns = {f"t{index}": name for index, name in enumerate(table.text)}
+    names = {"user": table.user, **columns}
+    roles: dict[str, Role] = {"user": "id", **dict.fromkeys(columns, "text")}
+    collector = TextCollector("user", list(columns), raw.user_ids, log, replace(rules, has_html=table.html))
+    for file in find_files(table.path):
+        collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, names, roles, log), names))
+    found = collector.finish()
+    return found.select("user", joined(found, list(columns)).alias("text"))
 
 
-def _rows(table: TableFile, columns: list[str], log: SkipLog) -> Iterator[tuple[int, list[Any]]]:
-    match table.kind:
-        case "csv":
-            return read_csv(table.path, columns, log, table.delimiter, table.names)
-        case "jsonl":
-            return _objects(table.path, columns, log)
-        case "parquet":
-            return read_parquet(table.path, columns)
+def _renamed(batches: Iterator[Batch], names: dict[str, str]) -> Iterator[Batch]:
+    """The file's columns under the names of their roles; a column may have several."""
+    for batch in batches:
+        columns = batch.columns.select(batch.columns[name].alias(role) for role, name in names.items())
+        yield Batch(batch.path, batch.lines, columns)
 
 
-def _objects(path: str, columns: list[str], log: SkipLog) -> Iterator[tuple[int, list[Any]]]:
-    """The chosen fields of each object, None where an object leaves one out. DataError if all of them do."""
-    unseen = set(columns)
-    for line, entry in read_objects(path, log):
-        unseen -= entry.keys()
-        yield line, [entry.get(column) for column in columns]
-    if unseen:
-        raise DataError(path, sorted(unseen), "is in no object of the file", "Mend the names in the recipe.")
+def _batches(
+    file: RawFile, table: TableFile, encoding: str, names: dict[str, str], roles: dict[str, Role], log: SkipLog
+) -> Iterator[Batch]:
+    """The columns `names` of a file, whatever its kind."""
+    columns = list(dict.fromkeys(names.values()))
+    encoding = table.encoding or encoding
+    kind = table.kind if table.kind != "auto" else _kind(file.path)
+    if kind == "csv":
+        dialect = Dialect(table.separator, table.quoting, table.escape, encoding, table.names)
+        numeric = [names[role] for role in ("rating", "timestamp") if role in names]
+        return read_delimited(file, columns, dialect, log, numeric)
+    if kind == "parquet":
+        return read_parquet(file, columns, log)
+    wanted = [name for name in columns if name not in file.partition]
+    objects = require_seen(file.path, read_objects(file, log, encoding, wanted), wanted)
+    by_name = {name: roles[role] for role, name in reversed(names.items())}
+    getters: list[Getter] = [(name, partial(_get, name, by_name[name])) for name in wanted]
+    return object_batches(file, objects, getters, log, columns)
+
+
+def _get(name: str, role: Role, entry: dict[str, Any]) -> str | None:
+    return _CONVERSIONS[role](entry.get(name))
+
+
+def _kind(path: str) -> str:
+    head = first_bytes(path, 4096)
+    if head.startswith(PARQUET_MAGIC):
+        return "parquet"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith((b"{", b"[")):
+        return "jsonl"
+    if b"\x00" in head[:4096] and not head.startswith((b"\xff\xfe", b"\xfe\xff")) and head.count(0) < len(head) // 4:
+        raise DataError("file", path, "is no text and no Parquet", "Save it as CSV, JSON lines or Parquet.")
+    return "csv"
+
+

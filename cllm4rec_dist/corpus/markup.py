@@ -1,0 +1,51 @@
+"""HTML out of texts that were scraped from pages, as Amazon's titles, descriptions and reviews were.
+
+Tags go, with what stands in scripts and styles; entities become letters. Only what is a tag of HTML counts as one, so
+`5 < 6` and `a <b and c> d` stay as they are. A few titles of the collection of 2018 are remains of the page's scripts
+and hold no title at all: those have no text.
+"""
+
+from __future__ import annotations
+
+import html
+
+import polars as pl
+
+_TAGS = (
+    "a|abbr|address|article|aside|audio|b|big|blockquote|body|br|button|canvas|caption|center|cite|code|col|colgroup|dd|"
+    "del|details|div|dl|dt|em|embed|figcaption|figure|font|footer|form|frame|h[1-6]|head|header|hr|html|i|iframe|img|"
+    "input|ins|kbd|label|legend|li|link|main|map|mark|meta|nav|noscript|object|ol|option|p|param|picture|pre|q|s|samp|"
+    "section|select|small|source|span|strike|strong|sub|summary|sup|svg|table|tbody|td|textarea|tfoot|th|thead|time|"
+    "title|tr|tt|u|ul|var|video|wbr"
+)
+_VALUE = r"""\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+)"""
+_FLAGS = "async|autoplay|checked|controls|defer|disabled|hidden|loop|multiple|muted|nowrap|readonly|required|selected"
+_ATTRIBUTES = rf"(?:\s+(?:[\w:-]+{_VALUE}|(?:{_FLAGS})\b))*"
+_COMMENT = r"(?s)<!--.*?-->|<!doctype[^>]*>"
+_SCRIPT = r"(?is)<(?:script|style)\b[^>]*>.*?(?:</(?:script|style)\s*>|$)"
+_TAG = rf"(?is)</?(?:{_TAGS}){_ATTRIBUTES}\s*/?>"
+_SCRIPT_REMAINS = (
+    r"(?s)\bgetTime\(\)|\baPageStart\b|\bue_t0\b|\bP\.when\(|\bwindow\.\w+\s*=|\bdocument\.\w+\(|"
+    r"^\s*(?:var\s+[\w$]+\s*=|function\s*[\w$]*\s*\(|\(function\s*\()|^\s*[.#]?[\w-]+\s*\{[^}]*:[^}]*;[^}]*\}"
+)
+
+
+def strip_html(texts: pl.Series) -> pl.Series:
+    """Texts without tags, comments, scripts and entities; null for remains of scripts."""
+    if texts.str.contains("<", literal=True).any():
+        texts = _without(_without(texts, _COMMENT), _SCRIPT)
+        texts = _without(texts, _TAG)
+    # Half-escaped twice, as `&amp;lt;br /&amp;gt;`, is what a page makes of what another page escaped.
+    for _ in range(2):
+        has_entity = texts.str.contains(r"&#?\w+;").fill_null(False)
+        if not has_entity.any():
+            break
+        unescaped = [html.unescape(text) for text in texts.filter(has_entity).to_list()]
+        texts = texts.scatter(has_entity.arg_true(), unescaped)
+    texts = _without(_without(texts, _SCRIPT), _TAG)
+    texts = texts.str.replace_all(r"[ \t\u{a0}]*\s[\s\u{a0}]*|\u{a0}", " ").str.strip_chars()
+    return texts.set(texts.str.contains(_SCRIPT_REMAINS).fill_null(False), None)
+
+
+def _without(texts: pl.Series, pattern: str) -> pl.Series:
+    return texts.str.replace_all(pattern, " ")

@@ -1,0 +1,181 @@
+"""Counts of what is left out of a corpus, with the reason, the share and the first place where it was seen.
+
+Raw files are dirty, and a reader that drops rows in silence makes results that nobody can check. So there is one way to
+leave something out, `SkipLog`. It distinguishes two kinds: a *lost* row could not be used although the file means it to
+be one (a line with too few fields, a missing id, a time that is no time), and a *skipped* one was left out on purpose (a
+filter, a repetition). Lost rows are a WARNING where they pass 1 % of a file, and an error above `max_lost` of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cllm4rec_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_WARN_SHARE = 0.01
+_MAX_VALUE = 120
+
+
+@dataclass
+class Skip:
+    """What was left out for one reason.
+
+    Attributes:
+        count: how many rows, texts or users.
+        total: how many there were of these, 0 where unknown.
+        file, line, value: the first one; None where it has no place in a file.
+    """
+
+    count: int = 0
+    total: int = 0
+    file: str | None = None
+    line: int | None = None
+    value: str | None = None
+
+    @property
+    def share(self) -> float:
+        """Left-out share of the total."""
+        return self.count / self.total if self.total else 0.0
+
+    def describe(self) -> str:
+        """Share and first place, as text in brackets for a log line."""
+        parts = [f"{100 * self.share:.3g} %"] if self.total else []
+        if self.file is not None:
+            value = "" if self.value is None else f" {self.value!r}"
+            parts.append(f"first: {self.file} line {self.line}{value}" if self.line else f"first: {self.file}{value}")
+        elif self.value is not None:
+            parts.append(f"first: {self.value!r}")
+        return f" ({'; '.join(parts)})" if parts else ""
+
+
+@dataclass
+class _FileCount:
+    rows: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    num_unusable: int = 0
+    first: tuple[int, str, str] | None = None
+    totalled: set[str] = field(default_factory=set)
+
+
+class SkipLog:
+    """Counts what is left out while reading and filtering.
+
+    Args:
+        on_bad_line: `skip` counts a row that cannot be used, `error` stops at the first one.
+        max_lost: largest share of a file's rows that may be lost.
+    """
+
+    def __init__(self, on_bad_line: Literal["skip", "error"] = "skip", max_lost: float = 0.5) -> None:
+        self._stops, self._max_lost = on_bad_line == "error", max_lost
+        self._skips: dict[str, Skip] = {}
+        self._files: dict[str, _FileCount] = {}
+
+    @property
+    def skipped(self) -> Mapping[str, Skip]:
+        """What was left out, by reason."""
+        return self._skips
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How much was left out, by reason."""
+        return {reason: skip.count for reason, skip in self._skips.items()}
+
+    def skip(
+        self, reason: str, count: int, total: int = 0, *, file: str | None = None, line: int | None = None,
+        value: object = None,
+    ) -> None:  # fmt: skip
+        """Count something that is left out on purpose; nothing where `count` is 0."""
+        if not count:
+            return
+        entry = self._skips.setdefault(reason, Skip())
+        if entry.count == 0:
+            entry.file = None if file is None else base_name(file)
+            entry.line, entry.value = line, None if value is None else excerpt(value)
+        entry.count += count
+        entry.total += total
+
+    def copy(self) -> SkipLog:
+        """A log that goes on from here without changing this one."""
+        return copy.deepcopy(self)
+
+    def read(self, path: str, rows: int) -> None:
+        """Add to the number of rows that a file has, lost ones included."""
+        self._files.setdefault(path, _FileCount()).rows += rows
+
+    def lose(
+        self, reason: str, path: str, line: int, value: object, count: int = 1, *, is_gap: bool = False
+    ) -> None:
+        """Count rows of a file that cannot be used, the first of them on `line`.
+
+        Args:
+            reason: as a clause behind `row that`.
+            is_gap: the row can be read and lacks a value: that is no sign of a wrong recipe, so `max_lost` does not count
+                it.
+
+        Raises:
+            DataError: with the line, where the recipe says `on_bad_line: error`.
+        """
+        if self._stops and not is_gap:
+            raise DataError(
+                f"{path} line {line}", excerpt(value), reason, "Mend the line, or set on_bad_line: skip in the recipe."
+            )
+        self.skip(f"row that {reason}", count, file=path, line=line, value=value)
+        entry = self._files.setdefault(path, _FileCount())
+        entry.lost[reason] += count
+        entry.num_unusable += 0 if is_gap else count
+        if entry.first is None or line < entry.first[0]:
+            entry.first = line, excerpt(value), reason
+
+    def close_file(self, path: str) -> None:
+        """Judge what a file has lost, when all of it is read.
+
+        Raises:
+            DataError: if more than `max_lost` of its rows are lost.
+        """
+        entry = self._files.get(path)
+        if entry is None:
+            return
+        for reason in entry.lost.keys() - entry.totalled:
+            self._skips[f"row that {reason}"].total += entry.rows
+            entry.totalled.add(reason)
+        lost = sum(entry.lost.values())
+        if not lost or entry.first is None or not entry.rows:
+            return
+        line, value, reason = entry.first
+        if entry.num_unusable > self._max_lost * entry.rows:
+            share = 100 * entry.num_unusable / entry.rows
+            raise DataError(
+                f"{path} line {line}", value,
+                f"{reason}: {entry.num_unusable:,} of {entry.rows:,} rows ({share:.3g} %) cannot be used, more than"
+                f" max_lost: {self._max_lost:g} allows ({_list_reasons(entry.lost)})",
+                "Mend the file or the recipe (separator, quoting, encoding, time_format), or raise max_lost.",
+            )  # fmt: skip
+        if lost > _WARN_SHARE * entry.rows:
+            logger.warning(
+                "%s: %s of %s rows (%.3g %%) are left out: %s. The first is line %d: %r %s.", path, f"{lost:,}",
+                f"{entry.rows:,}", 100 * lost / entry.rows, _list_reasons(entry.lost), line, value, reason,
+            )  # fmt: skip
+
+
+def _list_reasons(lost: Counter[str]) -> str:
+    return ", ".join(f"{count:,} x {reason}" for reason, count in lost.most_common())
+
+
+def base_name(path: str) -> str:
+    """Last part of a path or URL; a corpus must not depend on where its raw files were."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def excerpt(value: object) -> str:
+    """A value as one short text."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
+
+

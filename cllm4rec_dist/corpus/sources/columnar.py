@@ -1,0 +1,80 @@
+"""Parquet files, a batch of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.row_batch import BATCH_ROWS, Batch, column_indexes, with_partition
+from cllm4rec_dist.corpus.sources.files import PARQUET_MAGIC, RawFile, open_binary
+from cllm4rec_dist.errors import DataError
+
+
+def read_parquet(file: RawFile, columns: Sequence[str], log: SkipLog) -> Iterator[Batch]:
+    """The wanted columns of each row, in the file's types; `lines` are row numbers from 1.
+
+    Raises:
+        DataError: for a file that is no Parquet, is damaged, or does not have a column.
+    """
+    with open_binary(file.path) as content:
+        if content.read(4) != PARQUET_MAGIC:
+            raise DataError("file", file.path, "is not Parquet", "Mend the path or kind in the recipe.")
+        content.seek(0)
+        try:
+            table = pq.ParquetFile(content)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise DataError("file", file.path, f"is not Parquet ({error})", "Fetch the file again.") from error
+        in_file = [name for name in columns if name not in file.partition]
+        column_indexes(file.path, table.schema_arrow.names, in_file)
+        first = 1
+        for batch in _batches(table, in_file, file.path):
+            lines = np.arange(first, first + batch.num_rows)
+            first += batch.num_rows
+            log.read(file.path, batch.num_rows)
+            frame = _frame(batch, in_file, file.path)
+            if not in_file:
+                frame = pl.DataFrame({"": lines})
+            yield Batch(file.path, lines, with_partition(frame, file.partition, columns))
+
+
+def _batches(table: pq.ParquetFile, columns: list[str], path: str) -> Iterator[pa.RecordBatch]:
+    batches = table.iter_batches(batch_size=4 * BATCH_ROWS, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+            if batch is not None:
+                batch.validate(full=True)  # a text that does not decode
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise DataError("file", path, f"is damaged ({error})", "Fetch the file again.") from error
+        if batch is None:
+            return
+        yield batch
+
+
+def _frame(batch: pa.RecordBatch, columns: list[str], path: str) -> pl.DataFrame:
+    found = {}
+    for name in columns:
+        column = batch.column(name)
+        try:
+            found[name] = pl.Series(name, pl.from_arrow(_plain(column)))
+        except (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: {name}", str(column.type), f"is a type that cannot be read ({error})", "Write it as text."
+            ) from error
+    return pl.DataFrame(found)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """The column without what Polars does not take: maps, dictionaries of odd indexes, extension types."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_map(column.type):
+        column = column.cast(pa.list_(pa.struct({"key": column.type.key_type, "value": column.type.item_type})))
+    return column

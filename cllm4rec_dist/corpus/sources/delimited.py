@@ -1,0 +1,236 @@
+"""Delimited text: rows of fields, parsed in blocks of lines by Polars, with every line accounted for.
+
+Polars parses what is plain: lines that have the right number of fields and whose quotes open and close on the line.
+Which lines these are is found with array operations on a block's bytes. The others are read one by one (`records.py`),
+because this is where a parser silently swallows rows: a quotation mark that opens a field and is closed hundreds of
+lines later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import polars as pl
+
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.row_batch import Batch, column_indexes, with_partition
+from cllm4rec_dist.corpus.sources.encoding import first_lines, utf8_blocks
+from cllm4rec_dist.corpus.sources.files import RawFile
+from cllm4rec_dist.corpus.sources.records import Dialect, LineReader, Outcome
+from cllm4rec_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_GUESSES = (",", ";", "\t", "|")
+_NEWLINE, _QUOTE = ord("\n"), ord('"')
+
+
+def read_header(file: RawFile, dialect: Dialect, wanted: Sequence[str] = ()) -> tuple[list[str], str]:
+    """Names of a file's columns, and the separator.
+
+    Args:
+        wanted: columns by which an unknown separator is found.
+    """
+    lines = [line for line in first_lines(file.path, dialect.encoding, 20) if line.strip()]
+    if not lines:
+        return list(dialect.names or ()), dialect.separator or ","
+    candidates = _GUESSES if dialect.separator is None else (dialect.separator,)
+    headers = {each: LineReader(dialect, each).header(lines[0]) for each in candidates}
+    if dialect.names is not None:
+        fitting = [each for each, fields in headers.items() if len(fields) == len(dialect.names)]
+        return list(dialect.names), (fitting or candidates)[0]
+    known = set(wanted) - file.partition.keys()
+    fitting = [each for each, fields in headers.items() if known and known <= set(fields)]
+    separator = (fitting or candidates)[0]
+    if dialect.separator is None and separator != ",":
+        logger.info("%s: fields are separated by %r", file.path, separator)
+    return headers[separator], separator
+
+
+def read_delimited(
+    file: RawFile, columns: Sequence[str], dialect: Dialect, log: SkipLog, numeric: Sequence[str] = ()
+) -> Iterator[Batch]:
+    """The wanted columns of each row, as texts.
+
+    Args:
+        file: the file.
+        columns: names of the wanted columns.
+        dialect: how fields are written.
+        log: counts rows that cannot be read.
+        numeric: columns of numbers or times, by which a row is told from a line of text.
+
+    Raises:
+        DataError: for a column that the file does not have, and for quotes whose meaning cannot be told.
+    """
+    header, separator = read_header(file, dialect, columns)
+    if not header:
+        return
+    in_file = [name for name in columns if name not in file.partition]
+    indexes = column_indexes(file.path, header, in_file)
+    numbers = [header.index(name) for name in numeric if name in header]
+    reader = LineReader(dialect, separator, len(header), numbers, file.path)
+    has_header = dialect.names is None
+    line, rest = 1, b""
+    blocks = utf8_blocks(file.path, dialect.encoding)
+    block = next(blocks, None)
+    while block is not None:
+        following = next(blocks, None)
+        buffer = reader.with_one_byte_separator(rest + block)
+        frame, lines, used = _Block(buffer, line, following is None, reader, log, file.path).rows(indexes, in_file)
+        line, rest, block = line + buffer.count(b"\n", 0, used), buffer[used:], following
+        batch = Batch(file.path, lines, with_partition(frame, file.partition, columns))
+        yield _without_headers(batch, in_file, [header[index] for index in indexes], has_header, log)
+        has_header = False
+    reader.report_stray_marks()
+
+
+def _without_headers(batch: Batch, columns: list[str], header: list[str], first_is_header: bool, log: SkipLog) -> Batch:
+    """Leave out the header, also where files with one were joined."""
+    same = pl.all_horizontal([pl.col(name).str.strip_chars() == text for name, text in zip(columns, header, strict=True)])
+    repeated = batch.columns.select(same.fill_null(False)).to_series().to_numpy() if columns else np.empty(0, bool)
+    if first_is_header and len(batch.lines):
+        # The first row, whatever its names look like after quotes and blanks were taken off.
+        batch, repeated = batch.keep(np.arange(len(batch.lines)) > 0), repeated[1:]
+    if repeated.any():
+        at = int(np.flatnonzero(repeated)[0])
+        log.skip("repeated header", int(repeated.sum()), file=batch.path, line=int(batch.lines[at]), value=header)
+    rows = batch.keep(~repeated) if len(repeated) else batch
+    log.read(batch.path, len(rows.lines))
+    return rows
+
+
+class _Block:
+    """A block of lines: plain ones for Polars, the others for the line reader.
+
+    Args:
+        buffer: whole lines; the last one may lack its end.
+        first_line: number of the first line.
+        is_last: nothing comes behind it.
+    """
+
+    def __init__(
+        self, buffer: bytes, first_line: int, is_last: bool, reader: LineReader, log: SkipLog, path: str
+    ) -> None:
+        self._buffer, self._first_line, self._is_last = buffer, first_line, is_last
+        self._reader, self._log, self._path = reader, log, path
+        self._bytes = np.frombuffer(buffer, np.uint8)
+        ends = np.flatnonzero(self._bytes == _NEWLINE)
+        self._ends = ends if not buffer or buffer.endswith(b"\n") else np.append(ends, len(buffer))
+        self._starts = np.concatenate([[0], self._ends[:-1] + 1]) if len(self._ends) else self._ends
+
+    def rows(self, indexes: list[int], names: list[str]) -> tuple[pl.DataFrame, np.ndarray, int]:
+        """Wanted fields of all rows, their line numbers, and the number of bytes that were used.
+
+        What is not used begins with a record that goes on behind the block.
+        """
+        plain = np.ones(len(self._ends), dtype=bool)
+        self._drop_undecodable(plain)
+        records, used, stop = self._read_special(plain)
+        plain[stop:] = False
+        clean, lines = self._clean(plain)
+        frame = _parse(clean, len(lines), indexes, names, self._reader, self._path)
+        if records:
+            fields = {name: [_text(record[index]) for _, record in records] for index, name in zip(indexes, names, strict=True)}
+            special = pl.DataFrame(fields, schema=dict.fromkeys(names, pl.String))
+            lines = np.concatenate([lines, [line for line, _ in records]])
+            order = np.argsort(lines, kind="stable")
+            frame, lines = pl.concat([frame, special])[order], lines[order]
+        return frame, lines.astype(np.int64), used
+
+    def _line(self, index: int) -> bytes:
+        return self._buffer[self._starts[index] : self._ends[index]]
+
+    def _drop_undecodable(self, plain: np.ndarray) -> None:
+        if self._buffer.isascii():
+            return
+        try:
+            self._buffer.decode()
+        except UnicodeDecodeError:
+            for index in range(len(self._ends)):
+                line = self._line(index)
+                if not line.isascii() and line.decode(errors="replace").encode() != line:
+                    plain[index] = False
+                    self._lose("is not UTF-8 text", index, ascii(line[:120]))
+
+    def _lose(self, reason: str, index: int, value: object) -> None:
+        self._log.read(self._path, 1)
+        self._log.lose(reason, self._path, self._first_line + index, value)
+
+    def _read_special(self, plain: np.ndarray) -> tuple[list[tuple[int, list[bytes]]], int, int]:
+        """Records of lines that are not plain, with their line numbers; used bytes; the line at which that is."""
+        records: list[tuple[int, list[bytes]]] = []
+        after = 0
+        for index in np.flatnonzero(self._reader.is_special(self._bytes, self._starts, self._ends) & plain).tolist():
+            start = int(self._starts[index])
+            if start < after:
+                continue
+            outcome = self._reader.read(self._buffer, start, self._first_line + index, self._is_last)
+            if outcome.kind is Outcome.Kind.UNFINISHED:
+                return records, start, index
+            plain[index : index + outcome.num_lines] = False
+            after = start + outcome.num_bytes
+            if outcome.kind is Outcome.Kind.RECORD:
+                records.append((self._first_line + index, outcome.fields))
+            elif outcome.kind is Outcome.Kind.LOST:
+                self._lose(outcome.reason, index, _text(self._line(index)))
+        return records, len(self._buffer), len(self._ends)
+
+    def _clean(self, plain: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """The plain lines that have the right number of fields, one behind the other, and their numbers."""
+        kept = self._only(plain)
+        counts = _num_fields(kept, ord(self._reader.separator), self._reader.has_quotes)
+        wrong = counts != self._reader.num_fields
+        if not wrong.any():
+            return kept, self._first_line + np.flatnonzero(plain)
+        indexes = np.flatnonzero(plain)
+        for index, count in zip(indexes[wrong].tolist(), counts[wrong].tolist(), strict=True):
+            if self._line(index).strip():
+                self._lose(f"has {count} fields and not {self._reader.num_fields}", index, _text(self._line(index)))
+        plain = plain.copy()
+        plain[indexes[wrong]] = False
+        return self._only(plain), self._first_line + np.flatnonzero(plain)
+
+    def _only(self, plain: np.ndarray) -> bytes:
+        if plain.all():
+            return self._buffer
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], plain, [False]]).astype(np.int8)))
+        runs = [self._buffer[self._starts[a] : self._ends[b - 1]] for a, b in edges.reshape(-1, 2).tolist()]
+        return b"".join(run + b"\n" for run in runs)
+
+
+def _num_fields(lines: bytes, separator: int, has_quotes: bool) -> np.ndarray:
+    """Fields of each line; separators between quotation marks do not count."""
+    found = np.frombuffer(lines, np.uint8)
+    ends = np.flatnonzero(found == _NEWLINE)
+    if lines and not lines.endswith(b"\n"):
+        ends = np.append(ends, len(lines))
+    places = np.flatnonzero(found == separator)
+    if has_quotes and b'"' in lines:
+        places = places[np.searchsorted(np.flatnonzero(found == _QUOTE), places) % 2 == 0]
+    before = np.searchsorted(places, ends)
+    return np.diff(before, prepend=0) + 1
+
+
+def _parse(
+    lines: bytes, num_rows: int, indexes: list[int], names: list[str], reader: LineReader, path: str
+) -> pl.DataFrame:
+    schema = dict.fromkeys(names, pl.String)
+    if not num_rows or not names:
+        return pl.DataFrame({name: [] for name in names}, schema=schema)
+    try:
+        frame = pl.read_csv(
+            lines, has_header=False, separator=reader.separator.decode(), infer_schema=False,
+            quote_char='"' if reader.has_quotes and b'"' in lines else None, columns=sorted(set(indexes)),
+            raise_if_empty=False,
+        )  # fmt: skip
+    except pl.exceptions.PolarsError as error:
+        raise DataError("file", path, f"cannot be read ({error})", "Mend the file, or set quoting in the recipe.") from error
+    assert len(frame) == num_rows, (path, len(frame), num_rows)
+    place = {index: column for index, column in zip(sorted(set(indexes)), frame.columns, strict=True)}
+    return frame.select([pl.col(place[index]).alias(name) for index, name in zip(indexes, names, strict=True)])
+
+
+def _text(field: bytes) -> str:
+    return field.decode(errors="replace")

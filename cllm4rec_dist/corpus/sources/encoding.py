@@ -1,0 +1,190 @@
+"""Text files as UTF-8, whatever encoding they are in.
+
+UTF-8 is what most files are; UTF-16 and UTF-32 say so by their byte order mark. Of another encoding nothing in a file
+tells which one it is, and a wrong guess is mojibake in every title. So a legacy encoding is used where the recipe names
+it, or where it can hardly be another one, and is then reported with an example; else the file is refused.
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import re
+from collections.abc import Iterator
+from itertools import islice
+
+from charset_normalizer import from_bytes
+
+from cllm4rec_dist.corpus.sources.files import first_bytes, open_binary, read_exactly
+from cllm4rec_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 1 << 24
+_SAMPLE_LINES = 2000
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+_WESTERN = re.compile(r"[\x00-\x7f’‘“”–—…•€£©®™°´·«»¿¡ªº¼½¾²³×§ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØŒÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøœùúûüÿ\xa0]*")
+_LETTER_RUN = re.compile(r"[^\W\d_\x00-\x7f]{3}")
+_ODD_PLACE = re.compile(r"[^\W\d_][¿¡°§×²³¼½¾ªº«»][^\W\d_]")
+_OTHER_LATIN = {"cp1250", "iso8859_2", "cp1254", "iso8859_9", "cp1257", "iso8859_4", "iso8859_13", "mac_latin2"}
+_MIN_COHERENCE = 0.3
+
+
+def check_encoding(field: str, name: str) -> str:
+    """Python's name of an encoding. DataError for an unknown one."""
+    try:
+        return codecs.lookup(name).name
+    except LookupError as error:
+        raise DataError(field, name, "is no encoding", "Write for example utf-8, cp1252, latin-1 or shift_jis.") from error
+
+
+def find_encoding(path: str) -> str:
+    """The encoding of a text file: `utf-8` unless its bytes say otherwise.
+
+    Reads the file up to its first byte that is not UTF-8, and on if there is one.
+
+    Raises:
+        DataError: for a file whose encoding cannot be told.
+    """
+    head = first_bytes(path, 4096)
+    for mark, name in _MARKS.items():
+        if head.startswith(mark):
+            return name
+    if head.count(0) > len(head) // 4:
+        name = "utf-16-le" if head[1::2].count(0) >= head[::2].count(0) else "utf-16-be"
+        logger.warning("%s: read as %s, because of its zero bytes", path, name)
+        return name
+    if _is_utf8(path):
+        return "utf-8"
+    return _legacy_encoding(path)
+
+
+def _is_utf8(path: str) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open_binary(path) as file:
+        try:
+            while block := file.read(BLOCK_BYTES):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+def _legacy_encoding(path: str) -> str:
+    wrong: list[tuple[int, bytes]] = []
+    num_right = num_wrong = 0
+    with open_binary(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.isascii():
+                continue
+            try:
+                line.decode("utf-8")
+                num_right += 1
+            except UnicodeDecodeError:
+                num_wrong += 1
+                if len(wrong) < _SAMPLE_LINES:
+                    wrong.append((number, line))
+    if num_right > num_wrong:
+        return "utf-8"  # with damaged lines, which are counted where they are read
+    name = _guess(b"".join(line for _, line in wrong))
+    number, line = wrong[0]
+    if name is None:
+        raise DataError(
+            f"{path} line {number}", ascii(line.strip()[:80]), f"is not UTF-8, like {num_wrong:,} lines of the file, and"
+            " its encoding cannot be told", "Name it in the recipe, for example encoding: cp1252.",
+        )  # fmt: skip
+    logger.warning(
+        "%s is not UTF-8 (%s lines) and is read as %s: line %d as %r. If that is wrong, set encoding in the recipe.",
+        path, f"{num_wrong:,}", name, number, line.decode(name).strip()[:80],
+    )  # fmt: skip
+    return name
+
+
+def _guess(sample: bytes) -> str | None:
+    """A legacy encoding that the sample can hardly be without, or None."""
+    found = from_bytes(sample).best()
+    coherent = found is not None and found.coherence >= _MIN_COHERENCE
+    try:
+        text = sample.decode("cp1252")
+    except UnicodeDecodeError:
+        text = ""
+    western = bool(text) and _WESTERN.fullmatch(text) is not None and not _ODD_PLACE.search(text)
+    # Words of Cyrillic, Greek or CJK letters are runs of high bytes; Western words have one here and there.
+    if western and not _LETTER_RUN.search(text):
+        other = coherent and found is not None and found.encoding in _OTHER_LATIN
+        return None if other else "cp1252"
+    if not western and coherent and found is not None and found.encoding not in ("ascii", "utf_8"):
+        return codecs.lookup(found.encoding).name
+    return None
+
+
+def utf8_blocks(path: str, encoding: str = "auto") -> Iterator[bytes]:
+    """The text of a file as UTF-8, in blocks that end with a line (the last one may not), without byte order mark.
+
+    Line ends are `\\n`, whatever the file has. Bytes that are not UTF-8 in a file that is mostly UTF-8 stay as they
+    are. A block is as long as the longest line, if that is longer than `BLOCK_BYTES`.
+
+    Args:
+        path: path or URL.
+        encoding: Python's name, or `auto`.
+
+    Raises:
+        DataError: where the file cannot be read or decoded.
+    """
+    name = find_encoding(path) if encoding == "auto" else check_encoding(f"{path}: encoding", encoding)
+    is_utf8 = codecs.lookup(name).name in ("utf-8", "utf-8-sig")
+    blocks = _raw_blocks(path) if is_utf8 else _decoded_blocks(path, name)
+    rest, classic_mac, first = b"", False, True
+    for block in blocks:
+        if first:
+            block = block.removeprefix(codecs.BOM_UTF8)
+            classic_mac, first = b"\r" in block and b"\n" not in block, False
+        block, rest = rest + block, b""
+        if classic_mac:
+            block = block.replace(b"\r", b"\n")
+        elif b"\r" in block:
+            block = block.replace(b"\r\n", b"\n")  # a carriage return elsewhere belongs to a text
+        end = block.rfind(b"\n") + 1
+        rest = block[end:]
+        if end:
+            yield block[:end]
+    if rest:
+        yield rest.removesuffix(b"\r")
+
+
+def _raw_blocks(path: str) -> Iterator[bytes]:
+    with open_binary(path) as file:
+        while block := read_exactly(file, BLOCK_BYTES):
+            yield block
+
+
+def _decoded_blocks(path: str, encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    with open_binary(path) as file:
+        try:
+            while block := read_exactly(file, BLOCK_BYTES):
+                yield decoder.decode(block).encode()
+            yield decoder.decode(b"", final=True).encode()
+        except UnicodeError as error:
+            raise DataError(
+                f"{path}: encoding", encoding, f"does not fit the file ({error.__class__.__name__}: {error})",
+                "Name another one in the recipe, or leave it out.",
+            ) from error  # fmt: skip
+
+
+def text_lines(path: str, encoding: str = "auto") -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and UTF-8 bytes of each line, without its end."""
+    number = 0
+    for block in utf8_blocks(path, encoding):
+        for line in block.removesuffix(b"\n").split(b"\n"):
+            number += 1
+            yield number, line
+
+
+def first_lines(path: str, encoding: str, count: int) -> list[bytes]:
+    """The first lines of a file."""
+    return [line for _, line in islice(text_lines(path, encoding), count)]

@@ -1,0 +1,304 @@
+"""Records of delimited text that span lines, or whose quotation marks are not plain.
+
+What a mark means where the recipe does not say (`quoting: auto`):
+
+    opens a field and closes it before a separator or the line's end    a quoted field (RFC 4180)
+    opens a field that is closed on a later line                        a quoted field, unless a line in between looks
+                                                                        like a row itself: then the file is refused
+    anything else                                                       a character of the text, reported once a file
+
+`double` takes RFC 4180 at its word, `none` takes every mark for a character. An `escape` letter takes the meaning away
+from a mark, a separator, a line's end or itself behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Literal
+
+import numpy as np
+
+from cllm4rec_dist.corpus.skips import excerpt
+from cllm4rec_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_NEWLINE, _QUOTE = b"\n", b'"'
+_UNIT_SEPARATOR = b"\x1f"
+"""Stands for a separator of several letters, of which Polars knows none."""
+_MAX_FIELD = 1 << 26
+"""A quoted field that is open for longer than this many bytes was never closed."""
+_DIGIT = re.compile(rb"\d")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How fields are written.
+
+    Attributes:
+        separator: between fields, one letter or several; None finds it in the header.
+        quoting: what a quotation mark means.
+        escape: letter that takes the meaning away from the one behind it, or None.
+        encoding: Python's name, or auto.
+        names: of the columns, where the first line does not have them.
+    """
+
+    separator: str | None = None
+    quoting: Literal["auto", "double", "none"] = "auto"
+    escape: str | None = None
+    encoding: str = "auto"
+    names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was read at a line.
+
+    Attributes:
+        kind: a record, a lost line, or a record that goes on behind the bytes at hand.
+        num_bytes, num_lines: how far it goes.
+        fields: of a record.
+        reason: for which a line is lost.
+    """
+
+    class Kind(Enum):
+        """What there was."""
+
+        RECORD = auto()
+        LOST = auto()
+        UNFINISHED = auto()
+
+    kind: Kind
+    num_bytes: int = 0
+    num_lines: int = 1
+    fields: list[bytes] = field(default_factory=list)
+    reason: str = ""
+
+
+class _Unclosed(Exception):
+    """A quoted field is not closed in the bytes at hand."""
+
+
+class _Malformed(Exception):
+    """A mark in a quoted field neither closes it nor is doubled."""
+
+
+class LineReader:
+    """Reads records one by one.
+
+    Args:
+        dialect: what marks and escapes mean.
+        separator: between fields.
+        num_fields: of a record.
+        numbers: indexes of fields that are numbers or times.
+        path: of the file, for errors.
+    """
+
+    def __init__(
+        self, dialect: Dialect, separator: str, num_fields: int = 0, numbers: Sequence[int] = (), path: str = ""
+    ) -> None:
+        self._dialect, self._long_separator = dialect, separator.encode()
+        self.separator = self._long_separator if len(self._long_separator) == 1 else _UNIT_SEPARATOR
+        self.num_fields, self._numbers, self._path = num_fields, numbers, path
+        self._escape = (dialect.escape or "").encode()
+        self._num_stray, self._first_stray = 0, 0
+        meant = b"".join(map(re.escape, {self.separator, _QUOTE, _NEWLINE, self._escape}))
+        self._escaped = re.compile(re.escape(self._escape) + b"([" + meant + b"])") if self._escape else None
+
+    @property
+    def has_quotes(self) -> bool:
+        """Whether a quotation mark may mean anything."""
+        return self._dialect.quoting != "none"
+
+    def with_one_byte_separator(self, text: bytes) -> bytes:
+        """The text with its separator, if that is longer, replaced by one byte."""
+        return text if len(self._long_separator) == 1 else text.replace(self._long_separator, self.separator)
+
+    def header(self, line: bytes) -> list[str]:
+        """Names in the first line, without quotes and surrounding blanks."""
+        line = self.with_one_byte_separator(line)
+        try:
+            fields = self._parse(line, 0)[0] if self.has_quotes else self._split(line)
+        except (_Unclosed, _Malformed):
+            fields = self._split(line)
+        return [name.decode(errors="replace").strip() for name in fields]
+
+    def is_special(self, text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Lines that a parser of plain quotes would not read right; bool [lines].
+
+        Args:
+            text: uint8 bytes of the block.
+            starts, ends: of each line in it.
+        """
+        special = np.zeros(len(ends), dtype=bool)
+        if self._escape:
+            special[np.searchsorted(ends, np.flatnonzero(text == self._escape[0]))] = True
+        marks = np.flatnonzero(text == _QUOTE[0]) if self.has_quotes else np.empty(0, np.int64)
+        if not len(marks):
+            return special
+        line = np.searchsorted(ends, marks)
+        opens = (np.arange(len(marks)) - np.searchsorted(line, line)) % 2 == 0
+        padded = np.concatenate([_NEWLINE_ARRAY, text, _NEWLINE_ARRAY])
+        before, behind = padded[marks], padded[marks + 2]
+        separator = self.separator[0]
+        at_start = (before == separator) | (before == _NEWLINE[0]) | (before == _QUOTE[0])
+        at_end = (behind == separator) | (behind == _NEWLINE[0]) | (behind == _QUOTE[0])
+        special[line[~np.where(opens, at_start, at_end)]] = True
+        special |= np.bincount(line, minlength=len(ends)) % 2 == 1
+        return special
+
+    def read(self, buffer: bytes, start: int, line: int, is_last: bool) -> Outcome:
+        """The record that begins at `start`.
+
+        Args:
+            line: its number, for errors.
+            is_last: nothing comes behind the buffer.
+
+        Raises:
+            DataError: where a quoted field may be several rows, or is escaped in a way that the recipe does not name.
+        """
+        if not self.has_quotes:
+            return self._as_characters(buffer, start, line)
+        try:
+            fields, end = self._parse(buffer, start)
+        except _Unclosed:
+            if not is_last and len(buffer) - start < _MAX_FIELD:
+                return Outcome(Outcome.Kind.UNFINISHED)
+            if self._dialect.quoting == "double":
+                raise self._refusal(line, buffer, start, "opens a quoted field that is never closed") from None
+            return self._as_characters(buffer, start, line)
+        except _Malformed:
+            if self._dialect.quoting == "double":
+                return Outcome(Outcome.Kind.LOST, _line_length(buffer, start), reason="has quotes that are not doubled")
+            return self._as_characters(buffer, start, line)
+        num_lines = max(1, buffer.count(_NEWLINE, start, end) + (end == len(buffer) and not buffer.endswith(_NEWLINE)))
+        if len(fields) != self.num_fields:
+            if num_lines > 1 and self._dialect.quoting == "auto":
+                return self._as_characters(buffer, start, line)
+            reason = f"has {len(fields)} fields and not {self.num_fields}"
+            return Outcome(Outcome.Kind.LOST, end - start, num_lines, reason=reason)
+        if num_lines > 1 and self._dialect.quoting == "auto":
+            inner = buffer[start:end].rstrip(_NEWLINE).split(_NEWLINE)[1:]
+            if any(map(self._looks_like_a_row, inner)):
+                raise self._refusal(
+                    line, buffer, start,
+                    f"opens a quoted field that goes on for {num_lines - 1:,} lines, some of which look like rows",
+                )  # fmt: skip
+        return Outcome(Outcome.Kind.RECORD, end - start, num_lines, fields)
+
+    def report_stray_marks(self) -> None:
+        """Warn of marks that were taken for characters."""
+        if self._num_stray:
+            logger.warning(
+                "%s: a quotation mark begins a field but does not enclose it in %s lines, the first is line %d. It is"
+                " read as a character; set quoting: none to say so.", self._path, f"{self._num_stray:,}",
+                self._first_stray,
+            )  # fmt: skip
+
+    def _as_characters(self, buffer: bytes, start: int, line: int) -> Outcome:
+        """The line at `start` with its marks as characters."""
+        length = _line_length(buffer, start)
+        text = buffer[start : start + length].removesuffix(_NEWLINE)
+        fields = self._split(text)
+        if self.has_quotes:
+            if not self._escape and b'\\"' in text:
+                raise self._refusal(line, buffer, start, "has a quotation mark behind a backslash", escaped=True)
+            if len(fields) == self.num_fields:
+                self._num_stray += 1
+                self._first_stray = self._first_stray or line
+        if len(fields) == self.num_fields:
+            return Outcome(Outcome.Kind.RECORD, length, fields=fields)
+        reason = f"has {len(fields)} fields and not {self.num_fields}"
+        return Outcome(Outcome.Kind.LOST, length, reason=reason)
+
+    def _refusal(self, line: int, buffer: bytes, start: int, what: str, escaped: bool = False) -> DataError:
+        text = excerpt(buffer[start : start + _line_length(buffer, start)].decode(errors="replace"))
+        cure = (
+            "Set escape: '\\' in the recipe if backslashes escape, or quoting: none if marks are characters."
+            if escaped
+            else "Set quoting: none in the recipe if marks are characters, or quoting: double if the field is right."
+        )
+        return DataError(f"{self._path} line {line}", text, what, cure)
+
+    def _looks_like_a_row(self, line: bytes) -> bool:
+        fields = self._split(line)
+        return len(fields) == self.num_fields and all(
+            not fields[index].strip() or _DIGIT.search(fields[index]) for index in self._numbers
+        )
+
+    def _split(self, line: bytes) -> list[bytes]:
+        """Fields of a line in which marks are characters."""
+        if not self._escape or self._escape not in line:
+            return line.split(self.separator)
+        fields, at = [], 0
+        while True:
+            end = self._field_end(line, at)
+            fields.append(self._unescaped(line[at:end]))
+            if end >= len(line):
+                return fields
+            at = end + 1
+
+    def _parse(self, buffer: bytes, start: int) -> tuple[list[bytes], int]:
+        """Fields of the record at `start`, and where the next one begins."""
+        fields: list[bytes] = []
+        at = start
+        while True:
+            if buffer[at : at + 1] == _QUOTE:
+                value, at = self._quoted(buffer, at + 1)
+            else:
+                end = self._field_end(buffer, at)
+                value, at = self._unescaped(buffer[at:end]), end
+            fields.append(value)
+            if at >= len(buffer):
+                return fields, at
+            at += 1
+            if buffer[at - 1 : at] == _NEWLINE:
+                return fields, at
+
+    def _quoted(self, buffer: bytes, start: int) -> tuple[bytes, int]:
+        """A quoted field whose content begins at `start`, and the place behind its closing mark."""
+        at = start
+        while True:
+            end = buffer.find(_QUOTE, at)
+            if end < 0:
+                raise _Unclosed
+            if self._is_escaped(buffer, start, end):
+                at = end + 1
+            elif buffer[end + 1 : end + 2] == _QUOTE:
+                at = end + 2
+            elif buffer[end + 1 : end + 2] in (self.separator, _NEWLINE, b""):
+                return self._unescaped(buffer[start:end].replace(_QUOTE * 2, _QUOTE)), end + 1
+            else:
+                raise _Malformed
+
+    def _field_end(self, buffer: bytes, start: int) -> int:
+        """Place of the separator or line's end behind an unquoted field."""
+        at = start
+        while True:
+            found = [place for mark in (self.separator, _NEWLINE) if (place := buffer.find(mark, at)) >= 0]
+            end = min(found, default=len(buffer))
+            if end == len(buffer) or not self._is_escaped(buffer, start, end):
+                return end
+            at = end + 1
+
+    def _is_escaped(self, buffer: bytes, start: int, at: int) -> bool:
+        """Whether an odd number of escapes stands before `at`."""
+        count = 0
+        while self._escape and at - count > start and buffer[at - count - 1 : at - count] == self._escape:
+            count += 1
+        return count % 2 == 1
+
+    def _unescaped(self, value: bytes) -> bytes:
+        return value if self._escaped is None else self._escaped.sub(rb"\1", value)
+
+
+_NEWLINE_ARRAY = np.frombuffer(_NEWLINE, np.uint8)
+
+
+def _line_length(buffer: bytes, start: int) -> int:
+    end = buffer.find(_NEWLINE, start)
+    return (len(buffer) if end < 0 else end + 1) - start

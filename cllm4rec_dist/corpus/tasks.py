@@ -1,0 +1,53 @@
+"""The shards of a corpus as Ray tasks, on one host or many."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from cllm4rec_dist.corpus.writer import RunTasks
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def ray_tasks(num_workers: int) -> Iterator[RunTasks]:
+    """A `map` that runs up to `num_workers` calls at a time as Ray tasks, and gives their results in order.
+
+    Arguments and results travel through Ray's object store, so that hosts need to share no folder. Joins the cluster
+    that RAY_ADDRESS names, or starts Ray here.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray  # only where tasks are asked for
+
+    ours = not ray.is_initialized()
+    if ours:
+        address = os.environ.get("RAY_ADDRESS", "local")
+        num_cpus = max(num_workers, os.cpu_count() or 1) if address == "local" else None
+        ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING, include_dashboard=False)
+
+    def run(function: Callable[[T], R], arguments: Iterable[T]) -> Iterator[R]:
+        task: Any = ray.remote(_call)
+        shared = ray.put(function)
+        pending: deque[Any] = deque()
+        for argument in arguments:
+            if len(pending) >= 2 * num_workers:
+                yield ray.get(pending.popleft())
+            pending.append(task.remote(shared, argument))
+        while pending:
+            yield ray.get(pending.popleft())
+
+    try:
+        yield run
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _call(function: Callable[[T], R], argument: T) -> R:
+    return function(argument)

@@ -1,0 +1,205 @@
+"""Values of raw files as texts, numbers and ids: one rule each, whatever the file's format.
+
+Ids are texts. Blanks at their ends are off, a missing word is no id, and a number that is stored as a float (`100.0`,
+because a column with a gap is one in pandas) is the whole number that it was. Typed columns (Parquet) and single values
+(JSON) follow the same rules.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from cllm4rec_dist.errors import DataError
+
+MISSING_WORDS = (
+    "NULL", "Null", "null", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NaT", "None", "NONE", "\\N",
+)  # fmt: skip
+"""What stands for a missing value in exports of databases, pandas and R."""
+_EXACT_FLOAT = 1 << 53
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_WHOLE_FLOAT = r"^-?\d+\.0+$"
+_MAYBE_WHOLE = r"^-?\d+(\.0+)?$"
+
+
+class BadValue(Exception):
+    """A single value that cannot be used; its text is the reason, as a clause behind `row that`."""
+
+    def __init__(self, reason: str, value: object) -> None:
+        super().__init__(reason)
+        self.value = value
+
+
+def unwrap(value: Any) -> Any:
+    """The value inside of MongoDB's notation: {"$oid": "..."}, {"$date": {"$numberLong": "..."}}."""
+    while isinstance(value, dict) and len(value) == 1 and next(iter(value)).startswith("$"):
+        (value,) = value.values()
+    return value
+
+
+def id_text(value: Any) -> str | None:
+    """A JSON value as id, None for a missing one.
+
+    Raises:
+        BadValue: for a list, an object or a truth value.
+    """
+    value = unwrap(value)
+    if value is None or isinstance(value, str):
+        if value is not None and _SURROGATES.search(value):
+            raise BadValue("has an id with half of a character", ascii(value))
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise BadValue("has an id that is no text or number", value)
+    return _number_text(value)
+
+
+def number_text(value: Any) -> str | None:
+    """A JSON value as text of a number or time.
+
+    Raises:
+        BadValue: for a list or an object.
+    """
+    value = unwrap(value)
+    if value is None or isinstance(value, str):
+        return None if value is None else _SURROGATES.sub("\ufffd", value)
+    if not isinstance(value, bool | int | float | Decimal):
+        raise BadValue("has a list or object where a number or time should be", value)
+    return str(int(value)) if isinstance(value, bool) else _number_text(value)
+
+
+def plain_text(value: Any) -> str | None:
+    """A JSON value as text: lists and objects give their texts one behind the other, empty ones left out."""
+    value = unwrap(value)
+    if isinstance(value, str):
+        return _SURROGATES.sub("\ufffd", _joined_surrogates(value))
+    if value is None or isinstance(value, bool):
+        return None if value is None else str(value).lower()
+    if isinstance(value, int | float | Decimal):
+        return _number_text(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if isinstance(value, list | tuple | dict):
+        return " ".join(text.strip() for part in parts if (text := plain_text(part)) and text.strip()) or None
+    return str(value)
+
+
+def _joined_surrogates(text: str) -> str:
+    return text if not _SURROGATES.search(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _number_text(value: float | Decimal) -> str | None:
+    if value != value:
+        return None
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value) and abs(value) < 1e18:
+        return str(int(value))
+    return str(value)
+
+
+def column_text(column: pl.Series, where: str) -> pl.Series:
+    """A column of any type as texts, null where it has no value.
+
+    Args:
+        column: of a raw file.
+        where: names file and column, for errors.
+
+    Raises:
+        DataError: for binary values that are not UTF-8, and types that have no text.
+    """
+    dtype = column.dtype
+    if dtype == pl.String or dtype == pl.Null:
+        return column.cast(pl.String)
+    if dtype == pl.Binary:
+        text = column.cast(pl.String, strict=False)
+        if text.null_count() > column.null_count():
+            raise DataError(where, str(dtype), "is binary and not UTF-8 text", "Write the column as text.")
+        return text
+    if isinstance(dtype, pl.Decimal):
+        return column.cast(pl.String).str.replace(r"\.0+$", "").str.replace(r"(\.\d*?)0+$", "$1")
+    if dtype.is_float():
+        if dtype == pl.Float64 and column.abs().max() is not None:
+            whole = column.is_not_nan() & column.is_finite() & (column == column.round())
+        else:
+            whole = column.is_finite() & (column == column.round())
+        whole = whole & (column.abs() < 1e18)
+        integers = column.set(~whole.fill_null(False), 0).cast(pl.Int64).cast(pl.String)
+        texts = column.fill_nan(None).cast(pl.String)
+        return texts.zip_with(~whole.fill_null(False), integers)
+    if dtype.is_nested():
+        return pl.Series(column.name, [plain_text(value) for value in column.to_list()], dtype=pl.String)
+    try:
+        return column.cast(pl.String)
+    except pl.exceptions.PolarsError as error:
+        raise DataError(where, str(dtype), "is a type that cannot be read as text", "Write the column as text.") from error
+
+
+def column_ids(column: pl.Series, where: str) -> pl.Series:
+    """A column of any type as ids, before missing words are taken out.
+
+    Raises:
+        DataError: for types that are no ids, and floats too large to be exact.
+    """
+    dtype = column.dtype
+    if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
+        raise DataError(where, str(dtype), "is a type that is no id", "Name a column of texts or whole numbers.")
+    if dtype.is_float() and (column.abs().max() or 0) >= (_EXACT_FLOAT if dtype == pl.Float64 else 1 << 24):
+        raise DataError(
+            where, str(dtype), f"holds ids up to {column.abs().max():.0f}, which such floats cannot tell apart",
+            "Write the column as text or whole numbers.",
+        )  # fmt: skip
+    return column_text(column, where)
+
+
+def column_numbers(column: pl.Series, where: str, missing: Sequence[str], decimal: str = ".") -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of a column, NaN where missing, and where a value is no number; float64 and bool [n].
+
+    Raises:
+        DataError: for types that are no numbers.
+    """
+    dtype = column.dtype
+    if dtype.is_nested() or dtype.is_temporal():
+        raise DataError(where, str(dtype), "is a type that is no number", "Name a column of numbers.")
+    if dtype.is_numeric() or dtype == pl.Boolean:
+        values = column.cast(pl.Float64)
+        infinite = values.is_infinite().fill_null(False).to_numpy()
+        return values.fill_null(np.nan).to_numpy().copy(), infinite
+    texts = without_missing(column_text(column, where), missing)
+    if decimal != ".":
+        texts = texts.str.replace(decimal, ".", literal=True)
+    values = texts.cast(pl.Float64, strict=False)
+    wrong = (texts.is_not_null() & ~values.is_finite().fill_null(False)).to_numpy()
+    return values.fill_null(np.nan).to_numpy().copy(), wrong
+
+
+def without_missing(texts: pl.Series, missing: Sequence[str]) -> pl.Series:
+    """Texts without blanks at their ends; null where empty or a missing word."""
+    texts = texts.str.strip_chars()
+    gone = (texts.str.len_bytes() == 0) | texts.is_in(list(missing))
+    return texts.set(gone.fill_null(False), None)
+
+
+def whole_numbers(ids: pl.Series) -> pl.Series | None:
+    """Ids without `.0`, if all of them are the whole numbers of a float column; None otherwise."""
+    if not len(ids) or not ids.str.contains(_WHOLE_FLOAT).any() or not ids.str.contains(_MAYBE_WHOLE).all():
+        return None
+    return ids.str.replace(r"\.0+$", "")
+
+
+def clean_texts(texts: pl.Series, missing: Sequence[str], *, one_line: bool = False) -> pl.Series:
+    """Texts without HTML entities, blanks at their ends and missing words; null where nothing is left.
+
+    Args:
+        one_line: also make each run of blanks one blank, as in a title.
+    """
+    with_entity = texts.str.contains("&", literal=True).fill_null(False)
+    if with_entity.any():
+        places = with_entity.arg_true()
+        texts = texts.scatter(places, [html.unescape(text) for text in texts.filter(with_entity).to_list()])
+    if one_line:
+        texts = texts.str.replace_all(r"\s+", " ")
+    return without_missing(texts, missing)
