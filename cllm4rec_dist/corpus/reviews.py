@@ -47,7 +47,7 @@ class ReviewStore:
 
     def _tables(self) -> Iterator[pl.DataFrame]:
         for path in self._files:
-            yield pl.read_ipc(path, memory_map=False)
+            yield pl.read_ipc(path)
         yield from self._pending
 
     def __iter__(self) -> Iterator[str]:
@@ -76,7 +76,7 @@ class ReviewStore:
                 buckets[int(str(index))].append(self._write(f"bucket-{index}-{number}", part))
         for parts in buckets:
             if parts:
-                tables = [pl.read_ipc(part, memory_map=False) if isinstance(part, Path) else part for part in parts]
+                tables = [pl.read_ipc(part) if isinstance(part, Path) else part for part in parts]
                 yield pl.concat(tables).sort("rank")
             for part in parts:
                 if isinstance(part, Path):
