@@ -5,6 +5,7 @@
                                            and Adam's moments of both
         replicated.safetensors             what every rank holds whole, and Adam's step counts
         users.parquet, items.parquet       external ids of the rows, by which a later corpus finds them again
+        trained-on.safetensors             a sample of the interactions that were trained on (`lineage.py`)
         state.json                         position, best result, fingerprints, configuration
         COMMIT.json                        size and sha256 of every file; written last (`store.py`)
 
@@ -43,6 +44,7 @@ from cllm4rec_dist.collectives import gather_integers
 from cllm4rec_dist.config import RunConfig, StrictModel
 from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
+from cllm4rec_dist.lineage import Lineage, SeenInteractions, TrainedOn
 from cllm4rec_dist.store import SCHEMA_VERSION, Marker, Store, parse
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
@@ -56,6 +58,7 @@ BEST: Kind = "best-"
 CONFIG_FILE = "config.yaml"
 """In a run's folder: its resolved configuration."""
 STATE_FILE, REPLICATED_FILE = "state.json", "replicated.safetensors"
+SEEN_FILE = "trained-on.safetensors"
 ADAPTER = "adapter."
 """In front of the names of what the engine trains."""
 
@@ -66,10 +69,11 @@ class RunState:
 
     Attributes:
         step: completed optimizer steps, skipped ones included; everything about the data follows from it.
-        best: best validation result so far, and the step it was seen at.
+        best, best_metric, best_step: best validation result so far, the metric it is of, and the step it was seen at.
         validations_since_best: for early stopping.
         mean_loss: running mean, by which an explosion is known.
         skipped_in_a_row: steps left out since the last good one.
+        validated_step: step of the last validation.
     """
 
     step: int = 0
@@ -78,6 +82,8 @@ class RunState:
     validations_since_best: int = 0
     mean_loss: float | None = None
     skipped_in_a_row: int = 0
+    best_metric: str | None = None
+    validated_step: int | None = None
 
 
 class About(StrictModel):
@@ -97,6 +103,8 @@ class About(StrictModel):
     """Of backbone, corpus and tokenizer."""
     config: dict[str, Any]
     """Resolved configuration of the run."""
+    lineage: Lineage | None = None
+    """What the model was trained on; None where an earlier version wrote the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,15 @@ class Checkpoint:
         """Everything that is stored whole, by name."""
         with _reading(self, REPLICATED_FILE) as path:
             return load_file(path)
+
+    def trained_on(self) -> TrainedOn | None:
+        """What the model was trained on; None where an earlier version wrote the checkpoint."""
+        if self.about.lineage is None:
+            return None
+        try:
+            return TrainedOn(self.about.lineage, SeenInteractions.load(self.file(SEEN_FILE)))
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{self.path}/{SEEN_FILE}", "content", str(error), _OTHER) from error
 
     def rows(self, name: str, num_rows: int, start: int, stop: int) -> Tensor | None:
         """Rows [start, stop) of a sharded tensor of `num_rows` rows, from the files that hold them.
@@ -431,7 +448,9 @@ def _of_engine(tensors: dict[str, T]) -> dict[str, T]:
     return {name.removeprefix(ADAPTER): value for name, value in tensors.items() if name.startswith(ADAPTER)}
 
 
-def resume(system: System, store: Store, names: Sequence[str], check: Callable[[Checkpoint], None]) -> RunState | None:
+def resume(
+    system: System, store: Store, names: Sequence[str], check: Callable[[Checkpoint], None]
+) -> Checkpoint | None:
     """Restore everything that a `Saver` kept, at any number of ranks, from the first of `names` that is good.
 
     Collective. The run then goes on as if it had not stopped: bit for bit at the same number of ranks.
@@ -439,7 +458,7 @@ def resume(system: System, store: Store, names: Sequence[str], check: Callable[[
     Args:
         check: refuses a checkpoint that is not of this run, by a CheckpointError.
 
-    Returns None where no name is left.
+    Returns the checkpoint; None where no name is left.
     """
 
     def read_all(checkpoint: Checkpoint) -> Contents:
@@ -449,6 +468,7 @@ def resume(system: System, store: Store, names: Sequence[str], check: Callable[[
             )
         require_same(checkpoint, system.fingerprints)
         check(checkpoint)
+        checkpoint.trained_on()  # damage is found before anything is restored
         contents = read(system, checkpoint, moments=True)
         _require_all(system, checkpoint, contents)
         return contents
@@ -464,4 +484,4 @@ def resume(system: System, store: Store, names: Sequence[str], check: Callable[[
             "resumed %s (written by %d ranks) at step %d",
             checkpoint.path, checkpoint.about.world_size, checkpoint.about.run.step,
         )  # fmt: skip
-    return checkpoint.about.run
+    return checkpoint

@@ -9,16 +9,25 @@ from __future__ import annotations
 import os
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.id_list import read_ids
 from cllm4rec_dist.launchers import launch
 
 METRICS = "recall@20,recall@40,ndcg@100"
+
+
+class History(StrEnum):
+    """What `recommend` takes for a user's history."""
+
+    ALL = "all"
+    TRAIN = "train"
 
 
 app = typer.Typer(
@@ -49,6 +58,16 @@ MetricNames = Annotated[str, typer.Option("--metrics", help="Comma-separated rec
 Resume = Annotated[
     str | None,
     typer.Option(help="auto (default): go on from this run's newest good checkpoint; none; or a checkpoint or run."),
+]
+BackboneOption = Annotated[
+    str | None, typer.Option("--backbone", help="Where the backbone is now, if not where the run says.")
+]
+CorpusOption = Annotated[
+    str | None, typer.Option("--corpus", help="Where the corpus is now, if not where the run says.")
+]
+AllowLeak = Annotated[
+    bool,
+    typer.Option("--allow-leak", help="Go on from a run that was trained on held-out interactions; reports say so."),
 ]
 BatchUsers = Annotated[int, typer.Option("--batch-users", min=1, help="Users ranked at a time by each rank.")]
 
@@ -107,9 +126,10 @@ def pretrain(
     workers: Workers = "1",
     resume: Resume = None,
     max_failures: MaxFailures = 3,
+    allow_leak: AllowLeak = False,
 ) -> None:
     """Mutually regularized pretraining of the collaborative and the content LLM. Resumes by itself."""
-    _train("pretrain", config, overrides, launcher, workers, resume, max_failures)
+    _train("pretrain", config, overrides, launcher, workers, resume, max_failures, allow_leak)
 
 
 @app.command()
@@ -120,9 +140,10 @@ def finetune(
     workers: Workers = "1",
     resume: Resume = None,
     max_failures: MaxFailures = 3,
+    allow_leak: AllowLeak = False,
 ) -> None:
     """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes by itself."""
-    _train("finetune", config, overrides, launcher, workers, resume, max_failures)
+    _train("finetune", config, overrides, launcher, workers, resume, max_failures, allow_leak)
 
 
 @app.command()
@@ -138,6 +159,8 @@ def plan(
     ] = 0.45,
     samples: Annotated[int, typer.Option(min=1, help="Steps of the corpus that are counted.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
 ) -> None:
     """Tell what a run will need before it starts: memory by part, bytes on the wire, FLOPs, time, what to change.
 
@@ -150,8 +173,10 @@ def plan(
     from cllm4rec_dist.planning.hardware import find_gpu
     from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
     from cllm4rec_dist.planning.table import as_json, tell, tell_changes
+    from cllm4rec_dist.trained_run import relocated
 
     read = load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
+    read = relocated(read, str(config), backbone, corpus)
     if stage is None and read.init_from is not None:
         read = read.model_copy(update={"stage": "finetune"})
     made = make_plan(read, Place(find_gpu(gpu), gpus, gpus_per_host, efficiency), samples)
@@ -167,12 +192,12 @@ def plan(
 
 def _train(
     stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: str, resume: str | None,
-    max_failures: int,
+    max_failures: int, allow_leak: bool,
 ) -> None:  # fmt: skip
     from cllm4rec_dist.interruption import EXIT_STATUS
     from cllm4rec_dist.train import TrainResult, resolve_resume, train
 
-    more = [f"stage={stage}", *([f"resume={resume}"] if resume else [])]
+    more = [f"stage={stage}", *([f"resume={resume}"] if resume else []), *(["allow_leak=true"] if allow_leak else [])]
     loaded = load_config(RunConfig, path, [*(overrides or ()), *more])
     config = resolve_resume(_with_absolute_paths(loaded), os.environ)
     result = launch(
@@ -205,6 +230,8 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
     baselines: Annotated[bool, typer.Option(help="Fit popularity, EASE, title-aware EASE and iALS beside it.")] = True,
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
     launcher: LauncherOption = "auto",
     workers: Workers = "1",
@@ -218,6 +245,7 @@ def evaluate(
     launch(
         evaluate_run, launcher, workers, folder / "ray",
         run=_trained(run), split=split, metrics=names, batch_users=batch_users, output=str(folder),
+        **_moved(backbone, corpus),
     )  # fmt: skip
     if _is_main():
         from cllm4rec_dist.comparison import compare
@@ -233,20 +261,30 @@ def recommend(
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items for each user.")] = 100,
     user: Annotated[list[str] | None, typer.Option("--user", help="Only this user (may be repeated).")] = None,
     users_file: Annotated[Path | None, typer.Option(help="Only the users of this file, one id a line.")] = None,
+    history: Annotated[
+        History, typer.Option(help="What a user's prompt shows and the list leaves out: all items, or train items.")
+    ] = History.ALL,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Recommend items of the history too.")] = False,
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
     launcher: LauncherOption = "auto",
     workers: Workers = "1",
 ) -> None:
-    """Write each user's best items with scores as Parquet, by external ids."""
+    """Write each user's best items with scores as Parquet, by external ids.
+
+    What a user has, held-out items included, is in the prompt and is left out of the list. A list that OUTPUT holds
+    already is replaced.
+    """
+    chosen = None if user is None and users_file is None else list(user or ())
+    if chosen is not None and users_file is not None:
+        chosen += read_ids(users_file)
     from cllm4rec_dist.inference import recommend_users
 
-    chosen = list(user or ())
-    if users_file is not None:
-        chosen += [line for line in users_file.read_text(encoding="utf-8").splitlines() if line]
     launch(
         recommend_users, launcher, workers, output.absolute() / "ray",
-        run=_trained(run), users=chosen or None, num_best=top, batch_users=batch_users,
-        output=str(output.absolute()),
+        run=_trained(run), users=chosen, num_best=top, batch_users=batch_users, output=str(output.absolute()),
+        history=history.value, include_seen=include_seen, **_moved(backbone, corpus),
     )  # fmt: skip
 
 
@@ -254,12 +292,14 @@ def recommend(
 def export(
     run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.")],
     output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
 ) -> None:
-    """Write a run for other programs: PEFT adapters or the backbone, tables as safetensors, external ids."""
+    """Write a run for other programs: PEFT adapters or the backbone, tables, head, external ids."""
     from cllm4rec_dist.export import export
 
     _log_alone()
-    typer.echo(f"exported to {output}: {', '.join(export(run, output))}")
+    typer.echo(f"exported to {output}: {', '.join(export(run, output, backbone, corpus))}")
 
 
 @app.command()
@@ -279,6 +319,12 @@ def _trained(run: str) -> str:
     path = run if "://" in run else str(Path(run).absolute())
     checkpoint.find(path)
     return path
+
+
+def _moved(backbone: str | None, corpus: str | None) -> dict[str, Any]:
+    """Paths that override those of a checkpoint, for ranks that run in another folder; a hub id stays."""
+    local = backbone is not None and Path(backbone).is_dir()
+    return {"backbone": _absolute(backbone) if local else backbone, "corpus": _absolute(corpus)}
 
 
 def _is_main() -> bool:

@@ -47,6 +47,17 @@ def gather_counts(count: int, world: World) -> list[int]:
     return [found for (found,) in gather_integers([count], world, what="counts")]
 
 
+def broadcast_text(text: str, world: World, what: str) -> str:
+    """Rank 0's `text`, a short one, on every rank. All-gathers its length and then its bytes.
+
+    Args:
+        what: the text is about, for whoever reads where a rank is.
+    """
+    content = text.encode() if world.is_main else b""
+    length = gather_integers([len(content)], world, what=what)[0][0]
+    return bytes(gather_integers([*content.ljust(length, b"\0")], world, what=what)[0]).decode()
+
+
 def require_agreement(values: Mapping[str, int], world: World) -> None:
     """Make sure that `values`, int64 and named alike on all ranks, are equal on all of them. One all-gather.
 

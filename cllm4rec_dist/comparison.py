@@ -50,11 +50,21 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         seconds=seconds,
         config=config,
         fingerprints=evaluated["fingerprints"],
+        notes=tuple(evaluated["notes"]),
         skipped={reason: found.count for reason, found in corpus.manifest.skipped.items()},
     )
-    logs = [Path(run) / METRICS_FILE for run in (config["init_from"], config["output"]) if run]
-    write_report(folder, results, [log for log in logs if log.is_file()], [_example(e) for e in evaluated["examples"]])
+    write_report(folder, results, _logs(evaluated), [_example(e) for e in evaluated["examples"]])
     return markdown_table(results) + f"\n\nReport: {os.path.relpath(folder / 'report.html')}"
+
+
+def _logs(evaluated: dict[str, Any]) -> list[Path]:
+    """Training logs of the run that this one started from, and of this one, where it is or where it was written."""
+    config = evaluated["config"]
+    before, own, written = (
+        Path(run) / METRICS_FILE if run else None for run in (config["init_from"], evaluated["run"], config["output"])
+    )
+    here = own if own is not None and own.is_file() else written
+    return [log for log in (before, here) if log is not None and log.is_file()]
 
 
 def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[ResultRow]:

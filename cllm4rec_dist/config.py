@@ -298,6 +298,9 @@ class RunConfig(StrictModel):
     init_from: str | None = None
     """Run folder or checkpoint whose rows and adapters a new run starts from: finetune after pretrain, or go on with
     another catalog (rows are matched by external id, see docs/operations.md)."""
+    allow_leak: bool = False
+    """Start from a run (`init_from`) that was trained on interactions which this corpus holds out. Evaluations of the
+    new run then say how many."""
     resume: str = "auto"
     """`auto`: go on from the newest good checkpoint of this run, if it has one. `none`: start anew; refused where the
     run has checkpoints. Else a checkpoint, or another run, whose newest is gone on from in this run's output."""

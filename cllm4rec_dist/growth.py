@@ -186,6 +186,9 @@ def _tell(system: System, grown: Grown) -> None:
     }
     path = Path(system.config.output) / GROWTH_FILE
     path.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    if not any(found.num_new or found.removed for found in grown.matches.values()):
+        logger.info("the same users and items as in the run that this one starts from, in another corpus")
+        return
     for kind, found in grown.matches.items():
         logger.warning(
             "ANOTHER CATALOG: %d %s go on from their trained rows, %d are new, %d are gone (%s)",

@@ -9,20 +9,21 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cllm4rec_dist import checkpoint, ranking
 from cllm4rec_dist.checkpoint import Checkpoint
-from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.log import Report, progress_bar
 from cllm4rec_dist.ranking import Ranking
+from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
 from cllm4rec_dist.system import System, assemble
 from cllm4rec_dist.topology import World
+from cllm4rec_dist.trained_run import log_choice, recorded_config
 
 logger = logging.getLogger(__name__)
 
@@ -31,37 +32,68 @@ NUM_EXAMPLES = 6
 EXAMPLE_ITEMS = 10
 
 
-def load(run: str, world: World) -> tuple[System, Checkpoint]:
+def load(run: str, world: World, backbone: str | None = None, corpus: str | None = None) -> tuple[System, Checkpoint]:
     """The system of a run's best checkpoint (or of the checkpoint given), and that checkpoint. Collective.
 
+    Args:
+        backbone, corpus: where they are now, if not where the checkpoint says.
+
     Raises:
-        CheckpointError: where none is whole, or its backbone, corpus or tokenizer has changed.
+        CheckpointError: where none is whole, or its backbone, corpus or tokenizer has changed or is gone.
     """
     store, names = checkpoint.find(run)
-    opened = checkpoint.first_good(store, names, world, lambda found: found.about.config)
+    opened = checkpoint.first_good(store, names, world, lambda found: recorded_config(found, backbone, corpus))
     if opened is not None:
-        config = validate(RunConfig, opened[1], f"{opened[0].path}: configuration")
-        system = assemble(config, world)
+        system = assemble(_with_deepspeed_file(opened[1]), world)
         checkpoint.require_same(opened[0], system.fingerprints)
         found = checkpoint.first_good(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
         if found is not None:
             checkpoint.restore_weights(system, found[1])
+            if world.is_main:
+                log_choice(store, names, found[0])
             return system, found[0]
     raise CheckpointError("checkpoint", run, "is damaged, and so is every other one there", "Use another run.")
 
 
+def _with_deepspeed_file(config: RunConfig) -> RunConfig:
+    """The default DeepSpeed file where the run's is gone: how weights are sharded changes no prediction."""
+    if Path(config.deepspeed).is_file():
+        return config
+    default = RunConfig.model_fields["deepspeed"].default
+    logger.warning("the run's DeepSpeed file %s is not here; using %s", config.deepspeed, default)
+    return config.model_copy(update={"deepspeed": default})
+
+
 def evaluate_run(
-    world: World, report: Report, run: str, split: str, metrics: Sequence[str], batch_users: int, output: str
+    world: World,
+    report: Report,
+    run: str,
+    split: str,
+    metrics: Sequence[str],
+    batch_users: int,
+    output: str,
+    backbone: str | None = None,
+    corpus: str | None = None,
 ) -> None:
-    """Write `evaluation.json` into `output`: metrics with standard errors, and recommendations of a few users."""
-    system, used = load(run, world)
+    """Write `evaluation.json` into `output`: metrics with standard errors, and recommendations of a few users.
+
+    Args:
+        backbone, corpus: where they are now, if not where the checkpoint says.
+    """
+    system, used = load(run, world, backbone, corpus)
     bar = progress_bar(world, int((system.corpus.split(split).lengths > 0).sum()), f"evaluate {split}", "user")
     result = ranking.evaluate(system, split, metrics, batch_users, bar.update)
     bar.close()
     examples = _examples(system, split)
     if world.is_main:
+        lineage = used.about.lineage
+        notes = [] if lineage is None else lineage.notes()
+        for note in notes:
+            logger.warning("%s: %s", used.path, note)
         content = {
-            "checkpoint": used.path, "split": split, **vars(result), "examples": examples,
+            "run": run, "checkpoint": used.path, "split": split, **vars(result), "notes": notes,
+            "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
+            "examples": examples,
             "fingerprints": system.fingerprints, "config": system.config.model_dump(mode="json"),
         }  # fmt: skip
         target = Path(output)
@@ -91,32 +123,48 @@ def _examples(system: System, split: str) -> list[dict[str, Any]]:
 
 
 def recommend_users(
-    world: World, report: Report, run: str, users: Sequence[str] | None, num_best: int, batch_users: int, output: str
+    world: World,
+    report: Report,
+    run: str,
+    users: Sequence[str] | None,
+    num_best: int,
+    batch_users: int,
+    output: str,
+    history: Literal["all", "train"] = "all",
+    include_seen: bool = False,
+    backbone: str | None = None,
+    corpus: str | None = None,
 ) -> None:
-    """Write the best items of users (None: everyone) as Parquet, one file a rank, below `output`.
+    """Write the best items of users as Parquet, one file a rank, below `output` (see `recommendations.py`).
 
-    Columns: user and item (external ids), rank from 1, score. Items of the training history are left out; a user with
-    fewer items left gets fewer rows.
+    A user with fewer than `num_best` items left gets fewer rows.
+
+    Args:
+        users: external ids, of which one that is named twice counts once; None for everyone, [] for nobody.
+        history: what the prompt shows and the list leaves out: `all` that a user has, held-out items included, or the
+            `train` items alone.
+        include_seen: leave nothing out.
+        backbone, corpus: where they are now, if not where the checkpoint says.
 
     Raises:
         DataError: for user ids that the corpus does not have.
     """
-    system, _ = load(run, world)
+    system, _ = load(run, world, backbone, corpus)
     user_ids = np.array(system.corpus.users()["user"].to_pylist(), dtype=object)
     item_ids = np.array(system.corpus.items()["item"].to_pylist(), dtype=object)
     rows = np.arange(len(user_ids)) if users is None else _rows_of(users, user_ids)
-    target = Path(output)
-    target.mkdir(parents=True, exist_ok=True)
+    shown = system.corpus.split("train") if history == "train" else system.corpus.history()
+    folder = Path(output)
+    make_folder(folder)
     bar = progress_bar(world, len(rows), "recommend", "user")
-    path = target / f"recommendations-{world.rank:05d}-of-{world.size:05d}.parquet"
-    with pq.ParquetWriter(path, _SCHEMA) as writer:
-        for table in _tables(ranking.rank_users(system, rows, num_best, batch_users, bar.update), user_ids, item_ids):
-            writer.write_table(table)
+    rankings = ranking.rank_users(
+        system, rows, num_best, batch_users, bar.update, history=shown, leave_out_seen=not include_seen
+    )
+    write_recommendations(_tables(rankings, user_ids, item_ids), folder, world)
     bar.close()
+    if world.is_main:
+        logger.info("recommendations for %d users: %s", len(rows), folder)
     report({"users": float(len(rows))})
-
-
-_SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("rank", pa.int32()), ("score", pa.float32())])
 
 
 def _tables(rankings: Iterator[Ranking], user_ids: np.ndarray, item_ids: np.ndarray) -> Iterator[pa.Table]:
@@ -129,7 +177,7 @@ def _tables(rankings: Iterator[Ranking], user_ids: np.ndarray, item_ids: np.ndar
                 pa.array(order + 1, pa.int32()),
                 pa.array(ranked.scores[place, order], pa.float32()),
             ],
-            schema=_SCHEMA,
+            schema=SCHEMA,
         )
 
 
@@ -138,4 +186,4 @@ def _rows_of(users: Sequence[str], user_ids: np.ndarray) -> np.ndarray:
     unknown = [user for user in users if user not in row_of]
     if unknown:
         raise DataError("users", unknown[:5], f"are not in the corpus ({len(unknown)} in all)", "Leave them out.")
-    return np.array([row_of[user] for user in users], dtype=np.int64)
+    return np.array([row_of[user] for user in dict.fromkeys(users)], dtype=np.int64)

@@ -1,7 +1,8 @@
 """Prediction: one forward over a user's whole history, exact top-K over the whole catalog.
 
-No text is generated, so no item is made up; items of the training history are left out. Scores are never held for
-[users, items]: each rank scores its rows in chunks and keeps K candidates a user, and the candidates are merged.
+No text is generated, so no item is made up; items of the history are left out, unless they are asked for. Scores are
+never held for [users, items]: each rank scores its rows in chunks and keeps K candidates a user, and the candidates are
+merged.
 
 Legend: n users of this rank in a block, N of all ranks, I items, K recommendations.
 """
@@ -211,6 +212,9 @@ def rank_users(
     num_best: int,
     batch_users: int,
     progress: Callable[[int], object] = lambda done: None,
+    *,
+    history: Ragged | None = None,
+    leave_out_seen: bool = True,
 ) -> Iterator[Ranking]:
     """Rank the catalog for `users`, block by block.
 
@@ -222,9 +226,12 @@ def rank_users(
         num_best: K; cut to the size of the catalog.
         batch_users: users of this rank in a block.
         progress: told how many users each block finished, over all ranks.
+        history: items of every user in time order, of which the prompt is made; the training items if left out.
+        leave_out_seen: rank the items of `history` behind all others, with score -inf.
     """
     world, model, composer = system.world, system.recommender, system.composer
-    history = system.corpus.split("train")
+    if history is None:
+        history = system.corpus.split("train")
     num_best = min(num_best, system.corpus.num_items)
     block = batch_users * world.size
     # Histories of like length beside each other: rows are short, and attention is paid by their length.
@@ -240,7 +247,7 @@ def rank_users(
         with world.watch.collective("ZeRO-3 forward"):
             hidden = system.engine(embedded.tokens, routed.batch.positions, routed.batch.boundary)
         queries = model.item_queries(hidden, embedded.item_rows, routed.batch)
-        seen = _pairs(history, block_users).to(world.device)
+        seen = _pairs(history, block_users if leave_out_seen else block_users[:0]).to(world.device)
         scores, rows = sharded_topk(queries, operand, num_best, seen, model.item_partition, world)
         yield Ranking(block_users, rows.cpu().numpy(), scores.float().cpu().numpy())
         progress(min(start + block, len(users)) - start)

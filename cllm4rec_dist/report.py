@@ -61,6 +61,8 @@ class Results(StrictModel):
     """Name -> fingerprint of the checkpoint, corpus and tokenizer."""
     skipped: dict[str, int | str] = Field(default_factory=dict)
     """Reason -> how much data was left out for it."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know before comparing the model's figures, such as a leak."""
 
     @property
     def metric_names(self) -> list[str]:
@@ -93,7 +95,7 @@ def _best_values(results: Results) -> dict[str, float]:
 
 
 def markdown_table(results: Results) -> str:
-    """Models as rows, metrics as columns, `mean ± standard error`, the best of each column in bold."""
+    """Models as rows, metrics as columns, `mean ± standard error`, the best of each column in bold; notes below."""
     best = _best_values(results)
 
     def cell(row: ResultRow, name: str) -> str:
@@ -107,7 +109,8 @@ def markdown_table(results: Results) -> str:
     for row in results.rows:
         name = " ".join(row.name.split()).replace("|", "\\|")
         lines.append([name, *(cell(row, metric) for metric in best)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table + "".join(f"\n**{note}**\n" for note in results.notes)
 
 
 def read_results(path: Path) -> Results:
@@ -128,9 +131,9 @@ def read_results(path: Path) -> Results:
 
 _CSS = """
 :root{color-scheme:light dark;--bg:#f6f6f9;--surface:#fff;--text:#1c1c22;--muted:#6b6b76;--line:#e7e7ec;
---accent:#5450d6;--soft:#efeefc;--good:#15803d}
+--accent:#5450d6;--soft:#efeefc;--good:#15803d;--bad:#b91c1c}
 @media(prefers-color-scheme:dark){:root{--bg:#111217;--surface:#1a1b21;--text:#ececf1;--muted:#9a9aa8;--line:#2c2d36;
---accent:#9a97ff;--soft:#25253b;--good:#4ade80}}
+--accent:#9a97ff;--soft:#25253b;--good:#4ade80;--bad:#f87171}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--text);
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -142,6 +145,7 @@ h2{font-size:18px;letter-spacing:-.01em;margin:44px 0 12px}
 .card{background:var(--surface);border:1px solid var(--line);border-radius:14px;padding:18px 20px}
 .tile b{display:block;font-size:30px;line-height:1.25;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
 .good{color:var(--good);font-weight:600}
+.note{border-color:var(--bad);color:var(--bad);font-weight:600;margin-top:26px}
 .scroll{overflow-x:auto;padding:6px 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:10px 20px;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
@@ -187,6 +191,10 @@ def _headline(results: Results) -> str:
             f'<div class="card tile"><small>{label}</small><b>{shown.metrics[name]:.4f}</b><small>{note}</small></div>'
         )
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _notes(results: Results) -> str:
+    return "".join(f'<p class="card note">{escape(note)}</p>' for note in results.notes)
 
 
 def _table(results: Results) -> str:
@@ -261,7 +269,7 @@ def _page(results: Results, pictures: Sequence[Picture], examples: Sequence[Exam
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: recommendation results</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_CSS}</style></head><body><main>'
         f"<h1>{title}</h1><p class='muted'>{results.num_users:,} users evaluated in {results.seconds:,.0f} s</p>"
-        f"{_headline(results)}<h2>Models</h2>{_table(results)}<h2>Charts</h2>{_figures(pictures)}{_examples(examples)}"
+        f"{_notes(results)}{_headline(results)}<h2>Models</h2>{_table(results)}<h2>Charts</h2>{_figures(pictures)}{_examples(examples)}"
         f"{_pairs('Left out of the data', results.skipped)}{_pairs('Fingerprints', results.fingerprints)}{config}"
         "</main></body></html>\n"
     )

@@ -21,6 +21,7 @@ from cllm4rec_dist.checkpoint import (
     ADAPTER,
     BEST,
     REPLICATED_FILE,
+    SEEN_FILE,
     STATE_FILE,
     STEP,
     About,
@@ -31,6 +32,7 @@ from cllm4rec_dist.checkpoint import (
 from cllm4rec_dist.collectives import barrier, gather_integers
 from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.lineage import TrainedOn
 from cllm4rec_dist.store import FileEntry, Store
 from cllm4rec_dist.system import System
 
@@ -41,10 +43,16 @@ _REMINDER_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A checkpoint in memory: `files` writes each file of this rank to a path."""
+    """A checkpoint in memory.
+
+    Attributes:
+        files: writes each file of this rank to a path.
+        best: name of the best checkpoint so far, if there is one.
+    """
 
     name: str
     files: dict[str, Callable[[Path], object]]
+    best: str | None
 
 
 class Saver:
@@ -59,10 +67,12 @@ class Saver:
         store: where to.
         system: what is saved.
         keep: newest checkpoints that stay, beside the best.
+        trained_on: goes into every checkpoint; rank 0's counts.
     """
 
-    def __init__(self, store: Store, system: System, keep: int) -> None:
+    def __init__(self, store: Store, system: System, keep: int, trained_on: TrainedOn | None = None) -> None:
         self._store, self._system, self._keep, self._world = store, system, keep, system.world
+        self._trained_on = trained_on
         self._group = dist.new_group(backend="gloo") if self._world.size > 1 else None
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
@@ -77,7 +87,8 @@ class Saver:
         name = f"{kind}{state.step:08d}"
         if self._store.is_committed(name):
             return  # a resumed run comes by the best step of the run before it once more
-        snapshot = _Snapshot(name, _snapshot(self._system, state, moments=kind == STEP))
+        best = None if state.best_step is None else f"{BEST}{state.best_step:08d}"
+        snapshot = _Snapshot(name, _snapshot(self._system, state, self._trained_on, moments=kind == STEP), best)
         if self._world.is_main:
             logger.info("checkpoint %s: copied in %.2f s", name, time.perf_counter() - started)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -129,13 +140,14 @@ class Saver:
         if self._world.is_main:
             if not failed:
                 shards = {shard_file(rank, self._world.size): _from_integers(e) for rank, (_, *e) in enumerate(told)}
-                problem = self._commit(snapshot.name, files | shards, started)
+                problem = self._commit(snapshot, files | shards, started)
             if failed or problem:
                 self._discard(snapshot.name)
         ((bad,), *_) = gather_integers([int(problem is not None)], self._world, self._group)
         return problem or (f"ranks {failed or [0]} failed" if failed or bad else None)
 
-    def _commit(self, name: str, files: dict[str, FileEntry], started: float) -> str | None:
+    def _commit(self, snapshot: _Snapshot, files: dict[str, FileEntry], started: float) -> str | None:
+        name = snapshot.name
         try:
             unseen = self._store.unseen(name, files)
             if unseen:
@@ -143,15 +155,21 @@ class Saver:
             self._store.commit(name, files)
         except Exception as error:
             return f"rank 0: {type(error).__name__}: {error}"
-        self._prune()
+        self._prune(snapshot.best)
         megabytes = sum(entry.num_bytes for entry in files.values()) / 1e6
         logger.info("checkpoint %s: %.1f MB written in %.1f s", name, megabytes, time.perf_counter() - started)
         return None
 
-    def _prune(self) -> None:
-        """Remove what is too old. What fails here must not be taken for a failure of what is committed."""
+    def _prune(self, best: str | None) -> None:
+        """Remove what is too old. What fails here must not be taken for a failure of what is committed.
+
+        The best checkpoint need not be the newest one of its kind: a run that died and goes on from an earlier step may
+        choose by another metric.
+        """
         try:
-            too_old = [*self._store.names(STEP)[: -self._keep], *self._store.names(BEST)[:-1]]
+            bests = self._store.names(BEST)
+            too_old = self._store.names(STEP)[: -self._keep]
+            too_old += [name for name in bests if name != best] if best in bests else bests[:-1]
         except Exception as error:
             logger.warning("old checkpoints at %s stay: %s", self._store.url, error)
             return
@@ -166,7 +184,9 @@ class Saver:
             logger.warning("leftovers of %s stay: %s", self._store.path(name), error)
 
 
-def _snapshot(system: System, state: RunState, *, moments: bool) -> dict[str, Callable[[Path], object]]:
+def _snapshot(
+    system: System, state: RunState, trained_on: TrainedOn | None, *, moments: bool
+) -> dict[str, Callable[[Path], object]]:
     """Copies of what this rank keeps, as writers of its files."""
     world, model = system.world, system.recommender
     tables = system.table_optimizer.state() if moments else {}
@@ -185,13 +205,15 @@ def _snapshot(system: System, state: RunState, *, moments: bool) -> dict[str, Ca
     }
     if world.is_main:
         replicated = _copies(whole)
-        about = _describe(system, state).model_dump_json(indent=1)
+        about = _describe(system, state, trained_on).model_dump_json(indent=1)
         files |= {
             REPLICATED_FILE: lambda path: save_file(replicated, path),
             STATE_FILE: lambda path: path.write_text(about, encoding="utf-8"),
             "users.parquet": lambda path: pq.write_table(system.corpus.users().select(["user"]), path),
             "items.parquet": lambda path: pq.write_table(system.corpus.items().select(["item"]), path),
         }
+        if trained_on is not None:
+            files[SEEN_FILE] = trained_on.seen.save
     return files
 
 
@@ -199,7 +221,7 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def _describe(system: System, state: RunState) -> About:
+def _describe(system: System, state: RunState, trained_on: TrainedOn | None) -> About:
     return About(
         run=state,
         world_size=system.world.size,
@@ -209,6 +231,7 @@ def _describe(system: System, state: RunState) -> About:
         shapes=system.engine.shapes(),
         fingerprints=system.fingerprints,
         config=system.config.model_dump(mode="json"),
+        lineage=None if trained_on is None else trained_on.lineage,
     )
 
 

@@ -23,7 +23,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from cllm4rec_dist import checkpoint, growth, ranking
+from cllm4rec_dist import checkpoint, growth, leaks, ranking
 from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.collectives import gather_integers, require_agreement
@@ -32,6 +32,7 @@ from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.stream import ahead
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
 from cllm4rec_dist.interruption import StopRequest
+from cllm4rec_dist.lineage import TrainedOn
 from cllm4rec_dist.log import Bar, MetricsLog, Report, progress_bar
 from cllm4rec_dist.saver import Saver
 from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
@@ -45,10 +46,12 @@ T = TypeVar("T")
 
 _NOT_OF_THE_TRAJECTORY = {
     "output", "corpus", "backbone", "deepspeed", "epochs", "max_steps", "log_every", "validation", "checkpoint",
-    "init_from", "resume", "faults", "activation_checkpointing", "audit",
+    "init_from", "resume", "allow_leak", "faults", "activation_checkpointing", "audit", "batch.accumulation",
+    "optimizer.table_state",
 }  # fmt: skip
-"""Settings that may differ between a run and its resumption. Corpus and backbone may have moved: their fingerprints are
-held against each other. Epochs and steps may be raised; under a falling schedule they also move its end."""
+"""Settings, or whole sections, that may differ between a run and its resumption. Corpus and backbone may have moved:
+their fingerprints are held against each other. Epochs and steps may be raised; under a falling schedule they also move
+its end. Checkpoints hold fp32 moments whatever `optimizer.table_state` is."""
 _MOST_SKIPPED = 20
 """Bad steps in a row after which a run that skips them stops."""
 _LOCK_SECONDS = 60.0
@@ -82,7 +85,8 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
         require_agreement({"configuration": zlib.crc32(config.model_dump_json().encode())}, world)
         system = assemble(config, world)
         store = Store(checkpoint.store_url(config))
-        state = _begin(system, store)
+        state, trained_on = _begin(system, store)
+        state = _comparable(state, config, world)
         source = BatchSource(system.corpus, system.composer, config, world)
         total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
         last_step = state.step if _gave_up(config, state) else total_steps
@@ -100,7 +104,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
         with (
             MetricsLog(run, world, state.step) as metrics,
             AuditLog(run, world, config, source, state.step) as audit,
-            _saver(store, system) as saver,
+            _saver(store, system, trained_on) as saver,
         ):
             for batch in _watched(world, ahead(source.make, state.step, last_step)):
                 started = time.perf_counter()
@@ -172,9 +176,9 @@ def _claim(run: Path, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def _saver(store: Store, system: System) -> Iterator[Saver]:
+def _saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterator[Saver]:
     """A saver that has written what it was given before the run ends, also where the run fails."""
-    saver = Saver(store, system, system.config.checkpoint.keep)
+    saver = Saver(store, system, system.config.checkpoint.keep, trained_on)
     try:
         yield saver
     except BaseException:
@@ -183,8 +187,11 @@ def _saver(store: Store, system: System) -> Iterator[Saver]:
     saver.finish()
 
 
-def _begin(system: System, store: Store) -> RunState:
-    """Resume, continue from another run's weights, or start the rows."""
+def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None]:
+    """Resume, continue from another run's weights, or start the rows.
+
+    Returns the state, and on rank 0 what the model has been trained on.
+    """
     config = system.config
     names = [*reversed(store.names(STEP))]
     source = store
@@ -196,19 +203,32 @@ def _begin(system: System, store: Store) -> RunState:
                 "Choose another output to go on from it, or remove the newer ones.",
             )  # fmt: skip
         source, names = (store, names) if names else (source, wanted)
-    state = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
-    if state is not None:
-        return state
+    resumed = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
+    if resumed is not None:
+        _warn_of_ignored_start(resumed, system)
+        return resumed.about.run, leaks.of_resumed(resumed, system.corpus) if system.world.is_main else None
     damaged = store.set_aside_names(STEP)
     if names or damaged:
         raise CheckpointError(
             "checkpoint.folder", store.url, f"holds no whole checkpoint, but damaged ones ({damaged or names})",
             "Bring one back from a copy, or choose another output to start anew.",
         )  # fmt: skip
+    trained_on = leaks.trained_on_from_here(system, config.init_from)
     start_rows(system)
     if config.init_from is not None:
         _start_from(system, config.init_from)
-    return RunState()
+    return RunState(), trained_on
+
+
+def _warn_of_ignored_start(resumed: Checkpoint, system: System) -> None:
+    """Say so where the run that goes on has started from other weights than `init_from` now names."""
+    started_from, named = resumed.about.config.get("init_from"), system.config.init_from
+    if named != started_from and system.world.is_main:
+        logger.warning(
+            "init_from=%s is ignored: the run goes on from its own checkpoint, and it started from %s; to start from"
+            " other weights, choose another output",
+            named, started_from or "no other run",
+        )  # fmt: skip
 
 
 def _start_from(system: System, path: str) -> None:
@@ -235,15 +255,29 @@ def _start_from(system: System, path: str) -> None:
 
 
 def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
-    own = config.model_dump(mode="json", exclude=_NOT_OF_THE_TRAJECTORY)
     # Read as a configuration, so that a setting that came later has its default in an older checkpoint.
-    saved: dict[str, Any] = validate(RunConfig, candidate.about.config, candidate.path).model_dump(mode="json")
-    changed = {key: (saved[key], value) for key, value in own.items() if saved[key] != value}
+    saved = dict(_leaves(validate(RunConfig, candidate.about.config, candidate.path).model_dump(mode="json")))
+    own = _leaves(config.model_dump(mode="json"))
+    changed = {key: (saved[key], value) for key, value in own if saved[key] != value and not _may_change(key)}
     if changed:
         raise CheckpointError(
             f"{candidate.path}: configuration", changed, "differs between the checkpoint (first) and this run (second)",
             "Go on with the settings of the checkpoint, or choose another output folder.",
         )  # fmt: skip
+
+
+def _leaves(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a tree."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
+
+
+def _may_change(key: str) -> bool:
+    """Whether a setting may be another one when a run is resumed."""
+    return not {key, key.partition(".")[0]}.isdisjoint(_NOT_OF_THE_TRAJECTORY)
 
 
 class _Clock:
@@ -339,6 +373,23 @@ def _validates(config: RunConfig, step: int, steps_per_epoch: int, total_steps: 
     return config.stage == "finetune" and every > 0 and (step % every == 0 or step == total_steps)
 
 
+def _comparable(state: RunState, config: RunConfig, world: World) -> RunState:
+    """The state with its best result only where that is of the metric by which this run chooses its best checkpoint."""
+    metric = next(iter(config.validation.metrics), None)
+    if state.best is None or config.validation.every_epochs == 0 or state.best_metric == metric:
+        return state
+    if world.is_main:
+        logger.warning(
+            "the best result so far, %.4f at step %s, is of %s, and this run chooses by %s: the comparison starts anew,"
+            " and the next validation makes the best checkpoint",
+            state.best,
+            state.best_step,
+            state.best_metric or "a metric that the checkpoint does not name",
+            metric,
+        )
+    return replace(state, best=None, best_metric=None, best_step=None, validations_since_best=0)
+
+
 def _validate(
     system: System, state: RunState, epoch: int, saver: Saver, metrics: MetricsLog, report: Report
 ) -> RunState:
@@ -347,10 +398,12 @@ def _validate(
     found = ranking.evaluate(system, "valid", config.metrics, config.batch_users).mean
     metrics.write(state.step, {"epoch": epoch, **{f"valid/{name}": value for name, value in found.items()}})
     logger.info("epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-    value = found[config.metrics[0]]
+    metric = config.metrics[0]
+    value = found[metric]
     report({f"valid/{name}": value for name, value in found.items()})
+    state = replace(state, validated_step=state.step)
     if state.best is not None and value <= state.best:
         return replace(state, validations_since_best=state.validations_since_best + 1)
-    state = replace(state, best=value, best_step=state.step, validations_since_best=0)
+    state = replace(state, best=value, best_metric=metric, best_step=state.step, validations_since_best=0)
     saver.save(state, BEST)
     return state

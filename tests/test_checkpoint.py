@@ -128,9 +128,9 @@ def try_all(world: World, config: RunConfig, saved: str, scratch: str) -> dict[s
     os.chdir(scratch)
     clean, wanted = Path(saved), {}
     for step, name in ((3, OLDER), (6, NEWER)):
-        state = checkpoint.resume(system, Store(str(clean)), [name], lambda c: None)
-        assert state is not None
-        assert state.step == step
+        found = checkpoint.resume(system, Store(str(clean)), [name], lambda c: None)
+        assert found is not None
+        assert found.about.run.step == step
         wanted[step] = state_of(system)
     outcomes: Counter[str] = Counter()
     for number, (name, spoil) in enumerate(cases(clean / NEWER)):
@@ -146,8 +146,8 @@ def try_all(world: World, config: RunConfig, saved: str, scratch: str) -> dict[s
             outcomes["refused with a clear error"] += 1
         else:
             assert found is not None, name
-            assert same(state_of(system), wanted[found.step]), name
-            outcomes["harmless" if found.step == 6 else "passed over for the one before"] += 1
+            assert same(state_of(system), wanted[found.about.run.step]), name
+            outcomes["harmless" if found.about.run.step == 6 else "passed over for the one before"] += 1
         shutil.rmtree(copy)
     assert not Path("exploded").exists()
     return dict(outcomes)

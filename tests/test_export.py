@@ -2,62 +2,185 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from cllm4rec_dist.errors import CheckpointError, ConfigError
-from cllm4rec_dist.export import TABLES_FILE, export
+from cllm4rec_dist.export import CAUSAL_LM, SCORING_FILE, TABLES_FILE, export
 from cllm4rec_dist.inference import load
+from cllm4rec_dist.ranking import rank_users
 from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.test_train import make_config, run
+from tests.test_train import Made, make_config, run
+
+EMBEDDINGS = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
+WORDS = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(0))
+LLMS = ("collaborative", "content")
 
 
-def hidden(world: World, folder: str, embeddings: Tensor) -> list[Tensor]:
+def make(folder: Path, family: str) -> Made:
+    catalog = make_catalog()
+    backbone = make_backbone(folder / "backbone", catalog, family=family)
+    return folder, make_corpus(folder / "corpus", catalog, backbone), str(backbone)
+
+
+def computed(world: World, folder: str) -> dict[str, Any]:
+    """What the run computes: hidden states of both LLMs, and every user's scores of every item."""
     system, _ = load(folder, world)
     system.train(False)
+    found: dict[str, Any] = {}
     with torch.no_grad():
-        states = [system.engine(embeddings, None, boundary) for boundary in (embeddings.shape[:2].numel(), 0)]
-    rows = {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
-    return [*states, rows["collaborative.items"], rows["content.users"]]
+        for llm, boundary in zip(LLMS, (EMBEDDINGS.shape[:2].numel(), 0), strict=True):
+            found[llm] = system.engine(EMBEDDINGS, None, boundary)
+            found[f"{llm} of words"] = system.engine(
+                F.embedding(WORDS, system.recommender.words.embedding), None, boundary
+            )
+    found |= {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
+    users, items = np.arange(system.corpus.num_users), system.corpus.num_items
+    found["scores"] = torch.zeros(len(users), items)
+    for block in rank_users(system, users, items, 5, leave_out_seen=False):
+        rows = torch.from_numpy(block.users)
+        found["scores"][rows[:, None], torch.from_numpy(block.items)] = torch.from_numpy(block.scores)
+    found["history"] = [system.corpus.split("train")[user].tolist() for user in users]
+    return found
+
+
+@torch.no_grad()
+def exported_scores(output: Path, decoder: Any, embed: Tensor, histories: list[list[int]]) -> Tensor:
+    """[users, items] by what `scoring.json` says."""
+    scoring, tables = json.loads((output / SCORING_FILE).read_text()), load_file(output / TABLES_FILE)
+    users, items, head = tables["collaborative.users"], tables["collaborative.items"], scoring["head"]
+    found = []
+    for user, history in enumerate(histories):
+        shown = items[history[-scoring["history"]["longest"] :]]
+        slots = {"user": users[user : user + 1], "history": shown}
+        tokens = [slots[t] if isinstance(t, str) else embed[t : t + 1] for t in scoring["prompt"]]
+        query = decoder(inputs_embeds=torch.cat(tokens)[None])[0][0, -1]
+        if head["pool_residual"]:
+            query = query + len(query) ** 0.5 * F.normalize(shown.sum(dim=0), dim=0)
+        if head["similarity"] == "cosine":
+            score = F.normalize(query, dim=0) @ F.normalize(items, dim=1).T / head["temperature"]
+        else:
+            score = query @ items.T
+        found.append(score + tables["head.bias"] if head["item_bias"] else score)
+    return torch.stack(found)
+
+
+def base(cls: Any, folder: Path | str) -> Any:
+    return cls.from_pretrained(folder).eval()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_an_exported_run_computes_the_same(tmp_path: Path, kind: str) -> None:
-    catalog = make_catalog()
-    backbone = make_backbone(tmp_path / "backbone", catalog)
-    made = tmp_path, make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)
-    adapter = {"kind": kind, "rank": 4} if kind == "lora" else {"kind": kind}
-    run_ranks(3, run, make_config(made, tmp_path / "run", adapter=adapter, max_steps=5))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_exported_adapters_compute_the_same_in_both_model_classes(tmp_path: Path, family: str) -> None:
+    made = make(tmp_path, family)
+    run_ranks(3, run, make_config(made, tmp_path / "run", max_steps=5))
     output = tmp_path / "exported"
-    written = export(str(tmp_path / "run"), output)
-    embeddings = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
-    (wanted,) = run_ranks(1, hidden, str(tmp_path / "run"), embeddings)
+    folders = [*LLMS, *(llm + CAUSAL_LM for llm in LLMS)]
+    others = ["items.parquet", SCORING_FILE, TABLES_FILE, "users.parquet"]
+    assert export(str(tmp_path / "run"), output) == sorted([*folders, *others])
+    (wanted,) = run_ranks(1, computed, str(tmp_path / "run"))
 
-    if kind == "lora":
-        assert written == ["collaborative", "content", "items.parquet", TABLES_FILE, "users.parquet"]
-        for name, states in zip(("collaborative", "content"), wanted[:2], strict=True):
-            model = PeftModel.from_pretrained(AutoModel.from_pretrained(backbone), str(output / name)).eval()
-            assert not torch.allclose(states, AutoModel.from_pretrained(backbone).eval()(inputs_embeds=embeddings)[0])
-            torch.testing.assert_close(model(inputs_embeds=embeddings)[0], states, rtol=1e-5, atol=1e-5)
-    else:
-        assert written == ["backbone", "items.parquet", TABLES_FILE, "users.parquet"]
-        model = AutoModel.from_pretrained(output / "backbone").eval()
-        torch.testing.assert_close(model(inputs_embeds=embeddings)[0], wanted[0], rtol=1e-5, atol=1e-5)
+    plain = base(AutoModel, made[2])(inputs_embeds=EMBEDDINGS)[0]
+    logits = base(AutoModelForCausalLM, made[2])(WORDS).logits
+    for llm in LLMS:
+        assert not torch.allclose(wanted[llm], plain, atol=1e-3)
+        decoder = PeftModel.from_pretrained(base(AutoModel, made[2]), str(output / llm)).eval()
+        torch.testing.assert_close(decoder(inputs_embeds=EMBEDDINGS)[0], wanted[llm], rtol=1e-5, atol=1e-5)
+        head = base(AutoModelForCausalLM, made[2]).get_output_embeddings()
+        language_models = [
+            PeftModel.from_pretrained(base(AutoModelForCausalLM, made[2]), str(output / llm)),
+            PeftModel.from_pretrained(base(AutoModelForCausalLM, made[2]), str(output / (llm + CAUSAL_LM))),
+            AutoPeftModelForCausalLM.from_pretrained(str(output / (llm + CAUSAL_LM))),
+        ]
+        for model in language_models:
+            found = model.eval()(input_ids=WORDS).logits
+            assert not torch.allclose(found, logits, atol=1e-3)
+            torch.testing.assert_close(found, head(wanted[f"{llm} of words"]), rtol=1e-4, atol=1e-5)
+
     tables = load_file(output / TABLES_FILE)
-    assert torch.equal(tables["collaborative.items"], wanted[-2])
-    assert torch.equal(tables["content.users"], wanted[-1])
-    assert pq.read_table(output / "items.parquet")["item"].to_pylist() == catalog.item_ids
+    assert torch.equal(tables["collaborative.items"], wanted["collaborative.items"])
+    assert torch.equal(tables["content.users"], wanted["content.users"])
+    assert pq.read_table(output / "items.parquet")["item"].to_pylist() == make_catalog().item_ids
+    decoder = PeftModel.from_pretrained(base(AutoModel, made[2]), str(output / "collaborative")).eval()
+    embed = base(AutoModel, made[2]).get_input_embeddings().weight
+    scores = exported_scores(output, decoder, embed, wanted["history"])
+    torch.testing.assert_close(scores, wanted["scores"], rtol=1e-4, atol=1e-4)
+
+
+HEADS = [
+    {"form": "cosine", "item_bias": True, "pool_residual": False},
+    {"form": "dot", "item_bias": False, "pool_residual": True},
+    {"form": "dot", "item_bias": True, "pool_residual": False},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_an_exported_whole_backbone_keeps_its_word_head_and_every_form_of_the_item_head(
+    tmp_path: Path, head: dict[str, Any]
+) -> None:
+    made = make(tmp_path, "gpt2" if head["item_bias"] else "llama")
+    method = {"max_history": 4}
+    config = make_config(made, tmp_path / "run", adapter={"kind": "full"}, head=head, method=method, max_steps=4)
+    run_ranks(2, run, config)
+    output = tmp_path / "exported"
+    assert "backbone" in export(str(tmp_path / "run"), output)
+    (wanted,) = run_ranks(1, computed, str(tmp_path / "run"))
+    decoder = base(AutoModel, output / "backbone")
+    torch.testing.assert_close(decoder(inputs_embeds=EMBEDDINGS)[0], wanted["content"], rtol=1e-5, atol=1e-5)
+    head_weight = base(AutoModelForCausalLM, made[2]).get_output_embeddings().weight
+    model = base(AutoModelForCausalLM, output / "backbone")
+    assert torch.equal(model.get_output_embeddings().weight, head_weight)
+    hidden = wanted["content of words"]
+    torch.testing.assert_close(model(WORDS).logits, hidden @ head_weight.T, rtol=1e-4, atol=1e-5)
+    scores = exported_scores(output, decoder, decoder.get_input_embeddings().weight, wanted["history"])
+    torch.testing.assert_close(scores, wanted["scores"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_backbone_without_word_head_is_exported_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make(tmp_path, "llama")
+    weights = Path(made[2]) / "model.safetensors"
+    settings = Path(made[2]) / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tie_word_embeddings": False}))
+    kept = {name: value for name, value in load_file(weights).items() if "lm_head" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    config = make_config(made, tmp_path / "run", adapter={"kind": "full"}, max_steps=1, batch={"users": 9, "texts": 0})
+    run_ranks(1, run, config)
+    export(str(tmp_path / "run"), tmp_path / "exported")
+    assert "has no word head (lm_head.weight)" in caplog.text
+    names = load_file(tmp_path / "exported" / "backbone" / "model.safetensors").keys()
+    assert not any("lm_head" in name for name in names)
+
+
+@pytest.mark.slow
+def test_an_export_is_refused_where_it_would_be_of_something_else(tmp_path: Path) -> None:
+    made = make(tmp_path, "gpt2")
+    run_ranks(1, run, make_config(made, tmp_path / "run", max_steps=1))
+    exported = str(tmp_path / "run"), tmp_path / "exported"
+    export(*exported)
     with pytest.raises(ConfigError, match="exists"):
-        export(str(tmp_path / "run"), output)
-    make_backbone(tmp_path / "backbone", catalog, seed=1)
-    with pytest.raises(CheckpointError, match="is not the one that the checkpoint was trained on"):
-        export(str(tmp_path / "run"), tmp_path / "other")
+        export(*exported)
+    other = make_corpus(tmp_path / "other", make_catalog(seed=1), Path(made[2]))
+    with pytest.raises(CheckpointError, match="corpus fingerprint"):
+        export(str(tmp_path / "run"), tmp_path / "again", corpus=other)
+    moved = (tmp_path / "backbone").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="--backbone PATH"):
+        export(str(tmp_path / "run"), tmp_path / "again")
+    assert export(str(tmp_path / "run"), tmp_path / "again", backbone=str(moved))
+    make_backbone(tmp_path / "backbone", make_catalog(), seed=1)
+    with pytest.raises(CheckpointError, match="backbone fingerprint"):
+        export(str(tmp_path / "run"), tmp_path / "third")
+    assert not (tmp_path / "third").exists()

@@ -92,7 +92,7 @@ def trained(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_rows_follow_their_external_ids_at_any_world_size(grown: tuple[Made, Made], tmp_path: Path, size: int) -> None:
     (folder, *_), other = grown
-    config = make_config(other, tmp_path / "new", init_from=str(folder / "old"))
+    config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True)
     parts = run_ranks(size, begun, config)
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     (start,) = run_ranks(1, fresh, config)
@@ -136,7 +136,7 @@ def test_a_grown_run_trains_and_resumes_as_any_other(grown: tuple[Made, Made], t
     for output, steps in (("whole", (8,)), ("parts", (4, 8))):
         for max_steps in steps:
             config = make_config(
-                other, tmp_path / output, "finetune", init_from=str(folder / "old"), max_steps=max_steps,
+                other, tmp_path / output, "finetune", init_from=str(folder / "old"), allow_leak=True, max_steps=max_steps,
                 validation={"every_epochs": 0},
             )  # fmt: skip
             run_ranks(2, run, config)
@@ -148,7 +148,7 @@ def test_a_grown_run_trains_and_resumes_as_any_other(grown: tuple[Made, Made], t
 def test_a_start_from_the_prior_keeps_new_rows_there(grown: tuple[Made, Made], tmp_path: Path) -> None:
     (folder, *_), other = grown
     rows = {"start": "prior", "lambda_l": 0.01, "lambda_c": 0.1}
-    config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), rows=rows)
+    config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True, rows=rows)
     (found,), (start,) = run_ranks(1, begun, config), run_ranks(1, fresh, config)
     new = torch.arange(21) < 7
     assert torch.equal(found["collaborative.items"][new], start["collaborative.items"][new])
@@ -159,7 +159,7 @@ def test_a_start_from_the_prior_keeps_new_rows_there(grown: tuple[Made, Made], t
 def test_texts_that_are_new_start_their_rows_around_trained_ones(grown: tuple[Made, Made], tmp_path: Path) -> None:
     made, other = grown
     run_ranks(2, run, make_config(made, tmp_path / "silent", max_steps=2, batch={"users": 9, "texts": 0}))
-    config = make_config(other, tmp_path / "new", init_from=str(tmp_path / "silent"))
+    config = make_config(other, tmp_path / "new", init_from=str(tmp_path / "silent"), allow_leak=True)
     (found,), (start,) = run_ranks(1, begun, config), run_ranks(1, fresh, config)
     for kind in _KINDS:
         drawn = start[f"content.{kind}"] - start[f"collaborative.{kind}"]
@@ -183,7 +183,7 @@ def test_what_cannot_go_on_is_refused_or_passed_over(grown: tuple[Made, Made], t
     shorter = pq.read_table(tmp_path / "old" / "checkpoints" / newest / "items.parquet").slice(1)
     entries["items.parquet"] = store.write(newest, "items.parquet", lambda path: pq.write_table(shorter, path))
     store.commit(newest, entries)
-    config = make_config(other, tmp_path / "next", init_from=str(tmp_path / "old"))
+    config = make_config(other, tmp_path / "next", init_from=str(tmp_path / "old"), allow_leak=True)
     (found,) = run_ranks(1, begun, config)
     opened = Checkpoint.open(store, before)
     assert torch.equal(found["collaborative.items"][-1:], opened.rows("collaborative.items", 17, 3, 4))

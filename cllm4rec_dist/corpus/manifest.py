@@ -14,7 +14,7 @@ import re
 from enum import IntEnum
 from typing import Literal
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.corpus.recipe import Preparation
@@ -92,6 +92,9 @@ class Manifest(StrictModel):
     """Of the tokenizer that made the words; a run with another one is refused."""
     preparation: Preparation
     """Filters, split, seed and texts that the recipe chose."""
+    split_digests: dict[str, str] = Field(default_factory=dict)
+    """By split: of its interactions by external ids (`pair_keys.py`), whatever their order, the tokenizer and the
+    numbering are; empty in a corpus that an earlier version built."""
     skipped: dict[str, LeftOut]
     """Everything of the raw data that is not in the corpus, by reason."""
     files: tuple[FileEntry, ...]

@@ -243,6 +243,14 @@ class Corpus:
         records = map(self.interactions.read_record, range(len(self.interactions)))
         return Ragged.concat([Ragged(record[f"{name}_offsets"], record[f"{name}_items"]) for record in records])
 
+    def history(self) -> Ragged:
+        """Everything that each user has, held-out items included: U rows of int32 item rows.
+
+        Training items come first, then validation, then test, each in stored order. That is the order of time where the
+        last items are held out; where items are drawn at random, only the order within each part is known.
+        """
+        return Ragged.beside([self.split(name) for name in SPLITS])
+
 
 def _check_size(fs: fsspec.AbstractFileSystem, path: str, entry: FileEntry) -> None:
     try:

@@ -30,6 +30,7 @@ from webdataset import TarWriter
 
 from cllm4rec_dist.corpus.catalog import Catalog
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, LeftOut, Manifest
+from cllm4rec_dist.corpus.pair_keys import split_digests
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig, TextsConfig
 from cllm4rec_dist.corpus.skips import Skip, SkipLog
@@ -134,6 +135,9 @@ def write_corpus(
             num_content={kind.name.lower(): int(num_content[kind]) for kind in ContentKind},
             tokenizer_fingerprint=tokenizer.fingerprint,
             preparation=config.preparation(),
+            split_digests=split_digests(
+                catalog.user_ids, catalog.item_ids, {split: getattr(catalog, split) for split in SPLITS}
+            ),
             skipped={reason: _left_out(skip) for reason, skip in sorted(log.skipped.items())},
             files=tuple(writer.entries),
         )

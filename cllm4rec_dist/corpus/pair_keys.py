@@ -1,0 +1,59 @@
+"""Keys of interactions, by which two corpora are compared without their users and items being numbered alike.
+
+A key is 64 bits of a user's and an item's external id. It does not depend on rows, the order of a file, the tokenizer
+or the catalog, so an interaction has the same key in every corpus that holds it. Two interactions of a corpus share a
+key by chance about once in 2^64 pairs of them.
+
+Legend: N interactions, U users, I items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from cllm4rec_dist.corpus.keyed import keyed_bits
+from cllm4rec_dist.corpus.ragged import Ragged
+
+_BLOCK = 1 << 22
+"""Interactions hashed at a time, which bounds the memory of what is computed on the way."""
+
+
+def id_hashes(kind: str, ids: Sequence[str]) -> np.ndarray:
+    """uint64 for each external id, the same on every machine: 8 bytes of BLAKE2b over the kind and the id."""
+    digests = b"".join(hashlib.blake2b(f"{kind}/{name}".encode(), digest_size=8).digest() for name in ids)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def pair_keys(user_hashes: np.ndarray, item_hashes: np.ndarray, items: Ragged) -> np.ndarray:
+    """uint64 [N], a key for each interaction, in the order of `items.values`.
+
+    Args:
+        user_hashes: uint64 [U], from `id_hashes`.
+        item_hashes: uint64 [I].
+        items: item rows of each of the U users.
+    """
+    keys = np.empty(len(items.values), dtype=np.uint64)
+    rows = items.rows
+    for start in range(0, len(keys), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        keys[block] = keyed_bits(user_hashes[rows[block]], item_hashes[items.values[block]])
+    return keys
+
+
+def digest(keys: np.ndarray) -> str:
+    """sha256, hexadecimal, over the sorted keys as little-endian bytes: that of the set of interactions."""
+    return hashlib.sha256(np.sort(keys).astype("<u8", copy=False).tobytes()).hexdigest()
+
+
+def split_digests(user_ids: Sequence[str], item_ids: Sequence[str], splits: dict[str, Ragged]) -> dict[str, str]:
+    """The digest of each split, by its name.
+
+    Args:
+        user_ids, item_ids: external ids by row.
+        splits: item rows of each user.
+    """
+    users, items = id_hashes("user", user_ids), id_hashes("item", item_ids)
+    return {name: digest(pair_keys(users, items, lists)) for name, lists in splits.items()}

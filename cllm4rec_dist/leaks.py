@@ -1,0 +1,130 @@
+"""Held-out interactions that a run would get to know by starting from another run.
+
+A corpus that is split again, with another seed or after it has grown, may hold out what an earlier run was trained on.
+A run that starts from that one (`init_from`), itself or by way of others, would then be evaluated on what it has seen.
+Such a start is refused, or, where `allow_leak` is set, recorded in every checkpoint and told beside every figure.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+
+from cllm4rec_dist import checkpoint
+from cllm4rec_dist.checkpoint import Checkpoint
+from cllm4rec_dist.collectives import broadcast_text
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.lineage import Leak, Lineage, SeenInteractions, TrainedOn, corpus_keys
+from cllm4rec_dist.system import System
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = ("valid", "test")
+
+
+def trained_on_from_here(system: System, init_from: str | None) -> TrainedOn | None:
+    """What the model of a new run will have been trained on; None on other ranks than the first. Collective.
+
+    Args:
+        init_from: the run or checkpoint that it starts from.
+
+    Raises:
+        CheckpointError: where that one has seen what the corpus holds out and `allow_leak` is not set, where it is
+            of another backbone or tokenizer, or where no checkpoint is whole.
+    """
+    world, corpus = system.world, system.corpus
+    own = TrainedOn.of_corpus(corpus) if world.is_main else None
+    if init_from is None:
+        return own
+    others = {name: value for name, value in system.fingerprints.items() if name != "corpus"}
+
+    def read(candidate: Checkpoint) -> TrainedOn | None:
+        checkpoint.require_same(candidate, others)
+        return candidate.trained_on()
+
+    found = checkpoint.first_good(*checkpoint.find(init_from), world, read)
+    if found is None:
+        raise CheckpointError("init_from", init_from, "holds no whole checkpoint", "Use another one.")
+    candidate, earlier = found
+    joined, leak, example = None, None, ""
+    if own is not None:
+        if earlier is None:
+            same = candidate.about.fingerprints.get("corpus") == corpus.fingerprint
+            lineage = Lineage(train_digests=(), unknown=() if same else (candidate.path,))
+            earlier = TrainedOn(lineage, SeenInteractions.of(np.empty(0, np.uint64)))
+        joined = own | earlier
+        if joined.lineage.train_digests != own.lineage.train_digests:
+            leak, example = find_leak(corpus, joined.seen)
+    told = json.dumps([None if leak is None else leak.model_dump(), example])
+    tree, example = json.loads(broadcast_text(told, world, "leaked interactions"))
+    leak = None if tree is None else Leak(**tree)
+    if leak is not None and not system.config.allow_leak:
+        raise _refusal(candidate, system.config.corpus, leak, example)
+    if joined is None:
+        return None
+    _warn(candidate, system.config.corpus, joined.lineage, leak)
+    return TrainedOn(joined.lineage.model_copy(update={"leak": leak}), joined.seen)
+
+
+def of_resumed(resumed: Checkpoint, corpus: Corpus) -> TrainedOn:
+    """What a run that goes on from a checkpoint has been trained on, also where an earlier version wrote that."""
+    known = resumed.trained_on()
+    if known is not None:
+        return known
+    own = TrainedOn.of_corpus(corpus)
+    started_from = resumed.about.config.get("init_from")
+    unknown = () if started_from is None else (str(started_from),)
+    return TrainedOn(own.lineage.model_copy(update={"unknown": unknown}), own.seen)
+
+
+def find_leak(corpus: Corpus, seen: SeenInteractions) -> tuple[Leak | None, str]:
+    """Held-out interactions of a corpus among those that were seen, and one of them for people.
+
+    What the corpus itself trains on, should it stand in two splits, is no leak.
+    """
+    keys = np.concatenate([corpus_keys(corpus, split) for split in _HELD_OUT])
+    found = np.flatnonzero(seen.contains(keys))
+    found = found[~np.isin(keys[found], corpus_keys(corpus, "train"))]
+    if not len(found):
+        return None, ""
+    number = min(max(seen.estimate(len(found)), len(found)), len(keys))
+    leak = Leak(num_interactions=number, is_exact=seen.is_complete, num_held_out=len(keys))
+    return leak, _describe(corpus, int(found[0]))
+
+
+def _describe(corpus: Corpus, place: int) -> str:
+    """The external ids of a held-out interaction, by its place in validation and test together."""
+    for split in _HELD_OUT:
+        lists = corpus.split(split)
+        if place < len(lists.values):
+            break
+        place -= len(lists.values)
+    user, item = int(lists.rows[place]), int(lists.values[place])
+    return f"user {corpus.users()['user'][user].as_py()!r} with item {corpus.items()['item'][item].as_py()!r}"
+
+
+def _refusal(candidate: Checkpoint, corpus: str, leak: Leak, example: str) -> CheckpointError:
+    return CheckpointError(
+        "init_from", candidate.path,
+        f"was trained on {leak.count} of the {leak.num_held_out:,} interactions that {corpus} holds out ({example}),"
+        " itself or by way of the runs that it started from",
+        "Start from a run on this split, or without init_from; --allow-leak (allow_leak=true) goes on, and every report"
+        " then says so.",
+    )  # fmt: skip
+
+
+def _warn(candidate: Checkpoint, corpus: str, lineage: Lineage, leak: Leak | None) -> None:
+    if leak is not None:
+        logger.warning(
+            "LEAK: %s was trained on %s of the %d interactions that %s holds out; evaluations will say so",
+            candidate.path, leak.count, leak.num_held_out, corpus,
+        )  # fmt: skip
+    if lineage.unknown:
+        logger.warning(
+            "LEAKS CANNOT BE CHECKED: an earlier version wrote %s, and whether that was trained on interactions that %s"
+            " holds out is not known",
+            ", ".join(lineage.unknown), corpus,
+        )  # fmt: skip

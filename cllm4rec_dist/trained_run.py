@@ -1,0 +1,106 @@
+"""Using a run that has trained: which of its checkpoints is read, and where its corpus and backbone are now.
+
+Shared by `inference.py` and `export.py`. A checkpoint records the paths of its corpus and backbone; when a run has
+moved to another machine, other paths may be given, and the fingerprints in the checkpoint decide whether they are the
+right ones (`checkpoint.require_same`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.filesystems import as_os_errors, locate
+from cllm4rec_dist.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
+    """Log which checkpoint is read and what it was chosen by, and warn of newer weights that nobody has validated.
+
+    Args:
+        names: checkpoints among which `used` was chosen, as `checkpoint.find` gives them.
+    """
+    logger.info("reading %s: %s", used.path, _describe(used))
+    newest = max((name for name in names if name.startswith(STEP)), default=None)
+    if not used.name.startswith(BEST) or newest is None:
+        return
+    try:
+        latest = Checkpoint.open(store, newest)
+    except CLLM4RecError:
+        return  # damaged: nothing that could have been read instead
+    validated = _last_validation(latest.about.run)
+    if validated is not None and latest.about.run.step > max(validated, used.about.run.step):
+        logger.warning(
+            "NEWER CHECKPOINT NOT VALIDATED: %s went on to step %d, the last validation was at step %d; to use it, give"
+            " its path instead of the run's, or let the run go on with validation",
+            latest.path, latest.about.run.step, validated,
+        )  # fmt: skip
+
+
+def _describe(used: Checkpoint) -> str:
+    state = used.about.run
+    if state.best is None:
+        return f"step {state.step}, never validated"
+    best = f"best {state.best_metric or 'validation result, of a metric that it does not name,'} {state.best:.4f}"
+    if state.best_step == state.step:
+        return f"step {state.step}, {best}"
+    return f"step {state.step}, not the best one ({best} at step {state.best_step})"
+
+
+def _last_validation(state: RunState) -> int | None:
+    """The step of the last validation; None where a checkpoint from before `validated_step` does not tell."""
+    if state.validated_step is not None:
+        return state.validated_step
+    return state.best_step if state.validations_since_best == 0 else None
+
+
+def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str | None = None) -> RunConfig:
+    """The configuration of a checkpoint, with the paths of corpus and backbone as they are now.
+
+    Raises:
+        ConfigError: where a recorded path is no longer there and no other one is given.
+    """
+    config = validate(RunConfig, used.about.config, f"{used.path}: configuration")
+    return relocated(config, used.path, backbone, corpus)
+
+
+def relocated(config: RunConfig, origin: str, backbone: str | None, corpus: str | None) -> RunConfig:
+    """A configuration with other paths of corpus and backbone, where they have moved.
+
+    Args:
+        origin: where the configuration is from, for errors.
+        backbone, corpus: the paths as they are now; None for those of the configuration.
+
+    Raises:
+        ConfigError: where a path of the configuration is not there and no other one is given.
+    """
+    if backbone is None and _looks_local(config.backbone) and not Path(config.backbone).is_dir():
+        raise _missing(origin, "backbone", config.backbone)
+    if corpus is None and not _has_corpus(config.corpus):
+        raise _missing(origin, "corpus", config.corpus)
+    return config.model_copy(update={"backbone": backbone or config.backbone, "corpus": corpus or config.corpus})
+
+
+def _looks_local(backbone: str) -> bool:
+    """Whether it is a path and no hub id, which has the form of a relative path with at most one slash."""
+    return Path(backbone).is_absolute() or backbone.startswith((".", "~")) or backbone.count("/") > 1
+
+
+def _has_corpus(url: str) -> bool:
+    fs, root = locate("corpus", url, ConfigError)
+    try:
+        with as_os_errors():
+            return bool(fs.exists(f"{root}/{MANIFEST_NAME}"))
+    except OSError:
+        return True  # a store that does not answer: opening the corpus says what is wrong
+
+
+def _missing(origin: str, kind: str, path: str) -> ConfigError:
+    return ConfigError(f"{origin}: {kind}", path, f"holds no {kind}", f"If it has moved, say where: --{kind} PATH.")
