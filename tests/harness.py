@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import socket
 import tempfile
@@ -116,3 +117,14 @@ def make_corpus(folder: Path | str, catalog: Catalog, backbone: Path, **settings
     )
     write_corpus(catalog, WordTokenizer.load(backbone), str(folder), recipe, progress=False)
     return str(folder)
+
+
+def with_messages(world: World, function: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
+    """What a function returns and what the package logs meanwhile, for `run_ranks`."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("cllm4rec_dist")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return function(world, *arguments), found

@@ -136,8 +136,8 @@ def test_a_grown_run_trains_and_resumes_as_any_other(grown: tuple[Made, Made], t
     for output, steps in (("whole", (8,)), ("parts", (4, 8))):
         for max_steps in steps:
             config = make_config(
-                other, tmp_path / output, "finetune", init_from=str(folder / "old"), allow_leak=True, max_steps=max_steps,
-                validation={"every_epochs": 0},
+                other, tmp_path / output, "finetune", init_from=str(folder / "old"), allow_leak=True,
+                max_steps=max_steps, validation={"every_epochs": 0},
             )  # fmt: skip
             run_ranks(2, run, config)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 import cllm4rec_dist.step as step_module
 import cllm4rec_dist.train as train_module
 from cllm4rec_dist import checkpoint
-from cllm4rec_dist.checkpoint import About, Checkpoint
+from cllm4rec_dist.checkpoint import About, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
@@ -31,7 +32,7 @@ from cllm4rec_dist.store import FileEntry, Store
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.train import train
-from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
+from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks, with_messages
 
 Made = tuple[Path, str, str]
 
@@ -191,6 +192,101 @@ def test_a_changed_setting_is_refused_and_named(made: Made, tmp_path: Path) -> N
     assert "'seed': (0, 5)" in run_ranks(2, refused, changed)[0]
 
 
+def test_a_refusal_names_only_the_settings_that_differ() -> None:
+    tree: dict[str, Any] = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
+    saved = validate(RunConfig, tree, "test").model_dump(mode="json")
+    candidate = cast(Checkpoint, SimpleNamespace(path="saved", about=SimpleNamespace(config=saved)))
+    free: dict[str, Any] = {
+        "batch": {"accumulation": 3}, "optimizer": {"table_state": "cpu"}, "validation": {"patience": 3},
+        "allow_leak": True, "corpus": "moved", "init_from": "another",
+    }  # fmt: skip
+    train_module._require_same_trajectory(candidate, validate(RunConfig, tree | free, "test"))
+    changed = free | {"batch": {"accumulation": 3, "users": 7}, "optimizer": {"lr": 0.5, "table_state": "cpu"}}
+    with pytest.raises(CheckpointError) as refusal:
+        train_module._require_same_trajectory(candidate, validate(RunConfig, tree | changed, "test"))
+    assert refusal.value.value == {"batch.users": (256, 7), "optimizer.lr": (0.001, 0.5)}
+
+
+@pytest.mark.slow
+def test_accumulation_and_the_storage_of_moments_may_change_on_resume(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    backbone = make_backbone(folder / "backbone", make_catalog(), hidden=64)
+    wide = folder, make_corpus(folder / "corpus", make_catalog(), backbone), str(backbone)
+    optimizer = {"lr": 1e-2, "tables_lr": 5e-3, "warmup_steps": 2}
+    run_ranks(2, run, make_config(wide, tmp_path / "whole"))
+    legs = [(3, 1, "fp32"), (5, 3, "cpu"), (7, 2, "int8"), (9, 4, "fp32")]
+    for until, accumulation, storage in legs:
+        batch = {"users": 9, "texts": 7, "accumulation": accumulation}
+        changes: dict[str, Any] = {"batch": batch, "optimizer": optimizer | {"table_state": storage}}
+        run_ranks(2, run, make_config(wide, tmp_path / "parts", max_steps=until, **changes))
+    got, wanted = ([x["loss"] for x in metrics(tmp_path / name) if "loss" in x] for name in ("parts", "whole"))
+    assert got[:5] == pytest.approx(wanted[:5], rel=2e-4)
+    assert got == pytest.approx(wanted, rel=2e-3)  # two steps of the nine packed their moments into 8 bits
+
+
+@pytest.mark.slow
+def test_another_start_than_that_of_the_checkpoint_is_said_to_be_ignored(made: Made, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        run_ranks(1, run, make_config(made, tmp_path / name, max_steps=1))
+    config = make_config(made, tmp_path / "run", init_from=str(tmp_path / "one"), max_steps=1)
+    ((_, messages),) = run_ranks(1, with_messages, run, config)
+    again = config.model_copy(update={"max_steps": 2})
+    ((_, more),) = run_ranks(1, with_messages, run, again)
+    assert not any("is ignored" in message for message in (*messages, *more))
+    changed = again.model_copy(update={"max_steps": 3, "init_from": str(tmp_path / "other")})
+    ((_, messages),) = run_ranks(1, with_messages, run, changed)
+    (message,) = [message for message in messages if "is ignored" in message]
+    assert str(tmp_path / "other") in message
+    assert str(tmp_path / "one") in message
+
+
+@pytest.mark.slow
+def test_a_best_value_is_compared_with_values_of_its_own_metric_only(made: Made, tmp_path: Path) -> None:
+    # Recall@17 of 17 items is 1: nothing of another metric would ever be better.
+    first = {"metrics": ["recall@17"], "batch_users": 5, "patience": 1}
+    second = {"metrics": ["ndcg@3", "recall@17"], "batch_users": 5, "patience": 2}
+    output = tmp_path / "run"
+    ((_, messages),) = run_ranks(1, with_messages, run, make_config(made, output, "finetune", validation=first))
+    assert not any("starts anew" in message for message in messages)
+    state = about(output).run
+    assert (state.best, state.best_metric, state.best_step, state.validated_step) == (1.0, "recall@17", 3, 6)
+    config = make_config(made, output, "finetune", validation=second, epochs=3)
+    ((_, messages),) = run_ranks(1, with_messages, run, config)
+    (message,) = [message for message in messages if "starts anew" in message]
+    assert "recall@17" in message
+    assert "ndcg@3" in message
+    state = about(output).run
+    assert (state.best_metric, state.best_step) == ("ndcg@3", 9)
+    _, (best, *_) = checkpoint.find(str(output))
+    assert best == "best-00000009"
+    assert state.best == metrics(output)[-1]["valid/ndcg@3"] < 1
+
+
+def test_a_best_value_without_a_name_is_compared_with_nothing(made: Made, tmp_path: Path) -> None:
+    state = RunState(step=4, best=0.9, best_step=2, validations_since_best=2, validated_step=4)
+    config = make_config(made, tmp_path, "finetune", validation={"metrics": ["ndcg@3"]})
+    anew = RunState(step=4, validated_step=4)
+    assert train_module._comparable(state, config, alone()) == anew
+    assert train_module._comparable(replace(state, best_metric="recall@3"), config, alone()) == anew
+    same = replace(state, best_metric="ndcg@3")
+    assert train_module._comparable(same, config, alone()) == same
+    silent = make_config(made, tmp_path, "finetune", validation={"every_epochs": 0})
+    assert train_module._comparable(same, silent, alone()) == same
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_that_is_kept_is_the_one_that_the_state_names(made: Made, tmp_path: Path) -> None:
+    # A run that died after its best step and goes on by another metric from an earlier one.
+    validation = {"metrics": ["recall@5"], "batch_users": 5}
+    config = make_config(made, tmp_path / "run", "finetune", validation=validation, max_steps=3)
+    run_ranks(1, run, config)
+    store = Store(f"{tmp_path}/run/checkpoints")
+    (tmp_path / "run/checkpoints/best-00000003").rename(tmp_path / "run/checkpoints/best-00000099")
+    run_ranks(1, run, config.model_copy(update={"max_steps": 4, "validation": config.validation.model_copy(
+        update={"metrics": ("ndcg@10",)})}))  # fmt: skip
+    assert store.names("best-") == ["best-00000004"]
+
+
 @pytest.mark.slow
 def test_finetuning_goes_on_from_pretraining_and_its_best_checkpoint_is_evaluated(made: Made, tmp_path: Path) -> None:
     pretrained, tuned = tmp_path / "pretrain", tmp_path / "finetune"
@@ -226,13 +322,50 @@ def test_recommendations_have_external_ids_and_no_seen_item(made: Made, tmp_path
         assert rows["rank"].tolist() == list(range(1, len(rows) + 1))
         assert rows["score"].is_monotonic_decreasing
 
-    run_ranks(1, _recommend, str(tmp_path / "run"), ["user-003"], str(tmp_path / "one"))
-    one = pd.read_parquet(tmp_path / "one")
+    run_ranks(1, _recommend, str(tmp_path / "run"), ["user-003", "user-003"], str(tmp_path / "all"))
+    one = pd.read_parquet(tmp_path / "all")
     assert one["item"].tolist() == everyone[everyone["user"] == "user-003"]["item"].tolist()
+    ((_, messages),) = run_ranks(1, with_messages, _recommend, str(tmp_path / "run"), [], str(tmp_path / "all"))
+    assert pd.read_parquet(tmp_path / "all").empty
+    assert any("recommendations for 0 users" in message for message in messages)
 
 
-def _recommend(world: World, folder: str, users: list[str] | None, output: str) -> None:
-    recommend_users(world, lambda metrics: None, folder, users, 6, 4, output)
+def _recommend(world: World, folder: str, users: list[str] | None, output: str, **options: Any) -> None:
+    recommend_users(world, lambda metrics: None, folder, users, 6, 4, output, **options)
+
+
+def _recommend_all_ways(world: World, folder: str, output: str) -> None:
+    for history in ("all", "train"):
+        for include_seen in (False, True):
+            name = f"{output}/{history}-{include_seen}"
+            options: dict[str, Any] = {"history": history, "include_seen": include_seen}
+            recommend_users(world, lambda metrics: None, folder, None, 17, 4, name, **options)
+
+
+@pytest.mark.slow
+def test_what_a_user_has_is_in_the_prompt_and_left_out_of_the_list(made: Made, tmp_path: Path) -> None:
+    import pandas as pd
+
+    method = {"max_history": 3}
+    run_ranks(1, run, make_config(made, tmp_path / "run", "finetune", max_steps=3, method=method))
+    run_ranks(2, _recommend_all_ways, str(tmp_path / "run"), str(tmp_path))
+    catalog = make_catalog()
+    kept = {"train": (catalog.train,), "all": (catalog.train, catalog.valid, catalog.test)}
+    scores = {}
+    for history, splits in kept.items():
+        for include_seen in (False, True):
+            found = pd.read_parquet(tmp_path / f"{history}-{include_seen}")
+            scores[history, include_seen] = {(u, i): s for u, i, _, s in found.itertuples(index=False)}
+            for user, name in enumerate(catalog.user_ids):
+                seen = {catalog.item_ids[i] for split in splits for i in split[user]}
+                wanted = set(catalog.item_ids) - (set() if include_seen else seen)
+                assert set(found[found["user"] == name]["item"]) == wanted, (history, include_seen, name)
+        # What is left out changes no score of the rest.
+        rest = scores[history, False]
+        assert rest == pytest.approx({pair: scores[history, True][pair] for pair in rest}, rel=1e-5)
+    # The prompt ends with the held-out items: with room for three items, other ones than before.
+    one, other = scores["all", True], scores["train", True]
+    assert sum(abs(one[pair] - other[pair]) > 1e-4 for pair in one) > len(one) / 2
 
 
 def flip_last_bit(path: Path) -> None:

@@ -1,0 +1,75 @@
+"""The folder of recommendations: one list at a time, whatever wrote it and however many ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
+from cllm4rec_dist.topology import World
+from tests.harness import alone, run_ranks
+
+
+def table(user: str) -> pa.Table:
+    return pa.Table.from_pylist([{"user": user, "item": "i", "rank": 1, "score": 0.5}], schema=SCHEMA)
+
+
+def written(world: World, folder: str, name: str) -> None:
+    write_recommendations([table(f"{name}-{world.rank}")], Path(folder), world)
+
+
+def failing(world: World, folder: str) -> str:
+    def tables() -> object:
+        yield table("never")
+        if world.rank == world.size - 1:
+            raise ValueError("no more")
+
+    try:
+        write_recommendations(tables(), Path(folder), world)  # type: ignore[arg-type]
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def users(folder: Path) -> list[str]:
+    return sorted(pd.read_parquet(folder)["user"])
+
+
+def test_a_list_of_another_number_of_ranks_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
+    others = ["notes.txt", "recommendations.txt", "my-recommendations-00000-of-00002.parquet.bak"]
+    for name in others:
+        (tmp_path / name).write_text("kept")
+    (tmp_path / ".recommendations-00004-of-00009.parquet.part").write_text("left by a run that was killed")
+    for size, name in ((3, "first"), (1, "second"), (2, "third")):
+        run_ranks(size, written, str(tmp_path), name)
+        parts = {f"recommendations-{rank:05d}-of-{size:05d}.parquet" for rank in range(size)}
+        assert {path.name for path in tmp_path.iterdir()} == parts | set(others)
+        found = sorted(user for part in parts for user in pd.read_parquet(tmp_path / part)["user"])
+        assert found == [f"{name}-{rank}" for rank in range(size)]
+
+
+def test_a_list_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -> None:
+    run_ranks(2, written, str(tmp_path), "first")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run_ranks(1, failing, str(tmp_path)) == ["no more"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert users(tmp_path) == ["first-0", "first-1"]
+
+
+def test_nobody_is_an_empty_list_that_can_be_read(tmp_path: Path) -> None:
+    write_recommendations([], tmp_path, alone())
+    found = pd.read_parquet(tmp_path)
+    assert found.columns.tolist() == SCHEMA.names
+    assert len(found) == 0
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made a folder"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(ConfigError, match="cannot be made a folder"):
+        make_folder(tmp_path / "file" / "below")
