@@ -265,8 +265,9 @@ def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[s
         if names:
             return store, names
     raise CheckpointError(
-        "checkpoint", path, "is neither a checkpoint nor a run with a finished one", "Give a run that trained."
-    )
+        "checkpoint", path, f"is neither a checkpoint nor a run with a finished one in {_store_of_run(path)}",
+        "Give a run that trained, or the folder of its checkpoints.",
+    )  # fmt: skip
 
 
 def newest_step(run: Path) -> int:

@@ -19,54 +19,68 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import CheckpointError
 from cllm4rec_dist.lineage import Leak, Lineage, SeenInteractions, TrainedOn, corpus_keys
 from cllm4rec_dist.system import System
+from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
 
 _HELD_OUT = ("valid", "test")
 
 
-def trained_on_from_here(system: System, init_from: str | None) -> TrainedOn | None:
-    """What the model of a new run will have been trained on; None on other ranks than the first. Collective.
+def of_new_run(system: System, init_from: str | None) -> TrainedOn | None:
+    """What the model of a new run is trained on, by the run itself and by what it starts from. Collective.
 
     Args:
         init_from: the run or checkpoint that it starts from.
 
+    Returns None on other ranks than the first.
+
     Raises:
-        CheckpointError: where that one has seen what the corpus holds out and `allow_leak` is not set, where it is
-            of another backbone or tokenizer, or where no checkpoint is whole.
+        CheckpointError: where `init_from` was trained on what the corpus holds out and `allow_leak` is not set, where
+            it is of another backbone or tokenizer, or where no checkpoint is whole.
     """
     world, corpus = system.world, system.corpus
     own = TrainedOn.of_corpus(corpus) if world.is_main else None
     if init_from is None:
         return own
-    others = {name: value for name, value in system.fingerprints.items() if name != "corpus"}
-
-    def read(candidate: Checkpoint) -> TrainedOn | None:
-        checkpoint.require_same(candidate, others)
-        return candidate.trained_on()
-
-    found = checkpoint.first_good(*checkpoint.find(init_from), world, read)
-    if found is None:
-        raise CheckpointError("init_from", init_from, "holds no whole checkpoint", "Use another one.")
-    candidate, earlier = found
-    joined, leak, example = None, None, ""
-    if own is not None:
-        if earlier is None:
-            same = candidate.about.fingerprints.get("corpus") == corpus.fingerprint
-            lineage = Lineage(train_digests=(), unknown=() if same else (candidate.path,))
-            earlier = TrainedOn(lineage, SeenInteractions.of(np.empty(0, np.uint64)))
-        joined = own | earlier
-        if joined.lineage.train_digests != own.lineage.train_digests:
-            leak, example = find_leak(corpus, joined.seen)
-    told = json.dumps([None if leak is None else leak.model_dump(), example])
-    tree, example = json.loads(broadcast_text(told, world, "leaked interactions"))
-    leak = None if tree is None else Leak(**tree)
+    candidate, earlier = _earlier(system, init_from)
+    joined = None if own is None else own | earlier
+    leak, example = None, ""
+    if joined is not None and own is not None and joined.lineage.train_digests != own.lineage.train_digests:
+        leak, example = find_leak(corpus, joined.seen)
+    leak, example = _on_every_rank(leak, example, world)
     if leak is not None and not system.config.allow_leak:
         raise _refusal(candidate, system.config.corpus, leak, example)
     if joined is None:
         return None
     _warn(candidate, system.config.corpus, joined.lineage, leak)
     return TrainedOn(joined.lineage.model_copy(update={"leak": leak}), joined.seen)
+
+
+def _earlier(system: System, init_from: str) -> tuple[Checkpoint, TrainedOn]:
+    """The checkpoint that a run starts from, and what that was trained on. Collective."""
+    others = {name: value for name, value in system.fingerprints.items() if name != "corpus"}
+
+    def read(candidate: Checkpoint) -> TrainedOn:
+        checkpoint.require_same(candidate, others)
+        known = candidate.trained_on()
+        if known is not None:
+            return known
+        # A run of an earlier version does not say, but its corpus may be this one.
+        same = candidate.about.fingerprints.get("corpus") == system.corpus.fingerprint
+        lineage = Lineage(train_digests=(), unknown=() if same else (candidate.path,))
+        return TrainedOn(lineage, SeenInteractions.of(np.empty(0, np.uint64)))
+
+    found = checkpoint.first_good(*checkpoint.find(init_from), system.world, read)
+    if found is None:
+        raise CheckpointError("init_from", init_from, "holds no whole checkpoint", "Use another one.")
+    return found
+
+
+def _on_every_rank(leak: Leak | None, example: str, world: World) -> tuple[Leak | None, str]:
+    """What rank 0 found. Two small all-gathers."""
+    told = json.dumps([None if leak is None else leak.model_dump(), example])
+    tree, example = json.loads(broadcast_text(told, world, "leaked interactions"))
+    return None if tree is None else Leak(**tree), example
 
 
 def of_resumed(resumed: Checkpoint, corpus: Corpus) -> TrainedOn:
@@ -85,9 +99,10 @@ def find_leak(corpus: Corpus, seen: SeenInteractions) -> tuple[Leak | None, str]
 
     What the corpus itself trains on, should it stand in two splits, is no leak.
     """
-    keys = np.concatenate([corpus_keys(corpus, split) for split in _HELD_OUT])
+    train, *held_out = corpus_keys(corpus, "train", *_HELD_OUT)
+    keys = np.concatenate(held_out)
     found = np.flatnonzero(seen.contains(keys))
-    found = found[~np.isin(keys[found], corpus_keys(corpus, "train"))]
+    found = found[~np.isin(keys[found], train)]
     if not len(found):
         return None, ""
     number = min(max(seen.estimate(len(found)), len(found)), len(keys))

@@ -135,7 +135,7 @@ class TrainedOn:
     @classmethod
     def of_corpus(cls, corpus: Corpus) -> TrainedOn:
         """Of a run that starts from no other one. Reads the training split."""
-        keys = corpus_keys(corpus, "train")
+        (keys,) = corpus_keys(corpus, "train")
         known = corpus.manifest.split_digests.get("train") or digest(keys)
         return cls(Lineage(train_digests=(known,)), SeenInteractions.of(keys))
 
@@ -146,8 +146,8 @@ class TrainedOn:
         return TrainedOn(Lineage(train_digests=tuple(digests), unknown=tuple(unknown)), self.seen | other.seen)
 
 
-def corpus_keys(corpus: Corpus, split: str) -> np.ndarray:
-    """uint64 [N], the key of every interaction of a split, users in the order of their rows."""
+def corpus_keys(corpus: Corpus, *splits: str) -> list[np.ndarray]:
+    """For each split uint64 [N], the key of every interaction, users in the order of their rows."""
     users = id_hashes("user", corpus.users()["user"].to_pylist())
     items = id_hashes("item", corpus.items()["item"].to_pylist())
-    return pair_keys(users, items, corpus.split(split))
+    return [pair_keys(users, items, corpus.split(split)) for split in splits]

@@ -213,7 +213,7 @@ def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None]:
             "checkpoint.folder", store.url, f"holds no whole checkpoint, but damaged ones ({damaged or names})",
             "Bring one back from a copy, or choose another output to start anew.",
         )  # fmt: skip
-    trained_on = leaks.trained_on_from_here(system, config.init_from)
+    trained_on = leaks.of_new_run(system, config.init_from)
     start_rows(system)
     if config.init_from is not None:
         _start_from(system, config.init_from)

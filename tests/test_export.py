@@ -150,6 +150,18 @@ def test_an_exported_whole_backbone_keeps_its_word_head_and_every_form_of_the_it
 
 
 @pytest.mark.slow
+def test_a_run_of_rows_alone_exports_no_model(tmp_path: Path) -> None:
+    made = make(tmp_path, "gpt2")
+    run_ranks(2, run, make_config(made, tmp_path / "run", "finetune", adapter={"kind": "none"}, max_steps=3))
+    output = tmp_path / "exported"
+    assert export(str(tmp_path / "run"), output) == ["items.parquet", SCORING_FILE, TABLES_FILE, "users.parquet"]
+    (wanted,) = run_ranks(1, computed, str(tmp_path / "run"))
+    decoder = base(AutoModel, made[2])
+    scores = exported_scores(output, decoder, decoder.get_input_embeddings().weight, wanted["history"])
+    torch.testing.assert_close(scores, wanted["scores"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_backbone_without_word_head_is_exported_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make(tmp_path, "llama")
     weights = Path(made[2]) / "model.safetensors"

@@ -28,7 +28,7 @@ from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.engine import resolve_settings
-from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.model import backbone
 from tests.damage import DAMAGE
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
@@ -300,6 +300,32 @@ def test_a_run_that_is_not_there_is_refused_before_ranks_start(
     arguments = [command, str(tmp_path / "nothing"), *([str(tmp_path / "out")] if command == "recommend" else [])]
     with pytest.raises(CheckpointError, match="nothing' is neither a checkpoint nor a run"):
         cli.app(arguments, standalone_mode=False)
+
+
+def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: found.append(kwargs))
+    monkeypatch.setattr(cli, "_trained", lambda run: run)
+    monkeypatch.chdir(tmp_path)
+    Path("backbone").mkdir()
+    Path("empty.txt").write_text(" \n\n")
+    Path("some.txt").write_text("a \r\nb\r\n")
+    for options, users in (
+        ([], None),
+        (["--users-file", "empty.txt"], []),
+        (["--users-file", "empty.txt", "--user", "c"], ["c"]),
+        (["--users-file", "some.txt", "--user", "c"], ["c", "a", "b"]),
+    ):
+        cli.app(["recommend", "run", "out", *options], standalone_mode=False)
+        assert found[-1]["users"] == users
+        assert (found[-1]["history"], found[-1]["include_seen"]) == ("all", False)
+        assert (found[-1]["backbone"], found[-1]["corpus"]) == (None, None)
+    moved = ["--backbone", "backbone", "--corpus", "corpus"]
+    cli.app(["recommend", "run", "out", *moved, "--history", "train", "--include-seen"], standalone_mode=False)
+    assert (found[-1]["history"], found[-1]["include_seen"]) == ("train", True)
+    assert (found[-1]["backbone"], found[-1]["corpus"]) == (str(tmp_path / "backbone"), str(tmp_path / "corpus"))
+    with pytest.raises(DataError, match="cannot be read"):
+        cli.app(["recommend", "run", "out", "--users-file", "nothing.txt"], standalone_mode=False)
 
 
 def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(

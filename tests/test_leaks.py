@@ -76,7 +76,7 @@ def test_a_leak_is_counted_exactly_and_an_example_is_given(corpora: dict[str, Ma
 
 def test_a_leak_is_estimated_from_a_sample(corpora: dict[str, Made]) -> None:
     first, again = (Corpus.open(corpora[name][1]) for name in ("first", "again"))
-    keys = corpus_keys(first, "train")
+    (keys,) = corpus_keys(first, "train")
     leak, _ = find_leak(again, SeenInteractions.of(keys, size=len(keys) // 2))
     assert leak is not None
     assert not leak.is_exact

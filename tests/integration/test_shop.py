@@ -55,9 +55,14 @@ def command(folder: Path, *arguments: str, ranks: int = 1) -> str:
     torchrun = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     launcher = ["--launcher", "process"] if arguments[0] in ("pretrain", "finetune", "recommend") and ranks == 1 else []
     found = subprocess.run(
-        [*torchrun, str(BIN / "cllm4rec"), *arguments, *launcher], cwd=folder, env=clean_environment(PYTHONPATH=str(ROOT)),
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [*torchrun, str(BIN / "cllm4rec"), *arguments, *launcher],
+        cwd=folder,
+        env=clean_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     return found.stdout + found.stderr
 

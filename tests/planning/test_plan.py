@@ -74,6 +74,17 @@ def test_the_command(config: RunConfig, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_text())["gpus"] == 3
 
 
+def test_a_configuration_whose_corpus_and_backbone_have_moved(config: RunConfig, tmp_path: Path) -> None:
+    gone = {"corpus": str(tmp_path / "gone"), "backbone": str(tmp_path / "gone")}
+    (tmp_path / "run.yaml").write_text(config.model_copy(update=gone).model_dump_json(exclude={"stage"}))
+    given = ["plan", "-c", str(tmp_path / "run.yaml"), "--gpus", "1"]
+    for more, cure in (([], "--backbone PATH"), (["--backbone", config.backbone], "--corpus PATH")):
+        with pytest.raises(ConfigError, match=cure):
+            cli.app([*given, *more], standalone_mode=False)
+    result = CliRunner().invoke(cli.app, [*given, "--backbone", config.backbone, "--corpus", config.corpus])
+    assert result.exit_code == 0, result.output
+
+
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="--gpu"):
         find_gpu("tpu")
