@@ -3,7 +3,8 @@
 Written from the checkpoint's files alone, by one process and without building the run's model: the ranks' slices are
 put together tensor by tensor. The folder:
 
-    collaborative/, content/             PEFT adapters that load into AutoModel and into AutoModelForCausalLM
+    collaborative/, content/             PEFT adapters that load into AutoModel and into AutoModelForCausalLM; content/
+                                         where the run has a content LLM
     collaborative-causal-lm/, content-causal-lm/    the same as adapters of task_type CAUSAL_LM, for programs that go by
                                          it (AutoPeftModelForCausalLM) and for AutoModelForCausalLM alone
     backbone/                            instead of adapters, where the backbone is trained whole; for both classes
@@ -22,7 +23,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def export(run: str, output: Path, backbone: str | None = None, corpus: str | No
     log_choice(store, names, opened)
     with _new_folder(output) as part:
         if config.adapter.kind == "lora":
-            _write_adapters(config, folder, tensors, part)
+            # Without a content LLM its adapter is there, as it started.
+            llms = [llm for llm in (COLLABORATIVE, CONTENT) if f"{llm}.users" in tables]
+            _write_adapters(config, folder, tensors, llms, part)
         elif config.adapter.kind == "full":
             _write_backbone(folder, tensors, part / "backbone")
         save_file(tables, part / TABLES_FILE)
@@ -141,12 +144,14 @@ def _tables(opened: Checkpoint) -> dict[str, Tensor]:
     return found
 
 
-def _write_adapters(config: RunConfig, backbone: Path, tensors: dict[str, Tensor], output: Path) -> None:
-    """Both LLMs' adapters, each for both model classes and for AutoModelForCausalLM alone."""
+def _write_adapters(
+    config: RunConfig, backbone: Path, tensors: dict[str, Tensor], llms: Sequence[str], output: Path
+) -> None:
+    """The adapters of `llms`, each for both model classes and for AutoModelForCausalLM alone."""
     decoder = load_config(backbone)
     with torch.device("meta"):
         prefix = f"{AutoModel.from_config(decoder).base_model_prefix}."
-    for llm in (COLLABORATIVE, CONTENT):
+    for llm in llms:
         weights = {
             full.removeprefix(_PREFIX).replace(f".{llm}.", "."): value
             for full, value in tensors.items()

@@ -2,7 +2,7 @@
 
 A corpus that is split again, with another seed or after it has grown, may hold out what an earlier run was trained on.
 A run that starts from that one (`init_from`), itself or by way of others, would then be evaluated on what it has seen.
-Such a start is refused, or, where `allow_leak` is set, recorded in every checkpoint and told beside every figure.
+Such a start is refused, or, where `allow_leak` is set, recorded in every checkpoint and reported beside every figure.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def of_resumed(resumed: Checkpoint, corpus: Corpus) -> TrainedOn:
 def find_leak(corpus: Corpus, seen: SeenInteractions) -> tuple[Leak | None, str]:
     """Held-out interactions of a corpus among those that were seen, and one of them for people.
 
-    What the corpus itself trains on, should it stand in two splits, is no leak.
+    An interaction that the corpus has in its own training split as well is no leak.
     """
     train, *held_out = corpus_keys(corpus, "train", *_HELD_OUT)
     keys = np.concatenate(held_out)

@@ -41,14 +41,14 @@ class Leak(StrictModel):
 
 
 class Lineage(StrictModel):
-    """Which corpora a model was trained on, as `state.json` has it."""
+    """The corpora that a model was trained on, as recorded in `state.json`."""
 
     train_digests: tuple[str, ...]
-    """Of the training interactions of each corpus, the run's own first (see `Manifest.split_digests`)."""
+    """Digest of the training split of each corpus, the run's own first (see `Manifest.split_digests`)."""
     unknown: tuple[str, ...] = ()
-    """Checkpoints of earlier versions that a run started from, of which this is not known."""
+    """Checkpoints that a run started from and that do not record what they were trained on."""
     leak: Leak | None = None
-    """What the corpus of the run holds out and the model has seen, where that was allowed."""
+    """Held-out interactions of the run's corpus that the model has seen, where that was allowed."""
 
     def notes(self) -> list[str]:
         """What a reader of this model's figures must know."""
@@ -134,13 +134,13 @@ class TrainedOn:
 
     @classmethod
     def of_corpus(cls, corpus: Corpus) -> TrainedOn:
-        """Of a run that starts from no other one. Reads the training split."""
+        """What a run is trained on that starts from no other one. Reads the training split."""
         (keys,) = corpus_keys(corpus, "train")
         known = corpus.manifest.split_digests.get("train") or digest(keys)
         return cls(Lineage(train_digests=(known,)), SeenInteractions.of(keys))
 
     def __or__(self, other: TrainedOn) -> TrainedOn:
-        """Of a model that was trained on what `self` was and on what `other` was; leaks are not carried over."""
+        """What a model has seen that was trained on both; `leak`, which is about one corpus, is left out."""
         digests = dict.fromkeys((*self.lineage.train_digests, *other.lineage.train_digests))
         unknown = dict.fromkeys((*self.lineage.unknown, *other.lineage.unknown))
         return TrainedOn(Lineage(train_digests=tuple(digests), unknown=tuple(unknown)), self.seen | other.seen)

@@ -52,13 +52,18 @@ def write_recommendations(tables: Iterable[pa.Table], folder: Path, world: World
         with pq.ParquetWriter(part, SCHEMA) as writer:
             for table in tables:
                 writer.write_table(table)
+        barrier(world, "all recommendations to be written")
+        _remove_earlier(folder, world.size)
+        barrier(world, "earlier recommendations to be removed")
+        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    barrier(world, "all recommendations to be written")
-    current = {f".recommendations-{rank:05d}-of-{world.size:05d}.parquet.part" for rank in range(world.size)}
+
+
+def _remove_earlier(folder: Path, num_ranks: int) -> None:
+    """Remove the list of an earlier run, and what one that died was writing. Every rank may do so at once."""
+    current = {f".recommendations-{rank:05d}-of-{num_ranks:05d}.parquet.part" for rank in range(num_ranks)}
     for found in folder.iterdir():
         if _LISTS.fullmatch(found.name) or (_PARTS.fullmatch(found.name) and found.name not in current):
             found.unlink(missing_ok=True)
-    barrier(world, "earlier recommendations to be removed")
-    part.replace(path)

@@ -48,7 +48,7 @@ def _describe(used: Checkpoint) -> str:
     state = used.about.run
     if state.best is None:
         return f"step {state.step}, never validated"
-    best = f"best {state.best_metric or 'validation result, of a metric that it does not name,'} {state.best:.4f}"
+    best = f"best {state.best_metric or 'validation result'}={state.best:.4f}"
     if state.best_step == state.step:
         return f"step {state.step}, {best}"
     return f"step {state.step}, not the best one ({best} at step {state.best_step})"

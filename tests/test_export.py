@@ -150,6 +150,14 @@ def test_an_exported_whole_backbone_keeps_its_word_head_and_every_form_of_the_it
 
 
 @pytest.mark.slow
+def test_a_run_without_texts_exports_no_adapter_of_the_content_llm(tmp_path: Path) -> None:
+    made = make(tmp_path, "gpt2")
+    run_ranks(1, run, make_config(made, tmp_path / "run", max_steps=1, batch={"users": 9, "texts": 0}))
+    written = export(str(tmp_path / "run"), tmp_path / "exported")
+    assert [name for name in written if "." not in name] == ["collaborative", f"collaborative{CAUSAL_LM}"]
+
+
+@pytest.mark.slow
 def test_a_run_of_rows_alone_exports_no_model(tmp_path: Path) -> None:
     made = make(tmp_path, "gpt2")
     run_ranks(2, run, make_config(made, tmp_path / "run", "finetune", adapter={"kind": "none"}, max_steps=3))

@@ -342,6 +342,9 @@ def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
     for name in ("corpus", "backbone", "output", "init_from", "deepspeed"):
         assert Path(getattr(found[0], name)).is_absolute(), name
     assert found[0].checkpoint.folder == str(corpus.parent / "saves")
+    for flags, allowed in (([], False), (["--allow-leak"], True)):
+        cli.app(["finetune", "--config", str(tmp_path / "run.yaml"), *flags], standalone_mode=False)
+        assert found[-1].allow_leak is allowed
     assert found[1].checkpoint.folder == "memory://saves"
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pytest
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
@@ -23,16 +26,25 @@ def written(world: World, folder: str, name: str) -> None:
 
 
 def failing(world: World, folder: str) -> str:
-    def tables() -> object:
+    def tables() -> Iterator[pa.Table]:
         yield table("never")
-        if world.rank == world.size - 1:
-            raise ValueError("no more")
+        raise ValueError("no more")
 
     try:
-        write_recommendations(tables(), Path(folder), world)  # type: ignore[arg-type]
+        write_recommendations(tables(), Path(folder), world)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def failing_late(world: World, folder: str) -> None:
+    def tables() -> Iterator[pa.Table]:
+        yield table("never")
+        if world.rank == 1:
+            time.sleep(0.5)
+            raise ValueError("no more")
+
+    write_recommendations(tables(), Path(folder), world)
 
 
 def users(folder: Path) -> list[str]:
@@ -57,6 +69,8 @@ def test_a_list_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -
     before = sorted(path.name for path in tmp_path.iterdir())
     assert run_ranks(1, failing, str(tmp_path)) == ["no more"]
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    with pytest.raises(ProcessRaisedException, match="no more"):  # of one rank, while the other waits for it
+        run_ranks(2, failing_late, str(tmp_path))
     assert users(tmp_path) == ["first-0", "first-1"]
 
 

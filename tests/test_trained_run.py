@@ -43,7 +43,7 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
     config = make_config(made, output, "finetune", validation=validation, epochs=1)
     run_ranks(1, run, config)
     (told,) = said_of(str(output), caplog)
-    assert "best-00000003: step 3, best recall@5 0." in told
+    assert "best-00000003: step 3, best recall@5=0." in told
 
     silent = config.validation.model_copy(update={"every_epochs": 0})
     run_ranks(1, run, config.model_copy(update={"epochs": 2, "validation": silent}))
@@ -52,7 +52,7 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
     assert "NEWER CHECKPOINT NOT VALIDATED" in warning
     assert "step 6, the last validation was at step 3" in warning
     (told,) = said_of(f"{output}/checkpoints/step-00000006", caplog)
-    assert "step 6, not the best one (best recall@5" in told
+    assert "step 6, not the best one (best recall@5=" in told
 
     # A validation that finds the newer weights worse is a validation.
     frozen = config.optimizer.model_copy(update={"lr": 1e-12, "tables_lr": 1e-12})

@@ -93,8 +93,8 @@ class Manifest(StrictModel):
     preparation: Preparation
     """Filters, split, seed and texts that the recipe chose."""
     split_digests: dict[str, str] = Field(default_factory=dict)
-    """By split: of its interactions by external ids (`pair_keys.py`), whatever their order, the tokenizer and the
-    numbering are; empty in a corpus that an earlier version built."""
+    """sha256 by split over the keys of its interactions (`pair_keys.py`), which do not depend on order, tokenizer or
+    numbering; empty in a corpus that an earlier version built."""
     skipped: dict[str, LeftOut]
     """Everything of the raw data that is not in the corpus, by reason."""
     files: tuple[FileEntry, ...]
