@@ -49,7 +49,8 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 
 def opened(run: Path) -> Checkpoint:
-    store, names = checkpoint.find(str(run))
+    """The newest checkpoint, which need not be the best one."""
+    store, names = checkpoint.find(str(run), (checkpoint.STEP,))
     return Checkpoint.open(store, names[0])
 
 

@@ -56,8 +56,11 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
 
     # A validation that finds the newer weights worse is a validation.
     frozen = config.optimizer.model_copy(update={"lr": 1e-12, "tables_lr": 1e-12})
-    run_ranks(1, run, config.model_copy(update={"output": f"{output}-2", "optimizer": frozen, "epochs": 2}))
+    config = config.model_copy(update={"output": f"{output}-2", "optimizer": frozen, "epochs": 2})
+    run_ranks(1, run, config)
     assert len(said_of(f"{output}-2", caplog)) == 1
+    run_ranks(1, run, config.model_copy(update={"epochs": 3, "validation": silent}))
+    assert "step 9, the last validation was at step 6" in said_of(f"{output}-2", caplog)[1]
 
 
 @pytest.mark.slow
