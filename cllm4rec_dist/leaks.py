@@ -78,8 +78,8 @@ def _earlier(system: System, init_from: str) -> tuple[Checkpoint, TrainedOn]:
 
 def _on_every_rank(leak: Leak | None, example: str, world: World) -> tuple[Leak | None, str]:
     """What rank 0 found. Two small all-gathers."""
-    told = json.dumps([None if leak is None else leak.model_dump(), example])
-    tree, example = json.loads(broadcast_text(told, world, "leaked interactions"))
+    found = json.dumps([None if leak is None else leak.model_dump(), example])
+    tree, example = json.loads(broadcast_text(found, world, "leaked interactions"))
     return None if tree is None else Leak(**tree), example
 
 

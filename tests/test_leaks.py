@@ -1,4 +1,4 @@
-"""Held-out interactions that an earlier run was trained on: refused, or told beside every figure."""
+"""Held-out interactions that an earlier run was trained on: refused, or reported beside every figure."""
 
 from __future__ import annotations
 

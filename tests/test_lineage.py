@@ -43,15 +43,15 @@ def test_of_more_the_smallest_are_kept_and_counts_are_estimated() -> None:
 def test_samples_join_to_the_sample_of_both(first: int, second: int) -> None:
     one, other = draw(first), draw(second)
     other[: min(first, 100)] = one[: min(first, 100)]
-    wanted = SeenInteractions.of(np.concatenate([one, other]), size=1000)
     samples = SeenInteractions.of(one, size=1000), SeenInteractions.of(other, size=1000)
-    joined = SeenInteractions.of(
-        np.concatenate([sample.keys for sample in samples]), min(sample.bound for sample in samples), 1000
-    )
-    assert joined.keys.tolist() == wanted.keys.tolist()
-    assert joined.bound == wanted.bound
-    if first + second <= 1000:
-        assert (samples[0] | samples[1]).is_complete
+    joined = samples[0] | samples[1]
+    assert joined.bound == min(sample.bound for sample in samples)
+    assert joined.is_complete == (first <= 1000 and second <= 1000)
+    both = np.unique(np.concatenate([one, other]))
+    assert joined.keys.tolist() == both[both <= np.uint64(joined.bound)].tolist()
+    # Cut to the size of a sample, it is that of everything at once.
+    cut, wanted = SeenInteractions.of(joined.keys, joined.bound, 1000), SeenInteractions.of(both, size=1000)
+    assert (cut.keys.tolist(), cut.bound) == (wanted.keys.tolist(), wanted.bound)
 
 
 def test_a_sample_comes_back_from_its_file(tmp_path: Path) -> None:
