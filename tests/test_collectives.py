@@ -12,6 +12,7 @@ from cllm4rec_dist.collectives import (
     all_gather_rows,
     all_reduce_sum,
     all_to_all_rows,
+    broadcast_text,
     combine_logsumexp,
     exchange_counts,
     gather_counts,
@@ -77,6 +78,7 @@ def combined(world: World, counts: list[int]) -> dict[str, Any]:
 def everything(world: World) -> dict[str, Any]:
     """All the checks of one world in one start of its ranks."""
     found: dict[str, Any] = {"counts": gather_counts(10 * world.rank + 1, world)}
+    found["texts"] = [broadcast_text(text * (world.rank + 1), world, "a text") for text in ("", "音楽 and ü")]
     for index, counts in enumerate(COUNTS[world.size]):
         found[f"gather-{index}"] = gathered(world, counts)
         found[f"scatter-{index}"] = scattered(world, counts)
@@ -163,6 +165,7 @@ def test_scattered_rows_are_the_blocks_of_rank_0(ranks: Any, size: int, index: i
 def test_counts_sums_and_exchanged_rows_reach_every_rank(ranks: Any, size: int) -> None:
     for rank, found in enumerate(ranks[size]):
         assert found["counts"] == [10 * other + 1 for other in range(size)]
+        assert found["texts"] == ["", "音楽 and ü"]
         factor = size * (size + 1) / 2
         assert found["sum"].tolist() == [factor, 10 * factor]
         assert found["own"].tolist() == [rank + 1, 10 * (rank + 1)]
@@ -178,6 +181,7 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     for function in (all_gather_rows, reduce_scatter_rows, combine_logsumexp):
         torch.testing.assert_close(function(x, [4], world), x, rtol=0, atol=0)
     assert gather_counts(7, world) == [7]
+    assert broadcast_text("ü", world, "a text") == "ü"
     assert exchange_counts(torch.tensor([7]), world).tolist() == [7]
     torch.testing.assert_close(all_to_all_rows(x, [4], [4], world), x, rtol=0, atol=0)
     torch.testing.assert_close(scatter_rows(x.detach(), [4], WIDTH, world), x.detach(), rtol=0, atol=0)
