@@ -78,6 +78,7 @@ def export(run: str, output: Path, backbone: str | None = None, corpus: str | No
     opened, (tensors, tables) = found
     config = recorded_config(opened, backbone, corpus or str(opened.about.config["corpus"]))
     folder = local_folder(config.backbone)
+    decoder = load_config(folder)  # refuses a backbone that cannot be used
     tokenizer = WordTokenizer.load(folder)
     fingerprints = {"backbone": fingerprint(folder), "tokenizer": tokenizer.fingerprint}
     if corpus is not None:
@@ -94,8 +95,7 @@ def export(run: str, output: Path, backbone: str | None = None, corpus: str | No
         save_file(tables, part / TABLES_FILE)
         for file in ("users.parquet", "items.parquet"):
             shutil.copyfile(opened.file(file), part / file)
-        num_words = load_config(folder).vocab_size
-        scoring = describe_scoring(opened, config, tokenizer, num_words, tables)
+        scoring = describe_scoring(opened, config, tokenizer, decoder.vocab_size, tables)
         (part / SCORING_FILE).write_text(json.dumps(scoring, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     logger.info("exported %s", opened.path)
     return sorted(path.name for path in output.iterdir())

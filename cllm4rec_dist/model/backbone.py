@@ -1,189 +1,72 @@
-"""The backbone: one decoder that serves both LLMs, its adapters, and its frozen word embeddings.
+"""The backbone: one decoder that serves both LLMs, and its adapters.
 
 `DualBackbone` is the only module that goes into the DeepSpeed engine. It takes embeddings and gives hidden states, for
 the collaborative and the content LLM in ONE pass: the rows of both go through each frozen weight together, and each
 adapter adds its part to its own LLM's rows. So a weight is gathered once for both, products are larger, and no adapter
-ever rests: a ZeRO-3 engine whose adapters take turns between forwards accumulates stale gradients, without a word. Word
-embeddings and the word head are frozen and small next to the backbone; `load_words` reads them straight from the weight
-files, because a weight that ZeRO-3 owns is empty outside its module's forward.
+ever rests: a ZeRO-3 engine whose adapters take turns between forwards accumulates stale gradients, without a word.
+
+What a backbone's folder holds and whether it can be used is left to `hub.py`, `weights.py`, `pretrained.py` and
+`words.py`, whose functions are at hand here.
 
 Decoders are fed right-padded batches without an attention mask: attention is causal, so no real position ever sees
 the padding behind it.
 
-Legend: B batch, T tokens, D hidden, V words.
+Legend: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.hub import local_folder
+from cllm4rec_dist.model.pretrained import (
+    LORA_TARGETS,
+    load_config,
+    outline_decoder,
+    positions,
+    require_head,
+    require_static_rotary,
+    require_targets,
+    require_weights,
+)
+from cllm4rec_dist.model.weights import fingerprint, stored_weights
+from cllm4rec_dist.model.words import Words, load_words
+
+__all__ = [
+    "COLLABORATIVE",
+    "CONTENT",
+    "LORA_TARGETS",
+    "DualBackbone",
+    "Words",
+    "fingerprint",
+    "load_backbone",
+    "load_config",
+    "load_words",
+    "local_folder",
+    "lora_settings",
+    "outline_backbone",
+    "positions",
+    "require_head",
+    "require_static_rotary",
+    "require_targets",
+    "require_weights",
+    "stored_weights",
+]
 
 COLLABORATIVE, CONTENT = "collaborative", "content"
-
-LORA_TARGETS = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "mistral": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
-"""Supported decoder families and where their adapters sit by default (every linear layer)."""
-
-_WORD_WEIGHTS = ("embed_tokens.weight", "wte.weight")
-_HEAD_WEIGHT = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Words:
-    """The frozen ends of the language model, one copy a rank.
-
-    Attributes:
-        embedding: [V, D].
-        head: [V, D]; the same tensor where the backbone ties them.
-    """
-
-    embedding: Tensor
-    head: Tensor
-
-    @property
-    def scale(self) -> float:
-        """Root mean square of an embedding entry: the scale on which new rows start."""
-        return self.embedding.float().square().mean().sqrt().item()
-
-
-def local_folder(name: str, *, weights: bool = True) -> Path:
-    """The folder of a backbone: itself, or the cached snapshot of a hub id, without its weights where none is read."""
-    if Path(name).is_dir():
-        return Path(name).absolute()
-    from huggingface_hub import snapshot_download  # only where a hub id is used
-
-    try:
-        patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        raise ConfigError(
-            "backbone",
-            name,
-            f"is neither a folder nor a hub id that can be had ({error})",
-            "Give a folder with config.json.",
-        ) from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a backbone folder, sorted. Pickled weights are not read."""
-    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if not files:
-        raise ConfigError(
-            "backbone", str(folder), "holds no .safetensors file", "Convert it: model.save_pretrained(folder)."
-        )
-    return files
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over the architecture and every weight byte; another base model has another one.
-
-    ZeRO-3's universal load does not restore frozen weights and says nothing, so checkpoints carry this.
-    """
-    digest = hashlib.sha256()
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for volatile in ("transformers_version", "_name_or_path"):
-        settings.pop(volatile, None)
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def load_config(folder: Path) -> PretrainedConfig:
-    """The decoder's configuration; refuses what is none, and families that nobody has tested here."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise ConfigError(
-            "backbone", str(folder), f"holds no config.json of a decoder ({error})", "Fetch the backbone again."
-        ) from error
-    if config.model_type not in LORA_TARGETS:
-        raise ConfigError(
-            "backbone", config.model_type, f"is not one of {sorted(LORA_TARGETS)}", "Choose a supported decoder."
-        )
-    return config
-
-
-def positions(config: PretrainedConfig) -> int:
-    """The longest sequence that a decoder takes."""
-    found = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
-    if not isinstance(found, int) or found < 1:
-        raise ConfigError("backbone: max_position_embeddings", found, "is no length", "Fetch the backbone again.")
-    return found
-
-
-def require_weights(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse files that lack a weight of the decoder, or have it in another shape. Outside of `sharded_loading`.
-
-    Transformers would start it at random with no more than a warning, under ZeRO-3 on rank 0 alone.
-    """
-    try:
-        with torch.device("meta"):
-            decoder = AutoModel.from_config(config)
-    except Exception as error:
-        raise ConfigError(
-            "backbone", str(folder), f"has a config.json of which no decoder can be made ({error})",
-            "Fetch the backbone again.",
-        ) from error  # fmt: skip
-    found: dict[str, list[int]] = {}
-    for path in weight_files(folder):
-        with _weights_of(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                found[name.removeprefix(f"{decoder.base_model_prefix}.")] = tensors.get_slice(name).get_shape()
-    wrong = [name for name, weight in decoder.state_dict().items() if found.get(name) != list(weight.shape)]
-    if wrong:
-        raise ConfigError(
-            f"backbone {folder}", wrong[:3], f"are missing or have not the shape that config.json says (and"
-            f" {len(wrong[3:])} more)", "Fetch the backbone again.",
-        )  # fmt: skip
-
-
-def load_words(folder: Path, dtype: torch.dtype, device: torch.device) -> Words:
-    """Read the word embeddings and the word head from the weight files, without building the model."""
-    found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        with _weights_of(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name.endswith(_WORD_WEIGHTS):
-                    found["embedding"] = tensors.get_tensor(name)
-                elif name.endswith(_HEAD_WEIGHT):
-                    found["head"] = tensors.get_tensor(name)
-    if "embedding" not in found:
-        raise ConfigError("backbone", str(folder), f"has none of {_WORD_WEIGHTS}", "Choose a supported decoder.")
-    embedding = found["embedding"].to(device, dtype)
-    return Words(embedding, found["head"].to(device, dtype) if "head" in found else embedding)
-
-
-@contextmanager
-def _weights_of(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ConfigError("backbone", str(path), f"is damaged ({error})", "Fetch the weights again.") from error
 
 
 class _Boundary:
@@ -323,8 +206,8 @@ def load_backbone(
 
 def outline_backbone(config: PretrainedConfig, adapter: AdapterConfig, dtype: torch.dtype) -> DualBackbone:
     """The same module as `load_backbone` makes, on the meta device: every shape and no value, whatever its size."""
+    decoder = outline_decoder(config, dtype=dtype, attn_implementation=_attention(dtype))
     with torch.device("meta"):
-        decoder = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(dtype))
         return _adapted(decoder, adapter, dtype, seed=0)
 
 
@@ -356,12 +239,19 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
 
 def _load_decoder(folder: Path, dtype: torch.dtype, quantization: str) -> PreTrainedModel:
     """The decoder without its head."""
+    config = load_config(folder)
     settings = None if quantization == "none" else _nf4(dtype)
     try:
         return AutoModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation=_attention(dtype), local_files_only=True,
-            trust_remote_code=False, quantization_config=settings,
-        )  # fmt: skip
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=_attention(dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            quantization_config=settings,
+        )
     except Exception as error:
         raise ConfigError(
             "backbone", str(folder), f"cannot be loaded ({error})", "Fetch the backbone again."

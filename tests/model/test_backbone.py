@@ -1,9 +1,7 @@
-"""The backbone of each family: two adapters in one forward, padding, recomputation, words, refusals."""
+"""The backbone of each family: two adapters in one forward, padding, recomputation, targets."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,36 +9,19 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cllm4rec_dist.config import AdapterConfig, RunConfig, validate
 from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading
-from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.model.backbone import (
-    COLLABORATIVE,
-    CONTENT,
-    DualBackbone,
-    fingerprint,
-    load_backbone,
-    load_config,
-    load_words,
-    local_folder,
-)
+from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, DualBackbone, load_backbone
 from cllm4rec_dist.topology import World
-from tests.harness import make_backbone, make_catalog, run_ranks
+from tests.harness import run_ranks
+from tests.model.backbones import FAMILIES, WIDTH
 
-FAMILIES = ["gpt2", "llama", "mistral", "qwen2"]
 LORA = AdapterConfig(kind="lora", rank=2, alpha=4)
-B, T, D = 2, 7, 16
+B, T, D = 2, 7, WIDTH
 DEEPSPEED = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root, catalog = tmp_path_factory.mktemp("backbones"), make_catalog()
-    return {family: make_backbone(root / family, catalog, family=family, hidden=D) for family in FAMILIES}
 
 
 def embeddings(seed: int, rows: int = B) -> Tensor:
@@ -248,81 +229,3 @@ def test_targets_choose_the_layers(folders: dict[str, Path]) -> None:
     adapted = [name for name, _ in load_backbone(folders["llama"], settings, torch.float32, 0).named_parameters()]
     assert all(".q_proj." in name for name in adapted if "lora_" in name)
     assert sum("lora_A" in name for name in adapted) == 2 * 2, "two adapters in two layers"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_words_are_the_models_own_tied_weights(folders: dict[str, Path], family: str) -> None:
-    words = load_words(folders[family], torch.float32, torch.device("cpu"))
-    model = AutoModelForCausalLM.from_pretrained(folders[family])
-    assert torch.equal(words.embedding, model.get_input_embeddings().weight)
-    assert torch.equal(words.head, model.get_output_embeddings().weight)
-    assert words.head is words.embedding
-    assert words.scale == pytest.approx(words.embedding.square().mean().sqrt().item())
-
-
-def test_an_untied_head_is_read_as_well(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
-    config = model.config
-    config.tie_word_embeddings = False
-    torch.manual_seed(1)
-    untied = AutoModelForCausalLM.from_config(config)
-    untied.save_pretrained(tmp_path)
-    words = load_words(tmp_path, torch.bfloat16, torch.device("cpu"))
-    assert torch.equal(words.embedding, untied.get_input_embeddings().weight.bfloat16())
-    assert torch.equal(words.head, untied.get_output_embeddings().weight.bfloat16())
-    assert not torch.equal(words.head, words.embedding)
-
-
-def copied(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to))
-
-
-def test_the_fingerprint_changes_with_one_byte_of_a_weight(folders: dict[str, Path], tmp_path: Path) -> None:
-    same, other = copied(folders["gpt2"], tmp_path / "same"), copied(folders["gpt2"], tmp_path / "other")
-    assert fingerprint(same) == fingerprint(folders["gpt2"])
-    path = other / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    assert fingerprint(other) != fingerprint(same)
-
-
-def test_the_fingerprint_knows_the_architecture_but_not_the_library(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = copied(folders["gpt2"], tmp_path / "backbone")
-    before = fingerprint(folder)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"transformers_version": "99.0"}))
-    assert fingerprint(folder) == before
-    (folder / "config.json").write_text(json.dumps(settings | {"layer_norm_epsilon": 1e-3}))
-    assert fingerprint(folder) != before
-
-
-def test_an_unsupported_family_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 16}))
-    with pytest.raises(ConfigError, match=r"bert.*gpt2.*llama.*mistral.*qwen2"):
-        load_config(tmp_path)
-    assert load_config(folders["qwen2"]).model_type == "qwen2"
-
-
-def test_a_folder_without_safetensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = copied(folders["gpt2"], tmp_path / "backbone")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    for function in (fingerprint, lambda f: load_words(f, torch.float32, torch.device("cpu"))):
-        with pytest.raises(ConfigError, match=r"no \.safetensors file"):
-            function(folder)
-
-
-def test_damaged_or_foreign_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = copied(folders["gpt2"], tmp_path / "backbone")
-    path = folder / "model.safetensors"
-    save_file({"other": load_file(path)["transformer.h.0.ln_1.weight"]}, path)
-    with pytest.raises(ConfigError, match=r"wte\.weight"):
-        load_words(folder, torch.float32, torch.device("cpu"))
-    path.write_bytes(b"\x00" * 40)
-    with pytest.raises(ConfigError, match="damaged"):
-        load_words(folder, torch.float32, torch.device("cpu"))
-
-
-def test_a_folder_is_taken_as_it_is(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folders["gpt2"].parent)
-    assert local_folder("gpt2") == folders["gpt2"].absolute()

@@ -1,0 +1,207 @@
+"""The weight files of a backbone: those that transformers reads, and no others.
+
+A folder may hold more safetensors than a model has: an average of its weights, the export of another program, an
+adapter. Whatever reads a backbone here asks `weight_files`, which follows transformers' own choice
+(`modeling_utils._get_resolved_checkpoint_files`), so that words, decoder and fingerprint are always those of one model.
+Headers are read without tensors, so a check of a large model takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from cllm4rec_dist.errors import ConfigError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Files of a distributed checkpoint of transformers, which would be read before any other."""
+_AGAIN = "Fetch the backbone again."
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Header of one tensor.
+
+    Attributes:
+        file: the file that holds it.
+        shape: its sizes.
+        dtype: as safetensors calls it: F32, BF16, F8_E4M3, ...
+    """
+
+    file: Path
+    shape: list[int]
+    dtype: str
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The object in config.json, as it is written there. ConfigError where there is none."""
+    return _read_object(folder / CONFIG, "is no config.json of a decoder")
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of the files that transformers would read, relative to the folder and sorted; they may be absent.
+
+    Raises:
+        ConfigError: for a folder without weights, with a broken index, or with a distributed checkpoint.
+    """
+    entry = _entry(folder)
+    names = set(_weight_map(folder / entry).values()) if entry.endswith(_INDEX_SUFFIX) else {entry}
+    for name in names:
+        if not _is_inside(name) or not name.endswith(".safetensors"):
+            raise ConfigError(f"backbone {folder}", name, "is no safetensors file inside of the folder", _AGAIN)
+    return sorted(names)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read, in its order. Pickled weights are not read.
+
+    Raises:
+        ConfigError: as `weight_names`, and where one of them is absent.
+    """
+    files = [folder / name for name in weight_names(folder)]
+    if absent := [path.name for path in files if not path.is_file()]:
+        raise ConfigError(
+            f"backbone {folder}",
+            absent[0],
+            f"is named by the backbone but absent (and {len(absent) - 1} more of {len(files)} weight files)",
+            "The download is incomplete: fetch the backbone again.",
+        )
+    return files
+
+
+def stored_weights(folder: Path) -> dict[str, StoredWeight]:
+    """Headers of all tensors in the weight files, by name.
+
+    Raises:
+        ConfigError: for a file that is damaged or cut, a tensor that two files hold, or one that the index expects in a
+            file without it.
+    """
+    found: dict[str, StoredWeight] = {}
+    for path in weight_files(folder):
+        with open_weights(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name in found:
+                    raise ConfigError(
+                        f"backbone {folder}",
+                        name,
+                        f"is in both {found[name].file.name} and {path.name}",
+                        "Save the model again: model.save_pretrained(folder).",
+                    )
+                part = tensors.get_slice(name)
+                found[name] = StoredWeight(path, part.get_shape(), part.get_dtype())
+    if (entry := _entry(folder)).endswith(_INDEX_SUFFIX):
+        _require_indexed(folder, entry, found)
+    return found
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """A safetensors file, open. ConfigError where it is damaged, or shorter than its header says."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            "backbone",
+            str(path),
+            f"is damaged or incomplete ({error})",
+            "Fetch the weights again (`git lfs pull`, if it is a pointer file of git).",
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the architecture and every weight byte; another base model has another one.
+
+    ZeRO-3's universal load does not restore frozen weights and says nothing, so checkpoints carry this.
+    """
+    digest = hashlib.sha256()
+    settings = read_settings(folder)
+    for volatile in ("transformers_version", "_name_or_path"):
+        settings.pop(volatile, None)
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _entry(folder: Path) -> str:
+    """The name of the one weight file or of the index with which transformers would begin."""
+    if distributed := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name)):
+        raise ConfigError(
+            f"backbone {folder}",
+            distributed[0],
+            "is part of a distributed checkpoint, which cannot be read here",
+            "Load it with transformers and save it again: model.save_pretrained(folder).",
+        )
+    chosen = read_settings(folder).get("transformers_weights")
+    if chosen is not None:
+        if not (isinstance(chosen, str) and _is_inside(chosen)):
+            raise ConfigError(f"backbone {folder}: transformers_weights", chosen, "is no file of the folder", _AGAIN)
+        return chosen
+    for name in (WEIGHTS, INDEX):
+        if (folder / name).is_file():
+            return name
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf"))
+    beside = f"; it has {', '.join(others[:3])}" if others else ""
+    raise ConfigError(
+        "backbone",
+        str(folder),
+        f"holds no .safetensors file that transformers would read ({WEIGHTS} or {INDEX}{beside})",
+        "Convert it, or save it again: model.save_pretrained(folder).",
+    )
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of an index file."""
+    content = _read_object(index, "is a damaged index of weight files")
+    weights = content.get("weight_map")
+    if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights.values())):
+        raise ConfigError(f"backbone {index}: weight_map", weights, "must give each tensor its file", _AGAIN)
+    if not isinstance(content.get("metadata"), dict):  # transformers fails without it
+        raise ConfigError(
+            f"backbone {index}: metadata",
+            content.get("metadata"),
+            "must be an object, or transformers cannot read the index",
+            'Fetch the backbone again, or add "metadata": {}.',
+        )
+    return weights
+
+
+def _require_indexed(folder: Path, index: str, found: dict[str, StoredWeight]) -> None:
+    """Refuse files that lack a tensor that the index expects in them."""
+    for name, file in _weight_map(folder / index).items():
+        if name not in found or found[name].file != folder / file:
+            raise ConfigError(
+                f"backbone {folder / file}",
+                name,
+                f"is not in the file, although {index} says so",
+                "The download is incomplete or mixed: fetch the backbone again.",
+            )
+
+
+def _read_object(path: Path, constraint: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("backbone", str(path), f"{constraint} ({error})", _AGAIN) from error
+    if not isinstance(content, dict):
+        raise ConfigError("backbone", str(path), f"{constraint} (no JSON object)", _AGAIN)
+    return content
