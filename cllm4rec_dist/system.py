@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.corpus.prompts import Composer
+from cllm4rec_dist.corpus.prompts import Composer, largest_prompt_id
 from cllm4rec_dist.corpus.shards import ContentKind, Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading
@@ -61,15 +63,62 @@ def assemble(config: RunConfig, world: World) -> System:
         ConfigError, CorpusError: where parts do not fit each other.
     """
     corpus = Corpus.open(config.corpus, verify=world.is_main)
-    folder = backbone.local_folder(config.backbone)
-    decoder = backbone.load_config(folder)
+    folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
-    tokenizer = WordTokenizer.load(folder)
+    content = uses_content(config, corpus)
+    if content:
+        backbone.require_head(folder, decoder, backbone.stored_weights(folder))
+    if world.is_main:
+        require_embeddings(corpus, tokenizer, decoder.vocab_size)
     fingerprints = {
         "backbone": backbone.fingerprint(folder),
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint,
     }
+    settings = resolve_settings(config)
+    dtype = _DTYPES[config.precision]
+    with sharded_loading(settings):
+        dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
+    if config.activation_checkpointing:
+        dual.enable_activation_checkpointing()
+    words = backbone.load_words(folder, dtype, world.device, head=content)
+    recommender = Recommender(
+        corpus.num_users, corpus.num_items, words, config.head, world,
+        dropout=config.rows.dropout, wire=_DTYPES[config.rows.wire], lazy=config.optimizer.lazy_tables,
+        content=content,
+    )  # fmt: skip
+    trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
+    adapter_optimizer = torch.optim.AdamW(
+        trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
+    )
+    space = TokenSpace(len(words.embedding), corpus.num_users, corpus.num_items)
+    return System(
+        config=config,
+        world=world,
+        corpus=corpus,
+        composer=Composer(tokenizer, space, config.method, config.seed),
+        recommender=recommender,
+        engine=Engine(dual, settings, adapter_optimizer, dual.layers),
+        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.table_state),
+        fingerprints=fingerprints,
+    )
+
+
+def open_backbone(
+    config: RunConfig, corpus: Corpus, *, weights: bool = True
+) -> tuple[Path, PretrainedConfig, WordTokenizer]:
+    """A backbone's folder, configuration and tokenizer.
+
+    Args:
+        weights: fetch those of a hub id; they are not read here.
+
+    Raises:
+        ConfigError, CorpusError: where the backbone cannot be used, or does not fit the run or the corpus.
+    """
+    folder = backbone.local_folder(config.backbone, weights=weights)
+    decoder = backbone.load_config(folder)
+    backbone.require_targets(decoder, config.adapter)
+    tokenizer = WordTokenizer.load(folder)
     if corpus.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise CorpusError(
             f"{config.corpus}: tokenizer",
@@ -89,33 +138,34 @@ def assemble(config: RunConfig, world: World) -> System:
                 f"with its prompt passes the backbone's {positions} positions",
                 f"Set it to {positions - _PROMPT_ROOM} or less.",
             )
-    settings = resolve_settings(config)
-    dtype = _DTYPES[config.precision]
-    with sharded_loading(settings):
-        dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
-    if config.activation_checkpointing:
-        dual.enable_activation_checkpointing()
-    words = backbone.load_words(folder, dtype, world.device)
-    recommender = Recommender(
-        corpus.num_users, corpus.num_items, words, config.head, world,
-        dropout=config.rows.dropout, wire=_DTYPES[config.rows.wire], lazy=config.optimizer.lazy_tables,
-        content=config.batch.texts > 0 and corpus.content.num_examples > 0,
-    )  # fmt: skip
-    trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
-    adapter_optimizer = torch.optim.AdamW(
-        trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
-    )
-    space = TokenSpace(len(words.embedding), corpus.num_users, corpus.num_items)
-    return System(
-        config=config,
-        world=world,
-        corpus=corpus,
-        composer=Composer(tokenizer, space, config.method, config.seed),
-        recommender=recommender,
-        engine=Engine(dual, settings, adapter_optimizer, dual.layers),
-        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.table_state),
-        fingerprints=fingerprints,
-    )
+        backbone.require_static_rotary(decoder, field, length, _PROMPT_ROOM)
+    return folder, decoder, tokenizer
+
+
+def uses_content(config: RunConfig, corpus: Corpus) -> bool:
+    """True where the run has a content LLM, which needs texts and a language-model head."""
+    return config.batch.texts > 0 and corpus.content.num_examples > 0
+
+
+def require_embeddings(corpus: Corpus, tokenizer: WordTokenizer, num_words: int) -> None:
+    """Refuse a prompt or a text with a token that has no word embedding.
+
+    Tokens may have been added to a tokenizer without resizing the model. Their ids are those of users here. Texts are
+    read only where the tokenizer has such tokens.
+    """
+    if tokenizer.largest_id < num_words:
+        return
+    records = (corpus.content.read_record(index, ("offsets", "tokens")) for index in range(len(corpus.content)))
+    in_texts = max((int(record["tokens"].max(initial=-1)) for record in records), default=-1)
+    for where, token_id in (("the prompts", largest_prompt_id(tokenizer)), (f"the texts of {corpus.url}", in_texts)):
+        if token_id >= num_words:
+            raise ConfigError(
+                "backbone: vocab_size",
+                num_words,
+                f"word embeddings, but {where} use token {token_id} of the tokenizer",
+                "Resize the model and save it again (model.resize_token_embeddings(len(tokenizer))), or build the"
+                " corpus with the tokenizer that the model was trained with.",
+            )
 
 
 def start_rows(system: System) -> None:

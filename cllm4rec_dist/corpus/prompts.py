@@ -279,6 +279,13 @@ class Composer:
         return Documents(tokens, queries, first, targets, _dropout_keys(keys))
 
 
+def largest_prompt_id(tokenizer: WordTokenizer) -> int:
+    """Largest word id in any prompt, the start of a sequence included."""
+    texts = [*CONTENT_PROMPTS.values(), *RECOMMENDATION_PROMPT.split("{items}")]
+    # Without words the tokens of user 0 and item 0 are 0 and 1, so the largest id is a word's.
+    return max(token_id for text in texts for token_id in _compile(tokenizer, text, TokenSpace(0, 1, 1)))
+
+
 def _compile(tokenizer: WordTokenizer, template: str, space: TokenSpace) -> list[int]:
     """A prompt's tokens about user 0 and item 0, with what the backbone expects at the start of a sequence."""
     return [*tokenizer.prefix, *_encode(tokenizer, template, space)]

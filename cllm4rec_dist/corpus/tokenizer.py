@@ -102,6 +102,11 @@ class WordTokenizer:
         """Number of word ids; at most the V of the backbone."""
         return len(self._tokenizer)
 
+    @property
+    def largest_id(self) -> int:
+        """Largest word id, added tokens included; not always below `len`."""
+        return max(self._tokenizer.get_vocab().values())
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Word ids of each text; brackets and control tokens in a text are words like any other."""
         if not len(texts):

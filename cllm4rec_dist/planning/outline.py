@@ -71,11 +71,13 @@ def outline_run(config: RunConfig, num_users: int, num_items: int, has_texts: bo
     dual.train()
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
+    content = config.batch.texts > 0 and has_texts
     model = Recommender(
-        RowPartition(num_users, num_ranks).block, RowPartition(num_items, num_ranks).block, _words(decoder, dtype),
+        RowPartition(num_users, num_ranks).block, RowPartition(num_items, num_ranks).block,
+        _words(decoder, dtype, content),
         config.head, World(0, 1, 0, META), dropout=config.rows.dropout,
         wire=torch.bfloat16 if config.rows.wire == "bf16" else torch.float32, lazy=config.optimizer.lazy_tables,
-        content=config.batch.texts > 0 and has_texts,
+        content=content,
     )  # fmt: skip
     rules = engine.zero_config(engine.resolve_settings(config))
     settings = Zero3Settings(
@@ -91,8 +93,10 @@ def outline_run(config: RunConfig, num_users: int, num_items: int, has_texts: bo
     )  # fmt: skip
 
 
-def _words(decoder: PretrainedConfig, dtype: torch.dtype) -> Words:
+def _words(decoder: PretrainedConfig, dtype: torch.dtype, content: bool) -> Words:
     embedding = torch.empty(decoder.vocab_size, decoder.hidden_size, dtype=dtype, device=META)
+    if not content:
+        return Words(embedding, embedding[:0])
     return Words(embedding, embedding if decoder.tie_word_embeddings else torch.empty_like(embedding))
 
 

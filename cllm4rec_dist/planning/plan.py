@@ -22,7 +22,7 @@ from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.prompts import Composer
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.model.heads import logits_within
 from cllm4rec_dist.planning import memory
@@ -33,6 +33,7 @@ from cllm4rec_dist.planning.outline import Outline, outline_run
 from cllm4rec_dist.planning.rehearsal import ATTENTION, BACKBONE, HEAD, LOOKUP, META, WORD_HEAD, Rehearsal, rehearse
 from cllm4rec_dist.planning.sampling import MicroBatchSample, StepSample, sample_step
 from cllm4rec_dist.planning.traffic import Model, Traffic, loop_traffic, step_traffic
+from cllm4rec_dist.system import open_backbone, require_embeddings, uses_content
 from cllm4rec_dist.topology import World
 
 RESERVED = 2 * GIB
@@ -135,10 +136,13 @@ def make_plan(config: RunConfig, place: Place, num_samples: int = 2) -> Plan:
 
 
 def composer_of(config: RunConfig, corpus: Corpus) -> Composer:
-    """What makes a run's documents."""
-    folder = backbone.local_folder(config.backbone, weights=False)
-    space = TokenSpace(backbone.load_config(folder).vocab_size, corpus.num_users, corpus.num_items)
-    return Composer(WordTokenizer.load(folder), space, config.method, config.seed)
+    """What makes a run's documents. ConfigError and CorpusError as the run has them, without a look at weights."""
+    folder, decoder, tokenizer = open_backbone(config, corpus, weights=False)
+    if uses_content(config, corpus):
+        backbone.require_head(folder, decoder, None)
+    require_embeddings(corpus, tokenizer, decoder.vocab_size)
+    space = TokenSpace(decoder.vocab_size, corpus.num_users, corpus.num_items)
+    return Composer(tokenizer, space, config.method, config.seed)
 
 
 def rehearse_fullest(
@@ -210,7 +214,7 @@ def step_seconds(
     entries = sum(table.local_rows.numel() for table in tables)
     return {
         "backbone": body, "item head": max(compute[HEAD], launches[HEAD]),
-        "word head": max(compute[WORD_HEAD], launches[WORD_HEAD]), "lookup": launches[LOOKUP],
+        "word head": max(compute[WORD_HEAD], launches.get(WORD_HEAD, 0.0)), "lookup": launches[LOOKUP],
         "optimizer": entries * _ADAM_PASSES * 4 / gpu.bandwidth,
         "weights on the wire": exposed, "rest of the wire": float(others),
     }  # fmt: skip

@@ -1,0 +1,217 @@
+"""A run's parts fit each other, or are refused before anything is computed; a plan refuses what its run would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.prompts import largest_prompt_id
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.planning.hardware import find_gpu
+from cllm4rec_dist.planning.plan import Place, make_plan
+from cllm4rec_dist.system import require_embeddings
+from cllm4rec_dist.topology import World
+from cllm4rec_dist.train import train
+from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
+from tests.model.backbones import changed, copied
+
+Made = tuple[str, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A corpus and the backbone of its tokenizer."""
+    folder, catalog = tmp_path_factory.mktemp("system"), make_catalog()
+    backbone = make_backbone(folder / "backbone", catalog, family="llama")
+    return make_corpus(folder / "corpus", catalog, backbone), backbone
+
+
+def run_config(corpus: str, backbone: Path, output: Path, **changes: Any) -> RunConfig:
+    tree = {
+        "stage": "pretrain",
+        "corpus": corpus,
+        "backbone": str(backbone),
+        "output": str(output),
+        "epochs": 1,
+        "batch": {"users": 9, "texts": 7},
+        "adapter": {"kind": "lora", "rank": 2},
+        "validation": {"every_epochs": 0},
+    }
+    return validate(RunConfig, tree | changes, "test")
+
+
+def outcome(world: World, config: RunConfig) -> str:
+    """The refusal of a run, or nothing where it trains."""
+    try:
+        train(world, lambda metrics: None, config)
+    except CLLM4RecError as error:
+        return str(error)
+    return ""
+
+
+def planned(config: RunConfig) -> str:
+    try:
+        make_plan(config, Place(find_gpu("h100"), 2, 8, 0.45), 1)
+    except CLLM4RecError as error:
+        return str(error)
+    return ""
+
+
+def headless(folder: Path, to: Path) -> Path:
+    copy = copied(folder, to)
+    AutoModel.from_pretrained(folder).save_pretrained(copy)
+    return copy
+
+
+def with_adapter_file(folder: Path, to: Path) -> Path:
+    copy = copied(folder, to)
+    (copy / "adapter_config.json").write_text("{}")
+    return copy
+
+
+def fp8(folder: Path, to: Path) -> Path:
+    return changed(folder, to, quantization_config={"quant_method": "fp8"})
+
+
+def longrope(folder: Path, to: Path) -> Path:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 128, **factors}
+    return changed(folder, to, rope_parameters=None, rope_scaling=rope)
+
+
+REFUSED: list[tuple[Callable[[Path, Path], Path], dict[str, Any], str]] = [
+    (fp8, {}, "fp8"),
+    (fp8, {"quantization": "nf4"}, "fp8"),
+    (headless, {}, "no language-model head"),
+    (with_adapter_file, {}, "merge_and_unload"),
+    (longrope, {}, "longrope"),
+    (copied, {"adapter": {"kind": "lora", "targets": ["q_proj", "c_attn"]}}, "'c_attn' matches no layer"),
+]
+
+
+@pytest.mark.parametrize(("make", "changes", "named"), REFUSED)
+def test_run_and_plan_refuse_the_same_backbones(
+    made: Made, tmp_path: Path, make: Callable[[Path, Path], Path], changes: dict[str, Any], named: str
+) -> None:
+    config = run_config(made[0], make(made[1], tmp_path / "backbone"), tmp_path / "run", **changes)
+    (refusal,) = run_ranks(1, outcome, config)
+    assert named in refusal
+    assert named in planned(config)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_backbone_without_head_trains_where_there_is_no_content_llm(made: Made, tmp_path: Path) -> None:
+    folder = headless(made[1], tmp_path / "backbone")
+    config = run_config(made[0], folder, tmp_path / "run", batch={"users": 9, "texts": 0})
+    assert run_ranks(1, outcome, config) == [""]
+    assert planned(config) == ""
+
+
+def test_longrope_trains_where_no_document_is_long(made: Made, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), made[1], max_text_tokens=64)
+    config = run_config(corpus, longrope(made[1], tmp_path / "backbone"), tmp_path / "run", method={"max_history": 64})
+    assert planned(config) == ""
+    refused = config.model_copy(update={"method": config.method.model_copy(update={"max_history": 65})})
+    assert "longrope" in planned(refused)
+
+
+def fewer_embeddings(folder: Path, to: Path, num_words: int) -> Path:
+    """A backbone with less word embeddings than its tokenizer has tokens."""
+    copy = copied(folder, to)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(num_words)
+    model.save_pretrained(copy)
+    return copy
+
+
+def with_added_token(folder: Path, to: Path, token: str) -> Path:
+    """A backbone whose tokenizer has a token more than the model has embeddings."""
+    copy = copied(folder, to)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.add_tokens([token]) == 1
+    tokenizer.save_pretrained(copy)
+    return copy
+
+
+def largest_in_texts(corpus: str) -> int:
+    content = Corpus.open(corpus).content
+    return max(int(content.read_record(index)["tokens"].max()) for index in range(len(content)))
+
+
+def test_a_text_with_a_token_that_has_no_embedding_is_refused(made: Made, tmp_path: Path) -> None:
+    backbone = with_added_token(made[1], tmp_path / "added", "spress")
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone)
+    num_words = len(WordTokenizer.load(made[1]))
+    assert largest_in_texts(corpus) == num_words
+    for texts in (7, 0):
+        config = run_config(corpus, backbone, tmp_path / "run", batch={"users": 9, "texts": texts})
+        (refusal,) = run_ranks(1, outcome, config)
+        for message in (refusal, planned(config)):
+            assert f"vocab_size: {num_words} word embeddings, but the texts" in message
+            assert f"token {num_words}" in message
+
+
+def test_a_prompt_with_a_token_that_has_no_embedding_is_refused(made: Made, tmp_path: Path) -> None:
+    backbone = with_added_token(made[1], tmp_path / "added", "interacted")
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone)
+    assert "vocab_size" in (message := planned(run_config(corpus, backbone, tmp_path / "run")))
+    assert "the prompts use token" in message
+
+
+def test_a_token_that_nothing_uses_needs_no_embedding(made: Made, tmp_path: Path) -> None:
+    backbone = with_added_token(made[1], tmp_path / "added", "<pad>")
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone)
+    assert run_ranks(1, outcome, run_config(corpus, backbone, tmp_path / "run")) == [""]
+
+
+def test_embeddings_are_enough_exactly_from_the_largest_token_on(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, tokenizer = Corpus.open(made[0]), WordTokenizer.load(made[1])
+    largest = max(largest_in_texts(made[0]), largest_prompt_id(tokenizer))
+    require_embeddings(corpus, tokenizer, largest + 1)
+    with pytest.raises(ConfigError, match=f"token {largest}"):
+        require_embeddings(corpus, tokenizer, largest)
+    monkeypatch.setattr(type(corpus.content), "read_record", lambda *a: pytest.fail("read texts for nothing"))
+    require_embeddings(corpus, tokenizer, tokenizer.largest_id + 1)
+
+
+def test_the_largest_prompt_id_counts_the_start_of_a_sequence(made: Made) -> None:
+    tokenizer = WordTokenizer.load(made[1])
+    words = largest_prompt_id(tokenizer)
+    assert words < len(tokenizer)
+    tokenizer.prefix = [10_000]
+    assert largest_prompt_id(tokenizer) == 10_000
+
+
+def test_a_backbone_with_more_embeddings_than_tokens_is_taken(made: Made, tmp_path: Path) -> None:
+    more = fewer_embeddings(made[1], tmp_path / "more", len(WordTokenizer.load(made[1])) + 7)
+    assert run_ranks(1, outcome, run_config(made[0], more, tmp_path / "run")) == [""]
+
+
+def test_a_backbone_cut_below_its_tokenizer_is_refused(made: Made, tmp_path: Path) -> None:
+    fewer = fewer_embeddings(made[1], tmp_path / "fewer", 10)
+    (refusal,) = run_ranks(1, outcome, run_config(made[0], fewer, tmp_path / "run"))
+    assert "vocab_size: 10 word embeddings" in refusal
+
+
+def test_a_second_weight_file_changes_nothing_in_a_run(made: Made, tmp_path: Path) -> None:
+    """The content LLM's loss is that of the model that transformers loads."""
+    second = copied(made[1], tmp_path / "second")
+    weights = load_file(second / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, second / "model_ema.safetensors", {"format": "pt"})
+    files = []
+    for name, folder in (("one", made[1]), ("two", second)):
+        assert run_ranks(1, outcome, run_config(made[0], folder, tmp_path / name)) == [""]
+        (checkpoint,) = sorted((tmp_path / name / "checkpoints").glob("step-*"))[-1:]
+        files.append({path.name: load_file(path) for path in checkpoint.glob("*.safetensors")})
+    assert files[0].keys() == files[1].keys()
+    for name, tensors in files[0].items():
+        assert all(torch.equal(value, files[1][name][key]) for key, value in tensors.items())
