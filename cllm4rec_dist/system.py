@@ -68,8 +68,7 @@ def assemble(config: RunConfig, world: World) -> System:
     content = uses_content(config, corpus)
     if content:
         backbone.require_head(folder, decoder, backbone.stored_weights(folder))
-    if world.is_main:
-        require_embeddings(corpus, tokenizer, decoder.vocab_size)
+    require_embeddings(corpus, tokenizer, decoder.vocab_size)
     fingerprints = {
         "backbone": backbone.fingerprint(folder),
         "corpus": corpus.fingerprint,

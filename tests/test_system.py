@@ -16,6 +16,7 @@ from cllm4rec_dist.corpus.prompts import largest_prompt_id
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.model import backbone
 from cllm4rec_dist.planning.hardware import find_gpu
 from cllm4rec_dist.planning.plan import Place, make_plan
 from cllm4rec_dist.system import require_embeddings
@@ -31,15 +32,15 @@ Made = tuple[str, Path]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A corpus and the backbone of its tokenizer."""
     folder, catalog = tmp_path_factory.mktemp("system"), make_catalog()
-    backbone = make_backbone(folder / "backbone", catalog, family="llama")
-    return make_corpus(folder / "corpus", catalog, backbone), backbone
+    decoder = make_backbone(folder / "backbone", catalog, family="llama")
+    return make_corpus(folder / "corpus", catalog, decoder), decoder
 
 
-def run_config(corpus: str, backbone: Path, output: Path, **changes: Any) -> RunConfig:
+def run_config(corpus: str, folder: Path, output: Path, **changes: Any) -> RunConfig:
     tree = {
         "stage": "pretrain",
         "corpus": corpus,
-        "backbone": str(backbone),
+        "backbone": str(folder),
         "output": str(output),
         "epochs": 1,
         "batch": {"users": 9, "texts": 7},
@@ -100,11 +101,17 @@ REFUSED: list[tuple[Callable[[Path, Path], Path], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("make", "changes", "named"), REFUSED)
 def test_run_and_plan_refuse_the_same_backbones(
-    made: Made, tmp_path: Path, make: Callable[[Path, Path], Path], changes: dict[str, Any], named: str
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path, Path], Path],
+    changes: dict[str, Any],
+    named: str,
 ) -> None:
+    monkeypatch.setattr(backbone, "load_backbone", lambda *a: pytest.fail("read weights"))
     config = run_config(made[0], make(made[1], tmp_path / "backbone"), tmp_path / "run", **changes)
-    (refusal,) = run_ranks(1, outcome, config)
-    assert named in refusal
+    for refusal in run_ranks(2, outcome, config):
+        assert named in refusal
     assert named in planned(config)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
@@ -148,29 +155,28 @@ def largest_in_texts(corpus: str) -> int:
 
 
 def test_a_text_with_a_token_that_has_no_embedding_is_refused(made: Made, tmp_path: Path) -> None:
-    backbone = with_added_token(made[1], tmp_path / "added", "spress")
-    corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone)
+    folder = with_added_token(made[1], tmp_path / "added", "spress")
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), folder)
     num_words = len(WordTokenizer.load(made[1]))
     assert largest_in_texts(corpus) == num_words
     for texts in (7, 0):
-        config = run_config(corpus, backbone, tmp_path / "run", batch={"users": 9, "texts": texts})
-        (refusal,) = run_ranks(1, outcome, config)
-        for message in (refusal, planned(config)):
+        config = run_config(corpus, folder, tmp_path / "run", batch={"users": 9, "texts": texts})
+        for message in (*run_ranks(2, outcome, config), planned(config)):
             assert f"vocab_size: {num_words} word embeddings, but the texts" in message
             assert f"token {num_words}" in message
 
 
 def test_a_prompt_with_a_token_that_has_no_embedding_is_refused(made: Made, tmp_path: Path) -> None:
-    backbone = with_added_token(made[1], tmp_path / "added", "interacted")
-    corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone)
-    assert "vocab_size" in (message := planned(run_config(corpus, backbone, tmp_path / "run")))
+    folder = with_added_token(made[1], tmp_path / "added", "interacted")
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), folder)
+    assert "vocab_size" in (message := planned(run_config(corpus, folder, tmp_path / "run")))
     assert "the prompts use token" in message
 
 
 def test_a_token_that_nothing_uses_needs_no_embedding(made: Made, tmp_path: Path) -> None:
-    backbone = with_added_token(made[1], tmp_path / "added", "<pad>")
-    corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone)
-    assert run_ranks(1, outcome, run_config(corpus, backbone, tmp_path / "run")) == [""]
+    folder = with_added_token(made[1], tmp_path / "added", "<pad>")
+    corpus = make_corpus(tmp_path / "corpus", make_catalog(), folder)
+    assert run_ranks(1, outcome, run_config(corpus, folder, tmp_path / "run")) == [""]
 
 
 def test_embeddings_are_enough_exactly_from_the_largest_token_on(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
