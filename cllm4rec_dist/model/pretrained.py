@@ -9,6 +9,7 @@ Legend: V words, D hidden.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model.weights import CONFIG, StoredWeight, read_settings, stored_weights
+
+logger = logging.getLogger(__name__)
 
 LORA_TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -40,6 +43,8 @@ _SENTENCES = ("modules.json", "config_sentence_transformers.json")
 SIGNS = ("adapter_config.json", *_QUANTIZERS, *_SENTENCES)
 """Small files beside the model's own that tell what a folder is."""
 
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "crossattention.bias")
+"""Ends of names of constants that earlier versions of transformers stored."""
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _DEQUANTIZE = (
     "Take the model that it was made from, or dequantize it with transformers and save it again (model.dequantize(),"
@@ -74,7 +79,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     if not getattr(config, "is_causal", True):
         raise ConfigError(
             f"backbone {folder}: is_causal",
-            False,
+            config.is_causal,
             "makes every token see those behind it, as embedding models do, so that targets are seen",
             "Take the language model that it was made from.",
         )
@@ -124,8 +129,8 @@ def require_static_rotary(config: PretrainedConfig, field: str, length: int, pro
 def require_weights(folder: Path, config: PretrainedConfig) -> None:
     """Refuse files that lack a weight of the decoder, or have it in another shape or quantized.
 
-    Transformers would start it at random with no more than a warning, under ZeRO-3 on rank 0 alone. Call it outside of
-    `sharded_loading`.
+    Transformers would start it at random with no more than a warning, under ZeRO-3 on rank 0 alone. Weights that the
+    decoder has no place for are left out with a warning, as by transformers. Call it outside of `sharded_loading`.
     """
     decoder = outline_decoder(config)
     found: dict[str, StoredWeight] = {}
@@ -153,6 +158,15 @@ def require_weights(folder: Path, config: PretrainedConfig) -> None:
             wrong[:3],
             f"are missing or have not the shape that config.json says (and {len(wrong[3:])} more)",
             "Fetch the backbone again.",
+        )
+    parts = {name.split(".")[0] for name in wanted}
+    unused = [name for name in found if name not in wanted and name.split(".")[0] in parts]
+    if unused := [name for name in unused if not name.endswith(_BUFFERS)]:
+        logger.warning(
+            "backbone %s: its decoder has no place for %d stored weights (%s): is config.json that of these weights?",
+            folder,
+            len(unused),
+            ", ".join(unused[:3]),
         )
 
 
