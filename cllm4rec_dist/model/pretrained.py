@@ -248,7 +248,10 @@ def _require_no_adapter(folder: Path) -> None:
     for name in _ADAPTERS:
         if (folder / name).is_file():
             raise ConfigError(
-                f"backbone {folder}", name, "is an adapter, which a run would not train with as it is meant", _MERGE
+                f"backbone {folder}",
+                name,
+                "is an adapter, which transformers would load into the model and a run would not apply",
+                _MERGE,
             )
 
 
