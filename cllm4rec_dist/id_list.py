@@ -22,13 +22,15 @@ def read_ids(path: Path) -> list[str]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(
-            str(path), error.strerror or str(error), "cannot be read", "Give a text file with one id a line."
+            "--users-file", str(path), f"cannot be read ({error.strerror})", "Give a text file with one id a line."
         ) from error
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(str(path), str(error), "is not UTF-8 text", "Save it as UTF-8, one id a line.") from error
+        raise DataError(
+            "--users-file", str(path), f"is not UTF-8 text ({error})", "Save it as UTF-8, one id a line."
+        ) from error
     # Not splitlines, which also cuts at characters that an id may hold, such as U+2028.
     ids = (line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
     return list(dict.fromkeys(name for name in ids if name))
