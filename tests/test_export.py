@@ -119,7 +119,7 @@ def test_exported_adapters_compute_the_same_in_both_model_classes(tmp_path: Path
     tables = load_file(output / TABLES_FILE)
     assert torch.equal(tables["collaborative.items"], wanted["collaborative.items"])
     assert torch.equal(tables["content.users"], wanted["content.users"])
-    assert pq.read_table(output / "items.parquet")["item"].to_pylist() == make_catalog().item_ids
+    assert pq.read_table(output / "items.parquet")["item"].to_pylist() == make_catalog().item_ids.to_list()
     decoder = PeftModel.from_pretrained(base(AutoModel, made[2]), str(output / "collaborative")).eval()
     embed = base(AutoModel, made[2]).get_input_embeddings().weight
     scores = exported_scores(output, decoder, embed, wanted["history"])

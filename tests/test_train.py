@@ -316,7 +316,7 @@ def test_recommendations_have_external_ids_and_no_seen_item(made: Made, tmp_path
     everyone = pd.read_parquet(tmp_path / "all")
     catalog = make_catalog()
     assert set(everyone["user"]) == set(catalog.user_ids)
-    seen = {(catalog.user_ids[u], catalog.item_ids[i]) for u, items in enumerate(catalog.train) for i in items}
+    seen = {(catalog.user_ids[u], catalog.item_ids[int(i)]) for u, items in enumerate(catalog.train) for i in items}
     assert not seen & set(zip(everyone["user"], everyone["item"], strict=True))
     for _, rows in everyone.groupby("user"):
         assert rows["rank"].tolist() == list(range(1, len(rows) + 1))
@@ -357,7 +357,7 @@ def test_what_a_user_has_is_in_the_prompt_and_left_out_of_the_list(made: Made, t
             found = pd.read_parquet(tmp_path / f"{history}-{include_seen}")
             scores[history, include_seen] = {(u, i): s for u, i, _, s in found.itertuples(index=False)}
             for user, name in enumerate(catalog.user_ids):
-                seen = {catalog.item_ids[i] for split in splits for i in split[user]}
+                seen = {catalog.item_ids[int(i)] for split in splits for i in split[user]}
                 wanted = set(catalog.item_ids) - (set() if include_seen else seen)
                 assert set(found[found["user"] == name]["item"]) == wanted, (history, include_seen, name)
         # What is left out changes no score of the rest.

@@ -136,7 +136,7 @@ def write_corpus(
             tokenizer_fingerprint=tokenizer.fingerprint,
             preparation=config.preparation(),
             split_digests=split_digests(
-                catalog.user_ids, catalog.item_ids, {split: getattr(catalog, split) for split in SPLITS}
+                catalog.user_ids.to_list(), catalog.item_ids.to_list(), {split: getattr(catalog, split) for split in SPLITS}
             ),
             skipped={reason: _left_out(skip) for reason, skip in sorted(log.skipped.items())},
             files=tuple(writer.entries),

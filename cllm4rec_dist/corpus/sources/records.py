@@ -122,7 +122,7 @@ class LineReader:
         """Names in the first line, without quotes and surrounding blanks."""
         line = self.with_one_byte_separator(line)
         try:
-            fields = self._parse(line, 0)[0] if self.has_quotes else self._split(line)
+            fields = self._parse(line, 0, is_last=True)[0] if self.has_quotes else self._split(line)
         except (_Unclosed, _Malformed):
             fields = self._split(line)
         return [name.decode(errors="replace").strip() for name in fields]
@@ -164,7 +164,7 @@ class LineReader:
         if not self.has_quotes:
             return self._as_characters(buffer, start, line)
         try:
-            fields, end = self._parse(buffer, start)
+            fields, end = self._parse(buffer, start, is_last)
         except _Unclosed:
             if not is_last and len(buffer) - start < _MAX_FIELD:
                 return Outcome(Outcome.Kind.UNFINISHED)
@@ -242,7 +242,7 @@ class LineReader:
                 return fields
             at = end + 1
 
-    def _parse(self, buffer: bytes, start: int) -> tuple[list[bytes], int]:
+    def _parse(self, buffer: bytes, start: int, is_last: bool) -> tuple[list[bytes], int]:
         """Fields of the record at `start`, and where the next one begins."""
         fields: list[bytes] = []
         at = start
@@ -251,6 +251,8 @@ class LineReader:
                 value, at = self._quoted(buffer, at + 1)
             else:
                 end = self._field_end(buffer, at)
+                if end == len(buffer) and buffer.endswith(_NEWLINE) and not is_last:
+                    raise _Unclosed  # the line's end is escaped
                 value, at = self._unescaped(buffer[at:end]), end
             fields.append(value)
             if at >= len(buffer):
