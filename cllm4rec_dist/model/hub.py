@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cllm4rec_dist.errors import ConfigError
@@ -72,17 +73,18 @@ def local_folder(name: str, *, weights: bool = True) -> Path:
 def _snapshot(name: str, files: Sequence[str], revision: str | None = None) -> Path:
     """The cached snapshot of a hub id, with these files where the hub has them and can be reached."""
     from huggingface_hub import snapshot_download  # only where a hub id is used
-    from huggingface_hub.errors import IncompleteSnapshotError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
+    download = partial(snapshot_download, repo_id=name, revision=revision, allow_patterns=list(files))
     try:
+        return Path(download())
+    except Exception as error:
+        # The hub cannot be reached, a proxy fails, a gated repository wants a token: the cache needs none of them.
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-        except IncompleteSnapshotError:
-            raise
-        except Exception as error:
-            # A proxy that fails, no token for a gated repository, ...: what is in the cache needs neither.
-            logger.warning("backbone %s: the hub cannot be reached (%s); looking in the cache", name, error)
-            return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=True))
-    except IncompleteSnapshotError as error:
-        logger.warning("backbone %s: using the cached snapshot without files that the hub has (%s)", name, error)
-        return Path(error.snapshot_path)
+            snapshot = Path(download(local_files_only=True))
+        except IncompleteSnapshotError as incomplete:
+            snapshot = Path(incomplete.snapshot_path)
+        except LocalEntryNotFoundError:
+            raise error from None
+        logger.warning("backbone %s: using the cached snapshot as it is (%s)", name, error)
+        return snapshot

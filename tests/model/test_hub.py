@@ -17,7 +17,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
@@ -131,8 +130,8 @@ class Hub:
     def __init__(self, files: Path, cache: Path) -> None:
         self.files, self.snapshot, self.fetched = files, cache / COMMIT, list[str]()
 
-    def download(self, name: str, *, revision: str | None, allow_patterns: list[str], **options: Any) -> str:
-        assert name == "org/name"
+    def download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str], **options: Any) -> str:
+        assert repo_id == "org/name"
         assert revision in (None, COMMIT)
         names = [path.relative_to(self.files).as_posix() for path in self.files.rglob("*") if path.is_file()]
         for file in filter_repo_objects(names, allow_patterns=allow_patterns):
@@ -180,16 +179,15 @@ def test_the_cache_is_used_where_the_hub_refuses(
     snapshot = in_cache(folders["gpt2"], offline)
     real = huggingface_hub.snapshot_download
 
-    def refuse(*names: str, local_files_only: bool = False, **options: Any) -> str:
+    def refuse(*, local_files_only: bool = False, **options: Any) -> str:
         if not local_files_only:
             raise PermissionError("403: this proxy lets nobody through")
-        return real(*names, local_files_only=True, **options)
+        return real(local_files_only=True, **options)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     assert local_folder("org/name") == snapshot
-    with pytest.raises(ConfigError, match="neither a folder nor a hub id") as refusal:
+    with pytest.raises(ConfigError, match=r"neither a folder nor a hub id.*403: this proxy"):
         local_folder("org/other")
-    assert isinstance(refusal.value.__cause__, LocalEntryNotFoundError)
 
 
 @pytest.mark.parametrize(
