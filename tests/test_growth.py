@@ -170,7 +170,7 @@ def test_texts_that_are_new_start_their_rows_around_trained_ones(grown: tuple[Ma
 @pytest.mark.slow
 def test_what_cannot_go_on_is_refused_or_passed_over(grown: tuple[Made, Made], tmp_path: Path) -> None:
     made, other = grown
-    strange = dataclasses.replace(make_catalog(), item_ids=[f"thing-{i}" for i in range(17)])
+    strange = dataclasses.replace(make_catalog(), item_ids=pl.Series([f"thing-{i}" for i in range(17)]))
     corpus = make_corpus(tmp_path / "strange", strange, Path(made[2]))
     config = make_config((made[0], corpus, made[2]), tmp_path / "run", init_from=str(made[0] / "old"))
     assert "no row could be kept" in run_ranks(2, refused, config)[1]
