@@ -27,13 +27,12 @@ from benchmarks.common import parser, tell, tell_table, write_json
 from cllm4rec_dist.model.tiny import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-_WORDS = np.array(
-    "river mountain espresso trail quiet blue garden lantern violin harbour maple steel cotton glass winter".split()
-)
+_WORDS = ["river", "mountain", "espresso", "trail", "quiet", "blue", "garden", "lantern", "violin", "harbour", "maple"]
 _RECIPE = """name: benchmark
 source:
   format: table
-  interactions: {{path: {folder}/orders.{kind}, kind: {kind}, user: customer, item: sku, rating: stars, timestamp: time}}
+  interactions: {{path: {folder}/orders.{kind}, user: customer, item: sku, rating: stars,
+    timestamp: time, kind: {kind}}}
 {items}
 rating_threshold: 2
 min_user_items: 3
@@ -51,10 +50,14 @@ def make_tables(folder: Path, num_rows: int) -> None:
     users = (num_ids * random.random(num_rows) ** 1.5).astype(np.int64)
     repeated = num_rows // 20
     users[-repeated:], items[-repeated:] = users[:repeated], items[:repeated]
-    orders = pl.DataFrame({
-        "customer": users, "sku": items, "stars": random.integers(1, 6, num_rows),
-        "time": 1_500_000_000 + random.integers(0, 10**8, num_rows),
-    })  # fmt: skip
+    orders = pl.DataFrame(
+        {
+            "customer": users,
+            "sku": items,
+            "stars": random.integers(1, 6, num_rows),
+            "time": 1_500_000_000 + random.integers(0, 10**8, num_rows),
+        }
+    )
     orders = orders.with_columns(
         pl.format("C{}", "customer").alias("customer"), pl.format("SKU-{}", "sku").alias("sku")
     )
@@ -74,9 +77,16 @@ def measure(folder: Path, kind: str, code: Path, with_titles: bool) -> dict[str,
     recipe.write_text(_RECIPE.format(folder=folder, kind=kind, items=items))
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [
-        sys.executable, "-c", _MEASURED, "prepare", str(recipe), str(folder / "corpus"), "--tokenizer",
-        str(folder / "tokenizer"), "--overwrite",
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        _MEASURED,
+        "prepare",
+        str(recipe),
+        str(folder / "corpus"),
+        "--tokenizer",
+        str(folder / "tokenizer"),
+        "--overwrite",
+    ]
     run = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(code)}, cwd=code, capture_output=True, text=True, check=False
     )

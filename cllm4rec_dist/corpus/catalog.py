@@ -227,9 +227,13 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def _part(
-    frame: pl.DataFrame, users: np.ndarray, items: np.ndarray, ids: dict[str, pl.Series], config: PrepareConfig,
+    frame: pl.DataFrame,
+    users: np.ndarray,
+    items: np.ndarray,
+    ids: dict[str, pl.Series],
+    config: PrepareConfig,
     log: SkipLog,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
     lengths = np.bincount(users, minlength=len(ids["user"]))
     if isinstance(config.split, GivenSplit) or "part" in frame.columns:
@@ -260,9 +264,11 @@ def _given_part(frame: pl.DataFrame, config: PrepareConfig) -> np.ndarray:
         )
     if not isinstance(config.split, GivenSplit):
         raise DataError(
-            "split.kind", config.split.kind, "would undo the split that the data set comes with",
+            "split.kind",
+            config.split.kind,
+            "would undo the split that the data set comes with",
             "Write split: {kind: given}, or give one file of all interactions.",
-        )  # fmt: skip
+        )
     return frame["part"].to_numpy()
 
 

@@ -16,9 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    config: PrepareConfig, tokenizer: Tokenizer, out: str, *, overwrite: bool = False, progress: bool = True,
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    out: str,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
     num_workers: int = 1,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Build the corpus of a recipe and log what is left out of it.
 
     Args:
@@ -51,7 +56,12 @@ def prepare(
         skip = Skip(found.count, total, found.file, found.line, found.value)
         logger.info("left out: %s x %s%s", f"{found.count:,}", reason, skip.describe())
     logger.info(
-        "corpus %s at %s: %d users, %d items, interactions %s, texts %s", manifest.name, out, manifest.num_users,
-        manifest.num_items, manifest.num_interactions, manifest.num_content,
-    )  # fmt: skip
+        "corpus %s at %s: %d users, %d items, interactions %s, texts %s",
+        manifest.name,
+        out,
+        manifest.num_users,
+        manifest.num_items,
+        manifest.num_interactions,
+        manifest.num_content,
+    )
     return manifest

@@ -149,8 +149,8 @@ class SteamSource(FileSource):
 
     format: Literal["steam"]
     reviews: DataPaths
-    """steam_reviews.json.gz (a review a line), australian_users_items.json.gz or australian_user_reviews.json.gz (a user
-    a line, with all games)."""
+    """steam_reviews.json.gz (a review a line), or australian_users_items.json.gz or australian_user_reviews.json.gz (a
+    user a line, with all games)."""
     games: DataPaths | None = None
     """steam_games.json.gz: titles, genres and tags."""
 
@@ -166,7 +166,8 @@ class MindSource(FileSource):
 
 
 class SequencesSource(FileSource):
-    """One line a user: the user, then the items in time order. JSON: {user: [items]}, or objects of a user and a list."""
+    """One line a user: the user, then the items in time order. JSON: {user: [items]}, or objects of a user and a
+    list."""
 
     format: Literal["sequences"]
     sequences: DataPaths
@@ -192,7 +193,8 @@ class TableFile(StrictModel):
     """What a quotation mark means. `auto`: it encloses a field where it opens and closes one, and is a character
     elsewhere; a field that runs over lines that look like rows is refused. `double`: RFC 4180. `none`: a character."""
     escape: str | None = Field(default=None, min_length=1, max_length=1)
-    """Letter that takes the meaning away from a mark or separator behind it: a backslash in files of Spark and MySQL."""
+    """Letter that takes the meaning away from a mark or separator behind it: a backslash in files of Spark and of
+    MySQL."""
     encoding: Encoding | None = None
     """Encoding of this file, where it is not that of the source."""
     decimal: str = Field(default=".", min_length=1, max_length=1)

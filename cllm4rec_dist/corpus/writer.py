@@ -95,9 +95,15 @@ class TextSlice:
 
 
 def write_corpus(
-    catalog: Catalog, tokenizer: Tokenizer, out: str, config: PrepareConfig, *, overwrite: bool = False,
-    progress: bool = True, run_tasks: RunTasks = map,
-) -> Manifest:  # fmt: skip
+    catalog: Catalog,
+    tokenizer: Tokenizer,
+    out: str,
+    config: PrepareConfig,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    run_tasks: RunTasks = map,
+) -> Manifest:
     """Write all files of a corpus; the same input gives the same bytes.
 
     Args:
@@ -136,7 +142,9 @@ def write_corpus(
             tokenizer_fingerprint=tokenizer.fingerprint,
             preparation=config.preparation(),
             split_digests=split_digests(
-                catalog.user_ids.to_list(), catalog.item_ids.to_list(), {split: getattr(catalog, split) for split in SPLITS}
+                catalog.user_ids.to_list(),
+                catalog.item_ids.to_list(),
+                {split: getattr(catalog, split) for split in SPLITS},
             ),
             skipped={reason: _left_out(skip) for reason, skip in sorted(log.skipped.items())},
             files=tuple(writer.entries),
@@ -221,9 +229,12 @@ class _Writer:
                 self._write(f"{kind}/{kind}-{number:06d}.tar", kind, shard.content, shard.record_sizes)
 
     def _write(
-        self, path: str, kind: Literal["users", "items", "interactions", "content"], content: bytes,
+        self,
+        path: str,
+        kind: Literal["users", "items", "interactions", "content"],
+        content: bytes,
         record_sizes: tuple[int, ...],
-    ) -> None:  # fmt: skip
+    ) -> None:
         target = f"{self._folder}/{path}"
         self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         self._fs.pipe_file(target, content)
@@ -340,10 +351,15 @@ def _content_shard(tokenizer: Tokenizer, longest: int, examples_per_record: int,
     for start in range(0, len(used), examples_per_record):
         own = slice(start, start + examples_per_record)
         tokens = Ragged.from_lists([words[index][:longest] for index in used[own].tolist()], dtype=np.int32)
-        records.append({
-            "kind": columns["kind"][own], "users": columns["user"][own], "items": columns["item"][own],
-            "offsets": tokens.offsets, "tokens": tokens.values,
-        })  # fmt: skip
+        records.append(
+            {
+                "kind": columns["kind"][own],
+                "users": columns["user"][own],
+                "items": columns["item"][own],
+                "offsets": tokens.offsets,
+                "tokens": tokens.values,
+            }
+        )
     counts = np.bincount(columns["kind"], minlength=len(ContentKind))
     sizes = tuple(len(record["users"]) for record in records)
     content = _tar(records, part.first_record) if records else b""
@@ -351,9 +367,13 @@ def _content_shard(tokenizer: Tokenizer, longest: int, examples_per_record: int,
 
 
 def _counted(
-    shards: Iterable[Shard], num_content: np.ndarray, log: SkipLog, longest: int, num_texts: int,
+    shards: Iterable[Shard],
+    num_content: np.ndarray,
+    log: SkipLog,
+    longest: int,
+    num_texts: int,
     advance: Callable[[int], object],
-) -> Iterator[Shard]:  # fmt: skip
+) -> Iterator[Shard]:
     """The same shards; adds up what they hold and what was left out of them."""
     num_empty = num_cut = 0
     for shard in shards:
