@@ -11,16 +11,29 @@ import sys
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from cllm4rec_dist import preflight
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.filesystems import expand_path, is_url
 from cllm4rec_dist.id_list import read_ids
-from cllm4rec_dist.launchers import launch
+from cllm4rec_dist.launchers import is_main, launch, ranks_are_elsewhere, require_launchable
 
 METRICS = "recall@20,recall@40,ndcg@100"
+PathT = TypeVar("PathT", str, Path)
+
+
+def _expanded(option: typer.CallbackParam, path: PathT | None) -> PathT | None:
+    """A path of the command line with `~` and variables replaced, as in a run file: in quotes no shell does it."""
+    if path is None:
+        return None
+    try:
+        return type(path)(expand_path(str(path)))
+    except ValueError as error:
+        raise ConfigError(str(option.name), str(path), f"cannot be resolved: {error}", "Write $$ for $.") from None
 
 
 class History(StrEnum):
@@ -45,6 +58,12 @@ Every setting of a run is documented in `cllm4rec_dist/config.py` and may be giv
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")
 ]
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.", callback=_expanded)
+]
+RunArgument = Annotated[
+    str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.", callback=_expanded)
+]
 LauncherOption = Annotated[
     str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
 ]
@@ -60,10 +79,11 @@ Resume = Annotated[
     typer.Option(help="auto (default): go on from this run's newest good checkpoint; none; or a checkpoint or run."),
 ]
 BackboneOption = Annotated[
-    str | None, typer.Option("--backbone", help="Where the backbone is now, if not where the run says.")
+    str | None,
+    typer.Option("--backbone", help="Where the backbone is now, if not where the run says.", callback=_expanded),
 ]
 CorpusOption = Annotated[
-    str | None, typer.Option("--corpus", help="Where the corpus is now, if not where the run says.")
+    str | None, typer.Option("--corpus", help="Where the corpus is now, if not where the run says.", callback=_expanded)
 ]
 AllowLeak = Annotated[
     bool,
@@ -74,9 +94,11 @@ BatchUsers = Annotated[int, typer.Option("--batch-users", min=1, help="Users ran
 
 @app.command()
 def prepare(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file as in shards/.")],
-    output: Annotated[str, typer.Argument(help="Corpus folder or fsspec URL to write.")],
-    tokenizer: Annotated[str, typer.Option(help="Backbone folder whose tokenizer the texts are read with.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file as in shards/.", callback=_expanded)],
+    output: Annotated[str, typer.Argument(help="Corpus folder or fsspec URL to write.", callback=_expanded)],
+    tokenizer: Annotated[
+        str, typer.Option(help="Backbone folder whose tokenizer the texts are read with.", callback=_expanded)
+    ],
     overwrite: Annotated[bool, typer.Option(help="Replace a corpus that is there.")] = False,
     workers: Annotated[
         int, typer.Option("--workers", "-w", min=1, help="Ray tasks that write shards at a time, here or on a cluster.")
@@ -84,6 +106,8 @@ def prepare(
     overrides: Overrides = None,
 ) -> None:
     """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
+    if not is_url(output):
+        preflight.require_none(preflight.folder_problems("output", output), "prepare")
     from cllm4rec_dist.corpus.prepare import prepare as build
     from cllm4rec_dist.corpus.recipe import PrepareConfig
     from cllm4rec_dist.corpus.tokenizer import WordTokenizer
@@ -96,14 +120,15 @@ def prepare(
 
 @app.command()
 def backbone(
-    recipe: Annotated[Path, typer.Argument(help="Recipe whose texts the tokenizer is trained on.")],
-    output: Annotated[Path, typer.Argument(help="Backbone folder to write.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe whose texts the tokenizer is trained on.", callback=_expanded)],
+    output: Annotated[Path, typer.Argument(help="Backbone folder to write.", callback=_expanded)],
     overrides: Overrides = None,
 ) -> None:
     """Build a small decoder with random weights and a tokenizer trained on a recipe's texts.
 
     Settings: family, hidden, layers, heads, words, max_positions, dropout, seed.
     """
+    preflight.require_none(preflight.folder_problems("output", str(output)), "backbone")
     from cllm4rec_dist.corpus.recipe import PrepareConfig
     from cllm4rec_dist.corpus.sources import read_source
     from cllm4rec_dist.model.tiny import build_backbone
@@ -120,7 +145,7 @@ def backbone(
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     launcher: LauncherOption = "auto",
     workers: Workers = "1",
@@ -134,7 +159,7 @@ def pretrain(
 
 @app.command()
 def finetune(
-    config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     launcher: LauncherOption = "auto",
     workers: Workers = "1",
@@ -148,7 +173,7 @@ def finetune(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.")],
+    config: ConfigFile,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs that the run shall have, a rank on each.")],
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option("--gpu", help="a100-40, a100-80, h100, h200, l40s or rtx4090.")] = "h100",
@@ -158,7 +183,7 @@ def plan(
         float, typer.Option(min=0.01, max=1.0, help="Share of the GPU's peak that matrix products reach, assumed.")
     ] = 0.45,
     samples: Annotated[int, typer.Option(min=1, help="Steps of the corpus that are counted.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.", callback=_expanded)] = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
@@ -175,7 +200,10 @@ def plan(
     from cllm4rec_dist.planning.table import as_json, tell, tell_changes
     from cllm4rec_dist.trained_run import relocated
 
-    read = load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
+    read, problems = preflight.resolve_paths(
+        load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
+    )
+    preflight.require_none(problems, "run")
     read = relocated(read, str(config), backbone, corpus)
     if stage is None and read.init_from is not None:
         read = read.model_copy(update={"stage": "finetune"})
@@ -194,39 +222,35 @@ def _train(
     stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: str, resume: str | None,
     max_failures: int, allow_leak: bool,
 ) -> None:  # fmt: skip
+    require_launchable(launcher, workers, os.environ)
+    more = [f"stage={stage}", *([f"resume={resume}"] if resume else []), *(["allow_leak=true"] if allow_leak else [])]
+    loaded, problems = preflight.resolve_paths(load_config(RunConfig, path, [*(overrides or ()), *more]))
+    preflight.require_ready(
+        loaded,
+        problems,
+        sees_files=not ranks_are_elsewhere(launcher, os.environ),
+        writes_output=is_main(launcher, os.environ),
+    )
     from cllm4rec_dist.interruption import EXIT_STATUS
     from cllm4rec_dist.train import TrainResult, resolve_resume, train
 
-    more = [f"stage={stage}", *([f"resume={resume}"] if resume else []), *(["allow_leak=true"] if allow_leak else [])]
-    loaded = load_config(RunConfig, path, [*(overrides or ()), *more])
-    config = resolve_resume(_with_absolute_paths(loaded), os.environ)
+    config = resolve_resume(loaded, os.environ)
     result = launch(
-        train, launcher, workers, Path(config.output) / "ray",
+        train, launcher, workers,
         hang_seconds=config.faults.hang_seconds, max_failures=max_failures, config=config,
     )  # fmt: skip
     if isinstance(result, TrainResult) and result.interrupted:
         raise typer.Exit(EXIT_STATUS)
-    if _is_main():
+    if is_main(launcher, os.environ):
         typer.echo(f"{stage} done: {config.output}")
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    paths = {name: _absolute(getattr(config, name)) for name in ("corpus", "output", "init_from", "deepspeed")}
-    if Path(config.backbone).is_dir():
-        paths["backbone"] = _absolute(config.backbone)
-    checkpoint = config.checkpoint.model_copy(update={"folder": _absolute(config.checkpoint.folder)})
-    return config.model_copy(update={**paths, "checkpoint": checkpoint})
-
-
-def _absolute(path: str | None) -> str | None:
-    """Ray's workers run in a folder of their own, so local paths are made absolute; URLs stay."""
-    return path if path is None or "://" in path else str(Path(path).absolute())
 
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the report; RUN/evaluation if left out.")] = None,
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the report; RUN/evaluation if left out.", callback=_expanded)
+    ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
     baselines: Annotated[bool, typer.Option(help="Fit popularity, EASE, title-aware EASE and iALS beside it.")] = True,
@@ -237,17 +261,24 @@ def evaluate(
     workers: Workers = "1",
 ) -> None:
     """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
+    require_launchable(launcher, workers, os.environ)
+    folder = output or Path(run) / "evaluation"
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    problems = preflight.metric_problems("--metrics", names) + _folder_problems("--output", folder, launcher)
+    if split not in ("test", "valid"):
+        problems.append(ConfigError("--split", split, "is neither test nor valid", "Leave it out for test."))
+    preflight.require_none(problems, "evaluate")
+    folder = folder.absolute()
     from cllm4rec_dist.inference import evaluate_run
 
-    folder = (output or Path(run) / "evaluation").absolute()
-    names = [name.strip() for name in metrics.split(",")]
     started = time.monotonic()
     launch(
-        evaluate_run, launcher, workers, folder / "ray",
+        evaluate_run, launcher, workers,
         run=_trained(run), split=split, metrics=names, batch_users=batch_users, output=str(folder),
+        baselines=baselines,
         **_moved(backbone, corpus),
     )  # fmt: skip
-    if _is_main():
+    if is_main(launcher, os.environ):
         from cllm4rec_dist.comparison import compare
 
         _log_alone()
@@ -256,11 +287,13 @@ def evaluate(
 
 @app.command()
 def recommend(
-    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the Parquet files to write.")],
+    run: RunArgument,
+    output: Annotated[Path, typer.Argument(help="Folder of the Parquet files to write.", callback=_expanded)],
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items for each user.")] = 100,
     user: Annotated[list[str] | None, typer.Option("--user", help="Only this user (may be repeated).")] = None,
-    users_file: Annotated[Path | None, typer.Option(help="Only the users of this file, one id a line.")] = None,
+    users_file: Annotated[
+        Path | None, typer.Option(help="Only the users of this file, one id a line.", callback=_expanded)
+    ] = None,
     history: Annotated[
         History, typer.Option(help="What a user's prompt shows and the list leaves out: all items, or train items.")
     ] = History.ALL,
@@ -276,13 +309,15 @@ def recommend(
     What a user has, held-out items included, is in the prompt and is left out of the list. A list that OUTPUT holds
     already is replaced.
     """
+    require_launchable(launcher, workers, os.environ)
+    preflight.require_none(_folder_problems("output", output, launcher), "recommend")
     chosen = None if user is None and users_file is None else list(user or ())
     if chosen is not None and users_file is not None:
         chosen += read_ids(users_file)
     from cllm4rec_dist.inference import recommend_users
 
     launch(
-        recommend_users, launcher, workers, output.absolute() / "ray",
+        recommend_users, launcher, workers,
         run=_trained(run), users=chosen, num_best=top, batch_users=batch_users, output=str(output.absolute()),
         history=history.value, include_seen=include_seen, **_moved(backbone, corpus),
     )  # fmt: skip
@@ -290,12 +325,13 @@ def recommend(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.")],
-    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    run: RunArgument,
+    output: Annotated[Path, typer.Argument(help="New folder to write.", callback=_expanded)],
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
     """Write a run for other programs: PEFT adapters or the backbone, tables, head, external ids."""
+    preflight.require_none(preflight.folder_problems("output", str(output)), "export")
     from cllm4rec_dist.export import export
 
     _log_alone()
@@ -303,7 +339,9 @@ def export(
 
 
 @app.command()
-def audit(run: Annotated[Path, typer.Argument(help="Run folder that trained with audit=true.")]) -> None:
+def audit(
+    run: Annotated[Path, typer.Argument(help="Run folder that trained with audit=true.", callback=_expanded)],
+) -> None:
     """Prove from its audit log that a run read every user and text exactly once, whatever befell it."""
     from cllm4rec_dist.audit import check
     from cllm4rec_dist.checkpoint import newest_step
@@ -323,12 +361,18 @@ def _trained(run: str) -> str:
 
 def _moved(backbone: str | None, corpus: str | None) -> dict[str, Any]:
     """Paths that override those of a checkpoint, for ranks that run in another folder; a hub id stays."""
-    local = backbone is not None and Path(backbone).is_dir()
-    return {"backbone": _absolute(backbone) if local else backbone, "corpus": _absolute(corpus)}
+    if backbone is not None and Path(backbone).is_dir():
+        backbone = str(Path(backbone).absolute())
+    if corpus is not None and not is_url(corpus):
+        corpus = str(Path(corpus).absolute())
+    return {"backbone": backbone, "corpus": corpus}
 
 
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _folder_problems(field: str, folder: Path, launcher: str) -> list[CLLM4RecError]:
+    """Why results cannot be written there, as far as this process can tell."""
+    if is_url(str(folder)) or not ranks_are_elsewhere(launcher, os.environ):
+        return preflight.folder_problems(field, str(folder), "Give a local folder by --output.")
+    return []
 
 
 def _log_alone() -> None:

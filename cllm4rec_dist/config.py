@@ -24,6 +24,8 @@ class StrictModel(BaseModel):
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
+METRIC_NAME = re.compile(r"(recall|ndcg)@([1-9][0-9]*)")
+"""The metrics that a ranking can be judged by: kind and cutoff."""
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -229,13 +231,13 @@ class OptimizerConfig(StrictModel):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay of adapters; tables have their priors instead."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's moments."""
+    """Decay rates of Adam's moments, each in [0, 1)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up: hold, or fall to `final_share` of the peak at the last step."""
     final_share: float = Field(default=0.1, ge=0, le=1)
     """Where a falling schedule ends, as a share of the peak."""
     warmup_steps: int = Field(default=100, ge=0)
-    """Steps of linear rise from zero."""
+    """Steps of linear rise from zero, at most those of the run."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest joint gradient norm of adapters and tables."""
     lazy_tables: bool = True
@@ -252,7 +254,7 @@ class ValidationConfig(StrictModel):
     every_epochs: int = Field(default=1, ge=0)
     """Epochs between validations; 0 never validates."""
     metrics: tuple[str, ...] = ("recall@20", "recall@40", "ndcg@100")
-    """Metrics written down; the first one chooses the best checkpoint."""
+    """Metrics written down, recall@K and ndcg@K; the first one chooses the best checkpoint."""
     batch_users: int = Field(default=256, ge=1)
     """Users ranked at a time by each rank."""
     patience: int = Field(default=0, ge=0)
@@ -285,7 +287,10 @@ class FaultsConfig(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """One training run: `cllm4rec pretrain` or `cllm4rec finetune`."""
+    """One training run: `cllm4rec pretrain` or `cllm4rec finetune`.
+
+    In its paths `~`, `$NAME`, `${NAME}` and `${NAME:-default}` are replaced when a command starts (`preflight.py`).
+    """
 
     stage: Literal["pretrain", "finetune"]
     """Mutually regularized pretraining or recommendation-oriented finetuning; the entry point sets it."""
@@ -294,7 +299,8 @@ class RunConfig(StrictModel):
     backbone: str
     """Folder or hub id of a GPT-2, LLaMA, Mistral or Qwen2 style decoder; the corpus was built with its tokenizer."""
     output: str
-    """Folder of the run: checkpoints, metrics, TensorBoard, resolved configuration."""
+    """Local folder of the run: checkpoints, metrics, TensorBoard, resolved configuration. For checkpoints in an object
+    store set `checkpoint.folder`."""
     init_from: str | None = None
     """Run folder or checkpoint whose rows and adapters a new run starts from: finetune after pretrain, or go on with
     another catalog (rows are matched by external id, see docs/operations.md)."""
@@ -304,8 +310,9 @@ class RunConfig(StrictModel):
     resume: str = "auto"
     """`auto`: go on from the newest good checkpoint of this run, if it has one. `none`: start anew; refused where the
     run has checkpoints. Else a checkpoint, or another run, whose newest is gone on from in this run's output."""
-    deepspeed: str = "ds_configs/zero3.json"
-    """DeepSpeed file; what the run decides is "auto" there."""
+    deepspeed: str | None = None
+    """DeepSpeed file, such as those in ds_configs/; what the run decides is "auto" there. The package's own zero3.json
+    if left out."""
     seed: int = Field(default=0, ge=0)
     """Of everything random."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -40,12 +40,15 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from cllm4rec_dist import rendezvous
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.diagnosis import HANG_SECONDS
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
 from cllm4rec_dist.watchdog import Watch, Watchdog
 
+DEFAULT_SETTINGS = Path(__file__).with_name("ds_configs") / "zero3.json"
+"""The DeepSpeed file of a run that names none: part of the package, so that any folder will do."""
 _BACKEND_MORE_SECONDS = 60.0
 
 _UNDERSTOOD = frozenset({
@@ -70,21 +73,27 @@ def start_world(hang_seconds: float = HANG_SECONDS) -> World:
             than the watchdog's; one of a process group that exists (Ray's: 1800 s) stays as it is.
 
     Collectives: the rendezvous and one broadcast.
+
+    Raises:
+        ConfigError: for variables of a launcher that cannot be right, a host that is not found, a port in use.
+        RankError: where other ranks do not come.
     """
     adopt_slurm_environment(os.environ)
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
+    timeout = hang_seconds + _BACKEND_MORE_SECONDS
+    roll = None if dist.is_initialized() else rendezvous.meet(os.environ, timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         # Its C++ shared-memory collectives are compiled at first use, a minute for nothing on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch")
     deepspeed.init_distributed(
-        dist_backend=None, auto_mpi_discovery=False, verbose=False,
-        timeout=timedelta(seconds=hang_seconds + _BACKEND_MORE_SECONDS),
+        dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
     )  # fmt: skip
+    del roll  # torch's own store has the port now
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -100,7 +109,7 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: where the file fixes a value that the run decides otherwise, or is not a ZeRO-3 file.
     """
-    path = Path(config.deepspeed)
+    path = DEFAULT_SETTINGS if config.deepspeed is None else Path(config.deepspeed)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from cllm4rec_dist import checkpoint, ranking
 from cllm4rec_dist.checkpoint import Checkpoint
-from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.log import Report, progress_bar
+from cllm4rec_dist.preflight import require_held_out
 from cllm4rec_dist.ranking import Ranking
 from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
-from cllm4rec_dist.system import System, assemble
+from cllm4rec_dist.system import System, assemble, with_deepspeed_at_hand
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.trained_run import log_choice, recorded_config
 
@@ -44,7 +44,7 @@ def load(run: str, world: World, backbone: str | None = None, corpus: str | None
     store, names = checkpoint.find(run)
     opened = checkpoint.first_good(store, names, world, lambda found: recorded_config(found, backbone, corpus))
     if opened is not None:
-        system = assemble(_with_deepspeed_file(opened[1]), world)
+        system = assemble(with_deepspeed_at_hand(opened[1]), world)
         checkpoint.require_same(opened[0], system.fingerprints)
         found = checkpoint.first_good(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
         if found is not None:
@@ -53,15 +53,6 @@ def load(run: str, world: World, backbone: str | None = None, corpus: str | None
                 log_choice(store, names, found[0])
             return system, found[0]
     raise CheckpointError("checkpoint", run, "is damaged, and so is every other one there", "Use another run.")
-
-
-def _with_deepspeed_file(config: RunConfig) -> RunConfig:
-    """The default DeepSpeed file where the run's is gone: how weights are sharded changes no prediction."""
-    if Path(config.deepspeed).is_file():
-        return config
-    default = RunConfig.model_fields["deepspeed"].default
-    logger.warning("the run's DeepSpeed file %s is not here; using %s", config.deepspeed, default)
-    return config.model_copy(update={"deepspeed": default})
 
 
 def evaluate_run(
@@ -74,13 +65,19 @@ def evaluate_run(
     output: str,
     backbone: str | None = None,
     corpus: str | None = None,
+    baselines: bool = False,
 ) -> None:
     """Write `evaluation.json` into `output`: metrics with standard errors, and recommendations of a few users.
 
     Args:
         backbone, corpus: where they are now, if not where the checkpoint says.
+        baselines: whether baselines are to be fitted beside it, which takes validation items.
+
+    Raises:
+        DataError: before anything is ranked, where the corpus holds out no items of the split, or none for baselines.
     """
     system, used = load(run, world, backbone, corpus)
+    require_held_out(system.corpus.manifest, split, with_baselines=baselines)
     bar = progress_bar(world, int((system.corpus.split(split).lengths > 0).sum()), f"evaluate {split}", "user")
     result = ranking.evaluate(system, split, metrics, batch_users, bar.update)
     bar.close()

@@ -1,7 +1,8 @@
 """What a run tells: logs with the rank, one progress bar, metrics as JSON lines and TensorBoard.
 
 Only rank 0 shows a bar and writes metrics; warnings come from every rank. Inside a Ray worker the bar is Ray's own, so
-that the driver's terminal shows one bar and not its redrawings.
+that the driver's terminal shows one bar and not its redrawings. Where nobody has a terminal, progress is a log line
+every ten seconds, under every launcher.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from tqdm import tqdm
 
 from cllm4rec_dist.topology import World
 
+logger = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
+LINE_SECONDS = 10.0
+"""Between lines of progress where there is no terminal."""
 
 Report = Callable[[dict[str, float]], None]
 """Told the latest metrics at a run's milestones, on every rank alike; Ray Train listens here."""
@@ -35,10 +40,39 @@ class Bar(Protocol):
 
 
 class _Terminal(tqdm):
-    """A tqdm whose description waits for the next redrawing, so that a log file gets a line in ten seconds."""
+    """A tqdm whose description waits for the next redrawing."""
 
     def set_description(self, desc: str | None = None, refresh: bool | None = False) -> None:
         super().set_description(desc, refresh=bool(refresh))
+
+
+class _Lines:
+    """Progress as log lines, one in `LINE_SECONDS` at most."""
+
+    def __init__(self, total: int, description: str, unit: str, done: int) -> None:
+        self._total, self._description, self._unit, self._first, self._done = total, description, unit, done, done
+        self._started = self._last = time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._last >= LINE_SECONDS:
+            self._last = now
+            meter = tqdm.format_meter(
+                self._done,
+                self._total,
+                now - self._started,
+                unit=self._unit,
+                initial=self._first,
+                bar_format="{n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}, {rate_fmt}]",
+            )
+            logger.info("%s: %s", self._description, meter)
+
+    def set_description(self, desc: str) -> None:
+        self._description = desc
+
+    def close(self) -> None:
+        """Nothing is left on a screen."""
 
 
 def setup_logging(world: World) -> None:
@@ -54,7 +88,9 @@ def setup_logging(world: World) -> None:
 
 
 def progress_bar(world: World, total: int, description: str, unit: str, done: int = 0) -> Bar:
-    """A bar on rank 0, a silent one elsewhere."""
+    """A bar on rank 0 where there is a terminal, lines where there is none; nothing on other ranks."""
+    if world.is_main and not world.has_terminal:
+        return _Lines(total, description, unit, done)
     if world.is_main and _in_ray_worker():
         from ray.experimental import tqdm_ray  # only where Ray is running this process
 
@@ -62,9 +98,15 @@ def progress_bar(world: World, total: int, description: str, unit: str, done: in
         bar.update(done)
         return bar
     return _Terminal(
-        total=total, desc=description, unit=unit, initial=done, disable=not world.is_main, dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0, leave=False,
-    )  # fmt: skip
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=done,
+        disable=not world.is_main,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        leave=False,
+    )
 
 
 def _in_ray_worker() -> bool:

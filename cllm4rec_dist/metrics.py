@@ -16,7 +16,6 @@ Shapes: U users, K ranked items, I items, M metrics, N held-out interactions.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -25,6 +24,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from cllm4rec_dist.config import METRIC_NAME
 from cllm4rec_dist.errors import ConfigError, DataError
 
 IntArray = NDArray[np.integer]
@@ -119,7 +119,7 @@ def parse_metric(name: str) -> Metric:
     Raises:
         ConfigError: for any other text.
     """
-    match = re.fullmatch(r"(recall|ndcg)@([1-9][0-9]*)", name)
+    match = METRIC_NAME.fullmatch(name)
     if match is None:
         raise ConfigError("metric", name, "must be recall@K or ndcg@K with K >= 1", "Write for example ndcg@100.")
     return Metric(match[1], int(match[2]))

@@ -167,6 +167,17 @@ def require_embeddings(corpus: Corpus, tokenizer: WordTokenizer, num_words: int)
             )
 
 
+def with_deepspeed_at_hand(config: RunConfig) -> RunConfig:
+    """The configuration of a trained run without a DeepSpeed file that is gone: it changes no prediction.
+
+    For evaluation and recommendation alone. Training never falls back: memory and traffic depend on the file.
+    """
+    if config.deepspeed is None or Path(config.deepspeed).is_file():
+        return config
+    logger.info("the run's DeepSpeed file %s is not here: using the package's", config.deepspeed)
+    return config.model_copy(update={"deepspeed": None})
+
+
 def start_rows(system: System) -> None:
     """Fill the tables for a new run (see `model/rows.py`). Collective; the centre is computed on rank 0."""
     config, world, model = system.config, system.world, system.recommender

@@ -25,6 +25,7 @@ class World:
         local_rank: index of this rank on its host; picks the GPU.
         device: where this rank computes.
         watch: told where this rank is (`with world.watch.collective(...)`); tells it where another one hangs.
+        has_terminal: whether progress is watched on a terminal, which under Ray is that of the driver.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class World:
     local_rank: int
     device: torch.device
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
+    has_terminal: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -53,8 +55,8 @@ def adopt_slurm_environment(environ: dict[str, str] | os._Environ[str]) -> None:
     if "RANK" in environ or "SLURM_PROCID" not in environ or "MASTER_ADDR" not in environ:
         return
     environ["RANK"] = environ["SLURM_PROCID"]
-    environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
-    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = environ.get("SLURM_NTASKS", "1")
+    environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
 
 
 @dataclass(frozen=True)

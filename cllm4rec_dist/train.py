@@ -23,7 +23,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from cllm4rec_dist import checkpoint, growth, leaks, ranking
+from cllm4rec_dist import checkpoint, growth, leaks, preflight, ranking
 from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.collectives import gather_integers, require_agreement
@@ -80,6 +80,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
         FaultError: for a loss that is not finite or explodes.
         CLLM4RecError: for input that does not fit; nothing that exists is lost.
     """
+    preflight.require_ready(config, writes_output=world.is_main)
     run = Path(config.output).absolute()
     with _claim(run, world), StopRequest() as stop:
         require_agreement({"configuration": zlib.crc32(config.model_dump_json().encode())}, world)
@@ -96,6 +97,9 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
             logger.info("%s: %d users, %d items, steps %d to %d, %d an epoch",
                         config.stage, system.corpus.num_users, system.corpus.num_items, state.step, total_steps,
                         source.steps_per_epoch)  # fmt: skip
+            warning = preflight.warmup_warning(config, system.corpus.manifest)
+            if warning is not None:
+                logger.warning(warning)
 
         losses: dict[str, float] = {}
         interrupted = False
@@ -115,7 +119,7 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
                 state, losses = _advance(state, result, config.faults, source), result.losses
                 audit.record(state.step - 1, batch, accepted=result.accepted)
                 epoch = (state.step - 1) // source.steps_per_epoch
-                _tell(metrics, bar, config, state, epoch, result, time.perf_counter() - started)
+                _tell(metrics, bar, config, state, epoch, factor, result, time.perf_counter() - started)
                 if _validates(config, state.step, source.steps_per_epoch, total_steps):
                     state = _validate(system, state, epoch, saver, metrics, report)
                 interrupted, due = _agree(system, state, stop.signal_name is not None, clock.is_due())
@@ -161,14 +165,16 @@ def _claim(run: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / ".lock")
     try:
+        run.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_LOCK_SECONDS)
     except Timeout:
         raise ConfigError(
             "output", str(run), "is being written by another run", "Stop that one or choose another output."
         ) from None
+    except OSError as error:
+        raise ConfigError("output", str(run), f"cannot be written ({error})", "Choose another folder.") from error
     try:
         yield
     finally:
@@ -347,13 +353,21 @@ def _watched(world: World, batches: Iterator[T]) -> Iterator[T]:
 
 
 def _tell(
-    metrics: MetricsLog, bar: Bar, config: RunConfig, state: RunState, epoch: int, result: StepResult, seconds: float
+    metrics: MetricsLog,
+    bar: Bar,
+    config: RunConfig,
+    state: RunState,
+    epoch: int,
+    lr_factor: float,
+    result: StepResult,
+    seconds: float,
 ) -> None:
     speed = result.tokens / seconds
     if state.step % config.log_every == 0:
         values = {f"loss/{term}": value for term, value in result.losses.items()}
         metrics.write(state.step, {
             "stage": config.stage, "epoch": epoch, "loss": result.loss, **values, "grad_norm": result.grad_norm,
+            "lr": config.optimizer.lr * lr_factor, "tables_lr": config.optimizer.tables_lr * lr_factor,
             "accepted": result.accepted, "tokens": result.tokens, "tokens_per_second": round(speed, 1),
             "filled": round(result.tokens / result.places, 4),
         })  # fmt: skip

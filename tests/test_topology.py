@@ -123,4 +123,4 @@ def test_tasks_of_srun_that_cannot_find_each_other_are_refused(monkeypatch: pyte
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(ConfigError, match="each of 2 tasks would train alone"):
-        launch(len, "auto", "1", tmp_path)
+        launch(len, "auto", "1")

@@ -164,7 +164,7 @@ def _rank(rank: int, size: int, port: int, out: str, function: Callable[..., Any
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     try:
-        launchers.launch(function, "auto", "1", Path(out), hang_seconds=HANG_SECONDS, arguments=arguments)
+        launchers.launch(function, "auto", "1", hang_seconds=HANG_SECONDS, arguments=arguments)
     except CLLM4RecError as error:  # as in cli.main
         sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
         raise SystemExit(error.exit_status) from None

@@ -9,6 +9,7 @@ Reading and writing of the files is left to `shards.py` and `writer.py`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from enum import IntEnum
@@ -19,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.corpus.recipe import Preparation
 from cllm4rec_dist.errors import CorpusError
+from cllm4rec_dist.filesystems import as_os_errors, locate
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -146,3 +148,21 @@ class Manifest(StrictModel):
             raise CorpusError(
                 f"{origin} {field}", first["input"], f"is invalid ({first['msg']})", "Build the corpus again."
             ) from None
+
+
+def load_manifest(url: str) -> tuple[Manifest, str]:
+    """The manifest of a corpus, a folder or fsspec URL, and its sha256. No other file is looked at.
+
+    Raises:
+        CorpusError: for a corpus that is absent, incomplete or of another schema version.
+    """
+    fs, root = locate("corpus", url, CorpusError)
+    try:
+        with as_os_errors():
+            content = fs.cat_file(f"{root}/{MANIFEST_NAME}")
+    except OSError as error:
+        raise CorpusError(
+            "corpus", url, f"has no readable {MANIFEST_NAME} ({error})",
+            "Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.",
+        ) from error  # fmt: skip
+    return Manifest.from_bytes(content, f"{url}/{MANIFEST_NAME}"), hashlib.sha256(content).hexdigest()

@@ -2,7 +2,7 @@
 
 `source` says where the raw files are and in which format (a model for each, told apart by `format`); the rest says what
 is kept of them and how it is split. A path may be any fsspec URL, compressed or not; a relative one starts from the
-current directory; `${NAME}` and `${NAME:-default}` are replaced by environment variables.
+current directory; `~`, `$NAME`, `${NAME}` and `${NAME:-default}` are replaced (`filesystems.expand_path`).
 
 Reading is left to `sources/`, filtering and splitting to `catalog.py`.
 """
@@ -10,8 +10,6 @@ Reading is left to `sources/`, filtering and splitting to `catalog.py`.
 from __future__ import annotations
 
 import codecs
-import os
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
@@ -19,22 +17,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.corpus.times import check_time_format
 from cllm4rec_dist.corpus.values import MISSING_WORDS
-
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def expand_path(path: str) -> str:
-    """Replace `${NAME}`, `${NAME:-default}` and a leading `~`. ValueError for a variable that is not set."""
-
-    def value(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name) or default
-        if found is None:
-            raise ValueError(f"environment variable {name} is not set; set it or write ${{{name}:-some/folder}}")
-        return found
-
-    return os.path.expanduser(_VARIABLE.sub(value, path))
-
+from cllm4rec_dist.filesystems import expand_path
 
 DataPath = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
 

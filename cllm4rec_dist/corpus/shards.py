@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, Manifest
+from cllm4rec_dist.corpus.manifest import SPLITS, ContentKind, FileEntry, Manifest, load_manifest
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.errors import CorpusError
@@ -187,21 +187,13 @@ class Corpus:
         source, root = locate("corpus", url, CorpusError)
         # Sizes are asked of the source: the cache would fetch a file to tell its size.
         fs = source if isinstance(source, LocalFileSystem) else fsspec.filesystem("simplecache", fs=source)
-        try:
-            with as_os_errors():
-                content = source.cat_file(f"{root}/{MANIFEST_NAME}")
-        except OSError as error:
-            raise CorpusError(
-                "corpus", url, f"has no readable {MANIFEST_NAME} ({error})",
-                "Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.",
-            ) from error  # fmt: skip
-        manifest = Manifest.from_bytes(content, f"{url}/{MANIFEST_NAME}")
+        manifest, fingerprint = load_manifest(url)
         for entry in manifest.files:
             _check_size(source, f"{root}/{entry.path}", entry)
             if verify:
                 _check_hash(fs, f"{root}/{entry.path}", entry)
         logger.info("opened corpus %s: %d users, %d items", url, manifest.num_users, manifest.num_items)
-        return cls(str(url), fs, root, manifest, hashlib.sha256(content).hexdigest())
+        return cls(str(url), fs, root, manifest, fingerprint)
 
     @property
     def num_users(self) -> int:

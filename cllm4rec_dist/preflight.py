@@ -1,0 +1,242 @@
+"""Checks before a command computes anything: what can be known of a run is refused at once and all together.
+
+A command calls this before torch, DeepSpeed or Ray are imported, which takes many seconds; `train` calls it again on
+every rank, for callers without a command line. The facts are the configuration, the corpus' manifest and the local
+file system. What only a loaded backbone or an opened checkpoint can tell is left to `system.py` and `train.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from cllm4rec_dist.config import METRIC_NAME, RunConfig
+from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
+from cllm4rec_dist.filesystems import expand_path, is_url, locate
+from cllm4rec_dist.store import Store
+
+_METRIC_CURE = "Write for example recall@20 or ndcg@100."
+_STORE_CURE = "Give a folder; for checkpoints in an object store set checkpoint.folder."
+
+
+def resolve_paths(config: RunConfig) -> tuple[RunConfig, list[CLLM4RecError]]:
+    """The configuration with `~` and variables in paths replaced and local paths absolute.
+
+    Ray's workers run in a folder of their own, so paths are resolved once, by the command.
+
+    Returns the configuration, and an error for each path that cannot be resolved, which then stays as it was.
+    """
+    errors: list[CLLM4RecError] = []
+
+    def resolve(field: str, path: str | None) -> str | None:
+        if path is None:
+            return None
+        try:
+            expanded = expand_path(path)
+        except ValueError as error:
+            errors.append(ConfigError(field, path, f"cannot be resolved: {error}", "Write $$ for a dollar sign."))
+            return path
+        local = not is_url(expanded) and (field != "backbone" or Path(expanded).is_dir())
+        return str(Path(expanded).absolute()) if local else expanded
+
+    fields = ("corpus", "backbone", "output", "init_from", "deepspeed")
+    paths = {field: resolve(field, getattr(config, field)) for field in fields}
+    if config.resume not in ("auto", "none"):
+        paths["resume"] = resolve("resume", config.resume)
+    folder = resolve("checkpoint.folder", config.checkpoint.folder)
+    checkpoint = config.checkpoint.model_copy(update={"folder": folder})
+    return config.model_copy(update={**paths, "checkpoint": checkpoint}), errors
+
+
+def require_ready(
+    config: RunConfig,
+    found: Sequence[CLLM4RecError] = (),
+    *,
+    sees_files: bool = True,
+    writes_output: bool = True,
+) -> None:
+    """Refuse a run that cannot end well, with everything that is wrong with it in one error.
+
+    Args:
+        config: with resolved paths.
+        found: what is known to be wrong already.
+        sees_files: whether this process has the file systems of the ranks; else only the settings are checked.
+        writes_output: whether this process is on the host that writes the run's folder.
+
+    Raises:
+        CLLM4RecError: the one problem, or a ConfigError that lists them all.
+    """
+    unresolved = {error.field for error in found}
+    problems = [*found, *setting_problems(config)]
+    if is_url(config.output):
+        problems += folder_problems("output", config.output, _STORE_CURE)
+    elif sees_files and writes_output and "output" not in unresolved:
+        problems += folder_problems("output", config.output)
+    if sees_files:
+        problems += source_problems(config, unresolved)
+        if "corpus" not in unresolved:
+            try:
+                problems += corpus_problems(config, load_manifest(config.corpus)[0])
+            except CLLM4RecError as error:
+                problems.append(error)
+    require_none(problems, "run")
+
+
+def require_none(problems: Sequence[CLLM4RecError], subject: str) -> None:
+    """Raise the one problem as it is, or several as one ConfigError with a line each."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ConfigError(subject, [problem.field for problem in problems], "cannot be used", f"Mend each:{lines}")
+
+
+def metric_problems(field: str, names: Sequence[str], instead: str = "") -> list[CLLM4RecError]:
+    """An error for each name that is no metric, or one for an empty list.
+
+    Args:
+        instead: what else could be done about an empty list.
+    """
+    if not names:
+        return [ConfigError(field, list(names), "must name at least one metric", f"{_METRIC_CURE}{instead}")]
+    wrong = [name for name in names if not METRIC_NAME.fullmatch(name)]
+    return [ConfigError(field, name, "must be recall@K or ndcg@K with K >= 1", _METRIC_CURE) for name in wrong]
+
+
+def setting_problems(config: RunConfig) -> list[CLLM4RecError]:
+    """What the configuration alone shows. (Not in its validators: an old checkpoint's must load for evaluation.)"""
+    problems: list[CLLM4RecError] = []
+    if _validates(config):
+        no_validation = " Or set validation.every_epochs=0."
+        problems += metric_problems("validation.metrics", config.validation.metrics, no_validation)
+    betas = config.optimizer.betas
+    if not all(0 <= beta < 1 for beta in betas):
+        problems.append(
+            ConfigError("optimizer.betas", betas, "must each be at least 0 and below 1", "The default is [0.9, 0.999].")
+        )
+    return problems
+
+
+def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterator[CLLM4RecError]:
+    """Files and folders that the run names and that are not there, or on no file system that can be used."""
+    given = {"deepspeed": config.deepspeed, "resume": config.resume, "init_from": config.init_from}
+    if config.resume in ("auto", "none"):
+        del given["resume"]
+    for field in given.keys() - set(unresolved):
+        path = given[field]
+        if path is None or is_url(path) or Path(path).exists():
+            continue
+        if field != "init_from" or not _has_checkpoints(config):  # of which a run goes on instead
+            yield ConfigError(field, path, "does not exist", "Mend the path.")
+    if config.checkpoint.folder is not None and "checkpoint.folder" not in unresolved:
+        try:
+            locate("checkpoint.folder", config.checkpoint.folder, CheckpointError)
+        except CheckpointError as error:
+            yield error
+            return
+        if not is_url(config.checkpoint.folder):
+            yield from folder_problems("checkpoint.folder", config.checkpoint.folder)
+
+
+def folder_problems(field: str, path: str, cure: str = "Give a folder.") -> list[CLLM4RecError]:
+    """Why nothing can be written to a local folder, which need not exist yet. Leaves nothing behind.
+
+    Args:
+        cure: for a URL.
+    """
+    if is_url(path):
+        return [ConfigError(field, path, "is a URL, but must be a local folder", cure)]
+    folder = Path(path).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        return [ConfigError(field, path, f"cannot be a folder: {existing} is none", "Choose another path.")]
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0")
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+        return [ConfigError(field, path, reason, f"Choose another path, or make {existing} writable.")]
+    return []
+
+
+def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError]:
+    """Where the corpus does not allow what the run wants of it."""
+    problems: list[CLLM4RecError] = []
+    if manifest.num_items < 2:
+        problems.append(
+            CorpusError(
+                f"{config.corpus}: items",
+                manifest.num_items,
+                "must be at least 2, or there is nothing to rank",
+                "Check the recipe: its filters may leave too little.",
+            )
+        )
+    if _validates(config) and not manifest.num_interactions["valid"]:
+        problems.append(
+            ConfigError(
+                "validation.every_epochs",
+                config.validation.every_epochs,
+                f"asks for validation, but the corpus {config.corpus} holds out no validation items",
+                "Set validation.every_epochs=0, or build the corpus again with split.valid (or split.num_valid).",
+            )
+        )
+    warmup, steps = config.optimizer.warmup_steps, num_steps(config, manifest)
+    if warmup > steps and "warmup_steps" in config.optimizer.model_fields_set:
+        problems.append(
+            ConfigError(
+                "optimizer.warmup_steps",
+                warmup,
+                f"outlasts the run's {steps} steps ({config.epochs} epochs of {steps // config.epochs}): the learning"
+                " rate would never reach its peak",
+                f"Set optimizer.warmup_steps={max(1, steps // 10)} or another number up to {steps}, or raise epochs.",
+            )
+        )
+    return problems
+
+
+def warmup_warning(config: RunConfig, manifest: Manifest) -> str | None:
+    """What to say of a run that ends within its warm-up without being refused: by max_steps, or by the default."""
+    warmup = config.optimizer.warmup_steps
+    steps = min(num_steps(config, manifest), config.max_steps or warmup)
+    if warmup <= steps:
+        return None
+    return (
+        f"the run ends within its warm-up: after {steps} of optimizer.warmup_steps={warmup} steps the learning rate has"
+        f" reached {steps / warmup:.0%} of its peak"
+    )
+
+
+def num_steps(config: RunConfig, manifest: Manifest) -> int:
+    """Optimizer steps of all epochs, whatever max_steps says."""
+    return config.epochs * -(-manifest.num_users // config.batch.users)
+
+
+def require_held_out(manifest: Manifest, split: str, *, with_baselines: bool) -> None:
+    """Refuse an evaluation for which the corpus holds out no items, before anything is ranked.
+
+    Raises:
+        DataError: for a split without items, or baselines that nothing can choose among.
+    """
+    rebuild = "build the corpus again with a split that holds items out"
+    if not manifest.num_interactions[split]:
+        others = [name for name in ("test", "valid") if manifest.num_interactions[name]]
+        cure = f"Give --split {others[0]}, or {rebuild}." if others else f"{rebuild.capitalize()}."
+        raise DataError("--split", split, "has no held-out items in this corpus", cure)
+    if with_baselines and not manifest.num_interactions["valid"]:
+        raise DataError(
+            "validation items",
+            0,
+            "but baselines choose their settings by validation",
+            f"Give --no-baselines, or {rebuild} for validation.",
+        )
+
+
+def _validates(config: RunConfig) -> bool:
+    return config.stage == "finetune" and config.validation.every_epochs > 0
+
+
+def _has_checkpoints(config: RunConfig) -> bool:
+    return bool(Store(config.checkpoint.folder or f"{config.output}/checkpoints").names("step-"))
