@@ -20,7 +20,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cllm4rec_dist import errors
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 LAUNCHERS = ("auto", "ray", "process")
 _CONNECT_SECONDS = 5.0
+_REMINDER_SECONDS = 10.0
 _RAY_ADDRESS_CURE = "Start that cluster, or unset RAY_ADDRESS to have one started on this host."
 
 RankFunction = Callable[..., object]
@@ -228,6 +231,10 @@ def _start_ray() -> None:
     address = _ray_address(os.environ)
     if ray.is_initialized():
         return
+    reminder = threading.Timer(_REMINDER_SECONDS, logger.warning, ("waiting for the Ray cluster at %s", address))
+    reminder.daemon = True
+    if address != "local":
+        reminder.start()
     try:
         ray.init(address=address, logging_level=logging.WARNING)
     except Exception as error:  # of many kinds: Ray's, grpc's, ValueError, ConnectionError
@@ -237,6 +244,8 @@ def _start_ray() -> None:
         raise ConfigError(
             "RAY_ADDRESS", address, f"is no cluster that can be joined ({reason})", _RAY_ADDRESS_CURE
         ) from error
+    finally:
+        reminder.cancel()
 
 
 def _require_ray_address(address: str) -> None:
@@ -249,13 +258,18 @@ def _require_ray_address(address: str) -> None:
         raise ConfigError(
             "RAY_ADDRESS", address, "is an address for `ray job submit`", "A driver joins the cluster's GCS: HOST:6379."
         )
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    found = address
+    with suppress(OSError):
+        if address == "auto":  # where `ray start` has written down the cluster that it started last on this host
+            found = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster").read_text().strip()
+    host, _, port = found.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
-        return  # local, auto: Ray finds out quickly
+        return  # local, or nothing to ask: Ray says so itself
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
-        raise ConfigError("RAY_ADDRESS", address, f"does not answer ({error})", _RAY_ADDRESS_CURE) from None
+        where = "does not answer" if found == address else f"is {found}, which does not answer"
+        raise ConfigError("RAY_ADDRESS", address, f"{where} ({error})", _RAY_ADDRESS_CURE) from None
 
 
 def _require_room(workers: int | tuple[int, int], unit: str, total: float, free: float) -> None:
@@ -282,6 +296,8 @@ def _wait_for(work: Callable[[], object]) -> None:
         FaultError: for SIGINT.
         Exception: what `work` raised.
     """
+    import ray
+
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -295,6 +311,8 @@ def _wait_for(work: Callable[[], object]) -> None:
     try:
         thread.join()
     except KeyboardInterrupt:
+        ray.shutdown()  # ends the thread, too, which would crash the interpreter at its end
+        thread.join(_CONNECT_SECONDS)
         raise FaultError(
             "SIGINT",
             "Ctrl-C",

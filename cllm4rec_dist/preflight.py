@@ -174,7 +174,7 @@ def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError
                 "Check the recipe: its filters may leave too little.",
             )
         )
-    if _validates(config) and not manifest.num_interactions["valid"]:
+    if _validates(config) and not manifest.num_interactions.get("valid"):
         problems.append(
             ConfigError(
                 "validation.every_epochs",
@@ -221,11 +221,11 @@ def require_held_out(manifest: Manifest, split: str, *, with_baselines: bool) ->
         DataError: for a split without items, or baselines that nothing can choose among.
     """
     rebuild = "build the corpus again with a split that holds items out"
-    if not manifest.num_interactions[split]:
-        others = [name for name in ("test", "valid") if manifest.num_interactions[name]]
+    if not manifest.num_interactions.get(split):
+        others = [name for name in ("test", "valid") if manifest.num_interactions.get(name)]
         cure = f"Give --split {others[0]}, or {rebuild}." if others else f"{rebuild.capitalize()}."
         raise DataError("--split", split, "has no held-out items in this corpus", cure)
-    if with_baselines and not manifest.num_interactions["valid"]:
+    if with_baselines and not manifest.num_interactions.get("valid"):
         raise DataError(
             "validation items",
             0,

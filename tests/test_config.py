@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from cllm4rec_dist.config import BackboneConfig, RunConfig, StrictModel, load_config, validate
-from cllm4rec_dist.engine import resolve_settings
+from cllm4rec_dist.engine import DEFAULT_SETTINGS, resolve_settings
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def test_every_committed_run_configuration_loads(path: Path) -> None:
     # The entry point sets the stage.
     for stage in ("pretrain", "finetune"):
         config = load_config(RunConfig, path, [f"stage={stage}"])
-        assert (ROOT / config.deepspeed).is_file()
+        assert config.deepspeed is None or (ROOT / config.deepspeed).is_file()
 
 
 def with_deepspeed(path: Path, *overrides: str) -> RunConfig:
@@ -180,8 +180,14 @@ def test_every_committed_deepspeed_file_is_filled_in_by_the_run(path: Path, prec
     assert '"auto"' not in json.dumps(settings)
 
 
-def test_there_is_a_deepspeed_file() -> None:
-    assert ROOT / RunConfig.model_fields["deepspeed"].default in DEEPSPEED
+def test_the_default_deepspeed_file_is_the_packages_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # People copy from ds_configs/, the package carries one of them: they must not go apart.
+    assert DEFAULT_SETTINGS.read_bytes() == (ROOT / "ds_configs" / "zero3.json").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert load().deepspeed is None
+    assert resolve_settings(load()) == resolve_settings(with_deepspeed(ROOT / "ds_configs" / "zero3.json"))
 
 
 ZERO3 = {"zero_optimization": {"stage": 3}}

@@ -335,7 +335,10 @@ def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
     found: list[RunConfig] = []
     monkeypatch.setattr(cli, "launch", lambda *args, config, **kwargs: found.append(config))
     monkeypatch.chdir(corpus.parent)
-    (tmp_path / "run.yaml").write_text("{corpus: corpus, backbone: backbone, output: run, init_from: before}")
+    (corpus.parent / "before").mkdir()
+    (corpus.parent / "ds.json").write_text("{}")
+    text = "{corpus: corpus, backbone: backbone, output: run, init_from: before, deepspeed: ds.json}"
+    (tmp_path / "run.yaml").write_text(text)
     for folder in ("saves", "memory://saves"):
         arguments = ["pretrain", "--config", str(tmp_path / "run.yaml"), f"checkpoint.folder={folder}"]
         cli.app(arguments, standalone_mode=False)

@@ -1,0 +1,212 @@
+"""What cannot end well is refused before anything is computed, all of it at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from cllm4rec_dist import cli, preflight
+from cllm4rec_dist.config import RunConfig, load_config
+from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError, DataError
+from tests.harness import make_backbone, make_catalog, make_corpus
+
+FIELDS = "stage=finetune", "corpus=c", "backbone=b", "output=runs/x"
+DATA = cast(Manifest, SimpleNamespace(num_users=60, num_items=40, num_interactions={"train": 9, "valid": 1, "test": 1}))
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(RunConfig, None, [*FIELDS, *overrides])
+
+
+def manifest(**changes: Any) -> Manifest:
+    return cast(Manifest, SimpleNamespace(**vars(DATA) | changes))
+
+
+def fields(problems: Any) -> list[str]:
+    return [problem.field for problem in problems]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("preflight")
+    catalog = make_catalog()
+    return make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
+
+
+SETTINGS = [
+    ("validation.metrics=[mrr@10]", ["validation.metrics"]),
+    ("validation.metrics=[recall@0, recall@5, map]", ["validation.metrics"] * 2),
+    ("validation.metrics=[]", ["validation.metrics"]),
+    ("optimizer.betas=[0.9, 1.0]", ["optimizer.betas"]),
+    ("optimizer.betas=[-0.1, 0.9]", ["optimizer.betas"]),
+    ("optimizer.betas=[.nan, 0.9]", ["optimizer.betas"]),
+    ("optimizer.betas=[0, 0.99]", []),
+]
+
+
+@pytest.mark.parametrize(("override", "wrong"), SETTINGS)
+def test_settings_that_end_a_run_late_are_refused(override: str, wrong: list[str]) -> None:
+    assert fields(preflight.setting_problems(config(override))) == wrong
+
+
+@pytest.mark.parametrize("override", ["stage=pretrain", "validation.every_epochs=0"])
+def test_metrics_that_nobody_computes_are_not_looked_at(override: str) -> None:
+    assert not preflight.setting_problems(config("validation.metrics=[mrr@10]", override))
+
+
+def test_a_warm_up_that_outlasts_the_run_is_refused_with_numbers() -> None:
+    # 60 users in batches of 16: 4 steps an epoch.
+    run = "epochs=3", "batch.users=16"
+    (problem,) = preflight.corpus_problems(config(*run, "optimizer.warmup_steps=13"), DATA)
+    assert (problem.field, problem.value) == ("optimizer.warmup_steps", 13)
+    assert "12 steps (3 epochs of 4)" in str(problem)
+    assert "optimizer.warmup_steps=1 " in str(problem)
+    assert not preflight.corpus_problems(config(*run, "optimizer.warmup_steps=12"), DATA)
+    assert preflight.warmup_warning(config(*run, "optimizer.warmup_steps=12"), DATA) is None
+
+
+def test_a_run_that_is_cut_short_or_left_to_the_default_is_warned() -> None:
+    cut = config("epochs=30", "batch.users=16", "optimizer.warmup_steps=10", "max_steps=5")
+    default = config("epochs=3", "batch.users=16")
+    assert not preflight.corpus_problems(cut, DATA)
+    assert not preflight.corpus_problems(default, DATA)
+    assert "after 5 of optimizer.warmup_steps=10 steps" in str(preflight.warmup_warning(cut, DATA))
+    assert "12 of optimizer.warmup_steps=100 steps" in str(preflight.warmup_warning(default, DATA))
+
+
+def test_a_corpus_that_does_not_allow_the_run_is_refused() -> None:
+    empty = manifest(num_interactions={"train": 9, "valid": 0, "test": 1})
+    (problem,) = preflight.corpus_problems(config(), empty)
+    assert "validation.every_epochs=0" in problem.cure
+    assert "split.valid" in problem.cure
+    for override in ("validation.every_epochs=0", "stage=pretrain"):
+        assert not preflight.corpus_problems(config(override), empty)
+    (problem,) = preflight.corpus_problems(config(), manifest(num_items=1))
+    assert "items" in problem.field
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for wrong in ("file", "file/run", "gone/run"):
+        (problem,) = preflight.folder_problems("output", str(tmp_path / wrong))
+        assert "cannot be a folder" in str(problem)
+    (problem,) = preflight.folder_problems("output", "/proc/run")
+    assert "cannot be written" in str(problem)
+    for url in ("s3://bucket/run", "s3:/bucket/run"):
+        (problem,) = preflight.folder_problems("output", url)
+        assert "is a URL" in str(problem)
+    assert not preflight.folder_problems("output", str(tmp_path / "new" / "run"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone"], "nothing is left behind"
+
+
+def test_every_problem_is_in_one_error(corpus: str, tmp_path: Path) -> None:
+    loaded, found = preflight.resolve_paths(
+        config(
+            f"corpus={corpus}",
+            "output=s3://bucket/run",
+            "init_from=$NO_SUCH_VARIABLE/run",
+            f"deepspeed={tmp_path}/ds.json",
+            f"resume={tmp_path}/run",
+            "checkpoint.folder=nosuch://x",
+            "validation.metrics=[mrr@10]",
+            "optimizer.betas=[0.9, 2]",
+            "optimizer.warmup_steps=1000",
+        )
+    )
+    with pytest.raises(ConfigError) as caught:
+        preflight.require_ready(loaded, found)
+    wrong = [
+        "init_from", "validation.metrics", "optimizer.betas", "output", "deepspeed", "resume", "checkpoint.folder",
+        "optimizer.warmup_steps",
+    ]  # fmt: skip
+    assert sorted(caught.value.value) == sorted(wrong)  # type: ignore[call-overload]
+    for field in wrong:
+        assert f"\n  - {field}: " in str(caught.value)
+    assert "NO_SUCH_VARIABLE is not set" in str(caught.value)
+
+
+def test_one_problem_is_raised_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(CLLM4RecError, match=r"^corpus: .* has no readable manifest\.json"):
+        preflight.require_ready(preflight.resolve_paths(config(f"corpus={tmp_path}", f"output={tmp_path}/run"))[0])
+
+
+def test_only_settings_are_looked_at_where_the_ranks_have_other_file_systems() -> None:
+    preflight.require_ready(config("corpus=/nowhere", "output=/proc/run"), sees_files=False)
+    with pytest.raises(ConfigError, match=r"checkpoint\.folder"):
+        preflight.require_ready(config("output=s3://bucket/run"), sees_files=False)
+
+
+def test_a_run_that_has_checkpoints_needs_no_init_from(tmp_path: Path) -> None:
+    given = config("init_from=/nowhere/run", f"output={tmp_path}")
+    assert fields(preflight.source_problems(given)) == ["init_from"]
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000001" / "COMMIT.json").write_text("{}")
+    assert not fields(preflight.source_problems(given))
+
+
+def test_paths_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("STORE", "memory://runs")
+    monkeypatch.chdir(tmp_path)
+    given = config("corpus=~/corpus", "output=run", "backbone=org/name", "checkpoint.folder=${STORE}/x", "resume=old")
+    resolved, errors = preflight.resolve_paths(given)
+    assert not errors
+    assert (resolved.corpus, resolved.output) == ("/home/me/corpus", f"{tmp_path}/run")
+    assert (resolved.backbone, resolved.deepspeed) == ("org/name", None)
+    assert (resolved.checkpoint.folder, resolved.resume) == ("memory://runs/x", f"{tmp_path}/old")
+    assert preflight.resolve_paths(config())[0].resume == "auto"
+
+
+def test_an_evaluation_without_held_out_items_is_refused() -> None:
+    nothing = manifest(num_interactions={"train": 9, "valid": 0, "test": 2})
+    preflight.require_held_out(nothing, "test", with_baselines=False)
+    with pytest.raises(DataError, match="Give --no-baselines"):
+        preflight.require_held_out(nothing, "test", with_baselines=True)
+    with pytest.raises(DataError, match="Give --split test"):
+        preflight.require_held_out(nothing, "valid", with_baselines=False)
+
+
+def test_evaluate_refuses_its_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: pytest.fail("started ranks"))
+    options = ["--metrics", "mrr@10,recall@5", "--split", "train", "--output", "s3://bucket/x", "--launcher", "process"]
+    with pytest.raises(ConfigError) as caught:
+        cli.app(["evaluate", str(tmp_path), *options], standalone_mode=False)
+    assert caught.value.value == ["--metrics", "--output", "--split"]
+    for command in (["recommend", str(tmp_path), "s3://b/x"], ["export", str(tmp_path), "s3://b/x"]):
+        with pytest.raises(ConfigError, match="is a URL"):
+            cli.app(command, standalone_mode=False)
+
+
+def test_paths_of_the_command_line_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/run.yaml' does not exist"):
+        cli.app(["pretrain", "-c", "~/run.yaml"], standalone_mode=False)
+    with pytest.raises(ConfigError, match=r"run: .*NO_SUCH_VARIABLE is not set"):
+        cli.app(["evaluate", "$NO_SUCH_VARIABLE/run"], standalone_mode=False)
+
+
+def test_the_corpus_manifest_is_all_that_is_read(corpus: str) -> None:
+    found, fingerprint = load_manifest(corpus)
+    assert (found.num_users, found.num_items, len(fingerprint)) == (23, 17, 64)
+
+
+def test_a_typo_is_answered_without_torch(corpus: str, tmp_path: Path) -> None:
+    """Importing torch, transformers and DeepSpeed takes eight seconds."""
+    program = (
+        "import sys\nfrom cllm4rec_dist import cli\n"
+        "try: cli.app(sys.argv[1:], standalone_mode=False)\n"
+        "except cli.CLLM4RecError as error: print(error)\n"
+        "assert not {'torch', 'deepspeed', 'ray'} & sys.modules.keys()\n"
+    )
+    (tmp_path / "run.yaml").write_text(f"{{corpus: {corpus}, backbone: b, output: {tmp_path}/run}}")
+    arguments = ["finetune", "-c", str(tmp_path / "run.yaml"), "validation.metrics=[mrr@10]"]
+    found = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "validation.metrics: 'mrr@10' must be recall@K or ndcg@K" in found.stdout
