@@ -7,9 +7,9 @@ and hold no title at all: those have no text.
 
 from __future__ import annotations
 
-import html
-
 import polars as pl
+
+from cllm4rec_dist.corpus.values import unescape_entities
 
 _TAGS = (
     "a|abbr|address|article|aside|audio|b|big|blockquote|body|br|button|canvas|caption|center|cite|code|col|colgroup|dd|"
@@ -24,28 +24,29 @@ _ATTRIBUTES = rf"(?:\s+(?:[\w:-]+{_VALUE}|(?:{_FLAGS})\b))*"
 _COMMENT = r"(?s)<!--.*?-->|<!doctype[^>]*>"
 _SCRIPT = r"(?is)<(?:script|style)\b[^>]*>.*?(?:</(?:script|style)\s*>|$)"
 _TAG = rf"(?is)</?(?:{_TAGS}){_ATTRIBUTES}\s*/?>"
+_CDATA = r"<!\[CDATA\[|\]\]>"
+_CUT_TAG = rf"(?is)<(?:{_TAGS})\s+[\w:-]+=[^<>]*$|</?(?:br|p|div|span)\s*/?$"
+"""A tag at the end of a text that was cut off."""
 _SCRIPT_REMAINS = (
-    r"(?s)\bgetTime\(\)|\baPageStart\b|\bue_t0\b|\bP\.when\(|\bwindow\.\w+\s*=|\bdocument\.\w+\(|"
-    r"^\s*(?:var\s+[\w$]+\s*=|function\s*[\w$]*\s*\(|\(function\s*\()|^\s*[.#]?[\w-]+\s*\{[^}]*:[^}]*;[^}]*\}"
+    r"(?s)\(new Date\(\)\)\.getTime\(\)|\baPageStart\b|\bue_t0\b|\bP\.when\(['\"]|"
+    r"^\s*var\s+[\w$]+\s*=.*;|^\s*\(?function\s*[\w$]*\s*\([\w$,\s]*\)\s*\{|"
+    r"^\s*window\.[\w.$]+\s*=[^=]|\bdocument\.\w+\(['\"]|^\s*[.#][\w-]+[\w\s.#,>-]*\{[^}]*:[^}]*\}|"
+    r"^\s*[\w-]+\s*\{[^}]*:[^}]*;[^}]*\}"
 )
 
 
 def strip_html(texts: pl.Series) -> pl.Series:
     """Texts without tags, comments, scripts and entities; null for remains of scripts."""
     if texts.str.contains("<", literal=True).any():
-        texts = _without(_without(texts, _COMMENT), _SCRIPT)
-        texts = _without(texts, _TAG)
-    # Half-escaped twice, as `&amp;lt;br /&amp;gt;`, is what a page makes of what another page escaped.
-    for _ in range(2):
-        has_entity = texts.str.contains(r"&#?\w+;").fill_null(False)
-        if not has_entity.any():
-            break
-        unescaped = [html.unescape(text) for text in texts.filter(has_entity).to_list()]
-        texts = texts.scatter(has_entity.arg_true(), unescaped)
-    texts = _without(_without(texts, _SCRIPT), _TAG)
+        texts = _without(texts, _COMMENT, _SCRIPT, _CDATA, _TAG, _CUT_TAG)
+    # A page that escapes what another page escaped holds `&amp;lt;br /&amp;gt;`.
+    texts = unescape_entities(unescape_entities(texts))
+    texts = _without(texts, _SCRIPT, _TAG)
     texts = texts.str.replace_all(r"[ \t\u{a0}]*\s[\s\u{a0}]*|\u{a0}", " ").str.strip_chars()
     return texts.set(texts.str.contains(_SCRIPT_REMAINS).fill_null(False), None)
 
 
-def _without(texts: pl.Series, pattern: str) -> pl.Series:
-    return texts.str.replace_all(pattern, " ")
+def _without(texts: pl.Series, *patterns: str) -> pl.Series:
+    for pattern in patterns:
+        texts = texts.str.replace_all(pattern, " ")
+    return texts

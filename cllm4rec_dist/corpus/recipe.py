@@ -34,8 +34,8 @@ them; compressed (gz, bz2, xz, zst, zip) or not."""
 def _known_encoding(name: str) -> str:
     if name != "auto":
         try:
-            codecs.lookup(name)
-        except LookupError:
+            b"".decode(codecs.lookup(name).name)  # refuses codecs of bytes to bytes, such as hex
+        except (LookupError, UnicodeError):
             raise ValueError(
                 f"{name!r} is no encoding; write for example utf-8, cp1252, latin-1 or shift_jis"
             ) from None

@@ -1,8 +1,8 @@
-"""Rows of a raw file as the readers hand them on, and the lookup of columns by name."""
+"""Batches of rows that readers yield, and lookup of columns by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -34,8 +34,8 @@ class Batch:
         return self if wanted.all() else Batch(self.path, self.lines[wanted], self.columns.filter(wanted))
 
 
-def column_indexes(path: str, header: Sequence[str], columns: Sequence[str], cure: str = "") -> list[int]:
-    """Where the columns are.
+def column_indexes(path: str, header: Sequence[str], columns: Sequence[str]) -> list[int]:
+    """Index of each column in the header.
 
     Raises:
         DataError: for one that is not there, or is there twice.
@@ -43,17 +43,21 @@ def column_indexes(path: str, header: Sequence[str], columns: Sequence[str], cur
     for column in columns:
         if column not in header:
             close = get_close_matches(column, header, n=1)
+            cure = (
+                "Mend the names in the recipe, or the separator."
+                if len(header) == 1
+                else "Mend the names in the recipe."
+            )
             guess = f" Did you mean {close[0]!r}?" if close else ""
             raise DataError(
-                f"{path} line 1", column, f"is not among its columns {list(header)!r:.300}",
-                cure or f"Mend the names in the recipe.{guess}",
-            )  # fmt: skip
+                f"{path} line 1", column, f"is not among its columns {list(header)!r:.300}", f"{cure}{guess}"
+            )
         if header.count(column) > 1:
             raise DataError(f"{path} line 1", column, "is the name of two columns", "Rename one of them.")
     return [header.index(column) for column in columns]
 
 
-def with_partition(columns: pl.DataFrame, partition: dict[str, str], wanted: Sequence[str]) -> pl.DataFrame:
-    """The wanted columns, in their order, those that the file's folders name included."""
+def with_partition(columns: pl.DataFrame, partition: Mapping[str, str | None], wanted: Sequence[str]) -> pl.DataFrame:
+    """Wanted columns in their order, including those that the file's folders name."""
     constants = [pl.lit(partition[name], pl.String).alias(name) for name in wanted if name in partition]
     return columns.with_columns(constants).select(wanted) if constants else columns.select(wanted)

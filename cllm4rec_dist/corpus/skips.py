@@ -88,9 +88,15 @@ class SkipLog:
         return {reason: skip.count for reason, skip in self._skips.items()}
 
     def skip(
-        self, reason: str, count: int, total: int = 0, *, file: str | None = None, line: int | None = None,
+        self,
+        reason: str,
+        count: int,
+        total: int = 0,
+        *,
+        file: str | None = None,
+        line: int | None = None,
         value: object = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Count something that is left out on purpose; nothing where `count` is 0."""
         if not count:
             return
@@ -109,9 +115,7 @@ class SkipLog:
         """Add to the number of rows that a file has, lost ones included."""
         self._files.setdefault(path, _FileCount()).rows += rows
 
-    def lose(
-        self, reason: str, path: str, line: int, value: object, count: int = 1, *, is_gap: bool = False
-    ) -> None:
+    def lose(self, reason: str, path: str, line: int, value: object, count: int = 1, *, is_gap: bool = False) -> None:
         """Count rows of a file that cannot be used, the first of them on `line`.
 
         Args:
@@ -152,16 +156,24 @@ class SkipLog:
         if entry.num_unusable > self._max_lost * entry.rows:
             share = 100 * entry.num_unusable / entry.rows
             raise DataError(
-                f"{path} line {line}", value,
+                f"{path} line {line}",
+                value,
                 f"{reason}: {entry.num_unusable:,} of {entry.rows:,} rows ({share:.3g} %) cannot be used, more than"
                 f" max_lost: {self._max_lost:g} allows ({_list_reasons(entry.lost)})",
                 "Mend the file or the recipe (separator, quoting, encoding, time_format), or raise max_lost.",
-            )  # fmt: skip
+            )
         if lost > _WARN_SHARE * entry.rows:
             logger.warning(
-                "%s: %s of %s rows (%.3g %%) are left out: %s. The first is line %d: %r %s.", path, f"{lost:,}",
-                f"{entry.rows:,}", 100 * lost / entry.rows, _list_reasons(entry.lost), line, value, reason,
-            )  # fmt: skip
+                "%s: %s of %s rows (%.3g %%) are left out: %s. The first is line %d: %r %s.",
+                path,
+                f"{lost:,}",
+                f"{entry.rows:,}",
+                100 * lost / entry.rows,
+                _list_reasons(entry.lost),
+                line,
+                value,
+                reason,
+            )
 
 
 def _list_reasons(lost: Counter[str]) -> str:
@@ -177,5 +189,3 @@ def excerpt(value: object) -> str:
     """A value as one short text."""
     text = " ".join(str(value).split())
     return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
-
-

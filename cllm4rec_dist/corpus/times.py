@@ -1,17 +1,19 @@
 """Times of interactions in whatever form a file has them, as seconds since 1970.
 
 Numbers are epochs of any unit, told by their size; texts are ISO 8601, RFC 2822, dates with names of months, or what
-`time_format` says. `3/4/2024` is the third of April or the fourth of March: that is decided by the file itself, where
-one of its days is above 12, and else not at all.
+`time_format` says. `3/4/2024` is the third of April or the fourth of March: the file itself decides that, where one of
+its days is above 12; a file that does not follows the others of the source.
 """
 
 from __future__ import annotations
 
-import logging
+import calendar
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -19,17 +21,35 @@ import polars as pl
 from cllm4rec_dist.corpus.values import column_text, without_missing
 from cllm4rec_dist.errors import DataError
 
-logger = logging.getLogger(__name__)
-
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 """Epochs from so much on are in so many parts of a second: 1e11 seconds would be the year 5138."""
-_CLOCK = r"(?:[T ,]+(\d{1,2}):(\d{2})(?::(\d{2})(?:[.,]\d+)?)?\s*([AaPp]\.?\s?[Mm]\.?)?)?"
-_NUMERIC_DATE = rf"^(\d{{1,2}})([/.\-])(\d{{1,2}})[/.\-](\d{{4}}|\d{{2}}){_CLOCK}$"
-_AMAZON_DATE = r"^(\d{1,2}) (\d{1,2}), (\d{4})$"
-_YEAR_FIRST = rf"^(\d{{4}})[/.](\d{{1,2}})[/.](\d{{1,2}}){_CLOCK}$"
-_NAMED = ("%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%b %d %Y", "%B %d %Y", "%d-%b-%Y", "%Y-%b-%d", "%d/%b/%Y")
-_NAMED_CLOCKS = ("", " %H:%M:%S", " %H:%M", " %I:%M:%S %p", " %I:%M %p", ":%H:%M:%S %z")
-_UNIX_DATE = "%a %b %d %H:%M:%S %Y"
+_LATEST = 1e11
+_ZONE = r"(?:\s*(Z|z|UTC|GMT|[+-]\d{2}:?(?:\d{2})?))?"
+_CLOCK = rf"(?:[T ,:]+(\d{{1,2}}):(\d{{2}})(?::(\d{{2}})(?:[.,]\d+)?)?(?:\s*([AaPp]\.?\s?[Mm]\.?))?{_ZONE})?"
+"""Hour, minute, second, half of the day and offset behind a date."""
+_YEAR = r"(\d{4}|\d{2})"
+_WEEKDAY = r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\.?,?\s+)?"
+_ISO = (
+    r"^(\d{4}-\d{2}(?:-\d{2})?)(?:[Tt ]+(\d{2}:\d{2})(?::(\d{2}))?(?:[.,](\d{1,9})\d*)?"
+    r"\s*(?:[Zz]|UTC|GMT|(?:([+-]\d{2}):?(\d{2})?(?:\s*[A-Z]{3,4}|\[[\w/+-]+\])?))?)?$"
+)
+_ISO_BASIC = r"^(\d{4})(\d{2})(\d{2})[Tt](\d{2})(\d{2})(\d{2})?"
+_NUMERIC_DATE = rf"^(\d{{1,2}})[/.\-](\d{{1,2}})[/.\-]{_YEAR}{_CLOCK}$"
+_YEAR_FIRST = rf"^(\d{{4}})[-/.](\d{{1,2}})[-/.](\d{{1,2}}){_CLOCK}$"
+_AMAZON_DATE = rf"^(\d{{1,2}}) (\d{{1,2}}), (\d{{4}}){_CLOCK}$"
+_DAY_NAMED = rf"^{_WEEKDAY}(\d{{1,2}})(?:st|nd|rd|th)?[\s/.-]+([A-Za-z]{{3,9}})\.?,?[\s/.-]+{_YEAR}{_CLOCK}$"
+_NAMED_DAY = rf"^{_WEEKDAY}([A-Za-z]{{3,9}})\.?[\s-]+(\d{{1,2}})(?:st|nd|rd|th)?,?[\s-]+{_YEAR}{_CLOCK}$"
+_YEAR_NAMED = rf"^(\d{{4}})[\s/.-]+([A-Za-z]{{3,9}})\.?[\s/.-]+(\d{{1,2}}){_CLOCK}$"
+_UNIX_DATE = (
+    rf"^{_WEEKDAY}([A-Za-z]{{3,9}})\s+(\d{{1,2}})\s+(\d{{1,2}}):(\d{{2}}):(\d{{2}})()"
+    r"(?:\s+([A-Z]{3}|[+-]\d{4}))?\s+(\d{4})$"
+)
+_HALF = re.compile(r"\d\s*[ap]\.?m\b", re.IGNORECASE)
+_MONTHS = {
+    name: f"{number:02d}"
+    for number in range(1, 13)
+    for name in (calendar.month_name[number].lower(), calendar.month_abbr[number].lower())
+} | {"sept": "09"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +85,10 @@ def read_times(values: pl.Series, where: str, time_format: str | None, missing: 
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
         return Times(_epoch(values.cast(pl.Datetime("us"))), np.zeros(len(values), bool))
     if dtype.is_numeric() and time_format is None:
-        numbers = values.cast(pl.Float64).fill_null(np.nan).to_numpy().copy()
-        return Times(_seconds(numbers), np.isinf(numbers))
+        seconds = _seconds(values.cast(pl.Float64).fill_null(np.nan).to_numpy())
+        wrong = np.abs(seconds) > _LATEST
+        seconds[wrong] = np.nan
+        return Times(seconds, wrong)
     if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
         raise DataError(where, str(dtype), "is a type that is no time", "Name a column of times, or none.")
     texts = without_missing(column_text(values, where), missing)
@@ -78,9 +100,8 @@ def read_times(values: pl.Series, where: str, time_format: str | None, missing: 
 
 
 def _guess(texts: pl.Series, given: np.ndarray) -> Times:
-    numbers = texts.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy().copy()
-    numbers[~np.isfinite(numbers)] = np.nan
-    seconds = _seconds(numbers)
+    seconds = _seconds(texts.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy())
+    seconds[np.abs(seconds) > _LATEST] = np.nan
     left = np.flatnonzero(np.isnan(seconds) & given)
     for parse in (_iso, _year_first, _amazon, _named, _rfc_2822):
         if len(left):
@@ -91,34 +112,60 @@ def _guess(texts: pl.Series, given: np.ndarray) -> Times:
         return Times(seconds, wrong)
     day_first, month_first = np.full((2, len(seconds)), np.nan)
     day_first[left], month_first[left] = _numeric_dates(texts[left])
+    same = day_first == month_first
+    seconds[same] = day_first[same]
+    wrong &= ~same
+    day_first[same], month_first[same] = np.nan, np.nan
     return Times(seconds, wrong & np.isnan(day_first) & np.isnan(month_first), day_first, month_first)
 
 
-def decide_order(day_first: np.ndarray, month_first: np.ndarray, where: str, example: str) -> tuple[np.ndarray, str]:
-    """Seconds of dates like 3/4/2024 in the order that they decide themselves, and its name.
+@dataclass(frozen=True)
+class UndecidedDates:
+    """Dates of one file like 3/4/2024, of which nothing says by itself whether the day or the month is first.
 
-    Args:
-        day_first, month_first: seconds in either reading, NaN where it is none.
-        where, example: file, line and column of the first, and its text.
-
-    Raises:
-        DataError: where the dates do not decide it, or contradict each other.
+    Attributes:
+        positions: int64 [n], of their interactions.
+        day_first, month_first: float64 [n] seconds in either reading, NaN where it is no date.
+        example: text of the first.
     """
-    only_day, only_month = int(np.isnan(month_first).sum()), int(np.isnan(day_first).sum())
-    if (only_day > 0) == (only_month > 0):
-        raise DataError(
-            where, example, f"may be day-first or month-first: {only_day:,} dates can only be the one, {only_month:,} only"
-            " the other", "Set time_format in the recipe, for example '%d/%m/%Y' or '%m/%d/%Y %I:%M:%S %p'.",
-        )  # fmt: skip
-    order = "day-first" if only_day else "month-first"
-    logger.warning(
-        "%s: dates like %r are read as %s, because %s of them are no dates the other way round", where, example, order,
-        f"{only_day or only_month:,}",
-    )  # fmt: skip
-    return (day_first if only_day else month_first), order
+
+    positions: np.ndarray
+    day_first: np.ndarray
+    month_first: np.ndarray
+    example: str
+
+    @staticmethod
+    def join(parts: Sequence[UndecidedDates]) -> UndecidedDates:
+        """Dates of several parts as one."""
+        arrays = zip(*((part.positions, part.day_first, part.month_first) for part in parts), strict=True)
+        return UndecidedDates(*map(np.concatenate, arrays), parts[0].example)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all are dates in both readings."""
+        return not np.isnan(self.day_first).any() and not np.isnan(self.month_first).any()
+
+    @property
+    def order(self) -> Literal["day-first", "month-first"] | None:
+        """The order that they decide themselves; None where no day is above 12, or dates contradict each other."""
+        only_day, only_month = np.isnan(self.month_first).any(), np.isnan(self.day_first).any()
+        if only_day == only_month:
+            return None
+        return "day-first" if only_day else "month-first"
+
+    def refusal(self, where: str) -> DataError:
+        """Error for dates whose order cannot be told."""
+        only_day, only_month = np.isnan(self.month_first).sum(), np.isnan(self.day_first).sum()
+        return DataError(
+            where,
+            self.example,
+            f"may be day-first or month-first: {only_day:,} dates can only be the one, {only_month:,} only the other",
+            "Set time_format in the recipe, for example '%d/%m/%Y' or '%m/%d/%Y %I:%M:%S %p'.",
+        )
 
 
 def _seconds(numbers: np.ndarray) -> np.ndarray:
+    """Epochs of any unit in seconds."""
     size = np.abs(numbers)
     divisor = np.ones(len(numbers))
     for least, parts in reversed(_UNITS):
@@ -132,54 +179,65 @@ def _epoch(moments: pl.Series) -> np.ndarray:
 
 def _parse(texts: pl.Series, time_format: str) -> np.ndarray:
     """Seconds of texts in a format, NaN for others."""
+    time_format = time_format.replace(".%f", "%.f").replace("%f", "%6f")  # fractions of a second as Polars writes them
     for read in (texts.str.to_datetime, texts.str.to_date):
         try:
-            moments = read(time_format, strict=False)
-            return _epoch(moments.cast(pl.Datetime("us")))
+            return _epoch(read(time_format, strict=False).cast(pl.Datetime("us")))
         except pl.exceptions.PolarsError:
             continue
     raise DataError("time_format", time_format, "is no format of strptime", "Write for example '%d/%m/%Y %H:%M'.")
 
 
 def check_time_format(time_format: str) -> str:
-    """The format. ValueError for one that strptime does not know."""
+    """The format. ValueError for one by which no time can be read."""
+    moment = datetime(2024, 11, 25, 13, 14, 15, tzinfo=UTC)
     try:
-        _parse(pl.Series(["x"]), time_format)
-    except DataError as error:
-        raise ValueError(f"{error.constraint}. {error.cure}") from None
+        (seconds,) = _parse(pl.Series([moment.strftime(time_format)]), time_format)
+        is_read = bool(abs(seconds - moment.timestamp()) < 366 * 86400)
+    except DataError:
+        is_read = False
+    if not is_read:
+        raise ValueError(f"{time_format!r} is no format of strptime; write for example '%d/%m/%Y %H:%M'")
     return time_format
 
 
 def _iso(texts: pl.Series) -> np.ndarray:
-    """ISO 8601: 2024-03-01, with a time behind T or a blank, fractions and an offset or Z."""
-    parts = texts.str.extract_groups(
-        r"^(\d{4}-\d{2}-\d{2})(?:[Tt ]+(\d{2}:\d{2})(?::(\d{2}))?(?:[.,](\d{1,9})\d*)?\s*(?:([Zz]|UTC|GMT)|([+-]\d{2}):?(\d{2})?)?)?$"
-    ).struct.unnest()
-    date, clock, second, fraction, _, hours, minutes = (parts[:, index] for index in range(7))
+    """ISO 8601: 2024-03-01 or 20240301T100000, with a time behind T or a blank, fractions and an offset or Z."""
+    texts = texts.str.replace(_ISO_BASIC, "$1-$2-$3T$4:$5:$6").str.replace(r"(T\d{2}:\d{2}):($|[^\d])", "$1$2")
+    date, clock, second, fraction, hours, minutes = _groups(texts, _ISO)
+    date = pl.select(pl.when(date.str.len_bytes() == 7).then(date + "-01").otherwise(date)).to_series()
     texts = pl.select(
         pl.concat_str(date, pl.lit("T"), clock.fill_null("00:00"), pl.lit(":"), second.fill_null("00"))
     ).to_series()
     seconds = _epoch(texts.str.to_datetime("%Y-%m-%dT%H:%M:%S", strict=False))
     part = ("0." + fraction.fill_null("0")).cast(pl.Float64).to_numpy()
-    offset = (hours.fill_null("0").cast(pl.Float64) * 3600).to_numpy()
-    sign = np.where(hours.fill_null("+").str.starts_with("-").to_numpy(), -1.0, 1.0)
-    offset = offset + sign * 60 * minutes.fill_null("0").cast(pl.Float64).to_numpy()
-    return seconds + part - offset
+    return seconds + part - _offset(hours.fill_null("+00") + minutes.fill_null("00"))
+
+
+def _offset(zones: pl.Series) -> np.ndarray:
+    """Seconds by which zones like +0130, -05:00, Z and UTC are ahead of UTC; zero where there is none."""
+    digits = zones.str.extract(r"^[+-](\d{2})", 1).fill_null("0").cast(pl.Float64) * 3600
+    minutes = zones.str.extract(r"^[+-]\d{2}:?(\d{2})$", 1).fill_null("0").cast(pl.Float64) * 60
+    sign = np.where(zones.str.starts_with("-").fill_null(False).to_numpy(), -1.0, 1.0)
+    return sign * (digits + minutes).to_numpy()
 
 
 def _from_parts(year: pl.Series, month: pl.Series, day: pl.Series, clock: Sequence[pl.Series]) -> np.ndarray:
     """Seconds of dates in parts, NaN where they are no dates."""
-    hour, minute, second, half = clock
-    full_year = pl.when(year.str.len_bytes() > 2).then(year).otherwise(
-        pl.when(year.cast(pl.Int32, strict=False) < 69).then("20" + year).otherwise("19" + year)
+    hour, minute, second, half, zone = clock
+    full_year = (
+        pl.when(year.str.len_bytes() > 2)
+        .then(year)
+        .otherwise(pl.when(year.cast(pl.Int32, strict=False) < 69).then("20" + year).otherwise("19" + year))
     )
     date = pl.select(pl.concat_str(full_year, month.str.zfill(2), day.str.zfill(2), separator="-")).to_series()
     seconds = _epoch(date.str.to_datetime("%Y-%m-%d", strict=False))
     hours, minutes, rest = (part.fill_null("0").cast(pl.Float64).to_numpy().copy() for part in (hour, minute, second))
+    has_half = (half.str.len_bytes() > 0).fill_null(False).to_numpy()
     afternoon = half.str.to_lowercase().str.starts_with("p").fill_null(False).to_numpy()
-    hours[half.is_not_null().to_numpy() & (hours == 12)] = 0
-    seconds[(hours > 24) | (minutes > 59) | (rest > 60)] = np.nan
-    return seconds + 3600 * (hours + 12 * afternoon) + 60 * minutes + rest
+    seconds[(hours > 23) | (minutes > 59) | (rest > 60) | (has_half & ((hours > 12) | (hours == 0)))] = np.nan
+    hours[has_half & (hours == 12)] = 0
+    return seconds + 3600 * (hours + 12 * afternoon) + 60 * minutes + rest - _offset(zone)
 
 
 def _groups(texts: pl.Series, pattern: str) -> list[pl.Series]:
@@ -187,35 +245,42 @@ def _groups(texts: pl.Series, pattern: str) -> list[pl.Series]:
 
 
 def _numeric_dates(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    first, _, second, year, *clock = _groups(texts, _NUMERIC_DATE)
+    """Dates like 3/4/2024 read with the day first and with the month first."""
+    first, second, year, *clock = _groups(texts, _NUMERIC_DATE)
     return _from_parts(year, second, first, clock), _from_parts(year, first, second, clock)
 
 
 def _year_first(texts: pl.Series) -> np.ndarray:
+    """2024/3/1 and 2024.03.01, with a clock of 12 or 24 hours."""
     year, month, day, *clock = _groups(texts, _YEAR_FIRST)
     return _from_parts(year, month, day, clock)
 
 
 def _amazon(texts: pl.Series) -> np.ndarray:
     """Amazon's reviewTime, `09 13, 2009`."""
-    month, day, year = _groups(texts, _AMAZON_DATE)
-    none = pl.Series([None] * len(texts), dtype=pl.String)
-    return _from_parts(year, month, day, [none] * 4)
+    month, day, year, *clock = _groups(texts, _AMAZON_DATE)
+    return _from_parts(year, month, day, clock)
 
 
 def _named(texts: pl.Series) -> np.ndarray:
-    """Dates with the name of the month, and `date`'s own form."""
+    """Dates with the name of the month."""
     seconds = np.full(len(texts), np.nan)
     if not texts.str.contains(r"[A-Za-z]{3}").any():
         return seconds
-    plain = texts.str.replace(r"(\d)(?:st|nd|rd|th)\b", "$1").str.replace(r"^[A-Z][a-z]{2,8},?\s+(\d)", "$1")
-    for form in [date + clock for date in _NAMED for clock in _NAMED_CLOCKS] + [_UNIX_DATE]:
-        left = np.isnan(seconds)
-        if not left.any():
-            break
-        source = texts if form == _UNIX_DATE else plain
-        seconds[left] = _parse(source.filter(left), form)
-    return seconds
+    orders = {_DAY_NAMED: "dmy", _NAMED_DAY: "mdy", _YEAR_NAMED: "ymd"}
+    for pattern, order in orders.items():
+        *date, hour, minute, second, half, zone = _groups(texts, pattern)
+        parts = dict(zip(order, date, strict=True))
+        found = _from_parts(parts["y"], _month(parts["m"]), parts["d"], [hour, minute, second, half, zone])
+        seconds = np.where(np.isnan(seconds), found, seconds)
+    month, day, hour, minute, second, half, zone, year = _groups(texts, _UNIX_DATE)
+    known = zone.is_null() | zone.str.contains(r"^(UTC|GMT|[+-]\d{4})$")
+    found = _from_parts(year, _month(month), day, [hour, minute, second, half, zone])
+    return np.where(np.isnan(seconds) & known.to_numpy(), found, seconds)
+
+
+def _month(names: pl.Series) -> pl.Series:
+    return names.str.to_lowercase().replace_strict(_MONTHS, default=None, return_dtype=pl.String)
 
 
 def _rfc_2822(texts: pl.Series) -> np.ndarray:
@@ -224,13 +289,10 @@ def _rfc_2822(texts: pl.Series) -> np.ndarray:
 
 
 def _mail_date(text: str) -> float:
-    if "," not in text and ":" not in text or not any(letter.isalpha() for letter in text):
+    if ("," not in text and ":" not in text) or not any(letter.isalpha() for letter in text) or _HALF.search(text):
         return float("nan")
     try:
         moment = parsedate_to_datetime(text)
     except (ValueError, TypeError, IndexError, OverflowError):
         return float("nan")
     return moment.timestamp() if moment.tzinfo else moment.replace(tzinfo=UTC).timestamp()
-
-
-

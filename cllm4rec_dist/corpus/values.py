@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from html.entities import html5
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,19 @@ import polars as pl
 
 from cllm4rec_dist.errors import DataError
 
-MISSING_WORDS = (
-    "NULL", "Null", "null", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NaT", "None", "NONE", "\\N",
-)  # fmt: skip
+MISSING_WORDS = tuple(
+    ["NULL", "Null", "null", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NaT", "None", "NONE", "\\N"]
+)
 """What stands for a missing value in exports of databases, pandas and R."""
 _EXACT_FLOAT = 1 << 53
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_WHOLE_FLOAT = r"^-?\d+\.0+$"
-_MAYBE_WHOLE = r"^-?\d+(\.0+)?$"
+_NUMBER = r"^-?\d+(\.\d+)?$"
+_WHOLE_FLOAT = r"^(-?\d+)\.0+$"
+_ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 
 
 class BadValue(Exception):
-    """A single value that cannot be used; its text is the reason, as a clause behind `row that`."""
+    """A single value that cannot be used; its text is the reason, as a clause behind `that`: "is no number"."""
 
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason)
@@ -48,15 +50,17 @@ def id_text(value: Any) -> str | None:
     """A JSON value as id, None for a missing one.
 
     Raises:
-        BadValue: for a list, an object or a truth value.
+        BadValue: for a list, an object, a truth value, and a float that is too large to be exact.
     """
     value = unwrap(value)
     if value is None or isinstance(value, str):
         if value is not None and _SURROGATES.search(value):
-            raise BadValue("has an id with half of a character", ascii(value))
+            raise BadValue("holds half of a character", ascii(value))
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
-        raise BadValue("has an id that is no text or number", value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadValue("is no text or number", value)
+    if isinstance(value, float) and abs(value) >= _EXACT_FLOAT:
+        raise BadValue("is a float too large to be exact", value)
     return _number_text(value)
 
 
@@ -69,16 +73,25 @@ def number_text(value: Any) -> str | None:
     value = unwrap(value)
     if value is None or isinstance(value, str):
         return None if value is None else _SURROGATES.sub("\ufffd", value)
-    if not isinstance(value, bool | int | float | Decimal):
-        raise BadValue("has a list or object where a number or time should be", value)
+    if not isinstance(value, int | float):
+        raise BadValue("is a list or object and no number or time", value)
     return str(int(value)) if isinstance(value, bool) else _number_text(value)
 
 
 def plain_text(value: Any) -> str | None:
-    """A JSON value as text: lists and objects give their texts one behind the other, empty ones left out."""
+    """A value as text: lists and objects give their texts one behind the other, empty ones left out.
+
+    Raises:
+        BadValue: for bytes that are not UTF-8.
+    """
     value = unwrap(value)
     if isinstance(value, str):
         return _SURROGATES.sub("\ufffd", _joined_surrogates(value))
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise BadValue("is binary and not UTF-8 text", value) from None
     if value is None or isinstance(value, bool):
         return None if value is None else str(value).lower()
     if isinstance(value, int | float | Decimal):
@@ -114,28 +127,27 @@ def column_text(column: pl.Series, where: str) -> pl.Series:
     dtype = column.dtype
     if dtype == pl.String or dtype == pl.Null:
         return column.cast(pl.String)
-    if dtype == pl.Binary:
-        text = column.cast(pl.String, strict=False)
-        if text.null_count() > column.null_count():
-            raise DataError(where, str(dtype), "is binary and not UTF-8 text", "Write the column as text.")
-        return text
     if isinstance(dtype, pl.Decimal):
         return column.cast(pl.String).str.replace(r"\.0+$", "").str.replace(r"(\.\d*?)0+$", "$1")
     if dtype.is_float():
-        if dtype == pl.Float64 and column.abs().max() is not None:
-            whole = column.is_not_nan() & column.is_finite() & (column == column.round())
-        else:
-            whole = column.is_finite() & (column == column.round())
-        whole = whole & (column.abs() < 1e18)
-        integers = column.set(~whole.fill_null(False), 0).cast(pl.Int64).cast(pl.String)
-        texts = column.fill_nan(None).cast(pl.String)
-        return texts.zip_with(~whole.fill_null(False), integers)
+        return _float_text(column)
     if dtype.is_nested():
-        return pl.Series(column.name, [plain_text(value) for value in column.to_list()], dtype=pl.String)
+        try:
+            return pl.Series(column.name, [plain_text(value) for value in column.to_list()], dtype=pl.String)
+        except BadValue as error:
+            raise DataError(where, error.value, str(error), "Write the column as text.") from error
     try:
         return column.cast(pl.String)
     except pl.exceptions.PolarsError as error:
-        raise DataError(where, str(dtype), "is a type that cannot be read as text", "Write the column as text.") from error
+        reason = "is binary and not UTF-8 text" if dtype == pl.Binary else "is a type that cannot be read as text"
+        raise DataError(where, str(dtype), reason, "Write the column as text.") from error
+
+
+def _float_text(column: pl.Series) -> pl.Series:
+    """Floats as texts: whole numbers without `.0`, null for NaN."""
+    is_whole = (column.is_finite() & (column == column.round()) & (column.abs() < 1e18)).fill_null(False)
+    integers = column.set(~is_whole, 0).cast(pl.Int64).cast(pl.String)
+    return column.fill_nan(None).cast(pl.String).zip_with(~is_whole, integers)
 
 
 def column_ids(column: pl.Series, where: str) -> pl.Series:
@@ -149,13 +161,17 @@ def column_ids(column: pl.Series, where: str) -> pl.Series:
         raise DataError(where, str(dtype), "is a type that is no id", "Name a column of texts or whole numbers.")
     if dtype.is_float() and (column.abs().max() or 0) >= (_EXACT_FLOAT if dtype == pl.Float64 else 1 << 24):
         raise DataError(
-            where, str(dtype), f"holds ids up to {column.abs().max():.0f}, which such floats cannot tell apart",
+            where,
+            str(dtype),
+            f"holds ids up to {column.abs().max():.0f}, which such floats cannot tell apart",
             "Write the column as text or whole numbers.",
-        )  # fmt: skip
+        )
     return column_text(column, where)
 
 
-def column_numbers(column: pl.Series, where: str, missing: Sequence[str], decimal: str = ".") -> tuple[np.ndarray, np.ndarray]:
+def column_numbers(
+    column: pl.Series, where: str, missing: Sequence[str], decimal: str = "."
+) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of a column, NaN where missing, and where a value is no number; float64 and bool [n].
 
     Raises:
@@ -183,11 +199,28 @@ def without_missing(texts: pl.Series, missing: Sequence[str]) -> pl.Series:
     return texts.set(gone.fill_null(False), None)
 
 
-def whole_numbers(ids: pl.Series) -> pl.Series | None:
-    """Ids without `.0`, if all of them are the whole numbers of a float column; None otherwise."""
-    if not len(ids) or not ids.str.contains(_WHOLE_FLOAT).any() or not ids.str.contains(_MAYBE_WHOLE).all():
-        return None
-    return ids.str.replace(r"\.0+$", "")
+def is_float_column(ids: pl.Series) -> bool:
+    """Tell whether all ids are numbers and some look like `100.0`: pandas writes whole numbers with gaps that way."""
+    return bool(ids.str.contains(_WHOLE_FLOAT).any()) and bool(ids.str.contains(_NUMBER).all())
+
+
+def whole_ids(ids: pl.Series) -> pl.Series:
+    """Ids with `100.0` as `100`."""
+    return ids.str.replace(_WHOLE_FLOAT, "$1")
+
+
+def unescape_entities(texts: pl.Series) -> pl.Series:
+    """Texts with `&amp;`, `&#34;` and the like as the letters that they mean; what is no entity stays."""
+    has_entity = texts.str.contains(r"&#?\w+;").fill_null(False)
+    if not has_entity.any():
+        return texts
+    changed = [_ENTITY.sub(_entity, text) for text in texts.filter(has_entity).to_list()]
+    return texts.scatter(has_entity.arg_true(), changed)
+
+
+def _entity(match: re.Match[str]) -> str:
+    name = match[1]
+    return html.unescape(match[0]) if name.startswith("#") else html5.get(f"{name};", match[0])
 
 
 def clean_texts(texts: pl.Series, missing: Sequence[str], *, one_line: bool = False) -> pl.Series:
@@ -196,10 +229,7 @@ def clean_texts(texts: pl.Series, missing: Sequence[str], *, one_line: bool = Fa
     Args:
         one_line: also make each run of blanks one blank, as in a title.
     """
-    with_entity = texts.str.contains("&", literal=True).fill_null(False)
-    if with_entity.any():
-        places = with_entity.arg_true()
-        texts = texts.scatter(places, [html.unescape(text) for text in texts.filter(with_entity).to_list()])
+    texts = unescape_entities(texts)
     if one_line:
         texts = texts.str.replace_all(r"\s+", " ")
     return without_missing(texts, missing)

@@ -41,9 +41,12 @@ def read_source(source: SourceConfig) -> RawData:
     """
     raw = _read(source)
     logger.info(
-        "read %s: %s interactions of %s users with %s items", source.format, f"{len(raw.interactions):,}",
-        f"{len(raw.user_ids):,}", f"{len(raw.item_ids):,}",
-    )  # fmt: skip
+        "read %s: %s interactions of %s users with %s items",
+        source.format,
+        f"{len(raw.interactions):,}",
+        f"{len(raw.user_ids):,}",
+        f"{len(raw.item_ids):,}",
+    )
     return raw
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,8 +10,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.row_batch import BATCH_ROWS, Batch, column_indexes, with_partition
+from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.sources.files import PARQUET_MAGIC, RawFile, open_binary
 from cllm4rec_dist.errors import DataError
 
@@ -26,7 +27,7 @@ def read_parquet(file: RawFile, columns: Sequence[str], log: SkipLog) -> Iterato
             raise DataError("file", file.path, "is not Parquet", "Mend the path or kind in the recipe.")
         content.seek(0)
         try:
-            table = pq.ParquetFile(content)
+            table = pq.ParquetFile(content if content.seekable() else io.BytesIO(content.read()))
         except (ValueError, OSError, pa.ArrowException) as error:
             raise DataError("file", file.path, f"is not Parquet ({error})", "Fetch the file again.") from error
         in_file = [name for name in columns if name not in file.partition]
@@ -62,7 +63,13 @@ def _frame(batch: pa.RecordBatch, columns: list[str], path: str) -> pl.DataFrame
         column = batch.column(name)
         try:
             found[name] = pl.Series(name, pl.from_arrow(_plain(column)))
-        except (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError) as error:
+        except (
+            pl.exceptions.PolarsError,
+            pl.exceptions.PanicException,
+            pa.ArrowException,
+            TypeError,
+            ValueError,
+        ) as error:
             raise DataError(
                 f"{path}: {name}", str(column.type), f"is a type that cannot be read ({error})", "Write it as text."
             ) from error
@@ -70,11 +77,17 @@ def _frame(batch: pa.RecordBatch, columns: list[str], path: str) -> pl.DataFrame
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """The column without what Polars does not take: maps, dictionaries of odd indexes, extension types."""
+    """The column in types that Polars reads: no extension types, list views, maps, wide decimals or odd dictionaries."""
+    if isinstance(column, pa.UuidArray):
+        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_map(column.type):
         column = column.cast(pa.list_(pa.struct({"key": column.type.key_type, "value": column.type.item_type})))
+    elif pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
+        column = column.cast(pa.large_list(column.type.value_type))
+    elif pa.types.is_decimal256(column.type):
+        column = column.cast(pa.string())
     return column

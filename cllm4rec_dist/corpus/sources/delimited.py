@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 
-from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.row_batch import Batch, column_indexes, with_partition
-from cllm4rec_dist.corpus.sources.encoding import first_lines, utf8_blocks
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.sources.encoding import first_lines, resolve_encoding, utf8_blocks
 from cllm4rec_dist.corpus.sources.files import RawFile
 from cllm4rec_dist.corpus.sources.records import Dialect, LineReader, Outcome
 from cllm4rec_dist.errors import DataError
@@ -25,19 +26,23 @@ logger = logging.getLogger(__name__)
 
 _GUESSES = (",", ";", "\t", "|")
 _NEWLINE, _QUOTE = ord("\n"), ord('"')
+_HEADER_LINES = 20
+"""The header is among so many first lines."""
 
 
 def read_header(file: RawFile, dialect: Dialect, wanted: Sequence[str] = ()) -> tuple[list[str], str]:
     """Names of a file's columns, and the separator.
 
     Args:
+        file: the file.
+        dialect: how fields are written.
         wanted: columns by which an unknown separator is found.
     """
-    lines = [line for line in first_lines(file.path, dialect.encoding, 20) if line.strip()]
+    lines = [line for line in first_lines(file.path, dialect.encoding, _HEADER_LINES) if line.strip()]
     if not lines:
         return list(dialect.names or ()), dialect.separator or ","
     candidates = _GUESSES if dialect.separator is None else (dialect.separator,)
-    headers = {each: LineReader(dialect, each).header(lines[0]) for each in candidates}
+    headers = {each: LineReader(dialect, each).header(lines) for each in candidates}
     if dialect.names is not None:
         fitting = [each for each, fields in headers.items() if len(fields) == len(dialect.names)]
         return list(dialect.names), (fitting or candidates)[0]
@@ -52,7 +57,7 @@ def read_header(file: RawFile, dialect: Dialect, wanted: Sequence[str] = ()) -> 
 def read_delimited(
     file: RawFile, columns: Sequence[str], dialect: Dialect, log: SkipLog, numeric: Sequence[str] = ()
 ) -> Iterator[Batch]:
-    """The wanted columns of each row, as texts.
+    """Yield the wanted columns of each row, as texts.
 
     Args:
         file: the file.
@@ -64,39 +69,43 @@ def read_delimited(
     Raises:
         DataError: for a column that the file does not have, and for quotes whose meaning cannot be told.
     """
+    dialect = replace(dialect, encoding=resolve_encoding(file.path, dialect.encoding))
     header, separator = read_header(file, dialect, columns)
     if not header:
         return
-    in_file = [name for name in columns if name not in file.partition]
+    in_file = [name for name in columns if name not in file.partition] or header[:1]
     indexes = column_indexes(file.path, header, in_file)
     numbers = [header.index(name) for name in numeric if name in header]
     reader = LineReader(dialect, separator, len(header), numbers, file.path)
-    has_header = dialect.names is None
+    header_line = 0 if dialect.names is not None else _first_line_with_text(file, dialect)
     line, rest = 1, b""
     blocks = utf8_blocks(file.path, dialect.encoding)
     block = next(blocks, None)
     while block is not None:
         following = next(blocks, None)
-        buffer = reader.with_one_byte_separator(rest + block)
+        buffer = rest + reader.with_one_byte_separator(block)
         frame, lines, used = _Block(buffer, line, following is None, reader, log, file.path).rows(indexes, in_file)
         line, rest, block = line + buffer.count(b"\n", 0, used), buffer[used:], following
-        batch = Batch(file.path, lines, with_partition(frame, file.partition, columns))
-        yield _without_headers(batch, in_file, [header[index] for index in indexes], has_header, log)
-        has_header = False
+        batch = Batch(file.path, lines, frame).keep(lines != header_line)
+        batch = _without_headers(batch, [header[index] for index in indexes], log)
+        yield Batch(batch.path, batch.lines, with_partition(batch.columns, file.partition, columns))
     reader.report_stray_marks()
 
 
-def _without_headers(batch: Batch, columns: list[str], header: list[str], first_is_header: bool, log: SkipLog) -> Batch:
-    """Leave out the header, also where files with one were joined."""
-    same = pl.all_horizontal([pl.col(name).str.strip_chars() == text for name, text in zip(columns, header, strict=True)])
-    repeated = batch.columns.select(same.fill_null(False)).to_series().to_numpy() if columns else np.empty(0, bool)
-    if first_is_header and len(batch.lines):
-        # The first row, whatever its names look like after quotes and blanks were taken off.
-        batch, repeated = batch.keep(np.arange(len(batch.lines)) > 0), repeated[1:]
+def _first_line_with_text(file: RawFile, dialect: Dialect) -> int:
+    lines = first_lines(file.path, dialect.encoding, _HEADER_LINES)
+    return next(number for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _without_headers(batch: Batch, header: list[str], log: SkipLog) -> Batch:
+    """Leave out repeated headers, as in files that were joined."""
+    names = zip(batch.columns.columns, header, strict=True)
+    same = pl.all_horizontal([pl.col(name).str.strip_chars() == text for name, text in names])
+    repeated = batch.columns.select(same.fill_null(False)).to_series().to_numpy()
     if repeated.any():
-        at = int(np.flatnonzero(repeated)[0])
-        log.skip("repeated header", int(repeated.sum()), file=batch.path, line=int(batch.lines[at]), value=header)
-    rows = batch.keep(~repeated) if len(repeated) else batch
+        line = int(batch.lines[np.flatnonzero(repeated)[0]])
+        log.skip("repeated header", int(repeated.sum()), file=batch.path, line=line, value=", ".join(header))
+    rows = batch.keep(~repeated)
     log.read(batch.path, len(rows.lines))
     return rows
 
@@ -115,6 +124,7 @@ class _Block:
     ) -> None:
         self._buffer, self._first_line, self._is_last = buffer, first_line, is_last
         self._reader, self._log, self._path = reader, log, path
+        self._lost: list[tuple[int, str, str]] = []
         self._bytes = np.frombuffer(buffer, np.uint8)
         ends = np.flatnonzero(self._bytes == _NEWLINE)
         self._ends = ends if not buffer or buffer.endswith(b"\n") else np.append(ends, len(buffer))
@@ -130,10 +140,11 @@ class _Block:
         records, used, stop = self._read_special(plain)
         plain[stop:] = False
         clean, lines = self._clean(plain)
+        self._report_lost()
         frame = _parse(clean, len(lines), indexes, names, self._reader, self._path)
         if records:
-            fields = {name: [_text(record[index]) for _, record in records] for index, name in zip(indexes, names, strict=True)}
-            special = pl.DataFrame(fields, schema=dict.fromkeys(names, pl.String))
+            fields = [[_text(record[index]) for index in indexes] for _, record in records]
+            special = pl.DataFrame(fields, schema=dict.fromkeys(names, pl.String), orient="row")
             lines = np.concatenate([lines, [line for line, _ in records]])
             order = np.argsort(lines, kind="stable")
             frame, lines = pl.concat([frame, special])[order], lines[order]
@@ -154,12 +165,16 @@ class _Block:
                     plain[index] = False
                     self._lose("is not UTF-8 text", index, ascii(line[:120]))
 
-    def _lose(self, reason: str, index: int, value: object) -> None:
-        self._log.read(self._path, 1)
-        self._log.lose(reason, self._path, self._first_line + index, value)
+    def _lose(self, reason: str, index: int, value: str) -> None:
+        self._lost.append((self._first_line + index, reason, value))
+
+    def _report_lost(self) -> None:
+        self._log.read(self._path, len(self._lost))
+        for line, reason, value in sorted(self._lost):
+            self._log.lose(reason, self._path, line, value)
 
     def _read_special(self, plain: np.ndarray) -> tuple[list[tuple[int, list[bytes]]], int, int]:
-        """Records of lines that are not plain, with their line numbers; used bytes; the line at which that is."""
+        """Records of lines that are not plain, with line numbers; number of used bytes; index of the first unused line."""
         records: list[tuple[int, list[bytes]]] = []
         after = 0
         for index in np.flatnonzero(self._reader.is_special(self._bytes, self._starts, self._ends) & plain).tolist():
@@ -179,6 +194,8 @@ class _Block:
 
     def _clean(self, plain: np.ndarray) -> tuple[bytes, np.ndarray]:
         """The plain lines that have the right number of fields, one behind the other, and their numbers."""
+        if self._reader.num_fields == 1:  # an empty line is not a row with an empty field
+            plain = plain & [bool(self._line(index).strip()) for index in range(len(plain))]
         kept = self._only(plain)
         counts = _num_fields(kept, ord(self._reader.separator), self._reader.has_quotes)
         wrong = counts != self._reader.num_fields
@@ -187,7 +204,7 @@ class _Block:
         indexes = np.flatnonzero(plain)
         for index, count in zip(indexes[wrong].tolist(), counts[wrong].tolist(), strict=True):
             if self._line(index).strip():
-                self._lose(f"has {count} fields and not {self._reader.num_fields}", index, _text(self._line(index)))
+                self._lose(self._reader.wrong_count(count), index, _text(self._line(index)))
         plain = plain.copy()
         plain[indexes[wrong]] = False
         return self._only(plain), self._first_line + np.flatnonzero(plain)
@@ -221,12 +238,18 @@ def _parse(
         return pl.DataFrame({name: [] for name in names}, schema=schema)
     try:
         frame = pl.read_csv(
-            lines, has_header=False, separator=reader.separator.decode(), infer_schema=False,
-            quote_char='"' if reader.has_quotes and b'"' in lines else None, columns=sorted(set(indexes)),
+            lines,
+            has_header=False,
+            separator=reader.separator.decode(),
+            infer_schema=False,
+            quote_char='"' if reader.has_quotes and b'"' in lines else None,
+            columns=sorted(set(indexes)),
             raise_if_empty=False,
-        )  # fmt: skip
+        )
     except pl.exceptions.PolarsError as error:
-        raise DataError("file", path, f"cannot be read ({error})", "Mend the file, or set quoting in the recipe.") from error
+        raise DataError(
+            "file", path, f"cannot be read ({error})", "Mend the file, or set quoting in the recipe."
+        ) from error
     assert len(frame) == num_rows, (path, len(frame), num_rows)
     place = {index: column for index, column in zip(sorted(set(indexes)), frame.columns, strict=True)}
     return frame.select([pl.col(place[index]).alias(name) for index, name in zip(indexes, names, strict=True)])

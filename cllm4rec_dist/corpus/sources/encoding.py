@@ -11,7 +11,7 @@ import codecs
 import logging
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 
 from charset_normalizer import from_bytes
 
@@ -23,43 +23,65 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 24
 _SAMPLE_LINES = 2000
 _MARKS = {
-    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
-_WESTERN = re.compile(r"[\x00-\x7f’‘“”–—…•€£©®™°´·«»¿¡ªº¼½¾²³×§ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØŒÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøœùúûüÿ\xa0]*")
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Encodings by their byte order mark; UTF-32's come first, because UTF-16's begin them."""
+_HEAD = 4096
+_MAC_SAMPLE = 1 << 16
+"""A file without a line feed in so many bytes, but with carriage returns, ends its lines with these."""
+_WESTERN = re.compile(
+    r"[\x00-\x7f’‘“”–—…•€£©®™°´·«»¿¡ªº¼½¾²³×§ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØŒÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøœùúûüÿ\xa0]*"
+)
 _LETTER_RUN = re.compile(r"[^\W\d_\x00-\x7f]{3}")
 _ODD_PLACE = re.compile(r"[^\W\d_][¿¡°§×²³¼½¾ªº«»][^\W\d_]")
 _OTHER_LATIN = {"cp1250", "iso8859_2", "cp1254", "iso8859_9", "cp1257", "iso8859_4", "iso8859_13", "mac_latin2"}
 _MIN_COHERENCE = 0.3
 
 
-def check_encoding(field: str, name: str) -> str:
-    """Python's name of an encoding. DataError for an unknown one."""
-    try:
-        return codecs.lookup(name).name
-    except LookupError as error:
-        raise DataError(field, name, "is no encoding", "Write for example utf-8, cp1252, latin-1 or shift_jis.") from error
+def resolve_encoding(path: str, encoding: str) -> str:
+    """Python's name of a file's encoding: the given one, or the one that is found for `auto`.
+
+    A reader that opens a file several times resolves it once, so that a legacy encoding is reported once.
+    """
+    return find_encoding(path) if encoding == "auto" else encoding
 
 
 def find_encoding(path: str) -> str:
     """The encoding of a text file: `utf-8` unless its bytes say otherwise.
 
-    Reads the file up to its first byte that is not UTF-8, and on if there is one.
+    Reads the file up to its first byte that is not UTF-8, and to the end if there is one.
 
     Raises:
         DataError: for a file whose encoding cannot be told.
     """
-    head = first_bytes(path, 4096)
+    head = first_bytes(path, _HEAD)
+    name = _unicode_encoding(head)
+    if name is not None:
+        if name.endswith(("-le", "-be")):
+            logger.warning("%s: read as %s, because of its zero bytes", path, name)
+        return name
+    return "utf-8" if _is_utf8(path) else _legacy_encoding(path)
+
+
+def first_text(path: str, encoding: str = "auto") -> str:
+    """The first characters of a text file, without byte order mark; bytes that cannot be decoded are left out."""
+    head = first_bytes(path, _HEAD)
+    name = (_unicode_encoding(head) or "utf-8") if encoding == "auto" else encoding
+    return head.decode(name, errors="ignore").removeprefix("\ufeff")
+
+
+def _unicode_encoding(head: bytes) -> str | None:
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
-    if head.count(0) > len(head) // 4:
-        name = "utf-16-le" if head[1::2].count(0) >= head[::2].count(0) else "utf-16-be"
-        logger.warning("%s: read as %s, because of its zero bytes", path, name)
-        return name
-    if _is_utf8(path):
-        return "utf-8"
-    return _legacy_encoding(path)
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if max(even, odd) > len(head) // 4 and min(even, odd) * 50 < max(even, odd):
+        return "utf-16-le" if odd > even else "utf-16-be"
+    return None
 
 
 def _is_utf8(path: str) -> bool:
@@ -94,18 +116,24 @@ def _legacy_encoding(path: str) -> str:
     number, line = wrong[0]
     if name is None:
         raise DataError(
-            f"{path} line {number}", ascii(line.strip()[:80]), f"is not UTF-8, like {num_wrong:,} lines of the file, and"
-            " its encoding cannot be told", "Name it in the recipe, for example encoding: cp1252.",
-        )  # fmt: skip
+            f"{path} line {number}",
+            ascii(line.strip()[:80]),
+            f"is not UTF-8, like {num_wrong:,} lines of the file, and its encoding cannot be told",
+            "Name it in the recipe, for example encoding: cp1252.",
+        )
     logger.warning(
         "%s is not UTF-8 (%s lines) and is read as %s: line %d as %r. If that is wrong, set encoding in the recipe.",
-        path, f"{num_wrong:,}", name, number, line.decode(name).strip()[:80],
-    )  # fmt: skip
+        path,
+        f"{num_wrong:,}",
+        name,
+        number,
+        line.decode(name, errors="replace").strip()[:80],
+    )
     return name
 
 
 def _guess(sample: bytes) -> str | None:
-    """A legacy encoding that the sample can hardly be without, or None."""
+    """The legacy encoding that the sample is in, if it can hardly be another one, or None."""
     found = from_bytes(sample).best()
     coherent = found is not None and found.coherence >= _MIN_COHERENCE
     try:
@@ -135,25 +163,37 @@ def utf8_blocks(path: str, encoding: str = "auto") -> Iterator[bytes]:
     Raises:
         DataError: where the file cannot be read or decoded.
     """
-    name = find_encoding(path) if encoding == "auto" else check_encoding(f"{path}: encoding", encoding)
+    name = resolve_encoding(path, encoding)
     is_utf8 = codecs.lookup(name).name in ("utf-8", "utf-8-sig")
-    blocks = _raw_blocks(path) if is_utf8 else _decoded_blocks(path, name)
-    rest, classic_mac, first = b"", False, True
-    for block in blocks:
-        if first:
-            block = block.removeprefix(codecs.BOM_UTF8)
-            classic_mac, first = b"\r" in block and b"\n" not in block, False
-        block, rest = rest + block, b""
-        if classic_mac:
-            block = block.replace(b"\r", b"\n")
-        elif b"\r" in block:
-            block = block.replace(b"\r\n", b"\n")  # a carriage return elsewhere belongs to a text
+    blocks = _raw_blocks(path) if is_utf8 else (text.encode() for text in _decoded_blocks(path, name))
+    rest: list[bytes] = []  # pieces of the line that is not over yet
+    for block in _with_line_feeds(blocks):
         end = block.rfind(b"\n") + 1
-        rest = block[end:]
         if end:
-            yield block[:end]
-    if rest:
-        yield rest.removesuffix(b"\r")
+            yield b"".join([*rest, block[:end]])
+            rest = []
+        rest.append(block[end:])
+    if last := b"".join(rest):
+        yield last
+
+
+def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Blocks without byte order mark in which each line ends with `\\n`; a lone carriage return belongs to a text."""
+    head = b""
+    for block in blocks:
+        head += block
+        if b"\n" in head or len(head) >= _MAC_SAMPLE:
+            break
+    is_mac = b"\r" in head and b"\n" not in head
+    returned = b""  # a carriage return at a block's end, whose line feed may begin the next one
+    for block in chain([head.removeprefix(codecs.BOM_UTF8)], blocks):
+        if is_mac:
+            yield block.replace(b"\r", b"\n")
+            continue
+        block, returned = returned + block, b""
+        if block.endswith(b"\r"):
+            block, returned = block[:-1], b"\r"
+        yield block.replace(b"\r\n", b"\n") if b"\r" in block else block
 
 
 def _raw_blocks(path: str) -> Iterator[bytes]:
@@ -162,18 +202,31 @@ def _raw_blocks(path: str) -> Iterator[bytes]:
             yield block
 
 
-def _decoded_blocks(path: str, encoding: str) -> Iterator[bytes]:
+def _decoded_blocks(path: str, encoding: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)()
     with open_binary(path) as file:
         try:
             while block := read_exactly(file, BLOCK_BYTES):
-                yield decoder.decode(block).encode()
-            yield decoder.decode(b"", final=True).encode()
+                yield decoder.decode(block)
+            yield decoder.decode(b"", final=True)
         except UnicodeError as error:
             raise DataError(
-                f"{path}: encoding", encoding, f"does not fit the file ({error.__class__.__name__}: {error})",
+                f"{path}: encoding",
+                encoding,
+                f"does not fit the file ({error.__class__.__name__}: {error})",
                 "Name another one in the recipe, or leave it out.",
-            ) from error  # fmt: skip
+            ) from error
+
+
+def text_blocks(path: str, encoding: str) -> Iterator[str]:
+    """The text of a file in blocks that end anywhere, without byte order mark.
+
+    Raises:
+        DataError: where the file cannot be read or decoded, at its first wrong byte.
+    """
+    blocks = _decoded_blocks(path, encoding)
+    yield next(blocks, "").removeprefix("\ufeff")
+    yield from blocks
 
 
 def text_lines(path: str, encoding: str = "auto") -> Iterator[tuple[int, bytes]]:

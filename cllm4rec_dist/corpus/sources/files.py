@@ -15,9 +15,10 @@ import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
@@ -32,10 +33,19 @@ _PATTERN = "*?["
 _FETCH = "Fetch the file again."
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowInvalid, ValueError)
 _UNSUPPORTED = {
-    b"ORC": "an ORC file", b"Obj\x01": "an Avro file", b"ARROW1": "an Arrow (Feather) file",
-    b"\x89HDF": "an HDF5 file", b"SQLite format 3": "an SQLite database", b"\xd0\xcf\x11\xe0": "an old Excel workbook",
-    b"7z\xbc\xaf": "a 7-Zip archive", b"Rar!": "a RAR archive", b"\x1f\x9d": "a file of compress (.Z)",
-}  # fmt: skip
+    b"ORC": "an ORC file",
+    b"Obj\x01": "an Avro file",
+    b"ARROW1": "an Arrow (Feather) file",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "an SQLite database",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"\x1f\x9d": "a file of compress (.Z)",
+}
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_HEAD = 262
+"""Bytes that show every kind of file: the mark of a tar archive is at 257."""
 PARQUET_MAGIC = b"PAR1"
 
 
@@ -44,23 +54,31 @@ class RawFile:
     """One raw file.
 
     Attributes:
-        path: path or URL, as it is shown to people.
-        partition: columns that its folders name, as in `country=de/part-0.csv`.
+        path: path or URL, for opening it and for messages.
+        partition: columns that its folders name, as in `country=de/part-0.csv`; None for Hive's null.
     """
 
     path: str
-    partition: dict[str, str] = field(default_factory=dict)
+    partition: dict[str, str | None] = field(default_factory=dict)
 
 
 def find_files(paths: Sequence[str]) -> list[RawFile]:
-    """The files that paths, patterns and folders mean; those of a pattern or folder sorted by name.
+    """Files that paths, patterns and folders mean, each once; those of a pattern or folder are sorted by name.
 
-    Files whose names begin with `_` or `.` (Spark's `_SUCCESS`) and empty ones are no parts of a folder.
+    Files whose names begin with `_` or `.` (Spark's `_SUCCESS`) and empty ones are no parts of a folder. A file whose
+    suffix names another compression than its first bytes is reported.
 
     Raises:
-        DataError: for one that means no file.
+        DataError: for a path that means no file.
     """
-    return [file for path in paths for file in _find(path)]
+    found: dict[str, RawFile] = {}
+    for file in (file for path in paths for file in _find(path)):
+        if file.path in found:
+            logger.warning("%s is named more than once in the recipe and is read once", file.path)
+        else:
+            _check_suffix(file.path)
+            found[file.path] = file
+    return list(found.values())
 
 
 def _find(path: str) -> list[RawFile]:
@@ -93,7 +111,8 @@ def _parts(fs: fsspec.AbstractFileSystem, root: str) -> list[RawFile]:
     for name in sorted(str(name) for name in fs.find(root)):
         inner = name.removeprefix(root).strip("/").split("/")
         if not any(part.startswith(("_", ".")) for part in inner) and _is_part(fs, name):
-            keys = dict(part.split("=", 1) for part in inner[:-1] if "=" in part)
+            pairs = (part.split("=", 1) for part in inner[:-1] if "=" in part)
+            keys = {unquote(key): None if value == _HIVE_NULL else unquote(value) for key, value in pairs}
             found.append(RawFile(_shown(fs, name), keys))
     return found
 
@@ -121,36 +140,48 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
             content = _decompressed(path, cast(BinaryIO, file), stack)
             yield content
         except FileNotFoundError as error:
-            raise DataError("file", path, "does not exist", "Mend the path in the recipe, or fetch the data.") from error
+            raise DataError(
+                "file", path, "does not exist", "Mend the path in the recipe, or fetch the data."
+            ) from error
         except _DAMAGE as error:
             if isinstance(error, UnicodeError):
                 raise
             raise DataError("file", path, f"cannot be read ({error or type(error).__name__})", _FETCH) from error
 
 
+def _check_suffix(path: str) -> None:
+    fs, place = locate("file", path, DataError)
+    with suppress(OSError), as_os_errors(), fs.open(place, "rb") as file:
+        magic = file.read(16)
+        kind, expected = (
+            _compression(magic),
+            next((kind for kind in _OPENERS if path.lower().endswith(f".{kind}")), None),
+        )
+        if magic and kind != expected:
+            logger.warning("%s: its first bytes say %s, so it is read as that", path, kind or "no compression")
+
+
+def _compression(magic: bytes) -> str | None:
+    return next((kind for kind, (marks, _) in _OPENERS.items() if magic.startswith(marks)), None)
+
+
 def _decompressed(path: str, file: BinaryIO, stack: ExitStack) -> BinaryIO:
-    expected = next((kind for kind in _OPENERS if path.lower().endswith(f".{kind}")), None)
-    magic = file.read(16)
+    kind = _compression(file.read(16))
     file.seek(0)
-    kind = next((kind for kind, (prefix, _) in _OPENERS.items() if magic.startswith(prefix)), None)
-    if kind != expected and magic:
-        logger.warning("%s: its first bytes say %s, so it is read as that", path, kind or "no compression")
-    if kind is None:
-        for prefix, what in _UNSUPPORTED.items():
-            if magic.startswith(prefix):
-                raise DataError("file", path, f"is {what}", "Save it as CSV, JSON lines or Parquet.")
-        return file
-    content = stack.enter_context(_OPENERS[kind][1](file))
-    head = content.read(262)
-    if head[257:262] == b"ustar":
-        raise DataError("file", path, "is a tar archive", "Unpack it and give its file or folder.")
+    content = file if kind is None else stack.enter_context(_OPENERS[kind][1](file))
+    head = read_exactly(content, _HEAD)
     content.seek(0)
-    return content
+    if head[257:] == b"ustar":
+        raise DataError("file", path, "is a tar archive", "Unpack it and give its file or folder.")
+    for prefix, what in _UNSUPPORTED.items():
+        if head.startswith(prefix):
+            raise DataError("file", path, f"is {what}", "Save it as CSV, JSON lines or Parquet.")
+    return cast(BinaryIO, content)
 
 
 def _unzip(file: BinaryIO) -> BinaryIO:
     archive = zipfile.ZipFile(file)
-    members = [info for info in archive.infolist() if not info.is_dir() and not base_name(info.filename)[:1] in "_."]
+    members = [info for info in archive.infolist() if not info.is_dir() and base_name(info.filename)[:1] not in "_."]
     if any(info.filename == "xl/workbook.xml" for info in members):
         raise ValueError("an Excel workbook: save it as CSV")
     if len(members) != 1:
@@ -188,13 +219,14 @@ def _open_zstandard(file: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, _Zstandard(file))
 
 
-_OPENERS: dict[str, tuple[bytes, Callable[[BinaryIO], Any]]] = {
-    "gz": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
-    "bz2": (b"BZh", bz2.BZ2File),
-    "xz": (b"\xfd7zXZ\x00", lzma.LZMAFile),
-    "zst": (b"\x28\xb5\x2f\xfd", _open_zstandard),
-    "zip": (b"PK\x03\x04", _unzip),
+_OPENERS: dict[str, tuple[tuple[bytes, ...], Callable[[BinaryIO], Any]]] = {
+    "gz": ((b"\x1f\x8b",), lambda file: gzip.GzipFile(fileobj=file)),
+    "bz2": ((b"BZh",), bz2.BZ2File),
+    "xz": ((b"\xfd7zXZ\x00",), lzma.LZMAFile),
+    "zst": ((b"\x28\xb5\x2f\xfd",), _open_zstandard),
+    "zip": ((b"PK\x03\x04", b"PK\x05\x06"), _unzip),
 }
+"""First bytes of each kind of compression, and what opens it."""
 
 
 def first_bytes(path: str, count: int = 1 << 16) -> bytes:
@@ -213,7 +245,11 @@ def read_exactly(file: BinaryIO, count: int) -> bytes:
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file. DataError where that cannot be told."""
+    """Tell whether there is such a file.
+
+    Raises:
+        DataError: where its place cannot be reached.
+    """
     fs, place = locate("file", path, DataError)
     try:
         with as_os_errors():

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 
-from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector, joined
+from cllm4rec_dist.corpus.about import TextCollector, joined
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import MindSource
-from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.sources.delimited import read_delimited
 from cllm4rec_dist.corpus.sources.files import find_files
 from cllm4rec_dist.corpus.sources.records import Dialect
@@ -44,11 +45,15 @@ def _clicks(batches: Iterator[Batch], log: SkipLog) -> Iterator[Batch]:
     """A row for each article of a history and each clicked one (`N12-1`); those shown in vain are no interactions."""
     for batch in batches:
         rows = batch.columns.with_columns(line=pl.Series(batch.lines))
-        history = rows.select("line", "user", pl.lit(None, pl.String).alias("timestamp"), item=pl.col("history").str.split(" "))
+        history = rows.select(
+            "line", "user", pl.lit(None, pl.String).alias("timestamp"), item=pl.col("history").str.split(" ")
+        )
         shown = rows.select("line", "user", timestamp="time", item=pl.col("shown").str.split(" "))
         shown = shown.explode("item").filter(pl.col("item").str.ends_with("-1"))
         history = history.explode("item").filter(pl.col("item").str.len_bytes() > 0)
-        clicks = pl.concat([history, shown.with_columns(pl.col("item").str.strip_suffix("-1"))]).sort("line", maintain_order=True)
+        clicks = pl.concat([history, shown.with_columns(pl.col("item").str.strip_suffix("-1"))]).sort(
+            "line", maintain_order=True
+        )
         log.read(batch.path, len(clicks) - len(rows))
         yield Batch(batch.path, clicks["line"].to_numpy().astype(np.int64), clicks.select("user", "item", "timestamp"))
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import polars as pl
 
-from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector, joined
+from cllm4rec_dist.corpus.about import TextCollector, joined
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import GroupLensSource, RecboleSource
-from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.sources.delimited import read_delimited, read_header
+from cllm4rec_dist.corpus.sources.encoding import resolve_encoding
 from cllm4rec_dist.corpus.sources.files import RawFile, exists, find_files
 from cllm4rec_dist.corpus.sources.records import Dialect
 from cllm4rec_dist.corpus.values import clean_texts
@@ -21,21 +23,66 @@ from cllm4rec_dist.errors import DataError
 logger = logging.getLogger(__name__)
 
 _GENRES = (
-    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
-    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
-)  # fmt: skip
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+)
 _AGES = {
-    "1": "under 18 years old", "18": "18 to 24 years old", "25": "25 to 34 years old", "35": "35 to 44 years old",
-    "45": "45 to 49 years old", "50": "50 to 55 years old", "56": "56 years old or more",
-}  # fmt: skip
+    "1": "under 18 years old",
+    "18": "18 to 24 years old",
+    "25": "25 to 34 years old",
+    "35": "35 to 44 years old",
+    "45": "45 to 49 years old",
+    "50": "50 to 55 years old",
+    "56": "56 years old or more",
+}
 _OCCUPATIONS = (
-    "other", "academic or educator", "artist", "clerical or administrative", "college or graduate student",
-    "customer service", "doctor or health care", "executive or managerial", "farmer", "homemaker", "K-12 student",
-    "lawyer", "programmer", "retired", "sales or marketing", "scientist", "self-employed", "technician or engineer",
-    "tradesman or craftsman", "unemployed", "writer",
-)  # fmt: skip
+    "other",
+    "academic or educator",
+    "artist",
+    "clerical or administrative",
+    "college or graduate student",
+    "customer service",
+    "doctor or health care",
+    "executive or managerial",
+    "farmer",
+    "homemaker",
+    "K-12 student",
+    "lawyer",
+    "programmer",
+    "retired",
+    "sales or marketing",
+    "scientist",
+    "self-employed",
+    "technician or engineer",
+    "tradesman or craftsman",
+    "unemployed",
+    "writer",
+)
 _GENDERS = {"M": "male", "F": "female"}
-_PHRASES = {"age": "{} years old", "release_year": "released in {}", "class": "genres: {}", "gender": "{}", "occupation": "{}"}
+_PHRASES = {
+    "age": "{} years old",
+    "release_year": "released in {}",
+    "class": "genres: {}",
+    "gender": "{}",
+    "occupation": "{}",
+}
 _BENCHMARK_PARTS = ("train", "valid", "test")
 
 
@@ -44,8 +91,7 @@ def _sentence(columns: pl.DataFrame, fields: Sequence[str], missing: Sequence[st
     phrases = {}
     for index, name in enumerate(fields):
         values = clean_texts(columns[name], missing, one_line=True)
-        if name == "gender":
-            values = values.replace(_GENDERS)
+        values = values.replace(_GENDERS) if name == "gender" else values.str.replace(r"^(\d+)\.0+$", "$1")
         phrase = _PHRASES.get(name, f"{name.replace('_', ' ')}: {{}}")
         phrases[f"{index}"] = pl.select(pl.format(phrase, values)).to_series()
     table = pl.DataFrame(phrases) if phrases else pl.DataFrame({"": [None] * len(columns)}, schema={"": pl.String})
@@ -58,29 +104,35 @@ def read_recbole(source: RecboleSource) -> RawData:
     files = _benchmark_files(source)
     parts: Sequence[int | None] = range(3) if files else [None] * len(found := find_files(source.interactions))
     files = files or found
-    names = _interaction_fields(source, files[0])
+    dialects = {file.path: _dialect(source, file) for file in files}
+    names = _interaction_fields(source, files[0], dialects[files[0].path])
     rules = Rules(
-        missing=source.missing, has_rating="rating" in names, has_text="text" in names,
+        missing=source.missing,
+        has_rating="rating" in names,
+        has_text="text" in names,
         allow_unmatched=source.allow_unmatched,
-    )  # fmt: skip
+    )
     collector = InteractionCollector(log, rules, names)
     for file, part in zip(files, parts, strict=True):
-        collector.add_file(file.path, _atomic(source, file, names, log), part)
+        collector.add_file(file.path, _atomic(file, names, dialects[file.path], log), part)
     raw = collector.finish()
     if source.items is not None:
         title = {} if source.title_field is None else {"title": source.title_field}
         optional = {f"d{name}": name for name in source.description_fields}
         described = TextCollector("item", ("title", "description"), raw.item_ids, log, rules, one_line=("title",))
         for file in find_files(source.items):
-            present = _present(source, file, title | optional, ("title_field", "description_fields"))
-            batches = _atomic(source, file, {"item": source.item_field, **present}, log)
+            dialect = _dialect(source, file)
+            present = _present(source, file, dialect, title | optional, ("title_field", "description_fields"))
+            batches = _atomic(file, {"item": source.item_field, **present}, dialect, log)
             described.add_file(file.path, _with_sentence(batches, "item", "description", present, source.missing))
         raw = replace(raw, items=described.finish())
     if source.users is not None:
         profiles = TextCollector("user", ("text",), raw.user_ids, log, rules)
         for file in find_files(source.users):
-            present = _present(source, file, {f"d{name}": name for name in source.profile_fields}, ("profile_fields",))
-            batches = _atomic(source, file, {"user": source.user_field, **present}, log)
+            dialect = _dialect(source, file)
+            fields = {f"d{name}": name for name in source.profile_fields}
+            present = _present(source, file, dialect, fields, ("profile_fields",))
+            batches = _atomic(file, {"user": source.user_field, **present}, dialect, log)
             profiles.add_file(file.path, _with_sentence(batches, "user", "text", present, source.missing))
         raw = replace(raw, users=profiles.finish())
     return raw
@@ -98,16 +150,18 @@ def _benchmark_files(source: RecboleSource) -> list[RawFile]:
     return find_files(names)
 
 
-def _interaction_fields(source: RecboleSource, file: RawFile) -> dict[str, str]:
+def _interaction_fields(source: RecboleSource, file: RawFile, dialect: Dialect) -> dict[str, str]:
     names = {"user": source.user_field, "item": source.item_field}
     optional = {"rating": source.rating_field, "timestamp": source.timestamp_field, "text": source.text_field}
     wanted = {role: name for role, name in optional.items() if name is not None}
-    return names | _present(source, file, wanted, tuple(f"{role}_field" for role in wanted))
+    return names | _present(source, file, dialect, wanted, tuple(f"{role}_field" for role in wanted))
 
 
-def _present(source: RecboleSource, file: RawFile, names: dict[str, str], keys: Sequence[str]) -> dict[str, str]:
+def _present(
+    source: RecboleSource, file: RawFile, dialect: Dialect, names: dict[str, str], keys: Sequence[str]
+) -> dict[str, str]:
     """The fields that the file has. Those that the recipe names itself must be there; others are left out, with a log."""
-    header, _ = read_header(file, _dialect(source))
+    header, _ = read_header(file, dialect)
     in_file = [name.rpartition(":")[0] for name in header]
     absent = {role: name for role, name in names.items() if name not in in_file}
     given = {key for key in keys if key in source.model_fields_set}
@@ -115,9 +169,11 @@ def _present(source: RecboleSource, file: RawFile, names: dict[str, str], keys: 
         key = next((key for key in keys if _is_of(key, role)), keys[0])
         if key in given:
             raise DataError(
-                f"{file.path} line 1", name, f"is not among its columns {in_file!r:.300}",
+                f"{file.path} line 1",
+                name,
+                f"is not among its columns {in_file!r:.300}",
                 f"Mend {key} in the recipe, or set it to {'null' if key.endswith('_field') else '[]'}.",
-            )  # fmt: skip
+            )
         logger.info("%s has no field %r and is read without it (set %s to name another)", file.path, name, key)
     return {role: name for role, name in names.items() if role not in absent}
 
@@ -126,28 +182,31 @@ def _is_of(key: str, role: str) -> bool:
     return key == f"{role}_field" or (role.startswith("d") and key.endswith("_fields"))
 
 
-def _dialect(source: RecboleSource, names: tuple[str, ...] | None = None) -> Dialect:
-    return Dialect(source.field_separator, "none", None, source.encoding, names)
+def _dialect(source: RecboleSource, file: RawFile) -> Dialect:
+    return Dialect(source.field_separator, "none", None, resolve_encoding(file.path, source.encoding))
 
 
-def _atomic(source: RecboleSource, file: RawFile, names: dict[str, str], log: SkipLog) -> Iterator[Batch]:
+def _atomic(file: RawFile, names: dict[str, str], dialect: Dialect, log: SkipLog) -> Iterator[Batch]:
     """The fields of each line under the names of their roles."""
-    header, _ = read_header(file, _dialect(source))
+    header, separator = read_header(file, dialect)
     fields = [name.rpartition(":")[0] for name in header]
     if not all(fields):
         raise DataError(
-            f"{file.path} line 1", source.field_separator.join(header)[:100],
-            "is not a header of typed fields (user_id:token)", "Choose another format, or set field_separator.",
-        )  # fmt: skip
-    typed = {name: full for name, full in zip(fields, header, strict=True)}
+            f"{file.path} line 1",
+            separator.join(header)[:100],
+            "is not a header of typed fields (user_id:token)",
+            "Choose another format, or set field_separator.",
+        )
+    typed = dict(zip(fields, header, strict=True))
     missing = [name for name in names.values() if name not in typed]
     if missing:
+        key = "field_separator" if len(header) == 1 else "the names"
         raise DataError(
-            f"{file.path} line 1", missing[0], f"is not among its columns {fields!r:.300}", "Mend the names in the recipe."
+            f"{file.path} line 1", missing[0], f"is not among its columns {fields!r:.300}", f"Mend {key} in the recipe."
         )
     columns = list(dict.fromkeys(typed[name] for name in names.values()))
     numeric = [typed[names[role]] for role in ("rating", "timestamp") if role in names]
-    for batch in read_delimited(file, columns, _dialect(source), log, numeric):
+    for batch in read_delimited(file, columns, dialect, log, numeric):
         renamed = batch.columns.select(batch.columns[typed[name]].alias(role) for role, name in names.items())
         yield Batch(batch.path, batch.lines, renamed)
 
@@ -233,7 +292,9 @@ def _listed_genres(columns: pl.DataFrame) -> pl.Expr:
 
 
 def _flagged_genres(columns: pl.DataFrame) -> pl.Expr:
-    return _genres(pl.concat_list([pl.when(pl.col(name).str.strip_chars() == "1").then(pl.lit(name)) for name in _GENRES]))
+    return _genres(
+        pl.concat_list([pl.when(pl.col(name).str.strip_chars() == "1").then(pl.lit(name)) for name in _GENRES])
+    )
 
 
 def _profiles(file: RawFile, source: GroupLensSource, log: SkipLog) -> Iterator[Batch]:
@@ -255,9 +316,13 @@ def _decoded(batch: Batch, log: SkipLog) -> Batch:
     """Profiles of MovieLens 1M in words; a row with an unknown occupation is lost."""
     jobs = {str(index): name for index, name in enumerate(_OCCUPATIONS)}
     known = batch.columns["occupation"].is_in(list(jobs)).to_numpy()
-    for line, job in zip(batch.lines[~known].tolist(), batch.columns["occupation"].filter(~known).to_list(), strict=True):
+    for line, job in zip(
+        batch.lines[~known].tolist(), batch.columns["occupation"].filter(~known).to_list(), strict=True
+    ):
         log.lose("has an occupation that MovieLens 1M does not have", batch.path, line, job)
     batch = batch.keep(known)
     words = {"age": _AGES, "gender": _GENDERS, "occupation": jobs}
-    columns = [pl.col(name).replace_strict(table, default=None, return_dtype=pl.String) for name, table in words.items()]
+    columns = [
+        pl.col(name).replace_strict(table, default=None, return_dtype=pl.String) for name, table in words.items()
+    ]
     return Batch(batch.path, batch.lines, batch.columns.with_columns(columns))

@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
-import ijson
 import numpy as np
 import orjson
 import polars as pl
 
-from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.row_batch import BATCH_ROWS, Batch, with_partition
-from cllm4rec_dist.corpus.sources.encoding import text_lines, utf8_blocks
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.sources.encoding import first_text, resolve_encoding, text_blocks, text_lines
 from cllm4rec_dist.corpus.sources.files import RawFile
-from cllm4rec_dist.corpus.values import BadValue
+from cllm4rec_dist.corpus.sources.json_stream import JsonStream
+from cllm4rec_dist.corpus.values import BadValue, unwrap
 from cllm4rec_dist.errors import DataError
 
 Object = dict[str, Any]
 Getter = tuple[str, Callable[[Object], str | None]]
 """Name of a column, and what makes its text of an object; BadValue for a value that cannot be used."""
+_LONG_INTEGER = re.compile(rb"\d{19}")
+_SAMPLE_MEMBERS = 100
+_EXCERPT = 100
 
 
-def read_objects(file: RawFile, log: SkipLog, encoding: str = "auto", wanted: Sequence[str] = ()) -> Iterator[tuple[int, Object]]:
+def read_objects(
+    file: RawFile, log: SkipLog, encoding: str = "auto", wanted: Sequence[str] = ()
+) -> Iterator[tuple[int, Object]]:
     """Number, from 1, and content of each object: the line, or the position in the document.
 
     Args:
@@ -39,36 +45,41 @@ def read_objects(file: RawFile, log: SkipLog, encoding: str = "auto", wanted: Se
         encoding: Python's name, or auto.
         wanted: fields of interest, by which an object of columns is told from an object of objects.
     """
-    first = next((line for _, line in text_lines(file.path, encoding) if line.strip()), b"")
+    encoding = resolve_encoding(file.path, encoding)
+    if first_text(file.path, encoding).lstrip().startswith("["):
+        return _elements(file.path, log, _stream(file.path, encoding).values())
+    first, second = _first_two_lines(file.path, encoding)
     parsed = parse_line(first)
-    if isinstance(parsed, dict) and not _is_document(parsed, wanted, file, encoding):
-        return _lines(file.path, log, encoding)
-    if first.lstrip()[:1] in (b"[", b"{") and not (isinstance(parsed, list) and _has_more_lines(file.path, encoding)):
+    if isinstance(parsed, dict) and second is None and _shape(parsed, wanted) != "objects":
         return _document(file.path, log, encoding, wanted)
-    return _lines(file.path, log, encoding)
+    if (
+        isinstance(parsed, dict)
+        or isinstance(second and parse_line(second), dict)
+        or not first.lstrip().startswith(b"{")
+    ):
+        return _lines(file.path, log, encoding)
+    return _document(file.path, log, encoding, wanted)
 
 
-def _has_more_lines(path: str, encoding: str) -> bool:
+def _first_two_lines(path: str, encoding: str) -> tuple[bytes, bytes | None]:
+    """The first two lines that are not blank; None where there is no second one."""
     lines = (line for _, line in text_lines(path, encoding) if line.strip())
-    return len(list(islice(lines, 2))) > 1
-
-
-def _is_document(parsed: Object, wanted: Sequence[str], file: RawFile, encoding: str) -> bool:
-    """Whether a whole object on the first line holds all rows and is not the first of them."""
-    nested = bool(parsed) and all(isinstance(value, dict | list) for value in parsed.values())
-    columnar = bool(wanted) and set(wanted) <= parsed.keys()
-    return nested and not _has_more_lines(file.path, encoding) and (columnar or not set(wanted) & parsed.keys())
+    return next(lines, b""), next(lines, None)
 
 
 def parse_line(line: bytes) -> Any:
     """Value of a line of JSON, or of a Python literal; None if it is neither."""
-    with suppress(orjson.JSONDecodeError):
-        return orjson.loads(line)
-    text = line.decode(errors="surrogateescape")
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)  # takes NaN and lone surrogates
+    if not _LONG_INTEGER.search(line):  # orjson makes floats of these
+        with suppress(orjson.JSONDecodeError):
+            return orjson.loads(line)
     try:
-        return ast.literal_eval(text.strip())
+        text = line.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    with suppress(ValueError, RecursionError):
+        return json.loads(text, strict=False)  # takes NaN and lone surrogates
+    try:
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
 
@@ -82,60 +93,36 @@ def _lines(path: str, log: SkipLog, encoding: str) -> Iterator[tuple[int, Object
         if isinstance(found, dict):
             yield number, found
         else:
-            log.lose("is not a JSON object", path, number, line.decode(errors="replace"))
+            text = line.decode(errors="replace")
+            reason = "is not UTF-8 text" if text.encode() != line else "is not a JSON object"
+            log.lose(reason, path, number, text if text.encode() == line else ascii(line[:_EXCERPT]))
 
 
-class _Stream:
-    """Blocks of bytes as a file."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks, self._rest = blocks, b""
-
-    def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes, none at the end."""
-        self._rest = self._rest or next(self._blocks, b"")
-        size = len(self._rest) if size < 0 else size
-        part, self._rest = self._rest[:size], self._rest[size:]
-        return part
+def _stream(path: str, encoding: str) -> JsonStream:
+    return JsonStream(path, text_blocks(path, encoding))
 
 
 def _document(path: str, log: SkipLog, encoding: str, wanted: Sequence[str]) -> Iterator[tuple[int, Object]]:
-    """Objects of one array, objects over several lines each, the values of one object, or rows of columns."""
-    options: dict[str, Any] = {"use_float": True, "multiple_values": True}
-
-    def stream() -> _Stream:
-        return _Stream(utf8_blocks(path, encoding))
-
-    try:
-        shape = _shape(ijson.parse(stream(), **options), wanted)
-        if shape == "array":
-            yield from _elements(path, log, ijson.items(stream(), "item", **options))
-        elif shape == "objects":
-            yield from _elements(path, log, ijson.items(stream(), "", **options))
-        elif shape == "columns":
-            yield from _columns(path, log, next(ijson.items(stream(), "", use_float=True)))
-        else:
-            members = ijson.kvitems(stream(), "", use_float=True)
-            yield from _elements(path, log, (value for _, value in members))
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise DataError("file", path, f"is not JSON ({error})", "Mend the file, or fetch it again.") from error
+    """Objects over several lines each, the values of one object, or rows of columns."""
+    shape = _shape(dict(islice(_stream(path, encoding).members(), _SAMPLE_MEMBERS)), wanted)
+    stream = _stream(path, encoding)
+    if shape == "columns":
+        return _columns(path, log, stream.value())
+    return _elements(path, log, stream.values() if shape == "objects" else (value for _, value in stream.members()))
 
 
-def _shape(events: Iterator[tuple[str, str, Any]], wanted: Sequence[str]) -> str:
-    """What a document is, by its first events: `array`, `objects`, `columns` or `members`."""
-    _, event, _ = next(events)
-    if event == "start_array":
-        return "array"
-    key = next((value for _, event, value in events if event in ("map_key", "end_map")), None)
-    _, event, _ = next(events, ("", "", None))
-    if event == "start_array" and key in wanted:
-        return "columns"
-    if event != "start_map":
+def _shape(first: Object, wanted: Sequence[str]) -> Literal["objects", "members", "columns"]:
+    """What a document is, by the first members of its first object.
+
+    `objects` are rows themselves, the values of `members` are, and `columns` hold a list or an object of values each.
+    """
+    has_wanted = any(name in first for name in wanted)
+    values = list(first.values())
+    if not values or not all(isinstance(value, list | dict) and value == unwrap(value) for value in values):
         return "objects"
-    _, event, inner = next(events, ("", "", None))
-    if str(inner).startswith("$"):
-        return "objects"
-    return "columns" if key in wanted and inner not in wanted else "members"
+    if any(isinstance(value, list) for value in values):
+        return "columns" if has_wanted else "objects"
+    return "columns" if has_wanted and not any(name in values[0] for name in wanted) else "members"
 
 
 def _elements(path: str, log: SkipLog, values: Iterator[Any]) -> Iterator[tuple[int, Object]]:
@@ -160,12 +147,17 @@ def _columns(path: str, log: SkipLog, table: Object) -> Iterator[tuple[int, Obje
 
 
 def object_batches(
-    file: RawFile, objects: Iterator[tuple[int, Object]], getters: Sequence[Getter], log: SkipLog,
+    file: RawFile,
+    objects: Iterator[tuple[int, Object]],
+    getters: Sequence[Getter],
+    log: SkipLog,
     columns: Sequence[str] | None = None,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Batch]:
     """Texts of the objects' fields, in batches.
 
     Args:
+        file: where the objects are from.
+        objects: with their numbers.
         getters: of each column.
         log: counts objects with a value that cannot be used.
         columns: names of the batches' columns, those of the file's folders included; the getters' if left out.
@@ -173,20 +165,28 @@ def object_batches(
     names = [name for name, _ in getters]
     while chunk := list(islice(objects, BATCH_ROWS)):
         lines: list[int] = []
-        rows: list[tuple[str | None, ...]] = []
+        rows: list[list[str | None]] = []
         for line, entry in chunk:
+            row: list[str | None] = []
             try:
-                rows.append(tuple(get(entry) for _, get in getters))
-                lines.append(line)
+                for name, get in getters:  # noqa: B007  # `name` is that of the value that fails
+                    row.append(get(entry))
             except BadValue as error:
-                log.lose(str(error), file.path, line, error.value)
+                log.lose(f"has a {name} that {error}", file.path, line, error.value)
+            except RecursionError:
+                log.lose(f"has a {name} that is nested too deeply", file.path, line, "...")
+            else:
+                rows.append(row)
+                lines.append(line)
         frame = pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
         frame = with_partition(frame, file.partition, columns or names)
         yield Batch(file.path, np.array(lines, dtype=np.int64), frame)
 
 
-def require_fields(path: str, objects: Iterator[tuple[int, Object]], *groups: tuple[str, ...]) -> Iterator[tuple[int, Object]]:
-    """The same objects, where the first one has at least one field of each group.
+def require_fields(
+    path: str, objects: Iterator[tuple[int, Object]], *groups: tuple[str, ...]
+) -> Iterator[tuple[int, Object]]:
+    """Pass the objects on; the first one must have at least one field of each group.
 
     Raises:
         DataError: if it has not: the format in the recipe is wrong.
@@ -196,30 +196,37 @@ def require_fields(path: str, objects: Iterator[tuple[int, Object]], *groups: tu
             for fields in groups:
                 if not any(name in entry for name in fields):
                     raise DataError(
-                        f"{path} line {line}", list(entry), f"has no field {' or '.join(fields)}",
+                        f"{path} line {line}",
+                        list(entry),
+                        f"has no field {' or '.join(fields)}",
                         "Choose the format or edition that fits.",
-                    )  # fmt: skip
+                    )
         yield line, entry
 
 
-def require_seen(path: str, objects: Iterator[tuple[int, Object]], columns: Sequence[str]) -> Iterator[tuple[int, Object]]:
-    """The same objects; after the last one, each column must have been in one of them.
+def require_seen(
+    path: str, objects: Iterator[tuple[int, Object]], columns: Sequence[str]
+) -> Iterator[tuple[int, Object]]:
+    """Pass the objects on; after the last one, each column must have been in one of them.
 
     Raises:
         DataError: for columns that no object has.
     """
     unseen = set(columns)
     seen: dict[str, None] = {}
+    line = 0
     for line, entry in objects:
         if unseen:
             unseen -= entry.keys()
             seen |= dict.fromkeys(list(entry)[:20]) if len(seen) < 20 else {}
         yield line, entry
-    if unseen:
+    if unseen and line:
         raise DataError(
-            path, sorted(unseen), f"is in no object of the file, whose fields are {list(seen)!r:.300}",
+            path,
+            sorted(unseen),
+            f"is in no object of the file, whose fields are {list(seen)!r:.300}",
             "Mend the names in the recipe.",
-        )  # fmt: skip
+        )
 
 
 def read_members(path: str, encoding: str) -> Iterator[tuple[str, Any]] | None:
@@ -228,15 +235,8 @@ def read_members(path: str, encoding: str) -> Iterator[tuple[str, Any]] | None:
     Raises:
         DataError: where it is not JSON.
     """
-    lines = (line for _, line in text_lines(path, encoding) if line.strip())
-    first, second = next(lines, b""), next(lines, None)
+    encoding = resolve_encoding(path, encoding)
+    first, second = _first_two_lines(path, encoding)
     if not first.lstrip().startswith(b"{") or (second is not None and isinstance(parse_line(first), dict)):
         return None
-    return _members(path, encoding)
-
-
-def _members(path: str, encoding: str) -> Iterator[tuple[str, Any]]:
-    try:
-        yield from ijson.kvitems(_Stream(utf8_blocks(path, encoding)), "", use_float=True)
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise DataError("file", path, f"is not JSON ({error})", "Mend the file, or fetch it again.") from error
+    return _stream(path, encoding).members()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
@@ -56,7 +57,7 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was read at a line.
+    """Result of reading at a line.
 
     Attributes:
         kind: a record, a lost line, or a record that goes on behind the bytes at hand.
@@ -66,7 +67,7 @@ class Outcome:
     """
 
     class Kind(Enum):
-        """What there was."""
+        """Record, lost line, or the beginning of a record."""
 
         RECORD = auto()
         LOST = auto()
@@ -118,13 +119,17 @@ class LineReader:
         """The text with its separator, if that is longer, replaced by one byte."""
         return text if len(self._long_separator) == 1 else text.replace(self._long_separator, self.separator)
 
-    def header(self, line: bytes) -> list[str]:
-        """Names in the first line, without quotes and surrounding blanks."""
-        line = self.with_one_byte_separator(line)
-        try:
-            fields = self._parse(line, 0, is_last=True)[0] if self.has_quotes else self._split(line)
-        except (_Unclosed, _Malformed):
-            fields = self._split(line)
+    def header(self, lines: Sequence[bytes]) -> list[str]:
+        """Names in the first record, without quotes and surrounding blanks.
+
+        Args:
+            lines: first lines of the file; a quoted name may run over several.
+        """
+        first = self.with_one_byte_separator(lines[0])
+        fields = self._split(first)
+        if self.has_quotes:
+            with suppress(_Unclosed, _Malformed):
+                fields, _ = self._parse(self.with_one_byte_separator(_NEWLINE.join(lines)), 0)
         return [name.decode(errors="replace").strip() for name in fields]
 
     def is_special(self, text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -142,8 +147,8 @@ class LineReader:
             return special
         line = np.searchsorted(ends, marks)
         opens = (np.arange(len(marks)) - np.searchsorted(line, line)) % 2 == 0
-        padded = np.concatenate([_NEWLINE_ARRAY, text, _NEWLINE_ARRAY])
-        before, behind = padded[marks], padded[marks + 2]
+        before = np.where(marks > 0, text[marks - 1], _NEWLINE[0])
+        behind = np.where(marks + 1 < len(text), text[np.minimum(marks + 1, len(text) - 1)], _NEWLINE[0])
         separator = self.separator[0]
         at_start = (before == separator) | (before == _NEWLINE[0]) | (before == _QUOTE[0])
         at_end = (behind == separator) | (behind == _NEWLINE[0]) | (behind == _QUOTE[0])
@@ -161,61 +166,74 @@ class LineReader:
         Raises:
             DataError: where a quoted field may be several rows, or is escaped in a way that the recipe does not name.
         """
-        if not self.has_quotes:
-            return self._as_characters(buffer, start, line)
+        strict = self._dialect.quoting == "double"
         try:
-            fields, end = self._parse(buffer, start, is_last)
+            if not self.has_quotes:
+                return self._as_characters(buffer, start, line)
+            fields, end = self._parse(buffer, start)
         except _Unclosed:
             if not is_last and len(buffer) - start < _MAX_FIELD:
                 return Outcome(Outcome.Kind.UNFINISHED)
-            if self._dialect.quoting == "double":
+            if strict:
                 raise self._refusal(line, buffer, start, "opens a quoted field that is never closed") from None
-            return self._as_characters(buffer, start, line)
+            return self._as_characters(buffer, start, line, is_last=True)
         except _Malformed:
-            if self._dialect.quoting == "double":
+            if strict:
                 return Outcome(Outcome.Kind.LOST, _line_length(buffer, start), reason="has quotes that are not doubled")
-            return self._as_characters(buffer, start, line)
-        num_lines = max(1, buffer.count(_NEWLINE, start, end) + (end == len(buffer) and not buffer.endswith(_NEWLINE)))
+            return self._as_characters(buffer, start, line, is_last=True)
+        num_lines = _num_lines(buffer, start, end)
         if len(fields) != self.num_fields:
-            if num_lines > 1 and self._dialect.quoting == "auto":
-                return self._as_characters(buffer, start, line)
-            reason = f"has {len(fields)} fields and not {self.num_fields}"
-            return Outcome(Outcome.Kind.LOST, end - start, num_lines, reason=reason)
-        if num_lines > 1 and self._dialect.quoting == "auto":
+            if num_lines > 1 and not strict:
+                return self._as_characters(buffer, start, line, is_last=True)
+            return Outcome(Outcome.Kind.LOST, end - start, num_lines, reason=self.wrong_count(len(fields)))
+        if num_lines > 1 and not strict:
             inner = buffer[start:end].rstrip(_NEWLINE).split(_NEWLINE)[1:]
             if any(map(self._looks_like_a_row, inner)):
-                raise self._refusal(
-                    line, buffer, start,
-                    f"opens a quoted field that goes on for {num_lines - 1:,} lines, some of which look like rows",
-                )  # fmt: skip
+                what = f"opens a quoted field that goes on for {num_lines - 1:,} lines, some of which look like rows"
+                raise self._refusal(line, buffer, start, what)
         return Outcome(Outcome.Kind.RECORD, end - start, num_lines, fields)
+
+    def wrong_count(self, count: int) -> str:
+        """Reason for which a line of so many fields is lost."""
+        return f"has {count} {'field' if count == 1 else 'fields'} instead of {self.num_fields}"
 
     def report_stray_marks(self) -> None:
         """Warn of marks that were taken for characters."""
         if self._num_stray:
             logger.warning(
                 "%s: a quotation mark begins a field but does not enclose it in %s lines, the first is line %d. It is"
-                " read as a character; set quoting: none to say so.", self._path, f"{self._num_stray:,}",
+                " read as a character; set quoting: none to say so.",
+                self._path,
+                f"{self._num_stray:,}",
                 self._first_stray,
-            )  # fmt: skip
+            )
 
-    def _as_characters(self, buffer: bytes, start: int, line: int) -> Outcome:
-        """The line at `start` with its marks as characters."""
-        length = _line_length(buffer, start)
-        text = buffer[start : start + length].removesuffix(_NEWLINE)
+    def _as_characters(self, buffer: bytes, start: int, line: int, *, is_last: bool = False) -> Outcome:
+        """The line at `start` with its marks as characters.
+
+        Raises:
+            _Unclosed: where an escaped line end is the last one of the buffer, unless `is_last`.
+        """
+        end = start + _line_length(buffer, start)
+        while self._escape and buffer[end - 1 : end] == _NEWLINE and self._is_escaped(buffer, start, end - 1):
+            if end == len(buffer):
+                if not is_last:
+                    raise _Unclosed
+                break
+            end += _line_length(buffer, end)
+        text = buffer[start:end].removesuffix(_NEWLINE)
         fields = self._split(text)
+        num_lines = _num_lines(buffer, start, end)
+        if self.has_quotes and not self._escape and b'\\"' in text:
+            raise self._refusal(line, buffer, start, "has a quotation mark behind a backslash", escaped=True)
+        if len(fields) != self.num_fields:
+            return Outcome(Outcome.Kind.LOST, end - start, num_lines, reason=self.wrong_count(len(fields)))
         if self.has_quotes:
-            if not self._escape and b'\\"' in text:
-                raise self._refusal(line, buffer, start, "has a quotation mark behind a backslash", escaped=True)
-            if len(fields) == self.num_fields:
-                self._num_stray += 1
-                self._first_stray = self._first_stray or line
-        if len(fields) == self.num_fields:
-            return Outcome(Outcome.Kind.RECORD, length, fields=fields)
-        reason = f"has {len(fields)} fields and not {self.num_fields}"
-        return Outcome(Outcome.Kind.LOST, length, reason=reason)
+            self._num_stray += 1
+            self._first_stray = self._first_stray or line
+        return Outcome(Outcome.Kind.RECORD, end - start, num_lines, fields)
 
-    def _refusal(self, line: int, buffer: bytes, start: int, what: str, escaped: bool = False) -> DataError:
+    def _refusal(self, line: int, buffer: bytes, start: int, what: str, *, escaped: bool = False) -> DataError:
         text = excerpt(buffer[start : start + _line_length(buffer, start)].decode(errors="replace"))
         cure = (
             "Set escape: '\\' in the recipe if backslashes escape, or quoting: none if marks are characters."
@@ -242,7 +260,7 @@ class LineReader:
                 return fields
             at = end + 1
 
-    def _parse(self, buffer: bytes, start: int, is_last: bool) -> tuple[list[bytes], int]:
+    def _parse(self, buffer: bytes, start: int) -> tuple[list[bytes], int]:
         """Fields of the record at `start`, and where the next one begins."""
         fields: list[bytes] = []
         at = start
@@ -251,11 +269,11 @@ class LineReader:
                 value, at = self._quoted(buffer, at + 1)
             else:
                 end = self._field_end(buffer, at)
-                if end == len(buffer) and buffer.endswith(_NEWLINE) and not is_last:
-                    raise _Unclosed  # the line's end is escaped
                 value, at = self._unescaped(buffer[at:end]), end
             fields.append(value)
             if at >= len(buffer):
+                if self._escape and buffer.endswith(_NEWLINE):
+                    raise _Unclosed  # the line end is escaped, so the field goes on
                 return fields, at
             at += 1
             if buffer[at - 1 : at] == _NEWLINE:
@@ -298,9 +316,10 @@ class LineReader:
         return value if self._escaped is None else self._escaped.sub(rb"\1", value)
 
 
-_NEWLINE_ARRAY = np.frombuffer(_NEWLINE, np.uint8)
-
-
 def _line_length(buffer: bytes, start: int) -> int:
     end = buffer.find(_NEWLINE, start)
     return (len(buffer) if end < 0 else end + 1) - start
+
+
+def _num_lines(buffer: bytes, start: int, end: int) -> int:
+    return max(1, buffer.count(_NEWLINE, start, end) + (not buffer.endswith(_NEWLINE, start, end)))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector
+from cllm4rec_dist.corpus.about import TextCollector
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import AmazonSource, FileSource, SteamSource, YelpSource
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.sources.files import RawFile, find_files
@@ -36,9 +37,14 @@ def _rules(source: FileSource, *, html: bool = False, rating: bool = True) -> Ru
 
 
 def _read_reviews(
-    source: FileSource, paths: Sequence[str], getters: Sequence[Getter], required: Groups, rules: Rules, log: SkipLog,
+    source: FileSource,
+    paths: Sequence[str],
+    getters: Sequence[Getter],
+    required: Groups,
+    rules: Rules,
+    log: SkipLog,
     expand: Callable[[Iterator[tuple[int, Object]]], Iterator[tuple[int, Object]]] | None = None,
-) -> RawData:  # fmt: skip
+) -> RawData:
     collector = InteractionCollector(log, rules)
     for file in find_files(paths):
         objects = require_fields(file.path, read_objects(file, log, source.encoding), *required)
@@ -49,9 +55,13 @@ def _read_reviews(
 
 
 def _add_texts(
-    collector: TextCollector, source: FileSource, files: Sequence[RawFile], getters: Sequence[Getter], required: Groups,
+    collector: TextCollector,
+    source: FileSource,
+    files: Sequence[RawFile],
+    getters: Sequence[Getter],
+    required: Groups,
     log: SkipLog,
-) -> Any:  # fmt: skip
+) -> Any:
     for file in files:
         objects = require_fields(file.path, read_objects(file, log, source.encoding), *required)
         collector.add_file(file.path, object_batches(file, objects, getters, log))
@@ -100,9 +110,10 @@ def read_yelp(source: YelpSource) -> RawData:
     raw = _read_reviews(source, source.reviews, getters, [("user_id",), ("business_id",)], rules, log)
     if source.businesses is not None:
         about: list[Getter] = [
-            ("item", _field("business_id", convert=id_text)), ("title", _field("name", convert=plain_text)),
+            ("item", _field("business_id", convert=id_text)),
+            ("title", _field("name", convert=plain_text)),
             ("description", _business),
-        ]  # fmt: skip
+        ]
         items = TextCollector(
             "item", ("title", "description"), raw.item_ids, log, rules, one_line=("title", "description")
         )
@@ -123,7 +134,9 @@ def _business(entry: Object) -> str | None:
 def _member(entry: Object) -> str | None:
     # Counts and averages of the user's reviews are left out: they include the held-out ones.
     since, elite = (plain_text(entry.get("yelping_since")) or "")[:4], plain_text(entry.get("elite"))
-    return ", ".join(part for part in (since and f"member since {since}", elite and f"elite in {elite}") if part) or None
+    return (
+        ", ".join(part for part in (since and f"member since {since}", elite and f"elite in {elite}") if part) or None
+    )
 
 
 def read_steam(source: SteamSource) -> RawData:
@@ -140,9 +153,10 @@ def read_steam(source: SteamSource) -> RawData:
     raw = _read_reviews(source, source.reviews, getters, required, rules, log, _each_game)
     if source.games is not None:
         about: list[Getter] = [
-            ("item", _field("id", convert=id_text)), ("title", _field("title", "app_name", convert=plain_text)),
+            ("item", _field("id", convert=id_text)),
+            ("title", _field("title", "app_name", convert=plain_text)),
             ("description", _game),
-        ]  # fmt: skip
+        ]
         games = TextCollector("item", ("title", "description"), raw.item_ids, log, rules, one_line=("title",))
         table = _add_texts(games, source, find_files(source.games), about, [("id", "app_name", "title")], log)
         raw = replace(raw, items=table)
@@ -150,7 +164,7 @@ def read_steam(source: SteamSource) -> RawData:
 
 
 def _each_game(objects: Iterator[tuple[int, Object]]) -> Iterator[tuple[int, Object]]:
-    """An object a game, where an object holds all games of a user."""
+    """Yield an object for each game, where an object holds all games of a user."""
     for line, entry in objects:
         games = entry.get("items", entry.get("reviews"))
         if not isinstance(games, list):
@@ -158,7 +172,11 @@ def _each_game(objects: Iterator[tuple[int, Object]]) -> Iterator[tuple[int, Obj
             continue
         for game in games:
             # Their dates are sentences ("Posted November 5, 2011."), some without a year: the order of the file is kept.
-            yield line, {"user_id": entry.get("user_id"), **{k: v for k, v in game.items() if k in ("item_id", "review")}}
+            about = game if isinstance(game, dict) else {"item_id": game}
+            yield (
+                line,
+                {"user_id": entry.get("user_id"), "item_id": about.get("item_id"), "review": about.get("review")},
+            )
 
 
 def _game(entry: Object) -> str | None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-import ijson
 import numpy as np
 import polars as pl
 
-from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector
+from cllm4rec_dist.corpus.about import TextCollector
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import SequencesSource
-from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.row_batch import BATCH_ROWS, Batch
-from cllm4rec_dist.corpus.sources.encoding import first_lines, text_lines
-from cllm4rec_dist.corpus.sources.files import RawFile, find_files, first_bytes
+from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.sources.encoding import first_lines, first_text, resolve_encoding, text_lines
+from cllm4rec_dist.corpus.sources.files import RawFile, find_files
 from cllm4rec_dist.corpus.sources.objects import read_members, read_objects
 from cllm4rec_dist.corpus.values import BadValue, id_text, plain_text
 from cllm4rec_dist.errors import DataError
@@ -35,21 +35,23 @@ def read_sequences(source: SequencesSource) -> RawData:
     rules = Rules(missing=source.missing, allow_unmatched=source.allow_unmatched)
     collector = InteractionCollector(log, rules)
     for file in find_files(source.sequences):
-        rows = _json_rows(file, source, log) if _is_json(file.path) else _line_rows(file, source, log)
+        rows = _json_rows(file, source, log) if _is_json(file.path, source.encoding) else _line_rows(file, source, log)
         collector.add_file(file.path, _batches(file.path, rows, ("user", "item")))
     raw = collector.finish()
     if source.titles is None:
         return raw
     titles = TextCollector("item", ("title",), raw.item_ids, log, rules, one_line=("title",))
     for file in find_files(source.titles):
-        rows = _json_titles(file, source, log) if _is_json(file.path) else _text_titles(file, source, log)
+        rows = (
+            _json_titles(file, source, log) if _is_json(file.path, source.encoding) else _text_titles(file, source, log)
+        )
         titles.add_file(file.path, _batches(file.path, rows, ("item", "title")))
     table = titles.finish().with_columns(pl.lit(None, pl.String).alias("description"))
     return replace(raw, items=table)
 
 
-def _is_json(path: str) -> bool:
-    return first_bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+def _is_json(path: str, encoding: str) -> bool:
+    return first_text(path, encoding).lstrip().startswith(("{", "["))
 
 
 def _batches(path: str, rows: Iterator[Row], names: tuple[str, str]) -> Iterator[Batch]:
@@ -60,9 +62,10 @@ def _batches(path: str, rows: Iterator[Row], names: tuple[str, str]) -> Iterator
 
 
 def _line_rows(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
+    encoding = resolve_encoding(file.path, source.encoding)
     if source.separator is None:
-        _refuse_other_separators(file.path, source.encoding)
-    for number, content in text_lines(file.path, source.encoding):
+        _refuse_other_separators(file.path, encoding)
+    for number, content in text_lines(file.path, encoding):
         line = _decoded(content, file.path, number, log)
         if line is None or not line.strip():
             continue
@@ -88,27 +91,34 @@ def _split(line: str, separator: str | None) -> tuple[str, list[str]]:
     """User and items. With a separator the user ends at it, or at the first blank."""
     if separator is None:
         user, *items = _BLANKS.split(line.strip(" \t"))
-        return user, items
-    first, *items = line.split(separator)
-    user, *more = _BLANKS.split(first.strip(" \t"), maxsplit=1)
-    return user.rstrip(":"), [item for item in [*more, *items] if item.strip()]
+    else:
+        first, *rest = line.split(separator)
+        user, *more = _BLANKS.split(first.strip(" \t"), maxsplit=1)
+        items = [item for item in [*more, *rest] if item.strip()]
+    return user.removesuffix(":"), items
 
 
 def _refuse_other_separators(path: str, encoding: str) -> None:
-    words = [word for line in first_lines(path, encoding, 1000) for word in _BLANKS.split(line.decode(errors="replace"))]
+    lines = [_BLANKS.split(line.decode(errors="replace").strip(" \t")) for line in first_lines(path, encoding, 1000)]
+    words = [word for line in lines for word in line[1:] or line]
     for separator in _OTHER_SEPARATORS:
+        example = next((word for word in words if separator in word), "")
         if sum(separator in word for word in words) * 2 > len(words):
             raise DataError(
-                path, words[1] if len(words) > 1 else words[0],
-                f"and most other words hold {separator!r}, which looks like the separator of the items",
+                path,
+                example,
+                f"and most other items hold {separator!r}, which looks like the separator of the items",
                 f"Set separator: {separator!r} in the recipe, or separator: ' ' if it belongs to the ids.",
-            )  # fmt: skip
+            )
 
 
 def _json_rows(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
     members = read_members(file.path, source.encoding)
-    if members is not None:
-        for number, (user, items) in enumerate(members, start=1):
+    first = None if members is None else next(members, None)
+    if members is not None and first is not None and isinstance(first[1], list):
+        for number, (user, items) in enumerate(chain([first], members), start=1):
+            if not isinstance(items, list):
+                raise DataError(f"{file.path}: {user}", items, "is no list of items", "Write {user: [items]}.")
             yield from _items_of(file.path, number, user, items, log)
         return
     for number, entry in read_objects(file, log, source.encoding):
@@ -116,20 +126,20 @@ def _json_rows(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator
         others = [value for value in entry.values() if not isinstance(value, list | dict)]
         if len(lists) != 1 or len(others) != 1:
             raise DataError(
-                f"{file.path} line {number}", list(entry), "are not one user and one list of items",
+                f"{file.path} line {number}",
+                list(entry),
+                "are not one user and one list of items",
                 "Use format: table, or write {user: [items]}.",
-            )  # fmt: skip
+            )
         yield from _items_of(file.path, number, others[0], lists[0], log)
 
 
-def _items_of(path: str, number: int, user: Any, items: Any, log: SkipLog) -> Iterator[Row]:
+def _items_of(path: str, number: int, user: Any, items: list[Any], log: SkipLog) -> Iterator[Row]:
     try:
-        if not isinstance(items, list):
-            raise BadValue("has no list of items", items)
         row = id_text(user), [id_text(item) for item in items]
     except BadValue as error:
         log.read(path, 1)
-        log.lose(str(error), path, number, error.value)
+        log.lose(f"has an id that {error}", path, number, error.value)
         return
     log.read(path, len(row[1]))
     yield from ((number, row[0], item) for item in row[1])

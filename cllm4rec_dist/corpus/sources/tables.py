@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules, TextCollector, joined
+from cllm4rec_dist.corpus.about import TextCollector, joined
+from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import TableFile, TableSource
-from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.sources.columnar import read_parquet
 from cllm4rec_dist.corpus.sources.delimited import read_delimited
+from cllm4rec_dist.corpus.sources.encoding import first_text
 from cllm4rec_dist.corpus.sources.files import PARQUET_MAGIC, RawFile, find_files, first_bytes
 from cllm4rec_dist.corpus.sources.objects import Getter, object_batches, read_objects, require_seen
 from cllm4rec_dist.corpus.sources.records import Dialect
@@ -28,10 +30,21 @@ def read_table(source: TableSource) -> RawData:
     log = SkipLog(source.on_bad_line, source.max_lost)
     table = source.interactions
     rules = Rules(
-        missing=source.missing, has_rating=table.rating is not None, has_text=table.text is not None, has_html=table.html,
-        decimal=table.decimal, time_format=table.time_format, allow_unmatched=source.allow_unmatched,
-    )  # fmt: skip
-    names = {"user": table.user, "item": table.item, "rating": table.rating, "timestamp": table.timestamp, "text": table.text}
+        missing=source.missing,
+        has_rating=table.rating is not None,
+        has_text=table.text is not None,
+        has_html=table.html,
+        decimal=table.decimal,
+        time_format=table.time_format,
+        allow_unmatched=source.allow_unmatched,
+    )
+    names = {
+        "user": table.user,
+        "item": table.item,
+        "rating": table.rating,
+        "timestamp": table.timestamp,
+        "text": table.text,
+    }
     present = {role: name for role, name in names.items() if name is not None}
     roles: dict[str, Role] = {"user": "id", "item": "id", "rating": "number", "timestamp": "number", "text": "text"}
     collector = InteractionCollector(log, rules, present)
@@ -58,7 +71,9 @@ def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     for file in find_files(table.path):
         collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, names, roles, log), names))
     found = collector.finish()
-    return found.select("item", joined(found, list(titles)).alias("title"), joined(found, list(columns)).alias("description"))
+    return found.select(
+        "item", joined(found, list(titles)).alias("title"), joined(found, list(columns)).alias("description")
+    )
 
 
 def _user_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -> Any:
@@ -87,7 +102,7 @@ def _batches(
     """The columns `names` of a file, whatever its kind."""
     columns = list(dict.fromkeys(names.values()))
     encoding = table.encoding or encoding
-    kind = table.kind if table.kind != "auto" else _kind(file.path)
+    kind = table.kind if table.kind != "auto" else _kind(file.path, encoding)
     if kind == "csv":
         dialect = Dialect(table.separator, table.quoting, table.escape, encoding, table.names)
         numeric = [names[role] for role in ("rating", "timestamp") if role in names]
@@ -105,15 +120,13 @@ def _get(name: str, role: Role, entry: dict[str, Any]) -> str | None:
     return _CONVERSIONS[role](entry.get(name))
 
 
-def _kind(path: str) -> str:
+def _kind(path: str, encoding: str) -> str:
     head = first_bytes(path, 4096)
     if head.startswith(PARQUET_MAGIC):
         return "parquet"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith((b"{", b"[")):
+    text = first_text(path, encoding)
+    if text.lstrip().startswith(("{", "[")):
         return "jsonl"
-    if b"\x00" in head[:4096] and not head.startswith((b"\xff\xfe", b"\xfe\xff")) and head.count(0) < len(head) // 4:
+    if "\x00" in text:
         raise DataError("file", path, "is no text and no Parquet", "Save it as CSV, JSON lines or Parquet.")
     return "csv"
-
-

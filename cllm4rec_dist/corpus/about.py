@@ -1,0 +1,187 @@
+"""Texts about users and items, matched with the ids that have interactions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import polars as pl
+
+from cllm4rec_dist.corpus.ids import IdCodes
+from cllm4rec_dist.corpus.raw import Rules, read_texts
+from cllm4rec_dist.corpus.row_batch import Batch
+from cllm4rec_dist.corpus.skips import SkipLog, base_name
+from cllm4rec_dist.corpus.values import column_ids, whole_ids, without_missing
+from cllm4rec_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_MAX_COMPARED = 100_000
+"""Ids of each side among which a message looks for two that are alike."""
+
+
+class TextCollector:
+    """Collects texts about the users or items that have interactions.
+
+    Of several rows about one, the first value of each column counts.
+
+    Args:
+        kind: `user` or `item`; also the name of the id's column.
+        columns: names of the columns of texts.
+        known: ids that have interactions.
+        log: counts what is left out.
+        rules: of the source.
+        one_line: columns whose texts are made one line.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        columns: Sequence[str],
+        known: pl.Series,
+        log: SkipLog,
+        rules: Rules,
+        one_line: Sequence[str] = (),
+    ) -> None:
+        self._kind, self._texts, self._log, self._rules, self._one_line = kind, list(columns), log, rules, one_line
+        self._known, self._num_known = known, len(known)
+        # `100.0` of one side is `100` of the other, unless the interactions have both.
+        whole = whole_ids(known)
+        self._ignores_zero = whole.n_unique() == len(known)
+        self._codes = IdCodes()
+        self._codes.encode(whole if self._ignores_zero else known)
+        self._rows: list[pl.DataFrame] = []
+        self._num_rows = self._num_unknown = 0
+        self._unknown: tuple[str, int, str] | None = None
+        self._paths: list[str] = []
+
+    def add_file(self, path: str, batches: Iterable[Batch]) -> None:
+        """Add all rows of a file: columns `kind` and the texts."""
+        self._paths.append(path)
+        for batch in batches:
+            self._add(batch)
+        self._log.close_file(path)
+
+    def _add(self, batch: Batch) -> None:
+        ids = without_missing(
+            column_ids(batch.columns[self._kind], f"{batch.path}: {self._kind} id"), self._rules.missing
+        )
+        without = ids.is_null().to_numpy()
+        if without.any():
+            first = int(np.flatnonzero(without)[0])
+            self._log.lose(
+                f"is a text about {_an(self._kind)} without id",
+                batch.path,
+                int(batch.lines[first]),
+                ", ".join("" if value is None else str(value) for value in batch.columns.row(first)),
+                int(without.sum()),
+                is_gap=True,
+            )
+        ids, batch = ids.filter(~without), batch.keep(~without)
+        codes = self._codes.encode(whole_ids(ids) if self._ignores_zero else ids)
+        known = codes < self._num_known
+        self._num_rows += len(ids)
+        if not known.all():
+            first = int(np.flatnonzero(~known)[0])
+            self._num_unknown += int((~known).sum())
+            self._unknown = self._unknown or (batch.path, int(batch.lines[first]), ids[first])
+        kept = batch.keep(known)
+        texts = {
+            name: read_texts(
+                kept, name, f"{batch.path}: {name}", self._rules, self._log, one_line=name in self._one_line
+            )
+            for name in self._texts
+        }
+        paths = pl.Series("file", [len(self._paths) - 1], dtype=pl.UInt32).new_from_index(0, len(kept.lines))
+        self._rows.append(pl.DataFrame({"code": codes[known], "file": paths, "line": kept.lines, **texts}))
+
+    def finish(self) -> pl.DataFrame:
+        """Columns `kind` and the texts (null where there is none), one row for each id that the files know.
+
+        Raises:
+            DataError: where the files know none of the interactions' ids, unless the recipe allows that.
+        """
+        kind = self._kind
+        if self._unknown is not None:
+            path, line, value = self._unknown
+            reason = f"text about {_an(kind)} without interactions"
+            self._log.skip(reason, self._num_unknown, self._num_rows, file=path, line=line, value=value)
+        columns = {"code": pl.UInt32, "file": pl.UInt32, "line": pl.Int64, **dict.fromkeys(self._texts, pl.String)}
+        rows = pl.concat([pl.DataFrame(schema=columns), *self._rows])
+        table = rows.group_by("code", maintain_order=True).agg(
+            pl.col(name).drop_nulls().first() for name in self._texts
+        )
+        self._watch_join(table["code"])
+        if len(rows) > len(table):
+            code, file, line = rows.filter(~pl.col("code").is_first_distinct()).row(0)[:3]
+            self._log.skip(
+                f"second text about the same {kind}",
+                len(rows) - len(table),
+                len(rows),
+                file=self._paths[file],
+                line=line,
+                value=self._known[code],
+            )
+        return table.select(self._known.gather(table["code"]).alias(kind), *self._texts)
+
+    def _watch_join(self, matched: pl.Series) -> None:
+        """Warn or refuse where the ids of the two sides do not meet."""
+        num_known = self._num_known
+        if len(matched) * 2 >= num_known:
+            return
+        ours, theirs = self._examples(matched)
+        files = ", ".join(map(base_name, self._paths[:3]))
+        if not len(matched) and not self._rules.allow_unmatched:
+            raise DataError(
+                files,
+                theirs,
+                f"is not among the {self._kind}s of the interactions, such as {ours!r}, nor is any other of its"
+                f" {self._num_rows:,} ids"
+                if self._num_rows
+                else f"has no ids of {self._kind}s",
+                "Mend the column in the recipe or the ids, or set allow_unmatched: true.",
+            )
+        logger.warning(
+            "%s: only %s of %s %ss of the interactions are in it (%.3g %%): the interactions have for example %r, the"
+            " file %r",
+            files,
+            f"{len(matched):,}",
+            f"{num_known:,}",
+            self._kind,
+            100 * len(matched) / num_known,
+            ours,
+            theirs,
+        )
+
+    def _examples(self, matched: pl.Series) -> tuple[str, str]:
+        """An id of the interactions that the files lack, and one of the files, alike if any are."""
+        is_matched = np.zeros(self._num_known, bool)
+        is_matched[matched.to_numpy()] = True
+        ours = self._known.filter(~is_matched).head(_MAX_COMPARED)
+        theirs = self._codes.ids()[self._num_known :].head(_MAX_COMPARED)
+        like = {_plain(text): text for text in reversed(theirs.to_list())}
+        for text in ours.to_list():
+            if _plain(text) in like:
+                return text, like[_plain(text)]
+        if not len(theirs):
+            theirs = self._known.filter(is_matched)
+        return ours[0], theirs[0] if len(theirs) else ""
+
+
+def _plain(name: str) -> str:
+    """An id without what often differs between two files: case, leading zeros, signs, `.0`."""
+    letters = "".join(letter for letter in name.casefold().removesuffix(".0") if letter.isalnum())
+    return letters.lstrip("0")
+
+
+def _an(kind: str) -> str:
+    return f"{'an' if kind == 'item' else 'a'} {kind}"
+
+
+def joined(table: pl.DataFrame, columns: Sequence[str], separator: str = " ") -> pl.Expr:
+    """Join the columns' texts; null where all are null."""
+    if not columns:
+        return pl.lit(None, pl.String)
+    parts = pl.concat_list(list(columns)).list.drop_nulls().list.join(separator)
+    return pl.when(parts.str.len_bytes() > 0).then(parts)
