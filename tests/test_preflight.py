@@ -123,9 +123,15 @@ def test_every_problem_is_in_one_error(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         preflight.require_ready(loaded, found)
     wrong = [
-        "init_from", "validation.metrics", "optimizer.betas", "output", "deepspeed", "resume", "checkpoint.folder",
+        "init_from",
+        "validation.metrics",
+        "optimizer.betas",
+        "output",
+        "deepspeed",
+        "resume",
+        "checkpoint.folder",
         "optimizer.warmup_steps",
-    ]  # fmt: skip
+    ]
     assert sorted(caught.value.value) == sorted(wrong)  # type: ignore[call-overload]
     for field in wrong:
         assert f"\n  - {field}: " in str(caught.value)

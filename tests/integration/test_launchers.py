@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,52 @@ def wanted(config: Path) -> list[float]:
 def test_one_plain_process(config: Path, wanted: list[float]) -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     assert losses(config, sys.executable, environment=environment) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.integration
+def test_a_process_in_any_folder_takes_nothing_that_another_launcher_left(
+    config: Path, wanted: list[float], tmp_path: Path
+) -> None:
+    lines = [line for line in config.read_text().splitlines() if not line.startswith("deepspeed:")]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    leftovers = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nosuchhost.invalid", "SLURM_STEP_NUM_TASKS": "2"}
+    command = [str(BIN / "cllm4rec"), "pretrain", "-c", "run.yaml", "output=run", "--launcher", "process"]
+    found = subprocess.run(
+        [*command, "--workers", "2"],
+        cwd=tmp_path,
+        env=clean_environment(**leftovers, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert losses_of(tmp_path / "run") == pytest.approx(wanted, rel=1e-4)
+    assert "RANK, WORLD_SIZE, MASTER_ADDR in the environment are ignored" in found.stderr
+    assert "--workers 2 is for Ray and is not used" in found.stderr
+
+
+@pytest.mark.integration
+def test_a_used_port_of_deepspeed_is_one_message(config: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={port}", "--no_local_rank"]
+        found = subprocess.run(
+            [*command, "launch/pretrain.py", "--config", str(config), f"output={config.parent}/used-port"],
+            cwd=ROOT,
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert found.returncode != 0
+    assert found.stdout.count(f"error: MASTER_PORT: {port} is in use on this host") == 1, found.stdout[-3000:]
+    assert "--master_port" in found.stdout
+    assert "Traceback" not in found.stdout
 
 
 @pytest.mark.integration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,12 +100,45 @@ def test_after_a_killed_driver_the_same_command_goes_on(config: Path, wanted: li
 
 @pytest.mark.integration
 def test_bad_input_is_one_message_and_no_retry(config: Path) -> None:
-    started = start(config, config.parent / "bad", "--workers", "2", f"corpus={config.parent}/nowhere")
+    """What only a rank finds out: the driver does not read DeepSpeed files."""
+    (config.parent / "stage-2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    started = start(config, config.parent / "bad", "--workers", "2", f"deepspeed={config.parent}/stage-2.json")
     told = finish(started)
     assert started.returncode == 2, told[-3000:]
-    assert told.count("has no readable manifest.json") == 1
+    assert told.count("zero_optimization.stage: 2 must be 3") == 1
     assert "Traceback" not in told
-    assert os.linesep.join(told.splitlines()[-6:]).count("error: corpus") == 1
+    assert os.linesep.join(told.splitlines()[-6:]).count("error: ") == 1
+
+
+@pytest.mark.integration
+def test_sigint_ends_a_run_and_rays_records_are_not_among_its_results(config: Path) -> None:
+    output = config.parent / "interrupted"
+    # A leftover RANK must not mute the driver.
+    started = start(config, output, "--workers", "2", "epochs=100000", RANK="1", WORLD_SIZE="2")
+    wait_for_step(output, 25, started)
+    started.send_signal(signal.SIGINT)
+    told = finish(started, 60)
+    assert started.returncode == 1, told[-3000:]
+    assert told.count("error: SIGINT: ") == 1
+    assert "Traceback" not in told
+    assert sorted(path.name for path in output.iterdir()) == [
+        ".lock",
+        "audit",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+
+
+@pytest.mark.integration
+def test_more_workers_than_the_host_has_cpus_are_refused_with_the_numbers(config: Path) -> None:
+    started = start(config, config.parent / "many", "--workers", "5000")
+    told = finish(started, 120)
+    assert started.returncode == 2, told[-3000:]
+    assert "--workers: '5000' takes 5000 CPUs, but the cluster has" in told
+    assert "--workers 1:5000" in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.integration
