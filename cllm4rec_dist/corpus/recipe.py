@@ -9,7 +9,8 @@ Reading is left to `sources/`, filtering and splitting to `catalog.py`.
 
 from __future__ import annotations
 
-import codecs
+import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
@@ -34,11 +35,9 @@ them; compressed (gz, bz2, xz, zst, zip) or not."""
 def _known_encoding(name: str) -> str:
     if name != "auto":
         try:
-            b"".decode(codecs.lookup(name).name)  # refuses codecs of bytes to bytes, such as hex
+            b"x".decode(name, errors="replace")  # refuses codecs that are no encodings of text, such as hex
         except (LookupError, UnicodeError):
-            raise ValueError(
-                f"{name!r} is no encoding; write for example utf-8, cp1252, latin-1 or shift_jis"
-            ) from None
+            raise ValueError(f"{name!r} is no encoding; write for example utf-8, cp1252 or shift_jis") from None
     return name
 
 
@@ -132,7 +131,7 @@ class SteamSource(FileSource):
 
     format: Literal["steam"]
     reviews: DataPaths
-    """steam_reviews.json.gz (a review a line), or australian_users_items.json.gz or australian_user_reviews.json.gz (a
+    """steam_reviews.json.gz (a review a line), australian_users_items.json.gz or australian_user_reviews.json.gz (a
     user a line, with all games)."""
     games: DataPaths | None = None
     """steam_games.json.gz: titles, genres and tags."""
@@ -149,8 +148,7 @@ class MindSource(FileSource):
 
 
 class SequencesSource(FileSource):
-    """One line a user: the user, then the items in time order. JSON: {user: [items]}, or objects of a user and a
-    list."""
+    """One line a user: the user, then the items in time order. JSON: {user: [items]}, or objects of user and list."""
 
     format: Literal["sequences"]
     sequences: DataPaths
@@ -176,8 +174,7 @@ class TableFile(StrictModel):
     """What a quotation mark means. `auto`: it encloses a field where it opens and closes one, and is a character
     elsewhere; a field that runs over lines that look like rows is refused. `double`: RFC 4180. `none`: a character."""
     escape: str | None = Field(default=None, min_length=1, max_length=1)
-    """Letter that takes the meaning away from a mark or separator behind it: a backslash in files of Spark and of
-    MySQL."""
+    """Letter that takes the meaning away from a mark or separator behind it: a backslash for Spark and MySQL."""
     encoding: Encoding | None = None
     """Encoding of this file, where it is not that of the source."""
     decimal: str = Field(default=".", min_length=1, max_length=1)

@@ -76,8 +76,7 @@ class ReviewStore:
                 buckets[int(str(index))].append(self._write(f"bucket-{index}-{number}", part))
         for parts in buckets:
             if parts:
-                tables = [pl.read_ipc(part) if isinstance(part, Path) else part for part in parts]
-                yield pl.concat(tables).sort("rank")
-            for part in parts:
-                if isinstance(part, Path):
-                    part.unlink()
+                yield pl.concat([pl.read_ipc(part) if isinstance(part, Path) else part for part in parts]).sort("rank")
+            for path in parts:
+                if isinstance(path, Path):
+                    path.unlink()

@@ -43,11 +43,7 @@ def column_indexes(path: str, header: Sequence[str], columns: Sequence[str]) -> 
     for column in columns:
         if column not in header:
             close = get_close_matches(column, header, n=1)
-            cure = (
-                "Mend the names in the recipe, or the separator."
-                if len(header) == 1
-                else "Mend the names in the recipe."
-            )
+            cure = f"Mend the names{' or the separator' if len(header) == 1 else ''} in the recipe."
             guess = f" Did you mean {close[0]!r}?" if close else ""
             raise DataError(
                 f"{path} line 1", column, f"is not among its columns {list(header)!r:.300}", f"{cure}{guess}"

@@ -2,8 +2,8 @@
 
 Raw files are dirty, and a reader that drops rows in silence makes results that nobody can check. So there is one way to
 leave something out, `SkipLog`. It distinguishes two kinds: a *lost* row could not be used although the file means it to
-be one (a line with too few fields, a missing id, a time that is no time), and a *skipped* one was left out on purpose (a
-filter, a repetition). Lost rows are a WARNING where they pass 1 % of a file, and an error above `max_lost` of it.
+be one (too few fields, a missing id, a time that is no time), and a *skipped* one was left out on purpose (a filter, a
+repetition). Lost rows are a WARNING where they pass 1 % of a file, and an error above `max_lost` of it.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class SkipLog:
 
         Args:
             reason: as a clause behind `row that`.
-            is_gap: the row can be read and lacks a value: that is no sign of a wrong recipe, so `max_lost` does not count
-                it.
+            is_gap: the row can be read and lacks a value: that is no sign of a wrong recipe, so `max_lost` does not
+                count it.
 
         Raises:
             DataError: with the line, where the recipe says `on_bad_line: error`.

@@ -137,12 +137,16 @@ class UndecidedDates:
     @staticmethod
     def join(parts: Sequence[UndecidedDates]) -> UndecidedDates:
         """Dates of several parts as one."""
-        arrays = zip(*((part.positions, part.day_first, part.month_first) for part in parts), strict=True)
-        return UndecidedDates(*map(np.concatenate, arrays), parts[0].example)
+        return UndecidedDates(
+            np.concatenate([part.positions for part in parts]),
+            np.concatenate([part.day_first for part in parts]),
+            np.concatenate([part.month_first for part in parts]),
+            parts[0].example,
+        )
 
     @property
     def is_open(self) -> bool:
-        """Whether all are dates in both readings."""
+        """All are dates in both readings."""
         return not np.isnan(self.day_first).any() and not np.isnan(self.month_first).any()
 
     @property
@@ -203,7 +207,7 @@ def check_time_format(time_format: str) -> str:
 
 def _iso(texts: pl.Series) -> np.ndarray:
     """ISO 8601: 2024-03-01 or 20240301T100000, with a time behind T or a blank, fractions and an offset or Z."""
-    texts = texts.str.replace(_ISO_BASIC, "$1-$2-$3T$4:$5:$6").str.replace(r"(T\d{2}:\d{2}):($|[^\d])", "$1$2")
+    texts = texts.str.replace(_ISO_BASIC, "${1}-${2}-${3}T${4}:${5}:${6}").str.replace(r"(T\d{2}:\d{2}):($|\D)", "$1$2")
     date, clock, second, fraction, hours, minutes = _groups(texts, _ISO)
     date = pl.select(pl.when(date.str.len_bytes() == 7).then(date + "-01").otherwise(date)).to_series()
     texts = pl.select(

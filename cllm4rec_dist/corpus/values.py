@@ -20,11 +20,26 @@ import polars as pl
 
 from cllm4rec_dist.errors import DataError
 
-MISSING_WORDS = tuple(
-    ["NULL", "Null", "null", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NaT", "None", "NONE", "\\N"]
+MISSING_WORDS = (
+    "NULL",
+    "Null",
+    "null",
+    "NA",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "<NA>",
+    "NaN",
+    "nan",
+    "-nan",
+    "NaT",
+    "None",
+    "NONE",
+    "\\N",
 )
 """What stands for a missing value in exports of databases, pandas and R."""
-_EXACT_FLOAT = 1 << 53
+_EXACT: dict[Any, int] = {pl.Float64: 1 << 53, pl.Float32: 1 << 24, pl.Float16: 1 << 11}
+"""Whole numbers below are exact in a float of the type."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _NUMBER = r"^-?\d+(\.\d+)?$"
 _WHOLE_FLOAT = r"^(-?\d+)\.0+$"
@@ -59,7 +74,7 @@ def id_text(value: Any) -> str | None:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadValue("is no text or number", value)
-    if isinstance(value, float) and abs(value) >= _EXACT_FLOAT:
+    if isinstance(value, float) and abs(value) >= _EXACT[pl.Float64]:
         raise BadValue("is a float too large to be exact", value)
     return _number_text(value)
 
@@ -159,13 +174,15 @@ def column_ids(column: pl.Series, where: str) -> pl.Series:
     dtype = column.dtype
     if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
         raise DataError(where, str(dtype), "is a type that is no id", "Name a column of texts or whole numbers.")
-    if dtype.is_float() and (column.abs().max() or 0) >= (_EXACT_FLOAT if dtype == pl.Float64 else 1 << 24):
-        raise DataError(
-            where,
-            str(dtype),
-            f"holds ids up to {column.abs().max():.0f}, which such floats cannot tell apart",
-            "Write the column as text or whole numbers.",
-        )
+    if dtype.is_float():
+        largest = np.nanmax(np.abs(column.cast(pl.Float64).fill_null(np.nan).to_numpy()), initial=0)
+        if largest >= _EXACT[dtype]:
+            raise DataError(
+                where,
+                str(dtype),
+                f"holds ids up to {largest:.0f}, which such floats cannot tell apart",
+                "Write the column as text or whole numbers.",
+            )
     return column_text(column, where)
 
 

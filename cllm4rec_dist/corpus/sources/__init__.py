@@ -1,7 +1,7 @@
-"""Readers of raw data, one module a family of formats.
+"""Readers of raw data, one module for each family of formats.
 
-Every reader turns its files into batches of columns user, item, rating, timestamp and text, and of texts about users and
-items; what is dirty in them is judged in one place, `corpus/raw.py`.
+Every reader turns its files into batches of columns user, item, rating, timestamp and text, and into batches of texts
+about users and items. `corpus/raw.py` and `corpus/about.py` judge what is dirty in them.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _frame(batch: pa.RecordBatch, columns: list[str], path: str) -> pl.DataFrame
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """The column in types that Polars reads: no extension types, list views, maps, wide decimals or odd dictionaries."""
+    """The column in types that Polars reads: no extension types, list views, maps and wide decimals."""
     if isinstance(column, pa.UuidArray):
         return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
     if isinstance(column, pa.ExtensionArray):

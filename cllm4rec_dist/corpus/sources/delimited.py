@@ -174,7 +174,7 @@ class _Block:
             self._log.lose(reason, self._path, line, value)
 
     def _read_special(self, plain: np.ndarray) -> tuple[list[tuple[int, list[bytes]]], int, int]:
-        """Records of lines that are not plain, with line numbers; number of used bytes; index of the first unused line."""
+        """Records of lines that are not plain, with line numbers; used bytes; index of the first unused line."""
         records: list[tuple[int, list[bytes]]] = []
         after = 0
         for index in np.flatnonzero(self._reader.is_special(self._bytes, self._starts, self._ends) & plain).tolist():
@@ -251,7 +251,7 @@ def _parse(
             "file", path, f"cannot be read ({error})", "Mend the file, or set quoting in the recipe."
         ) from error
     assert len(frame) == num_rows, (path, len(frame), num_rows)
-    place = {index: column for index, column in zip(sorted(set(indexes)), frame.columns, strict=True)}
+    place = dict(zip(sorted(set(indexes)), frame.columns, strict=True))
     return frame.select([pl.col(place[index]).alias(name) for index, name in zip(indexes, names, strict=True)])
 
 

@@ -105,17 +105,17 @@ class JsonStream:
 
     def _read_more(self) -> bool:
         """Read at least as much again as is at hand, so that a long value is not parsed too often."""
-        self._line += self._text.count("\n", 0, self._at)
         parts, size = [self._text[self._at :]], 0
         while size <= len(parts[0]) and (block := next(self._blocks, None)) is not None:
             parts.append(block)
             size += len(block)
-        self._text, self._at = "".join(parts), 0
+        if size:
+            self._line += self._text.count("\n", 0, self._at)
+            self._text, self._at = "".join(parts), 0
         return size > 0
 
     def _error(self, what: str, position: int) -> DataError:
         line = self._line + self._text.count("\n", 0, position)
         near = self._text[max(0, position - 20) : position + 20]
-        return DataError(
-            f"{self._path} line {line}", near, f"is not JSON ({what})", "Mend the file, or fetch it again."
-        )
+        cure = "Mend the file, or fetch it again."
+        return DataError(f"{self._path} line {line}", near or "the end", f"is not JSON ({what})", cure)

@@ -160,7 +160,7 @@ def _interaction_fields(source: RecboleSource, file: RawFile, dialect: Dialect) 
 def _present(
     source: RecboleSource, file: RawFile, dialect: Dialect, names: dict[str, str], keys: Sequence[str]
 ) -> dict[str, str]:
-    """The fields that the file has. Those that the recipe names itself must be there; others are left out, with a log."""
+    """The fields that the file has. Those that the recipe names must be there; others are left out, with a log."""
     header, _ = read_header(file, dialect)
     in_file = [name.rpartition(":")[0] for name in header]
     absent = {role: name for role, name in names.items() if name not in in_file}

@@ -201,7 +201,7 @@ class LineReader:
         """Warn of marks that were taken for characters."""
         if self._num_stray:
             logger.warning(
-                "%s: a quotation mark begins a field but does not enclose it in %s lines, the first is line %d. It is"
+                "%s: a quotation mark begins a field but does not enclose it (%s lines, the first is line %d). It is"
                 " read as a character; set quoting: none to say so.",
                 self._path,
                 f"{self._num_stray:,}",

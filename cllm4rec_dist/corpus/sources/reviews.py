@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import polars as pl
+
 from cllm4rec_dist.corpus.about import TextCollector
 from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import AmazonSource, FileSource, SteamSource, YelpSource
@@ -61,7 +63,7 @@ def _add_texts(
     getters: Sequence[Getter],
     required: Groups,
     log: SkipLog,
-) -> Any:
+) -> pl.DataFrame:
     for file in files:
         objects = require_fields(file.path, read_objects(file, log, source.encoding), *required)
         collector.add_file(file.path, object_batches(file, objects, getters, log))
@@ -71,28 +73,27 @@ def _add_texts(
 def read_amazon(source: AmazonSource) -> RawData:
     """Reviews and metadata; the text of a review is its body, or its title where it has no body."""
     log, rules = SkipLog(source.on_bad_line, source.max_lost), _rules(source, html=True)
-    if source.edition == "2023":
-        names = ("user_id", ("parent_asin", "asin"), "rating", "timestamp", ("text", "title"), "parent_asin")
-    else:
-        names = ("reviewerID", ("asin",), "overall", "unixReviewTime", ("reviewText", "summary"), "asin")
-    user, items, rating, time, texts, key = names
-    times = (str(time), "reviewTime") if source.edition != "2023" else (str(time),)
+    is_2023 = source.edition == "2023"
+    user, rating, key = ("user_id", "rating", "parent_asin") if is_2023 else ("reviewerID", "overall", "asin")
+    items = ("parent_asin", "asin") if is_2023 else ("asin",)
+    times = ("timestamp",) if is_2023 else ("unixReviewTime", "reviewTime")
+    texts = ("text", "title") if is_2023 else ("reviewText", "summary")
     getters: list[Getter] = [
-        ("user", _field(str(user), convert=id_text)),
+        ("user", _field(user, convert=id_text)),
         ("item", _field(*items, convert=id_text)),
-        ("rating", _field(str(rating), convert=number_text)),
+        ("rating", _field(rating, convert=number_text)),
         ("timestamp", _field(*times, convert=number_text)),
         ("text", _field(*texts, convert=plain_text)),
     ]
-    raw = _read_reviews(source, source.reviews, getters, [(str(user),), tuple(items)], rules, log)
+    raw = _read_reviews(source, source.reviews, getters, [(user,), items], rules, log)
     if source.metadata is not None:
         about: list[Getter] = [
-            ("item", _field(str(key), convert=id_text)),
+            ("item", _field(key, convert=id_text)),
             ("title", _field("title", convert=plain_text)),
             ("description", _field("description", convert=plain_text)),
         ]
         collector = TextCollector("item", ("title", "description"), raw.item_ids, log, rules, one_line=("title",))
-        items_table = _add_texts(collector, source, find_files(source.metadata), about, [(str(key),)], log)
+        items_table = _add_texts(collector, source, find_files(source.metadata), about, [(key,)], log)
         raw = replace(raw, items=items_table)
     return raw
 
@@ -171,12 +172,10 @@ def _each_game(objects: Iterator[tuple[int, Object]]) -> Iterator[tuple[int, Obj
             yield line, entry
             continue
         for game in games:
-            # Their dates are sentences ("Posted November 5, 2011."), some without a year: the order of the file is kept.
-            about = game if isinstance(game, dict) else {"item_id": game}
-            yield (
-                line,
-                {"user_id": entry.get("user_id"), "item_id": about.get("item_id"), "review": about.get("review")},
-            )
+            # Dates are sentences ("Posted November 5, 2011."), some without a year: the file's order is kept.
+            fields = game if isinstance(game, dict) else {"item_id": game}
+            row = {"user_id": entry.get("user_id"), "item_id": fields.get("item_id"), "review": fields.get("review")}
+            yield line, row
 
 
 def _game(entry: Object) -> str | None:
