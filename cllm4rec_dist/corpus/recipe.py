@@ -9,8 +9,6 @@ Reading is left to `sources/`, filtering and splitting to `catalog.py`.
 
 from __future__ import annotations
 
-import os
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
