@@ -124,7 +124,7 @@ def _joined_surrogates(text: str) -> str:
 def _number_text(value: float | Decimal) -> str | None:
     if value != value:
         return None
-    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value) and abs(value) < 1e18:
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value) and abs(int(value)) < 10**18:
         return str(int(value))
     return str(value)
 
