@@ -71,13 +71,15 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
     Raises:
         DataError: for a path that means no file.
     """
-    found: dict[str, RawFile] = {}
+    found: dict[tuple[str, str], RawFile] = {}
     for file in (file for path in paths for file in _find(path)):
-        if file.path in found:
+        fs, place = locate("file", file.path, DataError)
+        key = str(fs.protocol), place
+        if key in found:
             logger.warning("%s is named more than once in the recipe and is read once", file.path)
         else:
             _check_suffix(file.path)
-            found[file.path] = file
+            found[key] = file
     return list(found.values())
 
 

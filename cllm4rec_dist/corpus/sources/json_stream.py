@@ -89,7 +89,8 @@ class JsonStream:
             except (ValueError, RecursionError) as error:
                 raise self._error(str(error), self._at) from error
             else:
-                may_go_on = end == len(self._text) and isinstance(value, int | float)
+                # Of a number that was cut off, `1.`, `1e` and `1e+` are left behind the value.
+                may_go_on = isinstance(value, int | float) and end + 2 >= len(self._text)
                 if not may_go_on or not self._read_more():
                     self._at = end
                     return value

@@ -105,7 +105,8 @@ class LineReader:
         self._dialect, self._long_separator = dialect, separator.encode()
         self.separator = self._long_separator if len(self._long_separator) == 1 else _UNIT_SEPARATOR
         self.num_fields, self._numbers, self._path = num_fields, numbers, path
-        self._escape = (dialect.escape or "").encode()
+        # A quotation mark that is escaped by another one is RFC 4180's doubled mark.
+        self._escape = b"" if dialect.escape == '"' else (dialect.escape or "").encode()
         self._num_stray, self._first_stray = 0, 0
         meant = b"".join(map(re.escape, {self.separator, _QUOTE, _NEWLINE, self._escape}))
         self._escaped = re.compile(re.escape(self._escape) + b"([" + meant + b"])") if self._escape else None
