@@ -1,0 +1,168 @@
+"""Times in every form that people have, and dates of which nothing says whether the day is first."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+
+from tests.corpus.reading import Read, Refuse, table
+
+TEN = dt.datetime(2024, 3, 1, 10, tzinfo=dt.UTC).timestamp()
+DAY = dt.datetime(2024, 3, 1, tzinfo=dt.UTC).timestamp()
+SOURCE = table(timestamp="t", separator=";")
+
+
+def rows(*times: str) -> str:
+    return "u;i;t\n" + "".join(f"a;{k};{time}\n" for k, time in enumerate(times))
+
+
+def day(year: int, month: int, number: int) -> float:
+    return dt.datetime(year, month, number, tzinfo=dt.UTC).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2024-03-01T10:00:00Z", TEN),
+        ("2024-03-01 10:00", TEN),
+        ("2024-03-01T10:00:00.5", TEN + 0.5),
+        ("2024-03-01T10:00:00.123456789Z", TEN + 0.123456789),
+        ("2024-03-01T11:00:00+01:00", TEN),
+        ("2024-03-01T11:00:00+01", TEN),
+        ("2024-03-01 15:30:00+0530", TEN),
+        ("2024-03-01 05:30:00-04:30", TEN),
+        ("2024-03-01 10:00:00 UTC", TEN),
+        ("2024-03-01 10:00:00 +0000 UTC", TEN),
+        ("2024-03-01T11:00:00+01:00[Europe/Berlin]", TEN),
+        ("20240301T100000Z", TEN),
+        ("2024-03-01", DAY),
+        ("2024-03", DAY),
+        ("2024-3-1", DAY),
+        ("2024/03/01 10:00:00", TEN),
+        ("2024.03.01", DAY),
+        ("2024-03-01 10:00:00 PM", TEN + 12 * 3600),
+        ("Fri, 01 Mar 2024 11:00:00 +0100", TEN),
+        ("Fri, 1 Mar 2024 10:00:00 GMT", TEN),
+        ("Fri, 01 Mar 2024 05:00:00 EST", TEN),
+        ("1 Mar 2024 10:00:00 +0000", TEN),
+        ("Friday, 01-Mar-24 10:00:00 GMT", TEN),
+        ("Fri Mar  1 10:00:00 2024", TEN),
+        ("Fri Mar 01 10:00:00 UTC 2024", TEN),
+        ("Fri Mar 01 11:00:00 +0100 2024", TEN),
+        ("Mar 1, 2024 10:00:00 PM", TEN + 12 * 3600),
+        ("Friday, March 1, 2024 10:00 AM", TEN),
+        ("March 1st, 2024", DAY),
+        ("1 March 2024", DAY),
+        ("01-MAR-24", DAY),
+        ("1-Mar-1968", day(1968, 3, 1)),
+        ("01/Mar/2024:11:00:00 +0100", TEN),
+        ("03 01, 2024", DAY),
+        ("1709287200", TEN),
+        ("1709287200.5", TEN + 0.5),
+        ("1709287200000", TEN),
+        ("1709287200000000", TEN),
+        ("1709287200000000000", TEN),
+        ("1.7092872E9", TEN),
+        ("-86400", -86400.0),
+        ("0", 0.0),
+        ("13/12/2024", day(2024, 12, 13)),
+        ("12/13/24", day(2024, 12, 13)),
+        ("13.12.2024 12:30:15 AM", day(2024, 12, 13) + 30 * 60 + 15),
+        ("12-13-2024 12:30 PM", day(2024, 12, 13) + 12.5 * 3600),
+        ("02/02/2024", day(2024, 2, 2)),
+    ],
+)
+def test_a_time_in_any_form(read: Read, text: str, seconds: float) -> None:
+    (found,) = read({"i.csv": rows(text)}, **SOURCE).column("timestamp")
+    assert found == pytest.approx(seconds, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "yesterday",
+        "2024-02-30",
+        "2024-13-01",
+        "0000-00-00",
+        "2024-03-01T25:00:00",
+        "13:00 PM",
+        "March 32, 2024",
+        "Foo 1, 2024",
+        "1 Mar 2024 13:00 PM",
+        "35/40/2024",
+        "1e30",
+        "inf",
+        "1709287200s",
+    ],
+)
+def test_what_is_no_time_is_counted_with_its_value(read: Read, text: str) -> None:
+    found = read({"i.csv": rows("2024-01-01", text, "2024-01-02")}, **SOURCE)
+    assert len(found.pairs) == 2
+    assert found.lost == {"row that has a time that cannot be read": (1, "i.csv", 3, f"a, 1, {text}")}
+
+
+@pytest.mark.parametrize(
+    ("times", "order", "last"),
+    [
+        (("13/02/2024", "2024-01-01", "05/06/2024"), "day-first", day(2024, 6, 5)),
+        (("02/13/2024", "05/06/2024"), "month-first", day(2024, 5, 6)),
+    ],
+)
+def test_a_day_above_12_decides_the_order_of_its_file(
+    read: Read, times: tuple[str, ...], order: str, last: float
+) -> None:
+    found = read({"i.csv": rows(*times)}, **SOURCE)
+    assert found.column("timestamp")[-1] == last
+    assert f"WARNING: i.csv line 2: t: dates like {times[0]!r} are read as {order}" in found.messages
+
+
+def test_each_file_decides_and_an_open_one_follows(read: Read) -> None:
+    files = {"a.csv": rows("13/02/2024"), "b.csv": rows("01/02/2024")}
+    both = table(["a.csv", "b.csv"], timestamp="t", separator=";")
+    assert read(files, **both).column("timestamp") == [day(2024, 2, 13), day(2024, 2, 1)]
+    files["b.csv"] = rows("01/15/2024")
+    assert read(files, **both).column("timestamp") == [day(2024, 2, 13), day(2024, 1, 15)]
+
+
+@pytest.mark.parametrize(
+    ("files", "where"),
+    [
+        ([("01/02/2024", "03/04/2024")], "a.csv line 2: t: '01/02/2024'"),
+        ([("13/02/2024", "03/14/2024")], "a.csv line 2: t: '13/02/2024'"),
+        ([("13/02/2024",), ("01/15/2024",), ("2024-01-01", "01/02/2024")], "c.csv line 3: t: '01/02/2024'"),
+    ],
+)
+def test_dates_that_decide_nothing_or_contradict_each_other_are_refused(
+    refuse: Refuse, files: list[tuple[str, ...]], where: str
+) -> None:
+    contents = {f"{letter}.csv": rows(*times) for letter, times in zip("abc", files, strict=False)}
+    message = refuse(contents, **table(list(contents), timestamp="t", separator=";"))
+    assert message.startswith(where)
+    assert "time_format" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "time_format", "seconds"),
+    [
+        ("01/03/2024 10:00", "%d/%m/%Y %H:%M", TEN),
+        ("03/01/2024 10:00:00 AM", "%m/%d/%Y %I:%M:%S %p", TEN),
+        ("01/03/2024 11:00 +0100", "%d/%m/%Y %H:%M %z", TEN),
+        ("10:00 01.03.2024", "%H:%M %d.%m.%Y", TEN),
+        ("2024-03-01 10:00:00.123456", "%Y-%m-%d %H:%M:%S.%f", TEN + 0.123456),
+        ("20240301", "%Y%m%d", DAY),
+        ("2024-03", "%Y-%m", DAY),
+        ("1709287200", "%s", TEN),
+    ],
+)
+def test_the_recipe_gives_the_format(read: Read, text: str, time_format: str, seconds: float) -> None:
+    source = table(timestamp="t", separator=";", time_format=time_format)
+    found = read({"i.csv": rows(text, "NULL", "rubbish", text)}, **source)
+    assert found.column("timestamp") == [pytest.approx(seconds, abs=1e-5), None, pytest.approx(seconds, abs=1e-5)]
+    assert found.lost["row that has a time that cannot be read"][:3] == (1, "i.csv", 4)
+
+
+@pytest.mark.parametrize("time_format", ["%Q", "abc", "%H:%M", ""])
+def test_a_format_by_which_no_time_can_be_read_is_refused(refuse: Refuse, time_format: str) -> None:
+    message = refuse({"i.csv": rows("1")}, **table(timestamp="t", time_format=time_format))
+    assert "is no format of strptime" in message
