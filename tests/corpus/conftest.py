@@ -15,7 +15,7 @@ from tests.corpus.reading import Content, Read, Refuse, read_files
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Read:
     """Reads {name: content} as a source."""
     monkeypatch.chdir(tmp_path)
-    return lambda files, **source: read_files(tmp_path, files, caplog, **source)
+    return lambda files, /, **source: read_files(tmp_path, files, caplog, **source)
 
 
 @pytest.fixture

@@ -50,9 +50,7 @@ class Reading:
     @property
     def lost(self) -> dict[str, tuple[int, str | None, int | None, str | None]]:
         """Count, file, line and value of the first, of what was left out for each reason."""
-        return {
-            reason: (skip.count, skip.file, skip.line, skip.value) for reason, skip in self.raw.log.skipped.items()
-        }
+        return {reason: (skip.count, skip.file, skip.line, skip.value) for reason, skip in self.raw.log.skipped.items()}
 
 
 Content = str | bytes
@@ -68,7 +66,7 @@ def write_files(folder: Path, files: dict[str, Content]) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def read_files(folder: Path, files: dict[str, Content], caplog: pytest.LogCaptureFixture, **source: Any) -> Reading:
+def read_files(folder: Path, files: dict[str, Content], caplog: pytest.LogCaptureFixture, /, **source: Any) -> Reading:
     """Read a source whose paths are relative to the current folder, which must be `folder`."""
     write_files(folder, files)
     caplog.clear()

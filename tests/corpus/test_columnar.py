@@ -84,8 +84,10 @@ def test_columns_that_are_no_ids_are_refused_by_name(refuse: Refuse, column: pa.
 
 def stamps(unit: str, zone: str | None) -> pa.Array:
     moments = pa.array([NOON, None])
-    return moments.cast(pa.timestamp(unit)) if zone is None else moments.cast(pa.timestamp(unit, "UTC")).cast(
-        pa.timestamp(unit, zone)
+    return (
+        moments.cast(pa.timestamp(unit))
+        if zone is None
+        else moments.cast(pa.timestamp(unit, "UTC")).cast(pa.timestamp(unit, zone))
     )
 
 
@@ -106,7 +108,9 @@ def test_times_of_every_type(read: Read, column: pa.Array) -> None:
     assert read(parquet(t=column), **source(timestamp="t")).column("timestamp") == [SECONDS, None]
 
 
-@pytest.mark.parametrize("column", [pa.array([dt.date(2024, 1, 1)] * 2), pa.array([dt.date(2024, 1, 1)] * 2, pa.date64())])
+@pytest.mark.parametrize(
+    "column", [pa.array([dt.date(2024, 1, 1)] * 2), pa.array([dt.date(2024, 1, 1)] * 2, pa.date64())]
+)
 def test_dates(read: Read, column: pa.Array) -> None:
     assert read(parquet(t=column), **source(timestamp="t")).column("timestamp") == [1704067200.0] * 2
 
@@ -159,7 +163,7 @@ def test_texts_of_every_type(read: Read, column: pa.Array, texts: list[str]) -> 
     [
         ({"x": pa.array([b"\xff", b"a"])}, {"text": "x"}, "i.parquet: x: 'Binary' is binary and not UTF-8"),
         ({"x": pa.array([[b"\xff"], [b"a"]])}, {"text": "x"}, "i.parquet: x: b'\\xff' is binary"),
-        ({"x": pa.array([dt.timedelta(1)] * 2)}, {"text": "x"}, "i.parquet: x: \"Duration"),
+        ({"x": pa.array([dt.timedelta(1)] * 2)}, {"text": "x"}, 'i.parquet: x: "Duration'),
         ({"t": pa.array([dt.time(1, 2)] * 2)}, {"timestamp": "t"}, "i.parquet: t: 'Time' is a type that is no time"),
         ({"t": pa.array([True, False])}, {"timestamp": "t"}, "'Boolean' is a type that is no time"),
         ({"r": pa.array([[4], [5]])}, {"rating": "r"}, "i.parquet: r: 'List(Int64)' is a type that is no number"),

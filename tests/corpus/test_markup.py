@@ -72,9 +72,7 @@ def test_remains_of_scripts_are_no_texts(text: str) -> None:
 
 
 def test_remains_of_scripts_are_counted(read: Read) -> None:
-    reviews = "".join(
-        f'{{"reviewerID": "A", "asin": "B{k}", "overall": 5, "unixReviewTime": {k}}}\n' for k in range(2)
-    )
+    reviews = "".join(f'{{"reviewerID": "A", "asin": "B{k}", "overall": 5, "unixReviewTime": {k}}}\n' for k in range(2))
     metadata = f'{{"asin": "B0", "title": "Mug"}}\n{{"asin": "B1", "title": "{REMAINS[0]}"}}\n'
     source = {"format": "amazon", "edition": "2018", "reviews": "r", "metadata": "m"}
     found = read({"r": reviews, "m": metadata}, **source)

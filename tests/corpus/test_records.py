@@ -47,7 +47,9 @@ def parse(path: Path, content: bytes, dialect: Dialect, block_bytes: int = 1 << 
     empty = pl.DataFrame(schema={"a": pl.String, "b": pl.String})
     columns = pl.concat([empty, *(batch.columns for batch in batches)])
     numbers = [line for batch in batches for line in batch.lines.tolist()]
-    rows = [(number, *(field or None for field in row)) for number, row in zip(numbers, columns.iter_rows(), strict=True)]
+    rows = [
+        (number, *(field or None for field in row)) for number, row in zip(numbers, columns.iter_rows(), strict=True)
+    ]
     return rows, {reason: (skip.count, skip.line) for reason, skip in log.skipped.items()}
 
 
