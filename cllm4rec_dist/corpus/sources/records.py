@@ -169,23 +169,30 @@ class LineReader:
         """
         strict = self._dialect.quoting == "double"
         try:
-            if not self.has_quotes:
-                return self._as_characters(buffer, start, line)
-            fields, end = self._parse(buffer, start)
+            return (
+                self._record(buffer, start, line, is_last, strict)
+                if self.has_quotes
+                else self._as_characters(buffer, start, line, is_last)
+            )
         except _Unclosed:
             if not is_last and len(buffer) - start < _MAX_FIELD:
                 return Outcome(Outcome.Kind.UNFINISHED)
             if strict:
                 raise self._refusal(line, buffer, start, "opens a quoted field that is never closed") from None
             return self._as_characters(buffer, start, line, is_last=True)
+
+    def _record(self, buffer: bytes, start: int, line: int, is_last: bool, strict: bool) -> Outcome:
+        """The record at `start` by its quotes. _Unclosed where the buffer ends inside of it."""
+        try:
+            fields, end = self._parse(buffer, start)
         except _Malformed:
             if strict:
                 return Outcome(Outcome.Kind.LOST, _line_length(buffer, start), reason="has quotes that are not doubled")
-            return self._as_characters(buffer, start, line, is_last=True)
+            return self._as_characters(buffer, start, line, is_last)
         num_lines = _num_lines(buffer, start, end)
         if len(fields) != self.num_fields:
             if num_lines > 1 and not strict:
-                return self._as_characters(buffer, start, line, is_last=True)
+                return self._as_characters(buffer, start, line, is_last)
             return Outcome(Outcome.Kind.LOST, end - start, num_lines, reason=self.wrong_count(len(fields)))
         if num_lines > 1 and not strict:
             inner = buffer[start:end].rstrip(_NEWLINE).split(_NEWLINE)[1:]
@@ -209,7 +216,7 @@ class LineReader:
                 self._first_stray,
             )
 
-    def _as_characters(self, buffer: bytes, start: int, line: int, *, is_last: bool = False) -> Outcome:
+    def _as_characters(self, buffer: bytes, start: int, line: int, is_last: bool) -> Outcome:
         """The line at `start` with its marks as characters.
 
         Raises:
