@@ -1,6 +1,6 @@
 """HTML out of texts that were scraped from pages, as Amazon's titles, descriptions and reviews were.
 
-Tags go, with what stands in scripts and styles; entities become letters. Only what is a tag of HTML counts as one, so
+Tags go, with the content of scripts and styles; entities become letters. Only what is a tag of HTML counts as one, so
 `5 < 6` and `a <b and c> d` stay as they are. A few titles of the collection of 2018 are remains of the page's scripts
 and hold no title at all: those have no text.
 """

@@ -37,7 +37,7 @@ MISSING_WORDS = (
     "NONE",
     "\\N",
 )
-"""What stands for a missing value in exports of databases, pandas and R."""
+"""Words for a missing value in exports of databases, pandas and R."""
 _EXACT: dict[Any, int] = {pl.Float64: 1 << 53, pl.Float32: 1 << 24, pl.Float16: 1 << 11}
 """Whole numbers below are exact in a float of the type."""
 _SURROGATES = re.compile("[\ud800-\udfff]")

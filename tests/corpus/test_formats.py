@@ -117,9 +117,9 @@ def test_grouplens_csv(read: Read, edition: str, end: str) -> None:
 AMAZON = {
     "2014": (
         '{"reviewerID": "A2", "asin": "B1", "reviewerName": "x", "helpful": [2, 3], "reviewText": "I <b>like</b> it.'
-        '<br />5 &lt; 6 & 5 < 6 &#34;q&#34;", "overall": 5.0, "summary": "s", "unixReviewTime": 1252800000, "reviewTime": '
-        '"09 13, 2009"}\n{"reviewerID": "A3", "asin": "B1", "reviewText": "", "summary": "Only this", "overall": 4.0, '
-        '"reviewTime": "09 13, 2009"}\n',
+        '<br />5 &lt; 6 & 5 < 6 &#34;q&#34;", "overall": 5.0, "summary": "s", "unixReviewTime": 1252800000, '
+        '"reviewTime": "09 13, 2009"}\n{"reviewerID": "A3", "asin": "B1", "reviewText": "", "summary": "Only this", '
+        '"overall": 4.0, "reviewTime": "09 13, 2009"}\n',
         "{'asin': 'B1', 'title': 'It\\'s &quot;Good&quot;', 'price': 3.17, 'description': u'caf\\xe9 <p>para</p>', "
         "'categories': [['Sports', 'Dance']]}\n{'asin': 'B9', 'salesRank': {'Toys': 1}}\n",
         ['I like it. 5 < 6 & 5 < 6 "q"', "Only this"],
@@ -128,7 +128,8 @@ AMAZON = {
     ),
     "2018": (
         '{"overall": 5.0, "vote": "2", "verified": true, "reviewTime": "09 13, 2009", "reviewerID": "A2", '
-        '"asin": "B1", "style": {"Format:": " Hard"}, "reviewText": "Fine", "summary": "s", "unixReviewTime": 1252800000}\n',
+        '"asin": "B1", "style": {"Format:": " Hard"}, "reviewText": "Fine", "summary": "s", '
+        '"unixReviewTime": 1252800000}\n',
         '{"asin": "B1", "title": "<span id=\\"productTitle\\">\\n Mug </span>", "description": ["<p>One</p>", "", '
         '"Two &amp; three"]}\n',
         ["Fine"],
@@ -184,6 +185,7 @@ def test_mind(read: Read) -> None:
         "1\tU13740\t11/11/2019 9:05:58 AM\tN55189 N42782\tN55689-1 N35729-0\n"
         "2\tU91836\t11/12/2019 6:11:30 PM\t\tN20678-0 N39317-1 N1-1\n"
         "3\tU5\t11/12/2019 6:11:30 PM\tN9\tN20678-0\n"
+        "4\tU6\t11/12/2019 6:11:30 PM\t\tN21 N31\n"  # the test part has no labels
     )
     news = (
         'N55189\tlifestyle\tlifestyleroyals\tThe "Brands" Queen\tShop the notebooks\thttps://x\t[{"Label": "P"}]\t[]\n'

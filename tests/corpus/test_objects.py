@@ -174,6 +174,11 @@ def test_the_stream_reads_values_that_are_cut_anywhere(size: int) -> None:
     assert list(stream.values()) == values
 
 
+def test_an_error_has_the_line_also_when_the_text_comes_in_parts() -> None:
+    with pytest.raises(DataError, match="x line 4"):
+        list(JsonStream("x", iter(["[1,\n", '"two",\n', "3,\n", "oops]" + " " * 20])).values())
+
+
 def test_a_string_that_is_never_closed_is_an_error() -> None:
     with pytest.raises(DataError, match="x line 2"):
         list(JsonStream("x", iter(['[1,\n"abc'])).values())

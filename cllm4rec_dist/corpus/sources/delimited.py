@@ -64,7 +64,7 @@ def read_delimited(
         columns: names of the wanted columns.
         dialect: how fields are written.
         log: counts rows that cannot be read.
-        numeric: columns of numbers or times, by which a row is told from a line of text.
+        numeric: columns of numbers or times, that tell a row from a line of text.
 
     Raises:
         DataError: for a column that the file does not have, and for quotes whose meaning cannot be told.

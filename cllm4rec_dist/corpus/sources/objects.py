@@ -43,7 +43,7 @@ def read_objects(
         file: the file.
         log: counts lines that are no object.
         encoding: Python's name, or auto.
-        wanted: fields of interest, by which an object of columns is told from an object of objects.
+        wanted: fields of interest, that tell an object of columns from an object of objects.
     """
     encoding = resolve_encoding(file.path, encoding)
     if first_text(file.path, encoding).lstrip().startswith("["):

@@ -113,7 +113,7 @@ class LineReader:
 
     @property
     def has_quotes(self) -> bool:
-        """Whether a quotation mark may mean anything."""
+        """Quotation marks may enclose fields."""
         return self._dialect.quoting != "none"
 
     def with_one_byte_separator(self, text: bytes) -> bytes:
@@ -314,7 +314,7 @@ class LineReader:
             at = end + 1
 
     def _is_escaped(self, buffer: bytes, start: int, at: int) -> bool:
-        """Whether an odd number of escapes stands before `at`."""
+        """Tell whether an odd number of escapes precedes `at`."""
         count = 0
         while self._escape and at - count > start and buffer[at - count - 1 : at - count] == self._escape:
             count += 1

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import polars as pl
+
 from cllm4rec_dist.corpus.about import TextCollector, joined
 from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import TableFile, TableSource
@@ -58,7 +60,7 @@ def read_table(source: TableSource) -> RawData:
     return raw
 
 
-def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -> Any:
+def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -> pl.DataFrame:
     table = source.items
     assert table is not None
     columns = {f"d{index}": name for index, name in enumerate(table.description)}
@@ -76,7 +78,7 @@ def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     )
 
 
-def _user_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -> Any:
+def _user_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -> pl.DataFrame:
     table = source.users
     assert table is not None
     columns = {f"t{index}": name for index, name in enumerate(table.text)}
