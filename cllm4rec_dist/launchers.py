@@ -310,9 +310,11 @@ def _wait_for(work: Callable[[], object]) -> None:
     thread.start()
     try:
         thread.join()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:  # SIGINT, and SIGTERM by Ray's handler
         ray.shutdown()  # ends the thread, too, which would crash the interpreter at its end
         thread.join(_CONNECT_SECONDS)
+        if isinstance(error, SystemExit):
+            raise
         raise FaultError(
             "SIGINT",
             "Ctrl-C",
