@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cllm4rec_dist import errors
@@ -288,12 +290,13 @@ def _require_room(workers: int | tuple[int, int], unit: str, total: float, free:
 
 
 def _wait_for(work: Callable[[], object]) -> None:
-    """Run `work` in a thread, so that SIGINT ends the wait.
+    """Run `work` in a thread, so that SIGINT and SIGTERM end the wait.
 
-    In the main thread Ray handles SIGINT by asking its controller, which does not answer while workers have no room.
+    In the main thread Ray would handle SIGINT by asking its controller, which does not answer while workers have no
+    room, and SIGTERM by aborting the process.
 
     Raises:
-        FaultError: for SIGINT.
+        FaultError: for a signal.
         Exception: what `work` raised.
     """
     import ray
@@ -307,22 +310,30 @@ def _wait_for(work: Callable[[], object]) -> None:
             raised.append(error)
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    thread.start()
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if is_main_thread else ()
+    before = {number: signal.signal(number, _raise_fault) for number in signals}
     try:
+        thread.start()
         thread.join()
-    except (KeyboardInterrupt, SystemExit) as error:  # SIGINT, and SIGTERM by Ray's handler
+    except FaultError:
         ray.shutdown()  # ends the thread, too, which would crash the interpreter at its end
         thread.join(_CONNECT_SECONDS)
-        if isinstance(error, SystemExit):
-            raise
-        raise FaultError(
-            "SIGINT",
-            "Ctrl-C",
-            "ended the run before it was done",
-            "The same command runs it again; training goes on from the newest checkpoint.",
-        ) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if raised:
         raise raised[0]
+
+
+def _raise_fault(number: int, frame: FrameType | None) -> None:
+    raise FaultError(
+        "signal",
+        signal.Signals(number).name,
+        "ended the run before it was done",
+        "The same command runs it again; training goes on from the newest checkpoint.",
+    )
 
 
 @dataclass(frozen=True)

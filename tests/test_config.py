@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cllm4rec_dist.config import BackboneConfig, RunConfig, StrictModel, load_config, validate
 from cllm4rec_dist.engine import DEFAULT_SETTINGS, resolve_settings
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.system import with_deepspeed_at_hand
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -188,6 +189,16 @@ def test_the_default_deepspeed_file_is_the_packages_in_any_folder(
     monkeypatch.chdir(tmp_path)
     assert load().deepspeed is None
     assert resolve_settings(load()) == resolve_settings(with_deepspeed(ROOT / "ds_configs" / "zero3.json"))
+
+
+def test_evaluation_does_without_a_deepspeed_file_that_is_gone(tmp_path: Path) -> None:
+    gone = with_deepspeed(tmp_path / "ds_configs" / "zero3.json")
+    assert with_deepspeed_at_hand(gone).deepspeed is None
+    here = with_deepspeed(deepspeed_file(tmp_path, ZERO3))
+    assert with_deepspeed_at_hand(here) == here
+    assert with_deepspeed_at_hand(load()) == load()
+    with pytest.raises(ConfigError, match="deepspeed"):  # training never does
+        resolve_settings(gone)
 
 
 ZERO3 = {"zero_optimization": {"stage": 3}}

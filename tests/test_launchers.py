@@ -104,14 +104,17 @@ def test_a_cluster_that_is_busy_is_waited_for_aloud(
     assert "waiting for the cluster: 2 workers take as many CPUs, 1 are free" in caplog.text
 
 
-def test_sigint_ends_the_wait_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_ray(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     ended = threading.Event()
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=ended.set))  # type: ignore[arg-type]
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
     started = time.monotonic()
-    with pytest.raises(FaultError, match="SIGINT"):
+    with pytest.raises(FaultError, match=number.name):
         launchers._wait_for(lambda: ended.wait(30))
     assert ended.is_set()
+    assert signal.getsignal(number) is before
     assert time.monotonic() - started < 10
 
 

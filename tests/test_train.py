@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 import cllm4rec_dist.step as step_module
 import cllm4rec_dist.train as train_module
-from cllm4rec_dist import checkpoint
+from cllm4rec_dist import checkpoint, inference
 from cllm4rec_dist.checkpoint import About, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.prompts import MicroBatch
-from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, DataError
 from cllm4rec_dist.inference import evaluate_run, recommend_users
 from cllm4rec_dist.log import METRICS_FILE
 from cllm4rec_dist.step import StepResult
@@ -104,6 +104,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(made: Made, tmp_
     # The interrupted run validated once more, at the step that it was told to be its last.
     assert [line for line in metrics(parts) if line["step"] != 5 or "loss" in line] == metrics(whole)
     assert_equal_checkpoints(whole, parts)
+
+
+@pytest.mark.slow
+def test_the_learning_rates_of_every_step_are_written_down(made: Made, tmp_path: Path) -> None:
+    optimizer = {"lr": 1e-2, "tables_lr": 4e-3, "warmup_steps": 2, "schedule": "linear", "final_share": 0.5}
+    run_ranks(2, run, make_config(made, tmp_path, optimizer=optimizer, epochs=2))
+    lines = metrics(tmp_path)
+    wanted = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625]  # two steps of warm-up, then from 1 towards 1/2 in four
+    assert [line["lr"] for line in lines] == pytest.approx([1e-2 * share for share in wanted])
+    assert [line["tables_lr"] for line in lines] == pytest.approx([4e-3 * share for share in wanted])
+
+
+def test_an_evaluation_that_cannot_be_done_ranks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = SimpleNamespace(num_interactions={"train": 9, "valid": 0, "test": 1})
+    system = SimpleNamespace(corpus=SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(inference, "load", lambda *arguments: (system, None))
+    with pytest.raises(DataError, match="--no-baselines"):
+        evaluate_run(alone(), lambda metrics: None, "run", "test", ["recall@5"], 4, "out", baselines=True)
 
 
 def names(run: Path) -> list[str]:
