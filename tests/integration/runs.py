@@ -52,8 +52,12 @@ def losses_of(output: Path) -> list[float]:
 
 
 def finish(started: subprocess.Popen[str], timeout: int = 300) -> str:
-    """What a command told, at its end."""
-    told, _ = started.communicate(timeout=timeout)
+    """What a command told, at its end. One that goes on for longer is killed, or it would slow all later tests."""
+    try:
+        told, _ = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        raise
     return told
 
 
