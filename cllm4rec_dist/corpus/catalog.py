@@ -310,6 +310,6 @@ def _reviews(
     log.skip("review of a held-out interaction", int((has_text & ~training).sum()), int(has_text.sum()))
     kept = np.flatnonzero(has_text & training)
     positions = frame["position"].to_numpy()
-    ranks = np.full(int(positions.max()) + 1 if len(kept) else 0, -1, dtype=np.int64)
+    ranks = np.full(store.num_positions, -1, dtype=np.int64)  # also of interactions that were filtered out
     ranks[positions[kept]] = np.arange(len(kept))
     return Reviews(users[kept], items[kept], ranks, store)

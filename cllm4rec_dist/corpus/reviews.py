@@ -19,18 +19,24 @@ _BUCKET_BYTES = 1 << 28
 
 
 class ReviewStore:
-    """Texts by position, written once."""
+    """Texts by position, written once.
+
+    Attributes:
+        num_positions: one more than the largest position of a text.
+    """
 
     def __init__(self) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files: list[Path] = []
         self._pending: list[pl.DataFrame] = []
         self._pending_bytes = self._num_bytes = 0
+        self.num_positions = 0
 
     def append(self, positions: np.ndarray, texts: pl.Series) -> None:
         """Add the texts of rising positions."""
         if not len(texts):
             return
+        self.num_positions = int(positions[-1]) + 1
         self._pending.append(pl.DataFrame({"position": positions.astype(np.int64), "text": texts}))
         self._pending_bytes += int(texts.str.len_bytes().sum()) + 16 * len(texts)
         if self._pending_bytes >= _FLUSH_BYTES:

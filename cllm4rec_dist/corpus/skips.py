@@ -160,7 +160,7 @@ class SkipLog:
                 value,
                 f"{reason}: {entry.num_unusable:,} of {entry.rows:,} rows ({share:.3g} %) cannot be used, more than"
                 f" max_lost: {self._max_lost:g} allows ({_list_reasons(entry.lost)})",
-                "Mend the file or the recipe (separator, quoting, encoding, time_format), or raise max_lost.",
+                "Mend the file or the recipe (separator, quoting, encoding, decimal, time_format), or raise max_lost.",
             )
         if lost > _WARN_SHARE * entry.rows:
             logger.warning(

@@ -242,3 +242,13 @@ def test_a_split_that_contradicts_the_files_is_refused() -> None:
         build_catalog(raw_data([("u", "a", None, None, "")]), recipe(split=GIVEN))
     with pytest.raises(DataError, match="no training interaction"):
         build_catalog(with_parts([("u", "a", 1)]), recipe(split=GIVEN))
+
+
+@pytest.mark.parametrize("settings", [{}, {"rating_threshold": 4}, {"min_user_items": 3}])
+def test_reviews_of_interactions_that_are_left_out_at_the_end_of_the_files(settings: dict[str, int]) -> None:
+    rows = [(f"u{u}", f"i{i}", 5.0, float(i), f"u{u} on i{i}") for u in range(3) for i in range(4)]
+    last = [("u0", "i0", 2.0, 99.0, "again"), ("u9", "i9", 1.0, 99.0, "late")]
+    split = {"kind": "last", "num_valid": 0, "num_test": 0}
+    catalog = build_catalog(raw_data(rows + last), recipe(split=split, **settings))
+    expected = [text for *_, text in rows] + ([] if settings else ["late"])
+    assert sorted(reviews(catalog)) == sorted(expected)

@@ -119,7 +119,7 @@ def _legacy_encoding(path: str) -> str:
             f"{path} line {number}",
             ascii(line.strip()[:80]),
             f"is not UTF-8, like {num_wrong:,} lines of the file, and its encoding cannot be told",
-            "Name it in the recipe, for example encoding: cp1252, or encoding: utf-8 to leave such lines out.",
+            "Name it beside the file's path, for example encoding: cp1252, or encoding: utf-8 to leave such lines out.",
         )
     logger.warning(
         "%s is not UTF-8 (%s lines) and is read as %s: line %d as %r. If that is wrong, set encoding in the recipe.",

@@ -210,7 +210,7 @@ class LineReader:
         if self._num_stray:
             logger.warning(
                 "%s: a quotation mark begins a field but does not enclose it (%s lines, the first is line %d). It is"
-                " read as a character; set quoting: none to say so.",
+                " read as a character. If no field of the file is enclosed in marks, quoting: none says so.",
                 self._path,
                 f"{self._num_stray:,}",
                 self._first_stray,

@@ -112,7 +112,8 @@ def _batches(
     if kind == "parquet":
         return read_parquet(file, columns, log)
     wanted = [name for name in columns if name not in file.partition]
-    objects = require_seen(file.path, read_objects(file, log, encoding, wanted), wanted)
+    # JSON is UTF-8 or says what it is; an encoding of the whole source is that of its delimited files.
+    objects = require_seen(file.path, read_objects(file, log, table.encoding or "auto", wanted), wanted)
     by_name = {name: roles[role] for role, name in reversed(names.items())}
     getters: list[Getter] = [(name, partial(_get, name, by_name[name])) for name in wanted]
     return object_batches(file, objects, getters, log, columns)
