@@ -57,17 +57,17 @@ def parse_workers(text: str) -> int | tuple[int, int]:
 
 
 def joins(launcher: str, environ: Mapping[str, str]) -> bool:
-    """Whether this process is a rank already, as `auto` reads from the variables of torchrun, deepspeed or srun."""
+    """True if this process is a rank already, as `auto` reads from the variables of torchrun, deepspeed or srun."""
     return launcher == "auto" and ("RANK" in environ or {"SLURM_PROCID", "MASTER_ADDR"} <= set(environ))
 
 
 def is_main(launcher: str, environ: Mapping[str, str]) -> bool:
-    """Whether this process talks to people: rank 0 where it joins other ranks, else always."""
+    """True if this process reports to the user: rank 0 where it joins other ranks, else always."""
     return not joins(launcher, environ) or environ.get("RANK", environ.get("SLURM_PROCID")) == "0"
 
 
 def ranks_are_elsewhere(launcher: str, environ: Mapping[str, str]) -> bool:
-    """Whether the ranks are on a Ray cluster, whose hosts need not have the file systems of this one."""
+    """True if the ranks are on a Ray cluster, whose hosts need not have the file systems of this one."""
     return _uses_ray(launcher, environ) and _ray_address(environ) != "local"
 
 

@@ -88,7 +88,7 @@ class SeenInteractions:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it holds all keys."""
+        """True if it holds all keys."""
         return self.bound == _LARGEST
 
     def contains(self, keys: np.ndarray) -> np.ndarray:

@@ -74,6 +74,15 @@ class LeftOut(StrictModel):
     value: str | None = None
     """What was there, shortened."""
 
+    def describe(self) -> str:
+        """Share and first place in brackets, for a log line; empty where neither is known."""
+        parts = [f"{100 * self.share:.3g} %"] if self.share else []
+        line = "" if self.line is None else f" line {self.line}"
+        value = "" if self.value is None else f" {self.value!r}"
+        if self.file is not None or self.value is not None:
+            parts.append(f"first: {self.file or ''}{line}{value}".replace(":  ", ": "))
+        return f" ({'; '.join(parts)})" if parts else ""
+
 
 class Manifest(StrictModel):
     """Contents of `manifest.json`."""

@@ -7,7 +7,6 @@ import logging
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import GivenSplit, PrepareConfig
-from cllm4rec_dist.corpus.skips import Skip
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.tasks import ray_tasks
 from cllm4rec_dist.corpus.writer import Tokenizer, check_room, write_corpus
@@ -52,9 +51,7 @@ def prepare(
     else:
         manifest = write_corpus(catalog, tokenizer, out, config, overwrite=overwrite, progress=progress)
     for reason, found in manifest.skipped.items():
-        total = round(found.count / found.share) if found.share else 0
-        skip = Skip(found.count, total, found.file, found.line, found.value)
-        logger.info("left out: %s x %s%s", f"{found.count:,}", reason, skip.describe())
+        logger.info("left out: %s x %s%s", f"{found.count:,}", reason, found.describe())
     logger.info(
         "corpus %s at %s: %d users, %d items, interactions %s, texts %s",
         manifest.name,

@@ -44,16 +44,6 @@ class Skip:
         """Left-out share of the total."""
         return self.count / self.total if self.total else 0.0
 
-    def describe(self) -> str:
-        """Share and first place, as text in brackets for a log line."""
-        parts = [f"{100 * self.share:.3g} %"] if self.total else []
-        if self.file is not None:
-            value = "" if self.value is None else f" {self.value!r}"
-            parts.append(f"first: {self.file} line {self.line}{value}" if self.line else f"first: {self.file}{value}")
-        elif self.value is not None:
-            parts.append(f"first: {self.value!r}")
-        return f" ({'; '.join(parts)})" if parts else ""
-
 
 @dataclass
 class _FileCount:

@@ -374,7 +374,7 @@ def _counted(
     num_texts: int,
     advance: Callable[[int], object],
 ) -> Iterator[Shard]:
-    """The same shards; adds up what they hold and what was left out of them."""
+    """Yield the shards, adding up the texts that they hold and those that were left out."""
     num_empty = num_cut = 0
     for shard in shards:
         assert shard.counts is not None

@@ -397,3 +397,18 @@ def test_real_data(
     assert len(raw.user_ids) == num_users
     assert len(raw.item_ids) == num_items
     assert len(raw.interactions) == num_interactions
+
+
+def test_an_encoding_of_the_whole_source_is_not_that_of_json(tmp_path: Path) -> None:
+    orders = write(tmp_path / "orders.csv", "who,what\nJürgen,1\n".encode("cp1252"))
+    items = write(tmp_path / "items.json", '[{"id": 1, "name": "Süßer Käse"}]')
+    raw = read_source(
+        source(
+            format="table",
+            encoding="cp1252",
+            interactions={"path": orders, "user": "who", "item": "what"},
+            items={"path": items, "item": "id", "title": "name"},
+        )
+    )
+    assert raw.user_ids.to_list() == ["Jürgen"]
+    assert texts(raw.items) == {"1": ("Süßer Käse", None)}
