@@ -30,7 +30,7 @@ BETAS = (0.9, 0.999)
 def ours(num_rows: int, width: int, lazy: bool, storage: Storage) -> tuple[nn.Parameter, Callable[[], object], Any]:
     """Rows, what steps them, and what holds their moments."""
     counts = (num_rows, 1) if lazy else (1, num_rows)
-    head, world = HeadConfig(form="dot", item_bias=False), World(0, 1, 0, torch.device("cpu"))
+    head, world = HeadConfig(similarity="dot", item_bias=False), World(0, 1, 0, torch.device("cpu"))
     model = Recommender(
         *counts, Words(*torch.zeros(2, 1, width)), head, world,
         dropout=0.0, wire=torch.float32, lazy=True, content=False,

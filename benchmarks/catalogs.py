@@ -28,7 +28,7 @@ def make_corpus(
     Histories are log-normal in length (median 8, a long tail, as real ones are), reviews have 5 to 60 words.
     """
     random = np.random.default_rng(0)
-    settings = BackboneConfig(family="llama", hidden=hidden, layers=layers, heads=4, words=500)
+    settings = BackboneConfig(family="llama", hidden_size=hidden, num_layers=layers, num_heads=4, vocab_size=500)
     build_backbone(settings, _WORDS, folder / "backbone")
     lengths = np.clip(random.lognormal(np.log(8), 1.0, num_users).astype(np.int64), 3, 200)
     items = random.integers(0, num_items, lengths.sum(), dtype=np.int32)

@@ -61,7 +61,9 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "command": f"python -m benchmarks.{path.stem} {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "torch": torch.__version__,
-    }  # fmt: skip
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "torch": torch.__version__,
+    }
     path.write_text(json.dumps(about | figures, indent=1) + "\n", encoding="utf-8")
     tell(f"written to {path}")

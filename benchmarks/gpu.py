@@ -112,7 +112,7 @@ def run_config(folder: Path, chosen: argparse.Namespace) -> RunConfig:
     return validate(RunConfig, {
         "stage": "pretrain", "corpus": str(folder / "corpus"), "backbone": str(folder / "large"), "output": str(folder),
         "deepspeed": str(ROOT / "ds_configs/zero3.json"), "precision": "bf16", "activation_checkpointing": True,
-        "rows": {"start": "prior", "wire": "bf16"},
+        "embeddings": {"init": "prior", "comm_dtype": "bf16"},
         "batch": {"users": chosen.batch_users, "texts": chosen.batch_texts},
     }, "benchmark")  # fmt: skip
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.lookup
 
-`ours` routes, fetches and looks up; its gradient is sparse, for a lazy Adam, or `dense`, as with `lazy_tables: false`;
+`ours` routes, fetches and looks up; its gradient is sparse, for a lazy Adam, or `dense`
+(`sparse_embedding_updates: false`);
 `bf16` is the lazy one with that on the wire. `rowwise` is an `nn.Embedding` under DTensor's `RowwiseParallel` with ids
 and rows sharded by rank (all-gather of ids, reduce-scatter of rows; torch makes a gradient of the whole table on every
 rank), `rowwise distinct` the same with ids deduplicated first and padded to the longest rank. `gathered` brings the

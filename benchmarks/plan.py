@@ -92,15 +92,15 @@ def work(folder: Path, form: dict[str, Any], batch: int) -> None:
 
     config = validate(RunConfig, {
         "stage": "pretrain", "corpus": str(folder / "corpus"), "backbone": str(folder / "backbone"),
-        "output": str(folder), "deepspeed": str(folder / "ds.json"), "rows": {"start": "prior"},
-        "batch": {"users": batch, "texts": batch, "accumulation": 2},
+        "output": str(folder), "deepspeed": str(folder / "ds.json"), "embeddings": {"init": "prior"},
+        "batch": {"users": batch, "texts": batch, "gradient_accumulation_steps": 2},
     } | form, "benchmark")  # fmt: skip
     world = start_world()
     corpus = Corpus.open(config.corpus, verify=False)
     samples = [sample_step(corpus, composer_of(config, corpus), config, world.size, step) for step in (2, 3)]
     outline = outline_run(config, corpus.num_users, corpus.num_items, True, world.size)
     rehearsal, _ = rehearse_fullest(outline, samples, logits_at_a_time(world.device))
-    gathers = outline.zero.play(rehearsal.events, config.batch.accumulation)
+    gathers = outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps)
     planned = needed_memory(outline, rehearsal, gathers).total()
 
     with world.watch:

@@ -65,15 +65,21 @@ def main() -> None:
         mean = [error(got, wanted) for got, wanted in zip(means, gradients, strict=True)]
         losses = [d[0] - loss for d in draws]
         figures[str(size)] = {
-            "loss_error": statistics.mean(losses), "loss_error_std": statistics.stdev(losses),
-            "gradient_error_one_draw": one, "gradient_error_of_the_mean": mean,
+            "loss_error": statistics.mean(losses),
+            "loss_error_std": statistics.stdev(losses),
+            "gradient_error_one_draw": one,
+            "gradient_error_of_the_mean": mean,
             "time_of_exact": statistics.median(d[2] for d in draws) / seconds,
-        }  # fmt: skip
+        }
         found = figures[str(size)]
-        rows.append([
-            f"{size:,}", f"{found['loss_error']:+.4f} ± {found['loss_error_std']:.4f}",
-            *(f"{a:.3f} / {b:.3f}" for a, b in zip(one, mean, strict=True)), f"{found['time_of_exact']:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{size:,}",
+                f"{found['loss_error']:+.4f} ± {found['loss_error_std']:.4f}",
+                *(f"{a:.3f} / {b:.3f}" for a, b in zip(one, mean, strict=True)),
+                f"{found['time_of_exact']:.2f}",
+            ]
+        )
     tell_table(["sample", f"loss - {loss:.4f}", "query gradient, one / mean", "row gradient", "time of exact"], rows)
     write_json(chosen.json, {"shape": chosen.shape, "exact_loss": loss, "exact_seconds": seconds, **figures})
 

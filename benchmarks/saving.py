@@ -29,7 +29,7 @@ backbone: {folder}/backbone
 output: {folder}/run
 deepspeed: {root}/ds_configs/zero3.json
 adapter: {{rank: 8}}
-rows: {{start: prior}}
+embeddings: {{init: prior}}
 batch: {{users: 32, texts: 32}}
 method: {{max_history: 32}}
 epochs: 100000

@@ -93,10 +93,12 @@ class Peer(nn.Module):
             loss = F.cross_entropy(hidden @ self.word_head.T, targets, reduction="sum") / num_words
             touched = torch.unique(torch.cat([tokens, more])) - self.space.first_user
             own, content = self.collaborative(touched), self.content(touched)
-            rows = self.config.rows
-            mutual = rows.lambda_c / 2 * (content - own).square().sum() + rows.lambda_l / 2 * own.square().sum()
+            embeddings = self.config.embeddings
+            mutual = (
+                embeddings.lambda_c / 2 * (content - own).square().sum() + embeddings.lambda_l / 2 * own.square().sum()
+            )
             (loss + mutual / len(touched) / len(micro_batches)).backward()
-        nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip_norm)
+        nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
 
 
@@ -179,8 +181,8 @@ def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> d
     """Real tokens a second of all, over the same steps in turns."""
     config = validate(RunConfig, {
         "stage": stage, "corpus": chosen.corpus, "backbone": chosen.backbone, "output": tempfile.gettempdir(),
-        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "rows": {"start": "prior"},
-        "batch": {"users": users, "texts": texts, "accumulation": 2}, "method": {"max_history": 200},
+        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "embeddings": {"init": "prior"},
+        "batch": {"users": users, "texts": texts, "gradient_accumulation_steps": 2}, "method": {"max_history": 200},
     }, "benchmark")  # fmt: skip
     system = assemble(config, start_world())
     start_rows(system)
@@ -197,7 +199,7 @@ def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> d
         speeds["ours"].append(tokens / (time.perf_counter() - started))
         documents = source.documents(number)
         for name, grouped in PEERS.items():
-            micro_batches = grouped(*documents, config.batch.accumulation)
+            micro_batches = grouped(*documents, config.batch.gradient_accumulation_steps)
             started = time.perf_counter()
             peer.step(micro_batches)
             speeds[name].append(tokens / (time.perf_counter() - started))

@@ -167,7 +167,7 @@ def our_epoch(source: BatchSource, num_steps: int) -> int:
 def configured(chosen: argparse.Namespace, stage: str, users: int, num_texts: int) -> RunConfig:
     return validate(RunConfig, {
         "stage": stage, "corpus": chosen.corpus, "backbone": chosen.backbone, "output": tempfile.gettempdir(),
-        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "rows": {"start": "prior"},
+        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "embeddings": {"init": "prior"},
         "batch": {"users": users, "texts": num_texts}, "method": {"max_history": 200},
     }, "benchmark")  # fmt: skip
 

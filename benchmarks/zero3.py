@@ -52,7 +52,7 @@ def run(rank: int, size: int, chosen: Namespace, name: str, folder: str) -> None
     path.write_text(json.dumps(tree))
     settings = resolve_settings(validate(RunConfig, {
         "stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-", "deepspeed": str(path),
-        "batch": {"accumulation": MICRO_BATCHES},
+        "batch": {"gradient_accumulation_steps": MICRO_BATCHES},
     }, "benchmark"))  # fmt: skip
     with sharded_loading(settings):
         dual = load_backbone(Path(folder, "backbone"), AdapterConfig(rank=8), torch.float32, 0)
@@ -99,7 +99,9 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        settings = BackboneConfig(family="llama", hidden=chosen.hidden, layers=chosen.layers, heads=4, words=500)
+        settings = BackboneConfig(
+            family="llama", hidden_size=chosen.hidden, num_layers=chosen.layers, num_heads=4, vocab_size=500
+        )
         build_backbone(settings, ["a few words"], Path(folder, "backbone"))
         for name in VARIANTS:
             mp.start_processes(run, (chosen.ranks, chosen, name, folder), nprocs=chosen.ranks, start_method="fork")

@@ -45,6 +45,7 @@ from cllm4rec_dist.config import RunConfig, StrictModel
 from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
 from cllm4rec_dist.lineage import Lineage, SeenInteractions, TrainedOn
+from cllm4rec_dist.renames import RUN_SETTINGS, require_new_keys
 from cllm4rec_dist.store import SCHEMA_VERSION, Marker, Store, parse
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
@@ -243,7 +244,7 @@ def shard_file(rank: int, size: int) -> str:
 
 def store_url(config: RunConfig) -> str:
     """Where a run keeps its checkpoints."""
-    return config.checkpoint.folder or f"{config.output}/checkpoints"
+    return config.checkpoint.dir or f"{config.output}/checkpoints"
 
 
 def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[str]]:
@@ -280,7 +281,10 @@ def _store_of_run(path: str) -> str:
     """A run's configuration may say that its checkpoints are elsewhere."""
     file = Path(path) / CONFIG_FILE
     tree = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    folder = tree.get("checkpoint", {}).get("folder") if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        return f"{path}/checkpoints"
+    require_new_keys(tree, RUN_SETTINGS, str(file))
+    folder = tree.get("checkpoint", {}).get("dir")
     return str(folder or f"{path}/checkpoints")
 
 
@@ -299,7 +303,7 @@ def first_good(
     seen = gather_integers([zlib.crc32("/".join(names).encode())], world)
     if any(other != seen[0] for other in seen):
         raise CheckpointError(
-            "checkpoint.folder", store.url, f"shows other checkpoints to rank {world.rank} or to others",
+            "checkpoint.dir", store.url, f"shows other checkpoints to rank {world.rank} or to others",
             "Put it where all hosts see the same files.",
         )  # fmt: skip
     for name in names:

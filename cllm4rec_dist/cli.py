@@ -21,6 +21,7 @@ from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import expand_path, is_url
 from cllm4rec_dist.id_list import read_ids
 from cllm4rec_dist.launchers import is_main, launch, ranks_are_elsewhere, require_launchable
+from cllm4rec_dist.renames import COMMANDS
 
 METRICS = "recall@20,recall@40,ndcg@100"
 PathT = TypeVar("PathT", str, Path)
@@ -50,7 +51,7 @@ app = typer.Typer(
     help="""Train an LLM recommender (CLLM4Rec) on many GPUs, or on a laptop.
 
 The way through: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**. Without a
-pretrained decoder at hand, **backbone** builds a small one first.
+pretrained decoder at hand, **build-backbone** builds a small one first.
 
 Every setting of a run is documented in `cllm4rec_dist/config.py` and may be given as `section.key=value`.""",
 )
@@ -118,7 +119,7 @@ def prepare(
     typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
 
 
-@app.command()
+@app.command("build-backbone")
 def backbone(
     recipe: Annotated[Path, typer.Argument(help="Recipe whose texts the tokenizer is trained on.", callback=_expanded)],
     output: Annotated[Path, typer.Argument(help="Backbone folder to write.", callback=_expanded)],
@@ -126,9 +127,9 @@ def backbone(
 ) -> None:
     """Build a small decoder with random weights and a tokenizer trained on a recipe's texts.
 
-    Settings: family, hidden, layers, heads, words, max_positions, dropout, seed.
+    Settings: family, hidden_size, num_layers, num_heads, vocab_size, max_positions, dropout, seed.
     """
-    preflight.require_none(preflight.folder_problems("output", str(output)), "backbone")
+    preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
     from cllm4rec_dist.corpus.recipe import PrepareConfig
     from cllm4rec_dist.corpus.sources import read_source
     from cllm4rec_dist.model.tiny import build_backbone
@@ -237,7 +238,7 @@ def _train(
     config = resolve_resume(loaded, os.environ)
     result = launch(
         train, launcher, workers,
-        hang_seconds=config.faults.hang_seconds, max_failures=max_failures, config=config,
+        collective_timeout_seconds=config.faults.collective_timeout_seconds, max_failures=max_failures, config=config,
     )  # fmt: skip
     if isinstance(result, TrainResult) and result.interrupted:
         raise typer.Exit(EXIT_STATUS)
@@ -384,9 +385,16 @@ def _log_alone() -> None:
     setup_logging(World(0, 1, 0, torch.device("cpu")))
 
 
+def _require_new_command(arguments: list[str]) -> None:
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if name in COMMANDS:
+        raise ConfigError("command", name, "has another name now", f"Write cllm4rec {COMMANDS[name]}.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error of ours is one message and its exit status."""
     try:
+        _require_new_command(sys.argv[1:] if arguments is None else arguments)
         app(arguments)
     except CLLM4RecError as error:
         typer.secho(f"error: {error}", fg="red", err=True)

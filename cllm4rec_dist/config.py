@@ -7,20 +7,23 @@ YAML; `key.sub=value` overrides are applied on top before validation, so that no
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.renames import BACKBONE_SETTINGS, RUN_SETTINGS, require_new_keys
 
 
 class StrictModel(BaseModel):
     """A frozen configuration node that refuses unknown keys and implicit type changes of numbers to strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    """Dotted keys that are refused with their new name, old to new."""
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
@@ -114,6 +117,7 @@ def load_config(model: type[ModelT], path: str | Path | None = None, overrides: 
 
 def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
     """Validate a plain tree as `model`; every violation is named in one ConfigError."""
+    require_new_keys(tree, model.renamed_keys, source)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -150,21 +154,21 @@ class AdapterConfig(StrictModel):
     """Names of the layers that get adapters; every linear layer if left out."""
 
 
-class RowsConfig(StrictModel):
+class EmbeddingsConfig(StrictModel):
     """Where user and item rows start, and their priors."""
 
     lambda_l: float = Field(default=1e-3, ge=0)
     """Precision of the prior of collaborative rows, N(0, 1/lambda_l), per predicted token."""
     lambda_c: float = Field(default=1e-2, ge=0)
     """Precision of content rows around collaborative ones, N(z_l, 1/lambda_c), per predicted token."""
-    start: Literal["prior", "spectral"] = "spectral"
+    init: Literal["prior", "spectral"] = "spectral"
     """Centre of the item prior. `prior`: zero, as in the paper. `spectral`: singular vectors of the training
     interactions and of the items' words."""
-    text_weight: float = Field(default=0.4, ge=0)
+    init_text_weight: float = Field(default=0.4, ge=0)
     """Weight of the words against the interactions in a spectral start; 0 leaves them out."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the entries of user and item embeddings dropped at the input."""
-    wire: Literal["fp32", "bf16"] = "fp32"
+    comm_dtype: Literal["fp32", "bf16"] = "fp32"
     """Between ranks. `bf16` rounds looked-up rows on their way to the ranks that read them, and their gradients on the
     way back: half of the bytes. Tables, sums of gradients and the item softmax stay fp32."""
 
@@ -172,7 +176,7 @@ class RowsConfig(StrictModel):
 class HeadConfig(StrictModel):
     """Form of the item softmax. The paper's is `dot` without the rest."""
 
-    form: Literal["dot", "cosine"] = "cosine"
+    similarity: Literal["dot", "cosine"] = "cosine"
     """`dot`: tied inner product. `cosine`: inner product of directions over a learned temperature."""
     temperature: float = Field(default=0.1, gt=0)
     """First temperature of the cosine head."""
@@ -180,7 +184,7 @@ class HeadConfig(StrictModel):
     """Learn a bias for each item."""
     pool_residual: bool = True
     """Add the direction of the sum of the item rows read so far to the hidden state."""
-    sampled: int = Field(default=0, ge=0)
+    num_negatives: int = Field(default=0, ge=0)
     """Items drawn for the softmax of a micro-batch in training, over all ranks, beside its targets; 0: all, exact.
     Fewer make the loss too low and the gradients noisy (docs/performance.md). Prediction is exact in any case."""
 
@@ -192,21 +196,21 @@ class MethodConfig(StrictModel):
     """Items of the multinomial likelihood: the masked ones (paper) or all of the user's (the authors' code)."""
     order: Literal["shuffled", "fixed"] = "shuffled"
     """Order of a user's items at each visit: drawn anew (paper) or as stored (the authors' code)."""
-    mask_share: tuple[float, float] = (0.1, 0.9)
+    mask_ratio: tuple[float, float] = (0.1, 0.9)
     """Share of a user's items that is masked: drawn uniformly from a range at each visit, or one fixed share."""
     max_history: int = Field(default=256, ge=1)
     """Items of a user put into a prompt at most; a random subset (the last ones with fixed order) beyond."""
 
-    @field_validator("mask_share", mode="before")
+    @field_validator("mask_ratio", mode="before")
     @classmethod
     def _fixed_share(cls, value: object) -> object:
         return (value, value) if isinstance(value, float) else value
 
     @model_validator(mode="after")
     def _ordered(self) -> MethodConfig:
-        low, high = self.mask_share
+        low, high = self.mask_ratio
         if not 0 < low <= high < 1:
-            raise ValueError("mask_share must be 0 < low <= high < 1")
+            raise ValueError("mask_ratio must be 0 < low <= high < 1")
         return self
 
 
@@ -217,7 +221,7 @@ class BatchConfig(StrictModel):
     """Users of a step."""
     texts: int = Field(default=32, ge=0)
     """Texts of a step; 0 leaves the content LLM out."""
-    accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Micro-batches in which each rank works its part off. The result does not depend on it."""
 
 
@@ -226,23 +230,23 @@ class OptimizerConfig(StrictModel):
 
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of adapters (or of the backbone)."""
-    tables_lr: float = Field(default=1e-4, gt=0)
+    embeddings_lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of user and item rows and of the head's parameters."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay of adapters; tables have their priors instead."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's moments, each in [0, 1)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up: hold, or fall to `final_share` of the peak at the last step."""
-    final_share: float = Field(default=0.1, ge=0, le=1)
+    """After the warm-up: hold, or fall to `min_lr_ratio` of the peak at the last step."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Where a falling schedule ends, as a share of the peak."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps of linear rise from zero, at most those of the run."""
-    clip_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest joint gradient norm of adapters and tables."""
-    lazy_tables: bool = True
+    sparse_embedding_updates: bool = True
     """Tables that are only looked up (users, content items) update the rows of the batch alone (lazy Adam)."""
-    table_state: Literal["fp32", "int8", "cpu"] = "fp32"
+    embeddings_state: Literal["fp32", "int8", "cpu"] = "fp32"
     """Adam's moments of user and item rows, twice the size of the rows in fp32. `int8`: packed by bitsandbytes, a
     quarter of that. `cpu`: fp32 in host memory, where rows are then stepped; saves GPU memory and costs the way there
     and back. Checkpoints hold fp32 in any case."""
@@ -257,14 +261,14 @@ class ValidationConfig(StrictModel):
     """Metrics written down, recall@K and ndcg@K; the first one chooses the best checkpoint."""
     batch_users: int = Field(default=256, ge=1)
     """Users ranked at a time by each rank."""
-    patience: int = Field(default=0, ge=0)
+    early_stopping_patience: int = Field(default=0, ge=0)
     """Validations without a better result after which training stops; 0 trains to the end."""
 
 
 class CheckpointConfig(StrictModel):
     """Checkpoints to resume from."""
 
-    folder: str | None = None
+    dir: str | None = None
     """Folder or fsspec URL (s3://..., gs://...) that all hosts see; OUTPUT/checkpoints if left out."""
     every_steps: int = Field(default=500, ge=1)
     """Steps between checkpoints; one more is written at the end."""
@@ -277,12 +281,12 @@ class CheckpointConfig(StrictModel):
 class FaultsConfig(StrictModel):
     """What ends a run that goes wrong."""
 
-    hang_seconds: float = Field(default=600.0, gt=0)
+    collective_timeout_seconds: float = Field(default=600.0, gt=0)
     """A rank that stands still for longer ends the job."""
-    bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: Literal["stop", "skip"] = "stop"
     """What to do where a step's loss or gradient is not finite, or the loss explodes: end the run with the batch named,
     or leave the step out and go on."""
-    explosion: float = Field(default=10.0, gt=1)
+    loss_spike_factor: float = Field(default=10.0, gt=1)
     """A loss above so many times its running mean (and above so many nats) is an explosion."""
 
 
@@ -292,6 +296,8 @@ class RunConfig(StrictModel):
     In its paths `~`, `$NAME`, `${NAME}` and `${NAME:-default}` are replaced when a command starts (`preflight.py`).
     """
 
+    renamed_keys: ClassVar[Mapping[str, str]] = RUN_SETTINGS
+
     stage: Literal["pretrain", "finetune"]
     """Mutually regularized pretraining or recommendation-oriented finetuning; the entry point sets it."""
     corpus: str
@@ -300,7 +306,7 @@ class RunConfig(StrictModel):
     """Folder or hub id of a GPT-2, LLaMA, Mistral or Qwen2 style decoder; the corpus was built with its tokenizer."""
     output: str
     """Local folder of the run: checkpoints, metrics, TensorBoard, resolved configuration. For checkpoints in an object
-    store set `checkpoint.folder`."""
+    store set `checkpoint.dir`."""
     init_from: str | None = None
     """Run folder or checkpoint whose rows and adapters a new run starts from: finetune after pretrain, or go on with
     another catalog (rows are matched by external id, see docs/operations.md)."""
@@ -325,7 +331,7 @@ class RunConfig(StrictModel):
     """Passes over the users."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps, whatever the epochs say."""
-    shuffle_records: int = Field(default=64, ge=1)
+    shuffle_window: int = Field(default=64, ge=1)
     """Records of a shard mixed with each other; more mixes better and reads more at a time."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics."""
@@ -333,7 +339,7 @@ class RunConfig(StrictModel):
     """Have every rank write down which users and texts it read at each step, in OUTPUT/audit, so that `cllm4rec audit`
     can prove that each came exactly once; some 7 bytes an example. OUTPUT must be a folder that all hosts see."""
     adapter: AdapterConfig = AdapterConfig()
-    rows: RowsConfig = RowsConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     head: HeadConfig = HeadConfig()
     method: MethodConfig = MethodConfig()
     batch: BatchConfig = BatchConfig()
@@ -350,17 +356,19 @@ class RunConfig(StrictModel):
 
 
 class BackboneConfig(StrictModel):
-    """A small decoder to build: `cllm4rec backbone`."""
+    """A small decoder to build: `cllm4rec build-backbone`."""
+
+    renamed_keys: ClassVar[Mapping[str, str]] = BACKBONE_SETTINGS
 
     family: Literal["gpt2", "llama", "mistral", "qwen2"] = "gpt2"
     """Architecture."""
-    hidden: int = Field(default=128, ge=8)
+    hidden_size: int = Field(default=128, ge=8)
     """Width D."""
-    layers: int = Field(default=2, ge=1)
+    num_layers: int = Field(default=2, ge=1)
     """Decoder layers."""
-    heads: int = Field(default=4, ge=1)
-    """Attention heads; divides `hidden`."""
-    words: int = Field(default=4096, ge=300)
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads; divides `hidden_size`."""
+    vocab_size: int = Field(default=4096, ge=300)
     """Words of the tokenizer at most, trained on the texts of the recipe."""
     max_positions: int = Field(default=512, ge=16)
     """Longest sequence."""
@@ -371,6 +379,6 @@ class BackboneConfig(StrictModel):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BackboneConfig:
-        if self.hidden % (2 * self.heads):
-            raise ValueError("hidden must be an even multiple of heads")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError("hidden_size must be an even multiple of num_heads")
         return self

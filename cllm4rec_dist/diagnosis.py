@@ -79,12 +79,12 @@ class Diagnosis:
 _RESUME = "The same command goes on from the newest checkpoint."
 
 
-def diagnose(ranks: Mapping[int, Sighting], hang_seconds: float, patience: float) -> Diagnosis | None:
+def diagnose(ranks: Mapping[int, Sighting], collective_timeout_seconds: float, patience: float) -> Diagnosis | None:
     """Why these ranks cannot go on, or None while they may.
 
     Args:
         ranks: what is known, by rank.
-        hang_seconds: the longest that a collective may take, and a rank may be silent.
+        collective_timeout_seconds: the longest that a collective may take, and a rank may be silent.
         patience: seconds for which an effect waits for its cause to be heard of.
     """
     lost = _having(ranks, LOST)
@@ -112,8 +112,8 @@ def diagnose(ranks: Mapping[int, Sighting], hang_seconds: float, patience: float
         return _divergence(ranks, waiting) or Diagnosis(
             _failure(ranks, broken), f"Cure what {_names(broken)} met. {_RESUME}", raised=broken
         )
-    unheard = [rank for rank in _having(ranks, RUNS, BROKEN) if ranks[rank].silent > hang_seconds]
-    if unheard or any(ranks[rank].still > hang_seconds for rank in waiting):
+    unheard = [rank for rank in _having(ranks, RUNS, BROKEN) if ranks[rank].silent > collective_timeout_seconds]
+    if unheard or any(ranks[rank].still > collective_timeout_seconds for rank in waiting):
         return _stall(ranks, waiting, unheard, patience)
     return None
 
@@ -141,12 +141,14 @@ def _stall(ranks: Mapping[int, Sighting], waiting: list[int], unheard: list[int]
         return Diagnosis(
             f"{_names(guilty)} {_verb(guilty, 'hangs', 'hang')}: {waits if ahead else ''}{', '.join(seen)}",
             f"Look at the host of {_names(guilty)} and at the stack that a running process printed; "
-            f"if it was only slow, raise faults.hang_seconds. {_RESUME}",
+            f"if it was only slow, raise"
+            f" faults.collective_timeout_seconds. {_RESUME}",
             stacks=guilty,
         )
     return _divergence(ranks, ahead) or Diagnosis(
         f"{_doing(ranks, ahead, 'is', 'are')} since {since:.0f} s, and no rank is behind: the operation does not end",
-        f"Look at the network and at the stacks; if it was only slow, raise faults.hang_seconds. {_RESUME}",
+        f"Look at the network and at the stacks; if it was only slow, raise"
+        f" faults.collective_timeout_seconds. {_RESUME}",
         stacks=ahead,
     )
 

@@ -63,14 +63,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state of a parameter, each in the parameter's shape."""
 
 
-def start_world(hang_seconds: float = HANG_SECONDS) -> World:
+def start_world(collective_timeout_seconds: float = HANG_SECONDS) -> World:
     """Join the run that the launcher made (Ray, torchrun, deepspeed, srun), or be a run of one process.
 
     What a rank does goes into `with world.watch`, which ends in order or names the rank that is at fault.
 
     Args:
-        hang_seconds: the longest that a collective may take. The backend's own timeout, which names nobody, comes later
-            than the watchdog's; one of a process group that exists (Ray's: 1800 s) stays as it is.
+        collective_timeout_seconds: the longest that a collective may take. The backend's own timeout, which names
+            nobody, comes later; one of a process group that exists (Ray's: 1800 s) stays as it is.
 
     Collectives: the rendezvous and one broadcast.
 
@@ -83,7 +83,7 @@ def start_world(hang_seconds: float = HANG_SECONDS) -> World:
         os.environ.setdefault(name, alone)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
-    timeout = hang_seconds + _BACKEND_MORE_SECONDS
+    timeout = collective_timeout_seconds + _BACKEND_MORE_SECONDS
     roll = None if dist.is_initialized() else rendezvous.meet(os.environ, timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
@@ -92,14 +92,14 @@ def start_world(hang_seconds: float = HANG_SECONDS) -> World:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch")
     deepspeed.init_distributed(
         dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
-    )  # fmt: skip
+    )
     del roll  # torch's own store has the port now
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank, size = dist.get_rank(), dist.get_world_size()
-    watch = Watchdog(rank, size, device, hang_seconds) if size > 1 else Watch()
+    watch = Watchdog(rank, size, device, collective_timeout_seconds) if size > 1 else Watch()
     return World(rank, size, local_rank, device, watch)
 
 
@@ -130,7 +130,7 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
             )
     decided = {
         "train_micro_batch_size_per_gpu": 1,  # batches are made by our stream; DeepSpeed only prints this
-        "gradient_accumulation_steps": config.batch.accumulation,
+        "gradient_accumulation_steps": config.batch.gradient_accumulation_steps,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
     }

@@ -4,7 +4,8 @@ Rows are matched by external id, so neither their number nor their order has to 
 trained one. A new one starts where a fresh run would start it, moved to where training has taken its like:
 
     collaborative item      A x its fresh start, with A the [D, D] map that best takes the fresh starts of the matched
-                            items to their trained rows (ridge regression); drawn from the prior where rows.start=prior
+                            items to their trained rows (ridge regression); drawn from the prior with
+                            embeddings.init=prior
     collaborative user      drawn from the prior
     content row             drawn around the collaborative row, as in a fresh run
     item bias               mean of the matched ones
@@ -125,7 +126,7 @@ def restore(system: System, grown: Grown) -> None:
     weights: dict[str, Tensor] = {}
     for name, kind in _kinds(system).items():
         start = fresh[name]
-        if name == "collaborative.items" and system.config.rows.start == "spectral":
+        if name == "collaborative.items" and system.config.embeddings.init == "spectral":
             start = _moved(system, start, grown)
         elif name.startswith("content."):
             own = name.replace("content.", "collaborative.")

@@ -110,7 +110,7 @@ def launch(
     launcher: str,
     workers: str,
     *,
-    hang_seconds: float = HANG_SECONDS,
+    collective_timeout_seconds: float = HANG_SECONDS,
     max_failures: int = 0,
     **arguments: Any,
 ) -> object:
@@ -119,7 +119,7 @@ def launch(
     Args:
         launcher: auto, ray or process.
         workers: ranks that Ray starts, as `parse_workers` reads it.
-        hang_seconds: the longest that ranks may wait for one; its name then ends the run.
+        collective_timeout_seconds: the longest that ranks may wait for one; its name then ends the run.
         max_failures: how often Ray starts all ranks again after one was lost.
         arguments: picklable keyword arguments of `function`.
 
@@ -129,7 +129,7 @@ def launch(
     num_workers = require_launchable(launcher, workers, os.environ)
     joined = joins(launcher, os.environ)
     if not joined and launcher != "process":
-        _run_on_ray(function, num_workers, hang_seconds, max_failures, arguments)
+        _run_on_ray(function, num_workers, collective_timeout_seconds, max_failures, arguments)
         return None
     notes = []
     if num_workers != 1:
@@ -137,13 +137,13 @@ def launch(
         notes.append((logging.WARNING, f"--workers {workers} is for Ray and is not used: {reason}"))
     if launcher == "process" and (ignored := forget_launcher(os.environ)):
         notes.append((logging.INFO, f"one rank: {', '.join(ignored)} in the environment are ignored"))
-    return _run_here(function, lambda metrics: None, hang_seconds, arguments, sys.stderr.isatty(), notes)
+    return _run_here(function, lambda metrics: None, collective_timeout_seconds, arguments, sys.stderr.isatty(), notes)
 
 
 def _run_here(
     function: RankFunction,
     report: Callable[[dict[str, float]], None],
-    hang_seconds: float,
+    collective_timeout_seconds: float,
     arguments: dict[str, Any],
     has_terminal: bool,
     notes: Sequence[tuple[int, str]] = (),
@@ -154,7 +154,7 @@ def _run_here(
     from cllm4rec_dist.log import setup_logging
 
     ours = not dist.is_initialized()
-    world = replace(start_world(hang_seconds), has_terminal=has_terminal)
+    world = replace(start_world(collective_timeout_seconds), has_terminal=has_terminal)
     setup_logging(world)
     for level, note in notes if world.is_main else ():
         logger.log(level, note)
@@ -169,7 +169,7 @@ def _run_here(
 def _run_on_ray(
     function: RankFunction,
     workers: int | tuple[int, int],
-    hang_seconds: float,
+    collective_timeout_seconds: float,
     max_failures: int,
     arguments: dict[str, Any],
 ) -> None:
@@ -189,7 +189,7 @@ def _run_on_ray(
     unit = "GPU" if gpu else "CPU"
     _require_room(workers, unit, ray.cluster_resources().get(unit, 0.0), ray.available_resources().get(unit, 0.0))
     refusals = _start_refusals()
-    settings = _WorkerSettings(function, hang_seconds, arguments, sys.stderr.isatty(), refusals)
+    settings = _WorkerSettings(function, collective_timeout_seconds, arguments, sys.stderr.isatty(), refusals)
     # Ray's records of a run are of no use after it (checkpoints are ours), and are written by this host alone.
     with tempfile.TemporaryDirectory(prefix="cllm4rec-ray-", ignore_cleanup_errors=True) as records:
         trainer = TorchTrainer(
@@ -346,7 +346,7 @@ class _WorkerSettings:
     """
 
     function: RankFunction
-    hang_seconds: float
+    collective_timeout_seconds: float
     arguments: dict[str, Any]
     has_terminal: bool
     refusals: Any
@@ -388,7 +388,9 @@ def _ray_worker(config: dict[str, _WorkerSettings]) -> None:
     if ray.get(settings.refusals.first.remote()) is not None:
         return  # Ray tries again, but what was wrong with the input still is
     try:
-        _run_here(settings.function, report, settings.hang_seconds, settings.arguments, settings.has_terminal)
+        _run_here(
+            settings.function, report, settings.collective_timeout_seconds, settings.arguments, settings.has_terminal
+        )
     except CLLM4RecError as error:
         if error.exit_status != CLLM4RecError.exit_status:
             raise

@@ -19,7 +19,7 @@ from cllm4rec_dist.filesystems import expand_path, is_url, locate
 from cllm4rec_dist.store import Store
 
 _METRIC_CURE = "Write for example recall@20 or ndcg@100."
-_STORE_CURE = "Give a folder; for checkpoints in an object store set checkpoint.folder."
+_STORE_CURE = "Give a folder; for checkpoints in an object store set checkpoint.dir."
 
 
 def resolve_paths(config: RunConfig) -> tuple[RunConfig, list[CLLM4RecError]]:
@@ -46,8 +46,8 @@ def resolve_paths(config: RunConfig) -> tuple[RunConfig, list[CLLM4RecError]]:
     paths = {field: resolve(field, getattr(config, field)) for field in fields}
     if config.resume not in ("auto", "none"):
         paths["resume"] = resolve("resume", config.resume)
-    folder = resolve("checkpoint.folder", config.checkpoint.folder)
-    checkpoint = config.checkpoint.model_copy(update={"folder": folder})
+    folder = resolve("checkpoint.dir", config.checkpoint.dir)
+    checkpoint = config.checkpoint.model_copy(update={"dir": folder})
     return config.model_copy(update={**paths, "checkpoint": checkpoint}), errors
 
 
@@ -131,14 +131,14 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
             continue
         if field != "init_from" or not _has_checkpoints(config):  # of which a run goes on instead
             yield ConfigError(field, path, "does not exist", "Mend the path.")
-    if config.checkpoint.folder is not None and "checkpoint.folder" not in unresolved:
+    if config.checkpoint.dir is not None and "checkpoint.dir" not in unresolved:
         try:
-            locate("checkpoint.folder", config.checkpoint.folder, CheckpointError)
+            locate("checkpoint.dir", config.checkpoint.dir, CheckpointError)
         except CheckpointError as error:
             yield error
             return
-        if not is_url(config.checkpoint.folder):
-            yield from folder_problems("checkpoint.folder", config.checkpoint.folder)
+        if not is_url(config.checkpoint.dir):
+            yield from folder_problems("checkpoint.dir", config.checkpoint.dir)
 
 
 def folder_problems(field: str, path: str, cure: str = "Give a folder.") -> list[CLLM4RecError]:
@@ -239,4 +239,4 @@ def _validates(config: RunConfig) -> bool:
 
 
 def _has_checkpoints(config: RunConfig) -> bool:
-    return bool(Store(config.checkpoint.folder or f"{config.output}/checkpoints").names("step-"))
+    return bool(Store(config.checkpoint.dir or f"{config.output}/checkpoints").names("step-"))

@@ -111,7 +111,7 @@ class Saver:
         self.wait()
         if self._problem is not None:
             raise CheckpointError(
-                "checkpoint.folder", self._store.url, f"could not take the last checkpoint ({self._problem})",
+                "checkpoint.dir", self._store.url, f"could not take the last checkpoint ({self._problem})",
                 "Mend the storage and give the same command again; earlier checkpoints are as they were.",
             )  # fmt: skip
 
@@ -151,7 +151,7 @@ class Saver:
         try:
             unseen = self._store.unseen(name, files)
             if unseen:
-                return f"rank 0 does not see {unseen}: checkpoint.folder must be storage that all hosts share"
+                return f"rank 0 does not see {unseen}: checkpoint.dir must be storage that all hosts share"
             self._store.commit(name, files)
         except Exception as error:
             return f"rank 0: {type(error).__name__}: {error}"

@@ -50,7 +50,7 @@ def describe_scoring(
         "prompt": _prompt(config, tokenizer, num_words),
         "history": {"longest": config.method.max_history, "order": "oldest first"},
         "head": {
-            "similarity": config.head.form,
+            "similarity": config.head.similarity,
             "temperature": None if temperature is None else float(temperature),
             "item_bias": "head.bias" in tables,
             "pool_residual": config.head.pool_residual,
@@ -72,7 +72,7 @@ def _formula(config: RunConfig, tables: dict[str, Tensor]) -> list[str]:
     lines = ["q = hidden"]
     if config.head.pool_residual:
         lines.append("q = q + sqrt(D) * normalize(sum of collaborative.items over the history; zero where it is empty)")
-    if config.head.form == "cosine":
+    if config.head.similarity == "cosine":
         lines.append("score[i] = normalize(q) . normalize(collaborative.items[i]) / temperature")
     else:
         lines.append("score[i] = q . collaborative.items[i]")

@@ -23,7 +23,7 @@ from cllm4rec_dist.system import System
 
 PIECE = 1 << 22
 """Entries of a gradient that are squared at a time."""
-TERMS = ("items", "words", "mutual")
+TERMS = ("items", "text", "mutual")
 """Losses of a step: over the catalog, over the vocabulary, between the two sets of rows."""
 
 
@@ -59,7 +59,7 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
         return 1.0
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     fallen = done if config.schedule == "linear" else (1 - math.cos(math.pi * min(1.0, done))) / 2
-    return 1 - (1 - config.final_share) * fallen
+    return 1 - (1 - config.min_lr_ratio) * fallen
 
 
 def train_step(
@@ -96,7 +96,7 @@ def train_step(
             accepted = math.isfinite(grad_norm) and sum(means.values()) <= largest_loss
             if accepted:
                 _clip(system, grad_norm)
-                system.table_optimizer.step(optimizer.tables_lr * lr_factor)
+                system.table_optimizer.step(optimizer.embeddings_lr * lr_factor)
             else:
                 system.table_optimizer.discard()
                 system.engine.discard()
@@ -110,7 +110,7 @@ def _global_counts(system: System, batches: list[MicroBatch], num_touched: int) 
     """What each sum of the step is divided by, and its tokens and places. One all-reduce of five integers."""
     local = {
         "items": sum(len(b.items.targets) for b in batches),
-        "words": sum(len(b.words.targets) for b in batches if b.words is not None),
+        "text": sum(len(b.words.targets) for b in batches if b.words is not None),
         "mutual": num_touched,
         "tokens": sum(b.num_tokens for b in batches),
         "places": sum(b.word_ids.numel() for b in batches),
@@ -130,7 +130,7 @@ def _losses(system: System, batch: MicroBatch, embedded: Embedded) -> dict[str, 
     asked = ask(queries, items.target_query, items.targets, world)  # on its way while words are scored
     losses = {}
     if words is not None:
-        losses["words"] = objectives.word_likelihood(
+        losses["text"] = objectives.word_likelihood(
             hidden.flatten(0, 1)[words.query_places], model.words.head, words.target_query, words.targets
         )[0]
     losses["items"] = objectives.item_likelihood(
@@ -141,7 +141,7 @@ def _losses(system: System, batch: MicroBatch, embedded: Embedded) -> dict[str, 
 
 def _mutual(system: System, users: Tensor, items: Tensor) -> Tensor:
     """The mutual regularizer over the rows this rank owns of those touched in the step. No collective."""
-    model, config = system.recommender, system.config.rows
+    model, config = system.recommender, system.config.embeddings
     collaborative = torch.cat([model.collaborative.users.own(users), model.collaborative.items.own(items)])
     content = None
     if model.content is not None:
@@ -179,8 +179,8 @@ def _square(values: Tensor) -> Tensor:
 
 
 def _clip(system: System, norm: float) -> None:
-    """Scale every gradient, in the engine and outside, to a joint norm of at most `clip_norm`."""
-    factor = system.config.optimizer.clip_norm / (norm + 1e-6)
+    """Scale every gradient, in the engine and outside, to a joint norm of at most `max_grad_norm`."""
+    factor = system.config.optimizer.max_grad_norm / (norm + 1e-6)
     if factor < 1:
         for parameter in system.table_optimizer.parameters:
             if parameter.grad is not None:

@@ -82,10 +82,16 @@ def assemble(config: RunConfig, world: World) -> System:
         dual.enable_activation_checkpointing()
     words = backbone.load_words(folder, dtype, world.device, head=content)
     recommender = Recommender(
-        corpus.num_users, corpus.num_items, words, config.head, world,
-        dropout=config.rows.dropout, wire=_DTYPES[config.rows.wire], lazy=config.optimizer.lazy_tables,
+        corpus.num_users,
+        corpus.num_items,
+        words,
+        config.head,
+        world,
+        dropout=config.embeddings.dropout,
+        wire=_DTYPES[config.embeddings.comm_dtype],
+        lazy=config.optimizer.sparse_embedding_updates,
         content=content,
-    )  # fmt: skip
+    )
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
     adapter_optimizer = torch.optim.AdamW(
         trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
@@ -98,7 +104,7 @@ def assemble(config: RunConfig, world: World) -> System:
         composer=Composer(tokenizer, space, config.method, config.seed),
         recommender=recommender,
         engine=Engine(dual, settings, adapter_optimizer, dual.layers),
-        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.table_state),
+        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
         fingerprints=fingerprints,
     )
 
@@ -183,14 +189,14 @@ def start_rows(system: System) -> None:
     config, world, model = system.config, system.world, system.recommender
     scale = model.words.scale
     centre = None
-    if world.is_main and config.rows.start != "prior":
-        logger.info("computing the %s start of %d item rows", config.rows.start, system.corpus.num_items)
+    if world.is_main and config.embeddings.init != "prior":
+        logger.info("computing the %s start of %d item rows", config.embeddings.init, system.corpus.num_items)
         width = model.words.embedding.shape[1]
         centre = rows.item_centre(
             interaction_matrix(system.corpus, "train"), word_counts(system.corpus, system.composer.space),
-            config.rows.text_weight, width, config.seed,
+            config.embeddings.init_text_weight, width, config.seed,
         )  # fmt: skip
-    if config.rows.start == "prior":
+    if config.embeddings.init == "prior":
         rows.start_prior(model.collaborative.items, scale, world, config.seed, 0)
     else:
         rows.start_items(model.collaborative.items, centre, scale, world, config.seed)
@@ -200,7 +206,7 @@ def start_rows(system: System) -> None:
             [(model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)],
             start=2,
         ):
-            rows.start_content(content, own, config.rows, scale, world, config.seed, index)
+            rows.start_content(content, own, config.embeddings, scale, world, config.seed, index)
 
 
 def interaction_matrix(corpus: Corpus, split: str) -> sp.csr_matrix:

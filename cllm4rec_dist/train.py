@@ -45,13 +45,27 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NOT_OF_THE_TRAJECTORY = {
-    "output", "corpus", "backbone", "deepspeed", "epochs", "max_steps", "log_every", "validation", "checkpoint",
-    "init_from", "resume", "allow_leak", "faults", "activation_checkpointing", "audit", "batch.accumulation",
-    "optimizer.table_state",
-}  # fmt: skip
+    "output",
+    "corpus",
+    "backbone",
+    "deepspeed",
+    "epochs",
+    "max_steps",
+    "log_every",
+    "validation",
+    "checkpoint",
+    "init_from",
+    "resume",
+    "allow_leak",
+    "faults",
+    "activation_checkpointing",
+    "audit",
+    "batch.gradient_accumulation_steps",
+    "optimizer.embeddings_state",
+}
 """Settings, or whole sections, that may differ between a run and its resumption. Corpus and backbone may have moved:
 their fingerprints are held against each other. Epochs and steps may be raised; under a falling schedule they also move
-its end. Checkpoints hold fp32 moments whatever `optimizer.table_state` is."""
+its end. Checkpoints hold fp32 moments whatever `optimizer.embeddings_state` is."""
 _MOST_SKIPPED = 20
 """Bad steps in a row after which a run that skips them stops."""
 _LOCK_SECONDS = 60.0
@@ -216,7 +230,7 @@ def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None]:
     damaged = store.set_aside_names(STEP)
     if names or damaged:
         raise CheckpointError(
-            "checkpoint.folder", store.url, f"holds no whole checkpoint, but damaged ones ({damaged or names})",
+            "checkpoint.dir", store.url, f"holds no whole checkpoint, but damaged ones ({damaged or names})",
             "Bring one back from a copy, or choose another output to start anew.",
         )  # fmt: skip
     trained_on = leaks.of_new_run(system, config.init_from)
@@ -307,7 +321,7 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def _largest_loss(state: RunState, config: FaultsConfig) -> float:
     """Above it a loss explodes."""
-    return math.inf if state.mean_loss is None else config.explosion * max(1.0, state.mean_loss)
+    return math.inf if state.mean_loss is None else config.loss_spike_factor * max(1.0, state.mean_loss)
 
 
 def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: BatchSource) -> RunState:
@@ -318,11 +332,11 @@ def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: 
         return replace(state, step=step, mean_loss=mean, skipped_in_a_row=0)
     told = {**result.losses, "grad_norm": result.grad_norm}
     where = f"step {state.step} ({source.describe(state.step)})"
-    if config.bad_step == "stop" or state.skipped_in_a_row + 1 >= _MOST_SKIPPED:
+    if config.on_bad_step == "stop" or state.skipped_in_a_row + 1 >= _MOST_SKIPPED:
         raise FaultError(
             where, told, f"is not finite or above {_largest_loss(state, config):.4g}",
             "The weights are those of the step before. Lower the learning rates, look at the batch, or set"
-            " faults.bad_step=skip.",
+            " faults.on_bad_step=skip.",
         )  # fmt: skip
     logger.error("left out %s: %s", where, told)
     return replace(state, step=step, skipped_in_a_row=state.skipped_in_a_row + 1)
@@ -367,9 +381,9 @@ def _tell(
         values = {f"loss/{term}": value for term, value in result.losses.items()}
         metrics.write(state.step, {
             "stage": config.stage, "epoch": epoch, "loss": result.loss, **values, "grad_norm": result.grad_norm,
-            "lr": config.optimizer.lr * lr_factor, "tables_lr": config.optimizer.tables_lr * lr_factor,
+            "lr": config.optimizer.lr * lr_factor, "embeddings_lr": config.optimizer.embeddings_lr * lr_factor,
             "accepted": result.accepted, "tokens": result.tokens, "tokens_per_second": round(speed, 1),
-            "filled": round(result.tokens / result.places, 4),
+            "packing_efficiency": round(result.tokens / result.places, 4),
         })  # fmt: skip
     terms = " ".join(f"{term} {value:.3f}" for term, value in result.losses.items())
     bar.set_description(f"{config.stage} epoch {epoch} {terms} {speed:,.0f} tok/s")
@@ -378,7 +392,7 @@ def _tell(
 
 def _gave_up(config: RunConfig, state: RunState) -> bool:
     """Whether validation has not improved for as long as the run is patient."""
-    return 0 < config.validation.patience <= state.validations_since_best
+    return 0 < config.validation.early_stopping_patience <= state.validations_since_best
 
 
 def _validates(config: RunConfig, step: int, steps_per_epoch: int, total_steps: int) -> bool:

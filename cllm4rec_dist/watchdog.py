@@ -114,16 +114,16 @@ class Watchdog(Watch):
 
     Args:
         rank, size, device: of the world.
-        hang_seconds: the longest that a collective may take, and a rank may be silent.
+        collective_timeout_seconds: the longest that a collective may take, and a rank may be silent.
 
     Raises:
         ConfigError: where rank 0 cannot be reached.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, hang_seconds: float) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, collective_timeout_seconds: float) -> None:
         super().__init__()
-        self._rank, self._hang_seconds = rank, hang_seconds
-        self._interval = min(_HEARTBEAT_SECONDS, hang_seconds / 10)
+        self._rank, self._hang_seconds = rank, collective_timeout_seconds
+        self._interval = min(_HEARTBEAT_SECONDS, collective_timeout_seconds / 10)
         self._patience = _BEATS_OF_PATIENCE * self._interval
         self._state, self._message = RUNS, ""
         self._records = {other: _Record() for other in (range(size) if rank == 0 else (0, rank))}

@@ -105,7 +105,14 @@ def make_catalog(num_users: int = 23, num_items: int = 17, seed: int = 0) -> Cat
 
 
 def make_backbone(folder: Path, catalog: Catalog, **settings: Any) -> Path:
-    settings = {"family": "gpt2", "hidden": 16, "layers": 2, "heads": 2, "words": 300, "max_positions": 512} | settings
+    settings = {
+        "family": "gpt2",
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "vocab_size": 300,
+        "max_positions": 512,
+    } | settings
     texts = [*catalog.item_titles, *catalog.user_texts, *catalog.reviews.store]
     build_backbone(BackboneConfig(**settings), [text for text in texts if text], folder)
     return folder

@@ -31,7 +31,7 @@ class DenseRun:
         self.config, self.backbone, self.words, self.space = config, backbone, words, space
         self.rows = {name: value.clone().requires_grad_() for name, value in rows.items()}
         self.bias = torch.zeros(space.num_items, requires_grad=True) if config.head.item_bias else None
-        cosine = config.head.form == "cosine"
+        cosine = config.head.similarity == "cosine"
         self.log_temperature = torch.tensor(math.log(config.head.temperature), requires_grad=True) if cosine else None
         self.adapters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -84,11 +84,11 @@ class DenseRun:
             sorted({int(t) for d in [*users, *texts] for t in d.token_ids if t >= self.space.first_user})
         )
         own, content = self._embed("collaborative", tokens), self._embed("content", tokens)
-        rows = self.config.rows
-        mutual = rows.lambda_c / 2 * (content - own).square().sum() + rows.lambda_l / 2 * own.square().sum()
+        embeddings = self.config.embeddings
+        mutual = embeddings.lambda_c / 2 * (content - own).square().sum() + embeddings.lambda_l / 2 * own.square().sum()
         return {
             "items": sum(self._items_loss(d) for d in users) / sum(len(d.targets) for d in users),
-            "words": sum(self._words_loss(d) for d in texts) / sum(len(d.targets) for d in texts),
+            "text": sum(self._words_loss(d) for d in texts) / sum(len(d.targets) for d in texts),
             "mutual": mutual / len(tokens),
         }
 
@@ -101,11 +101,15 @@ class DenseRun:
             name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in everything.items()
         }
         norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-        clip = min(1.0, self.config.optimizer.clip_norm / (norm.item() + 1e-6))
+        clip = min(1.0, self.config.optimizer.max_grad_norm / (norm.item() + 1e-6))
         self.steps += 1
-        lazy = {"collaborative.users", "content.users", "content.items"} if self.config.optimizer.lazy_tables else set()
+        lazy = (
+            {"collaborative.users", "content.users", "content.items"}
+            if self.config.optimizer.sparse_embedding_updates
+            else set()
+        )
         for name, parameter in everything.items():
-            rate = self.config.optimizer.tables_lr if name in self.outside() else self.config.optimizer.lr
+            rate = self.config.optimizer.embeddings_lr if name in self.outside() else self.config.optimizer.lr
             self._adam(name, parameter, gradients[name] * clip, rate * factor, lazy=name in lazy)
             parameter.grad = None
         return {"losses": {k: v.item() for k, v in losses.items()}, "norm": norm.item(), "gradients": gradients}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from cllm4rec_dist.cli import main
 from cllm4rec_dist.config import BackboneConfig, RunConfig, StrictModel, load_config, validate
 from cllm4rec_dist.engine import DEFAULT_SETTINGS, resolve_settings
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.renames import BACKBONE_SETTINGS, RUN_SETTINGS
 from cllm4rec_dist.system import with_deepspeed_at_hand
 
 ROOT = Path(__file__).parents[1]
@@ -66,11 +70,11 @@ WRONG = {
     "epochs=0": "epochs",  # range
     "optimizer.lr=-1": "optimizer.lr",
     "optimizer.lr=nan": "optimizer.lr",
-    "rows.dropout=1": "rows.dropout",
+    "embeddings.dropout=1": "embeddings.dropout",
     "adapter.kind=qlora": "adapter.kind",  # choice
-    "method.mask_share=[0.9, 0.1]": "mask_share",
-    "method.mask_share=[0, 0.5]": "mask_share",
-    "method.mask_share=[0.5]": "method.mask_share",
+    "method.mask_ratio=[0.9, 0.1]": "mask_ratio",
+    "method.mask_ratio=[0, 0.5]": "mask_ratio",
+    "method.mask_ratio=[0.5]": "method.mask_ratio",
     "adapter=3": "adapter",
 }
 
@@ -106,8 +110,8 @@ OVERRIDES = [
     ("optimizer.lr=1e-3", lambda c: c.optimizer.lr, 1e-3),
     ("optimizer.lr=1E-3", lambda c: c.optimizer.lr, 1e-3),
     ("max_steps=1e3", lambda c: c.max_steps, 1000),
-    ("optimizer.tables_lr=5", lambda c: c.optimizer.tables_lr, 5.0),
-    ("method.mask_share=[0.2, 0.4]", lambda c: c.method.mask_share, (0.2, 0.4)),
+    ("optimizer.embeddings_lr=5", lambda c: c.optimizer.embeddings_lr, 5.0),
+    ("method.mask_ratio=[0.2, 0.4]", lambda c: c.method.mask_ratio, (0.2, 0.4)),
     ("adapter.targets=[q_proj, v_proj]", lambda c: c.adapter.targets, ("q_proj", "v_proj")),
     ("max_steps=null", lambda c: c.max_steps, None),
     ("activation_checkpointing=true", lambda c: c.activation_checkpointing, True),
@@ -173,7 +177,7 @@ def with_deepspeed(path: Path, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.name)
 def test_every_committed_deepspeed_file_is_filled_in_by_the_run(path: Path, precision: str) -> None:
-    settings = resolve_settings(with_deepspeed(path, "batch.accumulation=3", f"precision={precision}"))
+    settings = resolve_settings(with_deepspeed(path, "batch.gradient_accumulation_steps=3", f"precision={precision}"))
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0.0, "clipping is joint with the tables, and not DeepSpeed's"
     assert settings["bf16"]["enabled"] == (precision == "bf16")
@@ -231,7 +235,7 @@ def test_a_deepspeed_file_that_conflicts_with_the_run_is_refused(tmp_path: Path,
 
 def test_a_deepspeed_file_may_say_what_the_run_says_and_leave_out_the_rest(tmp_path: Path) -> None:
     path = deepspeed_file(tmp_path, ZERO3 | {"gradient_accumulation_steps": 4, "bf16": {"enabled": False}})
-    settings = resolve_settings(with_deepspeed(path, "batch.accumulation=4"))
+    settings = resolve_settings(with_deepspeed(path, "batch.gradient_accumulation_steps=4"))
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["train_micro_batch_size_per_gpu"] == 1
 
@@ -249,3 +253,39 @@ def test_an_unreadable_deepspeed_file_is_refused(tmp_path: Path) -> None:
 def test_a_deepspeed_file_of_the_wrong_form_is_refused(tmp_path: Path, tree: Any) -> None:
     with pytest.raises(ConfigError):
         resolve_settings(with_deepspeed(deepspeed_file(tmp_path, tree)))
+
+
+@pytest.mark.parametrize(("old", "new"), RUN_SETTINGS.items())
+def test_an_old_name_of_a_setting_is_refused_with_the_new_one(old: str, new: str) -> None:
+    value = "{}" if old == "rows" else "1"
+    with pytest.raises(ConfigError, match=rf"Rename .*{re.escape(old)} -> {re.escape(new)}\b"):
+        load_config(RunConfig, None, ["stage=pretrain", "corpus=c", "backbone=b", "output=o", f"{old}={value}"])
+
+
+@pytest.mark.parametrize(("renamed", "model"), [(RUN_SETTINGS, RunConfig), (BACKBONE_SETTINGS, BackboneConfig)])
+def test_every_new_name_is_a_setting_and_no_old_one_is(renamed: dict[str, str], model: type[StrictModel]) -> None:
+    keys = set(setting_keys(model))
+    assert set(renamed.values()) <= keys
+    assert not set(renamed) & keys
+
+
+def setting_keys(model: type[BaseModel], section: str = "") -> Iterator[str]:
+    """Dotted keys of a configuration, those of its sections included."""
+    for name, field in model.model_fields.items():
+        yield f"{section}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_keys(field.annotation, f"{section}{name}.")
+
+
+def test_a_checkpoint_with_an_old_name_is_refused_with_the_new_one() -> None:
+    recorded = load().model_dump(mode="json")
+    recorded["rows"] = recorded.pop("embeddings")
+    with pytest.raises(ConfigError, match=r"step-00000004: configuration: .* Rename rows -> embeddings"):
+        validate(RunConfig, recorded, "step-00000004: configuration")
+
+
+def test_an_old_name_of_a_command_is_refused_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["backbone", "recipe.yaml", "folder"])
+    assert ended.value.code == 2
+    assert "cllm4rec build-backbone" in capsys.readouterr().err

@@ -127,9 +127,9 @@ def test_exported_adapters_compute_the_same_in_both_model_classes(tmp_path: Path
 
 
 HEADS = [
-    {"form": "cosine", "item_bias": True, "pool_residual": False},
-    {"form": "dot", "item_bias": False, "pool_residual": True},
-    {"form": "dot", "item_bias": True, "pool_residual": False},
+    {"similarity": "cosine", "item_bias": True, "pool_residual": False},
+    {"similarity": "dot", "item_bias": False, "pool_residual": True},
+    {"similarity": "dot", "item_bias": True, "pool_residual": False},
 ]
 
 

@@ -147,8 +147,8 @@ def test_a_grown_run_trains_and_resumes_as_any_other(grown: tuple[Made, Made], t
 @pytest.mark.slow
 def test_a_start_from_the_prior_keeps_new_rows_there(grown: tuple[Made, Made], tmp_path: Path) -> None:
     (folder, *_), other = grown
-    rows = {"start": "prior", "lambda_l": 0.01, "lambda_c": 0.1}
-    config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True, rows=rows)
+    embeddings = {"init": "prior", "lambda_l": 0.01, "lambda_c": 0.1}
+    config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True, embeddings=embeddings)
     (found,), (start,) = run_ranks(1, begun, config), run_ranks(1, fresh, config)
     new = torch.arange(21) < 7
     assert torch.equal(found["collaborative.items"][new], start["collaborative.items"][new])
@@ -190,11 +190,15 @@ def test_what_cannot_go_on_is_refused_or_passed_over(grown: tuple[Made, Made], t
 
 
 CONFIG = {
-    "adapter": {"kind": "full"}, "rows": {"start": "spectral", "dropout": 0.5}, "epochs": 12,
-    "method": {"max_history": 400, "target": "all"}, "batch": {"users": 64, "texts": 0, "accumulation": 2},
-    "optimizer": {"lr": 1e-3, "tables_lr": 2e-4, "warmup_steps": 10},
-    "validation": {"metrics": ["recall@20"], "batch_users": 64}, "checkpoint": {"every_steps": 1000},
-}  # fmt: skip
+    "adapter": {"kind": "full"},
+    "embeddings": {"init": "spectral", "dropout": 0.5},
+    "epochs": 12,
+    "method": {"max_history": 400, "target": "all"},
+    "batch": {"users": 64, "texts": 0, "gradient_accumulation_steps": 2},
+    "optimizer": {"lr": 1e-3, "embeddings_lr": 2e-4, "warmup_steps": 10},
+    "validation": {"metrics": ["recall@20"], "batch_users": 64},
+    "checkpoint": {"every_steps": 1000},
+}
 
 
 @pytest.mark.integration
@@ -212,7 +216,9 @@ def test_movielens_goes_on_with_the_users_and_items_of_its_last_weeks(
 
     titles = read_source(late.source).items["title"].drop_nulls().to_list()
     backbone = tmp_path / "backbone"
-    build_backbone(BackboneConfig(hidden=64, layers=1, heads=2, words=1000, dropout=0.2), titles, backbone)
+    build_backbone(
+        BackboneConfig(hidden_size=64, num_layers=1, num_heads=2, vocab_size=1000, dropout=0.2), titles, backbone
+    )
     tokenizer = WordTokenizer.load(backbone)
     sizes = {}
     for name, recipe in (("early", early), ("late", late)):

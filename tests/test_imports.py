@@ -53,6 +53,7 @@ ORDER = [
     "watchdog",
     "diagnosis",
     "config",
+    "renames",
     "filesystems",
     "id_list",
     "errors",

@@ -340,15 +340,15 @@ def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
     text = "{corpus: corpus, backbone: backbone, output: run, init_from: before, deepspeed: ds.json}"
     (tmp_path / "run.yaml").write_text(text)
     for folder in ("saves", "memory://saves"):
-        arguments = ["pretrain", "--config", str(tmp_path / "run.yaml"), f"checkpoint.folder={folder}"]
+        arguments = ["pretrain", "--config", str(tmp_path / "run.yaml"), f"checkpoint.dir={folder}"]
         cli.app(arguments, standalone_mode=False)
     for name in ("corpus", "backbone", "output", "init_from", "deepspeed"):
         assert Path(getattr(found[0], name)).is_absolute(), name
-    assert found[0].checkpoint.folder == str(corpus.parent / "saves")
+    assert found[0].checkpoint.dir == str(corpus.parent / "saves")
     for flags, allowed in (([], False), (["--allow-leak"], True)):
         cli.app(["finetune", "--config", str(tmp_path / "run.yaml"), *flags], standalone_mode=False)
         assert found[-1].allow_leak is allowed
-    assert found[1].checkpoint.folder == "memory://saves"
+    assert found[1].checkpoint.dir == "memory://saves"
 
 
 def test_adapters_on_layers_that_the_backbone_has_not_are_refused(decoder: Path) -> None:

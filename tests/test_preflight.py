@@ -114,7 +114,7 @@ def test_every_problem_is_in_one_error(corpus: str, tmp_path: Path) -> None:
             "init_from=$NO_SUCH_VARIABLE/run",
             f"deepspeed={tmp_path}/ds.json",
             f"resume={tmp_path}/run",
-            "checkpoint.folder=nosuch://x",
+            "checkpoint.dir=nosuch://x",
             "validation.metrics=[mrr@10]",
             "optimizer.betas=[0.9, 2]",
             "optimizer.warmup_steps=1000",
@@ -129,7 +129,7 @@ def test_every_problem_is_in_one_error(corpus: str, tmp_path: Path) -> None:
         "output",
         "deepspeed",
         "resume",
-        "checkpoint.folder",
+        "checkpoint.dir",
         "optimizer.warmup_steps",
     ]
     assert sorted(caught.value.value) == sorted(wrong)  # type: ignore[call-overload]
@@ -145,7 +145,7 @@ def test_one_problem_is_raised_as_it_is(tmp_path: Path) -> None:
 
 def test_only_settings_are_looked_at_where_the_ranks_have_other_file_systems() -> None:
     preflight.require_ready(config("corpus=/nowhere", "output=/proc/run"), sees_files=False)
-    with pytest.raises(ConfigError, match=r"checkpoint\.folder"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir"):
         preflight.require_ready(config("output=s3://bucket/run"), sees_files=False)
 
 
@@ -161,12 +161,12 @@ def test_paths_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("STORE", "memory://runs")
     monkeypatch.chdir(tmp_path)
-    given = config("corpus=~/corpus", "output=run", "backbone=org/name", "checkpoint.folder=${STORE}/x", "resume=old")
+    given = config("corpus=~/corpus", "output=run", "backbone=org/name", "checkpoint.dir=${STORE}/x", "resume=old")
     resolved, errors = preflight.resolve_paths(given)
     assert not errors
     assert (resolved.corpus, resolved.output) == ("/home/me/corpus", f"{tmp_path}/run")
     assert (resolved.backbone, resolved.deepspeed) == ("org/name", None)
-    assert (resolved.checkpoint.folder, resolved.resume) == ("memory://runs/x", f"{tmp_path}/old")
+    assert (resolved.checkpoint.dir, resolved.resume) == ("memory://runs/x", f"{tmp_path}/old")
     assert preflight.resolve_paths(config())[0].resume == "auto"
 
 

@@ -29,7 +29,7 @@ from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_r
 from tests.reference import DenseRun
 
 STEPS = 4
-PAPER_HEAD = {"form": "dot", "item_bias": False, "pool_residual": False}
+PAPER_HEAD = {"similarity": "dot", "item_bias": False, "pool_residual": False}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def make_config(made: tuple[str, str], stage: str, **changes: Any) -> RunConfig:
     tree = {
         "stage": stage, "corpus": made[0], "backbone": made[1], "output": "unused",
-        "batch": {"users": 9, "texts": 7, "accumulation": 2},
+        "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2},
         "adapter": {"kind": "lora", "rank": 4},
-        "rows": {"start": "prior", "lambda_l": 0.3, "lambda_c": 0.7},
-        "head": {"form": "cosine"},
+        "embeddings": {"init": "prior", "lambda_l": 0.3, "lambda_c": 0.7},
+        "head": {"similarity": "cosine"},
         "method": {"max_history": 100},
-        "optimizer": {"lr": 1e-2, "tables_lr": 5e-3, "warmup_steps": 2, "clip_norm": 0.5},
-        "shuffle_records": 3,
+        "optimizer": {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2, "max_grad_norm": 0.5},
+        "shuffle_window": 3,
     } | changes  # fmt: skip
     return validate(RunConfig, tree, "test")
 
@@ -149,13 +149,13 @@ def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, 
 def test_a_sampled_softmax_changes_the_loss_and_draws_the_same_again(made: tuple[str, str], tmp_path: Path) -> None:
     losses = []
     for number, sampled in enumerate((0, 4, 4)):
-        config = make_config(made, "pretrain", head={"form": "cosine", "sampled": sampled})
+        config = make_config(made, "pretrain", head={"similarity": "cosine", "num_negatives": sampled})
         losses.append(run_ranks(2, sharded, config, str(tmp_path / str(number)))[0]["losses"])
     exact, drawn, again = losses
     assert drawn == again
     assert drawn[0]["items"] != pytest.approx(exact[0]["items"], rel=1e-4)
     assert drawn[0]["items"] == pytest.approx(exact[0]["items"], rel=0.3)
-    assert drawn[0]["words"] == pytest.approx(exact[0]["words"], rel=1e-6)
+    assert drawn[0]["text"] == pytest.approx(exact[0]["text"], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -192,9 +192,9 @@ def assert_same_gradient(name: str, got: Tensor, wanted: Tensor) -> None:
 
 OPTIONS = {
     "plain": {},
-    "host": {"optimizer": {"table_state": "cpu"}},
-    "packed": {"optimizer": {"table_state": "int8"}},
-    "wire": {"rows": {"wire": "bf16"}},
+    "host": {"optimizer": {"embeddings_state": "cpu"}},
+    "packed": {"optimizer": {"embeddings_state": "int8"}},
+    "wire": {"embeddings": {"comm_dtype": "bf16"}},
 }
 
 
@@ -217,7 +217,7 @@ def losses_by_option(world: World, config: RunConfig) -> dict[str, list[dict[str
 @pytest.mark.slow
 def test_options_of_tables_change_a_run_as_little_as_they_say(tmp_path: Path) -> None:
     catalog = make_catalog()
-    backbone = make_backbone(tmp_path / "backbone", catalog, hidden=64)
+    backbone = make_backbone(tmp_path / "backbone", catalog, hidden_size=64)
     config = make_config((make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)), "pretrain")
     (found, _) = run_ranks(2, losses_by_option, config)
     plain = found["plain"]
@@ -228,5 +228,5 @@ def test_options_of_tables_change_a_run_as_little_as_they_say(tmp_path: Path) ->
     for name in ("wire", "packed"):
         assert found[name] != plain, name
         for number, (step, wanted) in enumerate(zip(found[name], plain, strict=True)):
-            for term in ("items", "words", "mutual"):
+            for term in ("items", "text", "mutual"):
                 assert step[term] == pytest.approx(wanted[term], rel=0.03 if number else 1 / 256), (name, number, term)

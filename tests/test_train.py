@@ -48,11 +48,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def make_config(made: Made, output: Path, stage: str = "pretrain", **changes: Any) -> RunConfig:
     tree = {
         "stage": stage, "corpus": made[1], "backbone": made[2], "output": str(output), "epochs": 3,
-        "batch": {"users": 9, "texts": 7, "accumulation": 2},
+        "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2},
         "adapter": {"kind": "lora", "rank": 4},
-        "rows": {"start": "spectral", "dropout": 0.3, "lambda_l": 0.01, "lambda_c": 0.1},
+        "embeddings": {"init": "spectral", "dropout": 0.3, "lambda_l": 0.01, "lambda_c": 0.1},
         "method": {"max_history": 100},
-        "optimizer": {"lr": 1e-2, "tables_lr": 5e-3, "warmup_steps": 2},
+        "optimizer": {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2},
         "checkpoint": {"every_steps": 3, "keep": 10},
         "validation": {"metrics": ["recall@5", "ndcg@10"], "batch_users": 5},
     } | changes  # fmt: skip
@@ -72,7 +72,7 @@ def refused(world: World, config: RunConfig) -> str:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    volatile = {"time", "tokens_per_second", "stage", "filled"}  # of the machine, or of the number of ranks
+    volatile = {"time", "tokens_per_second", "stage", "packing_efficiency"}  # of the machine, or of the number of ranks
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
 
@@ -108,12 +108,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(made: Made, tmp_
 
 @pytest.mark.slow
 def test_the_learning_rates_of_every_step_are_written_down(made: Made, tmp_path: Path) -> None:
-    optimizer = {"lr": 1e-2, "tables_lr": 4e-3, "warmup_steps": 2, "schedule": "linear", "final_share": 0.5}
+    optimizer = {"lr": 1e-2, "embeddings_lr": 4e-3, "warmup_steps": 2, "schedule": "linear", "min_lr_ratio": 0.5}
     run_ranks(2, run, make_config(made, tmp_path, optimizer=optimizer, epochs=2))
     lines = metrics(tmp_path)
     wanted = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625]  # two steps of warm-up, then from 1 towards 1/2 in four
     assert [line["lr"] for line in lines] == pytest.approx([1e-2 * share for share in wanted])
-    assert [line["tables_lr"] for line in lines] == pytest.approx([4e-3 * share for share in wanted])
+    assert [line["embeddings_lr"] for line in lines] == pytest.approx([4e-3 * share for share in wanted])
 
 
 def test_an_evaluation_that_cannot_be_done_ranks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_another_backbone_corpus_or_tokenizer_is_refused_with_both_fingerprints(
     assert "corpus fingerprint" in message
     assert saved["corpus"] in message
 
-    backbone = make_backbone(tmp_path / "words", catalog, words=320)
+    backbone = make_backbone(tmp_path / "words", catalog, vocab_size=320)
     message = run_ranks(1, refused, config.model_copy(update={"backbone": str(backbone)}))[0]
     assert "tokenizer" in message
     assert saved["tokenizer"] in message
@@ -194,11 +194,11 @@ def checkpoint_fingerprint(folder: Path) -> str:
 def test_settings_that_came_later_have_their_defaults_in_an_older_checkpoint(tmp_path: Path) -> None:
     tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
     old = validate(RunConfig, tree, "test").model_dump(mode="json")
-    del old["quantization"], old["rows"]["wire"], old["optimizer"]["table_state"]
+    del old["quantization"], old["embeddings"]["comm_dtype"], old["optimizer"]["embeddings_state"]
     candidate = SimpleNamespace(path="old", about=SimpleNamespace(config=old))
     train_module._require_same_trajectory(cast(Checkpoint, candidate), validate(RunConfig, tree, "test"))
-    changed = validate(RunConfig, tree | {"rows": {"wire": "bf16"}}, "test")
-    with pytest.raises(CheckpointError, match="wire"):
+    changed = validate(RunConfig, tree | {"embeddings": {"comm_dtype": "bf16"}}, "test")
+    with pytest.raises(CheckpointError, match="comm_dtype"):
         train_module._require_same_trajectory(cast(Checkpoint, candidate), changed)
 
 
@@ -215,11 +215,18 @@ def test_a_refusal_names_only_the_settings_that_differ() -> None:
     saved = validate(RunConfig, tree, "test").model_dump(mode="json")
     candidate = cast(Checkpoint, SimpleNamespace(path="saved", about=SimpleNamespace(config=saved)))
     free: dict[str, Any] = {
-        "batch": {"accumulation": 3}, "optimizer": {"table_state": "cpu"}, "validation": {"patience": 3},
-        "allow_leak": True, "corpus": "moved", "init_from": "another",
-    }  # fmt: skip
+        "batch": {"gradient_accumulation_steps": 3},
+        "optimizer": {"embeddings_state": "cpu"},
+        "validation": {"early_stopping_patience": 3},
+        "allow_leak": True,
+        "corpus": "moved",
+        "init_from": "another",
+    }
     train_module._require_same_trajectory(candidate, validate(RunConfig, tree | free, "test"))
-    changed = free | {"batch": {"accumulation": 3, "users": 7}, "optimizer": {"lr": 0.5, "table_state": "cpu"}}
+    changed = free | {
+        "batch": {"gradient_accumulation_steps": 3, "users": 7},
+        "optimizer": {"lr": 0.5, "embeddings_state": "cpu"},
+    }
     with pytest.raises(CheckpointError) as refusal:
         train_module._require_same_trajectory(candidate, validate(RunConfig, tree | changed, "test"))
     assert refusal.value.value == {"batch.users": (256, 7), "optimizer.lr": (0.001, 0.5)}
@@ -228,14 +235,14 @@ def test_a_refusal_names_only_the_settings_that_differ() -> None:
 @pytest.mark.slow
 def test_accumulation_and_the_storage_of_moments_may_change_on_resume(made: Made, tmp_path: Path) -> None:
     folder = tmp_path / "wide"
-    backbone = make_backbone(folder / "backbone", make_catalog(), hidden=64)
+    backbone = make_backbone(folder / "backbone", make_catalog(), hidden_size=64)
     wide = folder, make_corpus(folder / "corpus", make_catalog(), backbone), str(backbone)
-    optimizer = {"lr": 1e-2, "tables_lr": 5e-3, "warmup_steps": 2}
+    optimizer = {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2}
     run_ranks(2, run, make_config(wide, tmp_path / "whole"))
     legs = [(3, 1, "fp32"), (5, 3, "cpu"), (7, 2, "int8"), (9, 4, "fp32")]
     for until, accumulation, storage in legs:
-        batch = {"users": 9, "texts": 7, "accumulation": accumulation}
-        changes: dict[str, Any] = {"batch": batch, "optimizer": optimizer | {"table_state": storage}}
+        batch = {"users": 9, "texts": 7, "gradient_accumulation_steps": accumulation}
+        changes: dict[str, Any] = {"batch": batch, "optimizer": optimizer | {"embeddings_state": storage}}
         run_ranks(2, run, make_config(wide, tmp_path / "parts", max_steps=until, **changes))
     got, wanted = ([x["loss"] for x in metrics(tmp_path / name) if "loss" in x] for name in ("parts", "whole"))
     assert got[:5] == pytest.approx(wanted[:5], rel=2e-4)
@@ -261,8 +268,8 @@ def test_another_start_than_that_of_the_checkpoint_is_said_to_be_ignored(made: M
 @pytest.mark.slow
 def test_a_best_value_is_compared_with_values_of_its_own_metric_only(made: Made, tmp_path: Path) -> None:
     # Recall@17 of 17 items is 1: nothing of another metric would ever be better.
-    first = {"metrics": ["recall@17"], "batch_users": 5, "patience": 1}
-    second = {"metrics": ["ndcg@3", "recall@17"], "batch_users": 5, "patience": 2}
+    first = {"metrics": ["recall@17"], "batch_users": 5, "early_stopping_patience": 1}
+    second = {"metrics": ["ndcg@3", "recall@17"], "batch_users": 5, "early_stopping_patience": 2}
     output = tmp_path / "run"
     ((_, messages),) = run_ranks(1, with_messages, run, make_config(made, output, "finetune", validation=first))
     assert not any("starts anew" in message for message in messages)
@@ -446,7 +453,7 @@ def test_resume_none_starts_a_run_once_and_loses_none(made: Made, tmp_path: Path
 def test_adapters_of_pretraining_survive_the_first_steps_of_finetuning(made: Made, tmp_path: Path) -> None:
     pretrained, tuned = tmp_path / "pretrain", tmp_path / "finetune"
     run_ranks(2, run, make_config(made, pretrained, max_steps=6))
-    optimizer = {"lr": 1e-12, "tables_lr": 1e-12, "warmup_steps": 0}
+    optimizer = {"lr": 1e-12, "embeddings_lr": 1e-12, "warmup_steps": 0}
     run_ranks(1, run, make_config(made, tuned, "finetune", init_from=str(pretrained), optimizer=optimizer, max_steps=2))
     start, end = newest(pretrained), newest(tuned)
     for name, shape in about(tuned).shapes.items():
@@ -482,7 +489,7 @@ def test_a_bad_loss_stops_the_run_and_names_the_batch(made: Made, tmp_path: Path
     messages = run_ranks(2, bad_batch, make_config(made, tmp_path / "run", **changes), 4, value)
     for message in messages:
         assert "step 4 (epoch 1, users" in message
-        assert "faults.bad_step=skip" in message
+        assert "faults.on_bad_step=skip" in message
     assert names(tmp_path / "run")[-1] == "step-00000004"
 
 
@@ -490,7 +497,7 @@ def test_a_bad_loss_stops_the_run_and_names_the_batch(made: Made, tmp_path: Path
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_skipped_step_changes_nothing_but_the_position(made: Made, tmp_path: Path, precision: str) -> None:
     changes: dict[str, Any] = {
-        "precision": precision, "faults": {"bad_step": "skip"}, "checkpoint": {"every_steps": 1, "keep": 10},
+        "precision": precision, "faults": {"on_bad_step": "skip"}, "checkpoint": {"every_steps": 1, "keep": 10},
     }  # fmt: skip
     assert run_ranks(2, bad_batch, make_config(made, tmp_path / "run", **changes, max_steps=6), 4, math.nan) == ["", ""]
     store = Store(str(tmp_path / "run" / "checkpoints"))
@@ -581,7 +588,7 @@ def test_old_checkpoints_that_cannot_be_removed_stop_nothing(made: Made, tmp_pat
 
 @pytest.mark.slow
 def test_checkpoints_live_on_any_file_system(made: Made, tmp_path: Path) -> None:
-    config = make_config(made, tmp_path / "run", checkpoint={"folder": "memory://run", "every_steps": 3, "keep": 5})
+    config = make_config(made, tmp_path / "run", checkpoint={"dir": "memory://run", "every_steps": 3, "keep": 5})
     assert run_ranks(1, _in_memory, config) == [["step-00000003", "step-00000006", "step-00000008"]]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -619,8 +626,8 @@ def test_two_runs_do_not_share_an_output(made: Made, tmp_path: Path, monkeypatch
 def test_a_run_that_stopped_early_takes_no_further_step_and_keeps_one_whole_best(made: Made, tmp_path: Path) -> None:
     # With a learning rate of nothing the second validation cannot be better than the first.
     changes: dict[str, Any] = {
-        "optimizer": {"lr": 1e-12, "tables_lr": 1e-12},
-        "validation": {"metrics": ["recall@5"], "patience": 1},
+        "optimizer": {"lr": 1e-12, "embeddings_lr": 1e-12},
+        "validation": {"metrics": ["recall@5"], "early_stopping_patience": 1},
     }
     config = make_config(made, tmp_path / "run", "finetune", **changes)
     run_ranks(1, run, config)

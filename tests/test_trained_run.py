@@ -55,7 +55,7 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
     assert "step 6, not the best one (best recall@5=" in told
 
     # A validation that finds the newer weights worse is a validation.
-    frozen = config.optimizer.model_copy(update={"lr": 1e-12, "tables_lr": 1e-12})
+    frozen = config.optimizer.model_copy(update={"lr": 1e-12, "embeddings_lr": 1e-12})
     config = config.model_copy(update={"output": f"{output}-2", "optimizer": frozen, "epochs": 2})
     run_ranks(1, run, config)
     assert len(said_of(f"{output}-2", caplog)) == 1

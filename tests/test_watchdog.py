@@ -45,7 +45,7 @@ def at(name: str, moves: int, *, inside: bool = True, collective: bool = True) -
 
 
 def told(ranks: dict[int, Sighting]) -> str:
-    found = diagnose(ranks, hang_seconds=60, patience=5)
+    found = diagnose(ranks, collective_timeout_seconds=60, patience=5)
     return "" if found is None else found.message
 
 
@@ -164,7 +164,7 @@ def _rank(rank: int, size: int, port: int, out: str, function: Callable[..., Any
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     try:
-        launchers.launch(function, "auto", "1", hang_seconds=HANG_SECONDS, arguments=arguments)
+        launchers.launch(function, "auto", "1", collective_timeout_seconds=HANG_SECONDS, arguments=arguments)
     except CLLM4RecError as error:  # as in cli.main
         sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
         raise SystemExit(error.exit_status) from None

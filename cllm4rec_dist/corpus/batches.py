@@ -32,7 +32,7 @@ class StepBatch:
     """This rank's part of a global batch.
 
     Attributes:
-        micro_batches: `accumulation` of them, some perhaps without documents.
+        micro_batches: `gradient_accumulation_steps` of them, some perhaps without documents.
         epoch: pass over the users.
         users: rows of the users that were read.
         texts: pass, record and index of the texts that were read.
@@ -48,7 +48,7 @@ class _Users:
     """The stream of users, and the documents that a stage makes of them."""
 
     def __init__(self, shards: ShardSet, composer: Composer, config: RunConfig) -> None:
-        self.order = EpochOrder(shards.record_sizes, config.seed, config.shuffle_records)
+        self.order = EpochOrder(shards.record_sizes, config.seed, config.shuffle_window)
         self._data = WindowCache(shards, self.order, ["users"], ("train_offsets", "train_items"))
         self._batch = config.batch.users
         self._make, self._measure = (
@@ -75,7 +75,7 @@ class _Texts:
     """The stream of texts."""
 
     def __init__(self, shards: ShardSet, composer: Composer, config: RunConfig) -> None:
-        self.order = EpochOrder(shards.record_sizes, config.seed, config.shuffle_records)
+        self.order = EpochOrder(shards.record_sizes, config.seed, config.shuffle_window)
         self._data = WindowCache(shards, self.order, ["kind", "users", "items"], ("offsets", "tokens"))
         self._batch, self._composer = config.batch.texts, composer
 
@@ -128,7 +128,7 @@ class BatchSource:
         The one rule of who reads what: parts of about equally many tokens, users and texts together. It is a function
         of the global batch, of A and of W, so each example of the batch is in one part of one rank.
         """
-        loads = np.zeros((self._batch.accumulation, self._world.size), np.int64)
+        loads = np.zeros((self._batch.gradient_accumulation_steps, self._world.size), np.int64)
         found = []
         for stream in self._streams:
             whole = stream.read(step)

@@ -234,7 +234,7 @@ class Composer:
         return keyed_bits(self.seed, stream, epochs, rows)
 
     def _num_masked(self, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        low, high = self.method.mask_share
+        low, high = self.method.mask_ratio
         share = low + (high - low) * keyed_uniform(keys, _SHARE)
         return np.clip(np.rint(share * counts).astype(np.int64), 1, np.maximum(1, counts - 1))
 
@@ -265,9 +265,12 @@ class Composer:
         tokens = main.values.astype(np.int64) + (self.space.first_item if are_items else 0)
         each = lambda starts: Ragged(main.offsets, ranges(starts, main.lengths))  # noqa: E731
         return Documents(
-            Ragged.beside([prompts, Ragged(main.offsets, tokens)]), each(prompts.lengths - 1),
-            each(np.zeros(len(main), np.int64)), main, _dropout_keys(keys),
-        )  # fmt: skip
+            Ragged.beside([prompts, Ragged(main.offsets, tokens)]),
+            each(prompts.lengths - 1),
+            each(np.zeros(len(main), np.int64)),
+            main,
+            _dropout_keys(keys),
+        )
 
     def _recommended(self, users: np.ndarray, shown: Ragged, targets: Ragged, keys: np.ndarray) -> Documents:
         """Everything is predicted from the last token."""
@@ -326,10 +329,14 @@ def collate(
     ]
     shaped = lambda values: _tensor(values.reshape(packing.shape))  # noqa: E731
     return MicroBatch(
-        word_ids=shaped(np.where(tokens < space.first_user, tokens, 0)), positions=shaped(positions),
-        keys=shaped(keys), items=found[0], words=None if words is None else found[1], boundary=packing.boundary,
+        word_ids=shaped(np.where(tokens < space.first_user, tokens, 0)),
+        positions=shaped(positions),
+        keys=shaped(keys),
+        items=found[0],
+        words=None if words is None else found[1],
+        boundary=packing.boundary,
         num_tokens=sum(int(length.sum()) for length in lengths),
-    )  # fmt: skip
+    )
 
 
 def _asked(

@@ -269,7 +269,7 @@ class ItemHead(nn.Module):
 
     Args:
         local_items: rows of this rank, for the bias.
-        form, temperature, item_bias, pool_residual: see `HeadConfig`.
+        similarity, temperature, item_bias, pool_residual: see `HeadConfig`.
 
     Attributes:
         log_temperature: replicated scalar (cosine only): its gradient must be summed over the ranks.
@@ -277,12 +277,19 @@ class ItemHead(nn.Module):
     """
 
     def __init__(
-        self, local_items: int, world: World, *, form: str, temperature: float, item_bias: bool, pool_residual: bool
+        self,
+        local_items: int,
+        world: World,
+        *,
+        similarity: str,
+        temperature: float,
+        item_bias: bool,
+        pool_residual: bool,
     ) -> None:
         super().__init__()
-        self.form, self.pool_residual = form, pool_residual
+        self.similarity, self.pool_residual = similarity, pool_residual
         self.log_temperature: nn.Parameter | None = None
-        if form == "cosine":
+        if similarity == "cosine":
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), device=world.device))
         self.local_bias: nn.Parameter | None = None
         if item_bias:
@@ -290,7 +297,7 @@ class ItemHead(nn.Module):
 
     def operand(self, local_rows: Tensor) -> Tensor:
         """[rows, D] of the table -> [rows, D or D+1] that queries are multiplied with."""
-        weight = F.normalize(local_rows, dim=1) if self.form == "cosine" else local_rows
+        weight = F.normalize(local_rows, dim=1) if self.similarity == "cosine" else local_rows
         return weight if self.local_bias is None else torch.cat([weight, self.local_bias], dim=1)
 
     def queries(self, hidden: Tensor, pooled: Tensor) -> Tensor:

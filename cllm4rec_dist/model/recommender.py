@@ -82,14 +82,14 @@ class Recommender(nn.Module):
         super().__init__()
         width = words.embedding.shape[1]
         self.words, self.world, self.dropout, self.wire = words, world, dropout, wire
-        self.sampled = head.sampled
+        self.num_negatives = head.num_negatives
         # The collaborative items are the operand of the item softmax too, which makes their whole gradient dense.
         self.collaborative = TokenRows(num_users, num_items, width, world, lazy=lazy)
         self.content = TokenRows(num_users, num_items, width, world, lazy=lazy) if content else None
         self.head = ItemHead(
             self.item_partition.num_local(world.rank),
             world,
-            form=head.form,
+            similarity=head.similarity,
             temperature=head.temperature,
             item_bias=head.item_bias,
             pool_residual=head.pool_residual,
@@ -177,7 +177,7 @@ class Recommender(nn.Module):
 
     def item_sampling(self, batch: MicroBatch) -> Sampling | None:
         """Items of a sampled softmax, drawn by the keys of the documents, so that a resumed run draws the same ones."""
-        return Sampling(self.sampled, int(batch.keys.sum())) if self.sampled else None
+        return Sampling(self.num_negatives, int(batch.keys.sum())) if self.num_negatives else None
 
 
 def _sums_of_document(item_rows: Tensor, batch: MicroBatch) -> Tensor:

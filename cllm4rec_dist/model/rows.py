@@ -26,7 +26,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from cllm4rec_dist.collectives import scatter_rows
-from cllm4rec_dist.config import RowsConfig
+from cllm4rec_dist.config import EmbeddingsConfig
 from cllm4rec_dist.model.tables import ShardedTable
 from cllm4rec_dist.topology import RowPartition, World
 
@@ -102,7 +102,7 @@ def start_prior(table: ShardedTable, scale: float, world: World, seed: int, inde
 def start_content(
     content: ShardedTable,
     collaborative: ShardedTable,
-    config: RowsConfig,
+    config: EmbeddingsConfig,
     scale: float,
     world: World,
     seed: int,

@@ -199,7 +199,7 @@ class _PackedMoments(_Moments):
         self._scaled_together = next((size for size in _SCALED_TOGETHER if width % size == 0), 0)
         if not self._scaled_together:
             raise ConfigError(
-                "optimizer.table_state", "int8", f"needs rows of a multiple of 64 entries, which {width} is not",
+                "optimizer.embeddings_state", "int8", f"needs rows of a multiple of 64 entries, which {width} is not",
                 "Use fp32 or cpu, or another backbone.",
             )  # fmt: skip
         signed = self._bnb.create_dynamic_map(signed=True)
@@ -242,6 +242,6 @@ def _bitsandbytes() -> Any:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:
         raise ConfigError(
-            "optimizer.table_state", "int8", f"needs bitsandbytes, which is not there ({error})",
+            "optimizer.embeddings_state", "int8", f"needs bitsandbytes, which is not there ({error})",
             "Install it with pip install 'cllm4rec_dist[qlora]', or use fp32 or cpu.",
         ) from error  # fmt: skip

@@ -48,22 +48,36 @@ def decoder_config(config: BackboneConfig, num_words: int) -> PretrainedConfig:
     """Hugging Face configuration of the decoder that `config` describes."""
     if config.family == "gpt2":
         return GPT2Config(
-            vocab_size=num_words, n_positions=config.max_positions, n_embd=config.hidden, n_layer=config.layers,
-            n_head=config.heads, resid_pdrop=config.dropout, attn_pdrop=config.dropout, embd_pdrop=0.0,
+            vocab_size=num_words,
+            n_positions=config.max_positions,
+            n_embd=config.hidden_size,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            resid_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+            embd_pdrop=0.0,
             activation_function="gelu_pytorch_tanh",  # the same function as gelu_new, in one kernel
-            bos_token_id=None, eos_token_id=0,
-        )  # fmt: skip
+            bos_token_id=None,
+            eos_token_id=0,
+        )
     return _ROTARY[config.family](
-        vocab_size=num_words, max_position_embeddings=config.max_positions, hidden_size=config.hidden,
-        intermediate_size=4 * config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        num_key_value_heads=config.heads, attention_dropout=config.dropout, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=num_words,
+        max_position_embeddings=config.max_positions,
+        hidden_size=config.hidden_size,
+        intermediate_size=4 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        attention_dropout=config.dropout,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
 
 
 def build_backbone(config: BackboneConfig, texts: Iterable[str], folder: Path) -> int:
     """Write tokenizer and random decoder to `folder`; returns the number of parameters."""
-    tokenizer = train_tokenizer(texts, config.words)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
     torch.manual_seed(config.seed)
     decoder = AutoModelForCausalLM.from_config(decoder_config(config, len(tokenizer)), dtype=torch.float32)
     decoder.save_pretrained(folder)

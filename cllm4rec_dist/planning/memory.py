@@ -78,7 +78,7 @@ def _scales(outline: Outline) -> int:
 
 def _moments(outline: Outline, parameter: nn.Parameter) -> int:
     """`table_optimizer._make_moments`."""
-    storage = outline.config.optimizer.table_state
+    storage = outline.config.optimizer.embeddings_state
     if storage == "cpu":
         return 0
     if storage == "int8" and parameter.dim() == 2 and parameter.shape[1] > 1:

@@ -73,12 +73,16 @@ def outline_run(config: RunConfig, num_users: int, num_items: int, has_texts: bo
         dual.enable_activation_checkpointing()
     content = config.batch.texts > 0 and has_texts
     model = Recommender(
-        RowPartition(num_users, num_ranks).block, RowPartition(num_items, num_ranks).block,
+        RowPartition(num_users, num_ranks).block,
+        RowPartition(num_items, num_ranks).block,
         _words(decoder, dtype, content),
-        config.head, World(0, 1, 0, META), dropout=config.rows.dropout,
-        wire=torch.bfloat16 if config.rows.wire == "bf16" else torch.float32, lazy=config.optimizer.lazy_tables,
+        config.head,
+        World(0, 1, 0, META),
+        dropout=config.embeddings.dropout,
+        wire=torch.bfloat16 if config.embeddings.comm_dtype == "bf16" else torch.float32,
+        lazy=config.optimizer.sparse_embedding_updates,
         content=content,
-    )  # fmt: skip
+    )
     rules = engine.zero_config(engine.resolve_settings(config))
     settings = Zero3Settings(
         int(rules.prefetch_bucket_size), int(rules.max_reuse_distance), int(rules.max_live_parameters),

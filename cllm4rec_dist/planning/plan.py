@@ -72,7 +72,7 @@ class Plan:
         flops: of the busiest rank in a step, by part.
         seconds: of a step, by what takes them.
         tokens: real ones of a step, all ranks together.
-        filled: share of the computed places that are real tokens.
+        packing_efficiency: share of the computed places that are real tokens.
         steps_per_epoch: optimizer steps.
         left_out: settings of ZeRO that are not in the figures.
     """
@@ -84,7 +84,7 @@ class Plan:
     flops: Counter[str]
     seconds: dict[str, float]
     tokens: float
-    filled: float
+    packing_efficiency: float
     steps_per_epoch: int
     left_out: list[str]
 
@@ -121,7 +121,7 @@ def make_plan(config: RunConfig, place: Place, num_samples: int = 2) -> Plan:
     samples = [sample_step(corpus, composer, config, place.num_ranks, step) for step in chosen]
     outline = outline_run(config, corpus.num_users, corpus.num_items, source.has_texts, place.num_ranks)
     rehearsal, unit = rehearse_fullest(outline, samples, logits_within(place.gpu.memory))
-    gathers = outline.zero.play(rehearsal.events, config.batch.accumulation)
+    gathers = outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps)
     model = traffic_model(outline, gathers)
     sent = (step_traffic(model, config, s, rank) for s in samples for rank in range(place.num_ranks))
     traffic = max(sent, key=Counter.total) + loop_traffic(place.num_ranks)
@@ -169,9 +169,12 @@ def traffic_model(outline: Outline, gathers: Gathers) -> Model:
     """What the traffic of a run is computed from."""
     reduced = [p for p in outline.trained if p is not getattr(outline.dual, "anchor", None)]  # it has no gradient
     return Model(
-        outline.model.words.embedding.shape[1], gathers, outline.zero.padded(reduced), outline.dtype.itemsize,
+        outline.model.words.embedding.shape[1],
+        gathers,
+        outline.zero.padded(reduced),
+        outline.dtype.itemsize,
         outline.num_groups,
-    )  # fmt: skip
+    )
 
 
 def step_flops(sample: StepSample, rehearsal: Rehearsal, unit: tuple[MicroBatchSample, int]) -> Counter[str]:
@@ -203,7 +206,10 @@ def step_seconds(
     dtype_peak = gpu.bf16 if outline.config.precision == "bf16" else gpu.fp32
     reached = dict.fromkeys(flops, dtype_peak * place.efficiency) | {HEAD: gpu.fp32 * place.efficiency}
     compute = {part: count / reached[part] for part, count in flops.items()}
-    launches = {part: n * LAUNCH_SECONDS * outline.config.batch.accumulation for part, n in rehearsal.operators.items()}
+    launches = {
+        part: n * LAUNCH_SECONDS * outline.config.batch.gradient_accumulation_steps
+        for part, n in rehearsal.operators.items()
+    }
     body = max(compute[BACKBONE] + compute[ATTENTION], launches[BACKBONE])
     link = WIRE_SHARE * (gpu.link if place.num_ranks <= place.ranks_per_host else gpu.network)
     hidden = (traffic["weights"] + traffic["weight gradients"]) / link
@@ -225,11 +231,11 @@ _MOST_TIMES = 64
 _CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"precision": "bf16"}, "rounding; faster on GPUs"),
     ({"activation_checkpointing": True}, "a third more work in the backbone"),
-    ({"batch.accumulation": 2}, "more, smaller passes"),
-    ({"batch.accumulation": 4}, "more, smaller passes"),
-    ({"batch.accumulation": 8}, "more, smaller passes"),
-    ({"optimizer.table_state": "int8"}, "moments of rows in 8 bits"),
-    ({"optimizer.table_state": "cpu"}, "rows are stepped on the host"),
+    ({"batch.gradient_accumulation_steps": 2}, "more, smaller passes"),
+    ({"batch.gradient_accumulation_steps": 4}, "more, smaller passes"),
+    ({"batch.gradient_accumulation_steps": 8}, "more, smaller passes"),
+    ({"optimizer.embeddings_state": "int8"}, "moments of rows in 8 bits"),
+    ({"optimizer.embeddings_state": "cpu"}, "rows are stepped on the host"),
     ({"quantization": "nf4"}, "frozen weights in 4 bits, which is slower"),
 ]
 """Settings and what they cost, from the least to the most."""
@@ -277,7 +283,7 @@ def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig | None
         node = tree
         for section in sections:
             node = node[section]
-        if node[leaf] == value or (leaf == "accumulation" and node[leaf] >= value):
+        if node[leaf] == value or (leaf == "gradient_accumulation_steps" and node[leaf] >= value):
             return None
         node[leaf] = value
     if settings.get("quantization") and config.adapter.kind == "full":

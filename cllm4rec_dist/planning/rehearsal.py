@@ -226,8 +226,8 @@ def _gradient_of_rows(values: Tensor, sparse: bool, shape: torch.Size) -> Tensor
 def _item_loss(model: Recommender, everyones: Tensor, share: Share, max_logits: int) -> Tensor:
     """`objectives.item_likelihood`, of the queries that `heads.ask` has brought."""
     operand = model.item_operand()
-    if model.sampled:  # as many as can be: targets may be drawn or asked for twice
-        drawn = -(-model.sampled // len(share.item_queries)) + share.owned_targets
+    if model.num_negatives:  # as many as can be: targets may be drawn or asked for twice
+        drawn = -(-model.num_negatives // len(share.item_queries)) + share.owned_targets
         rows = operand[_indices(min(len(operand), drawn))]
         operand, everyones = torch.cat([rows, rows.new_empty(len(rows), 1)], dim=1), F.pad(everyones, (0, 1))
     pairs = _indices(share.owned_targets), _indices(share.owned_targets)
@@ -263,5 +263,5 @@ def _mutual(model: Recommender, config: RunConfig, share: Share) -> Tensor:
         for rows in (model.collaborative, model.content) if rows is not None
     ]  # fmt: skip
     return objectives.mutual_regularization(
-        parts[0], parts[1] if len(parts) > 1 else None, config.rows.lambda_l, config.rows.lambda_c
+        parts[0], parts[1] if len(parts) > 1 else None, config.embeddings.lambda_l, config.embeddings.lambda_c
     )[0]

@@ -48,7 +48,7 @@ def tell(plan: Plan) -> str:
         ),
         "",
         f"An epoch: {plan.steps_per_epoch:,} steps, {_duration(plan.steps_per_epoch * plan.step_seconds)};"
-        f" {plan.tokens:,.0f} real tokens a step, {plan.filled:.1%} of the places computed,"
+        f" {plan.tokens:,.0f} real tokens a step, {plan.packing_efficiency:.1%} of the places computed,"
         f" {plan.tokens / plan.step_seconds:,.0f} tokens/s.",
         "Memory and bytes are sums that tests hold to measurements on CPUs; times are a model that no GPU has checked.",
     ]  # fmt: skip
@@ -69,14 +69,26 @@ def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:
     """The same as plain values; bytes, FLOPs and seconds."""
     place = plan.place
     return {
-        "stage": plan.stage, "gpu": place.gpu.name, "gpus": place.num_ranks, "gpus_per_host": place.ranks_per_host,
-        "efficiency": place.efficiency, "fits": plan.fits, "gpu_memory": place.gpu.memory, "needed": plan.needed,
-        "memory": {**plan.memory, "reserved": RESERVED}, "traffic": _floats(plan.traffic), "flops": dict(plan.flops),
-        "seconds": plan.seconds, "step_seconds": plan.step_seconds, "steps_per_epoch": plan.steps_per_epoch,
-        "epoch_seconds": plan.step_seconds * plan.steps_per_epoch, "tokens": plan.tokens, "filled": plan.filled,
+        "stage": plan.stage,
+        "gpu": place.gpu.name,
+        "gpus": place.num_ranks,
+        "gpus_per_host": place.ranks_per_host,
+        "efficiency": place.efficiency,
+        "fits": plan.fits,
+        "gpu_memory": place.gpu.memory,
+        "needed": plan.needed,
+        "memory": {**plan.memory, "reserved": RESERVED},
+        "traffic": _floats(plan.traffic),
+        "flops": dict(plan.flops),
+        "seconds": plan.seconds,
+        "step_seconds": plan.step_seconds,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "epoch_seconds": plan.step_seconds * plan.steps_per_epoch,
+        "tokens": plan.tokens,
+        "packing_efficiency": plan.packing_efficiency,
         "left_out": plan.left_out,
         "changes": [vars(change) for change in changes],
-    }  # fmt: skip
+    }
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:

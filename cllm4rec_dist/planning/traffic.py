@@ -70,7 +70,7 @@ def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int)
 def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
     """`Recommender.route` and `embedded`: all-to-alls of counts, ids and rows, and of row gradients in backward."""
     wants = [wants for batch in sample.micro_batches for wants in batch.wants]
-    row = model.width * (HALF if config.rows.wire == "bf16" else FLOAT)
+    row = model.width * (HALF if config.embeddings.comm_dtype == "bf16" else FLOAT)
     fetched = sum(w.fetched_by(rank) for w in wants)
     return Counter({
         "counts": (sample.num_ranks - 1) * len(wants) * INTEGER,
@@ -114,7 +114,7 @@ def bookkeeping_traffic(config: RunConfig, num_ranks: int) -> Traffic:
     sent: Traffic = Counter()
     sent["counts"] += all_reduce(5 * INTEGER, num_ranks)
     sent["norms"] += all_reduce(4 * DOUBLE, num_ranks)
-    if config.head.form == "cosine":
+    if config.head.similarity == "cosine":
         sent["temperature"] += all_reduce(FLOAT, num_ranks)
     return sent
 

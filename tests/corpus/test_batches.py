@@ -61,8 +61,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def source(corpus: Corpus, stage: str = "pretrain", rank: int = 0, size: int = 1, **batch: Any) -> BatchSource:
     tree = {
-        "stage": stage, "corpus": corpus.url, "backbone": "unused", "output": "unused", "shuffle_records": 4,
-        "batch": {"users": 64, "texts": 40, "accumulation": 2} | batch, "method": {"max_history": 200},
+        "stage": stage, "corpus": corpus.url, "backbone": "unused", "output": "unused", "shuffle_window": 4,
+        "batch": {"users": 64, "texts": 40, "gradient_accumulation_steps": 2} | batch, "method": {"max_history": 200},
     }  # fmt: skip
     config = validate(RunConfig, tree, "test")
     space = TokenSpace(len(TOKENIZER), NUM_USERS, NUM_ITEMS)
@@ -118,7 +118,7 @@ def tokens(batch: StepBatch) -> list[int]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_micro_batches_of_all_ranks_have_equally_many_tokens(corpus: Corpus, stage: str, size: int) -> None:
-    made = ranks(corpus, stage, size, accumulation=1)
+    made = ranks(corpus, stage, size, gradient_accumulation_steps=1)
     for step in range(6):
         batches = [s.make(step) for s in made]
         loads = [load for batch in batches for load in tokens(batch)]
@@ -128,7 +128,7 @@ def test_micro_batches_of_all_ranks_have_equally_many_tokens(corpus: Corpus, sta
 
 
 def test_later_micro_batches_have_shorter_rows_and_as_many_tokens(corpus: Corpus) -> None:
-    made = ranks(corpus, "pretrain", 2, accumulation=3)
+    made = ranks(corpus, "pretrain", 2, gradient_accumulation_steps=3)
     for step in range(3):
         batches = [s.make(step).micro_batches for s in made]
         longest = [max(int(batch[number].positions.max()) for batch in batches) for number in range(3)]

@@ -130,7 +130,7 @@ def test_all_targets_are_all_items_though_some_are_masked() -> None:
 
 def test_masked_shares_fill_their_range() -> None:
     items = np.arange(100)
-    made = composer(mask_share=(0.3, 0.6))
+    made = composer(mask_ratio=(0.3, 0.6))
     masked = [len(made.recommendation(4, items, epoch).targets) for epoch in range(200)]
     assert 30 <= min(masked) <= 35
     assert 55 <= max(masked) <= 60
@@ -142,7 +142,7 @@ def test_masked_shares_fill_their_range() -> None:
 
 def test_one_item_at_least_is_masked_and_one_shown() -> None:
     for share in (0.01, 0.99):
-        made = composer(mask_share=(share, share))
+        made = composer(mask_ratio=(share, share))
         for count in (2, 3, 8):
             document = made.recommendation(4, ITEMS[:count], epoch=0)
             assert len(document.targets) == (1 if share < 0.5 else count - 1)
@@ -260,7 +260,7 @@ def test_every_order_and_every_mask_is_equally_likely() -> None:
     count = 24_000
     histories = Ragged.from_lengths(np.full(count, 4), np.tile(np.arange(4), count))
     users, epochs = np.arange(count) % 30, np.arange(count) // 30
-    made = composer(mask_share=0.5).all
+    made = composer(mask_ratio=0.5).all
     orders = made.collaborative(users, histories, epochs).targets.values.reshape(count, 4)
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24
@@ -282,7 +282,7 @@ def test_every_order_and_every_mask_is_equally_likely() -> None:
 def test_masked_shares_are_uniform() -> None:
     count = 20_000
     histories = Ragged.from_lengths(np.full(count, 100), np.tile(np.arange(100), count))
-    made = composer(mask_share=(0.2, 0.6)).all
+    made = composer(mask_ratio=(0.2, 0.6)).all
     share = made.recommendation(np.zeros(count, np.int64), histories, np.arange(count)).targets.lengths / 100
     assert share.mean() == pytest.approx(0.4, abs=5 * 0.4 / (12 * count) ** 0.5)
     assert share.std() == pytest.approx(0.4 / 12**0.5, rel=0.03)

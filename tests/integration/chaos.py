@@ -34,7 +34,7 @@ def make_config(folder: Path, epochs: int) -> Path:
     make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
     # Slow enough to be stable: a run at the edge turns the rounding of another number of ranks into another run.
     text = CONFIG.format(folder=folder, root=ROOT).replace("epochs: 2", f"epochs: {epochs}")
-    text = text.replace("lr: 1.0e-2, tables_lr: 5.0e-3", "lr: 1.0e-3, tables_lr: 1.0e-3")
+    text = text.replace("lr: 1.0e-2, embeddings_lr: 5.0e-3", "lr: 1.0e-3, embeddings_lr: 1.0e-3")
     path = folder / "run.yaml"
     path.write_text(text + "audit: true\ncheckpoint: {every_steps: 7, keep: 2}\n")
     return path

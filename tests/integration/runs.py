@@ -25,7 +25,7 @@ epochs: 2
 adapter: {{rank: 4}}
 batch: {{users: 9, texts: 7}}
 method: {{max_history: 100}}
-optimizer: {{lr: 1.0e-2, tables_lr: 5.0e-3, warmup_steps: 2}}
+optimizer: {{lr: 1.0e-2, embeddings_lr: 5.0e-3, warmup_steps: 2}}
 """
 
 

@@ -22,8 +22,8 @@ output: {output}
 precision: bf16
 activation_checkpointing: true
 adapter: {{kind: lora, rank: 8}}
-batch: {{users: 16, texts: 16, accumulation: 2}}
-optimizer: {{lr: 1.0e-3, tables_lr: 1.0e-3, warmup_steps: 2}}
+batch: {{users: 16, texts: 16, gradient_accumulation_steps: 2}}
+optimizer: {{lr: 1.0e-3, embeddings_lr: 1.0e-3, warmup_steps: 2}}
 checkpoint: {{every_steps: 4}}
 """
 
@@ -56,6 +56,6 @@ def test_smollm2_with_lora_learns_from_real_reviews_on_two_ranks(tmp_path: Path)
 
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
-    words = [line["loss/words"] for line in lines]
+    words = [line["loss/text"] for line in lines]
     assert sum(words[-4:]) < 0.95 * sum(words[:4])
     assert sum(line["loss"] for line in lines[-4:]) < sum(line["loss"] for line in lines[:4])

@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_config(tmp_path_factory.mktemp("ray"))
     # Slow enough to be stable: at 1e-3 the rounding of another number of ranks grows to 3 % within 180 steps, at 2e-4
     # losses stay within 2e-7.
-    text = path.read_text().replace("lr: 1.0e-2, tables_lr: 5.0e-3", "lr: 2.0e-4, tables_lr: 2.0e-4")
+    text = path.read_text().replace("lr: 1.0e-2, embeddings_lr: 5.0e-3", "lr: 2.0e-4, embeddings_lr: 2.0e-4")
     path.write_text(text + "audit: true\ncheckpoint: {every_steps: 10}\n")
     return path
 

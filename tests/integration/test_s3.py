@@ -35,7 +35,7 @@ def test_a_run_on_s3_goes_on_at_other_world_sizes_and_passes_over_damage(made: M
     local = make_config(made, tmp_path / "local", epochs=4)
     run_ranks(2, run, local)
     folder = f"s3://{BUCKET}/run/checkpoints"
-    changes = {"epochs": 4, "checkpoint": {"folder": folder, "every_steps": 3, "keep": 3}}
+    changes = {"epochs": 4, "checkpoint": {"dir": folder, "every_steps": 3, "keep": 3}}
     config = make_config(made, tmp_path / "run", **changes)
     run_ranks(2, run, config.model_copy(update={"max_steps": 6}))
     store = Store(folder)
@@ -59,7 +59,7 @@ def test_a_store_out_of_reach_is_one_message(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     assert Corpus.open(made[1]).num_users
-    config = make_config(made, tmp_path / "run", checkpoint={"folder": "s3://elsewhere/run"})
+    config = make_config(made, tmp_path / "run", checkpoint={"dir": "s3://elsewhere/run"})
     if missing == "credentials":
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)

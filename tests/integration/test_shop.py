@@ -72,7 +72,16 @@ def test_a_shop_recommends_nothing_that_its_customers_have(tmp_path: Path) -> No
     sales = sell(tmp_path)
     (tmp_path / "shop.yaml").write_text(RECIPE)
     (tmp_path / "run.yaml").write_text(RUN)
-    command(tmp_path, "backbone", "shop.yaml", "backbone", "hidden=32", "layers=1", "heads=2", "words=400")
+    command(
+        tmp_path,
+        "build-backbone",
+        "shop.yaml",
+        "backbone",
+        "hidden_size=32",
+        "num_layers=1",
+        "num_heads=2",
+        "vocab_size=400",
+    )
     command(tmp_path, "prepare", "shop.yaml", "corpus", "--tokenizer", "backbone")
     command(tmp_path, "pretrain", "-c", "run.yaml", "output=pretrained", ranks=2)
     command(tmp_path, "finetune", "-c", "run.yaml", "output=run", "init_from=pretrained")

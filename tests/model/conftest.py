@@ -12,4 +12,4 @@ from tests.model.backbones import FAMILIES, WIDTH
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small backbone of each family; not to be changed."""
     root, catalog = tmp_path_factory.mktemp("backbones"), make_catalog()
-    return {family: make_backbone(root / family, catalog, family=family, hidden=WIDTH) for family in FAMILIES}
+    return {family: make_backbone(root / family, catalog, family=family, hidden_size=WIDTH) for family in FAMILIES}

@@ -297,7 +297,7 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def head_scores(**form: Any) -> Tensor:
-    settings = {"form": "dot", "temperature": TEMPERATURE, "item_bias": False, "pool_residual": False} | form
+    settings = {"similarity": "dot", "temperature": TEMPERATURE, "item_bias": False, "pool_residual": False} | form
     head = ItemHead(4, alone(), **settings).double()
     if head.local_bias is not None:
         assert head.operand(ITEMS)[:, -1].eq(0).all(), "a bias starts at zero"
@@ -311,7 +311,7 @@ def test_the_papers_head_is_the_tied_inner_product() -> None:
 
 def test_the_cosine_head_divides_the_product_of_directions_by_the_temperature() -> None:
     wanted = unit(HIDDEN) @ unit(ITEMS).T / TEMPERATURE
-    torch.testing.assert_close(head_scores(form="cosine"), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(head_scores(similarity="cosine"), wanted, rtol=1e-6, atol=0)
 
 
 def test_the_bias_is_added_to_each_items_score() -> None:
@@ -322,17 +322,17 @@ def test_the_pool_residual_adds_the_direction_of_the_items_read() -> None:
     query = HIDDEN + unit(POOLED) * math.sqrt(WIDTH)
     torch.testing.assert_close(head_scores(pool_residual=True), query @ ITEMS.T)
     wanted = unit(query) @ unit(ITEMS).T / TEMPERATURE + torch.arange(4.0, dtype=torch.float64)
-    both = head_scores(form="cosine", item_bias=True, pool_residual=True)
+    both = head_scores(similarity="cosine", item_bias=True, pool_residual=True)
     torch.testing.assert_close(both, wanted, rtol=1e-6, atol=0)
 
 
 def test_a_position_that_has_read_no_item_adds_nothing() -> None:
-    head = ItemHead(4, alone(), form="dot", temperature=1.0, item_bias=False, pool_residual=True)
+    head = ItemHead(4, alone(), similarity="dot", temperature=1.0, item_bias=False, pool_residual=True)
     torch.testing.assert_close(head.queries(HIDDEN, torch.zeros_like(HIDDEN)), HIDDEN)
 
 
 def test_queries_of_half_precision_states_are_fp32() -> None:
-    head = ItemHead(4, alone(), form="cosine", temperature=1.0, item_bias=True, pool_residual=True)
+    head = ItemHead(4, alone(), similarity="cosine", temperature=1.0, item_bias=True, pool_residual=True)
     assert head.queries(HIDDEN.bfloat16(), POOLED.bfloat16()).dtype is torch.float32
 
 

@@ -27,7 +27,7 @@ D = 64
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, catalog = tmp_path_factory.mktemp("backbones"), make_catalog()
-    return {family: make_backbone(root / family, catalog, family=family, hidden=D) for family in FAMILIES}
+    return {family: make_backbone(root / family, catalog, family=family, hidden_size=D) for family in FAMILIES}
 
 
 def embeddings(seed: int, rows: int = 2) -> Tensor:

@@ -89,7 +89,7 @@ def recommender(
 ) -> Recommender:
     random = torch.Generator().manual_seed(0)
     embedding = torch.randn(SPACE.num_words, WIDTH, generator=random).to(dtype)
-    head = HeadConfig(form="dot", item_bias=False, pool_residual=pool)
+    head = HeadConfig(similarity="dot", item_bias=False, pool_residual=pool)
     words = Words(embedding, embedding)
     model = Recommender(4, 6, words, head, alone(), dropout=dropout, wire=wire, lazy=False, content=True)
     assert model.content is not None

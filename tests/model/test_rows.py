@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cllm4rec_dist.config import RowsConfig
+from cllm4rec_dist.config import EmbeddingsConfig
 from cllm4rec_dist.model.rows import item_centre, standard_normal, start_content, start_items, start_prior
 from cllm4rec_dist.model.tables import ShardedTable
 from cllm4rec_dist.topology import RowPartition, World
@@ -39,7 +39,7 @@ def started(world: World) -> dict[str, Tensor]:
     few = table(2, WIDTH, world)  # more ranks than rows
     start_prior(users, SCALE, world, seed=3, index=1)
     start_items(items, centre() if world.is_main else None, SCALE, world, seed=3)
-    start_content(content, items, RowsConfig(lambda_l=0.1, lambda_c=0.4), SCALE, world, seed=3, index=2)
+    start_content(content, items, EmbeddingsConfig(lambda_l=0.1, lambda_c=0.4), SCALE, world, seed=3, index=2)
     start_prior(few, SCALE, world, seed=3, index=1)
     tables = {"users": users, "items": items, "content": content, "few": few}
     return {name: rows.local_rows.detach().clone() for name, rows in tables.items()}
@@ -89,7 +89,7 @@ def test_collaborative_rows_are_samples_of_the_prior() -> None:
 def test_content_rows_are_samples_around_the_collaborative_ones(lambda_l: float, lambda_c: float, ratio: float) -> None:
     own, content = table(20_000, 10, alone()), table(20_000, 10, alone())
     start_prior(own, SCALE, alone(), seed=0, index=1)
-    start_content(content, own, RowsConfig(lambda_l=lambda_l, lambda_c=lambda_c), SCALE, alone(), seed=0, index=2)
+    start_content(content, own, EmbeddingsConfig(lambda_l=lambda_l, lambda_c=lambda_c), SCALE, alone(), seed=0, index=2)
     difference = (content.local_rows - own.local_rows).detach().double()
     assert difference.std().item() == pytest.approx(SCALE * ratio, rel=0.01, abs=1e-9)
     if ratio:

@@ -24,8 +24,8 @@ def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], ze
     (folder / "ds.json").write_text(json.dumps(settings))
     tree = {
         "stage": "pretrain", "corpus": made[0], "backbone": made[1], "output": "unused",
-        "deepspeed": str(folder / "ds.json"), "rows": {"start": "prior"},
-        "batch": {"users": 9, "texts": 7, "accumulation": 2}, "shuffle_records": 3,
+        "deepspeed": str(folder / "ds.json"), "embeddings": {"init": "prior"},
+        "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2}, "shuffle_window": 3,
     } | changes  # fmt: skip
     return validate(RunConfig, tree, "test")
 

@@ -30,11 +30,17 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "checkpointed": (2, "llama", {"activation_checkpointing": True}),
     "full, bf16": (2, "gpt2", {"adapter": {"kind": "full"}, "precision": "bf16"}),
     "wide catalog": (1, "qwen2", {"adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}}),
-    "sampled": (2, "qwen2", {"batch": {"users": 8, "texts": 4}, "head": {"sampled": 3000}}),
-    "wide and dense": (1, "qwen2", {
-        "adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}, "optimizer": {"lazy_tables": False},
-    }),
-}  # fmt: skip
+    "sampled": (2, "qwen2", {"batch": {"users": 8, "texts": 4}, "head": {"num_negatives": 3000}}),
+    "wide and dense": (
+        1,
+        "qwen2",
+        {
+            "adapter": {"kind": "none"},
+            "batch": {"users": 8, "texts": 4},
+            "optimizer": {"sparse_embedding_updates": False},
+        },
+    ),
+}
 """Ranks, family, settings."""
 
 
@@ -44,7 +50,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, st
     found = {}
     for family, num_items in (("llama", 160), ("gpt2", 160), ("qwen2", 30_000)):
         catalog = make_catalog(num_users=160, num_items=num_items)
-        backbone = make_backbone(folder / family, catalog, family=family, hidden=128, layers=3, heads=4)
+        backbone = make_backbone(folder / family, catalog, family=family, hidden_size=128, num_layers=3, num_heads=4)
         corpus = make_corpus(folder / f"{family}-corpus", catalog, backbone, examples_per_record=100)
         found[family] = corpus, str(backbone)
     return found
@@ -64,12 +70,12 @@ def held(world: World, config: RunConfig) -> dict[str, int]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_knows_memory_and_flops(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
     size, family, changes = CASES[case]
-    batch = {"batch": {"users": 64, "texts": 32, "accumulation": 2}, "shuffle_records": 16}
+    batch = {"batch": {"users": 64, "texts": 32, "gradient_accumulation_steps": 2}, "shuffle_window": 16}
     config = make_config(corpora[family], tmp_path, batch | changes, ZERO)
     measured = run_ranks(size, held, config)
     outline, sample = outlined(config, size, STEP)
     rehearsal, unit = rehearse_fullest(outline, [sample], 1 << 20)
-    gathers = outline.zero.play(rehearsal.events, config.batch.accumulation)
+    gathers = outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps)
     needed = needed_memory(outline, rehearsal, gathers)
     flops = step_flops(sample, rehearsal, unit)
     assert memory.resident(outline).total() == pytest.approx(measured[0]["before"], rel=0.05)

@@ -25,7 +25,7 @@ PLACE = Place(GPUS["h100"], 4, 2, 0.5)
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("plan")
     catalog = make_catalog()
-    backbone = make_backbone(folder / "backbone", catalog, hidden=32)
+    backbone = make_backbone(folder / "backbone", catalog, hidden_size=32)
     return make_config((make_corpus(folder / "corpus", catalog, backbone), str(backbone)), folder, {}, {})
 
 

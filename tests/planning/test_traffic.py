@@ -26,7 +26,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, st
     catalog = make_catalog()
     found = {}
     for family in ("gpt2", "llama"):
-        backbone = make_backbone(folder / family, catalog, family=family, hidden=32, layers=3)
+        backbone = make_backbone(folder / family, catalog, family=family, hidden_size=32, num_layers=3)
         found[family] = make_corpus(folder / f"{family}-corpus", catalog, backbone), str(backbone)
     return found
 
@@ -54,9 +54,9 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
     "lora, eager": (3, "llama", {"adapter": {"kind": "lora", "rank": 4}}, EAGER),
     "checkpointed": (2, "llama", {
         "adapter": {"kind": "lora", "rank": 4}, "activation_checkpointing": True, "precision": "bf16",
-        "rows": {"start": "prior", "wire": "bf16"},
+        "embeddings": {"init": "prior", "comm_dtype": "bf16"},
     }, EAGER),
-    "full": (3, "gpt2", {"adapter": {"kind": "full"}, "head": {"form": "dot", "item_bias": False}}, EAGER),
+    "full": (3, "gpt2", {"adapter": {"kind": "full"}, "head": {"similarity": "dot", "item_bias": False}}, EAGER),
     "rows only": (2, "gpt2", {"adapter": {"kind": "none"}, "batch": {"users": 9, "texts": 0}}, EAGER),
 }  # fmt: skip
 """Ranks, family, settings, settings of ZeRO-3."""
@@ -70,7 +70,7 @@ def test_a_plan_knows_every_byte(corpora: dict[str, tuple[str, str]], tmp_path: 
     ranks = run_ranks(size, sent, config)
     outline, sample = outlined(config, size, STEP)
     rehearsal, _ = rehearse_fullest(outline, [sample], 1 << 20)
-    model = traffic_model(outline, outline.zero.play(rehearsal.events, config.batch.accumulation))
+    model = traffic_model(outline, outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps))
     for rank, measured in enumerate(ranks):
         planned = step_traffic(model, config, sample, rank)
         assert planned.total() == sum(measured.values()), (planned, measured)
