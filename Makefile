@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test chaos bench lint install clean-demo
+.PHONY: demo test fast chaos bench lint install clean-demo
 
 install: $(VENV)/installed
 
@@ -53,5 +53,11 @@ bench: install
 	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
+# Two files of tests at a time; what starts Ray, Slurm and launchers, alone.
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not integration"
+	$(BIN)/python -m pytest -m integration
+
+# What to run before each commit: under two minutes on two cores.
+fast: install lint
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not integration"
