@@ -296,7 +296,7 @@ def test_deepspeed_settings_that_would_do_nothing_are_refused(tmp_path: Path, ke
 def test_a_run_that_is_not_there_is_refused_before_ranks_start(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: pytest.fail("started ranks"))
+    monkeypatch.setattr(f"cllm4rec_dist.cli.{command}.launch", lambda *args, **kwargs: pytest.fail("started ranks"))
     arguments = [command, str(tmp_path / "nothing"), *([str(tmp_path / "out")] if command == "recommend" else [])]
     with pytest.raises(CheckpointError, match="nothing' is neither a checkpoint nor a run"):
         cli.app(arguments, standalone_mode=False)
@@ -304,8 +304,8 @@ def test_a_run_that_is_not_there_is_refused_before_ranks_start(
 
 def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: found.append(kwargs))
-    monkeypatch.setattr(cli, "_trained", lambda run: run)
+    monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch", lambda *args, **kwargs: found.append(kwargs))
+    monkeypatch.setattr("cllm4rec_dist.cli.recommend.find_trained", lambda run: run)
     monkeypatch.chdir(tmp_path)
     Path("backbone").mkdir()
     Path("empty.txt").write_text(" \n\n")
@@ -333,7 +333,7 @@ def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
 ) -> None:
     """Ray's workers run in a folder of their own."""
     found: list[RunConfig] = []
-    monkeypatch.setattr(cli, "launch", lambda *args, config, **kwargs: found.append(config))
+    monkeypatch.setattr("cllm4rec_dist.cli.train.launch", lambda *args, config, **kwargs: found.append(config))
     monkeypatch.chdir(corpus.parent)
     (corpus.parent / "before").mkdir()
     (corpus.parent / "ds.json").write_text("{}")

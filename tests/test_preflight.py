@@ -180,7 +180,7 @@ def test_an_evaluation_without_held_out_items_is_refused() -> None:
 
 
 def test_evaluate_refuses_its_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: pytest.fail("started ranks"))
+    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch", lambda *args, **kwargs: pytest.fail("started ranks"))
     options = ["--metrics", "mrr@10,recall@5", "--split", "train", "--output", "s3://bucket/x", "--launcher", "process"]
     with pytest.raises(ConfigError) as caught:
         cli.app(["evaluate", str(tmp_path), *options], standalone_mode=False)
@@ -206,9 +206,9 @@ def test_the_corpus_manifest_is_all_that_is_read(corpus: str) -> None:
 def test_a_typo_is_answered_without_torch(corpus: str, tmp_path: Path) -> None:
     """Importing torch, transformers and DeepSpeed takes eight seconds."""
     program = (
-        "import sys\nfrom cllm4rec_dist import cli\n"
+        "import sys\nfrom cllm4rec_dist import cli, errors\n"
         "try: cli.app(sys.argv[1:], standalone_mode=False)\n"
-        "except cli.CLLM4RecError as error: print(error)\n"
+        "except errors.CLLM4RecError as error: print(error)\n"
         "assert not {'torch', 'deepspeed', 'ray'} & sys.modules.keys()\n"
     )
     (tmp_path / "run.yaml").write_text(f"{{corpus: {corpus}, backbone: b, output: {tmp_path}/run}}")

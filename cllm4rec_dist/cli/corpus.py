@@ -1,0 +1,66 @@
+"""`prepare` and `build-backbone`: what a run needs before it can train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cllm4rec_dist import preflight
+from cllm4rec_dist.cli.frame import app
+from cllm4rec_dist.cli.options import Overrides, expanded, log_alone
+from cllm4rec_dist.config import BackboneConfig, load_config
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.filesystems import is_url
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file as in shards/.", callback=expanded)],
+    output: Annotated[str, typer.Argument(help="Corpus folder or fsspec URL to write.", callback=expanded)],
+    tokenizer: Annotated[
+        str, typer.Option(help="Backbone folder whose tokenizer the texts are read with.", callback=expanded)
+    ],
+    overwrite: Annotated[bool, typer.Option(help="Replace a corpus that is there.")] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", "-w", min=1, help="Ray tasks that write shards at a time, here or on a cluster.")
+    ] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
+    if not is_url(output):
+        preflight.require_none(preflight.folder_problems("output", output), "prepare")
+    from cllm4rec_dist.corpus.prepare import prepare as build
+    from cllm4rec_dist.corpus.recipe import PrepareConfig
+    from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+
+    log_alone()
+    config = load_config(PrepareConfig, recipe, overrides or ())
+    manifest = build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite, num_workers=workers)
+    typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
+
+
+@app.command("build-backbone")
+def backbone(
+    recipe: Annotated[Path, typer.Argument(help="Recipe whose texts the tokenizer is trained on.", callback=expanded)],
+    output: Annotated[Path, typer.Argument(help="Backbone folder to write.", callback=expanded)],
+    overrides: Overrides = None,
+) -> None:
+    """Build a small decoder with random weights and a tokenizer trained on a recipe's texts.
+
+    Settings: family, hidden_size, num_layers, num_heads, vocab_size, max_positions, dropout, seed.
+    """
+    preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
+    from cllm4rec_dist.corpus.recipe import PrepareConfig
+    from cllm4rec_dist.corpus.sources import read_source
+    from cllm4rec_dist.model.tiny import build_backbone
+
+    log_alone()
+    if (output / "config.json").exists():
+        raise ConfigError("output", str(output), "already holds a backbone", "Choose another folder or remove it.")
+    config = load_config(BackboneConfig, None, overrides or ())
+    raw = read_source(load_config(PrepareConfig, recipe).source)
+
+    size = build_backbone(config, raw.texts(), output)
+    typer.echo(f"{output}: {size:,} parameters")

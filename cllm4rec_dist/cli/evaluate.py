@@ -1,0 +1,71 @@
+"""`evaluate`: the metrics of a run beside the baselines."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cllm4rec_dist import preflight
+from cllm4rec_dist.cli.frame import app
+from cllm4rec_dist.cli.options import (
+    BackboneOption,
+    BatchUsers,
+    CorpusOption,
+    LauncherOption,
+    MetricNames,
+    RunArgument,
+    Workers,
+    expanded,
+    find_trained,
+    log_alone,
+    moved_paths,
+    output_problems,
+)
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.launchers import is_main, launch, require_launchable
+
+METRICS = "recall@20,recall@40,ndcg@100"
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the report; RUN/evaluation if left out.", callback=expanded)
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    metrics: MetricNames = METRICS,
+    baselines: Annotated[bool, typer.Option(help="Fit popularity, EASE, title-aware EASE and iALS beside it.")] = True,
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
+    batch_users: BatchUsers = 256,
+    launcher: LauncherOption = "auto",
+    workers: Workers = "1",
+) -> None:
+    """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
+    require_launchable(launcher, workers, os.environ)
+    folder = output or Path(run) / "evaluation"
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    problems = preflight.metric_problems("--metrics", names) + output_problems("--output", folder, launcher)
+    if split not in ("test", "valid"):
+        problems.append(ConfigError("--split", split, "is neither test nor valid", "Leave it out for test."))
+    preflight.require_none(problems, "evaluate")
+    folder = folder.absolute()
+    from cllm4rec_dist.inference import evaluate_run
+
+    started = time.monotonic()
+    launch(
+        evaluate_run, launcher, workers,
+        run=find_trained(run), split=split, metrics=names, batch_users=batch_users, output=str(folder),
+        baselines=baselines,
+        **moved_paths(backbone, corpus),
+    )  # fmt: skip
+    if is_main(launcher, os.environ):
+        from cllm4rec_dist.comparison import compare
+
+        log_alone()
+        typer.echo(compare(folder, names, with_baselines=baselines, seconds=time.monotonic() - started))

@@ -1,0 +1,38 @@
+"""The application that commands are added to, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.renames import COMMANDS
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Train an LLM recommender (CLLM4Rec) on many GPUs, or on a laptop.
+
+The way through: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**. Without a
+pretrained decoder at hand, **build-backbone** builds a small one first.
+
+Every setting of a run is documented in `cllm4rec_dist/config.py` and may be given as `section.key=value`.""",
+)
+
+
+def _require_new_command(arguments: list[str]) -> None:
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if name in COMMANDS:
+        raise ConfigError("command", name, "has another name now", f"Write cllm4rec {COMMANDS[name]}.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; an error of ours is one message and its exit status."""
+    try:
+        _require_new_command(sys.argv[1:] if arguments is None else arguments)
+        app(arguments)
+    except CLLM4RecError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(error.exit_status)

@@ -1,0 +1,97 @@
+"""Arguments and options that several commands have, and what is done with them before ranks start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from cllm4rec_dist import preflight
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.filesystems import expand_path, is_url
+from cllm4rec_dist.launchers import ranks_are_elsewhere
+
+PathT = TypeVar("PathT", str, Path)
+
+
+def expanded(option: typer.CallbackParam, path: PathT | None) -> PathT | None:
+    """A path of the command line with `~` and variables replaced, as in a run file: in quotes no shell does it."""
+    if path is None:
+        return None
+    try:
+        return type(path)(expand_path(str(path)))
+    except ValueError as error:
+        raise ConfigError(str(option.name), str(path), f"cannot be resolved: {error}", "Write $$ for $.") from None
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")
+]
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.", callback=expanded)
+]
+RunArgument = Annotated[
+    str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.", callback=expanded)
+]
+LauncherOption = Annotated[
+    str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
+]
+Workers = Annotated[
+    str, typer.Option("--workers", "-w", help="Ranks that Ray starts: 8, or 4:8 for as many as there are of these.")
+]
+MaxFailures = Annotated[
+    int, typer.Option("--max-failures", min=0, help="How often Ray starts again after a rank was lost.")
+]
+MetricNames = Annotated[str, typer.Option("--metrics", help="Comma-separated recall@K and ndcg@K.")]
+Resume = Annotated[
+    str | None,
+    typer.Option(help="auto (default): go on from this run's newest good checkpoint; none; or a checkpoint or run."),
+]
+BackboneOption = Annotated[
+    str | None,
+    typer.Option("--backbone", help="Where the backbone is now, if not where the run says.", callback=expanded),
+]
+CorpusOption = Annotated[
+    str | None, typer.Option("--corpus", help="Where the corpus is now, if not where the run says.", callback=expanded)
+]
+AllowLeak = Annotated[
+    bool,
+    typer.Option("--allow-leak", help="Go on from a run that was trained on held-out interactions; reports say so."),
+]
+BatchUsers = Annotated[int, typer.Option("--batch-users", min=1, help="Users ranked at a time by each rank.")]
+
+
+def find_trained(run: str) -> str:
+    """Where the ranks find a run; refused before they start where there is nothing to find."""
+    from cllm4rec_dist import checkpoint
+
+    path = run if "://" in run else str(Path(run).absolute())
+    checkpoint.find(path)
+    return path
+
+
+def moved_paths(backbone: str | None, corpus: str | None) -> dict[str, Any]:
+    """Paths that override those of a checkpoint, for ranks that run in another folder; a hub id stays."""
+    if backbone is not None and Path(backbone).is_dir():
+        backbone = str(Path(backbone).absolute())
+    if corpus is not None and not is_url(corpus):
+        corpus = str(Path(corpus).absolute())
+    return {"backbone": backbone, "corpus": corpus}
+
+
+def output_problems(field: str, folder: Path, launcher: str) -> list[CLLM4RecError]:
+    """Why results cannot be written there, as far as this process can tell."""
+    if is_url(str(folder)) or not ranks_are_elsewhere(launcher, os.environ):
+        return preflight.folder_problems(field, str(folder), "Give a local folder by --output.")
+    return []
+
+
+def log_alone() -> None:
+    import torch
+
+    from cllm4rec_dist.log import setup_logging
+    from cllm4rec_dist.topology import World
+
+    setup_logging(World(0, 1, 0, torch.device("cpu")))

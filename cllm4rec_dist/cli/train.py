@@ -1,0 +1,128 @@
+"""`pretrain` and `finetune`, and `plan`, which says what they will need."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cllm4rec_dist import preflight
+from cllm4rec_dist.cli.frame import app
+from cllm4rec_dist.cli.options import (
+    AllowLeak,
+    BackboneOption,
+    ConfigFile,
+    CorpusOption,
+    LauncherOption,
+    MaxFailures,
+    Overrides,
+    Resume,
+    Workers,
+    expanded,
+)
+from cllm4rec_dist.config import RunConfig, load_config
+from cllm4rec_dist.launchers import is_main, launch, ranks_are_elsewhere, require_launchable
+
+
+@app.command()
+def pretrain(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    launcher: LauncherOption = "auto",
+    workers: Workers = "1",
+    resume: Resume = None,
+    max_failures: MaxFailures = 3,
+    allow_leak: AllowLeak = False,
+) -> None:
+    """Mutually regularized pretraining of the collaborative and the content LLM. Resumes by itself."""
+    _train("pretrain", config, overrides, launcher, workers, resume, max_failures, allow_leak)
+
+
+@app.command()
+def finetune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    launcher: LauncherOption = "auto",
+    workers: Workers = "1",
+    resume: Resume = None,
+    max_failures: MaxFailures = 3,
+    allow_leak: AllowLeak = False,
+) -> None:
+    """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes by itself."""
+    _train("finetune", config, overrides, launcher, workers, resume, max_failures, allow_leak)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs that the run shall have, a rank on each.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="a100-40, a100-80, h100, h200, l40s or rtx4090.")] = "h100",
+    gpus_per_host: Annotated[int, typer.Option(min=1, help="GPUs that reach each other without the network.")] = 8,
+    stage: Annotated[str | None, typer.Option(help="pretrain, or finetune; told by init_from if left out.")] = None,
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the GPU's peak that matrix products reach, assumed.")
+    ] = 0.45,
+    samples: Annotated[int, typer.Option(min=1, help="Steps of the corpus that are counted.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.", callback=expanded)] = None,
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
+) -> None:
+    """Tell what a run will need before it starts: memory by part, bytes on the wire, FLOPs, time, what to change.
+
+    Starts nothing and loads no weights: the backbone's config.json, its tokenizer and the corpus are enough. Steps of
+    the corpus are composed as the ranks would do it, and the model is run on tensors without values. Ends with status 3
+    where the run does not fit.
+    """
+    import json
+
+    from cllm4rec_dist.planning.hardware import find_gpu
+    from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
+    from cllm4rec_dist.planning.table import as_json, tell, tell_changes
+    from cllm4rec_dist.trained_run import relocated
+
+    read, problems = preflight.resolve_paths(
+        load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
+    )
+    preflight.require_none(problems, "run")
+    read = relocated(read, str(config), backbone, corpus)
+    if stage is None and read.init_from is not None:
+        read = read.model_copy(update={"stage": "finetune"})
+    made = make_plan(read, Place(find_gpu(gpu), gpus, gpus_per_host, efficiency), samples)
+    typer.echo(tell(made))
+    changes = list(ways_to_fit(read, made, samples))
+    if changes:
+        typer.echo("\n" + tell_changes(changes, made.place.gpu.memory))
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(made, changes), indent=1) + "\n", encoding="utf-8")
+    if not made.fits:
+        raise typer.Exit(3)
+
+
+def _train(
+    stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: str, resume: str | None,
+    max_failures: int, allow_leak: bool,
+) -> None:  # fmt: skip
+    require_launchable(launcher, workers, os.environ)
+    more = [f"stage={stage}", *([f"resume={resume}"] if resume else []), *(["allow_leak=true"] if allow_leak else [])]
+    loaded, problems = preflight.resolve_paths(load_config(RunConfig, path, [*(overrides or ()), *more]))
+    preflight.require_ready(
+        loaded,
+        problems,
+        sees_files=not ranks_are_elsewhere(launcher, os.environ),
+        writes_output=is_main(launcher, os.environ),
+    )
+    from cllm4rec_dist.interruption import EXIT_STATUS
+    from cllm4rec_dist.train import TrainResult, resolve_resume, train
+
+    config = resolve_resume(loaded, os.environ)
+    result = launch(
+        train, launcher, workers,
+        collective_timeout_seconds=config.faults.collective_timeout_seconds, max_failures=max_failures, config=config,
+    )  # fmt: skip
+    if isinstance(result, TrainResult) and result.interrupted:
+        raise typer.Exit(EXIT_STATUS)
+    if is_main(launcher, os.environ):
+        typer.echo(f"{stage} done: {config.output}")
