@@ -17,6 +17,7 @@ import pyarrow as pa
 from cllm4rec_dist import checkpoint, ranking
 from cllm4rec_dist.checkpoint import Checkpoint
 from cllm4rec_dist.errors import CheckpointError, DataError
+from cllm4rec_dist.evaluation.files import EVALUATION_FILE
 from cllm4rec_dist.log import Report, progress_bar
 from cllm4rec_dist.preflight import require_held_out
 from cllm4rec_dist.ranking import Ranking
@@ -27,7 +28,6 @@ from cllm4rec_dist.trained_run import log_choice, recorded_config
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_FILE = "evaluation.json"
 NUM_EXAMPLES = 6
 EXAMPLE_ITEMS = 10
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from cllm4rec_dist.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
 from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.metrics import MetricResult, MetricSums, largest_cutoff, sum_topk
+from cllm4rec_dist.evaluation.metrics import MetricResult, MetricSums, largest_cutoff, sum_topk
 from cllm4rec_dist.model.heads import logits_at_a_time
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World

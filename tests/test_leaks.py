@@ -11,11 +11,11 @@ import pytest
 
 from cllm4rec_dist import checkpoint
 from cllm4rec_dist.checkpoint import SEEN_FILE, STATE_FILE, Checkpoint
-from cllm4rec_dist.comparison import compare
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.catalog import Catalog
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.inference import evaluate_run
 from cllm4rec_dist.leaks import find_leak
 from cllm4rec_dist.lineage import Leak, SeenInteractions, TrainedOn, corpus_keys

@@ -10,9 +10,9 @@ import pytest
 
 from cllm4rec_dist import checkpoint
 from cllm4rec_dist.checkpoint import Checkpoint
-from cllm4rec_dist.comparison import compare
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.inference import evaluate_run, load
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.trained_run import log_choice, relocated

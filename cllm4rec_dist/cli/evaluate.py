@@ -65,7 +65,7 @@ def evaluate(
         **moved_paths(backbone, corpus),
     )  # fmt: skip
     if is_main(launcher, os.environ):
-        from cllm4rec_dist.comparison import compare
+        from cllm4rec_dist.evaluation.comparison import compare
 
         log_alone()
         typer.echo(compare(folder, names, with_baselines=baselines, seconds=time.monotonic() - started))

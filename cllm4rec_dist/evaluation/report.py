@@ -6,7 +6,7 @@ follows the reader's light or dark setting. Titles, user names and configuration
 text passes `html.escape`.
 
 What it leaves to others: computing the numbers (`ranking.py`, `baselines.py`), the training log (`train.py`) and
-drawing (`figures.py`).
+drawing (`plots.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, PositiveInt
 
 from cllm4rec_dist.config import StrictModel, validate
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.figures import BarRow, Picture, make_pictures, metric_label, read_curves
+from cllm4rec_dist.evaluation.plots import BarRow, Picture, make_pictures, metric_label, read_curves
 
 
 class ResultRow(StrictModel):

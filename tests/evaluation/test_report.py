@@ -6,8 +6,8 @@ import re
 import pytest
 
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.figures import read_curves
-from cllm4rec_dist.report import (
+from cllm4rec_dist.evaluation.plots import read_curves
+from cllm4rec_dist.evaluation.report import (
     ExampleRecommendation,
     RecommendedItem,
     ResultRow,

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cllm4rec_dist.baselines import BaselineConfig, SplitData, run_baselines
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.inference import EVALUATION_FILE
-from cllm4rec_dist.log import METRICS_FILE
-from cllm4rec_dist.report import (
+from cllm4rec_dist.evaluation.baselines import BaselineConfig, SplitData, run_baselines
+from cllm4rec_dist.evaluation.files import EVALUATION_FILE
+from cllm4rec_dist.evaluation.report import (
     ExampleRecommendation,
     RecommendedItem,
     ResultRow,
@@ -21,6 +20,7 @@ from cllm4rec_dist.report import (
     markdown_table,
     write_report,
 )
+from cllm4rec_dist.log import METRICS_FILE
 from cllm4rec_dist.system import interaction_matrix
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.metrics import MetricSums, largest_cutoff, parse_metric, sum_topk
+from cllm4rec_dist.evaluation.metrics import MetricSums, largest_cutoff, parse_metric, sum_topk
 
 logger = logging.getLogger(__name__)
 

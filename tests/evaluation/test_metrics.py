@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.metrics import Metric, evaluate_topk, hits, largest_cutoff, parse_metric, sum_topk
+from cllm4rec_dist.evaluation.metrics import Metric, evaluate_topk, hits, largest_cutoff, parse_metric, sum_topk
 
 NAMES = ["recall@1", "recall@5", "recall@20", "ndcg@3", "ndcg@20"]
 

@@ -7,10 +7,10 @@ import pytest
 import scipy.sparse as sp
 
 from cllm4rec_dist import baselines
-from cllm4rec_dist.baselines import BaselineConfig, SplitData, run_baselines, top_rows
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.metrics import evaluate_topk
+from cllm4rec_dist.evaluation.baselines import BaselineConfig, SplitData, run_baselines, top_rows
+from cllm4rec_dist.evaluation.metrics import evaluate_topk
 
 METRICS = ["recall@5", "ndcg@10"]
 FAST = {"ials_factors": (4,), "ials_regularizations": (1.0,), "ials_alphas": (5.0,), "num_threads": 1}
