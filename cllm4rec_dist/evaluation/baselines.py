@@ -19,25 +19,30 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from implicit.cpu.als import AlternatingLeastSquares
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from scipy.linalg import lapack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation.metrics import MetricSums, largest_cutoff, parse_metric, sum_topk
+from cllm4rec_dist.log import Bar, progress_bar
+from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
 
@@ -340,19 +345,30 @@ def _tune(
     data: SplitData,
     metrics: Sequence[str],
     select_by: str,
-    bar: tqdm,
+    bar: Bar,
 ) -> BaselineResult:
     """Fit every candidate and report on test the one that validation likes best (the first of equals)."""
     started = time.perf_counter()
+    bar.set_description(f"baselines: {_LABELS[name]}")
     outcomes = []
     for candidate in candidates:
         valid, test = _count(candidate.fit(), data, select_by, metrics)
-        logger.info("baseline %s %s: validation %s %.4f", name, candidate.chosen, select_by, valid)
+        logger.debug("baseline %s %s: validation %s %.4f", name, candidate.chosen, select_by, valid)
         outcomes.append((valid, candidate.chosen, test))
         bar.update()
-    _, chosen, test = max(outcomes, key=lambda outcome: outcome[0])
+    valid, chosen, test = max(outcomes, key=lambda outcome: outcome[0])
     result = test.result()
     seconds = time.perf_counter() - started
+    settings = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
+    logger.info(
+        "baseline %s%s: validation %s %.4f; settings tried: %d, in %.1f s",
+        _LABELS[name],
+        f" ({settings})" if settings else "",
+        select_by,
+        valid,
+        len(outcomes),
+        seconds,
+    )
     return BaselineResult(name, result.mean, result.stderr, chosen, result.num_users, seconds)
 
 
@@ -375,5 +391,8 @@ def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfi
     largest_cutoff(metrics)
     candidates = _all_candidates(data, config)
     total = sum(len(grid) for grid in candidates.values())
-    with tqdm(total=total, desc="baselines", unit="fit", disable=None) as bar:
+    # They are fitted in one process, after the ranks of the evaluation have ended.
+    alone = World(0, 1, 0, torch.device("cpu"), has_terminal=sys.stderr.isatty())
+    bar = progress_bar(alone, total, "baselines", "fit")
+    with closing(bar), logging_redirect_tqdm([logging.getLogger("cllm4rec_dist")]):
         return [_tune(name, grid, data, metrics, config.select_by, bar) for name, grid in candidates.items() if grid]

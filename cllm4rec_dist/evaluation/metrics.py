@@ -236,10 +236,3 @@ def sum_topk(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items
         num_users=len(num_heldout),
         num_skipped=int((~has_heldout).sum()),
     )
-
-
-def evaluate_topk(
-    topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None
-) -> MetricResult:
-    """Mean metrics over the users who have held-out items; arguments and errors as `sum_topk`."""
-    return sum_topk(topk, heldout, metrics, num_items).result()

@@ -1,16 +1,17 @@
 """Baselines against dense formulas, and the rules of tuning and ranking."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from cllm4rec_dist import baselines
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
+from cllm4rec_dist.evaluation import baselines
 from cllm4rec_dist.evaluation.baselines import BaselineConfig, SplitData, run_baselines, top_rows
-from cllm4rec_dist.evaluation.metrics import evaluate_topk
+from cllm4rec_dist.evaluation.metrics import sum_topk
 
 METRICS = ["recall@5", "ndcg@10"]
 FAST = {"ials_factors": (4,), "ials_regularizations": (1.0,), "ials_alphas": (5.0,), "num_threads": 1}
@@ -46,7 +47,7 @@ def test_top_rows_breaks_ties_by_the_lower_row(num_ranked):
 
 def expected_metrics(data: SplitData, scores: np.ndarray) -> dict[str, float]:
     scores = np.where(data.train.toarray() > 0, -np.inf, scores)
-    return evaluate_topk(slow_ranking(scores, 10), data.test, METRICS).mean
+    return sum_topk(slow_ranking(scores, 10), data.test, METRICS).result().mean
 
 
 def dense_ease(gram: np.ndarray, l2: float) -> np.ndarray:
@@ -108,6 +109,16 @@ def test_validation_chooses_the_lambda(data):
         values.append(result.metrics["ndcg@100"])  # the "test" of the swapped split is the validation part
     (tuned,) = run_baselines(data, METRICS, BaselineConfig(names=("ease",), ease_lambdas=grid))
     assert tuned.chosen == {"lambda": grid[int(np.argmax(values))]}
+
+
+def test_each_baseline_is_one_line_with_its_settings_and_seconds(data, caplog):
+    config = BaselineConfig(names=("popularity", "ease"), ease_lambdas=(1.0, 20.0, 1e4))
+    with caplog.at_level(logging.INFO):
+        popularity, ease = run_baselines(data, METRICS, config)
+    first, second = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"baseline Popularity: validation ndcg@100 0\.\d{4}; settings tried: 1, in \d+\.\d s", first)
+    assert second.startswith(f"baseline EASE (lambda {ease.chosen['lambda']:g}): validation ndcg@100 0.")
+    assert "; settings tried: 3, in " in second
 
 
 def test_items_without_words_leave_the_title_baseline_out(data, caplog):

@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.evaluation.metrics import Metric, evaluate_topk, hits, largest_cutoff, parse_metric, sum_topk
+from cllm4rec_dist.evaluation.metrics import Metric, MetricResult, hits, largest_cutoff, parse_metric, sum_topk
 
 NAMES = ["recall@1", "recall@5", "recall@20", "ndcg@3", "ndcg@20"]
 
@@ -37,6 +37,10 @@ def loop_metric(name: str, ranked: list[int], held: set[int]) -> float:
         return sum(item in held for item in ranked[:cutoff]) / best
     gain = sum(1 / math.log2(place + 2) for place, item in enumerate(ranked[:cutoff]) if item in held)
     return gain / sum(1 / math.log2(place + 2) for place in range(best))
+
+
+def evaluate_topk(*arguments, **options) -> MetricResult:
+    return sum_topk(*arguments, **options).result()
 
 
 @pytest.fixture
