@@ -1,6 +1,6 @@
 """Using a run that has trained: which of its checkpoints is read, and where its corpus and backbone are now.
 
-Shared by `inference.py` and `export.py`. A checkpoint records the paths of its corpus and backbone; when a run has
+Shared by `inference.py` and `export/`. A checkpoint records the paths of its corpus and backbone; when a run has
 moved to another machine, other paths may be given, and the fingerprints in the checkpoint decide whether they are the
 right ones (`checkpoint.require_same`).
 """

@@ -20,7 +20,6 @@ ORDER = [
     "launchers",
     "inference",
     "export",
-    "scoring",
     "trained_run",
     "recommendations",
     "planning",

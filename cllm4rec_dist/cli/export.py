@@ -21,7 +21,7 @@ def export(
 ) -> None:
     """Write a run for other programs: PEFT adapters or the backbone, tables, head, external ids."""
     preflight.require_none(preflight.folder_problems("output", str(output)), "export")
-    from cllm4rec_dist.export import export
+    from cllm4rec_dist.export.folder import export
 
     log_alone()
     typer.echo(f"exported to {output}: {', '.join(export(run, output, backbone, corpus))}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from cllm4rec_dist.errors import CheckpointError, ConfigError
-from cllm4rec_dist.export import CAUSAL_LM, SCORING_FILE, TABLES_FILE, export
+from cllm4rec_dist.export.folder import CAUSAL_LM, SCORING_FILE, TABLES_FILE, export
 from cllm4rec_dist.inference import load
 from cllm4rec_dist.ranking import rank_users
 from cllm4rec_dist.topology import World
