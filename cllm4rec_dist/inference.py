@@ -109,8 +109,10 @@ def _examples(system: System, split: str) -> list[dict[str, Any]]:
     names = system.corpus.users()["user"]
     found = []
     # A block of one user a rank: rank 0 then has its own part only, which is enough to look at.
-    for block in ranking.rank_users(system, np.repeat(users, system.world.size), EXAMPLE_ITEMS, 1):
-        for user, best in zip(block.users.tolist(), block.items.tolist(), strict=True):
+    users = np.repeat(users, system.world.size)
+    shown = history.take(users)
+    for block in ranking.rank_users(system, users, shown, EXAMPLE_ITEMS, 1, seen=shown):
+        for user, best in zip(users[block.index].tolist(), block.items.tolist(), strict=True):
             hits = set(heldout[user].tolist())
             found.append({
                 "user": names[user].as_py(), "history": [titles[i] for i in history[user][:EXAMPLE_ITEMS].tolist()],
@@ -150,14 +152,14 @@ def recommend_users(
     user_ids = np.array(system.corpus.users()["user"].to_pylist(), dtype=object)
     item_ids = np.array(system.corpus.items()["item"].to_pylist(), dtype=object)
     rows = np.arange(len(user_ids)) if users is None else _rows_of(users, user_ids)
-    shown = system.corpus.split("train") if history == "train" else system.corpus.history()
+    shown = (system.corpus.split("train") if history == "train" else system.corpus.history()).take(rows)
     folder = Path(output)
     make_folder(folder)
     bar = progress_bar(world, len(rows), "recommend", "user")
     rankings = ranking.rank_users(
-        system, rows, num_best, batch_users, bar.update, history=shown, leave_out_seen=not include_seen
+        system, rows, shown, num_best, batch_users, bar.update, seen=None if include_seen else shown
     )
-    write_recommendations(_tables(rankings, user_ids, item_ids), folder, world)
+    write_recommendations(_tables(rankings, user_ids[rows], item_ids), folder, world)
     bar.close()
     if world.is_main:
         logger.info("recommendations for %d users: %s", len(rows), folder)
@@ -169,7 +171,7 @@ def _tables(rankings: Iterator[Ranking], user_ids: np.ndarray, item_ids: np.ndar
         place, order = np.nonzero(np.isfinite(ranked.scores))
         yield pa.table(
             [
-                pa.array(user_ids[ranked.users[place]], pa.string()),
+                pa.array(user_ids[ranked.index[place]], pa.string()),
                 pa.array(item_ids[ranked.items[place, order]], pa.string()),
                 pa.array(order + 1, pa.int32()),
                 pa.array(ranked.scores[place, order], pa.float32()),

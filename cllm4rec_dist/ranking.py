@@ -1,6 +1,6 @@
-"""Prediction: one forward over a user's whole history, exact top-K over the whole catalog.
+"""Prediction: one forward over a user's whole history, exact top-K over the whole catalog or a part of it.
 
-No text is generated, so no item is made up; items of the history are left out, unless they are asked for. Scores are
+No text is generated, so no item is made up; what users have seen may be left out. Scores are
 never held for [users, items]: each rank scores its rows in chunks and keeps K candidates a user, and the candidates are
 merged.
 
@@ -35,15 +35,15 @@ _LOOK = 16
 
 @dataclass(frozen=True)
 class Ranking:
-    """Best items of a block of users.
+    """Best items of a block of queries.
 
     Attributes:
-        users: int64 [n] user rows.
+        index: int64 [n] which queries these are: positions in the arguments of `rank_users`.
         items: int64 [n, K] item rows, best first; equal scores in the order of the rows.
         scores: [n, K]; -inf where fewer than K items were left to recommend.
     """
 
-    users: np.ndarray
+    index: np.ndarray
     items: np.ndarray
     scores: np.ndarray
 
@@ -56,28 +56,36 @@ def sharded_topk(
     partition: RowPartition,
     world: World,
     max_logits: int | None = None,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores and rows of the `num_best` highest products per query over all shards.
 
     Args:
         queries: [n, D]; n may differ between ranks and be 0.
         local_operand: [rows of this rank, D].
-        num_best: K, at most the number of rows.
+        num_best: K, from 1 to the number of rows, or of candidates.
         seen: int64 [s, 2] pairs (query of this rank, global row) that are left out (score -inf).
+        candidates: bool [I], the same on all ranks; rank these rows alone. None for all of them.
 
     Returns:
         scores [n, K] and int64 rows [n, K], highest first.
 
     Collectives: all-gathers queries and pairs; one all-to-all of K candidates for each query and rank.
     """
-    assert num_best <= partition.num_rows
+    assert 1 <= num_best <= (partition.num_rows if candidates is None else int(candidates.sum()))
     counts = gather_counts(len(queries), world)
     all_queries = all_gather_rows(queries, counts, world)
     seen = seen + torch.tensor([sum(counts[: world.rank]), 0], device=seen.device)
     all_seen = all_gather_rows(seen, gather_counts(len(seen), world), world)
     if max_logits is None:
         max_logits = _MORE * logits_at_a_time(queries.device)
-    scores, rows = _local_topk(all_queries, local_operand, num_best, all_seen, partition, world, max_logits)
+    first, stop = partition.range(world.rank)
+    local_rows = torch.arange(first, stop, device=queries.device)
+    if candidates is not None:
+        kept = candidates[first:stop]
+        local_rows, local_operand = local_rows[kept], local_operand[kept]
+    past = partition.num_rows
+    scores, rows = _local_topk(all_queries, local_operand, local_rows, num_best, all_seen, past, max_logits)
 
     mine = [counts[world.rank]] * world.size
     scores = all_to_all_rows(scores, counts, mine, world).view(world.size, -1, num_best).transpose(0, 1).flatten(1)
@@ -95,17 +103,18 @@ def _best(scores: Tensor, rows: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
 def _local_topk(
     queries: Tensor,
     operand: Tensor,
+    operand_rows: Tensor,
     num_best: int,
     seen: Tensor,
-    partition: RowPartition,
-    world: World,
+    past: int,
     max_logits: int,
 ) -> tuple[Tensor, Tensor]:
-    """This rank's candidates [N, K]; where it has fewer rows, places are filled with -inf and rows past the end."""
-    first = partition.range(world.rank)[0]
-    seen = torch.stack([seen[:, 0], seen[:, 1] - first], dim=1)
-    seen = seen[(seen[:, 1] >= 0) & (seen[:, 1] < len(operand))]
-    seen = seen[seen[:, 1].argsort()]
+    """This rank's candidates [N, K]; where it has fewer rows, places are filled with -inf and rows from `past` on.
+
+    Args:
+        operand_rows: int64 [rows of the operand], their global rows, rising.
+    """
+    seen = _local_pairs(seen, operand_rows)
     scores, rows = [], []
     for start in range(0, len(queries), _BLOCK):
         block = queries[start : start + _BLOCK]
@@ -113,11 +122,20 @@ def _local_topk(
         own = torch.stack([own[:, 0] - start, own[:, 1]], dim=1)
         found = _block_topk(block, operand, min(num_best, len(operand)), own, max_logits)
         missing = num_best - found[0].shape[1]
-        past = partition.num_rows + torch.arange(missing, device=queries.device).expand(len(block), -1)
+        filled = past + torch.arange(missing, device=queries.device).expand(len(block), -1)
         scores.append(F.pad(found[0], (0, missing), value=-torch.inf))
-        rows.append(torch.cat([found[1] + first, past], dim=1))
+        rows.append(torch.cat([operand_rows[found[1]], filled], dim=1))
     empty = seen.new_empty(0, num_best)
     return torch.cat([queries.new_empty(0, num_best), *scores]), torch.cat([empty, *rows])
+
+
+def _local_pairs(seen: Tensor, operand_rows: Tensor) -> Tensor:
+    """Pairs (query, global row) -> (query, row of the operand) of those that are in it, sorted by row."""
+    if not len(operand_rows):
+        return seen[:0]
+    found = torch.searchsorted(operand_rows, seen[:, 1].contiguous()).clamp_(max=len(operand_rows) - 1)
+    pairs = torch.stack([seen[:, 0], found], dim=1)[operand_rows[found] == seen[:, 1]]
+    return pairs[pairs[:, 1].argsort()]
 
 
 def _block_topk(
@@ -209,55 +227,75 @@ def _aligned(query: Tensor, rows: Tensor, scores: Tensor, num_queries: int) -> t
 def rank_users(
     system: System,
     users: np.ndarray,
+    histories: Ragged,
     num_best: int,
     batch_users: int,
     progress: Callable[[int], object] = lambda done: None,
     *,
-    history: Ragged | None = None,
-    leave_out_seen: bool = True,
+    seen: Ragged | None = None,
+    candidates: np.ndarray | None = None,
 ) -> Iterator[Ranking]:
-    """Rank the catalog for `users`, block by block.
+    """Rank items for n queries, each a user and a history, block by block.
 
-    Every rank is given all of `users` and yields its part; parts are disjoint and cover everyone. Collective: all
+    Every rank is given all queries and yields its part; parts are disjoint and cover all of them. Collective: all
     ranks must exhaust the iterator, which has equally many blocks on each.
 
     Args:
-        users: int64 user rows, the same on all ranks.
-        num_best: K; cut to the size of the catalog.
-        batch_users: users of this rank in a block.
-        progress: told how many users each block finished, over all ranks.
-        history: items of every user in time order, of which the prompt is made; the training items if left out.
-        leave_out_seen: rank the items of `history` behind all others, with score -inf.
+        users: int64 [n] user rows, the same on all ranks; -1 for somebody without a row of their own.
+        histories: n rows of items, oldest first, of which the prompts are made.
+        num_best: K; cut to the number of candidates.
+        batch_users: queries of this rank in a block.
+        progress: told how many queries each block finished, over all ranks.
+        seen: n rows of items to rank behind all others, with score -inf; None leaves nothing out.
+        candidates: bool [I], rank these items alone; None for all of them.
     """
-    world, model, composer = system.world, system.recommender, system.composer
-    if history is None:
-        history = system.corpus.split("train")
-    num_best = min(num_best, system.corpus.num_items)
+    assert len(users) == len(histories)
+    assert seen is None or len(seen) == len(users)
+    world, model = system.world, system.recommender
+    num_best = min(num_best, system.corpus.num_items if candidates is None else int(candidates.sum()))
+    mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
     block = batch_users * world.size
     # Histories of like length beside each other: rows are short, and attention is paid by their length.
-    users = users[np.argsort(history.lengths[users], kind="stable")]
+    order = np.argsort(histories.lengths, kind="stable")
     system.train(False)
     operand = model.item_operand()
     for start in range(0, len(users), block):
         low, high = world.share(start, min(start + block, len(users)))
-        block_users = users[low:high]
-        documents = composer.prediction(block_users, history.take(block_users))
-        (routed,) = model.route([collate(documents, composer.space)])
-        (embedded,) = model.embedded([routed])
-        with world.watch.collective("ZeRO-3 forward"):
-            hidden = system.engine(embedded.tokens, routed.batch.positions, routed.batch.boundary)
-        queries = model.item_queries(hidden, embedded.item_rows, routed.batch)
-        seen = _pairs(history, block_users if leave_out_seen else block_users[:0]).to(world.device)
-        scores, rows = sharded_topk(queries, operand, num_best, seen, model.item_partition, world)
-        yield Ranking(block_users, rows.cpu().numpy(), scores.float().cpu().numpy())
+        index = order[low:high]
+        queries = encode_histories(system, users[index], histories.take(index))
+        if num_best:
+            left_out = _pairs(seen, index).to(world.device)
+            scores, rows = sharded_topk(
+                queries, operand, num_best, left_out, model.item_partition, world, candidates=mask
+            )
+            yield Ranking(index, rows.cpu().numpy(), scores.float().cpu().numpy())
+        else:
+            yield Ranking(index, np.empty((len(index), 0), np.int64), np.empty((len(index), 0), np.float32))
         progress(min(start + block, len(users)) - start)
 
 
-def _pairs(history: Ragged, users: np.ndarray) -> Tensor:
-    """int64 [s, 2] pairs (place in `users`, item row) of everything they have seen."""
-    taken = history.take(users)
-    place = np.repeat(np.arange(len(users)), np.diff(taken.offsets))
-    return torch.from_numpy(np.stack([place, taken.values.astype(np.int64)], axis=1))
+def encode_histories(system: System, users: np.ndarray, histories: Ragged) -> Tensor:
+    """What the rows of the item softmax are multiplied with after each history: [n, D or D+1].
+
+    Args:
+        users, histories: of this rank, as in `rank_users`; n may differ between ranks and be 0.
+
+    Collectives: one forward of the engine and the lookup of the rows.
+    """
+    model, composer = system.recommender, system.composer
+    (routed,) = model.route([collate(composer.prediction(users, histories), composer.space)])
+    (embedded,) = model.embedded([routed])
+    with system.world.watch.collective("ZeRO-3 forward"):
+        hidden = system.engine(embedded.tokens, routed.batch.positions, routed.batch.boundary)
+    return model.item_queries(hidden, embedded.item_rows, routed.batch)
+
+
+def _pairs(seen: Ragged | None, index: np.ndarray) -> Tensor:
+    """int64 [s, 2] pairs (position in `index`, item row) of everything that these queries have seen."""
+    if seen is None:
+        return torch.empty(0, 2, dtype=torch.int64)
+    taken = seen.take(index)
+    return torch.from_numpy(np.stack([taken.rows, taken.values.astype(np.int64)], axis=1))
 
 
 def evaluate(
@@ -269,12 +307,13 @@ def evaluate(
 ) -> MetricResult:
     """Metrics of the ranking against the held-out items of `split`, over all users who have any. Collective."""
     heldout = system.corpus.split(split)
-    users = np.flatnonzero(np.diff(heldout.offsets))
+    users = np.flatnonzero(heldout.lengths)
+    history, heldout = system.corpus.split("train").take(users), heldout.take(users)
     width = len(metrics)
     sums = MetricSums(tuple(metrics), np.zeros(width), np.zeros(width), 0, 0)
-    for ranking in rank_users(system, users, largest_cutoff(metrics), batch_users, progress):
-        if len(ranking.users):
-            sums += sum_topk(ranking.items, heldout.take(ranking.users), metrics, system.corpus.num_items)
+    for ranking in rank_users(system, users, history, largest_cutoff(metrics), batch_users, progress, seen=history):
+        if len(ranking.index):
+            sums += sum_topk(ranking.items, heldout.take(ranking.index), metrics, system.corpus.num_items)
     return _total(sums, system.world, system.corpus.num_users - len(users)).result()
 
 

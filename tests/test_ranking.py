@@ -89,6 +89,42 @@ def test_ranking_equals_a_stable_sort_of_all_scores(
             assert set(row) <= set(range(NUM_ITEMS))
 
 
+CANDIDATES = {"few": range(30, 34), "every third": range(1, NUM_ITEMS, 3), "all": range(NUM_ITEMS)}
+
+
+def ranked_candidates(world: World) -> dict[str, tuple[Tensor, Tensor]]:
+    partition = RowPartition(NUM_ITEMS, world.size)
+    start, stop = partition.range(world.rank)
+    queries, rows, seen = case(world.size, "ties")
+    found = {}
+    for name, chosen in CANDIDATES.items():
+        mask = torch.zeros(NUM_ITEMS, dtype=torch.bool)
+        mask[list(chosen)] = True
+        for cutoff in {1, len(chosen)}:
+            found[f"{name}-{cutoff}"] = sharded_topk(
+                queries[world.rank], rows[start:stop], cutoff, seen[world.rank], partition, world, candidates=mask
+            )
+    return found
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_candidates_alone_are_ranked_as_in_the_whole_catalog(size: int) -> None:
+    queries, rows, seen = case(size, "ties")
+    for rank, found in enumerate(run_ranks(size, ranked_candidates)):
+        for name, chosen in CANDIDATES.items():
+            for cutoff in {1, len(chosen)}:
+                scores, items = found[f"{name}-{cutoff}"]
+                whole_scores, whole_items = wanted(queries[rank], rows, seen[rank], NUM_ITEMS)
+                for query, (got, order) in enumerate(zip(items.tolist(), whole_items.tolist(), strict=True)):
+                    exact = [item for item in order if item in chosen]
+                    left = int(torch.isfinite(scores[query]).sum())
+                    exact_scores = whole_scores[query][[order.index(item) for item in exact]]
+                    assert left == min(cutoff, int(torch.isfinite(exact_scores).sum()))
+                    assert got[:left] == exact[:left]
+                    assert set(got) <= set(chosen)
+                    torch.testing.assert_close(scores[query, :left], exact_scores[:left])
+
+
 @pytest.mark.parametrize("size", WORLDS)
 def test_seen_items_come_behind_everything_else(ranks: Any, size: int) -> None:
     _, _, seen = case(size, "distinct")

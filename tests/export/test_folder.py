@@ -49,10 +49,11 @@ def computed(world: World, folder: str) -> dict[str, Any]:
     found |= {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
     users, items = np.arange(system.corpus.num_users), system.corpus.num_items
     found["scores"] = torch.zeros(len(users), items)
-    for block in rank_users(system, users, items, 5, leave_out_seen=False):
-        rows = torch.from_numpy(block.users)
+    history = system.corpus.split("train")
+    for block in rank_users(system, users, history, items, 5):
+        rows = torch.from_numpy(users[block.index])
         found["scores"][rows[:, None], torch.from_numpy(block.items)] = torch.from_numpy(block.scores)
-    found["history"] = [system.corpus.split("train")[user].tolist() for user in users]
+    found["history"] = [history[user].tolist() for user in users]
     return found
 
 
