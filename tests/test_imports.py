@@ -18,6 +18,7 @@ ORDER = [
     "__main__",
     "cli",
     "launchers",
+    "serving",
     "inference",
     "export",
     "trained_run",

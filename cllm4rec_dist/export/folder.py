@@ -39,8 +39,8 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.errors import CheckpointError, ConfigError
-from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, fingerprint, load_config, local_folder, lora_settings
 from cllm4rec_dist.export.scoring import describe_scoring
+from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, fingerprint, load_config, local_folder, lora_settings
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.trained_run import log_choice, recorded_config
 

@@ -114,7 +114,7 @@ def test_validation_chooses_the_lambda(data):
 def test_each_baseline_is_one_line_with_its_settings_and_seconds(data, caplog):
     config = BaselineConfig(names=("popularity", "ease"), ease_lambdas=(1.0, 20.0, 1e4))
     with caplog.at_level(logging.INFO):
-        popularity, ease = run_baselines(data, METRICS, config)
+        _, ease = run_baselines(data, METRICS, config)
     first, second = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(r"baseline Popularity: validation ndcg@100 0\.\d{4}; settings tried: 1, in \d+\.\d s", first)
     assert second.startswith(f"baseline EASE (lambda {ease.chosen['lambda']:g}): validation ndcg@100 0.")
