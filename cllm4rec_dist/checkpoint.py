@@ -106,6 +106,13 @@ class About(StrictModel):
     """Resolved configuration of the run."""
     lineage: Lineage | None = None
     """What the model was trained on; None where an earlier version wrote the checkpoint."""
+    has_shared_user: bool = False
+    """True if the user tables have a shared row behind those of the users."""
+
+    @property
+    def num_user_rows(self) -> int:
+        """Rows of the user tables."""
+        return self.num_users + self.has_shared_user
 
 
 @dataclass(frozen=True)

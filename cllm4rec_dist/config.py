@@ -200,6 +200,9 @@ class MethodConfig(StrictModel):
     """Share of a user's items that is masked: drawn uniformly from a range at each visit, or one fixed share."""
     max_history: int = Field(default=256, ge=1)
     """Items of a user put into a prompt at most; a random subset (the last ones with fixed order) beyond."""
+    shared_user_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of prompts over items that are trained with one `<user>` row, shared by everybody, in place of the user's
+    own: the row that people without one are given afterwards. 0: no such row."""
 
     @field_validator("mask_ratio", mode="before")
     @classmethod
@@ -212,6 +215,10 @@ class MethodConfig(StrictModel):
         if not 0 < low <= high < 1:
             raise ValueError("mask_ratio must be 0 < low <= high < 1")
         return self
+
+    def num_user_rows(self, num_users: int) -> int:
+        """Rows of a user table: one for each user and, where there is one, the shared row behind them."""
+        return num_users + (self.shared_user_ratio > 0)
 
 
 class BatchConfig(StrictModel):

@@ -7,6 +7,7 @@ trained one. A new one starts where a fresh run would start it, moved to where t
                             items to their trained rows (ridge regression); drawn from the prior with
                             embeddings.init=prior
     collaborative user      drawn from the prior
+    shared user             that of the checkpoint, moved behind the new users; without one, as a new user
     content row             drawn around the collaborative row, as in a fresh run
     item bias               mean of the matched ones
 
@@ -53,8 +54,8 @@ class Matches:
     """Where a checkpoint has the rows of one kind.
 
     Attributes:
-        rows: int64 [this rank's rows], row in the checkpoint; -1 for a new one.
-        num_matched, num_new: over all ranks.
+        rows: int64 [this rank's rows], row in the checkpoint; -1 for a new one. That of a shared user is the last.
+        num_matched, num_new: over all ranks; a shared user is not counted.
         removed: external ids that the checkpoint has and the catalog has not.
     """
 
@@ -64,13 +65,21 @@ class Matches:
     removed: list[str]
 
     @classmethod
-    def of(cls, wanted: pa.ChunkedArray, known: pa.ChunkedArray, partition: RowPartition, rank: int) -> Matches:
-        """Match the external ids `wanted` with those that a checkpoint knows."""
+    def of(
+        cls, wanted: pa.ChunkedArray, known: pa.ChunkedArray, partition: RowPartition, rank: int, shared: int = -1
+    ) -> Matches:
+        """Match the external ids `wanted` with those that a checkpoint knows.
+
+        Args:
+            partition: of the run's rows; it has one row more than there are ids where there is a shared user.
+            shared: the checkpoint's row of the shared user; -1 where it has none.
+        """
         found = pc.fill_null(pc.index_in(wanted, value_set=known), -1).to_numpy().astype(np.int64)
         removed = known.filter(pc.invert(pc.is_in(known, value_set=wanted))).to_pylist()
+        num_matched, num_new = int((found >= 0).sum()), int((found < 0).sum())
         start, stop = partition.range(rank)
-        num_matched = int((found >= 0).sum())
-        return cls(torch.from_numpy(found[start:stop].copy()), num_matched, len(found) - num_matched, removed)
+        rows = np.append(found, shared)[: partition.num_rows][start:stop]
+        return cls(torch.from_numpy(rows.copy()), num_matched, num_new, removed)
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,9 @@ def read(system: System, candidate: Checkpoint) -> Grown:
         "users": ("user", corpus.users(), model.collaborative.users.partition),
         "items": ("item", corpus.items(), model.item_partition),
     }
+    shared = {"users": about.num_users if about.has_shared_user else -1, "items": -1}
     matches = {
-        kind: Matches.of(table[column], candidate.external_ids(kind), partition, system.world.rank)
+        kind: Matches.of(table[column], candidate.external_ids(kind), partition, system.world.rank, shared[kind])
         for kind, (column, table, partition) in tables.items()
     }
     if matches["items"].num_matched == 0:
@@ -112,7 +122,7 @@ def read(system: System, candidate: Checkpoint) -> Grown:
         )  # fmt: skip
     trained = {}
     for name, kind in _kinds(system).items():
-        size = about.num_users if kind == "users" else about.num_items
+        size = about.num_user_rows if kind == "users" else about.num_items
         own = matches[kind].rows
         rows = candidate.take(name, size, own[own >= 0])
         if rows is not None:

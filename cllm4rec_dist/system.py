@@ -81,8 +81,9 @@ def assemble(config: RunConfig, world: World) -> System:
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
     words = backbone.load_words(folder, dtype, world.device, head=content)
+    num_user_rows = config.method.num_user_rows(corpus.num_users)
     recommender = Recommender(
-        corpus.num_users,
+        num_user_rows,
         corpus.num_items,
         words,
         config.head,
@@ -96,7 +97,7 @@ def assemble(config: RunConfig, world: World) -> System:
     adapter_optimizer = torch.optim.AdamW(
         trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
     )
-    space = TokenSpace(len(words.embedding), corpus.num_users, corpus.num_items)
+    space = TokenSpace(len(words.embedding), num_user_rows, corpus.num_items)
     return System(
         config=config,
         world=world,

@@ -252,13 +252,14 @@ def _warn_of_ignored_start(resumed: Checkpoint, system: System) -> None:
 
 
 def _start_from(system: System, path: str) -> None:
-    """Take the weights of another run, which may know another catalog."""
+    """Take the weights of another run, which may know another catalog or have no shared user."""
     own = dict(system.fingerprints)
     corpus = own.pop("corpus")
 
     def read(candidate: Checkpoint) -> checkpoint.Contents | growth.Grown:
         checkpoint.require_same(candidate, own)
-        if candidate.about.fingerprints.get("corpus") == corpus:
+        same_rows = candidate.about.has_shared_user == (system.config.method.shared_user_ratio > 0)
+        if same_rows and candidate.about.fingerprints.get("corpus") == corpus:
             return checkpoint.read(system, candidate, moments=False)
         return growth.read(system, candidate)
 

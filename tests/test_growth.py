@@ -131,6 +131,36 @@ def test_rows_follow_their_external_ids_at_any_world_size(grown: tuple[Made, Mad
 
 
 @pytest.mark.slow
+def test_a_shared_user_row_moves_behind_the_new_users(grown: tuple[Made, Made], tmp_path: Path) -> None:
+    made, other = grown
+    method = {"max_history": 100, "shared_user_ratio": 0.4}
+    run_ranks(2, run, make_config(made, tmp_path / "old", max_steps=3, method=method))
+    store, (name, *_) = find(str(tmp_path / "old"))
+    old = {
+        table: Checkpoint.open(store, name).rows(table, 24, 0, 24) for table in ("collaborative.users", "content.users")
+    }
+
+    config = make_config(other, tmp_path / "new", init_from=str(tmp_path / "old"), allow_leak=True, method=method)
+    parts = run_ranks(2, begun, config)
+    for table, rows in old.items():
+        found = torch.cat([part[table] for part in parts])
+        assert found.shape == (30, 16)
+        assert torch.equal(found[29], rows[23])
+        assert torch.equal(found[:21], rows[2:23])
+    told = json.loads((tmp_path / "new" / GROWTH_FILE).read_text())
+    assert told["users"] == {"matched": 21, "new": 8, "removed": ["user-000", "user-001"]}
+
+    # A run that has none takes the users' rows alone; one that starts from such a run draws the shared row.
+    config = make_config(made, tmp_path / "plain", init_from=str(tmp_path / "old"))
+    (found,) = run_ranks(1, begun, config)
+    assert torch.equal(found["collaborative.users"], old["collaborative.users"][:23])
+    config = make_config(made, tmp_path / "shared", init_from=str(made[0] / "old"), method=method)
+    (found,), (start,) = run_ranks(1, begun, config), run_ranks(1, fresh, config)
+    assert torch.equal(found["collaborative.users"][23], start["collaborative.users"][23])
+    assert torch.equal(found["collaborative.users"][:23], trained(made[0] / "old")["collaborative.users"])
+
+
+@pytest.mark.slow
 def test_a_grown_run_trains_and_resumes_as_any_other(grown: tuple[Made, Made], tmp_path: Path) -> None:
     (folder, *_), other = grown
     for output, steps in (("whole", (8,)), ("parts", (4, 8))):

@@ -91,7 +91,7 @@ def dense(config: RunConfig, rows_of: dict[str, Tensor]) -> tuple[DenseRun, list
     backbone = load_backbone(folder, config.adapter, torch.float32, config.seed)
     words = load_words(folder, torch.float32, torch.device("cpu"))
     corpus = Corpus.open(config.corpus)
-    space = TokenSpace(len(words.embedding), corpus.num_users, corpus.num_items)
+    space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
     composer = Composer(WordTokenizer.load(folder), space, config.method, config.seed)
     run, source = DenseRun(config, backbone, words, space, rows_of), BatchSource(corpus, composer, config, alone())
     results = []
@@ -120,7 +120,24 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, case: str, size: int) -> None:
     stage, changes = CASES[case]
-    config = make_config(made, stage, **changes)
+    assert_same_run(make_config(made, stage, **changes), size, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "stage"), [(1, "finetune"), (2, "finetune"), (3, "pretrain")])
+def test_steps_with_a_shared_user_row_equal_dense_steps(tmp_path: Path, size: int, stage: str) -> None:
+    catalog = make_catalog(num_users=24)  # 25 rows, which neither 2 nor 3 ranks share evenly
+    backbone = make_backbone(tmp_path / "backbone", catalog)
+    made = make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)
+    config = make_config(made, stage, method={"max_history": 100, "shared_user_ratio": 0.4})
+    first = assert_same_run(config, size, tmp_path / "run")
+    for name in ("collaborative.users", "content.users"):
+        assert first[name].shape[0] == 25
+        assert first[name][24].abs().max() > 0, name
+
+
+def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, Tensor]:
+    """Hold four steps on `size` ranks against the dense reference; the reference's gradients of the first step."""
     ranks = run_ranks(size, sharded, config, str(tmp_path))
     run, results = dense(config, run_ranks(1, start_of, config)[0])
 
@@ -143,6 +160,7 @@ def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, 
     assert saved.about.shapes.keys() - {"anchor"} == run.adapters.keys() - {"anchor"}
     for name, value in parameters.items():
         torch.testing.assert_close(saved.rows(name, len(value), 0, len(value)), value.detach(), rtol=0, atol=2e-5)
+    return first
 
 
 @pytest.mark.slow

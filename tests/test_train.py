@@ -148,9 +148,10 @@ def test_a_run_goes_on_at_any_number_of_ranks(made: Made, tmp_path: Path) -> Non
     # 2 -> 3 -> 1 -> 4 in one run, each leg inside of an epoch, with moments in every optimizer.
     for stage in ("pretrain", "finetune"):
         whole, parts = tmp_path / f"whole-{stage}", tmp_path / f"parts-{stage}"
-        run_ranks(2, run, make_config(made, whole, stage))
+        method = {"max_history": 100, "shared_user_ratio": 0.3 if stage == "finetune" else 0.0}
+        run_ranks(2, run, make_config(made, whole, stage, method=method))
         for size, until in ((2, 2), (3, 4), (1, 7), (4, None)):
-            run_ranks(size, run, make_config(made, parts, stage, max_steps=until))
+            run_ranks(size, run, make_config(made, parts, stage, method=method, max_steps=until))
         got, wanted = ([line for line in metrics(folder) if "loss" in line] for folder in (parts, whole))
         for one, other in zip(got, wanted, strict=True):
             for key in other:

@@ -43,7 +43,7 @@ _HISTORY = len(ContentKind)
 """Number of the template that a history follows; those of texts have the numbers of their kinds."""
 _COLLABORATIVE, _RECOMMENDATION, _CONTENT = range(3)
 """Streams of documents, and below what is drawn for each document: part of the keys of their random numbers."""
-_ORDER, _SHARE, _MASK, _DROPOUT = range(4)
+_ORDER, _SHARE, _MASK, _DROPOUT, _SHARED_USER = range(5)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class MicroBatch:
         words: documents over words, behind it; None without content LLM.
         boundary: flat place.
         num_tokens: real tokens, padding not counted.
+        no_user_places: int64 [..], flat; where somebody stands who has no row. None where nobody does.
     """
 
     word_ids: Tensor
@@ -140,6 +141,7 @@ class MicroBatch:
     words: DocumentBatch | None
     boundary: int
     num_tokens: int
+    no_user_places: Tensor | None = None
 
     @property
     def documents(self) -> list[DocumentBatch]:
@@ -169,8 +171,8 @@ class Composer:
 
     Args:
         tokenizer: of the backbone.
-        space: its words and the corpus's users and items.
-        method: order, target, mask share, longest history.
+        space: its words and user and item rows; the last user row is the shared one, where the method has it.
+        method: order, target, mask share, longest history, share of prompts with the shared user row.
         seed: of orders, masks and dropout keys.
 
     Arguments of the methods, for n documents: `users`, `items`, `kinds`: int64 [n] rows or kinds; `histories`, `words`:
@@ -184,11 +186,13 @@ class Composer:
         texts = [CONTENT_PROMPTS[ContentKind(kind)] for kind in range(len(ContentKind))]
         self._templates = Ragged.from_lists([_compile(tokenizer, text, space) for text in (*texts, begin)], np.int64)
         self._end = np.array(_encode(tokenizer, end, space), np.int64)
+        self._anyone = space.num_users - 1 if method.shared_user_ratio > 0 else space.no_user - space.first_user
 
     def collaborative(self, users: np.ndarray, histories: Ragged, epochs: np.ndarray) -> Documents:
         """Item language modeling: every item is predicted, the first one from the prompt's last token."""
         keys = self._keys(_COLLABORATIVE, epochs, users)
-        return self._predicted(self._prompts(_HISTORY, users), self._arrange(histories, keys), keys, are_items=True)
+        prompts = self._prompts(_HISTORY, self._named(users, keys))
+        return self._predicted(prompts, self._arrange(histories, keys), keys, are_items=True)
 
     def collaborative_lengths(self, users: np.ndarray, counts: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """int64 [n] tokens that `collaborative` makes."""
@@ -204,7 +208,7 @@ class Composer:
         num_masked = self._num_masked(keys, arranged.lengths)
         masked = keyed_places(keyed_bits(keys, _MASK), arranged.lengths) < np.repeat(num_masked, arranged.lengths)
         targets = arranged.keep(masked) if self.method.target == "held_out" else arranged
-        return self._recommended(users, arranged.keep(~masked), targets, keys)
+        return self._recommended(self._named(users, keys), arranged.keep(~masked), targets, keys)
 
     def recommendation_lengths(self, users: np.ndarray, counts: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """int64 [n] tokens that `recommendation` makes."""
@@ -213,7 +217,12 @@ class Composer:
         return self._templates.lengths[_HISTORY] + num_shown + len(self._end)
 
     def prediction(self, users: np.ndarray, histories: Ragged) -> Documents:
-        """The same prompt over the whole history, in stored order, with nothing to predict but from its end."""
+        """The same prompt over the whole history, in stored order, with nothing to predict but from its end.
+
+        Args:
+            users: -1 for somebody without a row: the shared row stands for them, or the zero vector without one.
+        """
+        users = np.where(users < 0, self._anyone, users)
         nothing = Ragged.from_lengths(np.zeros(len(users), np.int64), np.empty(0, np.int64))
         shown = histories.last(self.method.max_history)
         return self._recommended(users, shown, nothing, np.zeros(len(users), np.uint64))
@@ -229,6 +238,10 @@ class Composer:
     def content_lengths(self, kinds: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """int64 [n] tokens that `content` makes."""
         return self._templates.lengths[kinds] + counts
+
+    def _named(self, users: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """The users that prompts name: a share of them, drawn by their keys, by the shared row."""
+        return np.where(keyed_uniform(keys, _SHARED_USER) < self.method.shared_user_ratio, self._anyone, users)
 
     def _keys(self, stream: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return keyed_bits(self.seed, stream, epochs, rows)
@@ -328,6 +341,7 @@ def collate(
         )
     ]
     shaped = lambda values: _tensor(values.reshape(packing.shape))  # noqa: E731
+    no_user = np.flatnonzero(tokens == space.no_user)
     return MicroBatch(
         word_ids=shaped(np.where(tokens < space.first_user, tokens, 0)),
         positions=shaped(positions),
@@ -336,6 +350,7 @@ def collate(
         words=None if words is None else found[1],
         boundary=packing.boundary,
         num_tokens=sum(int(length.sum()) for length in lengths),
+        no_user_places=_tensor(no_user) if len(no_user) else None,
     )
 
 
@@ -344,8 +359,8 @@ def _asked(
 ) -> DocumentBatch:
     """Of documents that stand from `starts` on, and have `places` of the flat `tokens` for themselves."""
     own = tokens[places]
-    is_item = own >= space.first_item
-    is_user = (own >= space.first_user) & ~is_item
+    is_item = (own >= space.first_item) & (own < space.size)
+    is_user = (own >= space.first_user) & (own < space.first_item)
     return DocumentBatch(
         user_places=_tensor(np.flatnonzero(is_user) + places.start),
         user_ids=_tensor(own[is_user] - space.first_user),

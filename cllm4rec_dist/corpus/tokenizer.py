@@ -28,7 +28,11 @@ _MARKUP = re.compile(r"\s*(<[^<>]+>|<\|.*\|>|\[[^\[\]\s]+\]|\{[^{}\s]+\})\s*", r
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """Where words, users and items lie in the common id space: [0, V), [V, V+U), [V+U, V+U+I)."""
+    """Where words, users and items lie in the common id space: [0, V), [V, V+U), [V+U, V+U+I).
+
+    Attributes:
+        num_users: rows of a user table (`MethodConfig.num_user_rows`).
+    """
 
     num_words: int
     num_users: int
@@ -48,6 +52,11 @@ class TokenSpace:
     def size(self) -> int:
         """V + U + I."""
         return self.first_item + self.num_items
+
+    @property
+    def no_user(self) -> int:
+        """Token id, behind all others, of somebody who has no row; it is embedded as the zero vector."""
+        return self.size
 
 
 def _without_control_tokens(backend: Tokenizer) -> Tokenizer:

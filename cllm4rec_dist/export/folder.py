@@ -57,7 +57,8 @@ def export(run: str, output: Path, backbone: str | None = None, corpus: str | No
 
     `tables.safetensors` holds `collaborative.users`, `collaborative.items` and, where the run has a content LLM,
     `content.users` and `content.items`: fp32 [rows, D], in units of the backbone's embedding scale, in the order of
-    users.parquet and items.parquet. Of the item head it holds `head.bias` [items] and `head.temperature` [], where the
+    users.parquet and items.parquet; `collaborative.shared_user` and `content.shared_user` [D], where the run has them,
+    stand for people without a row. Of the item head it holds `head.bias` [items] and `head.temperature` [], where the
     run has them.
 
     Args:
@@ -131,10 +132,13 @@ def _tables(opened: Checkpoint) -> dict[str, Tensor]:
     """User and item rows, and the parameters of the item head."""
     about, found = opened.about, {}
     for llm in (COLLABORATIVE, CONTENT):
-        for kind, size in (("users", about.num_users), ("items", about.num_items)):
+        for kind, size in (("users", about.num_user_rows), ("items", about.num_items)):
             rows = opened.rows(f"{llm}.{kind}", size, 0, size)
             if rows is not None:
                 found[f"{llm}.{kind}"] = rows
+        if about.has_shared_user and f"{llm}.users" in found:
+            users = found[f"{llm}.users"]
+            found[f"{llm}.users"], found[f"{llm}.shared_user"] = users[:-1].contiguous(), users[-1].clone()
     bias = opened.rows("head.bias", about.num_items, 0, about.num_items)
     if bias is not None:
         found["head.bias"] = bias.flatten()

@@ -6,6 +6,7 @@
     history     which items: the last `longest` of the user's, oldest first
     inputs      one embedding a token: the backbone's input embedding of a word, a row of collaborative.users or of
                 collaborative.items
+    user        what stands for somebody without a row: collaborative.shared_user, or a vector of zeros
     hidden      of the last token, behind the decoder's final norm, with `adapter.folder` loaded
     head        similarity, temperature, item_bias, pool_residual (`HeadConfig`); `formula` is the score by them
 """
@@ -25,6 +26,8 @@ from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.model.backbone import COLLABORATIVE
 
 SCHEMA_VERSION = 1
+SHARED_USER = f"{COLLABORATIVE}.shared_user"
+"""Name of the shared user row among the exported tables, of runs that have one."""
 
 
 def describe_scoring(
@@ -49,6 +52,7 @@ def describe_scoring(
         "adapter": {"kind": config.adapter.kind, "folder": folders[config.adapter.kind]},
         "prompt": _prompt(config, tokenizer, num_words),
         "history": {"longest": config.method.max_history, "order": "oldest first"},
+        "user": {"without_row": SHARED_USER if SHARED_USER in tables else "zeros"},
         "head": {
             "similarity": config.head.similarity,
             "temperature": None if temperature is None else float(temperature),

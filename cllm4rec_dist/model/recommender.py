@@ -58,7 +58,7 @@ class Recommender(nn.Module):
     """Collaborative rows (which finetuning turns into z_rec), content rows, item head and frozen words.
 
     Args:
-        num_users, num_items: U, I.
+        num_users, num_items: U, I; U counts a shared user row too.
         words: frozen word embeddings and head; D is theirs.
         dropout: of user and item embeddings at the input.
         wire: what rows and their gradients are rounded to between ranks.
@@ -159,7 +159,10 @@ class Recommender(nn.Module):
             keys, positions = batch.keys.flatten()[places], batch.positions.flatten()[places]
             values = keyed_dropout(values, keys, positions, self.dropout)
         embedded = F.embedding(batch.word_ids, self.words.embedding)
-        tokens = embedded.flatten(0, 1).index_copy(0, places, values.to(embedded.dtype)).view_as(embedded)
+        flat = embedded.flatten(0, 1).index_copy(0, places, values.to(embedded.dtype))
+        if batch.no_user_places is not None:
+            flat = flat.index_fill(0, batch.no_user_places, 0.0)
+        tokens = flat.view_as(embedded)
         item_rows = values[len(rows[0]) : len(rows[0]) + len(rows[1])]
         return Embedded(tokens, item_rows)
 

@@ -73,7 +73,7 @@ def outline_run(config: RunConfig, num_users: int, num_items: int, has_texts: bo
         dual.enable_activation_checkpointing()
     content = config.batch.texts > 0 and has_texts
     model = Recommender(
-        RowPartition(num_users, num_ranks).block,
+        RowPartition(config.method.num_user_rows(num_users), num_ranks).block,
         RowPartition(num_items, num_ranks).block,
         _words(decoder, dtype, content),
         config.head,

@@ -141,7 +141,7 @@ def composer_of(config: RunConfig, corpus: Corpus) -> Composer:
     if uses_content(config, corpus):
         backbone.require_head(folder, decoder, None)
     require_embeddings(corpus, tokenizer, decoder.vocab_size)
-    space = TokenSpace(decoder.vocab_size, corpus.num_users, corpus.num_items)
+    space = TokenSpace(decoder.vocab_size, config.method.num_user_rows(corpus.num_users), corpus.num_items)
     return Composer(tokenizer, space, config.method, config.seed)
 
 

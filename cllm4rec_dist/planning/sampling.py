@@ -115,13 +115,15 @@ def sample_step(corpus: Corpus, composer: Composer, config: RunConfig, num_ranks
     cpu = torch.device("cpu")
     sources = [BatchSource(corpus, composer, config, World(rank, num_ranks, 0, cpu)) for rank in range(num_ranks)]
     by_rank = [source.make(step).micro_batches for source in sources]
-    return count_step([*zip(*by_rank, strict=True)], corpus.num_users, corpus.num_items)
+    num_user_rows = config.method.num_user_rows(corpus.num_users)
+    return count_step([*zip(*by_rank, strict=True)], num_user_rows, corpus.num_items)
 
 
 def count_step(micro_batches: Sequence[Sequence[MicroBatch]], num_users: int, num_items: int) -> StepSample:
     """Count a step.
 
     Args:
+        num_users: user rows, a shared one included.
         micro_batches: for each micro-batch, that of every rank.
     """
     num_ranks = len(micro_batches[0])

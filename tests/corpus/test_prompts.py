@@ -357,3 +357,60 @@ def test_a_batch_moves_with_every_tensor() -> None:
     assert len(tensors) == 3 + 2 * 7
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert batch.num_tokens > 0
+
+
+def named(documents: Documents) -> np.ndarray:
+    """The user row of each document's first user token."""
+    return np.array([document.token_ids[document.token_ids >= SPACE.first_user][0] for document in documents])
+
+
+@pytest.mark.parametrize("make", ["collaborative", "recommendation"])
+def test_a_share_of_prompts_names_the_shared_user_and_nothing_else_changes(make: str) -> None:
+    count = 600
+    users, histories = np.arange(count) % 29, Ragged.from_lists([ITEMS] * count)
+    epochs = np.arange(count) // 29
+
+    def documents(ratio: float) -> Documents:
+        made = Composer(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=ratio), 0)
+        return getattr(made, make)(users, histories, epochs)
+
+    own, some, everybody = (documents(ratio) for ratio in (0.0, 0.3, 1.0))
+    shared = SPACE.first_user + SPACE.num_users - 1
+    assert (named(own) == SPACE.first_user + users).all()
+    assert (named(everybody) == shared).all()
+    drawn = named(some) == shared
+    assert drawn.mean() == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / count) ** 0.5)
+    assert (named(some)[~drawn] == named(own)[~drawn]).all()
+    # One user is named in different ways at different visits, and never in two ways in one document.
+    assert 0 < drawn[users == 3].mean() < 1
+    users_of = [{t for t in d.token_ids.tolist() if SPACE.first_user <= t < SPACE.first_item} for d in some]
+    assert {len(found) for found in users_of} == {1}
+    for one_, other in zip(some, own, strict=True):
+        is_user = (other.token_ids >= SPACE.first_user) & (other.token_ids < SPACE.first_item)
+        assert (one_.token_ids[~is_user] == other.token_ids[~is_user]).all()
+        assert (one_.targets == other.targets).all()
+        assert one_.key == other.key
+
+
+def test_texts_keep_the_users_they_are_about() -> None:
+    made = Composer(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=1.0), 0)
+    kinds = array(ContentKind.USER_ITEM, ContentKind.USER_PROFILE)
+    words = Ragged.from_lists([[1, 2], [3]])
+    documents = made.content(kinds, array(4, 5), array(0, 0), words, array(0, 0), array(0, 1))
+    assert named(documents).tolist() == [SPACE.first_user + 4, SPACE.first_user + 5]
+
+
+def test_somebody_without_a_row_is_the_shared_user_or_nobody() -> None:
+    users, histories = array(-1, 4), Ragged.from_lists([ITEMS, ITEMS])
+    shared = Composer(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=0.1), 0).prediction(users, histories)
+    assert named(shared).tolist() == [SPACE.first_item - 1, SPACE.first_user + 4]
+    nobody = Composer(TOKENIZER, SPACE, MethodConfig(), 0).prediction(users, histories)
+    assert named(nobody)[1] == SPACE.first_user + 4
+    batch = collate(nobody, SPACE)
+    assert (nobody.tokens[0] == SPACE.no_user).sum() == 2, "the prompt names its user twice"
+    assert batch.no_user_places is not None
+    assert len(batch.no_user_places) == 2
+    assert batch.items.user_ids.tolist() == [4, 4]
+    assert batch.items.item_ids.tolist() == [*ITEMS.tolist(), *ITEMS.tolist()]
+    assert int(batch.word_ids.max()) < SPACE.num_words
+    assert collate(shared, SPACE).no_user_places is None

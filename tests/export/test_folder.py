@@ -48,24 +48,31 @@ def computed(world: World, folder: str) -> dict[str, Any]:
             )
     found |= {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
     users, items = np.arange(system.corpus.num_users), system.corpus.num_items
-    found["scores"] = torch.zeros(len(users), items)
     history = system.corpus.split("train")
-    for block in rank_users(system, users, history, items, 5):
-        rows = torch.from_numpy(users[block.index])
-        found["scores"][rows[:, None], torch.from_numpy(block.items)] = torch.from_numpy(block.scores)
+    for name, named in (("scores", users), ("scores without row", np.full_like(users, -1))):
+        found[name] = torch.zeros(len(users), items)
+        for block in rank_users(system, named, history, items, 5):
+            rows = torch.from_numpy(users[block.index])
+            found[name][rows[:, None], torch.from_numpy(block.items)] = torch.from_numpy(block.scores)
     found["history"] = [history[user].tolist() for user in users]
     return found
 
 
 @torch.no_grad()
-def exported_scores(output: Path, decoder: Any, embed: Tensor, histories: list[list[int]]) -> Tensor:
-    """[users, items] by what `scoring.json` says."""
+def exported_scores(
+    output: Path, decoder: Any, embed: Tensor, histories: list[list[int]], *, without_row: bool = False
+) -> Tensor:
+    """[users, items] by what `scoring.json` says, of the users or of people without a row who have their histories."""
     scoring, tables = json.loads((output / SCORING_FILE).read_text()), load_file(output / TABLES_FILE)
     users, items, head = tables["collaborative.users"], tables["collaborative.items"], scoring["head"]
     found = []
     for user, history in enumerate(histories):
         shown = items[history[-scoring["history"]["longest"] :]]
-        slots = {"user": users[user : user + 1], "history": shown}
+        row = users[user]
+        if without_row:
+            name = scoring["user"]["without_row"]
+            row = torch.zeros_like(row) if name == "zeros" else tables[name]
+        slots = {"user": row[None], "history": shown}
         tokens = [slots[t] if isinstance(t, str) else embed[t : t + 1] for t in scoring["prompt"]]
         query = decoder(inputs_embeds=torch.cat(tokens)[None])[0][0, -1]
         if head["pool_residual"]:
@@ -143,7 +150,7 @@ def test_an_exported_whole_backbone_keeps_its_word_head_and_every_form_of_the_it
     made = make(tmp_path, family)
     if family == "llama":
         untie(Path(made[2]))
-    method = {"max_history": 4}
+    method = {"max_history": 4, "shared_user_ratio": 0.5}
     config = make_config(made, tmp_path / "run", adapter={"kind": "full"}, head=head, method=method, max_steps=4)
     run_ranks(2, run, config)
     output = tmp_path / "exported"
@@ -158,6 +165,12 @@ def test_an_exported_whole_backbone_keeps_its_word_head_and_every_form_of_the_it
     torch.testing.assert_close(model(WORDS).logits, hidden @ head_weight.T, rtol=1e-4, atol=1e-5)
     scores = exported_scores(output, decoder, decoder.get_input_embeddings().weight, wanted["history"])
     torch.testing.assert_close(scores, wanted["scores"], rtol=1e-4, atol=1e-4)
+    assert len(load_file(output / TABLES_FILE)["collaborative.users"]) == len(wanted["history"])
+    without_row = exported_scores(
+        output, decoder, decoder.get_input_embeddings().weight, wanted["history"], without_row=True
+    )
+    torch.testing.assert_close(without_row, wanted["scores without row"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(without_row, scores, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -176,8 +189,10 @@ def test_a_run_of_rows_alone_exports_no_model(tmp_path: Path) -> None:
     assert export(str(tmp_path / "run"), output) == ["items.parquet", SCORING_FILE, TABLES_FILE, "users.parquet"]
     (wanted,) = run_ranks(1, computed, str(tmp_path / "run"))
     decoder = base(AutoModel, made[2])
-    scores = exported_scores(output, decoder, decoder.get_input_embeddings().weight, wanted["history"])
-    torch.testing.assert_close(scores, wanted["scores"], rtol=1e-4, atol=1e-4)
+    embed = decoder.get_input_embeddings().weight
+    for name in ("scores", "scores without row"):
+        scores = exported_scores(output, decoder, embed, wanted["history"], without_row=name != "scores")
+        torch.testing.assert_close(scores, wanted[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -205,6 +205,17 @@ def test_queries_pool_the_item_rows_up_to_their_position() -> None:
     torch.testing.assert_close(recommender(pool=False).item_queries(hidden, item_rows, batch()), torch.stack(states))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_somebody_without_a_row_is_embedded_as_zeros(dtype: torch.dtype) -> None:
+    model = recommender(dtype=dtype)
+    nobody = document([3, SPACE.no_user, 5, 14, SPACE.no_user], [4], key=1)
+    embedded, item_rows = embed(model, collate([FIRST, nobody], SPACE))
+    assert torch.equal(embedded[0, [7, 10]], torch.zeros(2, WIDTH, dtype=dtype))
+    for place, token_id in ((6, 3), (8, 5), (9, 14), *enumerate(FIRST.token_ids.tolist())):
+        assert torch.equal(embedded[0, place], row_of(model, "collaborative", token_id).to(dtype)), place
+    assert len(item_rows) == 4
+
+
 def test_a_batch_without_documents_passes_through() -> None:
     model = recommender(dropout=0.5)
     nothing = collate([], SPACE)

@@ -51,7 +51,12 @@ FAR = EAGER | {
 """Weights fetched so far ahead that some are asked for again while they are still there."""
 CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
     "lora": (2, "llama", {"adapter": {"kind": "lora", "rank": 4}}, FAR),
-    "lora, eager": (3, "llama", {"adapter": {"kind": "lora", "rank": 4}}, EAGER),
+    "lora, eager": (
+        3,
+        "llama",
+        {"adapter": {"kind": "lora", "rank": 4}, "method": {"shared_user_ratio": 0.4}},
+        EAGER,
+    ),
     "checkpointed": (2, "llama", {
         "adapter": {"kind": "lora", "rank": 4}, "activation_checkpointing": True, "precision": "bf16",
         "embeddings": {"init": "prior", "comm_dtype": "bf16"},
