@@ -23,8 +23,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of it whenever it is imported
+import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -194,6 +197,14 @@ class Engine:
     def __call__(self, *inputs: Any) -> Tensor:
         """One forward of the module. Every rank must call it equally often."""
         return self._engine(*inputs)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Elements of the trained and of the frozen parameters, of all ranks together."""
+        counts = [0, 0]
+        for parameter in self._engine.module.parameters():
+            packed = 2 if parameter.dtype == torch.uint8 else 1  # two 4-bit weights in a byte
+            counts[not parameter.requires_grad] += parameter.ds_numel * packed
+        return counts[0], counts[1]
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""

@@ -19,6 +19,8 @@ ORDER = [
     "cli",
     "launchers",
     "serving",
+    "ray_launcher",
+    "run_rank",
     "inference",
     "export",
     "trained_run",

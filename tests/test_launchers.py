@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cllm4rec_dist import launchers
+from cllm4rec_dist import ray_launcher
 from cllm4rec_dist.errors import ConfigError, FaultError
 from cllm4rec_dist.launchers import is_main, joins, ranks_are_elsewhere, require_launchable
 from tests.harness import free_port
@@ -89,10 +89,10 @@ def test_a_ray_address_that_does_not_answer_is_refused(tmp_path: Path, monkeypat
 def test_more_workers_than_there_is_room_for_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     for workers, asked, cure in ((4, "'4' takes 4 GPUs", "1:4"), ((3, 8), "'3:8' takes 3 GPUs", "1:8")):
         with pytest.raises(ConfigError) as caught:
-            launchers._require_room(workers, "GPU", 2.0, 2.0)
+            ray_launcher._require_room(workers, "GPU", 2.0, 2.0)
         assert f"--workers: {asked}, but the cluster has 2." in str(caught.value)
         assert f"--workers {cure} " in caught.value.cure
-    launchers._require_room((1, 8), "CPU", 2.0, 1.0)
+    ray_launcher._require_room((1, 8), "CPU", 2.0, 1.0)
     assert not caplog.records
 
 
@@ -100,7 +100,7 @@ def test_a_cluster_that_is_busy_is_waited_for_aloud(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
-    launchers._require_room(2, "CPU", 2.0, 1.0)
+    ray_launcher._require_room(2, "CPU", 2.0, 1.0)
     assert "waiting for the cluster: 2 workers take as many CPUs, 1 are free" in caplog.text
 
 
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_wait_for_ray(monkeypatch: pytest.MonkeyPatch, number:
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
     started = time.monotonic()
     with pytest.raises(FaultError, match=number.name):
-        launchers._wait_for(lambda: ended.wait(30))
+        ray_launcher._wait_for(lambda: ended.wait(30))
     assert ended.is_set()
     assert signal.getsignal(number) is before
     assert time.monotonic() - started < 10
@@ -123,14 +123,14 @@ def test_what_ray_raises_is_raised_here() -> None:
         raise ValueError("as it was")
 
     with pytest.raises(ValueError, match="as it was"):
-        launchers._wait_for(fails)
+        ray_launcher._wait_for(fails)
 
 
 def test_a_refusal_is_the_same_error_again() -> None:
-    error = launchers._as_error("CorpusError", "corpus", "x", "is not there", "Build it.")
+    error = ray_launcher._as_error("CorpusError", "corpus", "x", "is not there", "Build it.")
     assert (type(error).__name__, str(error)) == ("CorpusError", "corpus: 'x' is not there. Build it.")
-    assert launchers._as_error("__doc__", "a", 1, "b", "c").exit_status == 2
-    refusals = launchers._Refusals()
+    assert ray_launcher._as_error("__doc__", "a", 1, "b", "c").exit_status == 2
+    refusals = ray_launcher._Refusals()
     assert refusals.first() is None
     refusals.add(["first"])
     refusals.add(["second"])
