@@ -35,7 +35,7 @@ method: {{max_history: 32}}
 epochs: 100000
 checkpoint: {{every_steps: 1000000000, every_minutes: {every}, keep: 2}}
 """
-_SAVED = re.compile(r"checkpoint step-(\d+): (copied in|[\d.]+ MB written in) ([\d.]+) s")
+_SAVED = re.compile(r"checkpoint step-(\d+): copied in ([\d.]+) s, [\d.]+ MB written in ([\d.]+) s")
 _MEGABYTES = re.compile(r"([\d.]+) MB written")
 
 
@@ -76,7 +76,7 @@ def train(folder: Path, chosen: Any) -> str:
         lines.append(line)
         if " written in " in line:
             written += 1
-            tell(line.rstrip().rpartition("INFO ")[2])
+            tell(line.rstrip())
         # One more interval's steps belong to the last save that counts.
         if written == chosen.saves + 1:
             running.terminate()
@@ -90,9 +90,9 @@ def measure(run: Path, log: str) -> dict[str, Any]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     ends = [line["time"] for line in lines if "loss" in line]
     saves: dict[int, dict[str, float]] = {}
-    for step, what, seconds in _SAVED.findall(log):
-        saves.setdefault(int(step), {})["copied_s" if what == "copied in" else "written_s"] = float(seconds)
-    steps = sorted(step for step, found in saves.items() if len(found) == 2)
+    for step, copied, written in _SAVED.findall(log):
+        saves[int(step)] = {"copied_s": float(copied), "written_s": float(written)}
+    steps = sorted(saves)
     intervals = []
     for first, stop in pairwise(steps):
         # A save begins after its step, so the copy is part of the time from that step's end to the next one's.

@@ -34,18 +34,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-import yaml
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cllm4rec_dist.collectives import gather_integers
-from cllm4rec_dist.config import RunConfig, StrictModel
+from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
 from cllm4rec_dist.lineage import Lineage, SeenInteractions, TrainedOn
-from cllm4rec_dist.renames import RUN_SETTINGS, require_new_keys
+from cllm4rec_dist.run_folder import BEST, STEP, Kind, store_of_run
 from cllm4rec_dist.store import SCHEMA_VERSION, Marker, Store, parse
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
@@ -53,11 +52,6 @@ from cllm4rec_dist.topology import RowPartition, World
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Kind = Literal["step-", "best-"]
-STEP: Kind = "step-"
-BEST: Kind = "best-"
-CONFIG_FILE = "config.yaml"
-"""In a run's folder: its resolved configuration."""
 STATE_FILE, REPLICATED_FILE = "state.json", "replicated.safetensors"
 SEEN_FILE = "trained-on.safetensors"
 ADAPTER = "adapter."
@@ -249,11 +243,6 @@ def shard_file(rank: int, size: int) -> str:
     return f"shard-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def store_url(config: RunConfig) -> str:
-    """Where a run keeps its checkpoints."""
-    return config.checkpoint.dir or f"{config.output}/checkpoints"
-
-
 def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[str]]:
     """The checkpoints that a path means, the one to use first.
 
@@ -268,31 +257,20 @@ def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[s
     store = Store(parent or ".")
     if name and store.is_committed(name):
         return store, [name]
-    for store in (Store(_store_of_run(path)), Store(path)):
+    for store in (Store(store_of_run(path)), Store(path)):
         names = [name for kind in kinds for name in reversed(store.names(kind))]
         if names:
             return store, names
     raise CheckpointError(
-        "checkpoint", path, f"is neither a checkpoint nor a run with a finished one in {_store_of_run(path)}",
+        "checkpoint", path, f"is neither a checkpoint nor a run with a finished one in {store_of_run(path)}",
         "Give a run that trained, or the folder of its checkpoints.",
     )  # fmt: skip
 
 
 def newest_step(run: Path) -> int:
     """Completed steps of a run's newest checkpoint; 0 where there is none yet."""
-    names = Store(_store_of_run(str(run))).names(STEP)
+    names = Store(store_of_run(str(run))).names(STEP)
     return int(names[-1].removeprefix(STEP)) if names else 0
-
-
-def _store_of_run(path: str) -> str:
-    """A run's configuration may say that its checkpoints are elsewhere."""
-    file = Path(path) / CONFIG_FILE
-    tree = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if not isinstance(tree, dict):
-        return f"{path}/checkpoints"
-    require_new_keys(tree, RUN_SETTINGS, str(file))
-    folder = tree.get("checkpoint", {}).get("dir")
-    return str(folder or f"{path}/checkpoints")
 
 
 def first_good(

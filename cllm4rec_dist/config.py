@@ -7,7 +7,7 @@ YAML; `key.sub=value` overrides are applied on top before validation, so that no
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -27,6 +27,7 @@ class StrictModel(BaseModel):
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 METRIC_NAME = re.compile(r"(recall|ndcg)@([1-9][0-9]*)")
 """The metrics that a ranking can be judged by: kind and cutoff."""
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -125,6 +126,15 @@ def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
         fields = "; ".join(f"{loc}: {message} (got {value!r:.80})" for loc, message, value in found)
         known = "; ".join(dict.fromkeys(_known_keys(model, e["loc"]) for e in error.errors()))
         raise ConfigError(source, [loc for loc, _, _ in found], f"is invalid: {fields}", f"{known}.") from None
+
+
+def dotted_items(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of nested settings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from dotted_items(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
 
 
 def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> str:
@@ -342,6 +352,9 @@ class RunConfig(StrictModel):
     """Records of a shard mixed with each other; more mixes better and reads more at a time."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go beside OUTPUT/metrics.jsonl: `tensorboard` (OUTPUT/tensorboard), `wandb`, `mlflow` (each an
+    extra to install; see docs/operations.md). One that fails does not end the run."""
     audit: bool = False
     """Have every rank write down which users and texts it read at each step, in OUTPUT/audit, so that `cllm4rec audit`
     can prove that each came exactly once; some 7 bytes an example. OUTPUT must be a folder that all hosts see."""

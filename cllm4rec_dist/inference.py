@@ -18,7 +18,7 @@ from cllm4rec_dist import checkpoint, ranking
 from cllm4rec_dist.checkpoint import Checkpoint
 from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.evaluation.files import EVALUATION_FILE
-from cllm4rec_dist.log import Report, progress_bar
+from cllm4rec_dist.log import ReportMetrics, progress_bar
 from cllm4rec_dist.preflight import require_held_out
 from cllm4rec_dist.ranking import Ranking
 from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
@@ -57,7 +57,7 @@ def load(run: str, world: World, backbone: str | None = None, corpus: str | None
 
 def evaluate_run(
     world: World,
-    report: Report,
+    report: ReportMetrics,
     run: str,
     split: str,
     metrics: Sequence[str],
@@ -123,7 +123,7 @@ def _examples(system: System, split: str) -> list[dict[str, Any]]:
 
 def recommend_users(
     world: World,
-    report: Report,
+    report: ReportMetrics,
     run: str,
     users: Sequence[str] | None,
     num_best: int,

@@ -1,8 +1,8 @@
-"""What a run tells: logs with the rank, one progress bar, metrics as JSON lines and TensorBoard.
+"""What a run says: log lines, one progress bar, and metrics as JSON lines.
 
 Only rank 0 shows a bar and writes metrics; warnings come from every rank. Inside a Ray worker the bar is Ray's own, so
 that the driver's terminal shows one bar and not its redrawings. Where nobody has a terminal, progress is a log line
-every ten seconds, under every launcher.
+every ten seconds, under every launcher. Nothing here imports torch, so that a command can log before it does.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.run_folder import METRICS_FILE
+from cllm4rec_dist.trackers import BackgroundTracker
+
+if TYPE_CHECKING:
+    from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 LINE_SECONDS = 10.0
 """Between lines of progress where there is no terminal."""
 
-Report = Callable[[dict[str, float]], None]
-"""Told the latest metrics at a run's milestones, on every rank alike; Ray Train listens here."""
+ReportMetrics = Callable[[dict[str, float]], None]
+"""Called with the latest metrics at a run's milestones, on every rank alike; Ray Train listens here."""
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     """What the loop needs of a progress bar."""
 
     def update(self, n: int = 1) -> object: ...
@@ -75,19 +77,45 @@ class _Lines:
         """Nothing is left on a screen."""
 
 
-def setup_logging(world: World) -> None:
-    """Log to stderr with time and rank: information from rank 0, warnings from all."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s [rank {world.rank}/{world.size}] %(levelname)s %(message)s", "%H:%M:%S")
-    )
+class _LineFormatter(logging.Formatter):
+    """`HH:MM:SS text`; `HH:MM:SS [rank 1/2] WARNING text` for warnings and worse, which every rank may give."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        where = f" [rank {rank}/{size}]" if size > 1 else ""
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self._loud = logging.Formatter(f"%(asctime)s{where} %(levelname)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
+
+
+class _AboveBars(logging.StreamHandler[Any]):
+    """Writes to stderr, above a progress bar where one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def setup_logging(world: World | None = None) -> None:
+    """Log to stderr with the time: information from rank 0, warnings from all, with their rank.
+
+    Args:
+        world: None for a command line, whose ranks are other processes or have not begun.
+    """
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    handler = _AboveBars(sys.stderr)
+    handler.setFormatter(_LineFormatter(rank, size))
     root = logging.getLogger("cllm4rec_dist")
     root.handlers[:] = [handler]
     root.propagate = False
-    root.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def progress_bar(world: World, total: int, description: str, unit: str, done: int = 0) -> Bar:
+def progress_bar(world: World, total: int, description: str, unit: str, done: int = 0) -> ProgressBar:
     """A bar on rank 0 where there is a terminal, lines where there is none; nothing on other ranks."""
     if world.is_main and not world.has_terminal:
         return _Lines(total, description, unit, done)
@@ -115,17 +143,19 @@ def _in_ray_worker() -> bool:
 
 
 class MetricsLog:
-    """Metrics of a run, appended to `metrics.jsonl` and TensorBoard on rank 0.
+    """Metrics of a run, appended to `metrics.jsonl` and given to trackers on rank 0.
 
     Args:
         run: folder of the run.
         world: only rank 0 writes.
-        first_step: lines of steps from here on, which a run wrote that then died before its next checkpoint, are
-            dropped, so that the file tells one history.
+        first_step: lines of later steps, which a run wrote that then died before its next checkpoint, are dropped, so
+            that the file tells one history.
+        trackers: take the numbers of each line under their names.
     """
 
-    def __init__(self, run: Path, world: World, first_step: int) -> None:
+    def __init__(self, run: Path, world: World, first_step: int, trackers: Sequence[BackgroundTracker] = ()) -> None:
         self._file = None
+        self._trackers = trackers
         if world.is_main:
             run.mkdir(parents=True, exist_ok=True)
             path = run / METRICS_FILE
@@ -133,17 +163,16 @@ class MetricsLog:
             part.write_text("".join(_lines_until(path, first_step)), encoding="utf-8")
             part.replace(path)
             self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line; numbers also go to TensorBoard under their names."""
+        """Write one line."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +182,6 @@ class MetricsLog:
     ) -> None:
         if self._file is not None:
             self._file.close()
-            self._board.close()
 
 
 def _lines_until(path: Path, last_step: int) -> Iterator[str]:

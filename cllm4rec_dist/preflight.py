@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cllm4rec_dist.config import METRIC_NAME, RunConfig
 from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
+from cllm4rec_dist.run_folder import STEP, store_url
 from cllm4rec_dist.store import Store
+from cllm4rec_dist.trackers import tracker_problems
 
 _METRIC_CURE = "Write for example recall@20 or ndcg@100."
 _STORE_CURE = "Give a folder; for checkpoints in an object store set checkpoint.dir."
@@ -76,6 +78,7 @@ def require_ready(
     elif sees_files and writes_output and "output" not in unresolved:
         problems += folder_problems("output", config.output)
     if sees_files:
+        problems += tracker_problems(config.trackers)
         problems += source_problems(config, unresolved)
         if "corpus" not in unresolved:
             try:
@@ -83,6 +86,28 @@ def require_ready(
             except CLLM4RecError as error:
                 problems.append(error)
     require_none(problems, "run")
+
+
+def resolve_resume(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
+    """The configuration with `resume` as the ranks are to read it. Called once by a command, before its ranks start.
+
+    `none` becomes `auto` where the run has no checkpoint yet, so that the restarts of this very run go on.
+
+    Raises:
+        CheckpointError: for `none` where there is a checkpoint to lose.
+    """
+    if config.resume == "none":
+        names = Store(store_url(config)).names(STEP)
+        restarted = any(int(environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        if names and not restarted:
+            raise CheckpointError(
+                "resume", "none", f"would start anew where the run has {names[-1]}",
+                "Choose another output, or remove the run.",
+            )  # fmt: skip
+        return config.model_copy(update={"resume": "auto"})
+    if config.resume != "auto" and "://" not in config.resume:
+        return config.model_copy(update={"resume": str(Path(config.resume).absolute())})
+    return config
 
 
 def require_none(problems: Sequence[CLLM4RecError], subject: str) -> None:
@@ -239,4 +264,4 @@ def _validates(config: RunConfig) -> bool:
 
 
 def _has_checkpoints(config: RunConfig) -> bool:
-    return bool(Store(config.checkpoint.dir or f"{config.output}/checkpoints").names("step-"))
+    return bool(Store(store_url(config)).names(STEP))

@@ -48,11 +48,13 @@ class _Snapshot:
     Attributes:
         files: writes each file of this rank to a path.
         best: name of the best checkpoint so far, if there is one.
+        copied_seconds: that the loop has waited for it.
     """
 
     name: str
     files: dict[str, Callable[[Path], object]]
     best: str | None
+    copied_seconds: float
 
 
 class Saver:
@@ -88,9 +90,8 @@ class Saver:
         if self._store.is_committed(name):
             return  # a resumed run comes by the best step of the run before it once more
         best = None if state.best_step is None else f"{BEST}{state.best_step:08d}"
-        snapshot = _Snapshot(name, _snapshot(self._system, state, self._trained_on, moments=kind == STEP), best)
-        if self._world.is_main:
-            logger.info("checkpoint %s: copied in %.2f s", name, time.perf_counter() - started)
+        files = _snapshot(self._system, state, self._trained_on, moments=kind == STEP)
+        snapshot = _Snapshot(name, files, best, time.perf_counter() - started)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -157,7 +158,13 @@ class Saver:
             return f"rank 0: {type(error).__name__}: {error}"
         self._prune(snapshot.best)
         megabytes = sum(entry.num_bytes for entry in files.values()) / 1e6
-        logger.info("checkpoint %s: %.1f MB written in %.1f s", name, megabytes, time.perf_counter() - started)
+        logger.info(
+            "checkpoint %s: copied in %.2f s, %.1f MB written in %.1f s",
+            name,
+            snapshot.copied_seconds,
+            megabytes,
+            time.perf_counter() - started,
+        )
         return None
 
     def _prune(self, best: str | None) -> None:

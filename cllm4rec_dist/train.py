@@ -11,12 +11,12 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,13 +27,16 @@ from cllm4rec_dist import checkpoint, growth, leaks, preflight, ranking
 from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.collectives import gather_integers, require_agreement
-from cllm4rec_dist.config import FaultsConfig, RunConfig, validate
+from cllm4rec_dist.config import FaultsConfig, RunConfig, dotted_items, validate
 from cllm4rec_dist.corpus.batches import BatchSource
 from cllm4rec_dist.corpus.stream import ahead
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
 from cllm4rec_dist.interruption import StopRequest
 from cllm4rec_dist.lineage import TrainedOn
-from cllm4rec_dist.log import Bar, MetricsLog, Report, progress_bar
+from cllm4rec_dist.log import ReportMetrics
+from cllm4rec_dist.progress import Schedule
+from cllm4rec_dist.run_folder import CONFIG_FILE, LOCK_FILE, store_url
+from cllm4rec_dist.run_reporter import RunReporter
 from cllm4rec_dist.saver import Saver
 from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
 from cllm4rec_dist.store import Store
@@ -60,6 +63,7 @@ _NOT_OF_THE_TRAJECTORY = {
     "faults",
     "activation_checkpointing",
     "audit",
+    "trackers",
     "batch.gradient_accumulation_steps",
     "optimizer.embeddings_state",
 }
@@ -87,7 +91,7 @@ class TrainResult:
     interrupted: bool
 
 
-def train(world: World, report: Report, config: RunConfig) -> TrainResult:
+def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult:
     """Train a stage from its newest checkpoint, from `init_from`, or from its start. Collective.
 
     Raises:
@@ -96,31 +100,24 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
     """
     preflight.require_ready(config, writes_output=world.is_main)
     run = Path(config.output).absolute()
-    with _claim(run, world), StopRequest() as stop:
+    with _claim(run, world), RunReporter(run, world, config, report) as reporter, StopRequest() as stop:
         require_agreement({"configuration": zlib.crc32(config.model_dump_json().encode())}, world)
         system = assemble(config, world)
-        store = Store(checkpoint.store_url(config))
-        state, trained_on = _begin(system, store)
+        store = Store(store_url(config))
+        state, trained_on, origin = _begin(system, store)
         state = _comparable(state, config, world)
         source = BatchSource(system.corpus, system.composer, config, world)
         total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
         last_step = state.step if _gave_up(config, state) else total_steps
         if world.is_main:
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            (run / checkpoint.CONFIG_FILE).write_text(text, encoding="utf-8")
-            logger.info("%s: %d users, %d items, steps %d to %d, %d an epoch",
-                        config.stage, system.corpus.num_users, system.corpus.num_items, state.step, total_steps,
-                        source.steps_per_epoch)  # fmt: skip
-            warning = preflight.warmup_warning(config, system.corpus.manifest)
-            if warning is not None:
-                logger.warning(warning)
+            (run / CONFIG_FILE).write_text(text, encoding="utf-8")
+        reporter.start(system, Schedule(state.step, total_steps, source.steps_per_epoch), origin)
 
         losses: dict[str, float] = {}
         interrupted = False
-        bar = progress_bar(world, total_steps, config.stage, "step", state.step)
         clock = _Clock(config.checkpoint.every_minutes)
         with (
-            MetricsLog(run, world, state.step) as metrics,
             AuditLog(run, world, config, source, state.step) as audit,
             _saver(store, system, trained_on) as saver,
         ):
@@ -132,10 +129,10 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
                 result = train_step(system, batch.micro_batches, factor, _largest_loss(state, config.faults))
                 state, losses = _advance(state, result, config.faults, source), result.losses
                 audit.record(state.step - 1, batch, accepted=result.accepted)
-                epoch = (state.step - 1) // source.steps_per_epoch
-                _tell(metrics, bar, config, state, epoch, factor, result, time.perf_counter() - started)
+                reporter.step(state, result, factor, time.perf_counter() - started)
                 if _validates(config, state.step, source.steps_per_epoch, total_steps):
-                    state = _validate(system, state, epoch, saver, metrics, report)
+                    state = _validate(system, state, saver, reporter)
+                reporter.finish_step(state)
                 interrupted, due = _agree(system, state, stop.signal_name is not None, clock.is_due())
                 over = interrupted or _gave_up(config, state) or state.step == total_steps
                 if over or due or state.step % config.checkpoint.every_steps == 0:
@@ -144,33 +141,13 @@ def train(world: World, report: Report, config: RunConfig) -> TrainResult:
                     clock.restart()
                 if over:
                     break
-        bar.close()
-        if interrupted:
-            logger.warning("%s: saved at step %d of %d", stop.signal_name or "stopped", state.step, total_steps)
-        report({f"loss/{term}": value for term, value in losses.items()})
+        reporter.finish(
+            state,
+            losses,
+            signal_name=(stop.signal_name or "a signal to another rank") if interrupted else None,
+            stopped_early=_gave_up(config, state) and state.step < total_steps,
+        )
         return TrainResult(state, losses, interrupted)
-
-
-def resolve_resume(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
-    """The configuration with `resume` as the ranks are to read it. Called once by a command, before its ranks start.
-
-    `none` becomes `auto` where the run has no checkpoint yet, so that the restarts of this very run go on.
-
-    Raises:
-        CheckpointError: for `none` where there is a checkpoint to lose.
-    """
-    if config.resume == "none":
-        names = Store(checkpoint.store_url(config)).names(STEP)
-        restarted = any(int(environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-        if names and not restarted:
-            raise CheckpointError(
-                "resume", "none", f"would start anew where the run has {names[-1]}",
-                "Choose another output, or remove the run.",
-            )  # fmt: skip
-        return config.model_copy(update={"resume": "auto"})
-    if config.resume != "auto" and "://" not in config.resume:
-        return config.model_copy(update={"resume": str(Path(config.resume).absolute())})
-    return config
 
 
 @contextmanager
@@ -179,7 +156,7 @@ def _claim(run: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    lock = FileLock(run / ".lock")
+    lock = FileLock(run / LOCK_FILE)
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_LOCK_SECONDS)
@@ -207,10 +184,10 @@ def _saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterat
     saver.finish()
 
 
-def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None]:
+def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None, str]:
     """Resume, continue from another run's weights, or start the rows.
 
-    Returns the state, and on rank 0 what the model has been trained on.
+    Returns the state, on rank 0 what the model has been trained on, and where it comes from in words.
     """
     config = system.config
     names = [*reversed(store.names(STEP))]
@@ -226,7 +203,8 @@ def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None]:
     resumed = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
     if resumed is not None:
         _warn_of_ignored_start(resumed, system)
-        return resumed.about.run, leaks.of_resumed(resumed, system.corpus) if system.world.is_main else None
+        trained_on = leaks.of_resumed(resumed, system.corpus) if system.world.is_main else None
+        return resumed.about.run, trained_on, f"resumes {resumed.path}"
     damaged = store.set_aside_names(STEP)
     if names or damaged:
         raise CheckpointError(
@@ -235,9 +213,8 @@ def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None]:
         )  # fmt: skip
     trained_on = leaks.of_new_run(system, config.init_from)
     start_rows(system)
-    if config.init_from is not None:
-        _start_from(system, config.init_from)
-    return RunState(), trained_on
+    origin = "from scratch" if config.init_from is None else f"weights of {_start_from(system, config.init_from)}"
+    return RunState(), trained_on, origin
 
 
 def _warn_of_ignored_start(resumed: Checkpoint, system: System) -> None:
@@ -251,8 +228,8 @@ def _warn_of_ignored_start(resumed: Checkpoint, system: System) -> None:
         )  # fmt: skip
 
 
-def _start_from(system: System, path: str) -> None:
-    """Take the weights of another run, which may know another catalog or have no shared user."""
+def _start_from(system: System, path: str) -> str:
+    """Take the weights of another run, which may know another catalog or have no shared user; the checkpoint's path."""
     own = dict(system.fingerprints)
     corpus = own.pop("corpus")
 
@@ -272,28 +249,19 @@ def _start_from(system: System, path: str) -> None:
         growth.restore(system, contents)
     else:
         checkpoint.restore_weights(system, contents)
-    logger.info("starting from the weights of %s", candidate.path)
+    return candidate.path
 
 
 def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
     # Read as a configuration, so that a setting that came later has its default in an older checkpoint.
-    saved = dict(_leaves(validate(RunConfig, candidate.about.config, candidate.path).model_dump(mode="json")))
-    own = _leaves(config.model_dump(mode="json"))
+    saved = dict(dotted_items(validate(RunConfig, candidate.about.config, candidate.path).model_dump(mode="json")))
+    own = dotted_items(config.model_dump(mode="json"))
     changed = {key: (saved[key], value) for key, value in own if saved[key] != value and not _may_change(key)}
     if changed:
         raise CheckpointError(
             f"{candidate.path}: configuration", changed, "differs between the checkpoint (first) and this run (second)",
             "Go on with the settings of the checkpoint, or choose another output folder.",
         )  # fmt: skip
-
-
-def _leaves(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a tree."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{section}{key}.")
-        else:
-            yield f"{section}{key}", value
 
 
 def _may_change(key: str) -> bool:
@@ -367,30 +335,6 @@ def _watched(world: World, batches: Iterator[T]) -> Iterator[T]:
         yield batch
 
 
-def _tell(
-    metrics: MetricsLog,
-    bar: Bar,
-    config: RunConfig,
-    state: RunState,
-    epoch: int,
-    lr_factor: float,
-    result: StepResult,
-    seconds: float,
-) -> None:
-    speed = result.tokens / seconds
-    if state.step % config.log_every == 0:
-        values = {f"loss/{term}": value for term, value in result.losses.items()}
-        metrics.write(state.step, {
-            "stage": config.stage, "epoch": epoch, "loss": result.loss, **values, "grad_norm": result.grad_norm,
-            "lr": config.optimizer.lr * lr_factor, "embeddings_lr": config.optimizer.embeddings_lr * lr_factor,
-            "accepted": result.accepted, "tokens": result.tokens, "tokens_per_second": round(speed, 1),
-            "packing_efficiency": round(result.tokens / result.places, 4),
-        })  # fmt: skip
-    terms = " ".join(f"{term} {value:.3f}" for term, value in result.losses.items())
-    bar.set_description(f"{config.stage} epoch {epoch} {terms} {speed:,.0f} tok/s")
-    bar.update()
-
-
 def _gave_up(config: RunConfig, state: RunState) -> bool:
     """Whether validation has not improved for as long as the run is patient."""
     return 0 < config.validation.early_stopping_patience <= state.validations_since_best
@@ -419,19 +363,16 @@ def _comparable(state: RunState, config: RunConfig, world: World) -> RunState:
     return replace(state, best=None, best_metric=None, best_step=None, validations_since_best=0)
 
 
-def _validate(
-    system: System, state: RunState, epoch: int, saver: Saver, metrics: MetricsLog, report: Report
-) -> RunState:
+def _validate(system: System, state: RunState, saver: Saver, reporter: RunReporter) -> RunState:
     """Rank the validation items; a better result than any before is kept as the `best` checkpoint."""
     config = system.config.validation
     found = ranking.evaluate(system, "valid", config.metrics, config.batch_users).mean
-    metrics.write(state.step, {"epoch": epoch, **{f"valid/{name}": value for name, value in found.items()}})
-    logger.info("epoch %d: %s", epoch, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
     metric = config.metrics[0]
     value = found[metric]
-    report({f"valid/{name}": value for name, value in found.items()})
+    is_best = state.best is None or value > state.best
+    reporter.validation(state, found, is_best=is_best)
     state = replace(state, validated_step=state.step)
-    if state.best is not None and value <= state.best:
+    if not is_best:
         return replace(state, validations_since_best=state.validations_since_best + 1)
     state = replace(state, best=value, best_metric=metric, best_step=state.step, validations_since_best=0)
     saver.save(state, BEST)

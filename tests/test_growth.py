@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist import train as train_module
-from cllm4rec_dist.checkpoint import Checkpoint, find, store_url
+from cllm4rec_dist.checkpoint import Checkpoint, find
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.corpus.catalog import Catalog
 from cllm4rec_dist.corpus.prepare import prepare
@@ -26,6 +26,7 @@ from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.growth import GROWTH_FILE
 from cllm4rec_dist.model.tiny import build_backbone
+from cllm4rec_dist.run_folder import store_url
 from cllm4rec_dist.store import Store
 from cllm4rec_dist.system import assemble, start_rows
 from cllm4rec_dist.topology import World

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 
 import cllm4rec_dist.step as step_module
 import cllm4rec_dist.train as train_module
-from cllm4rec_dist import checkpoint, inference
+from cllm4rec_dist import checkpoint, inference, preflight
 from cllm4rec_dist.checkpoint import About, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, DataError
 from cllm4rec_dist.inference import evaluate_run, recommend_users
-from cllm4rec_dist.log import METRICS_FILE
+from cllm4rec_dist.run_folder import METRICS_FILE
 from cllm4rec_dist.step import StepResult
 from cllm4rec_dist.store import FileEntry, Store
 from cllm4rec_dist.system import System
@@ -442,12 +442,12 @@ def test_resume_names_another_run_and_refuses_an_older_checkpoint_of_the_same(ma
 @pytest.mark.slow
 def test_resume_none_starts_a_run_once_and_loses_none(made: Made, tmp_path: Path) -> None:
     config = make_config(made, tmp_path / "run", resume="none", max_steps=1)
-    assert train_module.resolve_resume(config, {}).resume == "auto"
-    run_ranks(1, run, train_module.resolve_resume(config, {}))
+    assert preflight.resolve_resume(config, {}).resume == "auto"
+    run_ranks(1, run, preflight.resolve_resume(config, {}))
     with pytest.raises(CheckpointError, match="would start anew where the run has step-00000001"):
-        train_module.resolve_resume(config, {})
+        preflight.resolve_resume(config, {})
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
-        assert train_module.resolve_resume(config, {name: "1"}).resume == "auto"
+        assert preflight.resolve_resume(config, {name: "1"}).resume == "auto"
 
 
 @pytest.mark.slow

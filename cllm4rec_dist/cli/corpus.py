@@ -9,7 +9,7 @@ import typer
 
 from cllm4rec_dist import preflight
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import Overrides, expanded, log_alone
+from cllm4rec_dist.cli.options import Overrides, announce, expanded
 from cllm4rec_dist.config import BackboneConfig, load_config
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.filesystems import is_url
@@ -31,11 +31,11 @@ def prepare(
     """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
     if not is_url(output):
         preflight.require_none(preflight.folder_problems("output", output), "prepare")
+    announce(f"prepare: reading {recipe}")
     from cllm4rec_dist.corpus.prepare import prepare as build
     from cllm4rec_dist.corpus.recipe import PrepareConfig
     from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 
-    log_alone()
     config = load_config(PrepareConfig, recipe, overrides or ())
     manifest = build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite, num_workers=workers)
     typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
@@ -52,11 +52,11 @@ def backbone(
     Settings: family, hidden_size, num_layers, num_heads, vocab_size, max_positions, dropout, seed.
     """
     preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
+    announce(f"build-backbone: reading {recipe}")
     from cllm4rec_dist.corpus.recipe import PrepareConfig
     from cllm4rec_dist.corpus.sources import read_source
     from cllm4rec_dist.model.tiny import build_backbone
 
-    log_alone()
     if (output / "config.json").exists():
         raise ConfigError("output", str(output), "already holds a backbone", "Choose another folder or remove it.")
     config = load_config(BackboneConfig, None, overrides or ())

@@ -19,6 +19,7 @@ from cllm4rec_dist.cli.options import (
     MetricNames,
     RunArgument,
     Workers,
+    announce,
     expanded,
     find_trained,
     log_alone,
@@ -55,6 +56,7 @@ def evaluate(
         problems.append(ConfigError("--split", split, "is neither test nor valid", "Leave it out for test."))
     preflight.require_none(problems, "evaluate")
     folder = folder.absolute()
+    announce(f"evaluate: reading {run}", launcher)
     from cllm4rec_dist.inference import evaluate_run
 
     started = time.monotonic()

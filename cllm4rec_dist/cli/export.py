@@ -9,7 +9,7 @@ import typer
 
 from cllm4rec_dist import preflight
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import BackboneOption, CorpusOption, RunArgument, expanded, log_alone
+from cllm4rec_dist.cli.options import BackboneOption, CorpusOption, RunArgument, announce, expanded
 
 
 @app.command()
@@ -21,7 +21,7 @@ def export(
 ) -> None:
     """Write a run for other programs: PEFT adapters or the backbone, tables, head, external ids."""
     preflight.require_none(preflight.folder_problems("output", str(output)), "export")
+    announce(f"export: reading {run}")
     from cllm4rec_dist.export.folder import export
 
-    log_alone()
     typer.echo(f"exported to {output}: {', '.join(export(run, output, backbone, corpus))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -11,7 +12,10 @@ import typer
 from cllm4rec_dist import preflight
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import expand_path, is_url
-from cllm4rec_dist.launchers import ranks_are_elsewhere
+from cllm4rec_dist.launchers import is_main, ranks_are_elsewhere
+from cllm4rec_dist.log import setup_logging
+
+logger = logging.getLogger(__name__)
 
 PathT = TypeVar("PathT", str, Path)
 
@@ -88,10 +92,13 @@ def output_problems(field: str, folder: Path, launcher: str) -> list[CLLM4RecErr
     return []
 
 
+def announce(text: str, launcher: str = "process") -> None:
+    """Log the first line of a command that computes, before anything slow is imported; on rank 0 alone."""
+    if is_main(launcher, os.environ):
+        setup_logging()
+        logger.info(text)
+
+
 def log_alone() -> None:
-    import torch
-
-    from cllm4rec_dist.log import setup_logging
-    from cllm4rec_dist.topology import World
-
-    setup_logging(World(0, 1, 0, torch.device("cpu")))
+    """Log as a command that has no ranks, also after ranks have run in this process."""
+    setup_logging()

@@ -18,6 +18,7 @@ from cllm4rec_dist.cli.options import (
     LauncherOption,
     RunArgument,
     Workers,
+    announce,
     expanded,
     find_trained,
     moved_paths,
@@ -63,6 +64,7 @@ def recommend(
     chosen = None if user is None and users_file is None else list(user or ())
     if chosen is not None and users_file is not None:
         chosen += read_ids(users_file)
+    announce(f"recommend: reading {run}", launcher)
     from cllm4rec_dist.inference import recommend_users
 
     launch(

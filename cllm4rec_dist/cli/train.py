@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,10 +20,18 @@ from cllm4rec_dist.cli.options import (
     Overrides,
     Resume,
     Workers,
+    announce,
     expanded,
 )
 from cllm4rec_dist.config import RunConfig, load_config
+from cllm4rec_dist.interruption import EXIT_STATUS
 from cllm4rec_dist.launchers import is_main, launch, ranks_are_elsewhere, require_launchable
+from cllm4rec_dist.next_steps import next_commands
+
+if TYPE_CHECKING:
+    from cllm4rec_dist.log import ReportMetrics
+    from cllm4rec_dist.topology import World
+    from cllm4rec_dist.train import TrainResult
 
 
 @app.command()
@@ -78,6 +86,7 @@ def plan(
     """
     import json
 
+    announce(f"plan: reading {config}")
     from cllm4rec_dist.planning.hardware import find_gpu
     from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
     from cllm4rec_dist.planning.table import as_json, tell, tell_changes
@@ -106,6 +115,7 @@ def _train(
     max_failures: int, allow_leak: bool,
 ) -> None:  # fmt: skip
     require_launchable(launcher, workers, os.environ)
+    announce(f"{stage}: reading {path}", launcher)
     more = [f"stage={stage}", *([f"resume={resume}"] if resume else []), *(["allow_leak=true"] if allow_leak else [])]
     loaded, problems = preflight.resolve_paths(load_config(RunConfig, path, [*(overrides or ()), *more]))
     preflight.require_ready(
@@ -114,15 +124,21 @@ def _train(
         sees_files=not ranks_are_elsewhere(launcher, os.environ),
         writes_output=is_main(launcher, os.environ),
     )
-    from cllm4rec_dist.interruption import EXIT_STATUS
-    from cllm4rec_dist.train import TrainResult, resolve_resume, train
-
-    config = resolve_resume(loaded, os.environ)
+    config = preflight.resolve_resume(loaded, os.environ)
     result = launch(
-        train, launcher, workers,
+        train_on_rank, launcher, workers,
         collective_timeout_seconds=config.faults.collective_timeout_seconds, max_failures=max_failures, config=config,
     )  # fmt: skip
-    if isinstance(result, TrainResult) and result.interrupted:
+    if getattr(result, "interrupted", False):
         raise typer.Exit(EXIT_STATUS)
     if is_main(launcher, os.environ):
         typer.echo(f"{stage} done: {config.output}")
+        for command in next_commands(stage, Path(config.output), path):
+            typer.echo(f"next: {command}")
+
+
+def train_on_rank(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult:
+    """Train as one rank. The driver of Ray, which only names this function to its workers, needs no torch for it."""
+    from cllm4rec_dist.train import train
+
+    return train(world, report, config)

@@ -1,0 +1,172 @@
+"""How the progress of a run is written for people: pure functions of numbers to lines, without torch.
+
+Used by the run itself (`run_reporter.py`) and by `cllm4rec status`, which looks at it from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run.
+
+    Attributes:
+        first_step: completed steps at the start of this process.
+        total_steps: completed steps at the end of the run.
+        steps_per_epoch: optimizer steps of one pass over the users.
+    """
+
+    first_step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the run; the last one may be cut short by `max_steps`."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, that the step with this number (from 1) belongs to."""
+        return max(0, step - 1) // self.steps_per_epoch + 1
+
+    def ends_epoch(self, step: int) -> bool:
+        """True if an epoch is complete after this step, or the run is."""
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch's figures.
+
+    Attributes:
+        losses: mean over its steps by term, in nats.
+        lr: learning rate of its last step.
+        metrics: of the validation at its end; empty without one.
+        is_best: True if that validation is the best so far.
+        tokens_per_second: over its steps, without validation and saving.
+        eta: seconds to the end of the run; None where nothing is left.
+    """
+
+    epoch: int
+    num_epochs: int
+    losses: Mapping[str, float]
+    lr: float
+    metrics: Mapping[str, float]
+    is_best: bool
+    tokens_per_second: float
+    eta: float | None
+
+
+class EpochMeter:
+    """Means and speed over the steps of the epoch under way."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self._sums: dict[str, float] = {}
+        self._steps = self._tokens = 0
+        self._seconds = 0.0
+
+    def add(self, losses: Mapping[str, float], tokens: int, seconds: float) -> None:
+        """Count one step."""
+        for term, value in losses.items():
+            self._sums[term] = self._sums.get(term, 0.0) + value
+        self._steps += 1
+        self._tokens += tokens
+        self._seconds += seconds
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Mean over the steps, by term."""
+        return {term: value / max(1, self._steps) for term, value in self._sums.items()}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all ranks by the time that the steps took."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
+def format_duration(seconds: float) -> str:
+    """`8 s`, `2 min 05 s`, `3 h 07 min`, `2 d 04 h`."""
+    whole = max(0, round(seconds))
+    for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part:02d} {smaller}"
+    return f"{whole} s"
+
+
+def format_rows(rows: Sequence[tuple[str, str]], indent: str = "  ") -> str:
+    """Labels in one column and texts in another, a line each."""
+    width = max((len(label) for label, _ in rows), default=0)
+    return "\n".join(f"{indent}{label:<{width}}  {text}" for label, text in rows)
+
+
+def format_losses(losses: Mapping[str, float]) -> str:
+    """`9.605 (items 4.624, text 4.981, mutual 5.1e-05)`."""
+    return f"{sum(losses.values()):.3f} ({', '.join(f'{term} {format_loss(value)}' for term, value in losses.items())})"
+
+
+def format_loss(value: float) -> str:
+    """Three decimals, or two digits of what is too small for them."""
+    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """`recall@20 0.6603, ndcg@100 0.4414`."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def format_epoch(report: EpochReport) -> str:
+    """One line for an epoch; `*` marks a validation that is the best so far."""
+    width = len(str(report.num_epochs))
+    parts = [
+        f"epoch {report.epoch:>{width}}/{report.num_epochs}",
+        f"loss {format_losses(report.losses)}",
+        f"lr {report.lr:.1e}",
+    ]
+    if report.metrics:
+        parts.append(f"{format_metrics(report.metrics)}{' * best' if report.is_best else ''}")
+    parts.append(f"{report.tokens_per_second:,.0f} tokens/s")
+    if report.eta is not None:
+        parts.append(f"ETA {format_duration(report.eta)}")
+    return "  ".join(parts)
+
+
+def format_best(metric: str, value: float, step: int, schedule: Schedule) -> str:
+    """`best recall@20 0.6742 at epoch 1 of 12 (step 10)`."""
+    return f"best {metric} {value:.4f} at epoch {schedule.epoch(step)} of {schedule.num_epochs} (step {step})"
+
+
+def format_end(
+    stage: str,
+    step: int,
+    schedule: Schedule,
+    seconds: float,
+    *,
+    result: str,
+    signal_name: str | None = None,
+    stopped_early: bool = False,
+) -> str:
+    """The closing line of a run.
+
+    Args:
+        step: completed steps.
+        seconds: that this process took.
+        result: best validation or last losses, in words.
+        signal_name: that ended the run before its last step.
+        stopped_early: True where validation did not improve for long enough.
+    """
+    if signal_name is not None:
+        return (
+            f"{stage} interrupted by {signal_name} after {format_duration(seconds)}: saved at step {step:,} of"
+            f" {schedule.total_steps:,}; the same command goes on"
+        )
+    if schedule.first_step >= step:
+        return f"{stage} was done before: {result}; for more, raise epochs"
+    early = f", stopped early after epoch {schedule.epoch(step)} of {schedule.num_epochs}" if stopped_early else ""
+    return f"{stage} done in {format_duration(seconds)}{early}: {result}"
