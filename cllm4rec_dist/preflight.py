@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cllm4rec_dist.config import METRIC_NAME, RunConfig
-from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
+from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
 from cllm4rec_dist.run_folder import STEP, store_url
 from cllm4rec_dist.store import Store
+from cllm4rec_dist.suggestions import closest_path, did_you_mean_path
 from cllm4rec_dist.trackers import tracker_problems
 
 _METRIC_CURE = "Write for example recall@20 or ndcg@100."
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _STORE_CURE = "Give a folder; for checkpoints in an object store set checkpoint.dir."
 
 
@@ -155,7 +157,9 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
         if path is None or is_url(path) or Path(path).exists():
             continue
         if field != "init_from" or not _has_checkpoints(config):  # of which a run goes on instead
-            yield ConfigError(field, path, "does not exist", "Mend the path.")
+            yield ConfigError(field, path, "does not exist", f"Mend the path.{did_you_mean_path(path)}")
+    if "backbone" not in unresolved:
+        yield from backbone_problems("backbone", config.backbone)
     if config.checkpoint.dir is not None and "checkpoint.dir" not in unresolved:
         try:
             locate("checkpoint.dir", config.checkpoint.dir, CheckpointError)
@@ -164,6 +168,58 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
             return
         if not is_url(config.checkpoint.dir):
             yield from folder_problems("checkpoint.dir", config.checkpoint.dir)
+
+
+def backbone_problems(field: str, name: str) -> list[CLLM4RecError]:
+    """Why a backbone cannot be had, as far as it can be seen without asking a hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return []
+        what = "is a corpus" if (folder / MANIFEST_NAME).is_file() else "has no config.json"
+        return [ConfigError(field, name, f"{what}, so it is no backbone", "Give a folder with config.json.")]
+    if folder.exists():
+        return [ConfigError(field, name, "is a file", "Give a folder with config.json, or a hub id.")]
+    if _is_hub_id(name):
+        return []
+    cure = f"Give a folder with config.json, or a hub id (owner/name).{did_you_mean_path(name)}"
+    return [ConfigError(field, name, "does not exist", cure)]
+
+
+def tokenizer_problems(name: str, recipe: Path) -> list[CLLM4RecError]:
+    """Why texts cannot be read with the tokenizer of a backbone. Asks no hub.
+
+    Args:
+        recipe: that the corpus is built by, for the cure.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+            return []
+        cure = "Give a backbone folder with tokenizer.json."
+        return [ConfigError("--tokenizer", name, "holds no tokenizer", cure)]
+    if not folder.exists() and _is_cached(name):
+        return []
+    what = "is a file" if folder.exists() else "does not exist"
+    cure = f"Build one: `cllm4rec build-backbone {recipe} {name}`. A backbone of a hub must have been fetched."
+    return [ConfigError("--tokenizer", name, what, f"{cure}{did_you_mean_path(name)}")]
+
+
+def _is_hub_id(name: str) -> bool:
+    """False for what can only be meant as a local path: also where its first folder is here, or one spelt alike."""
+    if is_url(name) or name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1:
+        return False
+    if _is_cached(name):
+        return True
+    owner, slash, _ = name.partition("/")
+    return not Path(owner).is_dir() if slash else closest_path(name) is None
+
+
+def _is_cached(name: str) -> bool:
+    """True if the cache of the hub has a model of this id."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return (Path(cache).expanduser() / f"models--{name.replace('/', '--')}").is_dir()
 
 
 def folder_problems(field: str, path: str, cure: str = "Give a folder.") -> list[CLLM4RecError]:
@@ -177,7 +233,8 @@ def folder_problems(field: str, path: str, cure: str = "Give a folder.") -> list
     folder = Path(path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not existing.is_dir():
-        return [ConfigError(field, path, f"cannot be a folder: {existing} is none", "Choose another path.")]
+        what = "a file" if existing.is_file() else "a link to nothing" if existing.is_symlink() else "no folder"
+        return [ConfigError(field, path, f"cannot be a folder: {existing} is {what}", "Choose another path.")]
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0")

@@ -42,34 +42,12 @@ from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
 from cllm4rec_dist.store import Store
 from cllm4rec_dist.system import System, assemble, start_rows
 from cllm4rec_dist.topology import World
+from cllm4rec_dist.trajectory import may_change
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_NOT_OF_THE_TRAJECTORY = {
-    "output",
-    "corpus",
-    "backbone",
-    "deepspeed",
-    "epochs",
-    "max_steps",
-    "log_every",
-    "validation",
-    "checkpoint",
-    "init_from",
-    "resume",
-    "allow_leak",
-    "faults",
-    "activation_checkpointing",
-    "audit",
-    "trackers",
-    "batch.gradient_accumulation_steps",
-    "optimizer.embeddings_state",
-}
-"""Settings, or whole sections, that may differ between a run and its resumption. Corpus and backbone may have moved:
-their fingerprints are held against each other. Epochs and steps may be raised; under a falling schedule they also move
-its end. Checkpoints hold fp32 moments whatever `optimizer.embeddings_state` is."""
 _MOST_SKIPPED = 20
 """Bad steps in a row after which a run that skips them stops."""
 _LOCK_SECONDS = 60.0
@@ -256,17 +234,12 @@ def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
     # Read as a configuration, so that a setting that came later has its default in an older checkpoint.
     saved = dict(dotted_items(validate(RunConfig, candidate.about.config, candidate.path).model_dump(mode="json")))
     own = dotted_items(config.model_dump(mode="json"))
-    changed = {key: (saved[key], value) for key, value in own if saved[key] != value and not _may_change(key)}
+    changed = {key: (saved[key], value) for key, value in own if saved[key] != value and not may_change(key)}
     if changed:
         raise CheckpointError(
             f"{candidate.path}: configuration", changed, "differs between the checkpoint (first) and this run (second)",
             "Go on with the settings of the checkpoint, or choose another output folder.",
         )  # fmt: skip
-
-
-def _may_change(key: str) -> bool:
-    """Whether a setting may be another one when a run is resumed."""
-    return not {key, key.partition(".")[0]}.isdisjoint(_NOT_OF_THE_TRAJECTORY)
 
 
 class _Clock:

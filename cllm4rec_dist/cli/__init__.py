@@ -12,5 +12,5 @@ from cllm4rec_dist.cli.frame import app, main
 
 __all__ = ["app", "main"]
 
-for _module in ("corpus", "train", "evaluate", "recommend", "export", "audit"):  # in the order of the help
+for _module in ("project", "corpus", "train", "evaluate", "recommend", "export", "audit"):  # in the order of the help
     import_module(f"{__name__}.{_module}")

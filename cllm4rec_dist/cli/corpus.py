@@ -9,8 +9,10 @@ import typer
 
 from cllm4rec_dist import preflight
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import Overrides, announce, expanded
+from cllm4rec_dist.cli.options import Overrides, announce, expanded, log_alone
 from cllm4rec_dist.config import BackboneConfig, load_config
+from cllm4rec_dist.corpus.manifest import Manifest
+from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.filesystems import is_url
 
@@ -29,16 +31,24 @@ def prepare(
     overrides: Overrides = None,
 ) -> None:
     """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
+    config = load_config(PrepareConfig, recipe, overrides or ())
+    preflight.require_none(preflight.tokenizer_problems(tokenizer, recipe), "prepare")
+    announce(f"prepare: reading {recipe}")
+    manifest = make_corpus(config, tokenizer, output, overwrite=overwrite, workers=workers)
+    typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
+
+
+def make_corpus(
+    config: PrepareConfig, tokenizer: str, output: str, *, overwrite: bool = False, workers: int = 1
+) -> Manifest:
+    """Build the corpus of a recipe with the tokenizer of a backbone."""
     if not is_url(output):
         preflight.require_none(preflight.folder_problems("output", output), "prepare")
-    announce(f"prepare: reading {recipe}")
     from cllm4rec_dist.corpus.prepare import prepare as build
-    from cllm4rec_dist.corpus.recipe import PrepareConfig
     from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 
-    config = load_config(PrepareConfig, recipe, overrides or ())
-    manifest = build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite, num_workers=workers)
-    typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
+    log_alone()
+    return build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite, num_workers=workers)
 
 
 @app.command("build-backbone")
@@ -46,21 +56,28 @@ def backbone(
     recipe: Annotated[Path, typer.Argument(help="Recipe whose texts the tokenizer is trained on.", callback=expanded)],
     output: Annotated[Path, typer.Argument(help="Backbone folder to write.", callback=expanded)],
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of its settings.", callback=expanded)
+    ] = None,
 ) -> None:
     """Build a small decoder with random weights and a tokenizer trained on a recipe's texts.
 
-    Settings: family, hidden_size, num_layers, num_heads, vocab_size, max_positions, dropout, seed.
+    `cllm4rec settings backbone` lists what can be set.
     """
-    preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
+    if (output / "config.json").exists():
+        raise ConfigError("output", str(output), "already holds a backbone", "Choose another folder or remove it.")
     announce(f"build-backbone: reading {recipe}")
-    from cllm4rec_dist.corpus.recipe import PrepareConfig
+    size = make_backbone(
+        load_config(PrepareConfig, recipe), load_config(BackboneConfig, config, overrides or ()), output
+    )
+    typer.echo(f"{output}: {size:,} parameters")
+
+
+def make_backbone(recipe: PrepareConfig, config: BackboneConfig, output: Path) -> int:
+    """Build a small decoder and a tokenizer of a recipe's texts; returns the number of parameters."""
+    preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
     from cllm4rec_dist.corpus.sources import read_source
     from cllm4rec_dist.model.tiny import build_backbone
 
-    if (output / "config.json").exists():
-        raise ConfigError("output", str(output), "already holds a backbone", "Choose another folder or remove it.")
-    config = load_config(BackboneConfig, None, overrides or ())
-    raw = read_source(load_config(PrepareConfig, recipe).source)
-
-    size = build_backbone(config, raw.texts(), output)
-    typer.echo(f"{output}: {size:,} parameters")
+    log_alone()
+    return build_backbone(config, read_source(recipe.source).texts(), output)

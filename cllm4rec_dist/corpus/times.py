@@ -35,6 +35,9 @@ _ISO = (
 )
 _ISO_BASIC = r"^(\d{4})(\d{2})(\d{2})[Tt](\d{2})(\d{2})(\d{2})?"
 _NUMERIC_DATE = rf"^(\d{{1,2}})[/.\-](\d{{1,2}})[/.\-]{_YEAR}{_CLOCK}$"
+_NUMERIC_PARTS = re.compile(
+    r"\d{1,2}([/.\-])\d{1,2}\1(\d{4}|\d{2})(?:(,? |T)\d{1,2}:\d{2}(:\d{2})?( [AaPp][Mm])?)?", re.ASCII
+)
 _YEAR_FIRST = rf"^(\d{{4}})[-/.](\d{{1,2}})[-/.](\d{{1,2}}){_CLOCK}$"
 _AMAZON_DATE = rf"^(\d{{1,2}}) (\d{{1,2}}), (\d{{4}}){_CLOCK}$"
 _DAY_NAMED = rf"^{_WEEKDAY}(\d{{1,2}})(?:st|nd|rd|th)?[\s/.-]+([A-Za-z]{{3,9}})\.?,?[\s/.-]+{_YEAR}{_CLOCK}$"
@@ -164,8 +167,24 @@ class UndecidedDates:
             where,
             self.example,
             f"may be day-first or month-first: {only_day:,} dates can only be the one, {only_month:,} only the other",
-            "Set time_format in the recipe, for example '%d/%m/%Y' or '%m/%d/%Y %I:%M:%S %p'.",
+            "Set time_format in the recipe, for example {!r} or {!r}.".format(
+                *(numeric_formats(self.example) or ("%d/%m/%Y", "%m/%d/%Y %I:%M:%S %p"))
+            ),
         )
+
+
+def numeric_formats(text: str) -> tuple[str, str] | None:
+    """Formats of `strptime` that a date like 3/4/2024 10:30 has with the day first and with the month first.
+
+    Returns None for a text of another form.
+    """
+    match = _NUMERIC_PARTS.fullmatch(text.strip())
+    if match is None:
+        return None
+    mark, year, gap, second, half = match.groups()
+    clock = "" if gap is None else f"{gap}{'%I' if half else '%H'}:%M{':%S' if second else ''}{' %p' if half else ''}"
+    last = "%Y" if len(year) == 4 else "%y"
+    return f"%d{mark}%m{mark}{last}{clock}", f"%m{mark}%d{mark}{last}{clock}"
 
 
 def _seconds(numbers: np.ndarray) -> np.ndarray:

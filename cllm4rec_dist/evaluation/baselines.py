@@ -41,7 +41,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation.metrics import MetricSums, largest_cutoff, parse_metric, sum_topk
-from cllm4rec_dist.log import Bar, progress_bar
+from cllm4rec_dist.log import ProgressBar, progress_bar
 from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ def _tune(
     data: SplitData,
     metrics: Sequence[str],
     select_by: str,
-    bar: Bar,
+    bar: ProgressBar,
 ) -> BaselineResult:
     """Fit every candidate and report on test the one that validation likes best (the first of equals)."""
     started = time.perf_counter()

@@ -104,7 +104,7 @@ def _batches(
     """The columns `names` of a file, whatever its kind."""
     columns = list(dict.fromkeys(names.values()))
     encoding = table.encoding or encoding
-    kind = table.kind if table.kind != "auto" else _kind(file.path, encoding)
+    kind = table.kind if table.kind != "auto" else find_kind(file.path, encoding)
     if kind == "csv":
         dialect = Dialect(table.separator, table.quoting, table.escape, encoding, table.names)
         numeric = [names[role] for role in ("rating", "timestamp") if role in names]
@@ -123,7 +123,8 @@ def _get(name: str, role: Role, entry: dict[str, Any]) -> str | None:
     return _CONVERSIONS[role](entry.get(name))
 
 
-def _kind(path: str, encoding: str) -> str:
+def find_kind(path: str, encoding: str) -> str:
+    """How a table is stored, by the first bytes of its file: csv, jsonl or parquet. DataError where by no means."""
     head = first_bytes(path, 4096)
     if head.startswith(PARQUET_MAGIC):
         return "parquet"

@@ -1,0 +1,202 @@
+"""`init` and `run`: from files of orders to a recommender, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cllm4rec_dist.cli.child import STOPPED, CommandEnded, run_command
+from cllm4rec_dist.cli.corpus import make_backbone, make_corpus
+from cllm4rec_dist.cli.frame import app
+from cllm4rec_dist.cli.options import Workers, expanded
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.launchers import joins, require_launchable
+from cllm4rec_dist.project.layout import Project
+from cllm4rec_dist.project.pipeline import load_settings, require_project, run_stages, split_overrides
+from cllm4rec_dist.project.stages import Settings
+from cllm4rec_dist.project.summary import summarize
+
+_NAMES = "Names of the columns of a CSV file without a header, comma-separated."
+
+
+@app.command()
+def init(
+    name: Annotated[Path, typer.Argument(help="New folder of the project.", callback=expanded)],
+    orders: Annotated[
+        str,
+        typer.Option(
+            help="Orders, clicks or ratings: CSV, JSON, Parquet; a pattern or a folder of parts.", callback=expanded
+        ),
+    ],
+    items: Annotated[
+        str | None, typer.Option(help="Items with titles; may be the same file.", callback=expanded)
+    ] = None,
+    customers: Annotated[str | None, typer.Option(help="Customers with what they are like.", callback=expanded)] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Folder of a pretrained decoder; a small one is built if left out.", callback=expanded),
+    ] = None,
+    user_column: Annotated[str | None, typer.Option(help="Orders' column of customer ids.")] = None,
+    item_column: Annotated[str | None, typer.Option(help="Orders' column of item ids.")] = None,
+    time_column: Annotated[str | None, typer.Option(help="Orders' column of times, or none.")] = None,
+    time_format: Annotated[str | None, typer.Option(help="Format of the times, as %d/%m/%Y %H:%M.")] = None,
+    rating_column: Annotated[str | None, typer.Option(help="Orders' column of ratings, or none.")] = None,
+    rating_threshold: Annotated[float | None, typer.Option(help="Least rating that counts as liked.")] = None,
+    review_column: Annotated[str | None, typer.Option(help="Orders' column of reviews, or none.")] = None,
+    title_column: Annotated[str | None, typer.Option(help="Items' column of titles, or none.")] = None,
+    category_column: Annotated[str | None, typer.Option(help="Items' column of categories, or none.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Between fields of CSV files; found if left out.")] = None,
+    quoting: Annotated[
+        Literal["auto", "double", "none"], typer.Option(help="What a quotation mark means in CSV files.")
+    ] = "auto",
+    escape: Annotated[str | None, typer.Option(help="Letter that escapes in CSV files, as a backslash.")] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of text files; found if left out.")] = "auto",
+    orders_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
+    items_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
+    customers_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
+) -> None:
+    """Propose a recipe and run files for your own data: columns, formats and sizes are guessed, shown and explained.
+
+    Nothing is trained. What cannot be told is asked for in a terminal; without one the message names the option.
+    """
+    from cllm4rec_dist.corpus.sources.records import Dialect
+    from cllm4rec_dist.project.create import Given, absolute, create, dialects
+    from cllm4rec_dist.project.guess import Wanted
+    from cllm4rec_dist.project.machine import this_machine
+
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
+    asks = {"choose": _choose} if sys.stdin.isatty() and sys.stdout.isatty() else {}
+    wanted = Wanted(
+        user=user_column,
+        item=item_column,
+        time=time_column,
+        rating=rating_column,
+        review=review_column,
+        title=title_column,
+        category=category_column,
+        time_format=time_format,
+        rating_threshold=rating_threshold,
+        **asks,
+    )
+    common = Dialect(separator.replace("\\t", "\t") if separator else None, quoting, escape, encoding)
+    names = {"orders": _split(orders_names), "items": _split(items_names), "customers": _split(customers_names)}
+    orders_path = absolute(orders)
+    assert orders_path is not None
+    given = Given(
+        orders_path, absolute(items), absolute(customers), dialects(common, names), absolute(backbone), wanted
+    )
+    create(name, given, this_machine(), typer.echo)
+
+
+def _split(names: str | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(name.strip() for name in names.split(","))
+
+
+def _choose(option: str, question: str, names: list[str]) -> str:
+    """Ask in the terminal until one of the names is given."""
+    typer.echo(f"{option} {question}:")
+    for number, name in enumerate(names, start=1):
+        typer.echo(f"  {number}  {name}")
+    while True:
+        answer = typer.prompt("Number or name").strip()
+        if answer.isdigit() and 1 <= int(answer) <= len(names):
+            return names[int(answer) - 1]
+        if answer in names:
+            return answer
+        typer.echo(f"{answer!r} is none of them.")
+
+
+@app.command()
+def run(
+    name: Annotated[Path, typer.Argument(help="Folder of the project, as `init` made it.", callback=expanded)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings of both runs, or recipe.KEY=VALUE, backbone.KEY=VALUE, pretrain.KEY=VALUE,"
+            " finetune.KEY=VALUE.",
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option("--launcher", help="process (one rank, here), ray; auto: Ray where --workers asks for more.")
+    ] = "auto",
+    workers: Workers = "1",
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items of each list.")] = 20,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Train again what is out of date; earlier runs are kept.")
+    ] = False,
+) -> None:
+    """Do what is missing of a project: prepare, build-backbone, pretrain, finetune, evaluate, recommend.
+
+    Stopped at any point, the same command goes on. What has changed since (a file, the recipe, a setting) is said, and
+    made again; a trained run is replaced with --redo only.
+    """
+    chosen = _launcher(name, launcher, workers)
+    project = require_project(name)
+    by_file = split_overrides(overrides or ())
+    settings = load_settings(project, by_file, top)
+    commands = _commands(project, settings, by_file, chosen, workers)
+    try:
+        run_stages(project, settings, commands, typer.echo, redo=redo)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: `cllm4rec run {name}` goes on", err=True)
+        raise typer.Exit(STOPPED) from None
+    except CommandEnded as ended:
+        typer.echo(f"{ended}: `cllm4rec run {name}` goes on from there", err=True)
+        raise typer.Exit(ended.status) from None
+    typer.echo(summarize(project, settings))
+
+
+def _launcher(name: Path, launcher: str, workers: str) -> str:
+    """The launcher of each stage: Ray only where more than one rank or a cluster is asked for."""
+    require_launchable(launcher, workers, os.environ)
+    if joins(launcher, os.environ):
+        raise ConfigError(
+            "--launcher",
+            launcher,
+            "finds the ranks of another launcher, and a project starts its own",
+            f"Give --launcher process or ray, or start the stages by that launcher: cllm4rec pretrain -c"
+            f" {name}/pretrain.yaml, cllm4rec finetune -c {name}/finetune.yaml, cllm4rec evaluate {name}.",
+        )
+    alone = launcher == "auto" and workers == "1" and "RAY_ADDRESS" not in os.environ
+    return "process" if alone else launcher
+
+
+def _commands(
+    project: Project, settings: Settings, overrides: Mapping[str, Sequence[str]], launcher: str, workers: str
+) -> dict[str, Callable[[], object]]:
+    """What each stage does: its own command, on the project's paths."""
+    ranks = ["--launcher", launcher, "--workers", workers]
+    folder = settings.pretrain.backbone if settings.backbone is None else str(project.backbone)
+    backbone = _path_override("backbone", folder)
+    first, second = str(project.pretrain_run), str(project.finetune_run)
+    corpus = _path_override("corpus", str(project.corpus))
+    pretrain = [*overrides["pretrain"], corpus, backbone, _path_override("output", first)]
+    finetune = [*overrides["finetune"], corpus, backbone, _path_override("output", second)]
+    finetune.append(_path_override("init_from", first))
+    lists = str(project.recommendations)
+    return {
+        "build-backbone": partial(_build_backbone, project, settings),
+        "prepare": partial(make_corpus, settings.recipe, folder, str(project.corpus), overwrite=True),
+        "pretrain": partial(run_command, "pretrain", "--config", str(project.pretrain_file), *pretrain, *ranks),
+        "finetune": partial(run_command, "finetune", "--config", str(project.finetune_file), *finetune, *ranks),
+        "evaluate": partial(run_command, "evaluate", second, *ranks),
+        "recommend": partial(run_command, "recommend", second, lists, "--top", str(settings.top), *ranks),
+    }
+
+
+def _build_backbone(project: Project, settings: Settings) -> None:
+    assert settings.backbone is not None
+    make_backbone(settings.recipe, settings.backbone, project.backbone)
+
+
+def _path_override(key: str, path: str) -> str:
+    return f"{key}={json.dumps(path.replace('$', '$$'))}"

@@ -1,0 +1,113 @@
+"""What is known of a column by its name and its values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+
+from cllm4rec_dist.corpus.times import Times, read_times
+from cllm4rec_dist.corpus.values import MISSING_WORDS, column_text, whole_ids, without_missing
+from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.project.sample import Sample
+from cllm4rec_dist.project.words import kinds_of
+
+_TAGS = r"(?i)</?(?:p|br|b|i|u|ul|ol|li|div|span|strong|em|h[1-6]|a|td|tr|table)(?:\s[^<>]*)?/?>"
+_EARLIEST, _LATEST = 3.15e7, 4.1e9
+"""Epochs that are times of an interaction: 1971 to 2100. A rating of 5 is no time."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one column of a sample."""
+
+    name: str
+    values: pl.Series
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What the name says."""
+        return kinds_of(self.name)
+
+    @cached_property
+    def texts(self) -> pl.Series:
+        """Values as texts, without missing ones."""
+        try:
+            return without_missing(column_text(self.values, self.name), MISSING_WORDS).drop_nulls().str.strip_chars()
+        except DataError:
+            return pl.Series(self.name, [], dtype=pl.String)
+
+    @property
+    def example(self) -> str:
+        """The first value."""
+        return self.texts[0] if len(self.texts) else ""
+
+    @property
+    def share_given(self) -> float:
+        """Share of the rows that have a value."""
+        return len(self.texts) / max(1, len(self.values))
+
+    @cached_property
+    def num_distinct(self) -> int:
+        """Different values."""
+        return self.texts.n_unique()
+
+    @property
+    def share_distinct(self) -> float:
+        """Different values by value."""
+        return self.num_distinct / max(1, len(self.texts))
+
+    @property
+    def mean_length(self) -> float:
+        """Letters of a value."""
+        return float(self.texts.str.len_chars().mean() or 0)  # type: ignore[arg-type]
+
+    @property
+    def num_words(self) -> float:
+        """Words of a value."""
+        return 1 + float(self.texts.str.count_matches(r"\s+").mean() or 0)  # type: ignore[arg-type]
+
+    def numbers(self, decimal: str = ".") -> np.ndarray:
+        """Values as numbers; NaN for others."""
+        texts = self.texts if decimal == "." else self.texts.str.replace(decimal, ".", literal=True)
+        return texts.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy()
+
+    @cached_property
+    def times(self) -> Times | None:
+        """Values as times; None where they are none."""
+        given = self.values.filter(self.values.is_not_null())
+        try:
+            found = read_times(given, self.name, "%Y%m%d" if self.is_compact_date else None, MISSING_WORDS)
+        except DataError:
+            return None
+        seconds = found.seconds[~np.isnan(found.seconds)]
+        plausible = int(((seconds > _EARLIEST) & (seconds < _LATEST)).sum())
+        return found if plausible + _num_open(found) >= 0.9 * len(self.texts) and len(self.texts) else None
+
+    @cached_property
+    def is_compact_date(self) -> bool:
+        """Values like 20241126, which as numbers would be seconds of 1970."""
+        return bool(len(self.texts)) and bool(self.texts.str.contains(r"^(19|20)\d\d[01]\d[0-3]\d$").all())
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        """Different values as ids."""
+        return frozenset(whole_ids(self.texts.unique()).to_list())
+
+    @property
+    def has_tags(self) -> bool:
+        """Some values hold HTML."""
+        return bool(self.texts.str.contains(_TAGS).any())
+
+
+def _num_open(times: Times) -> int:
+    if times.day_first is None or times.month_first is None:
+        return 0
+    return int((~np.isnan(times.day_first) | ~np.isnan(times.month_first)).sum())
+
+
+def facts_of(sample: Sample) -> dict[str, Facts]:
+    """Facts of each column, by its name."""
+    return {name: Facts(name, sample.columns[name]) for name in sample.names}
