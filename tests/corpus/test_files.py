@@ -107,6 +107,19 @@ def test_a_damaged_file_is_refused(refuse: Refuse, pack: Callable[[bytes], bytes
         (b"", "leaves no interaction"),
         (parquet(u=["a"], i=["b"])[:-10], "is not Parquet"),
     ],
+    ids=[
+        "zip of two",
+        "empty zip",
+        "cut zip",
+        "Excel",
+        "tar",
+        "tar.gz",
+        "ORC",
+        "SQLite.gz",
+        "empty.gz",
+        "empty",
+        "cut Parquet",
+    ],
 )
 def test_what_cannot_be_read_is_named(refuse: Refuse, content: bytes, words: str) -> None:
     assert words in refuse({"i": content}, **table("i"))
