@@ -59,6 +59,7 @@ class Catalog:
         user_texts: U texts, "" where there is none.
         item_titles: I titles, "" where there is none.
         item_descriptions: I descriptions, "" where there is none.
+        item_categories: I categories, "" where there is none; None where the data have no categories.
         train, valid, test: int32 item rows of each user, in time order (file order where times are unknown); every
             user has at least one training item.
         reviews: of training interactions only.
@@ -75,6 +76,7 @@ class Catalog:
     test: Ragged
     reviews: Reviews
     log: SkipLog
+    item_categories: pl.Series | None = None
 
     @property
     def num_users(self) -> int:
@@ -118,6 +120,9 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
         test=parts[TEST],
         reviews=_reviews(frame, users, items, part == TRAIN, raw.reviews, log),
         log=log,
+        item_categories=_aligned(raw.items, "item", "category", ids["item"])
+        if "category" in raw.items.columns
+        else None,
     )
 
 

@@ -72,7 +72,8 @@ class RawData:
             has_text bool, position uint32 (order in the files), and part uint8 where the data set comes with a split
             (0 train, 1 valid, 2 test); sorted by position.
         user_ids, item_ids: external id of each code.
-        items: columns item, title, description (null if none); items that have interactions and a text.
+        items: columns item, title, description (null if none) and, where the source has them, category; items that have
+            interactions and a text.
         users: columns user, text; users that have interactions and a text.
         reviews: texts of interactions, by their position.
         has_reviews: whether the source has a column of them.

@@ -216,6 +216,8 @@ class ItemTable(TableFile):
     """Column of titles."""
     description: tuple[str, ...] = ()
     """Columns that are joined to the description."""
+    category: str | None = None
+    """Column of categories, one for each item, by which recommendations can be limited."""
 
 
 class UserTable(TableFile):

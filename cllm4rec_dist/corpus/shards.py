@@ -4,7 +4,7 @@ A corpus is a folder or any fsspec URL:
 
     manifest.json            counts, settings, size and sha256 of every file (`manifest.py`)
     users.parquet            row, user, text
-    items.parquet            row, item, title, description
+    items.parquet            row, item, title, description; category, where the recipe names one
     interactions/*.tar       users and their items, by split
     content/*.tar            texts as word ids
 
@@ -210,7 +210,10 @@ class Corpus:
         return self._table("users", self.num_users)
 
     def items(self) -> pa.Table:
-        """Columns row int64, item string (external id), title string, description string; sorted by row."""
+        """Columns row int64, item string (external id), title string, description string; sorted by row.
+
+        A column category string comes behind them where the recipe names one.
+        """
         return self._table("items", self.num_items)
 
     def _table(self, kind: str, num_rows: int) -> pa.Table:

@@ -265,6 +265,8 @@ def _user_table(catalog: Catalog) -> pa.Table:
 
 def _item_table(catalog: Catalog) -> pa.Table:
     columns = {"item": catalog.item_ids, "title": catalog.item_titles, "description": catalog.item_descriptions}
+    if catalog.item_categories is not None:
+        columns["category"] = catalog.item_categories
     return _arrow_table(catalog.num_items, columns)
 
 

@@ -244,6 +244,27 @@ def test_table_jsonl(tmp_path: Path) -> None:
     assert texts(raw.users) == {"Ω": ("いいね",)}
 
 
+def test_a_category_is_a_column_of_its_own_and_only_where_the_recipe_names_one(tmp_path: Path) -> None:
+    files = {
+        "interactions": {"path": write(tmp_path / "i.csv", "u,i\n1,a\n1,b\n2,c\n"), "user": "u", "item": "i"},
+        "items": {
+            "path": write(tmp_path / "p.csv", "id,name,kind\na,Soap,Bath  &amp; Body\nb,Pan,\nd,Pot,Kitchen\n"),
+            "item": "id",
+            "title": "name",
+            "description": ["kind"],
+        },
+    }
+    plain = build_catalog(read_source(source(format="table", **files)), recipe())
+    assert plain.item_categories is None
+    named = source(format="table", **(files | {"items": files["items"] | {"category": "kind"}}))
+    catalog = build_catalog(read_source(named), recipe())
+    assert catalog.item_ids.to_list() == ["a", "b", "c"]
+    assert catalog.item_categories is not None
+    assert catalog.item_categories.to_list() == ["Bath & Body", "", ""]
+    assert catalog.item_descriptions.to_list() == plain.item_descriptions.to_list()
+    assert catalog.item_titles.to_list() == ["Soap", "Pan", ""]
+
+
 def test_table_parquet_has_typed_columns(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     moments = pd.to_datetime(["2020-01-02", "2020-01-01", None])

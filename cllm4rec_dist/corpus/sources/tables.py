@@ -65,16 +65,20 @@ def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     assert table is not None
     columns = {f"d{index}": name for index, name in enumerate(table.description)}
     titles = {} if table.title is None else {"title": table.title}
-    names = {"item": table.item, **titles, **columns}
-    texts = [*titles, *columns]
+    categories = {} if table.category is None else {"category": table.category}
+    names = {"item": table.item, **titles, **columns, **categories}
+    texts = [*titles, *columns, *categories]
     roles: dict[str, Role] = {"item": "id", **dict.fromkeys(texts, "text")}
     rules = replace(rules, has_html=table.html)
-    collector = TextCollector("item", texts, raw.item_ids, log, rules, one_line=("title",))
+    collector = TextCollector("item", texts, raw.item_ids, log, rules, one_line=("title", "category"))
     for file in find_files(table.path):
         collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, names, roles, log), names))
     found = collector.finish()
     return found.select(
-        "item", joined(found, list(titles)).alias("title"), joined(found, list(columns)).alias("description")
+        "item",
+        joined(found, list(titles)).alias("title"),
+        joined(found, list(columns)).alias("description"),
+        *categories,
     )
 
 
