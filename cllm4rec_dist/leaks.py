@@ -15,9 +15,9 @@ import numpy as np
 from cllm4rec_dist import checkpoint
 from cllm4rec_dist.checkpoint import Checkpoint
 from cllm4rec_dist.collectives import broadcast_text
-from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.shards import NEW_USER_SPLITS, Corpus
 from cllm4rec_dist.errors import CheckpointError
-from cllm4rec_dist.lineage import Leak, Lineage, SeenInteractions, TrainedOn, corpus_keys
+from cllm4rec_dist.lineage import Leak, Lineage, SeenInteractions, TrainedOn, corpus_keys, new_user_keys
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import World
 
@@ -97,10 +97,11 @@ def of_resumed(resumed: Checkpoint, corpus: Corpus) -> TrainedOn:
 def find_leak(corpus: Corpus, seen: SeenInteractions) -> tuple[Leak | None, str]:
     """Held-out interactions of a corpus among those that were seen, and one of them for people.
 
+    Everything that a user has who is held out whole counts as held out: the model must not know them.
     An interaction that the corpus has in its own training split as well is no leak.
     """
     train, *held_out = corpus_keys(corpus, "train", *_HELD_OUT)
-    keys = np.concatenate(held_out)
+    keys = np.concatenate([*held_out, *new_user_keys(corpus)])
     found = np.flatnonzero(seen.contains(keys))
     found = found[~np.isin(keys[found], train)]
     if not len(found):
@@ -111,14 +112,16 @@ def find_leak(corpus: Corpus, seen: SeenInteractions) -> tuple[Leak | None, str]
 
 
 def _describe(corpus: Corpus, place: int) -> str:
-    """The external ids of a held-out interaction, by its place in validation and test together."""
-    for split in _HELD_OUT:
-        lists = corpus.split(split)
-        if place < len(lists.values):
-            break
+    """The external ids of a held-out interaction, by its place in what `find_leak` puts together."""
+    known = [(corpus.users()["user"], corpus.split(split)) for split in _HELD_OUT]
+    new = [(corpus.new_users()["user"], corpus.new_user_split(split)) for split in NEW_USER_SPLITS]
+    parts = iter(known + new)
+    ids, lists = next(parts)
+    while place >= len(lists.values):
         place -= len(lists.values)
+        ids, lists = next(parts)
     user, item = int(lists.rows[place]), int(lists.values[place])
-    return f"user {corpus.users()['user'][user].as_py()!r} with item {corpus.items()['item'][item].as_py()!r}"
+    return f"user {ids[user].as_py()!r} with item {corpus.items()['item'][item].as_py()!r}"
 
 
 def _refusal(candidate: Checkpoint, corpus: str, leak: Leak, example: str) -> CheckpointError:

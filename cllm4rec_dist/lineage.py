@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.corpus.pair_keys import digest, id_hashes, pair_keys
-from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.shards import NEW_USER_SPLITS, Corpus
 
 SAMPLE_SIZE = 1 << 20
 _LARGEST = (1 << 64) - 1
@@ -151,3 +151,10 @@ def corpus_keys(corpus: Corpus, *splits: str) -> list[np.ndarray]:
     users = id_hashes("user", corpus.users()["user"].to_pylist())
     items = id_hashes("item", corpus.items()["item"].to_pylist())
     return [pair_keys(users, items, corpus.split(split)) for split in splits]
+
+
+def new_user_keys(corpus: Corpus) -> list[np.ndarray]:
+    """The same for each part of the items of users who are held out whole, histories included."""
+    users = id_hashes("user", corpus.new_users()["user"].to_pylist())
+    items = id_hashes("item", corpus.items()["item"].to_pylist())
+    return [pair_keys(users, items, corpus.new_user_split(name)) for name in NEW_USER_SPLITS]

@@ -256,13 +256,16 @@ def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError
                 "Check the recipe: its filters may leave too little.",
             )
         )
-    if _validates(config) and not manifest.num_interactions.get("valid"):
+    if _validates(config) and not manifest.num_held_out("valid"):
+        why, split = "holds out no validation items", "split.valid (or split.num_valid)"
+        if manifest.preparation.split.kind == "none":
+            why, split = "was built to train on everything (split: {kind: none})", "a split that holds items out"
         problems.append(
             ConfigError(
                 "validation.every_epochs",
                 config.validation.every_epochs,
-                f"asks for validation, but the corpus {config.corpus} holds out no validation items",
-                "Set validation.every_epochs=0, or build the corpus again with split.valid (or split.num_valid).",
+                f"asks for validation, but the corpus {config.corpus} {why}",
+                f"Set validation.every_epochs=0, or build the corpus again with {split}.",
             )
         )
     warmup, steps = config.optimizer.warmup_steps, num_steps(config, manifest)
@@ -303,11 +306,13 @@ def require_held_out(manifest: Manifest, split: str, *, with_baselines: bool) ->
         DataError: for a split without items, or baselines that nothing can choose among.
     """
     rebuild = "build the corpus again with a split that holds items out"
-    if not manifest.num_interactions.get(split):
-        others = [name for name in ("test", "valid") if manifest.num_interactions.get(name)]
+    if not manifest.num_held_out(split):
+        others = [name for name in ("test", "valid") if manifest.num_held_out(name)]
         cure = f"Give --split {others[0]}, or {rebuild}." if others else f"{rebuild.capitalize()}."
-        raise DataError("--split", split, "has no held-out items in this corpus", cure)
-    if with_baselines and not manifest.num_interactions.get("valid"):
+        everything = manifest.preparation.split.kind == "none"
+        why = ", which was built to train on everything (split: {kind: none})" if everything else ""
+        raise DataError("--split", split, f"has no held-out items in this corpus{why}", cure)
+    if with_baselines and not manifest.num_held_out("valid"):
         raise DataError(
             "validation items",
             0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -20,7 +21,7 @@ import torch.multiprocessing as mp
 import cllm4rec_dist.engine
 import cllm4rec_dist.train
 from cllm4rec_dist.config import BackboneConfig
-from cllm4rec_dist.corpus.catalog import Catalog, Reviews
+from cllm4rec_dist.corpus.catalog import Catalog, NewUsers, Reviews
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.reviews import ReviewStore
@@ -102,6 +103,21 @@ def make_catalog(num_users: int = 23, num_items: int = 17, seed: int = 0) -> Cat
         ),
         log=SkipLog(),
     )
+
+
+def with_new_users(catalog: Catalog, num_users: int = 10, seed: int = 1) -> Catalog:
+    """The same with users who are held out whole, half of them for validation and half for the test."""
+    random = np.random.default_rng(seed)
+    lists: dict[str, list[list[int]]] = {"history": [], "valid": [], "test": []}
+    for user in range(num_users):
+        items = random.permutation(np.arange(user % 2, catalog.num_items, 2))[: 3 + user % 4].tolist()
+        held_out, other = ("valid", "test") if user < num_users // 2 else ("test", "valid")
+        lists["history"].append(items[:-2])
+        lists[held_out].append(items[-2:])
+        lists[other].append([])
+    ids = pl.Series([f"new-{user:03d}" for user in range(num_users)])
+    new_users = NewUsers(ids, **{name: Ragged.from_lists(found) for name, found in lists.items()})
+    return dataclasses.replace(catalog, new_users=new_users)
 
 
 def make_backbone(folder: Path, catalog: Catalog, **settings: Any) -> Path:

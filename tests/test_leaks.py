@@ -18,10 +18,10 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.inference import evaluate_run
 from cllm4rec_dist.leaks import find_leak
-from cllm4rec_dist.lineage import Leak, SeenInteractions, TrainedOn, corpus_keys
+from cllm4rec_dist.lineage import Leak, SeenInteractions, TrainedOn, corpus_keys, new_user_keys
 from cllm4rec_dist.store import COMMIT, Store
 from cllm4rec_dist.topology import World
-from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, with_messages
+from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, with_messages, with_new_users
 from tests.test_train import Made, make_config, refused, run
 
 SWAPPED = 5
@@ -202,3 +202,18 @@ def test_a_checkpoint_that_lost_its_record_is_damaged(corpora: dict[str, Made], 
     (folder / SEEN_FILE).unlink()
     message = run_ranks(1, refused, tuned(corpora["again"], tmp_path / "x", tmp_path / "run"))[0]
     assert "holds no whole checkpoint" in message
+
+
+def test_everything_that_a_held_out_user_has_is_held_out(tmp_path: Path) -> None:
+    catalog = make_catalog()
+    backbone = make_backbone(tmp_path / "backbone", catalog)
+    corpus = Corpus.open(make_corpus(tmp_path / "corpus", with_new_users(catalog), backbone))
+    new = with_new_users(catalog).new_users
+    keys = new_user_keys(corpus)
+    assert [len(part) for part in keys] == [len(getattr(new, name).values) for name in ("history", "valid", "test")]
+    assert find_leak(corpus, TrainedOn.of_corpus(corpus).seen) == (None, "")
+    user, item = new.history.rows[1], new.history.values[1]
+    leak, example = find_leak(corpus, SeenInteractions.of(keys[0][1:2]))
+    held_out = sum(len(part) for part in keys) + len(catalog.valid.values) + len(catalog.test.values)
+    assert leak == Leak(num_interactions=1, is_exact=True, num_held_out=held_out)
+    assert example == f"user {new.ids[int(user)]!r} with item {catalog.item_ids[int(item)]!r}"

@@ -5,19 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from cllm4rec_dist import cli, preflight
 from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
+from cllm4rec_dist.corpus.recipe import NoSplit, Preparation
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError, DataError
 from tests.harness import make_backbone, make_catalog, make_corpus
 
 FIELDS = "stage=finetune", "corpus=c", "backbone=b", "output=runs/x"
-DATA = cast(Manifest, SimpleNamespace(num_users=60, num_items=40, num_interactions={"train": 9, "valid": 1, "test": 1}))
+DATA = Manifest.model_construct(
+    num_users=60, num_items=40, num_interactions={"train": 9, "valid": 1, "test": 1}, preparation=Preparation()
+)
 
 
 def config(*overrides: str) -> RunConfig:
@@ -25,7 +27,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 def manifest(**changes: Any) -> Manifest:
-    return cast(Manifest, SimpleNamespace(**vars(DATA) | changes))
+    return DATA.model_copy(update=changes)
 
 
 def fields(problems: Any) -> list[str]:
@@ -177,6 +179,28 @@ def test_an_evaluation_without_held_out_items_is_refused() -> None:
         preflight.require_held_out(nothing, "test", with_baselines=True)
     with pytest.raises(DataError, match="Give --split test"):
         preflight.require_held_out(nothing, "valid", with_baselines=False)
+
+
+def test_a_corpus_to_train_on_everything_says_so_where_it_cannot_be_judged() -> None:
+    everything = manifest(
+        num_interactions={"train": 9, "valid": 0, "test": 0}, preparation=Preparation(split=NoSplit(kind="none"))
+    )
+    (problem,) = preflight.corpus_problems(config(), everything)
+    assert "train on everything" in str(problem)
+    assert "validation.every_epochs=0" in str(problem)
+    assert not preflight.corpus_problems(config("validation.every_epochs=0"), everything)
+    with pytest.raises(DataError, match=r"train on everything.*Build the corpus again"):
+        preflight.require_held_out(everything, "test", with_baselines=True)
+
+
+def test_held_out_items_of_new_users_are_enough_to_validate_and_evaluate() -> None:
+    new = manifest(
+        num_interactions={"train": 9, "valid": 0, "test": 0},
+        num_new_users=3,
+        num_new_interactions={"history": 9, "valid": 2, "test": 2},
+    )
+    assert not preflight.corpus_problems(config(), new)
+    preflight.require_held_out(new, "test", with_baselines=True)
 
 
 def test_evaluate_refuses_its_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ import cllm4rec_dist.train as train_module
 from cllm4rec_dist import checkpoint, inference, preflight
 from cllm4rec_dist.checkpoint import About, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.prompts import MicroBatch
+from cllm4rec_dist.corpus.recipe import Preparation
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, DataError
 from cllm4rec_dist.inference import evaluate_run, recommend_users
 from cllm4rec_dist.run_folder import METRICS_FILE
@@ -117,7 +119,7 @@ def test_the_learning_rates_of_every_step_are_written_down(made: Made, tmp_path:
 
 
 def test_an_evaluation_that_cannot_be_done_ranks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = SimpleNamespace(num_interactions={"train": 9, "valid": 0, "test": 1})
+    manifest = Manifest.model_construct(num_interactions={"train": 9, "valid": 0, "test": 1}, preparation=Preparation())
     system = SimpleNamespace(corpus=SimpleNamespace(manifest=manifest))
     monkeypatch.setattr(inference, "load", lambda *arguments: (system, None))
     with pytest.raises(DataError, match="--no-baselines"):

@@ -35,7 +35,8 @@ def prepare(
     preflight.require_none(preflight.tokenizer_problems(tokenizer, recipe), "prepare")
     announce(f"prepare: reading {recipe}")
     manifest = make_corpus(config, tokenizer, output, overwrite=overwrite, workers=workers)
-    typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items")
+    held_out = f", {manifest.num_new_users:,} users held out" if manifest.num_new_users else ""
+    typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items{held_out}")
 
 
 def make_corpus(

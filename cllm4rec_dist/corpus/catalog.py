@@ -2,7 +2,8 @@
 
 Rows are numbered by sorted external id, so that they do not depend on the order of lines in a file. A random split is
 drawn for each user alone, from the recipe's seed and the ids: adding or removing other users moves nothing. Reviews of
-held-out interactions are left out, because they would give the answer away.
+held-out interactions are left out, because they would give the answer away. Users who are held out whole have no row
+and no text; items that nobody else has keep theirs, as items do whose interactions are all held out.
 
 Everything is arrays, sorted by user and time once: a hundred million interactions take minutes. Reading is left to
 `sources/`, writing to `writer.py`.
@@ -15,21 +16,23 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import polars as pl
 
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.raw import RawData
-from cllm4rec_dist.corpus.recipe import GivenSplit, PrepareConfig, RandomSplit
+from cllm4rec_dist.corpus.recipe import GivenSplit, NoSplit, PrepareConfig, RandomSplit, UsersSplit
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-TRAIN, VALID, TEST = range(3)
+TRAIN, VALID, TEST, HISTORY = range(4)
+"""Parts of the interactions; the history of a user who is held out whole is neither trained on nor predicted."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,32 @@ class Reviews:
 
 
 @dataclass(frozen=True)
+class NewUsers:
+    """Users who are held out whole.
+
+    Attributes:
+        ids: N external ids, sorted.
+        history: int32 item rows of each that a prediction is made from, in time order; one at least.
+        valid, test: those that are to be predicted, of which each user has some in one of the two.
+    """
+
+    ids: pl.Series
+    history: Ragged
+    valid: Ragged
+    test: Ragged
+
+    @classmethod
+    def none(cls) -> Self:
+        """Nobody."""
+        nothing = Ragged.from_lists([])
+        return cls(pl.Series([], dtype=pl.String), nothing, nothing, nothing)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
 class Catalog:
     """Numbered users and items; a row is the position in these lists.
 
@@ -64,6 +93,7 @@ class Catalog:
             user has at least one training item.
         reviews: of training interactions only.
         log: everything of the raw data that is not here.
+        new_users: users who are held out whole, and are not among the U.
     """
 
     user_ids: pl.Series
@@ -77,6 +107,7 @@ class Catalog:
     reviews: Reviews
     log: SkipLog
     item_categories: pl.Series | None = None
+    new_users: NewUsers = field(default_factory=NewUsers.none)
 
     @property
     def num_users(self) -> int:
@@ -93,7 +124,8 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
     """Filter, number and split.
 
     Raises:
-        DataError: if a filter leaves nothing, or asks for ratings or a split that the source does not have.
+        DataError: if a filter leaves nothing, or asks for ratings or a split that the source does not have, or if a
+            split leaves nobody to train on or holds nobody out.
     """
     log = raw.log.copy()
     ids = {"user": raw.user_ids, "item": raw.item_ids}
@@ -106,7 +138,10 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
     users, ids["user"] = _number(frame["user"], ids["user"])
     items, ids["item"] = _number(frame["item"], ids["item"])
     part = _part(frame, users, items, ids, config, log)
-    parts = [_ragged(users[part == p], items[part == p], len(ids["user"])) for p in (TRAIN, VALID, TEST)]
+    users, ids["user"], new_users = _apart(users, items, part, ids["user"])
+    own = [(users >= 0) & (part == p) for p in (TRAIN, VALID, TEST)]
+    parts = [_ragged(users[chosen], items[chosen], len(ids["user"])) for chosen in own]
+    _count_profiles(raw, new_users, log)
     titles = _aligned(raw.items, "item", "title", ids["item"])
     log.skip("item without title", int((titles == "").sum()), len(titles))
     return Catalog(
@@ -123,6 +158,7 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
         item_categories=_aligned(raw.items, "item", "category", ids["item"])
         if "category" in raw.items.columns
         else None,
+        new_users=new_users,
     )
 
 
@@ -243,9 +279,17 @@ def _part(
     lengths = np.bincount(users, minlength=len(ids["user"]))
     if isinstance(config.split, GivenSplit) or "part" in frame.columns:
         return _given_part(frame, config)
-    if isinstance(config.split, RandomSplit):
+    if isinstance(config.split, NoSplit):
+        return np.full(len(users), TRAIN, dtype=np.uint8)
+    group = np.full(len(lengths), TRAIN, dtype=np.uint8)
+    if isinstance(config.split, RandomSplit | UsersSplit):
         drawn = _drawn_order(users, items, ids, config.seed)
         num_valid, num_test = _random_counts(lengths, config.split)
+        if isinstance(config.split, UsersSplit):
+            group = _groups(lengths, ids["user"], config.split, config.seed)
+            num_held = np.clip(np.floor(lengths * config.split.held_out + 0.5).astype(np.int64), 1, lengths - 1)
+            num_valid = np.where(group == TRAIN, num_valid, num_held * (group == VALID))
+            num_test = np.where(group == TRAIN, num_test, num_held * (group == TEST))
     else:
         drawn = np.arange(len(users))[::-1]
         drawn = drawn[np.argsort(users[drawn], kind="stable")]
@@ -259,7 +303,59 @@ def _part(
     part = np.full(len(users), TRAIN, dtype=np.uint8)
     part[drawn[place < (num_test + num_valid)[owner]]] = VALID
     part[drawn[place < num_test[owner]]] = TEST
+    part[(part == TRAIN) & (group != TRAIN)[users]] = HISTORY
     return part
+
+
+def _groups(lengths: np.ndarray, names: pl.Series, split: UsersSplit, seed: int) -> np.ndarray:
+    """uint8 [U]: VALID or TEST for users who are held out whole, TRAIN for the others."""
+    draw = _hashes(seed, "new user", names) * 2.0**-64
+    able = lengths >= 3
+    group = np.full(len(names), TRAIN, dtype=np.uint8)
+    group[able & (draw < split.test_users + split.valid_users)] = VALID
+    group[able & (draw < split.test_users)] = TEST
+    for code, key in ((VALID, "valid_users"), (TEST, "test_users")):
+        if getattr(split, key) > 0 and not (group == code).any():
+            raise DataError(
+                f"split.{key}",
+                getattr(split, key),
+                f"holds out nobody of the {int(able.sum()):,} users with three or more items",
+                "Raise it, or write split: {kind: random}.",
+            )
+    if not (group == TRAIN).any():
+        raise DataError("split", split.kind, "holds out all users", "Lower split.valid_users and split.test_users.")
+    return group
+
+
+def _apart(
+    users: np.ndarray, items: np.ndarray, part: np.ndarray, names: pl.Series
+) -> tuple[np.ndarray, pl.Series, NewUsers]:
+    """Take users who are held out whole from among the others.
+
+    Returns the row of each interaction's user among the others, int32 [N] (-1 for the former), the ids of these rows,
+    and the former.
+    """
+    is_new = np.zeros(len(names), dtype=bool)
+    is_new[users[part == HISTORY]] = True
+    if not is_new.any():
+        return users, names, NewUsers.none()
+    order = (np.cumsum(is_new) - 1).astype(np.int32)
+    theirs = is_new[users]
+    lists = {
+        name: _ragged(order[users[theirs & (part == p)]], items[theirs & (part == p)], int(is_new.sum()))
+        for name, p in (("history", HISTORY), ("valid", VALID), ("test", TEST))
+    }
+    rows = np.where(is_new, -1, np.cumsum(~is_new) - 1).astype(np.int32)
+    return rows[users], names.filter(pl.Series(~is_new)), NewUsers(names.filter(pl.Series(is_new)), **lists)
+
+
+def _count_profiles(raw: RawData, new_users: NewUsers, log: SkipLog) -> None:
+    profiles = raw.users.filter(pl.col("text").is_not_null())
+    log.skip(
+        "profile of a user who is held out",
+        int(profiles["user"].is_in(new_users.ids.implode()).sum()) if len(new_users) else 0,
+        len(profiles),
+    )
 
 
 def _given_part(frame: pl.DataFrame, config: PrepareConfig) -> np.ndarray:
@@ -284,7 +380,7 @@ def _drawn_order(users: np.ndarray, items: np.ndarray, ids: dict[str, pl.Series]
     return keys.select(pl.arg_sort_by("user", "key", maintain_order=True)).to_series().to_numpy().astype(np.int64)
 
 
-def _random_counts(lengths: np.ndarray, split: RandomSplit) -> tuple[np.ndarray, np.ndarray]:
+def _random_counts(lengths: np.ndarray, split: RandomSplit | UsersSplit) -> tuple[np.ndarray, np.ndarray]:
     """Items to hold out of each user, int64 [U] each: shares rounded half up, one item at least left for training."""
     available = np.where(lengths < 3, 0, lengths - 1)
     num_test = np.minimum(np.floor(lengths * split.test + 0.5).astype(np.int64), available)

@@ -25,6 +25,8 @@ from cllm4rec_dist.filesystems import as_os_errors, locate
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "valid", "test")
+NEW_USER_SPLITS = ("history", "valid", "test")
+"""Parts of the items of users who are held out whole: what a prediction is made from, and what it is held against."""
 _RELATIVE_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 
 
@@ -43,8 +45,8 @@ class FileEntry(StrictModel):
 
     path: str
     """Relative to the manifest, with forward slashes."""
-    kind: Literal["users", "items", "interactions", "content"]
-    """A table of users or items, or a shard of one of the two corpora."""
+    kind: Literal["users", "items", "new_users", "interactions", "content"]
+    """A table of users, items or users who are held out whole, or a shard of one of the two corpora."""
     num_bytes: int
     """Size of the file."""
     sha256: str
@@ -97,6 +99,10 @@ class Manifest(StrictModel):
     """Rows of items.parquet."""
     num_interactions: dict[str, int]
     """By split: train, valid, test."""
+    num_new_users: int = Field(default=0, ge=0)
+    """Rows of new_users.parquet: users who are held out whole, and have no row in users.parquet."""
+    num_new_interactions: dict[str, int] = Field(default_factory=dict)
+    """Of these users, by part: history, valid, test."""
     num_content: dict[str, int]
     """Texts by kind, in lower case: user_item, item_title, item_description, user_profile."""
     tokenizer_fingerprint: str
@@ -105,7 +111,8 @@ class Manifest(StrictModel):
     """Filters, split, seed and texts that the recipe chose."""
     split_digests: dict[str, str] = Field(default_factory=dict)
     """sha256 by split over the keys of its interactions (`pair_keys.py`), which do not depend on order, tokenizer or
-    numbering; empty in a corpus that an earlier version built."""
+    numbering; those of new users are counted in, with `history` as a split of its own. Empty in a corpus that an
+    earlier version built."""
     skipped: dict[str, LeftOut]
     """Everything of the raw data that is not in the corpus, by reason."""
     files: tuple[FileEntry, ...]
@@ -123,7 +130,13 @@ class Manifest(StrictModel):
     def _has_tables(self) -> Manifest:
         if [len(self.of_kind(kind)) for kind in ("users", "items")] != [1, 1]:
             raise ValueError("files must name one table of users and one of items")
+        if len(self.of_kind("new_users")) != (self.num_new_users > 0):
+            raise ValueError("files must name one table of new users if there are any")
         return self
+
+    def num_held_out(self, split: str) -> int:
+        """Items that are held out for `split`, of users with and without a row."""
+        return self.num_interactions.get(split, 0) + self.num_new_interactions.get(split, 0)
 
     def of_kind(self, kind: str) -> tuple[FileEntry, ...]:
         """The files of one kind, in order."""
@@ -131,7 +144,8 @@ class Manifest(StrictModel):
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same manifest gives the same ones."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        absent = None if self.num_new_users else {"num_new_users", "num_new_interactions"}
+        return (self.model_dump_json(indent=1, exclude=absent) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, content: bytes, origin: str) -> Manifest:

@@ -48,12 +48,17 @@ def digest(keys: np.ndarray) -> str:
     return hashlib.sha256(np.sort(keys).astype("<u8", copy=False).tobytes()).hexdigest()
 
 
-def split_digests(user_ids: Sequence[str], item_ids: Sequence[str], splits: dict[str, Ragged]) -> dict[str, str]:
+def split_digests(item_ids: Sequence[str], *groups: tuple[Sequence[str], dict[str, Ragged]]) -> dict[str, str]:
     """The digest of each split, by its name.
 
     Args:
-        user_ids, item_ids: external ids by row.
-        splits: item rows of each user.
+        item_ids: external ids by row.
+        groups: external ids of some users, and by split the item rows of each.
     """
-    users, items = id_hashes("user", user_ids), id_hashes("item", item_ids)
-    return {name: digest(pair_keys(users, items, lists)) for name, lists in splits.items()}
+    items = id_hashes("item", item_ids)
+    keys: dict[str, list[np.ndarray]] = {}
+    for user_ids, splits in groups:
+        users = id_hashes("user", user_ids)
+        for name, lists in splits.items():
+            keys.setdefault(name, []).append(pair_keys(users, items, lists))
+    return {name: digest(np.concatenate(parts)) for name, parts in keys.items()}

@@ -303,6 +303,38 @@ class LastSplit(StrictModel):
     """Items for the test."""
 
 
+class UsersSplit(StrictModel):
+    """Hold out whole users, of whom nothing is trained on, and items of the others (strong generalisation, as in the
+    protocol of Mult-VAE, Liang et al., WWW 2018)."""
+
+    kind: Literal["users"]
+    valid_users: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the users with three or more items who are held out for validation."""
+    test_users: float = Field(default=0.1, ge=0, lt=1)
+    """Share of them who are held out for the test."""
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    """Share of a held-out user's items that is to be predicted from the rest, one item at least of each."""
+    valid: float = Field(default=0.1, ge=0, lt=1)
+    """Share of every other user's items for validation, as in a random split."""
+    test: float = Field(default=0.1, ge=0, lt=1)
+    """Share of them for the test."""
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> UsersSplit:
+        if self.valid_users + self.test_users == 0:
+            raise ValueError("holds out no user; give valid_users or test_users, or write kind: random")
+        for names in (("valid_users", "test_users"), ("valid", "test")):
+            if sum(getattr(self, name) for name in names) >= 1:
+                raise ValueError(f"{' + '.join(names)} must be below 1, so that something is left to train on")
+        return self
+
+
+class NoSplit(StrictModel):
+    """Train on everything and hold nothing out: for production. Nothing can be validated or evaluated."""
+
+    kind: Literal["none"]
+
+
 class GivenSplit(StrictModel):
     """Keep the split that the data set's files have (RecBole's benchmark files)."""
 
@@ -329,7 +361,9 @@ class Preparation(StrictModel):
     """Leave out users with fewer items ..."""
     min_item_users: int = Field(1, ge=1)
     """... and items with fewer users, again and again until nothing changes."""
-    split: Annotated[RandomSplit | LastSplit | GivenSplit, Field(discriminator="kind")] = RandomSplit()
+    split: Annotated[RandomSplit | LastSplit | UsersSplit | NoSplit | GivenSplit, Field(discriminator="kind")] = (
+        RandomSplit()
+    )
     """What is held out for validation and test."""
     seed: int = Field(0, ge=0)
     """Of the random split."""

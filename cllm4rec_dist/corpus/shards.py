@@ -5,6 +5,7 @@ A corpus is a folder or any fsspec URL:
     manifest.json            counts, settings, size and sha256 of every file (`manifest.py`)
     users.parquet            row, user, text
     items.parquet            row, item, title, description; category, where the recipe names one
+    new_users.parquet        user, and lists of item rows: history, valid, test; where whole users are held out
     interactions/*.tar       users and their items, by split
     content/*.tar            texts as word ids
 
@@ -36,16 +37,17 @@ from typing import Self
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from cllm4rec_dist.corpus.manifest import SPLITS, ContentKind, FileEntry, Manifest, load_manifest
+from cllm4rec_dist.corpus.manifest import NEW_USER_SPLITS, SPLITS, ContentKind, FileEntry, Manifest, load_manifest
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.errors import CorpusError
 from cllm4rec_dist.filesystems import as_os_errors, locate
 
-__all__ = ["SPLITS", "ContentKind", "Corpus", "Manifest", "ShardSet", "write_corpus"]
+__all__ = ["NEW_USER_SPLITS", "SPLITS", "ContentKind", "Corpus", "Manifest", "ShardSet", "write_corpus"]
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +247,51 @@ class Corpus:
         last items are held out; where items are drawn at random, only the order within each part is known.
         """
         return Ragged.beside([self.split(name) for name in SPLITS])
+
+    def new_users(self) -> pa.Table:
+        """Users who are held out whole: column user string (external id), sorted; no row where there are none."""
+        return self._new_users().select(["user"])
+
+    def new_user_split(self, name: str) -> Ragged:
+        """Items of each user who is held out whole: rows as in `new_users`, int32 item rows in stored (time) order.
+
+        Args:
+            name: history (what predictions are made from), valid or test (what is held out).
+        """
+        assert name in NEW_USER_SPLITS, name
+        lists = self._new_users()[name].combine_chunks()
+        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+        return Ragged.from_lengths(lengths, lists.flatten().to_numpy(zero_copy_only=False))
+
+    def new_user_history(self) -> Ragged:
+        """Everything that each of them has, in the order of `history`."""
+        return Ragged.beside([self.new_user_split(name) for name in NEW_USER_SPLITS])
+
+    def _new_users(self) -> pa.Table:
+        lists = dict.fromkeys(NEW_USER_SPLITS, pa.large_list(pa.int32()))
+        schema = pa.schema({"user": pa.string(), **lists})
+        if not self.manifest.num_new_users:
+            return schema.empty_table()
+        table = self._table("new_users", self.manifest.num_new_users)
+        path = f"{self._root}/new_users.parquet"
+        try:
+            with as_os_errors():
+                table = table.select(schema.names).cast(schema)
+        except (OSError, KeyError) as error:
+            raise CorpusError(path, str(error), "has other columns than new users have", _REBUILD) from error
+        for name in NEW_USER_SPLITS:
+            items = pc.list_flatten(table[name])
+            bounds = pc.min_max(items).as_py()
+            wrong = table[name].null_count or items.null_count or not self._are_items(bounds)
+            if wrong or len(items) != self.manifest.num_new_interactions.get(name):
+                raise CorpusError(f"{path} {name}", bounds, "are not the item rows of its users", _REBUILD)
+        if table["user"].null_count:
+            raise CorpusError(f"{path} user", None, "is not an id", _REBUILD)
+        return table
+
+    def _are_items(self, bounds: dict[str, int | None]) -> bool:
+        low, high = bounds["min"], bounds["max"]
+        return low is None or high is None or (low >= 0 and high < self.num_items)
 
 
 def _check_size(fs: fsspec.AbstractFileSystem, path: str, entry: FileEntry) -> None:

@@ -29,7 +29,15 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from cllm4rec_dist.corpus.catalog import Catalog
-from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, ContentKind, FileEntry, LeftOut, Manifest
+from cllm4rec_dist.corpus.manifest import (
+    MANIFEST_NAME,
+    NEW_USER_SPLITS,
+    SPLITS,
+    ContentKind,
+    FileEntry,
+    LeftOut,
+    Manifest,
+)
 from cllm4rec_dist.corpus.pair_keys import split_digests
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig, TextsConfig
@@ -39,7 +47,7 @@ from cllm4rec_dist.filesystems import as_os_errors, locate
 
 logger = logging.getLogger(__name__)
 
-_KNOWN_NAMES = {MANIFEST_NAME, "users.parquet", "items.parquet", "interactions", "content"}
+_KNOWN_NAMES = {MANIFEST_NAME, "users.parquet", "items.parquet", "new_users.parquet", "interactions", "content"}
 _TOKENIZER_BATCH = 1024
 
 Record = dict[str, np.ndarray]
@@ -126,6 +134,8 @@ def write_corpus(
         writer = _Writer(fs, folder)
         writer.table("users", _user_table(catalog))
         writer.table("items", _item_table(catalog))
+        if len(catalog.new_users):
+            writer.table("new_users", _new_user_table(catalog))
         writer.shards("interactions", run_tasks(_interaction_shard, _interaction_slices(catalog, config)))
         num_content = np.zeros(len(ContentKind), dtype=np.int64)
         make = partial(_content_shard, tokenizer, config.max_text_tokens, config.examples_per_record)
@@ -138,13 +148,15 @@ def write_corpus(
             num_users=catalog.num_users,
             num_items=catalog.num_items,
             num_interactions={split: len(getattr(catalog, split).values) for split in SPLITS},
+            num_new_users=len(catalog.new_users),
+            num_new_interactions={name: len(lists.values) for name, lists in _new_user_lists(catalog).items()},
             num_content={kind.name.lower(): int(num_content[kind]) for kind in ContentKind},
             tokenizer_fingerprint=tokenizer.fingerprint,
             preparation=config.preparation(),
             split_digests=split_digests(
-                catalog.user_ids.to_list(),
                 catalog.item_ids.to_list(),
-                {split: getattr(catalog, split) for split in SPLITS},
+                (catalog.user_ids.to_list(), {split: getattr(catalog, split) for split in SPLITS}),
+                (catalog.new_users.ids.to_list(), _new_user_lists(catalog)),
             ),
             skipped={reason: _left_out(skip) for reason, skip in sorted(log.skipped.items())},
             files=tuple(writer.entries),
@@ -218,7 +230,7 @@ class _Writer:
         self._fs, self._folder = fs, folder
         self.entries: list[FileEntry] = []
 
-    def table(self, kind: Literal["users", "items"], table: pa.Table) -> None:
+    def table(self, kind: Literal["users", "items", "new_users"], table: pa.Table) -> None:
         stream = io.BytesIO()
         pq.write_table(table, stream, compression="zstd")
         self._write(f"{kind}.parquet", kind, stream.getvalue(), ())
@@ -231,7 +243,7 @@ class _Writer:
     def _write(
         self,
         path: str,
-        kind: Literal["users", "items", "interactions", "content"],
+        kind: Literal["users", "items", "new_users", "interactions", "content"],
         content: bytes,
         record_sizes: tuple[int, ...],
     ) -> None:
@@ -268,6 +280,20 @@ def _item_table(catalog: Catalog) -> pa.Table:
     if catalog.item_categories is not None:
         columns["category"] = catalog.item_categories
     return _arrow_table(catalog.num_items, columns)
+
+
+def _new_user_lists(catalog: Catalog) -> dict[str, Ragged]:
+    """Items of the users who are held out whole, by part; empty where there are none."""
+    users = catalog.new_users
+    return {name: getattr(users, name) for name in NEW_USER_SPLITS} if len(users) else {}
+
+
+def _new_user_table(catalog: Catalog) -> pa.Table:
+    lists = {
+        name: pa.LargeListArray.from_arrays(lists.offsets, lists.values.astype(np.int32, copy=False))
+        for name, lists in _new_user_lists(catalog).items()
+    }
+    return pa.table({"user": catalog.new_users.ids.to_arrow().cast(pa.string()), **lists})
 
 
 def _arrow_table(num_rows: int, columns: dict[str, pl.Series]) -> pa.Table:

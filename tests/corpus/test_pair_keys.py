@@ -55,7 +55,8 @@ def test_a_digest_is_of_a_set() -> None:
     assert digest(found) == digest(found[::-1].copy())
     assert digest(found) != digest(found[1:])
     assert (
-        len({*split_digests(USERS, ITEMS, {"a": Ragged.from_lists(LISTS), "b": Ragged.from_lists([[], [], []])})}) == 2
+        len({*split_digests(ITEMS, (USERS, {"a": Ragged.from_lists(LISTS), "b": Ragged.from_lists([[], [], []])}))})
+        == 2
     )
 
 
