@@ -24,11 +24,11 @@ from cllm4rec_dist.ranking import Ranking
 from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
 from cllm4rec_dist.system import System, assemble, with_deepspeed_at_hand
 from cllm4rec_dist.topology import World
-from cllm4rec_dist.trained_run import log_choice, recorded_config
+from cllm4rec_dist.trained_run import log_choice, provenance, recorded_config
 
 logger = logging.getLogger(__name__)
 
-NUM_EXAMPLES = 6
+NUM_EXAMPLES = 36
 EXAMPLE_ITEMS = 10
 
 
@@ -90,7 +90,7 @@ def evaluate_run(
         content = {
             "run": run, "checkpoint": used.path, "split": split, **vars(result), "notes": notes,
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
-            "examples": examples,
+            "examples": examples, "provenance": provenance(system, used).model_dump(),
             "fingerprints": system.fingerprints, "config": system.config.model_dump(mode="json"),
         }  # fmt: skip
         target = Path(output)

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+from cllm4rec_dist.banner import device_name, parameter_counts
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.evaluation.results import Provenance
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.store import Store
+from cllm4rec_dist.system import System
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,26 @@ def _last_validation(state: RunState) -> int | None:
     if state.validated_step is not None:
         return state.validated_step
     return state.best_step if state.validations_since_best == 0 else None
+
+
+def provenance(system: System, used: Checkpoint) -> Provenance:
+    """What an evaluation that ends now says of its model."""
+    state = used.about.run
+    trained, frozen = parameter_counts(system)
+    return Provenance(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        checkpoint=used.name,
+        step=state.step,
+        stage=system.config.stage,
+        best_metric=state.best_metric,
+        best_value=state.best,
+        best_step=state.best_step,
+        num_trained=sum(trained.values()),
+        num_frozen=sum(frozen.values()),
+        device=device_name(system.world),
+        num_ranks=system.world.size,
+        num_training_ranks=used.about.world_size,
+    )
 
 
 def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str | None = None) -> RunConfig:

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.baselines import BaselineConfig, SplitData, run_baselines
 from cllm4rec_dist.evaluation.files import EVALUATION_FILE
-from cllm4rec_dist.evaluation.report import (
+from cllm4rec_dist.evaluation.report import Background, write_report
+from cllm4rec_dist.evaluation.results import (
     ExampleRecommendation,
     RecommendedItem,
     ResultRow,
     Results,
     markdown_table,
-    write_report,
 )
 from cllm4rec_dist.log import METRICS_FILE
 from cllm4rec_dist.system import interaction_matrix
@@ -50,10 +53,19 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         seconds=seconds,
         config=config,
         fingerprints=evaluated["fingerprints"],
+        provenance=evaluated.get("provenance"),
         notes=tuple(evaluated["notes"]),
         skipped={reason: found.count for reason, found in corpus.manifest.skipped.items()},
     )
-    write_report(folder, results, _logs(evaluated), [_example(e) for e in evaluated["examples"]])
+    background = Background(
+        run=evaluated["run"],
+        split=evaluated["split"],
+        manifest=corpus.manifest,
+        items=_items(corpus),
+        examples=[_example(e) for e in evaluated["examples"]],
+        metrics_files=_logs(evaluated),
+    )
+    write_report(folder, results, background)
     return markdown_table(results) + f"\n\nReport: {os.path.relpath(folder / 'report.html')}"
 
 
@@ -65,6 +77,15 @@ def _logs(evaluated: dict[str, Any]) -> list[Path]:
     )
     here = own if own is not None and own.is_file() else written
     return [log for log in (before, here) if log is not None and log.is_file()]
+
+
+def _items(corpus: Corpus) -> pl.DataFrame:
+    """Item, title (its id where it has none) and training interactions of the whole catalog, by row."""
+    table = corpus.items()
+    popularity = np.bincount(corpus.split("train").values, minlength=corpus.num_items)
+    items = pl.DataFrame({"item": table["item"].to_pylist(), "title": table["title"].to_pylist()})
+    title = pl.when(pl.col("title").fill_null("") == "").then("item").otherwise("title").alias("title")
+    return items.with_columns(title, pl.Series("popularity", popularity))
 
 
 def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[ResultRow]:

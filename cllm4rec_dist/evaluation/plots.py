@@ -1,20 +1,16 @@
 """Pictures of a run: loss and validation curves from its training log, and bars against the baselines.
 
-What it is for: `report.py` puts these pictures on its page and into its folder. Curves are small multiples with a scale
-for each panel, because the loss terms differ by orders of magnitude; every picture is drawn for a light and for a dark
-page. Figures are made without pyplot, which keeps state for the whole process, and labels are never read as formulas,
-since names come from outside.
-
-What it leaves to others: the numbers themselves (`train.py` writes the log) and the page (`report.py`).
+Curves are small multiples with a scale for each panel, because the loss terms differ by orders of magnitude. The report
+page shows each panel as a picture of its own, so that letters stay readable on a phone, drawn for a light and for a
+dark page; the folder gets whole sheets. Figures are made without pyplot, which keeps state for the whole process, and
+labels are never read as formulas, since names come from outside.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -23,28 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cllm4rec_dist.errors import DataError
-
-Curve = tuple[list[int], list[float]]
-Curves = dict[str, dict[str, Curve]]
-"""stage -> name of the logged value -> (steps, values), steps ascending."""
-
-
-@dataclass(frozen=True)
-class BarRow:
-    """One line of the bar chart; `highlighted` tells a model from a baseline."""
-
-    name: str
-    metrics: dict[str, float]
-    stderr: dict[str, float]
-    highlighted: bool
+from cllm4rec_dist.evaluation.results import ResultRow, metric_label
+from cllm4rec_dist.evaluation.training_log import Curve, Curves
 
 
 @dataclass(frozen=True)
 class Picture:
     """One picture as PNG bytes, for a light and a dark page, with the text that stands for it."""
 
-    name: str
     caption: str
     light: bytes
     dark: bytes
@@ -61,57 +43,10 @@ class _Theme:
     neutral: str
 
 
-_WIDTH = 11.0  # inches of every picture: the page shows them equally wide, so that their letters are equally large
+_WIDTH = 11.0  # inches of a sheet
+_PANEL = (3.6, 2.3)  # inches of a panel: at most a phone is wide, so that letters are not scaled down
 _LIGHT = _Theme("light", "#ffffff", "#1c1c22", "#6b6b76", "#e7e7ec", "#5450d6", "#b9bac6")
 _DARK = _Theme("dark", "#1a1b21", "#ececf1", "#9a9aa8", "#2c2d36", "#9a97ff", "#565866")
-
-
-def metric_label(name: str) -> str:
-    """`recall@20` -> `Recall@20`, `ndcg@100` -> `NDCG@100`."""
-    return name.replace("recall", "Recall").replace("ndcg", "NDCG")
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError("metrics file", str(path), f"cannot be read ({error})", "Give the log of a run.") from error
-    lines = text.split("\n")
-    # A run that is killed while it writes leaves a last line without its end: it was never logged.
-    entries = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            entry = json.loads(line)
-            int(entry["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path} line {number}", line[:80], "must be a JSON object with a step", "Remove the line."
-            ) from error
-        entries.append(entry)
-    return entries
-
-
-def read_curves(metrics_files: Sequence[Path]) -> Curves:
-    """Read JSON-lines training logs into curves.
-
-    A line without a `stage` belongs to the stage before it. A step that was logged twice (a resumed run repeats the
-    steps after its checkpoint) keeps the later value. Values that are not finite numbers are left out.
-
-    Raises:
-        DataError: names the file and line that cannot be read.
-    """
-    by_step: dict[str, dict[str, dict[int, float]]] = {}
-    for path in metrics_files:
-        stage = path.stem
-        for entry in _read_lines(path):
-            stage = str(entry.get("stage", stage))
-            for name, value in entry.items():
-                if name != "step" and isinstance(value, int | float) and np.isfinite(value):
-                    by_step.setdefault(stage, {}).setdefault(name, {})[int(entry["step"])] = float(value)
-    return {
-        stage: {name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in named.items()}
-        for stage, named in by_step.items()
-    }
 
 
 def _select(curves: Curves, wanted: Callable[[str], bool]) -> Curves:
@@ -153,7 +88,7 @@ def _style(theme: _Theme) -> Any:
     }
 
 
-def _draw_bars(rows: Sequence[BarRow], theme: _Theme) -> Figure:
+def _draw_bars(rows: Sequence[ResultRow], theme: _Theme) -> Figure:
     """One panel a metric: horizontal bars in the order of the table, models in the accent colour."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.42 * len(rows)), layout="constrained")
@@ -163,7 +98,7 @@ def _draw_bars(rows: Sequence[BarRow], theme: _Theme) -> Figure:
         places = [place for place, _ in shown]
         values = np.array([row.metrics[name] for _, row in shown])
         errors = np.array([row.stderr.get(name, 0.0) for _, row in shown])
-        colors = [theme.accent if row.highlighted else theme.neutral for _, row in shown]
+        colors = [theme.neutral if row.baseline else theme.accent for _, row in shown]
         axes.barh(places, values, height=0.62, color=colors)
         axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=theme.text, elinewidth=1.1, capsize=2.5)
         reach = float((values + errors).max())
@@ -206,51 +141,73 @@ def _draw_validation(axes: Axes, curve: Curve, theme: _Theme) -> None:
     axes.margins(y=0.18)
 
 
-def _draw_curves(curves: Curves, draw: Callable[[Axes, Curve, _Theme], None], theme: _Theme) -> Figure:
+def _label(name: str) -> str:
+    """`loss/items` -> `items`, `valid/recall@20` -> `Recall@20`."""
+    return metric_label(name.rpartition("/")[2]) if "/" in name else "all terms"
+
+
+Draw = Callable[[Axes, Curve, _Theme], None]
+
+
+def _draw_panel(axes: Axes, curve: Curve, draw: Draw, title: str, xlabel: str, theme: _Theme) -> None:
+    draw(axes, curve, theme)
+    axes.set(title=title, xlabel=xlabel)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _draw_sheet(curves: Curves, draw: Draw, theme: _Theme) -> Figure:
     """A row of panels for each stage, a column for each logged value, a scale for each panel."""
     columns = list(dict.fromkeys(name for named in curves.values() for name in named))
     figure = Figure(figsize=(_WIDTH, 2.4 * len(curves)), layout="constrained")
     panels = figure.subplots(len(curves), len(columns), squeeze=False)
     for line, (stage, named) in zip(panels, curves.items(), strict=True):
         for axes, name in zip(line, columns, strict=True):
-            if name not in named:
+            if name in named:
+                _draw_panel(axes, named[name], draw, _label(name), f"{stage} step", theme)
+            else:
                 axes.set_axis_off()
-                continue
-            draw(axes, named[name], theme)
-            label = metric_label(name.rpartition("/")[2]) if "/" in name else "all terms"
-            axes.set(title=label, xlabel=f"{stage} step")
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            axes.yaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
-def _picture(name: str, caption: str, draw: Callable[[_Theme], Figure]) -> Picture:
-    drawn = []
-    for theme in (_LIGHT, _DARK):
-        buffer = BytesIO()
-        with mpl.rc_context(_style(theme)):
-            draw(theme).savefig(buffer, format="png", dpi=160, facecolor=theme.surface)
-        drawn.append(buffer.getvalue())
-    return Picture(name, caption, *drawn)
+def _draw_single(curve: Curve, draw: Draw, title: str, stage: str, theme: _Theme) -> Figure:
+    figure = Figure(figsize=_PANEL, layout="constrained")
+    _draw_panel(figure.subplots(), curve, draw, title, f"{stage} step", theme)
+    return figure
 
 
-def make_pictures(rows: Sequence[BarRow], curves: Curves) -> list[Picture]:
-    """Bars of `rows`, and the loss and validation curves that `curves` has."""
-    pictures = [
-        _picture(
-            "metrics",
-            "Test metrics, mean over users; lines are one standard error either side.",
-            lambda theme: _draw_bars(rows, theme),
-        )
+def _png(theme: _Theme, draw: Callable[..., Figure], *arguments: Any) -> bytes:
+    """The picture that `draw(*arguments, theme)` makes."""
+    buffer = BytesIO()
+    with mpl.rc_context(_style(theme)):
+        draw(*arguments, theme).savefig(buffer, format="png", dpi=160, facecolor=theme.surface)
+    return buffer.getvalue()
+
+
+def _kinds(curves: Curves) -> list[tuple[str, Curves, Draw]]:
+    """The curves that are drawn, by kind."""
+    return [
+        ("validation", _select(curves, lambda name: name.startswith("valid/")), _draw_validation),
+        ("loss", _select(curves, lambda name: name == "loss" or name.startswith("loss/")), _draw_loss),
     ]
-    losses = _select(curves, lambda name: name == "loss" or name.startswith("loss/"))
-    if losses:
-        caption = "Training loss and its terms; the strong line is a moving average."
-        pictures.append(_picture("loss", caption, lambda theme: _draw_curves(losses, _draw_loss, theme)))
-    validation = _select(curves, lambda name: name.startswith("valid/"))
-    if validation:
-        caption = "Validation metrics during training; the ring marks the best."
-        pictures.append(
-            _picture("validation", caption, lambda theme: _draw_curves(validation, _draw_validation, theme))
-        )
+
+
+def draw_sheets(rows: Sequence[ResultRow], curves: Curves) -> dict[str, bytes]:
+    """Whole pictures for the folder of a report: `metrics`, and `loss` and `validation` where there are any."""
+    sheets = {"metrics": _png(_LIGHT, _draw_bars, rows)}
+    for kind, selected, draw in _kinds(curves):
+        if selected:
+            sheets[kind] = _png(_LIGHT, _draw_sheet, selected, draw)
+    return sheets
+
+
+def draw_panels(curves: Curves) -> list[Picture]:
+    """One picture for each validation metric and loss term of each stage."""
+    pictures = []
+    for kind, selected, draw in _kinds(curves):
+        for stage, named in selected.items():
+            for name, curve in named.items():
+                title = f"{kind.capitalize()}: {_label(name)}"
+                light, dark = (_png(theme, _draw_single, curve, draw, title, stage) for theme in (_LIGHT, _DARK))
+                pictures.append(Picture(f"{title}, {stage}", light, dark))
     return pictures
