@@ -43,11 +43,14 @@ from cllm4rec_dist.collectives import gather_integers
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
+from cllm4rec_dist.find_run import find, newest_step
 from cllm4rec_dist.lineage import Lineage, SeenInteractions, TrainedOn
-from cllm4rec_dist.run_folder import BEST, STEP, Kind, store_of_run
+from cllm4rec_dist.run_folder import BEST, STEP
 from cllm4rec_dist.store import SCHEMA_VERSION, Marker, Store, parse
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
+
+__all__ = ["BEST", "STEP", "find", "newest_step"]
 
 logger = logging.getLogger(__name__)
 
@@ -241,36 +244,6 @@ def _fetch(store: Store, name: str, marker: Marker, file: str) -> Path:
 def shard_file(rank: int, size: int) -> str:
     """Name of what `rank` of `size` ranks writes."""
     return f"shard-{rank:05d}-of-{size:05d}.safetensors"
-
-
-def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[str]]:
-    """The checkpoints that a path means, the one to use first.
-
-    Args:
-        path: a checkpoint, a run's folder, or a folder of checkpoints.
-        kinds: of a run or folder: all of the first kind, newest first, then all of the second.
-
-    Raises:
-        CheckpointError: where there is none.
-    """
-    parent, _, name = path.rstrip("/").rpartition("/")
-    store = Store(parent or ".")
-    if name and store.is_committed(name):
-        return store, [name]
-    for store in (Store(store_of_run(path)), Store(path)):
-        names = [name for kind in kinds for name in reversed(store.names(kind))]
-        if names:
-            return store, names
-    raise CheckpointError(
-        "checkpoint", path, f"is neither a checkpoint nor a run with a finished one in {store_of_run(path)}",
-        "Give a run that trained, or the folder of its checkpoints.",
-    )  # fmt: skip
-
-
-def newest_step(run: Path) -> int:
-    """Completed steps of a run's newest checkpoint; 0 where there is none yet."""
-    names = Store(store_of_run(str(run))).names(STEP)
-    return int(names[-1].removeprefix(STEP)) if names else 0
 
 
 def first_good(

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cllm4rec_dist.config_errors import config_error
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.renames import BACKBONE_SETTINGS, RUN_SETTINGS, require_new_keys
+from cllm4rec_dist.suggestions import did_you_mean_path
 
 
 class StrictModel(BaseModel):
@@ -24,6 +26,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
     renamed_keys: ClassVar[Mapping[str, str]] = {}
     """Dotted keys that are refused with their new name, old to new."""
+    file_kind: ClassVar[str | None] = None
+    """What a file of it is, where it has files of its own."""
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
@@ -54,16 +58,25 @@ def _parse_yaml(text: str) -> Any:
     """
     try:
         return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_on_one_line(error)) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
+
+
+def _on_one_line(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark
+    where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+    hint = "; YAML indents by blanks and not by tabs" if "'\\t'" in str(error.problem) else ""
+    return f"{error.problem}{where}{hint}"
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
-        raise ConfigError(
-            "override", override, "must look like section.key=value", "Write for example optimizer.lr=1e-3."
-        )
+        key, colon, value = override.partition(":")
+        example = f"{key.strip()}={value.strip()}" if colon and key.strip() else "for example optimizer.lr=1e-3"
+        raise ConfigError("override", override, "must look like section.key=value", f"Write {example}.")
     *sections, leaf = dotted.split(".")
     node = tree
     for section in sections:
@@ -85,7 +98,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError("configuration file", str(path), "does not exist", "Give the path of a YAML file.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        hint = did_you_mean_path(str(path))
+        raise ConfigError("configuration file", str(path), what, f"Give the path of a YAML file.{hint}")
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -97,6 +112,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             "configuration file", str(path), "must hold key: value pairs", "Start from a committed example."
         )
     return tree
+
+
+def _require_kind(model: type[StrictModel], tree: Mapping[str, Any], source: str) -> None:
+    """Refuse a file of another kind than the one that is wanted: a recipe for a run, a run for a recipe."""
+    found = next((kind for kind, key in _KEY_OF_KIND.items() if key in tree), None)
+    if found is not None and model.file_kind is not None and found != model.file_kind:
+        raise ConfigError(source, found, f"is not {model.file_kind}", f"Give {model.file_kind} instead: {_EXAMPLES}.")
+
+
+_KEY_OF_KIND = {"a recipe": "source", "a run configuration": "output", "settings of a small backbone": "vocab_size"}
+"""Kinds of files, with a key that no other kind has."""
+_EXAMPLES = "recipes are in shards/, run configurations in launch/configs/"
 
 
 def load_config(model: type[ModelT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ModelT:
@@ -111,6 +138,8 @@ def load_config(model: type[ModelT], path: str | Path | None = None, overrides: 
         ConfigError: for an unreadable file, an unknown key, a wrong type or range; names every offending field.
     """
     tree = {} if path is None else _read_yaml(Path(path))
+    if path is not None:
+        _require_kind(model, tree, str(path))
     for override in overrides:
         _apply_override(tree, override)
     return validate(model, tree, source=str(path) if path is not None else "configuration")
@@ -122,10 +151,7 @@ def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        found = [(".".join(map(str, e["loc"])) or "(whole)", e["msg"], e.get("input")) for e in error.errors()]
-        fields = "; ".join(f"{loc}: {message} (got {value!r:.80})" for loc, message, value in found)
-        known = "; ".join(dict.fromkeys(_known_keys(model, e["loc"]) for e in error.errors()))
-        raise ConfigError(source, [loc for loc, _, _ in found], f"is invalid: {fields}", f"{known}.") from None
+        raise config_error(model, error, source) from None
 
 
 def dotted_items(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
@@ -135,17 +161,6 @@ def dotted_items(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[s
             yield from dotted_items(value, f"{section}{key}.")
         else:
             yield f"{section}{key}", value
-
-
-def _known_keys(model: type[BaseModel], location: Sequence[int | str]) -> str:
-    """The keys of the section in which something is wrong."""
-    section = "the file"
-    for part in location[:-1]:
-        inner = model.model_fields[str(part)].annotation if part in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model, section = inner, str(part)
-    return f"Keys of {section}: {', '.join(model.model_fields)}"
 
 
 class AdapterConfig(StrictModel):
@@ -314,6 +329,7 @@ class RunConfig(StrictModel):
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = RUN_SETTINGS
+    file_kind: ClassVar[str | None] = "a run configuration"
 
     stage: Literal["pretrain", "finetune"]
     """Mutually regularized pretraining or recommendation-oriented finetuning; the entry point sets it."""
@@ -379,6 +395,7 @@ class BackboneConfig(StrictModel):
     """A small decoder to build: `cllm4rec build-backbone`."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = BACKBONE_SETTINGS
+    file_kind: ClassVar[str | None] = "settings of a small backbone"
 
     family: Literal["gpt2", "llama", "mistral", "qwen2"] = "gpt2"
     """Architecture."""

@@ -142,7 +142,7 @@ def test_a_file_that_is_not_text_or_not_there_is_refused(tmp_path: Path) -> None
     path = tmp_path / "run.yaml"
     with pytest.raises(ConfigError, match="does not exist"):
         load(path=path)
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="is a folder"):
         load(path=tmp_path)
     path.write_bytes(b"\xff\xfe\x00stage: 1")
     with pytest.raises(ConfigError, match="not readable YAML"):

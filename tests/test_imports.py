@@ -17,8 +17,8 @@ ROOT = Path(cllm4rec_dist.__file__).parent
 ORDER = [
     "__main__",
     "cli",
-    "next_steps",
     "project",
+    "next_steps",
     "launchers",
     "serving",
     "ray_launcher",
@@ -37,6 +37,7 @@ ORDER = [
     "growth",
     "checkpoint",
     "preflight",
+    "find_run",
     "lineage",
     "store",
     "interruption",
@@ -59,10 +60,11 @@ ORDER = [
     "diagnosis",
     "trajectory",
     "config",
+    "config_errors",
     "renames",
+    "id_list",
     "suggestions",
     "filesystems",
-    "id_list",
     "errors",
 ]
 """Top to bottom: an import points to a later line, or stays inside of a package."""

@@ -13,6 +13,7 @@ from cllm4rec_dist.cli.options import Overrides, announce, expanded, log_alone
 from cllm4rec_dist.config import BackboneConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.sources.check import check_source
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.filesystems import is_url
 
@@ -33,7 +34,6 @@ def prepare(
     """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
     config = load_config(PrepareConfig, recipe, overrides or ())
     preflight.require_none(preflight.tokenizer_problems(tokenizer, recipe), "prepare")
-    announce(f"prepare: reading {recipe}")
     manifest = make_corpus(config, tokenizer, output, overwrite=overwrite, workers=workers)
     held_out = f", {manifest.num_new_users:,} users held out" if manifest.num_new_users else ""
     typer.echo(f"{output}: {manifest.num_users:,} users, {manifest.num_items:,} items{held_out}")
@@ -45,10 +45,11 @@ def make_corpus(
     """Build the corpus of a recipe with the tokenizer of a backbone."""
     if not is_url(output):
         preflight.require_none(preflight.folder_problems("output", output), "prepare")
+    check_source(config.source)
+    announce(f"prepare: reading the data of {config.name}")
     from cllm4rec_dist.corpus.prepare import prepare as build
     from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 
-    log_alone()
     return build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite, num_workers=workers)
 
 
@@ -67,7 +68,6 @@ def backbone(
     """
     if (output / "config.json").exists():
         raise ConfigError("output", str(output), "already holds a backbone", "Choose another folder or remove it.")
-    announce(f"build-backbone: reading {recipe}")
     size = make_backbone(
         load_config(PrepareConfig, recipe), load_config(BackboneConfig, config, overrides or ()), output
     )
@@ -77,8 +77,9 @@ def backbone(
 def make_backbone(recipe: PrepareConfig, config: BackboneConfig, output: Path) -> int:
     """Build a small decoder and a tokenizer of a recipe's texts; returns the number of parameters."""
     preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
+    check_source(recipe.source)
+    announce(f"build-backbone: reading the data of {recipe.name}")
     from cllm4rec_dist.corpus.sources import read_source
     from cllm4rec_dist.model.tiny import build_backbone
 
-    log_alone()
     return build_backbone(config, read_source(recipe.source).texts(), output)

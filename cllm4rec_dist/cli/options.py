@@ -10,10 +10,12 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cllm4rec_dist import preflight
-from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import expand_path, is_url
+from cllm4rec_dist.find_run import find
 from cllm4rec_dist.launchers import is_main, ranks_are_elsewhere
 from cllm4rec_dist.log import setup_logging
+from cllm4rec_dist.project.layout import is_project, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,11 @@ def expanded(option: typer.CallbackParam, path: PathT | None) -> PathT | None:
         raise ConfigError(str(option.name), str(path), f"cannot be resolved: {error}", "Write $$ for $.") from None
 
 
+def resolved_run(option: typer.CallbackParam, path: str) -> str:
+    """The run that an argument means: a folder of a project stands for the run that recommends."""
+    return run_of(expanded(option, path) or path)
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")
 ]
@@ -37,7 +44,8 @@ ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.", callback=expanded)
 ]
 RunArgument = Annotated[
-    str, typer.Argument(help="Run folder (its best checkpoint) or checkpoint folder.", callback=expanded)
+    str,
+    typer.Argument(help="Run (its best checkpoint), checkpoint, or folder of a project.", callback=resolved_run),
 ]
 LauncherOption = Annotated[
     str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
@@ -69,11 +77,15 @@ BatchUsers = Annotated[int, typer.Option("--batch-users", min=1, help="Users ran
 
 def find_trained(run: str) -> str:
     """Where the ranks find a run; refused before they start where there is nothing to find."""
-    from cllm4rec_dist import checkpoint
-
-    path = run if "://" in run else str(Path(run).absolute())
-    checkpoint.find(path)
-    return path
+    try:
+        find(run)
+    except CheckpointError as error:
+        project = Path(run).parent.parent
+        if not is_project(project):
+            raise
+        cure = f"The project has not been trained: `cllm4rec run {project}`."
+        raise CheckpointError(error.field, error.value, error.constraint, cure) from None
+    return run if is_url(run) else str(Path(run).absolute())
 
 
 def moved_paths(backbone: str | None, corpus: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Reading is left to `sources/`, filtering and splitting to `catalog.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
@@ -379,6 +379,8 @@ class Preparation(StrictModel):
 
 class PrepareConfig(Preparation):
     """A recipe."""
+
+    file_kind: ClassVar[str | None] = "a recipe"
 
     name: str = Field(min_length=1)
     """Of the data set."""

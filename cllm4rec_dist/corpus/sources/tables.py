@@ -51,7 +51,7 @@ def read_table(source: TableSource) -> RawData:
     roles: dict[str, Role] = {"user": "id", "item": "id", "rating": "number", "timestamp": "number", "text": "text"}
     collector = InteractionCollector(log, rules, present)
     for file in find_files(table.path):
-        collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, present, roles, log), present))
+        collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, present, roles, log), present))
     raw = collector.finish()
     if source.items is not None:
         raw = replace(raw, items=_item_texts(source, raw, rules, log))
@@ -72,7 +72,7 @@ def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     rules = replace(rules, has_html=table.html)
     collector = TextCollector("item", texts, raw.item_ids, log, rules, one_line=("title", "category"))
     for file in find_files(table.path):
-        collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, names, roles, log), names))
+        collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, names, roles, log), names))
     found = collector.finish()
     return found.select(
         "item",
@@ -90,7 +90,7 @@ def _user_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     roles: dict[str, Role] = {"user": "id", **dict.fromkeys(columns, "text")}
     collector = TextCollector("user", list(columns), raw.user_ids, log, replace(rules, has_html=table.html))
     for file in find_files(table.path):
-        collector.add_file(file.path, _renamed(_batches(file, table, source.encoding, names, roles, log), names))
+        collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, names, roles, log), names))
     found = collector.finish()
     return found.select("user", joined(found, list(columns)).alias("text"))
 
@@ -102,7 +102,7 @@ def _renamed(batches: Iterator[Batch], names: dict[str, str]) -> Iterator[Batch]
         yield Batch(batch.path, batch.lines, columns)
 
 
-def _batches(
+def read_batches(
     file: RawFile, table: TableFile, encoding: str, names: dict[str, str], roles: dict[str, Role], log: SkipLog
 ) -> Iterator[Batch]:
     """The columns `names` of a file, whatever its kind."""

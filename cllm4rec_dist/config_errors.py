@@ -1,0 +1,124 @@
+"""What pydantic finds wrong with a configuration, in words that name the key, the rule and the key that was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.suggestions import closest
+
+_MOST = 80
+
+
+def config_error(model: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
+    """One error that names everything that is wrong.
+
+    Args:
+        model: that was to be made.
+        source: where the configuration is from.
+    """
+    found = error.errors()
+    fields, clauses, cures = [], [], []
+    for each in found:
+        section, path = _section(model, each["loc"])
+        fields.append(path)
+        clauses.append(_clause(each, path, section))
+        cures.append(_cure(each, path, section))
+    return ConfigError(source, fields, f"is invalid: {'; '.join(clauses)}", " ".join(dict.fromkeys(cures)))
+
+
+def _clause(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> str:
+    """What is wrong with one key, with the one that was meant."""
+    value, context = error.get("input"), error.get("ctx", {})
+    key = path.rpartition(".")[2]
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{path} is no key of {_name(path)}{_hint(key, _keys(section))}"
+        case "missing":
+            return f"{path} is missing"
+        case "literal_error":
+            known = _words(str(context["expected"]))
+            return f"{path}: {value!r} is none of {', '.join(known)}{_hint(str(value), known)}"
+        case "union_tag_invalid":
+            field, known = str(context["discriminator"]).strip("'"), _words(str(context["expected_tags"]))
+            wrong = str(context["tag"])
+            return f"{path}.{field}: {wrong!r} is none of {', '.join(known)}{_hint(wrong, known)}"
+        case "union_tag_not_found":
+            return f"{path}.{str(context['discriminator']).strip(chr(39))} is missing"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{path} must be a section with keys of its own (got {value!r:.{_MOST}})"
+        case "tuple_type" | "list_type":
+            return f"{path} must be a list (got {value!r:.{_MOST}})"
+        case _:
+            return f"{path or '(whole)'}: {error['msg'].removeprefix('Value error, ')} (got {value!r:.{_MOST}})"
+
+
+def _cure(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> str:
+    """What to do about it: the keys that there are, or how a value is written."""
+    value = error.get("input")
+    if error["type"] in ("tuple_type", "list_type"):
+        items = ", ".join(str(value).replace(",", " ").split()) if isinstance(value, str) else value
+        return f"Write {path}: [{items}], or {path}=[{items}] as an override."
+    if error["type"] == "extra_forbidden":
+        return f"Keys of {_name(path)}: {', '.join(_keys(section))}."
+    return "`cllm4rec settings` explains every key of a run, `cllm4rec settings recipe` those of a recipe."
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    found = closest(word, known)
+    return "" if found is None else f" (did you mean {found!r}?)"
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[0] or "the file"
+
+
+def _keys(section: type[BaseModel] | None) -> list[str]:
+    return [] if section is None else list(section.model_fields)
+
+
+def _words(text: str) -> list[str]:
+    """The words of "'a', 'b' or 'c'"."""
+    return [word.strip(" '\"") for word in text.replace(" or ", ",").split(",") if word.strip(" '\"")]
+
+
+def _section(model: type[BaseModel], location: Sequence[int | str]) -> tuple[type[BaseModel] | None, str]:
+    """The section in which something is wrong, and its dotted key. (Pydantic also puts tags of unions into the way.)"""
+    path: list[str] = []
+    section: type[BaseModel] | None = model
+    choices: list[type[BaseModel]] = [model]
+    for number, part in enumerate(location):
+        tagged = [choice for choice in choices if part in _tags(choice)]
+        if len(choices) > 1 and tagged:
+            choices = tagged
+            continue
+        section = choices[0] if len(choices) == 1 else None
+        path.append(str(part))
+        if number + 1 < len(location):
+            field = None if section is None else section.model_fields.get(str(part))
+            choices = [] if field is None else list(_models(field.annotation))
+    return section, ".".join(path)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, Union, UnionType):
+        for part in get_args(annotation):
+            yield from _models(part)
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """Values of the fields by which a union tells its models apart."""
+    return tuple(
+        tag
+        for field in model.model_fields.values()
+        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+        for tag in get_args(field.annotation)
+    )
