@@ -45,12 +45,12 @@ from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
 from cllm4rec_dist.find_run import find, newest_step
 from cllm4rec_dist.lineage import Lineage, SeenInteractions, TrainedOn
-from cllm4rec_dist.run_folder import BEST, STEP
+from cllm4rec_dist.run_folder import BEST, STEP, Kind
 from cllm4rec_dist.store import SCHEMA_VERSION, Marker, Store, parse
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
 
-__all__ = ["BEST", "STEP", "find", "newest_step"]
+__all__ = ["BEST", "STEP", "Kind", "find", "newest_step"]
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers import joins, require_launchable
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.pipeline import load_settings, require_project, run_stages, split_overrides
+from cllm4rec_dist.project.sample import Role
 from cllm4rec_dist.project.stages import Settings
 from cllm4rec_dist.project.summary import summarize
 
@@ -69,11 +70,10 @@ def init(
     """
     from cllm4rec_dist.corpus.sources.records import Dialect
     from cllm4rec_dist.project.create import Given, absolute, create, dialects
-    from cllm4rec_dist.project.guess import Wanted
+    from cllm4rec_dist.project.guess import Wanted, refuse
     from cllm4rec_dist.project.machine import this_machine
 
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
-    asks = {"choose": _choose} if sys.stdin.isatty() and sys.stdout.isatty() else {}
     wanted = Wanted(
         user=user_column,
         item=item_column,
@@ -84,10 +84,14 @@ def init(
         category=category_column,
         time_format=time_format,
         rating_threshold=rating_threshold,
-        **asks,
+        choose=_choose if sys.stdin.isatty() and sys.stdout.isatty() else refuse,
     )
     common = Dialect(separator.replace("\\t", "\t") if separator else None, quoting, escape, encoding)
-    names = {"orders": _split(orders_names), "items": _split(items_names), "customers": _split(customers_names)}
+    names: dict[Role, tuple[str, ...] | None] = {
+        "orders": _split(orders_names),
+        "items": _split(items_names),
+        "customers": _split(customers_names),
+    }
     orders_path = absolute(orders)
     assert orders_path is not None
     given = Given(
@@ -100,7 +104,7 @@ def _split(names: str | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(name.strip() for name in names.split(","))
 
 
-def _choose(option: str, question: str, names: list[str]) -> str:
+def _choose(option: str, question: str, names: Sequence[str]) -> str:
     """Ask in the terminal until one of the names is given."""
     typer.echo(f"{option} {question}:")
     for number, name in enumerate(names, start=1):

@@ -117,8 +117,10 @@ def propose(name: str, given: Given, machine: Machine) -> Proposal:
     interactions = guess_interactions(
         samples["orders"], wanted, _others("items", samples, others), _others("customers", samples, others)
     )
-    items = guess_items(samples.get("items", samples["orders"]), wanted, others["orders"][interactions.item])
-    if given.items is None and items.title is None and items.category is None:
+    items: Items | None = guess_items(
+        samples.get("items", samples["orders"]), wanted, others["orders"][interactions.item]
+    )
+    if given.items is None and items is not None and items.title is None and items.category is None:
         items = None
     customers = None
     if "customers" in samples:

@@ -8,7 +8,7 @@ nothing is guessed: `choose` asks, or refuses with the option that decides it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -28,6 +28,11 @@ _SURE = 0.9
 
 Choose = Callable[[str, str, Sequence[str]], str]
 """`choose(option, question, names)`: the column that the user names, or a ConfigError that names the option."""
+
+
+def refuse(option: str, question: str, names: Sequence[str]) -> str:
+    """The `Choose` of a command without a terminal."""
+    raise ConfigError(option, None, question, f"Give {option} with one of: {', '.join(names)}.")
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,7 @@ class Wanted:
     category: str | None = None
     time_format: str | None = None
     rating_threshold: float | None = None
-    choose: Choose = field(default=lambda option, question, names: _refuse(option, question, names))
-
-
-def _refuse(option: str, question: str, names: Sequence[str]) -> str:
-    raise ConfigError(option, None, question, f"Give {option} with one of: {', '.join(names)}.")
+    choose: Choose = refuse
 
 
 def guess_interactions(

@@ -1,4 +1,4 @@
-"""What can be seen of a recipe's files before all of them are read: paths that are wrong, columns that are not there."""
+"""What can be seen of a recipe's files before they are read: wrong paths, and columns that are not there."""
 
 from __future__ import annotations
 

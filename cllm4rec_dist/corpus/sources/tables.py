@@ -51,7 +51,8 @@ def read_table(source: TableSource) -> RawData:
     roles: dict[str, Role] = {"user": "id", "item": "id", "rating": "number", "timestamp": "number", "text": "text"}
     collector = InteractionCollector(log, rules, present)
     for file in find_files(table.path):
-        collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, present, roles, log), present))
+        batches = read_batches(file, table, source.encoding, present, roles, log)
+        collector.add_file(file.path, _renamed(batches, present))
     raw = collector.finish()
     if source.items is not None:
         raw = replace(raw, items=_item_texts(source, raw, rules, log))
