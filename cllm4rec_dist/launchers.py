@@ -23,6 +23,7 @@ from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.ray_launcher import ray_address, require_ray_address, run_on_ray
 from cllm4rec_dist.rendezvous import forget_launcher, read_ranks, require_host
 from cllm4rec_dist.run_rank import RankFunction, run_rank
+from cllm4rec_dist.suggestions import did_you_mean
 
 LAUNCHERS = ("auto", "ray", "process")
 
@@ -66,7 +67,8 @@ def require_launchable(launcher: str, workers: str, environ: Mapping[str, str]) 
         ConfigError: names the option or variable.
     """
     if launcher not in LAUNCHERS:
-        raise ConfigError("--launcher", launcher, f"is not one of {LAUNCHERS}", "Leave it out for auto.")
+        cure = f"Leave it out for auto.{did_you_mean(launcher, LAUNCHERS)}"
+        raise ConfigError("--launcher", launcher, f"is not one of {', '.join(LAUNCHERS)}", cure)
     size, tasks = environ.get("WORLD_SIZE", "1"), environ.get("SLURM_STEP_NUM_TASKS", "1")
     if launcher == "process" and "TORCHELASTIC_RUN_ID" in environ and size != "1":
         raise ConfigError(

@@ -18,7 +18,7 @@ from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, Co
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
 from cllm4rec_dist.run_folder import STEP, store_url
 from cllm4rec_dist.store import Store
-from cllm4rec_dist.suggestions import closest_path, did_you_mean_path
+from cllm4rec_dist.suggestions import closest, closest_path, did_you_mean_path
 from cllm4rec_dist.trackers import tracker_problems
 
 _METRIC_CURE = "Write for example recall@20 or ndcg@100."
@@ -130,7 +130,18 @@ def metric_problems(field: str, names: Sequence[str], instead: str = "") -> list
     if not names:
         return [ConfigError(field, list(names), "must name at least one metric", f"{_METRIC_CURE}{instead}")]
     wrong = [name for name in names if not METRIC_NAME.fullmatch(name)]
-    return [ConfigError(field, name, "must be recall@K or ndcg@K with K >= 1", _METRIC_CURE) for name in wrong]
+    return [
+        ConfigError(field, name, "must be recall@K or ndcg@K with K >= 1", f"{_METRIC_CURE}{_meant_metric(name)}")
+        for name in wrong
+    ]
+
+
+def _meant_metric(name: str) -> str:
+    """The metric that a misspelt name is nearest to, for the end of a cure."""
+    kind, _, cutoff = name.partition("@")
+    found = closest(kind.strip(), ("recall", "ndcg"))
+    meant = f"{found}@{cutoff if METRIC_NAME.fullmatch(f'{found}@{cutoff}') else 20}"
+    return "" if found is None else f" Did you mean {meant!r}?"
 
 
 def setting_problems(config: RunConfig) -> list[CLLM4RecError]:

@@ -18,6 +18,7 @@ ORDER = [
     "__main__",
     "cli",
     "project",
+    "settings_reference",
     "next_steps",
     "launchers",
     "serving",

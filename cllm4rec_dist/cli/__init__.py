@@ -12,5 +12,14 @@ from cllm4rec_dist.cli.frame import app, main
 
 __all__ = ["app", "main"]
 
-for _module in ("project", "corpus", "train", "evaluate", "recommend", "export", "audit"):  # in the order of the help
+for _module in (
+    "project",
+    "corpus",
+    "train",
+    "evaluate",
+    "recommend",
+    "export",
+    "audit",
+    "settings",
+):  # in the order of the help
     import_module(f"{__name__}.{_module}")

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import expanded
+from cllm4rec_dist.cli.options import expanded, find_trained
+from cllm4rec_dist.find_run import newest_step
 
 
 @app.command()
@@ -16,8 +17,8 @@ def audit(
     run: Annotated[Path, typer.Argument(help="Run folder that trained with audit=true.", callback=expanded)],
 ) -> None:
     """Prove from its audit log that a run read every user and text exactly once, whatever befell it."""
+    step = newest_step(Path(find_trained(str(run))))
     from cllm4rec_dist.audit import check
-    from cllm4rec_dist.checkpoint import newest_step
 
-    typer.echo(check(run, newest_step(run)).table())
+    typer.echo(check(run, step).table())
     typer.echo("exactly once: yes")

@@ -9,7 +9,7 @@ import typer
 
 from cllm4rec_dist import preflight
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import Overrides, announce, expanded, log_alone
+from cllm4rec_dist.cli.options import Overrides, announce, expanded
 from cllm4rec_dist.config import BackboneConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig

@@ -28,6 +28,7 @@ from cllm4rec_dist.cli.options import (
 )
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers import is_main, launch, require_launchable
+from cllm4rec_dist.suggestions import did_you_mean
 
 METRICS = "recall@20,recall@40,ndcg@100"
 
@@ -53,18 +54,20 @@ def evaluate(
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     problems = preflight.metric_problems("--metrics", names) + output_problems("--output", folder, launcher)
     if split not in ("test", "valid"):
-        problems.append(ConfigError("--split", split, "is neither test nor valid", "Leave it out for test."))
+        why = ": the model has learnt these items, so finding them shows nothing" if split == "train" else ""
+        cure = f"Leave it out for test.{did_you_mean(split, ('test', 'valid'))}"
+        problems.append(ConfigError("--split", split, f"is neither test nor valid{why}", cure))
     preflight.require_none(problems, "evaluate")
-    folder = folder.absolute()
+    folder, found, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
     announce(f"evaluate: reading {run}", launcher)
     from cllm4rec_dist.inference import evaluate_run
 
     started = time.monotonic()
     launch(
         evaluate_run, launcher, workers,
-        run=find_trained(run), split=split, metrics=names, batch_users=batch_users, output=str(folder),
+        run=found, split=split, metrics=names, batch_users=batch_users, output=str(folder),
         baselines=baselines,
-        **moved_paths(backbone, corpus),
+        **moved,
     )  # fmt: skip
     if is_main(launcher, os.environ):
         from cllm4rec_dist.evaluation.comparison import compare

@@ -9,7 +9,15 @@ import typer
 
 from cllm4rec_dist import preflight
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import BackboneOption, CorpusOption, RunArgument, announce, expanded
+from cllm4rec_dist.cli.options import (
+    BackboneOption,
+    CorpusOption,
+    RunArgument,
+    announce,
+    expanded,
+    find_trained,
+    moved_paths,
+)
 
 
 @app.command()
@@ -21,6 +29,8 @@ def export(
 ) -> None:
     """Write a run for other programs: PEFT adapters or the backbone, tables, head, external ids."""
     preflight.require_none(preflight.folder_problems("output", str(output)), "export")
+    find_trained(run)
+    moved_paths(backbone, corpus)
     announce(f"export: reading {run}")
     from cllm4rec_dist.export.folder import export
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -15,11 +17,28 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Train an LLM recommender (CLLM4Rec) on many GPUs, or on a laptop.
 
-The way through: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**. Without a
+With your own orders: **init** proposes a project, **run** does everything that is missing of it.
+
+Step by step: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**. Without a
 pretrained decoder at hand, **build-backbone** builds a small one first.
 
-Every setting of a run is documented in `cllm4rec_dist/config.py` and may be given as `section.key=value`.""",
+**settings** prints every setting of a run; each may be given as `section.key=value`.""",
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"cllm4rec_dist {version('cllm4rec_dist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _require_new_command(arguments: list[str]) -> None:

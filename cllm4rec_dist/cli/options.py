@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cllm4rec_dist import preflight
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import expand_path, is_url
 from cllm4rec_dist.find_run import find
@@ -89,10 +90,16 @@ def find_trained(run: str) -> str:
 
 
 def moved_paths(backbone: str | None, corpus: str | None) -> dict[str, Any]:
-    """Paths that override those of a checkpoint, for ranks that run in another folder; a hub id stays."""
-    if backbone is not None and Path(backbone).is_dir():
-        backbone = str(Path(backbone).absolute())
+    """Paths that override those of a checkpoint, for ranks that run in another folder; a hub id stays.
+
+    Raises:
+        CLLM4RecError: for a folder of the options that is none of its kind.
+    """
+    if backbone is not None:
+        preflight.require_none(preflight.backbone_problems("--backbone", backbone), "backbone")
+        backbone = str(Path(backbone).absolute()) if Path(backbone).is_dir() else backbone
     if corpus is not None and not is_url(corpus):
+        load_manifest(corpus)
         corpus = str(Path(corpus).absolute())
     return {"backbone": backbone, "corpus": corpus}
 

@@ -22,8 +22,10 @@ from cllm4rec_dist.cli.options import (
     Workers,
     announce,
     expanded,
+    moved_paths,
 )
 from cllm4rec_dist.config import RunConfig, load_config
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.interruption import EXIT_STATUS
 from cllm4rec_dist.launchers import is_main, launch, ranks_are_elsewhere, require_launchable
 from cllm4rec_dist.next_steps import next_commands
@@ -86,20 +88,25 @@ def plan(
     """
     import json
 
-    announce(f"plan: reading {config}")
     from cllm4rec_dist.planning.hardware import find_gpu
+
+    place = find_gpu(gpu), gpus, gpus_per_host, efficiency
+    read, problems = preflight.resolve_paths(
+        load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
+    )
+    moved = moved_paths(backbone, corpus)
+    problems += preflight.backbone_problems("backbone", moved["backbone"] or read.backbone)
+    preflight.require_none(problems, "run")
+    load_manifest(moved["corpus"] or read.corpus)
+    announce(f"plan: reading {config}")
     from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
     from cllm4rec_dist.planning.table import as_json, tell, tell_changes
     from cllm4rec_dist.trained_run import relocated
 
-    read, problems = preflight.resolve_paths(
-        load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
-    )
-    preflight.require_none(problems, "run")
     read = relocated(read, str(config), backbone, corpus)
     if stage is None and read.init_from is not None:
         read = read.model_copy(update={"stage": "finetune"})
-    made = make_plan(read, Place(find_gpu(gpu), gpus, gpus_per_host, efficiency), samples)
+    made = make_plan(read, Place(*place), samples)
     typer.echo(tell(made))
     changes = list(ways_to_fit(read, made, samples))
     if changes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.suggestions import did_you_mean
 
 GIB = 1 << 30
 
@@ -56,5 +57,7 @@ def find_gpu(name: str) -> Gpu:
         ConfigError: for another one.
     """
     if name not in GPUS:
-        raise ConfigError("--gpu", name, f"is not one of {', '.join(GPUS)}", "Choose the nearest one.")
+        raise ConfigError(
+            "--gpu", name, f"is not one of {', '.join(GPUS)}", f"Choose the nearest one.{did_you_mean(name, GPUS)}"
+        )
     return GPUS[name]
