@@ -18,20 +18,44 @@ from cllm4rec_dist.cli.options import (
     find_trained,
     moved_paths,
 )
+from cllm4rec_dist.export.options import ExportOptions, option_problems, output_problems
 
 
 @app.command()
 def export(
     run: RunArgument,
     output: Annotated[Path, typer.Argument(help="New folder to write.", callback=expanded)],
+    faiss: Annotated[bool, typer.Option("--faiss", help="Write a FAISS index of the items too.")] = False,
+    hub: Annotated[
+        bool, typer.Option("--hub", help="Write a folder to publish: a model card, no users, no paths, all it needs.")
+    ] = False,
+    with_users: Annotated[
+        bool, typer.Option("--with-users", help="With --hub: users' ids and embeddings, which may be personal data.")
+    ] = False,
+    license: Annotated[
+        str | None, typer.Option("--license", help="With --hub: licence of the card, such as apache-2.0.")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", help="With --hub: hub id of a local backbone, to name it and not to copy it."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload to the Hugging Face hub; means --hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: into a private repository.")] = False,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
-    """Write a run for other programs: PEFT adapters or the backbone, tables, head, external ids."""
-    preflight.require_none(preflight.folder_problems("output", str(output)), "export")
+    """Write a run for other programs: adapters or backbone, tables, ids, embeddings as Parquet, how to score."""
+    options = ExportOptions(
+        faiss=faiss, hub=hub, with_users=with_users, license=license, base_model=base_model, push=push, private=private
+    )
+    preflight.require_none([*output_problems(output), *option_problems(options)], "export")
     find_trained(run)
     moved_paths(backbone, corpus)
     announce(f"export: reading {run}")
     from cllm4rec_dist.export.folder import export
 
-    typer.echo(f"exported to {output}: {', '.join(export(run, output, backbone, corpus))}")
+    typer.echo(f"exported to {output}: {', '.join(export(run, output, options, backbone, corpus))}")
+    if push is not None:
+        typer.echo(f"uploaded to https://huggingface.co/{push}")

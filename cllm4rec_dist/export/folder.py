@@ -1,105 +1,121 @@
-"""A checkpoint in the formats of other programs: PEFT adapters (or a whole backbone), tables, item head, external ids.
-
-Written from the checkpoint's files alone, by one process and without building the run's model: the ranks' slices are
-put together tensor by tensor. The folder:
+"""A checkpoint in the formats of other programs: the folder that `cllm4rec export` writes.
 
     collaborative/, content/             PEFT adapters that load into AutoModel and into AutoModelForCausalLM; content/
                                          where the run has a content LLM
     collaborative-causal-lm/, content-causal-lm/    the same as adapters of task_type CAUSAL_LM, for programs that go by
                                          it (AutoPeftModelForCausalLM) and for AutoModelForCausalLM alone
     backbone/                            instead of adapters, where the backbone is trained whole; for both classes
-    tables.safetensors                   rows and head, see `export`
+    tables.safetensors                   rows and head, see `source.read_tables`
     users.parquet, items.parquet         external ids of the rows
+    item_embeddings.parquet, user_embeddings.parquet    the same with titles and vectors (`embeddings.py`)
+    items.faiss                          if asked for: an exact index of the items' score vectors
     scoring.json                         how scores are computed from all these (`scoring.py`)
 
-AutoModelForCausalLM nests the decoder below a prefix, and PEFT finds a weight by the name of its module. A weight under
-another name is passed over with no more than a warning, so the adapters for both classes hold each weight under the
-names of both: the word head must not be computed from a model without its adapter.
+A folder to publish has a model card too (README.md), leaves users out unless they are asked for, names no path of this
+machine, and holds a backbone that is on no hub: it is complete by itself.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
 
-from cllm4rec_dist import checkpoint
-from cllm4rec_dist.checkpoint import ADAPTER, Checkpoint
-from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.corpus.tokenizer import WordTokenizer
-from cllm4rec_dist.errors import CheckpointError, ConfigError
-from cllm4rec_dist.export.scoring import describe_scoring
-from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, fingerprint, load_config, local_folder, lora_settings
-from cllm4rec_dist.topology import World
-from cllm4rec_dist.trained_run import log_choice, recorded_config
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.export import embeddings, hub, models
+from cllm4rec_dist.export.card import write_card
+from cllm4rec_dist.export.options import ExportOptions, output_problems
+from cllm4rec_dist.export.scoring import BACKBONE_FOLDER, describe_scoring
+from cllm4rec_dist.export.source import Source, open_source
+from cllm4rec_dist.preflight import require_none
 
 logger = logging.getLogger(__name__)
 
-TABLES_FILE, SCORING_FILE = "tables.safetensors", "scoring.json"
-CAUSAL_LM = "-causal-lm"
-"""Behind the names of the folders of adapters for AutoModelForCausalLM alone."""
-_PREFIX = "decoder."
+TABLES_FILE, SCORING_FILE, INDEX_FILE, CARD_FILE = "tables.safetensors", "scoring.json", "items.faiss", "README.md"
 
 
-def export(run: str, output: Path, backbone: str | None = None, corpus: str | None = None) -> list[str]:
-    """Write a run's best checkpoint to a new folder; the names of what was written.
-
-    `tables.safetensors` holds `collaborative.users`, `collaborative.items` and, where the run has a content LLM,
-    `content.users` and `content.items`: fp32 [rows, D], in units of the backbone's embedding scale, in the order of
-    users.parquet and items.parquet; `collaborative.shared_user` and `content.shared_user` [D], where the run has them,
-    stand for people without a row. Of the item head it holds `head.bias` [items] and `head.temperature` [], where the
-    run has them.
+def export(
+    run: str,
+    output: Path,
+    options: ExportOptions | None = None,
+    backbone: str | None = None,
+    corpus: str | None = None,
+) -> list[str]:
+    """Write a run's best checkpoint to a new folder, and upload it where `options.push` says so.
 
     Args:
+        options: what is written, by default everything but an index; `option_problems` says what is wrong with them.
         backbone: where it is now, if not where the checkpoint says.
-        corpus: a corpus that must be the run's; none is read otherwise.
+        corpus: where it is now, likewise. Titles and the model card are made of it.
+
+    Returns:
+        the names of what was written.
 
     Raises:
         CheckpointError: where no checkpoint is whole, or the backbone or the corpus is another one.
-        ConfigError: where the output exists, or the backbone is gone.
+        ConfigError: where the output exists, the backbone is gone, or the hub refuses.
+        CorpusError: where the corpus is gone and a folder to publish needs it.
     """
-    if output.exists():
-        raise ConfigError("output", str(output), "exists", "Choose another folder, or remove it.")
-    store, names = checkpoint.find(run)
-    world = World(0, 1, 0, torch.device("cpu"))
-    found = checkpoint.first_good(store, names, world, lambda opened: (_tensors(opened), _tables(opened)))
-    if found is None:
-        raise CheckpointError("checkpoint", run, "is damaged, and so is every other one there", "Use another run.")
-    opened, (tensors, tables) = found
-    config = recorded_config(opened, backbone, corpus or str(opened.about.config["corpus"]))
-    folder = local_folder(config.backbone)
-    decoder = load_config(folder)  # refuses a backbone that cannot be used
-    tokenizer = WordTokenizer.load(folder)
-    fingerprints = {"backbone": fingerprint(folder), "tokenizer": tokenizer.fingerprint}
-    if corpus is not None:
-        fingerprints["corpus"] = Corpus.open(corpus, verify=False).fingerprint
-    checkpoint.require_same(opened, fingerprints)
-    log_choice(store, names, opened)
+    options = options or ExportOptions()
+    require_none(output_problems(output), "export")
+    source = open_source(run, backbone, corpus, base_model=options.base_model, needs_corpus=options.is_public)
+    if options.push is not None:
+        hub.create_repository(options.push, private=options.private)
     with _new_folder(output) as part:
-        if config.adapter.kind == "lora":
-            # Without a content LLM its adapter is there, as it started.
-            llms = [llm for llm in (COLLABORATIVE, CONTENT) if f"{llm}.users" in tables]
-            _write_adapters(config, folder, tensors, llms, part)
-        elif config.adapter.kind == "full":
-            _write_backbone(folder, tensors, part / "backbone")
-        save_file(tables, part / TABLES_FILE)
-        for file in ("users.parquet", "items.parquet"):
-            shutil.copyfile(opened.file(file), part / file)
-        scoring = describe_scoring(opened, config, tokenizer, decoder.vocab_size, tables)
-        (part / SCORING_FILE).write_text(json.dumps(scoring, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    logger.info("exported %s", opened.path)
+        _write(source, options, part)
+    logger.info("exported %s", source.opened.path)
+    if options.push is not None:
+        hub.upload(output, options.push)
     return sorted(path.name for path in output.iterdir())
+
+
+def _write(source: Source, options: ExportOptions, output: Path) -> None:
+    backbone = _write_models(source, options, output)
+    tables = {name: rows for name, rows in source.tables.items() if options.includes_users or ".users" not in name}
+    save_file(tables, output / TABLES_FILE)
+    _write_ids_and_embeddings(source, options, output)
+    scoring = describe_scoring(source, backbone, with_users=options.includes_users, with_paths=not options.is_public)
+    (output / SCORING_FILE).write_text(json.dumps(scoring, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.is_public:
+        write_card(source, options, scoring, output / CARD_FILE)
+
+
+def _write_models(source: Source, options: ExportOptions, output: Path) -> str:
+    """Adapters or backbone; the name by which the folder's reader finds the backbone."""
+    kind = source.config.adapter.kind
+    if not options.is_public:
+        backbone = source.config.backbone
+    elif source.base_model is not None:
+        backbone = source.base_model
+    else:
+        backbone = BACKBONE_FOLDER
+        if kind != "full":
+            models.copy_backbone(source.backbone, output / BACKBONE_FOLDER)
+    if kind == "lora":
+        models.write_adapters(source, backbone, output)
+    elif kind == "full":
+        models.write_trained_backbone(source, output / BACKBONE_FOLDER)
+    return backbone
+
+
+def _write_ids_and_embeddings(source: Source, options: ExportOptions, output: Path) -> None:
+    opened, tables, similarity = source.opened, source.tables, source.config.head.similarity
+    items, bias = tables["collaborative.items"], tables.get("head.bias")
+    titles = None if source.corpus is None else source.corpus.items()["title"].to_pylist()
+    ids = opened.external_ids("items")
+    shutil.copyfile(opened.file("items.parquet"), output / "items.parquet")
+    embeddings.write_items(output / "item_embeddings.parquet", ids, titles, items, bias, similarity)
+    if options.faiss:
+        embeddings.write_index(output / INDEX_FILE, items, bias, similarity)
+    if options.includes_users:
+        users = opened.external_ids("users")
+        shutil.copyfile(opened.file("users.parquet"), output / "users.parquet")
+        embeddings.write_users(output / "user_embeddings.parquet", users, tables["collaborative.users"])
 
 
 @contextmanager
@@ -115,78 +131,3 @@ def _new_folder(output: Path) -> Iterator[Path]:
         raise ConfigError("output", str(output), f"cannot be written ({error})", "Choose another folder.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _tensors(opened: Checkpoint) -> dict[str, Tensor]:
-    """What the engine trains, whole, under the names that it has there."""
-    found: dict[str, Tensor] = {}
-    for name, shape in opened.about.shapes.items():
-        flat = opened.rows(ADAPTER + name, math.prod(shape), 0, math.prod(shape))
-        if flat is None:
-            raise CheckpointError(opened.path, name, "is missing", "Use another checkpoint.")
-        found[name] = flat.reshape(shape)
-    return found
-
-
-def _tables(opened: Checkpoint) -> dict[str, Tensor]:
-    """User and item rows, and the parameters of the item head."""
-    about, found = opened.about, {}
-    for llm in (COLLABORATIVE, CONTENT):
-        for kind, size in (("users", about.num_user_rows), ("items", about.num_items)):
-            rows = opened.rows(f"{llm}.{kind}", size, 0, size)
-            if rows is not None:
-                found[f"{llm}.{kind}"] = rows
-        if about.has_shared_user and f"{llm}.users" in found:
-            users = found[f"{llm}.users"]
-            found[f"{llm}.users"], found[f"{llm}.shared_user"] = users[:-1].contiguous(), users[-1].clone()
-    bias = opened.rows("head.bias", about.num_items, 0, about.num_items)
-    if bias is not None:
-        found["head.bias"] = bias.flatten()
-    log_temperature = opened.replicated().get("head.log_temperature")
-    if log_temperature is not None:
-        found["head.temperature"] = log_temperature.exp()
-    return found
-
-
-def _write_adapters(
-    config: RunConfig, backbone: Path, tensors: dict[str, Tensor], llms: Sequence[str], output: Path
-) -> None:
-    """The adapters of `llms`, each for both model classes and for AutoModelForCausalLM alone."""
-    decoder = load_config(backbone)
-    with torch.device("meta"):
-        prefix = f"{AutoModel.from_config(decoder).base_model_prefix}."
-    for llm in llms:
-        weights = {
-            full.removeprefix(_PREFIX).replace(f".{llm}.", "."): value
-            for full, value in tensors.items()
-            if f".{llm}." in full
-        }
-        forms = ((llm, "FEATURE_EXTRACTION", ("", prefix)), (llm + CAUSAL_LM, "CAUSAL_LM", (prefix,)))
-        for name, task_type, prefixes in forms:
-            settings = lora_settings(config.adapter, decoder.model_type)
-            settings.task_type = task_type
-            settings.base_model_name_or_path = config.backbone
-            settings.inference_mode = True
-            settings.save_pretrained(str(output / name))
-            # Cloned, as safetensors stores no memory under two names.
-            named = {f"base_model.model.{p}{key}": value.clone() for p in prefixes for key, value in weights.items()}
-            save_file(named, output / name / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _write_backbone(backbone: Path, tensors: dict[str, Tensor], output: Path) -> None:
-    """The backbone with its trained weights, its own word embeddings and word head, and its tokenizer."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        backbone, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
-    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    decoder = model.base_model
-    kept = decoder.load_state_dict({name.removeprefix(_PREFIX): value for name, value in tensors.items()}, strict=False)
-    assert not kept.unexpected_keys, kept.unexpected_keys
-    if missing:
-        logger.warning(
-            "%s has no word head (%s): what is exported loads into AutoModel, and has none for AutoModelForCausalLM",
-            backbone, ", ".join(missing),
-        )  # fmt: skip
-    (decoder if missing else model).save_pretrained(output)
-    for file in backbone.glob("*token*"):
-        shutil.copyfile(file, output / file.name)

@@ -4,9 +4,10 @@
 
     prompt      tokens in order: a number is a word id of the backbone's tokenizer, "user" the user, "history" the items
     history     which items: the last `longest` of the user's, oldest first
-    inputs      one embedding a token: the backbone's input embedding of a word, a row of collaborative.users or of
-                collaborative.items
-    user        what stands for somebody without a row: collaborative.shared_user, or a vector of zeros
+    users       where the rows of users are: `rows`, which a folder to publish leaves out (null), and `without_row`, the
+                row for anyone who has none
+    inputs      one embedding a token: the backbone's input embedding of a word, a row of a user, or a row of
+                collaborative.items; rows are rounded to `rows_dtype` first
     hidden      of the last token, behind the decoder's final norm, with `adapter.folder` loaded
     head        similarity, temperature, item_bias, pool_residual (`HeadConfig`); `formula` is the score by them
 """
@@ -16,70 +17,72 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from cllm4rec_dist.checkpoint import Checkpoint
-from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.prompts import Composer
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.corpus.tokenizer import TokenSpace
+from cllm4rec_dist.export.source import SHARED_USER, Source
 from cllm4rec_dist.model.backbone import COLLABORATIVE
 
 SCHEMA_VERSION = 1
-SHARED_USER = f"{COLLABORATIVE}.shared_user"
-"""Name of the shared user row among the exported tables, of runs that have one."""
+BACKBONE_FOLDER = "backbone"
 
 
-def describe_scoring(
-    opened: Checkpoint, config: RunConfig, tokenizer: WordTokenizer, num_words: int, tables: dict[str, Tensor]
-) -> dict[str, Any]:
+def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_paths: bool) -> dict[str, Any]:
     """Contents of `scoring.json`.
 
     Args:
-        num_words: rows of the backbone's word embeddings.
-        tables: what is exported as `tables.safetensors`.
+        backbone: hub id, path, or folder of the export that holds it.
+        with_users: True where the users' rows are exported.
+        with_paths: name checkpoint and corpus by their paths on this machine too.
     """
-    about, temperature = opened.about, tables.get("head.temperature")
-    folders = {"lora": COLLABORATIVE, "full": "backbone", "none": None}
+    opened, config, temperature = source.opened, source.config, source.tables.get("head.temperature")
+    folders = {"lora": COLLABORATIVE, "full": BACKBONE_FOLDER, "none": None}
+    checkpoint = {"name": opened.name, "step": opened.about.run.step, "stage": config.stage}
+    corpus = source.corpus.manifest.name if source.corpus is not None else None
     return {
         "schema_version": SCHEMA_VERSION,
-        "checkpoint": {"path": opened.path, "step": about.run.step, "stage": config.stage},
-        "fingerprints": about.fingerprints,
-        "corpus": config.corpus,
-        "backbone": config.backbone,
+        "checkpoint": checkpoint | ({"path": opened.path} if with_paths else {}),
+        "fingerprints": opened.about.fingerprints,
+        "corpus": config.corpus if with_paths else corpus,
+        "backbone": backbone,
         "precision": config.precision,
         "quantization": config.quantization,
         "adapter": {"kind": config.adapter.kind, "folder": folders[config.adapter.kind]},
-        "prompt": _prompt(config, tokenizer, num_words),
+        "prompt": _prompt(source),
         "history": {"longest": config.method.max_history, "order": "oldest first"},
-        "user": {"without_row": SHARED_USER if SHARED_USER in tables else "zeros"},
+        "users": {
+            "rows": f"{COLLABORATIVE}.users" if with_users else None,
+            "without_row": f"{COLLABORATIVE}.{SHARED_USER}",
+        },
+        "rows_dtype": config.embeddings.comm_dtype,
         "head": {
             "similarity": config.head.similarity,
             "temperature": None if temperature is None else float(temperature),
-            "item_bias": "head.bias" in tables,
+            "item_bias": "head.bias" in source.tables,
             "pool_residual": config.head.pool_residual,
         },
-        "formula": _formula(config, tables),
+        "formula": _formula(source),
     }
 
 
-def _prompt(config: RunConfig, tokenizer: WordTokenizer, num_words: int) -> list[int | str]:
-    space = TokenSpace(num_words, 1, 1)
-    composer = Composer(tokenizer, space, config.method, config.seed)
+def _prompt(source: Source) -> list[int | str]:
+    space = TokenSpace(source.decoder.vocab_size, 1, 1)
+    composer = Composer(source.tokenizer, space, source.config.method, source.config.seed)
     documents = composer.prediction(np.zeros(1, np.int64), Ragged.from_lists([[0]]))
     slots = {space.first_user: "user", space.first_item: "history"}
     return [slots.get(token, token) for token in documents.tokens[0].tolist()]
 
 
-def _formula(config: RunConfig, tables: dict[str, Tensor]) -> list[str]:
+def _formula(source: Source) -> list[str]:
     """The score of item i, a line a step."""
     lines = ["q = hidden"]
-    if config.head.pool_residual:
+    if source.config.head.pool_residual:
         lines.append("q = q + sqrt(D) * normalize(sum of collaborative.items over the history; zero where it is empty)")
-    if config.head.similarity == "cosine":
+    if source.config.head.similarity == "cosine":
         lines.append("score[i] = normalize(q) . normalize(collaborative.items[i]) / temperature")
     else:
         lines.append("score[i] = q . collaborative.items[i]")
-    if "head.bias" in tables:
+    if "head.bias" in source.tables:
         lines[-1] += " + head.bias[i]"
     return lines

@@ -19,7 +19,7 @@ from cllm4rec_dist.model.weights import CONFIG, INDEX, WEIGHTS, weight_names
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -46,7 +46,7 @@ def local_folder(name: str, *, weights: bool = True) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/"):
         state = "is a file" if folder.is_file() else "does not exist"
         raise ConfigError("backbone", name, f"{state}", "Give a folder with config.json, or a hub id (owner/name).")
-    files = [CONFIG, *_TOKENIZER, *SIGNS, *([WEIGHTS, INDEX] if weights else [])]
+    files = [CONFIG, *TOKENIZER_FILES, *SIGNS, *([WEIGHTS, INDEX] if weights else [])]
     try:
         snapshot = _snapshot(name, files)
     except Exception as error:

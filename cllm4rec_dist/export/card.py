@@ -1,0 +1,256 @@
+"""The model card of a folder to publish: README.md with the hub's front matter, from the templates beside this file.
+
+Data, method, results beside the baselines, training, limits, licence, and the few lines of Python that compute scores
+from the folder alone. Nothing in it names a path, a user or a raw value: of what was left out of the data it tells
+reasons and counts, of the settings those that decide the result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cllm4rec_dist.corpus.manifest import Manifest
+from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.evaluation.report import Results, markdown_table, read_results
+from cllm4rec_dist.export.options import ExportOptions
+from cllm4rec_dist.export.source import SHARED_USER, Source
+from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = (
+    "stage",
+    "seed",
+    "precision",
+    "quantization",
+    "epochs",
+    "max_steps",
+    "adapter",
+    "embeddings",
+    "head",
+    "method",
+    "batch",
+    "optimizer",
+)
+"""Settings that decide the result; the others are paths, or how the run was watched and kept."""
+_LIBRARIES = {"lora": "peft", "full": "transformers", "none": "transformers"}
+_TAGS = ["recommendation", "recommender-system", "collaborative-filtering", "cllm4rec"]
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def write_card(source: Source, options: ExportOptions, scoring: dict[str, Any], path: Path) -> None:
+    """Write the model card of a folder to publish.
+
+    Args:
+        scoring: contents of the folder's scoring.json.
+        path: README.md in the folder, which holds everything else already.
+    """
+    assert source.corpus is not None, "open_source(needs_corpus=True)"
+    manifest, kind = source.corpus.manifest, source.config.adapter.kind
+    results, split = _read_evaluation(source)
+    title = f"CLLM4Rec on {manifest.name}"
+    lines = (
+        _environment()
+        .get_template("scores.py.jinja")
+        .render(
+            scoring=scoring,
+            backbone="backbone" if kind == "full" else scoring["backbone"],
+            user_row=_user_row(options),
+        )
+    )
+    content = (
+        _environment()
+        .get_template("model_card.md.jinja")
+        .render(
+            metadata=_metadata(source, options, title, manifest, results, split),
+            title=title,
+            repository=options.push or "ORG/NAME",
+            manifest=manifest,
+            files=_files(path.parent),
+            with_users=options.includes_users,
+            has_index=options.faiss,
+            packages=" ".join(_packages(scoring)),
+            code=lines,
+            scoring=scoring,
+            without_row=_without_row(source),
+            kept=_kept(manifest),
+            split=_split(manifest),
+            base_model=source.base_model,
+            has_content=CONTENT in source.llms,
+            results=results,
+            table="" if results is None else markdown_table(results),
+            notes=_notes(source),
+            best=_best(source),
+            settings=_settings(source),
+            license=options.license,
+        )
+    )
+    path.write_text(content, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("cllm4rec_dist.export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = escape_markdown
+    return environment
+
+
+def escape_markdown(text: object) -> str:
+    """A text that Markdown, tables included, shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
+
+
+def _metadata(
+    source: Source, options: ExportOptions, title: str, manifest: Manifest, results: Results | None, split: str
+) -> str:
+    """The front matter, with its marks."""
+    measured = {} if results is None else results.rows[0].metrics
+    dataset = re.sub(r"[^\w.-]+", "-", manifest.name).strip("-.") or "dataset"
+    evaluations = [
+        EvalResult(
+            task_type="other",
+            task_name="Recommendation",
+            dataset_type=dataset,
+            dataset_name=manifest.name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in measured.items()
+    ]
+    data = ModelCardData(
+        license=options.license,
+        base_model=source.base_model,
+        library_name=_LIBRARIES[source.config.adapter.kind],
+        pipeline_tag="other",
+        tags=_TAGS,
+        datasets=[manifest.name] if _REPOSITORY.fullmatch(manifest.name) else None,
+        metrics=list(measured) or None,
+        model_name=title,
+        eval_results=evaluations or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _read_evaluation(source: Source) -> tuple[Results | None, str]:
+    """Results of this checkpoint, and the split that they are of; None where this checkpoint was not evaluated."""
+    run = Path(source.run)
+    for folder in (run / "evaluation", run.absolute().parent.parent / "evaluation"):
+        try:
+            evaluated = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            results = read_results(folder / "results.json")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, CLLM4RecError) as error:
+            logger.warning("the card is without results: %s", error)
+            continue
+        if _is_of(evaluated, source):
+            return results, str(evaluated["split"])
+        logger.warning("the card is without results: %s is of another checkpoint than %s", folder, source.opened.path)
+    logger.warning("%s was not evaluated, so its card shows no figures; `cllm4rec evaluate` first has them", source.run)
+    return None, ""
+
+
+def _is_of(evaluated: dict[str, Any], source: Source) -> bool:
+    """True where an evaluation is of the checkpoint that is exported, wherever both were then."""
+    about, settings = source.opened.about, evaluated.get("config", {})
+    return (
+        Path(str(evaluated.get("checkpoint"))).name == source.opened.name
+        and evaluated.get("fingerprints") == about.fingerprints
+        and all(settings.get(key) == about.config.get(key) for key in _SETTINGS)
+    )
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """What of the folder is what, in the order of reading."""
+    known = {
+        "backbone": "the backbone",
+        COLLABORATIVE: "PEFT adapter of the collaborative LLM, for `AutoModel` and `AutoModelForCausalLM`",
+        f"{COLLABORATIVE}-causal-lm": "the same of task type CAUSAL_LM",
+        CONTENT: "PEFT adapter of the content LLM",
+        f"{CONTENT}-causal-lm": "the same of task type CAUSAL_LM",
+        "tables.safetensors": "embeddings and item head",
+        "items.parquet": "item ids in the order of the rows",
+        "item_embeddings.parquet": "item, title, `vector` (the trained embedding), `score_vector` (its inner product"
+        " with a query is the score)",
+        "items.faiss": "exact FAISS index of the score vectors, by inner product",
+        "users.parquet": "user ids in the order of the rows",
+        "user_embeddings.parquet": "user, `vector`",
+        "scoring.json": "how scores are computed",
+    }
+    return {name: content for name, content in known.items() if (folder / name).exists()}
+
+
+def _packages(scoring: dict[str, Any]) -> list[str]:
+    packages = ["transformers", "safetensors", "numpy"]
+    if scoring["adapter"]["kind"] == "lora":
+        packages.append("peft")
+    return [*packages, *(["bitsandbytes"] if scoring["quantization"] == "nf4" else [])]
+
+
+def _user_row(options: ExportOptions) -> str:
+    return (
+        f'tables["{COLLABORATIVE}.users"][[0]]'
+        if options.includes_users
+        else f'tables["{COLLABORATIVE}.{SHARED_USER}"]'
+    )
+
+
+def _without_row(source: Source) -> str:
+    if source.opened.about.has_shared_user:
+        return "`collaborative.shared_user` was trained in the place of users' rows, for people who have none."
+    return "`collaborative.shared_user` is zero: nothing was trained for people without a row of their own."
+
+
+def _kept(manifest: Manifest) -> str:
+    rules = manifest.preparation
+    kept = [
+        f"ratings of at least {rules.rating_threshold:g}" if rules.rating_threshold is not None else "",
+        f"users with at least {rules.min_user_items} items" if rules.min_user_items > 1 else "",
+        f"items with at least {rules.min_item_users} users" if rules.min_item_users > 1 else "",
+    ]
+    return ", ".join(part for part in kept if part) or "every interaction"
+
+
+def _split(manifest: Manifest) -> str:
+    rules = manifest.preparation.split.model_dump()
+    kind = rules.pop("kind")
+    details = [f"{key.replace('_', ' ')} {value}" for key, value in rules.items() if value is not None]
+    return f"{kind} ({', '.join(details)}; seed {manifest.preparation.seed})" if details else str(kind)
+
+
+def _notes(source: Source) -> list[str]:
+    """What a reader of the figures must know, without the names of runs."""
+    lineage, notes = source.opened.about.lineage, []
+    if lineage is not None and lineage.leak is not None:
+        notes.append(f"trained on {lineage.leak.count} held-out interactions: the figures are not comparable")
+    if lineage is not None and lineage.unknown:
+        notes.append(
+            "it started from a run of which is not known what it was trained on: perhaps held-out interactions"
+        )
+    return notes
+
+
+def _best(source: Source) -> str:
+    state = source.opened.about.run
+    if state.best is None or state.best_step != state.step:
+        return ""
+    return f"{state.best_metric or 'validation result'} {state.best:.4f}"
+
+
+def _settings(source: Source) -> str:
+    tree = source.config.model_dump(mode="json")
+    return yaml.safe_dump({key: tree[key] for key in _SETTINGS}, sort_keys=False)

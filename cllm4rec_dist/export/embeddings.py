@@ -1,0 +1,106 @@
+"""Embeddings for other programs: Parquet files with a vector for each id, and a FAISS index of the items.
+
+Items have two vectors. `vector` is the trained row of the collaborative LLM (z_rec after finetuning), in units of the
+backbone's embedding scale: what the model reads where the item stands in a prompt. `score_vector` is what a query is
+multiplied with, so that an inner product is the score:
+
+    score[i] = query . score_vector[i]
+    score_vector = vector, or normalize(vector) for a cosine head; with the item's bias behind it where items have one
+    query        = q, or normalize(q) / temperature for a cosine head; with a 1 behind it where items have a bias
+
+q is the hidden state of the prompt's last token, with the pooled history added where the head does so (`scoring.json`).
+
+Legend: U users, I items, D hidden, S width of a score vector: D, or D + 1 with a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_GROUP_BYTES = 32 << 20
+"""Vectors of a row group: enough to be read at speed, little beside the tables."""
+
+
+def score_vectors(rows: Tensor, bias: Tensor | None, similarity: str) -> Tensor:
+    """Item rows [n, D] and their biases [n] -> what a query is multiplied with, [n, S]."""
+    vectors = F.normalize(rows, dim=1) if similarity == "cosine" else rows
+    return vectors if bias is None else torch.cat([vectors, bias[:, None]], dim=1)
+
+
+def write_items(
+    path: Path, ids: pa.ChunkedArray, titles: Sequence[str] | None, rows: Tensor, bias: Tensor | None, similarity: str
+) -> None:
+    """Write columns item, title, vector [D] and score_vector [S], a row group at a time.
+
+    Args:
+        titles: "" where an item has none; None where no title is known. Both become null.
+        rows: [I, D].
+        bias: [I], or None.
+        similarity: dot or cosine, of the head.
+    """
+    vectors = {"vector": rows.shape[1], "score_vector": rows.shape[1] + (bias is not None)}
+    with _writer(path, "item", {"title": pa.string()}, vectors) as writer:
+        for start, stop in _groups(len(rows), sum(vectors.values())):
+            named = [None] * (stop - start) if titles is None else [title or None for title in titles[start:stop]]
+            scored = score_vectors(rows[start:stop], None if bias is None else bias[start:stop], similarity)
+            columns = [
+                _ids(ids, start, stop),
+                pa.array(named, pa.string()),
+                _vectors(rows[start:stop]),
+                _vectors(scored),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=writer.schema))
+
+
+def write_users(path: Path, ids: pa.ChunkedArray, rows: Tensor) -> None:
+    """Write columns user and vector [D], a row group at a time.
+
+    Args:
+        rows: [U, D].
+    """
+    with _writer(path, "user", {}, {"vector": rows.shape[1]}) as writer:
+        for start, stop in _groups(len(rows), rows.shape[1]):
+            columns = [_ids(ids, start, stop), _vectors(rows[start:stop])]
+            writer.write_batch(pa.record_batch(columns, schema=writer.schema))
+
+
+def write_index(path: Path, rows: Tensor, bias: Tensor | None, similarity: str) -> None:
+    """Write an exact FAISS index of the score vectors by inner product; position i is row i of items.parquet.
+
+    Args: as for `write_items`.
+    """
+    import faiss  # optional extra, see `options.py`
+
+    index = faiss.IndexFlatIP(rows.shape[1] + (bias is not None))
+    for start, stop in _groups(len(rows), index.d):
+        scored = score_vectors(rows[start:stop], None if bias is None else bias[start:stop], similarity)
+        index.add(scored.contiguous().numpy())
+    faiss.write_index(index, str(path))
+
+
+def _writer(path: Path, id_name: str, others: dict[str, pa.DataType], vectors: dict[str, int]) -> pq.ParquetWriter:
+    fields = [pa.field(id_name, pa.string(), nullable=False), *(pa.field(name, kind) for name, kind in others.items())]
+    fields += [pa.field(name, pa.list_(pa.float32(), width), nullable=False) for name, width in vectors.items()]
+    # Neither pays for trained floats: all are different, and no query asks for a range of one.
+    return pq.ParquetWriter(path, pa.schema(fields), use_dictionary=False, write_statistics=[id_name, *others])
+
+
+def _groups(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of fp32 vectors of `width` in all, for one row group each."""
+    size = max(1, _GROUP_BYTES // (4 * width))
+    return ((start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+def _ids(ids: pa.ChunkedArray, start: int, stop: int) -> pa.Array:
+    return pa.concat_arrays(ids.slice(start, stop - start).chunks)
+
+
+def _vectors(rows: Tensor) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.contiguous().flatten().numpy()), rows.shape[1])

@@ -1,0 +1,100 @@
+"""What the engine trained, as other programs load it: PEFT adapters, or a whole backbone; and a backbone as it is.
+
+AutoModelForCausalLM nests the decoder below a prefix, and PEFT finds a weight by the name of its module. A weight under
+another name is passed over with no more than a warning, so the adapters for both classes hold each weight under the
+names of both: the word head must not be computed from a model without its adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from cllm4rec_dist.export.source import Source
+from cllm4rec_dist.model.backbone import lora_settings
+from cllm4rec_dist.model.hub import TOKENIZER_FILES
+from cllm4rec_dist.model.weights import CONFIG, INDEX, WEIGHTS, read_settings, weight_names
+
+logger = logging.getLogger(__name__)
+
+CAUSAL_LM = "-causal-lm"
+"""Behind the names of the folders of adapters for AutoModelForCausalLM alone."""
+_PREFIX = "decoder."
+_PATH_KEYS = ("_name_or_path", "name_or_path")
+"""Where transformers notes the folder that a model or tokenizer was loaded from."""
+
+
+def write_adapters(source: Source, backbone: str, output: Path) -> None:
+    """Write each LLM's adapter twice: for both model classes, and for AutoModelForCausalLM alone.
+
+    Args:
+        backbone: hub id or path, for `base_model_name_or_path`.
+    """
+    with torch.device("meta"):
+        prefix = f"{AutoModel.from_config(source.decoder).base_model_prefix}."
+    for llm in source.llms:
+        weights = {
+            full.removeprefix(_PREFIX).replace(f".{llm}.", "."): value
+            for full, value in source.tensors.items()
+            if f".{llm}." in full
+        }
+        forms = ((llm, "FEATURE_EXTRACTION", ("", prefix)), (llm + CAUSAL_LM, "CAUSAL_LM", (prefix,)))
+        for name, task_type, prefixes in forms:
+            settings = lora_settings(source.config.adapter, source.decoder.model_type)
+            settings.task_type = task_type
+            settings.base_model_name_or_path = backbone
+            settings.inference_mode = True
+            settings.save_pretrained(str(output / name))
+            # Cloned, as safetensors stores no memory under two names.
+            named = {f"base_model.model.{p}{key}": value.clone() for p in prefixes for key, value in weights.items()}
+            save_file(named, output / name / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def write_trained_backbone(source: Source, output: Path) -> None:
+    """Write the backbone with its trained weights, its own word embeddings and word head, and its tokenizer."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.backbone, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    decoder = model.base_model
+    trained = {name.removeprefix(_PREFIX): value for name, value in source.tensors.items()}
+    kept = decoder.load_state_dict(trained, strict=False)
+    assert not kept.unexpected_keys, kept.unexpected_keys
+    if missing:
+        logger.warning(
+            "%s has no word head (%s): what is exported loads into AutoModel, and has none for AutoModelForCausalLM",
+            source.backbone,
+            ", ".join(missing),
+        )
+    (decoder if missing else model).save_pretrained(output)
+    for file in source.backbone.glob("*token*"):
+        shutil.copyfile(file, output / file.name)
+    _forget_paths(output)
+
+
+def copy_backbone(folder: Path, output: Path) -> None:
+    """Copy the files of a backbone that transformers reads: configuration, weights and tokenizer."""
+    output.mkdir()
+    weights = weight_names(folder)
+    index = read_settings(folder).get("transformers_weights") or INDEX
+    optional = ["generation_config.json", *TOKENIZER_FILES, *([index] if weights != [WEIGHTS] else [])]
+    for name in {CONFIG, *weights, *(name for name in optional if (folder / name).is_file())}:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, output / name)
+    _forget_paths(output)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Take the folder that a model was loaded from out of its JSON files."""
+    for path in folder.glob("*config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if any(key in settings for key in _PATH_KEYS):
+            kept = {key: value for key, value in settings.items() if key not in _PATH_KEYS}
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,203 @@
+"""What an export may be asked for, checked before torch is imported and before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.preflight import folder_problems
+
+LICENSES = (
+    "apache-2.0",
+    "mit",
+    "openrail",
+    "bigscience-openrail-m",
+    "creativeml-openrail-m",
+    "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m",
+    "afl-3.0",
+    "artistic-2.0",
+    "bsl-1.0",
+    "bsd",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "bsd-3-clause-clear",
+    "c-uda",
+    "cc",
+    "cc0-1.0",
+    "cc-by-2.0",
+    "cc-by-2.5",
+    "cc-by-3.0",
+    "cc-by-4.0",
+    "cc-by-sa-3.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-2.0",
+    "cc-by-nc-3.0",
+    "cc-by-nc-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-nc-nd-3.0",
+    "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-2.0",
+    "cc-by-nc-sa-3.0",
+    "cc-by-nc-sa-4.0",
+    "cdla-sharing-1.0",
+    "cdla-permissive-1.0",
+    "cdla-permissive-2.0",
+    "wtfpl",
+    "ecl-2.0",
+    "epl-1.0",
+    "epl-2.0",
+    "etalab-2.0",
+    "eupl-1.1",
+    "eupl-1.2",
+    "agpl-3.0",
+    "gfdl",
+    "gpl",
+    "gpl-2.0",
+    "gpl-3.0",
+    "lgpl",
+    "lgpl-2.1",
+    "lgpl-3.0",
+    "isc",
+    "lppl-1.3c",
+    "ms-pl",
+    "mpl-2.0",
+    "odc-by",
+    "odbl",
+    "openrail++",
+    "osl-3.0",
+    "postgresql",
+    "ofl-1.1",
+    "ncsa",
+    "unlicense",
+    "zlib",
+    "pddl",
+    "lgpl-lr",
+    "deepfloyd-if-license",
+    "llama2",
+    "llama3",
+    "llama3.1",
+    "llama3.2",
+    "llama3.3",
+    "llama4",
+    "gemma",
+    "unknown",
+    "other",
+)
+"""Identifiers that the Hugging Face hub takes as a `license`."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported beside adapters, tables and embeddings.
+
+    Attributes:
+        faiss: a FAISS index of the items.
+        hub: a folder to publish: a model card, no users, no paths of this machine, a local backbone included.
+        with_users: users' rows and ids in a folder to publish.
+        license: identifier for the model card.
+        base_model: hub id of the backbone, which is then named instead of included.
+        push: ORG/NAME to upload to; means `hub`.
+        private: of a repository that `push` creates.
+    """
+
+    faiss: bool = False
+    hub: bool = False
+    with_users: bool = False
+    license: str | None = None
+    base_model: str | None = None
+    push: str | None = None
+    private: bool = False
+
+    @property
+    def is_public(self) -> bool:
+        """True for a folder that is made to be published."""
+        return self.hub or self.push is not None
+
+    @property
+    def includes_users(self) -> bool:
+        """True where users' rows and ids are written."""
+        return self.with_users or not self.is_public
+
+
+def output_problems(output: Path) -> list[CLLM4RecError]:
+    """Why `output` cannot become a folder of an export."""
+    if output.exists():
+        return [ConfigError("output", str(output), "exists", "Choose another folder, or remove it.")]
+    return folder_problems("output", str(output))
+
+
+def option_problems(options: ExportOptions) -> list[CLLM4RecError]:
+    """What is wrong with the options, or missing on this machine for them."""
+    problems: list[CLLM4RecError] = []
+    if options.faiss and importlib.util.find_spec("faiss") is None:
+        problems.append(
+            ConfigError("--faiss", "faiss", "is not installed", "pip install faiss-cpu (or cllm4rec_dist[faiss]).")
+        )
+    if not options.is_public:
+        given = {"--with-users": options.with_users, "--license": options.license, "--base-model": options.base_model}
+        cure = "Add --hub for a folder to publish, or leave it out."
+        problems += [
+            ConfigError(name, value, "is for a folder to publish", cure) for name, value in given.items() if value
+        ]
+    if options.private and options.push is None:
+        problems.append(ConfigError("--private", True, "is for a repository", "Add --push ORG/NAME, or leave it out."))
+    if options.license is not None and options.license not in LICENSES:
+        problems.append(_unknown_license(options.license))
+    if options.base_model is not None and not _is_repository(options.base_model):
+        problems.append(ConfigError("--base-model", options.base_model, "is no hub id", "Write it as ORG/NAME."))
+    if options.push is not None:
+        problems += _push_problems(options.push)
+    return problems
+
+
+def _unknown_license(name: str) -> ConfigError:
+    close = difflib.get_close_matches(name.lower(), LICENSES, n=3)
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    return ConfigError(
+        "--license",
+        name,
+        "is no identifier of the Hugging Face hub",
+        f"{hint}For a licence that it does not list give other, and add license_name and license_link to README.md.",
+    )
+
+
+def _is_repository(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _push_problems(repository: str) -> list[CLLM4RecError]:
+    from huggingface_hub import constants, get_token
+
+    if not _is_repository(repository):
+        return [
+            ConfigError(
+                "--push",
+                repository,
+                "is no name of a repository on the hub",
+                "Write it as ORG/NAME: letters, digits, - _ and . (96 at most).",
+            )
+        ]
+    if constants.HF_HUB_OFFLINE:
+        return [ConfigError("--push", repository, "needs the hub, but HF_HUB_OFFLINE is set", "Unset it.")]
+    if get_token() is None:
+        return [
+            ConfigError(
+                "--push",
+                repository,
+                "needs a token of the hub, and there is none",
+                "Run `hf auth login`, or set HF_TOKEN to a token with write access"
+                " (https://huggingface.co/settings/tokens). --hub alone writes the folder.",
+            )
+        ]
+    return []
