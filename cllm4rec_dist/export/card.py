@@ -19,8 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.evaluation.files import EVALUATION_FILE
 from cllm4rec_dist.evaluation.report import Results, markdown_table, read_results
 from cllm4rec_dist.export.options import ExportOptions
+from cllm4rec_dist.export.scoring import BACKBONE_FOLDER
 from cllm4rec_dist.export.source import SHARED_USER, Source
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT
 
@@ -54,46 +56,50 @@ def write_card(source: Source, options: ExportOptions, scoring: dict[str, Any], 
         path: README.md in the folder, which holds everything else already.
     """
     assert source.corpus is not None, "open_source(needs_corpus=True)"
-    manifest, kind = source.corpus.manifest, source.config.adapter.kind
+    manifest = source.corpus.manifest
     results, split = _read_evaluation(source)
     title = f"CLLM4Rec on {manifest.name}"
-    lines = (
-        _environment()
-        .get_template("scores.py.jinja")
-        .render(
-            scoring=scoring,
-            backbone="backbone" if kind == "full" else scoring["backbone"],
-            user_row=_user_row(options),
-        )
-    )
-    content = (
-        _environment()
-        .get_template("model_card.md.jinja")
-        .render(
-            metadata=_metadata(source, options, title, manifest, results, split),
-            title=title,
-            repository=options.push or "ORG/NAME",
-            manifest=manifest,
-            files=_files(path.parent),
-            with_users=options.includes_users,
-            has_index=options.faiss,
-            packages=" ".join(_packages(scoring)),
-            code=lines,
-            scoring=scoring,
-            without_row=_without_row(source),
-            kept=_kept(manifest),
-            split=_split(manifest),
-            base_model=source.base_model,
-            has_content=CONTENT in source.llms,
-            results=results,
-            table="" if results is None else markdown_table(results),
-            notes=_notes(source),
-            best=_best(source),
-            settings=_settings(source),
-            license=options.license,
-        )
+    template = _environment().get_template("model_card.md.jinja")
+    content = template.render(
+        metadata=_metadata(source, options, title, manifest, results, split),
+        title=title,
+        repository=options.push or "ORG/NAME",
+        manifest=manifest,
+        files=_files(path.parent),
+        with_users=options.includes_users,
+        has_index=options.faiss,
+        packages=" ".join(_packages(scoring)),
+        code=score_lines(scoring, options),
+        scoring=scoring,
+        without_row=_without_row(source),
+        kept=_kept(manifest),
+        split=_split(manifest),
+        base_model=source.base_model,
+        has_content=CONTENT in source.llms,
+        num_user_texts=_num_user_texts(manifest) if CONTENT in source.llms else 0,
+        results=results,
+        table="" if results is None else markdown_table(results),
+        notes=_notes(source),
+        best=_best(source),
+        settings=_settings(source),
+        license=options.license,
     )
     path.write_text(content, encoding="utf-8")
+
+
+def score_lines(scoring: dict[str, Any], options: ExportOptions) -> str:
+    """The lines of Python that compute the scores of every item in the folder of an export.
+
+    Args:
+        scoring: contents of the folder's scoring.json.
+    """
+    kind = scoring["adapter"]["kind"]
+    template = _environment().get_template("scores.py.jinja")
+    return template.render(
+        scoring=scoring,
+        backbone=BACKBONE_FOLDER if kind == "full" else scoring["backbone"],
+        user_row=_user_row(options),
+    )
 
 
 def _environment() -> Environment:
@@ -150,7 +156,7 @@ def _read_evaluation(source: Source) -> tuple[Results | None, str]:
     run = Path(source.run)
     for folder in (run / "evaluation", run.absolute().parent.parent / "evaluation"):
         try:
-            evaluated = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            evaluated = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
             results = read_results(folder / "results.json")
         except FileNotFoundError:
             continue
@@ -213,6 +219,10 @@ def _without_row(source: Source) -> str:
     if source.opened.about.has_shared_user:
         return "`collaborative.shared_user` was trained in the place of users' rows, for people who have none."
     return "`collaborative.shared_user` is zero: nothing was trained for people without a row of their own."
+
+
+def _num_user_texts(manifest: Manifest) -> int:
+    return sum(manifest.num_content.get(kind, 0) for kind in ("user_item", "user_profile"))
 
 
 def _kept(manifest: Manifest) -> str:

@@ -15,7 +15,7 @@ Legend: U users, I items, D hidden, S width of a score vector: D, or D + 1 with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,12 +35,12 @@ def score_vectors(rows: Tensor, bias: Tensor | None, similarity: str) -> Tensor:
 
 
 def write_items(
-    path: Path, ids: pa.ChunkedArray, titles: Sequence[str] | None, rows: Tensor, bias: Tensor | None, similarity: str
+    path: Path, ids: pa.ChunkedArray, titles: pa.ChunkedArray, rows: Tensor, bias: Tensor | None, similarity: str
 ) -> None:
     """Write columns item, title, vector [D] and score_vector [S], a row group at a time.
 
     Args:
-        titles: "" where an item has none; None where no title is known. Both become null.
+        titles: null where an item has none.
         rows: [I, D].
         bias: [I], or None.
         similarity: dot or cosine, of the head.
@@ -48,14 +48,9 @@ def write_items(
     vectors = {"vector": rows.shape[1], "score_vector": rows.shape[1] + (bias is not None)}
     with _writer(path, "item", {"title": pa.string()}, vectors) as writer:
         for start, stop in _groups(len(rows), sum(vectors.values())):
-            named = [None] * (stop - start) if titles is None else [title or None for title in titles[start:stop]]
             scored = score_vectors(rows[start:stop], None if bias is None else bias[start:stop], similarity)
-            columns = [
-                _ids(ids, start, stop),
-                pa.array(named, pa.string()),
-                _vectors(rows[start:stop]),
-                _vectors(scored),
-            ]
+            texts = [_texts(ids, start, stop), _texts(titles, start, stop)]
+            columns = [*texts, _vectors(rows[start:stop]), _vectors(scored)]
             writer.write_batch(pa.record_batch(columns, schema=writer.schema))
 
 
@@ -67,7 +62,7 @@ def write_users(path: Path, ids: pa.ChunkedArray, rows: Tensor) -> None:
     """
     with _writer(path, "user", {}, {"vector": rows.shape[1]}) as writer:
         for start, stop in _groups(len(rows), rows.shape[1]):
-            columns = [_ids(ids, start, stop), _vectors(rows[start:stop])]
+            columns = [_texts(ids, start, stop), _vectors(rows[start:stop])]
             writer.write_batch(pa.record_batch(columns, schema=writer.schema))
 
 
@@ -98,8 +93,8 @@ def _groups(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
-def _ids(ids: pa.ChunkedArray, start: int, stop: int) -> pa.Array:
-    return pa.concat_arrays(ids.slice(start, stop - start).chunks)
+def _texts(texts: pa.ChunkedArray, start: int, stop: int) -> pa.Array:
+    return pa.concat_arrays(texts.slice(start, stop - start).chunks)
 
 
 def _vectors(rows: Tensor) -> pa.FixedSizeListArray:

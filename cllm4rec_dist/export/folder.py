@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from safetensors.torch import save_file
 
 from cllm4rec_dist.errors import ConfigError
@@ -106,16 +108,23 @@ def _write_models(source: Source, options: ExportOptions, output: Path) -> str:
 def _write_ids_and_embeddings(source: Source, options: ExportOptions, output: Path) -> None:
     opened, tables, similarity = source.opened, source.tables, source.config.head.similarity
     items, bias = tables["collaborative.items"], tables.get("head.bias")
-    titles = None if source.corpus is None else source.corpus.items()["title"].to_pylist()
     ids = opened.external_ids("items")
     shutil.copyfile(opened.file("items.parquet"), output / "items.parquet")
-    embeddings.write_items(output / "item_embeddings.parquet", ids, titles, items, bias, similarity)
+    embeddings.write_items(output / "item_embeddings.parquet", ids, _titles(source), items, bias, similarity)
     if options.faiss:
         embeddings.write_index(output / INDEX_FILE, items, bias, similarity)
     if options.includes_users:
         users = opened.external_ids("users")
         shutil.copyfile(opened.file("users.parquet"), output / "users.parquet")
         embeddings.write_users(output / "user_embeddings.parquet", users, tables["collaborative.users"])
+
+
+def _titles(source: Source) -> pa.ChunkedArray:
+    """Titles of the items; null where there is none, or no corpus to read it from."""
+    if source.corpus is None:
+        return pa.chunked_array([pa.nulls(source.opened.about.num_items, pa.string())])
+    titles = source.corpus.items()["title"].cast(pa.string())
+    return pc.if_else(pc.equal(titles, ""), None, titles)
 
 
 @contextmanager

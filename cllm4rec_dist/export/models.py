@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,28 @@ def write_trained_backbone(source: Source, output: Path) -> None:
             ", ".join(missing),
         )
     (decoder if missing else model).save_pretrained(output)
-    for file in source.backbone.glob("*token*"):
-        shutil.copyfile(file, output / file.name)
+    _copy(source.backbone, output, _present(source.backbone, TOKENIZER_FILES))
     _forget_paths(output)
 
 
 def copy_backbone(folder: Path, output: Path) -> None:
     """Copy the files of a backbone that transformers reads: configuration, weights and tokenizer."""
-    output.mkdir()
     weights = weight_names(folder)
     index = read_settings(folder).get("transformers_weights") or INDEX
-    optional = ["generation_config.json", *TOKENIZER_FILES, *([index] if weights != [WEIGHTS] else [])]
-    for name in {CONFIG, *weights, *(name for name in optional if (folder / name).is_file())}:
+    others = ["generation_config.json", *TOKENIZER_FILES, *([index] if weights != [WEIGHTS] else [])]
+    output.mkdir()
+    _copy(folder, output, {CONFIG, *weights, *_present(folder, others)})
+    _forget_paths(output)
+
+
+def _present(folder: Path, names: Iterable[str]) -> list[str]:
+    return [name for name in names if (folder / name).is_file()]
+
+
+def _copy(folder: Path, output: Path, names: Iterable[str]) -> None:
+    for name in names:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, output / name)
-    _forget_paths(output)
 
 
 def _forget_paths(folder: Path) -> None:

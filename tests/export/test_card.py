@@ -24,7 +24,7 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.export import hub
-from cllm4rec_dist.export.card import escape_markdown
+from cllm4rec_dist.export.card import escape_markdown, score_lines
 from cllm4rec_dist.export.folder import export
 from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.inference import evaluate_run, load
@@ -310,6 +310,21 @@ def test_a_card_needs_the_corpus_and_titles_are_left_out_without_it(
         assert pq.read_table(tmp_path / "hub" / "item_embeddings.parquet")["title"].null_count == 0
     finally:
         moved.rename(corpus)
+
+
+def test_the_documentation_shows_the_lines_of_a_card() -> None:
+    head = {"similarity": "cosine", "item_bias": True, "pool_residual": True}
+    scoring = {
+        "precision": "fp32",
+        "quantization": "none",
+        "rows_dtype": "fp32",
+        "adapter": {"kind": "lora"},
+        "head": head,
+        "history": {"longest": 256},
+        "backbone": "BACKBONE",
+    }
+    page = Path(__file__).parents[2] / "docs" / "export.md"
+    assert f"```python\n{score_lines(scoring, ExportOptions(hub=True))}```" in page.read_text(encoding="utf-8")
 
 
 def test_markup_in_names_is_shown_as_it_is() -> None:

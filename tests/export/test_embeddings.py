@@ -19,7 +19,7 @@ from tests.harness import alone
 NUM_ITEMS, D = 23, 8
 ROWS, BIAS = torch.randn(NUM_ITEMS, D), torch.randn(NUM_ITEMS)
 IDS = pa.chunked_array([[f"i{index}" for index in range(9)], [f"i{index}" for index in range(9, NUM_ITEMS)]])
-TITLES = ["" if index % 5 == 0 else f"título {index}" for index in range(NUM_ITEMS)]
+TITLES = pa.chunked_array([[None if index % 5 == 0 else f"título {index}" for index in range(NUM_ITEMS)]])
 HEADS = [(similarity, bias) for similarity in ("dot", "cosine") for bias in (None, BIAS)]
 
 
@@ -51,7 +51,7 @@ def test_items_have_titles_vectors_and_score_vectors(tmp_path: Path, similarity:
     assert table.schema.field("vector").type == pa.list_(pa.float32(), D)
     assert table.schema.field("score_vector").type == pa.list_(pa.float32(), D + (bias is not None))
     assert table["item"].to_pylist() == IDS.to_pylist()
-    assert table["title"].to_pylist() == [title or None for title in TITLES]
+    assert table["title"].to_pylist() == TITLES.to_pylist()
     assert np.array_equal(np.array(table["vector"].to_pylist(), np.float32), ROWS.numpy())
     queries, scores = head_scores(similarity, bias, torch.randn(3, D))
     vectors = torch.tensor(table["score_vector"].to_pylist())
@@ -65,11 +65,6 @@ def test_users_have_vectors(tmp_path: Path) -> None:
     assert table.column_names == ["user", "vector"]
     assert table["user"].to_pylist() == IDS.to_pylist()
     assert np.array_equal(np.array(table["vector"].to_pylist(), np.float32), ROWS.numpy())
-
-
-def test_without_a_corpus_there_are_no_titles(tmp_path: Path) -> None:
-    embeddings.write_items(tmp_path / "items.parquet", IDS, None, ROWS, None, "dot")
-    assert pq.read_table(tmp_path / "items.parquet")["title"].null_count == NUM_ITEMS
 
 
 def test_no_more_than_a_row_group_is_copied_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

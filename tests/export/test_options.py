@@ -37,6 +37,7 @@ def test_a_private_folder_is_no_repository() -> None:
 
 def test_a_licence_is_one_that_the_hub_knows() -> None:
     assert not any(problems(hub=True, license=name) for name in LICENSES)
+    assert {"apache-2.0", "mit", "cc-by-nc-sa-4.0", "openrail++", "other"} <= set(LICENSES)
     assert "Did you mean apache-2.0" in problems(hub=True, license="Apache2.0")
     assert "give other" in problems(hub=True, license="our own")
 
@@ -66,6 +67,17 @@ def test_the_command_line_tells_all_of_it_at_once(tmp_path: Path, capsys: pytest
     assert ended.value.code == 2
     told = capsys.readouterr().err
     assert all(name in told for name in ("output", "--license", "--private"))
+
+
+def test_without_a_token_nothing_is_read_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "nowhere", str(tmp_path / "new"), "--push", "shop/books"])
+    assert ended.value.code == 2
+    assert "hf auth login" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_are_checked_without_torch() -> None:

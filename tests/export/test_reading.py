@@ -22,7 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("embeddings")
     rows, bias = torch.randn(NUM_ITEMS, D), torch.randn(NUM_ITEMS)
     ids = pa.chunked_array([[f"item-{index}" for index in range(NUM_ITEMS)]])
-    embeddings.write_items(made / "items.parquet", ids, ["Tea", *[""] * (NUM_ITEMS - 1)], rows, bias, "cosine")
+    titles = pa.chunked_array([["Tea", *[None] * (NUM_ITEMS - 1)]])
+    embeddings.write_items(made / "items.parquet", ids, titles, rows, bias, "cosine")
     embeddings.write_index(made / "items.faiss", rows, bias, "cosine")
     return made
 
