@@ -17,6 +17,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,15 @@ class Store:
                 yield
         except OSError as error:
             raise _unreadable(self.url, error) from error
+
+    def modified(self, name: str) -> datetime | None:
+        """When a folder was committed, in UTC; None where the file system does not say."""
+        try:
+            with self._asking():
+                found: datetime = self._fs.modified(f"{self._root}/{name}/{COMMIT}")
+        except (CheckpointError, NotImplementedError):
+            return None
+        return found.astimezone(UTC)
 
     def set_aside(self, name: str) -> None:
         """Take a damaged folder out of the committed ones, without losing it."""

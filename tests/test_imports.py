@@ -19,6 +19,7 @@ ORDER = [
     "cli",
     "project",
     "settings_reference",
+    "status",
     "next_steps",
     "launchers",
     "serving",

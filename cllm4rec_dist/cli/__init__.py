@@ -16,6 +16,7 @@ for _module in (
     "project",
     "corpus",
     "train",
+    "status",
     "evaluate",
     "recommend",
     "export",
