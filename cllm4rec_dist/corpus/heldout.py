@@ -46,9 +46,10 @@ class HeldOutUsers:
                 corpus.new_user_split(split),
             ),
         )
-        chosen = [np.flatnonzero(held_out.lengths) for _, held_out in lists]
+        known, new = chosen = [np.flatnonzero(held_out.lengths) for _, held_out in lists]
         return cls(
-            *chosen,
+            known,
+            new,
             histories=Ragged.concat([history.take(rows) for (history, _), rows in zip(lists, chosen, strict=True)]),
             held_out=Ragged.concat([held_out.take(rows) for (_, held_out), rows in zip(lists, chosen, strict=True)]),
         )

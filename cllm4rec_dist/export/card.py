@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.evaluation.files import EVALUATION_FILE
-from cllm4rec_dist.evaluation.report import Results, markdown_table, read_results
+from cllm4rec_dist.evaluation.results import Results, markdown_table
 from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.export.scoring import BACKBONE_FOLDER
 from cllm4rec_dist.export.source import SHARED_USER, Source
@@ -157,7 +157,7 @@ def _read_evaluation(source: Source) -> tuple[Results | None, str]:
     for folder in (run / "evaluation", run.absolute().parent.parent / "evaluation"):
         try:
             evaluated = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
-            results = read_results(folder / "results.json")
+            results = Results.model_validate_json((folder / "results.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, CLLM4RecError) as error:
