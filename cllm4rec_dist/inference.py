@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cllm4rec_dist import checkpoint, ranking
 from cllm4rec_dist.checkpoint import Checkpoint
+from cllm4rec_dist.corpus.heldout import KNOWN, NEW, HeldOutUsers
 from cllm4rec_dist.errors import CheckpointError, DataError
-from cllm4rec_dist.evaluation.files import EVALUATION_FILE
+from cllm4rec_dist.evaluation.files import BASELINES_FILE, EVALUATION_FILE, RECOMMENDED_FILE, USERS_FILE
 from cllm4rec_dist.log import ReportMetrics, progress_bar
 from cllm4rec_dist.preflight import require_held_out
-from cllm4rec_dist.ranking import Ranking
+from cllm4rec_dist.ranking import Evaluation, Ranking
 from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
 from cllm4rec_dist.system import System, assemble, with_deepspeed_at_hand
 from cllm4rec_dist.topology import World
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 NUM_EXAMPLES = 36
 EXAMPLE_ITEMS = 10
+LIST_LENGTH = 20
+"""Items of a list whose coverage of the catalog is counted."""
 
 
 def load(run: str, world: World, backbone: str | None = None, corpus: str | None = None) -> tuple[System, Checkpoint]:
@@ -66,29 +70,38 @@ def evaluate_run(
     backbone: str | None = None,
     corpus: str | None = None,
     baselines: bool = False,
+    without_rows: bool = False,
 ) -> None:
-    """Write `evaluation.json` into `output`: metrics with standard errors, and recommendations of a few users.
+    """Write the model's files of `evaluation/files.py` into `output`: means, values by user, and counts of items.
 
     Args:
         backbone, corpus: where they are now, if not where the checkpoint says.
         baselines: whether baselines are to be fitted beside it, which takes validation items.
+        without_rows: rank known users as if they had no row, from their history alone.
 
     Raises:
         DataError: before anything is ranked, where the corpus holds out no items of the split, or none for baselines.
     """
     system, used = load(run, world, backbone, corpus)
     require_held_out(system.corpus.manifest, split, with_baselines=baselines)
-    bar = progress_bar(world, int((system.corpus.split(split).lengths > 0).sum()), f"evaluate {split}", "user")
-    result = ranking.evaluate(system, split, metrics, batch_users, bar.update)
+    num_users = len(HeldOutUsers.of(system.corpus, split))
+    bar = progress_bar(world, num_users, f"evaluate {split}", "user")
+    found = ranking.evaluate(
+        system, split, metrics, batch_users, bar.update, without_rows=without_rows, list_length=LIST_LENGTH
+    )
     bar.close()
-    examples = _examples(system, split)
+    result = found.result()
+    examples = _examples(system, found.users, without_rows=without_rows)
     if world.is_main:
         lineage = used.about.lineage
         notes = [] if lineage is None else lineage.notes()
         for note in notes:
             logger.warning("%s: %s", used.path, note)
+        if without_rows:
+            notes.append("known users were ranked without their rows, from their histories alone")
         content = {
-            "run": run, "checkpoint": used.path, "split": split, **vars(result), "notes": notes,
+            "run": run, "checkpoint": used.path, "split": split, **vars(result), "groups": _groups(found),
+            "notes": notes,
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
             "examples": examples, "provenance": provenance(system, used).model_dump(),
             "fingerprints": system.fingerprints, "config": system.config.model_dump(mode="json"),
@@ -96,26 +109,49 @@ def evaluate_run(
         target = Path(output)
         target.mkdir(parents=True, exist_ok=True)
         (target / EVALUATION_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        _write_tables(system, found, target)
     report(result.mean)
 
 
-def _examples(system: System, split: str) -> list[dict[str, Any]]:
+def _groups(found: Evaluation) -> dict[str, dict[str, Any]]:
+    """Means of known and of new users, of those groups that have any."""
+    is_new = found.users.is_new
+    chosen = {KNOWN: ~is_new, NEW: is_new}
+    return {group: vars(found.result(users)) for group, users in chosen.items() if users.any()}
+
+
+def _write_tables(system: System, found: Evaluation, folder: Path) -> None:
+    """Values by user, and how many lists each item is in; values of baselines of an earlier evaluation go."""
+    users = found.users
+    columns = {name: found.values[:, index] for index, name in enumerate(found.metrics)}
+    table = {
+        "user": pa.array(users.ids(system.corpus), pa.string()),
+        "group": pa.array(users.groups, pa.string()),
+        "history_length": users.histories.lengths,
+    }
+    pq.write_table(pa.table(table | columns), folder / USERS_FILE)
+    items = pa.table({"item": system.corpus.items()["item"], "count": found.listed})
+    pq.write_table(items.filter(found.listed > 0), folder / RECOMMENDED_FILE)
+    (folder / BASELINES_FILE).unlink(missing_ok=True)
+
+
+def _examples(system: System, users: HeldOutUsers, *, without_rows: bool) -> list[dict[str, Any]]:
     """History and best items of a few users with a history of middling length, by title, on rank 0."""
-    history, heldout = system.corpus.split("train"), system.corpus.split(split)
-    able = np.flatnonzero((heldout.lengths > 0) & (history.lengths >= np.median(history.lengths)))
-    users = able[:: max(1, len(able) // NUM_EXAMPLES)][:NUM_EXAMPLES]
+    able = np.flatnonzero(users.histories.lengths >= np.median(users.histories.lengths))
+    chosen = able[:: max(1, len(able) // NUM_EXAMPLES)][:NUM_EXAMPLES]
     items = system.corpus.items()
     titles = [title or name for title, name in zip(items["title"].to_pylist(), items["item"].to_pylist(), strict=True)]
-    names = system.corpus.users()["user"]
+    names = users.ids(system.corpus)
     found = []
     # A block of one user a rank: rank 0 then has its own part only, which is enough to look at.
-    users = np.repeat(users, system.world.size)
-    shown = history.take(users)
-    for block in ranking.rank_users(system, users, shown, EXAMPLE_ITEMS, 1, seen=shown):
-        for user, best in zip(users[block.index].tolist(), block.items.tolist(), strict=True):
-            hits = set(heldout[user].tolist())
+    chosen = np.repeat(chosen, system.world.size)
+    shown = users.histories.take(chosen)
+    rows = np.full(len(chosen), -1) if without_rows else users.rows[chosen]
+    for block in ranking.rank_users(system, rows, shown, EXAMPLE_ITEMS, 1, seen=shown):
+        for user, best in zip(chosen[block.index].tolist(), block.items.tolist(), strict=True):
+            hits = set(users.held_out[user].tolist())
             found.append({
-                "user": names[user].as_py(), "history": [titles[i] for i in history[user][:EXAMPLE_ITEMS].tolist()],
+                "user": names[user], "history": [titles[i] for i in users.histories[user][:EXAMPLE_ITEMS].tolist()],
                 "recommended": [{"title": titles[i], "hit": i in hits} for i in best],
             })  # fmt: skip
     return found

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
+from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.evaluation.metrics import MetricResult, MetricSums, largest_cutoff, sum_topk
+from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
 from cllm4rec_dist.model.heads import logits_at_a_time
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
@@ -298,27 +299,65 @@ def _pairs(seen: Ragged | None, index: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack([taken.rows, taken.values.astype(np.int64)], axis=1))
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What the rankings of n users are worth.
+
+    Attributes:
+        users: who they are.
+        metrics: names of the M metrics.
+        values: float64 [n, M], the metrics of each user.
+        listed: int64 [I], how many of the lists each item is in; empty where that was not asked for.
+    """
+
+    users: HeldOutUsers
+    metrics: tuple[str, ...]
+    values: np.ndarray
+    listed: np.ndarray
+
+    def result(self, chosen: np.ndarray | None = None) -> MetricResult:
+        """Means and standard errors over all users, each of whom counts once, or over the chosen ones; bool [n].
+
+        Raises:
+            DataError: where there are none.
+        """
+        return mean_metrics(self.values if chosen is None else self.values[chosen], self.metrics)
+
+
 def evaluate(
     system: System,
     split: str,
     metrics: Sequence[str],
     batch_users: int,
     progress: Callable[[int], object] = lambda done: None,
-) -> MetricResult:
-    """Metrics of the ranking against the held-out items of `split`, over all users who have any. Collective."""
-    heldout = system.corpus.split(split)
-    users = np.flatnonzero(heldout.lengths)
-    history, heldout = system.corpus.split("train").take(users), heldout.take(users)
-    width = len(metrics)
-    sums = MetricSums(tuple(metrics), np.zeros(width), np.zeros(width), 0, 0)
-    for ranking in rank_users(system, users, history, largest_cutoff(metrics), batch_users, progress, seen=history):
-        if len(ranking.index):
-            sums += sum_topk(ranking.items, heldout.take(ranking.index), metrics, system.corpus.num_items)
-    return _total(sums, system.world, system.corpus.num_users - len(users)).result()
+    *,
+    without_rows: bool = False,
+    list_length: int = 0,
+) -> Evaluation:
+    """Rank the catalog for all users of whom `split` holds out items, known and new ones. Collective.
+
+    All-reduces a value for each user and metric, and one for each item where lists are counted.
+
+    Args:
+        without_rows: rank known users as if they had no row either.
+        list_length: count how many of the lists of so many items each item is in; 0 counts nothing.
+    """
+    users, num_items = HeldOutUsers.of(system.corpus, split), system.corpus.num_items
+    rows = np.full(len(users), -1, np.int64) if without_rows else users.rows
+    values = np.zeros((len(users), len(metrics)))
+    listed = np.zeros(num_items if list_length else 0, np.int64)
+    num_best = max(largest_cutoff(metrics), list_length)
+    for ranking in rank_users(system, rows, users.histories, num_best, batch_users, progress, seen=users.histories):
+        values[ranking.index] = user_metrics(ranking.items, users.held_out.take(ranking.index), metrics, num_items)
+        if list_length:
+            shown = np.isfinite(ranking.scores[:, :list_length])
+            listed += np.bincount(ranking.items[:, :list_length][shown], minlength=num_items)
+    everyones = _over_ranks(values.ravel(), system.world, "metrics of users").reshape(values.shape)
+    return Evaluation(users, tuple(metrics), everyones, _over_ranks(listed, system.world, "counts of items"))
 
 
-def _total(sums: MetricSums, world: World, num_skipped: int) -> MetricSums:
-    packed = torch.tensor([*sums.total, *sums.total_squares, sums.num_users], dtype=torch.float64, device=world.device)
-    packed = all_reduce_sum(packed, world, "metrics")
-    total, squares = packed[:-1].cpu().numpy().reshape(2, -1)
-    return MetricSums(sums.names, total, squares, int(packed[-1]), num_skipped)
+def _over_ranks(values: np.ndarray, world: World, what: str) -> np.ndarray:
+    """Sum over the ranks, each of which has its own users' values and zeros for the others."""
+    if not len(values):
+        return values
+    return all_reduce_sum(torch.from_numpy(values).to(world.device), world, what).cpu().numpy()

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.prompts import Composer, largest_prompt_id
+from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ContentKind, Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading
@@ -194,9 +195,12 @@ def start_rows(system: System) -> None:
         logger.info("computing the %s start of %d item rows", config.embeddings.init, system.corpus.num_items)
         width = model.words.embedding.shape[1]
         centre = rows.item_centre(
-            interaction_matrix(system.corpus, "train"), word_counts(system.corpus, system.composer.space),
-            config.embeddings.init_text_weight, width, config.seed,
-        )  # fmt: skip
+            interaction_matrix(system.corpus.split("train"), system.corpus.num_items),
+            word_counts(system.corpus, system.composer.space),
+            config.embeddings.init_text_weight,
+            width,
+            config.seed,
+        )
     if config.embeddings.init == "prior":
         rows.start_prior(model.collaborative.items, scale, world, config.seed, 0)
     else:
@@ -210,11 +214,10 @@ def start_rows(system: System) -> None:
             rows.start_content(content, own, config.embeddings, scale, world, config.seed, index)
 
 
-def interaction_matrix(corpus: Corpus, split: str) -> sp.csr_matrix:
-    """Binary [U, I] matrix of a split, fp32."""
-    ragged = corpus.split(split)
-    ones = np.ones(len(ragged.values), dtype=np.float32)
-    return sp.csr_matrix((ones, ragged.values, ragged.offsets), shape=(corpus.num_users, corpus.num_items))
+def interaction_matrix(lists: Ragged, num_items: int) -> sp.csr_matrix:
+    """Binary [n, I] matrix of the item rows of n users, fp32."""
+    ones = np.ones(len(lists.values), dtype=np.float32)
+    return sp.csr_matrix((ones, lists.values, lists.offsets), shape=(len(lists), num_items))
 
 
 def word_counts(corpus: Corpus, space: TokenSpace) -> sp.csr_matrix:

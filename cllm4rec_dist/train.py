@@ -339,7 +339,7 @@ def _comparable(state: RunState, config: RunConfig, world: World) -> RunState:
 def _validate(system: System, state: RunState, saver: Saver, reporter: RunReporter) -> RunState:
     """Rank the validation items; a better result than any before is kept as the `best` checkpoint."""
     config = system.config.validation
-    found = ranking.evaluate(system, "valid", config.metrics, config.batch_users).mean
+    found = ranking.evaluate(system, "valid", config.metrics, config.batch_users).result().mean
     metric = config.metrics[0]
     value = found[metric]
     is_best = state.best is None or value > state.best

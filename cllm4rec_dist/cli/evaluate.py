@@ -37,11 +37,15 @@ METRICS = "recall@20,recall@40,ndcg@100"
 def evaluate(
     run: RunArgument,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the report; RUN/evaluation if left out.", callback=expanded)
+        Path | None, typer.Option(help="Folder of the report; RUN/evaluation (or -without-rows) if left out.", callback=expanded)
     ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
     baselines: Annotated[bool, typer.Option(help="Fit popularity, EASE, title-aware EASE and iALS beside it.")] = True,
+    without_rows: Annotated[
+        bool,
+        typer.Option("--without-rows", help="Rank known users from their history alone, as if they had no row."),
+    ] = False,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
@@ -50,7 +54,7 @@ def evaluate(
 ) -> None:
     """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
     require_launchable(launcher, workers, os.environ)
-    folder = output or Path(run) / "evaluation"
+    folder = output or Path(run) / ("evaluation-without-rows" if without_rows else "evaluation")
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     problems = preflight.metric_problems("--metrics", names) + output_problems("--output", folder, launcher)
     if split not in ("test", "valid"):
@@ -66,7 +70,7 @@ def evaluate(
     launch(
         evaluate_run, launcher, workers,
         run=found, split=split, metrics=names, batch_users=batch_users, output=str(folder),
-        baselines=baselines,
+        baselines=baselines, without_rows=without_rows,
         **moved,
     )  # fmt: skip
     if is_main(launcher, os.environ):

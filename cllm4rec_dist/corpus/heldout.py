@@ -15,6 +15,9 @@ import numpy as np
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 
+KNOWN, NEW = "known", "new"
+"""Groups of users: those who have a row, and those who have none."""
+
 
 @dataclass(frozen=True)
 class HeldOutUsers:
@@ -67,6 +70,11 @@ class HeldOutUsers:
     def is_new(self) -> np.ndarray:
         """bool [n]."""
         return self.rows < 0
+
+    @property
+    def groups(self) -> list[str]:
+        """Group of each."""
+        return [KNOWN] * len(self.known) + [NEW] * len(self.new)
 
     def ids(self, corpus: Corpus) -> list[str]:
         """External id of each."""

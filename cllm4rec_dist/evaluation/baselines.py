@@ -7,12 +7,15 @@ gain of the language model over EASE is not mistaken for a gain from text as suc
 
 Why this way: every candidate of a grid is fitted on the training items and ranks the catalog once, in blocks of users;
 that one ranking is counted against the validation items (which choose the candidate) and the test items (which are
-reported for the chosen one only). Only training items are left out of the ranking. Nothing of size [U, I] is held.
-Equal scores rank the lower item row first, so that results do not depend on the sorting algorithm.
+reported for the chosen one only). Only the items of the histories are left out of the ranking. Nothing of size [U, I]
+is held. Equal scores rank the lower item row first, so that results do not depend on the sorting algorithm.
+
+New users, who are held out whole, are ranked beside the known ones from their histories, and nothing is fitted on them:
+EASE multiplies a history with the weights of the training users, iALS solves for the factors of a user alone.
 
 What it leaves to others: the split (`corpus/`), the metrics (`metrics.py`), tables and pictures (`report.py`).
 
-Shapes: U users, I items, b users of a block, K ranked items, W words of the item texts.
+Shapes: U training users, N new ones, P = U + N, I items, b users of a block, K ranked items, W words of the item texts.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Literal
 
@@ -40,7 +44,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.evaluation.metrics import MetricSums, largest_cutoff, parse_metric, sum_topk
+from cllm4rec_dist.evaluation.metrics import (
+    FloatArray,
+    largest_cutoff,
+    mean_metrics,
+    parse_metric,
+    user_metrics,
+)
 from cllm4rec_dist.log import ProgressBar, progress_bar
 from cllm4rec_dist.topology import World
 
@@ -98,7 +108,13 @@ class BaselineConfig(StrictModel):
 
 @dataclass(frozen=True)
 class SplitData:
-    """One split: binary CSR matrices [U, I] and one text (may be empty) for each item row.
+    """One split: binary CSR matrices and one text (may be empty) for each item row.
+
+    Attributes:
+        train: [U, I], what is fitted.
+        valid, test: [P, I], what is held out of the training users and then of the new ones.
+        item_texts: I texts.
+        new_histories: [N, I], what the new users are ranked from; None where there are none.
 
     Raises:
         DataError: when the shapes do not agree or a held-out item is a training item of the same user.
@@ -108,16 +124,25 @@ class SplitData:
     valid: sp.csr_matrix
     test: sp.csr_matrix
     item_texts: list[str]
+    new_histories: sp.csr_matrix | None = None
+
+    @cached_property
+    def histories(self) -> sp.csr_matrix:
+        """[P, I], what users are ranked from."""
+        return self.train if self.new_histories is None else sp.vstack([self.train, self.new_histories], format="csr")
 
     def __post_init__(self) -> None:
         for field, part in (("valid", self.valid), ("test", self.test)):
-            if part.shape != self.train.shape:
+            if part.shape != self.histories.shape:
                 raise DataError(
-                    field, part.shape, f"must have the shape of train, {self.train.shape}", "Build all from one split."
+                    field,
+                    part.shape,
+                    f"must have the shape of train, {self.histories.shape}",
+                    "Build all from one split.",
                 )
             if part.nnz == 0:
                 raise DataError(field, "0 items", "must hold out at least one item", "Raise the held-out share.")
-            overlap = self.train.multiply(part).nnz
+            overlap = self.histories.multiply(part).nnz
             if overlap:
                 raise DataError(field, f"{overlap} training items", "must not be in train", "Drop repeats, then split.")
         if len(self.item_texts) != self.train.shape[1]:
@@ -133,15 +158,21 @@ class SplitData:
 class BaselineResult:
     """Test metrics of a baseline with the hyper-parameters that validation chose.
 
-    `seconds` is the wall time of the whole grid, `num_users` those with test items.
+    `values` float64 [n, M] are those of the n users with test items, in the order of their rows; `seconds` is the wall
+    time of the whole grid.
     """
 
     name: BaselineName
     metrics: dict[str, float]
     stderr: dict[str, float]
     chosen: dict[str, float]
-    num_users: int
+    values: FloatArray
     seconds: float
+
+    @property
+    def num_users(self) -> int:
+        """n."""
+        return len(self.values)
 
     @property
     def label(self) -> str:
@@ -183,20 +214,23 @@ def _user_blocks(num_users: int, num_items: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, num_users)) for start in range(0, num_users, size))
 
 
-def _count(score: Scorer, data: SplitData, select_by: str, metrics: Sequence[str]) -> tuple[float, MetricSums]:
-    """Rank the catalog for every user once: the validation value of `select_by` and the sums on test."""
-    num_users, num_items = data.train.shape
+def _count(score: Scorer, data: SplitData, select_by: str, metrics: Sequence[str]) -> tuple[float, FloatArray]:
+    """Rank the catalog for every user once: the validation mean of `select_by`, and metrics of users with test items.
+
+    Known and new users count alike: each once.
+    """
+    num_users, num_items = data.histories.shape
     num_ranked = min(num_items, largest_cutoff([select_by, *metrics]))
     valid_parts, test_parts = [], []
     for start, stop in _user_blocks(num_users, num_items):
         scores = score(start, stop)
-        seen = data.train[start:stop].tocoo()
+        seen = data.histories[start:stop].tocoo()
         scores[seen.row, seen.col] = -np.inf
         ranked = top_rows(scores, num_ranked)
-        valid_parts.append(sum_topk(ranked, data.valid[start:stop], [select_by]))
-        test_parts.append(sum_topk(ranked, data.test[start:stop], metrics))
-    valid = sum(valid_parts[1:], start=valid_parts[0])
-    return valid.result().mean[select_by], sum(test_parts[1:], start=test_parts[0])
+        valid_parts.append(user_metrics(ranked, data.valid[start:stop], [select_by]))
+        test_parts.append(user_metrics(ranked, data.test[start:stop], metrics))
+    valid, test = np.concatenate(valid_parts), np.concatenate(test_parts)
+    return mean_metrics(valid, [select_by]).mean[select_by], test[~np.isnan(test).any(axis=1)]
 
 
 def _popularity(data: SplitData) -> list[_Candidate]:
@@ -250,13 +284,13 @@ def _ease_weights(gram: Float32Array, l2: float) -> Float32Array:
     return weights
 
 
-def _item_scorer(train: sp.csr_matrix, weights: Float32Array) -> Scorer:
-    return lambda start, stop: train[start:stop] @ weights
+def _item_scorer(histories: sp.csr_matrix, weights: Float32Array) -> Scorer:
+    return lambda start, stop: histories[start:stop] @ weights
 
 
 def _ease(data: SplitData, gram: Float32Array, config: BaselineConfig) -> list[_Candidate]:
     def candidate(l2: float) -> _Candidate:
-        return _Candidate({"lambda": l2}, lambda: _item_scorer(data.train, _ease_weights(gram.copy(), l2)))
+        return _Candidate({"lambda": l2}, lambda: _item_scorer(data.histories, _ease_weights(gram.copy(), l2)))
 
     return [candidate(l2) for l2 in config.ease_lambdas]
 
@@ -277,7 +311,7 @@ def _title_ease(data: SplitData, gram: Float32Array, config: BaselineConfig) -> 
         both = gram.copy()
         for rows, block in _gram_blocks(features):
             both[rows] += np.float32(alpha) * block
-        return _item_scorer(data.train, _ease_weights(both, l2))
+        return _item_scorer(data.histories, _ease_weights(both, l2))
 
     def candidate(alpha: float, l2: float) -> _Candidate:
         return _Candidate({"alpha": alpha, "lambda": l2}, lambda: fit(alpha, l2))
@@ -300,7 +334,11 @@ def _ials(data: SplitData, config: BaselineConfig) -> list[_Candidate]:
                 random_state=config.seed,
             )
             model.fit(train, show_progress=False)
-        return lambda start, stop: model.user_factors[start:stop] @ model.item_factors.T
+            users = model.user_factors
+            if data.new_histories is not None:
+                new = data.new_histories.astype(np.float32)
+                users = np.concatenate([users, model.recalculate_user(np.arange(new.shape[0]), new)])
+        return lambda start, stop: users[start:stop] @ model.item_factors.T
 
     def candidate(factors: int, regularization: float, alpha: float) -> _Candidate:
         chosen = {"factors": float(factors), "regularization": regularization, "alpha": alpha}
@@ -350,14 +388,14 @@ def _tune(
     """Fit every candidate and report on test the one that validation likes best (the first of equals)."""
     started = time.perf_counter()
     bar.set_description(f"baselines: {_LABELS[name]}")
-    outcomes = []
+    valid, chosen, test = -np.inf, dict[str, float](), np.empty((0, len(metrics)))
     for candidate in candidates:
-        valid, test = _count(candidate.fit(), data, select_by, metrics)
-        logger.debug("baseline %s %s: validation %s %.4f", name, candidate.chosen, select_by, valid)
-        outcomes.append((valid, candidate.chosen, test))
+        value, values = _count(candidate.fit(), data, select_by, metrics)
+        logger.debug("baseline %s %s: validation %s %.4f", name, candidate.chosen, select_by, value)
+        if value > valid:
+            valid, chosen, test = value, candidate.chosen, values
         bar.update()
-    valid, chosen, test = max(outcomes, key=lambda outcome: outcome[0])
-    result = test.result()
+    result = mean_metrics(test, metrics)
     seconds = time.perf_counter() - started
     settings = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
     logger.info(
@@ -366,10 +404,10 @@ def _tune(
         f" ({settings})" if settings else "",
         select_by,
         valid,
-        len(outcomes),
+        len(candidates),
         seconds,
     )
-    return BaselineResult(name, result.mean, result.stderr, chosen, result.num_users, seconds)
+    return BaselineResult(name, result.mean, result.stderr, chosen, test, seconds)
 
 
 def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfig) -> list[BaselineResult]:

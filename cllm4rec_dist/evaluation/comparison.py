@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import scipy.sparse as sp
 
+from cllm4rec_dist.corpus.heldout import KNOWN, NEW, HeldOutUsers
+from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.baselines import BaselineConfig, SplitData, run_baselines
-from cllm4rec_dist.evaluation.files import EVALUATION_FILE
+from cllm4rec_dist.evaluation.baselines import BaselineConfig, BaselineResult, SplitData, run_baselines
+from cllm4rec_dist.evaluation.files import BASELINES_FILE, EVALUATION_FILE
+from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.report import Background, write_report
 from cllm4rec_dist.evaluation.results import (
     ExampleRecommendation,
+    GroupResults,
     RecommendedItem,
     ResultRow,
     Results,
@@ -25,6 +30,9 @@ from cllm4rec_dist.evaluation.results import (
 )
 from cllm4rec_dist.log import METRICS_FILE
 from cllm4rec_dist.system import interaction_matrix
+
+MODEL = "CLLM4Rec"
+"""Name of the evaluated model in a table."""
 
 
 def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, seconds: float) -> str:
@@ -43,12 +51,16 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         raise DataError(str(folder), EVALUATION_FILE, f"cannot be read ({error})", "Evaluate a run first.") from error
     config = evaluated["config"]
     corpus = Corpus.open(config["corpus"], verify=False)
-    rows = [ResultRow(name="CLLM4Rec", metrics=evaluated["mean"], stderr=evaluated["stderr"])]
-    if with_baselines:
-        rows += _baselines(corpus, metrics, evaluated["split"])
+    users = HeldOutUsers.of(corpus, evaluated["split"])
+    baselines = _baselines(corpus, metrics, evaluated["split"]) if with_baselines else []
+    if baselines:
+        _write_values(baselines, users, corpus, metrics, folder)
+    rows = [ResultRow(name=MODEL, metrics=evaluated["mean"], stderr=evaluated["stderr"])]
+    rows += [_baseline_row(baseline, metrics) for baseline in baselines]
     results = Results(
         dataset=f"{corpus.manifest.name} ({evaluated['split']})",
         rows=tuple(rows),
+        groups=_groups(evaluated, baselines, users, metrics),
         num_users=evaluated["num_users"],
         seconds=seconds,
         config=config,
@@ -88,19 +100,61 @@ def _items(corpus: Corpus) -> pl.DataFrame:
     return items.with_columns(title, pl.Series("popularity", popularity))
 
 
-def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[ResultRow]:
+def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[BaselineResult]:
+    """Fit the baselines on the training items and rank known and new users with them."""
     items = corpus.items()
     titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
+
+    def held_out(name: str) -> sp.csr_matrix:
+        return interaction_matrix(Ragged.concat([corpus.split(name), corpus.new_user_split(name)]), corpus.num_items)
+
+    new_histories = corpus.new_user_split("history")
     data = SplitData(
-        train=interaction_matrix(corpus, "train"),
-        valid=interaction_matrix(corpus, "valid"),
-        test=interaction_matrix(corpus, split),
+        train=interaction_matrix(corpus.split("train"), corpus.num_items),
+        valid=held_out("valid"),
+        test=held_out(split),
         item_texts=[f"{title} {description}".strip() for title, description in zip(titles, descriptions, strict=True)],
+        new_histories=interaction_matrix(new_histories, corpus.num_items) if len(new_histories) else None,
     )
-    found = run_baselines(data, metrics, BaselineConfig())
-    return [
-        ResultRow(name=b.label, metrics=b.metrics, stderr=b.stderr, chosen=dict(b.chosen), baseline=True) for b in found
+    return run_baselines(data, metrics, BaselineConfig())
+
+
+def _baseline_row(found: BaselineResult, metrics: Sequence[str], chosen: np.ndarray | None = None) -> ResultRow:
+    """A baseline over all users, or over the chosen ones; bool [n]."""
+    result = mean_metrics(found.values if chosen is None else found.values[chosen], metrics)
+    return ResultRow(
+        name=found.label, metrics=result.mean, stderr=result.stderr, chosen=dict(found.chosen), baseline=True
+    )
+
+
+def _groups(
+    evaluated: dict[str, Any], baselines: Sequence[BaselineResult], users: HeldOutUsers, metrics: Sequence[str]
+) -> tuple[GroupResults, ...]:
+    """The table for known and for new users; none where there is one group alone."""
+    groups: dict[str, Any] = evaluated["groups"]
+    if len(groups) < 2:
+        return ()
+    found = []
+    for name, chosen in ((KNOWN, ~users.is_new), (NEW, users.is_new)):
+        own = groups[name]
+        rows = [ResultRow(name=MODEL, metrics=own["mean"], stderr=own["stderr"])]
+        rows += [_baseline_row(baseline, metrics, chosen) for baseline in baselines]
+        found.append(GroupResults(group=name, num_users=own["num_users"], rows=tuple(rows)))
+    return tuple(found)
+
+
+def _write_values(
+    baselines: Sequence[BaselineResult], users: HeldOutUsers, corpus: Corpus, metrics: Sequence[str], folder: Path
+) -> None:
+    """The metrics of every user under each baseline, with which those of the model can be paired."""
+    who = {"user": users.ids(corpus), "group": users.groups}
+    tables = [
+        pl.DataFrame(who | {name: baseline.values[:, index] for index, name in enumerate(metrics)}).select(
+            pl.lit(baseline.label).alias("model"), pl.all()
+        )
+        for baseline in baselines
     ]
+    pl.concat(tables).write_parquet(folder / BASELINES_FILE)
 
 
 def _example(example: dict[str, Any]) -> ExampleRecommendation:

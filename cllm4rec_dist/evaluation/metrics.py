@@ -6,8 +6,9 @@ Autoencoders for Collaborative Filtering", WWW 2018), which the CLLM4Rec paper t
 min(K, number of held-out items), so that a perfect ranking scores 1 at every K, and NDCG@K has binary gains with a
 log2 discount and the ideal DCG of min(K, number of held-out items) hits.
 
-Why sums: `MetricSums` can be added, so that blocks of users (or ranks) are counted apart and joined without keeping
-anything a user. A user with nothing held out has no defined metric and is left out of the mean, but counted.
+Why a value for each user: blocks of users (or ranks) are counted apart and joined, groups of users have means of their
+own, and two models are compared by the differences over the same users. It takes 8 bytes a user and metric. A user with
+nothing held out has no defined metric and is left out of the mean, but counted.
 
 What it leaves to others: making the ranking and leaving seen items out of it (`ranking.py`, `baselines.py`).
 
@@ -67,50 +68,6 @@ class MetricResult:
     stderr: dict[str, float]
     num_users: int
     num_skipped: int
-
-
-@dataclass(frozen=True)
-class MetricSums:
-    """What is added up over users: sums and sums of squares [M], in the order of `names`."""
-
-    names: tuple[str, ...]
-    total: FloatArray
-    total_squares: FloatArray
-    num_users: int
-    num_skipped: int
-
-    def __add__(self, other: MetricSums) -> MetricSums:
-        assert self.names == other.names, "sums of different metrics cannot be joined"
-        return MetricSums(
-            self.names,
-            self.total + other.total,
-            self.total_squares + other.total_squares,
-            self.num_users + other.num_users,
-            self.num_skipped + other.num_skipped,
-        )
-
-    def result(self) -> MetricResult:
-        """Means and standard errors.
-
-        Raises:
-            DataError: when no user has a held-out item.
-        """
-        if self.num_users == 0:
-            raise DataError(
-                "held-out items",
-                f"0 of {self.num_skipped} users",
-                "must exist for at least one user",
-                "Check the split: keep users with enough interactions, or raise the held-out share.",
-            )
-        mean = self.total / self.num_users
-        variance = np.maximum(self.total_squares / self.num_users - mean**2, 0.0)
-        stderr = np.sqrt(variance / self.num_users)
-        return MetricResult(
-            dict(zip(self.names, mean.tolist(), strict=True)),
-            dict(zip(self.names, stderr.tolist(), strict=True)),
-            self.num_users,
-            self.num_skipped,
-        )
 
 
 def parse_metric(name: str) -> Metric:
@@ -198,8 +155,8 @@ def _ndcg(hit: NDArray[np.bool_], num_heldout: IntArray, cutoff: int) -> FloatAr
 _METRICS: dict[str, Callable[[NDArray[np.bool_], IntArray, int], FloatArray]] = {"recall": _recall, "ndcg": _ndcg}
 
 
-def sum_topk(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None) -> MetricSums:
-    """The metrics of a block of users, ready to be added to those of other blocks.
+def user_metrics(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None) -> FloatArray:
+    """The metrics of each user: float64 [U, M], NaN for one with nothing held out.
 
     Args:
         topk: item rows [U, K], best first, no item twice in a row; K is at least the largest cutoff, or the ranking
@@ -228,11 +185,36 @@ def sum_topk(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items
         )
     has_heldout = num_heldout > 0
     hit, num_heldout = hit[has_heldout], num_heldout[has_heldout]
-    values = np.stack([_METRICS[metric.kind](hit, num_heldout, metric.cutoff) for metric in parsed])
-    return MetricSums(
-        tuple(metric.name for metric in parsed),
-        values.sum(axis=1),
-        (values**2).sum(axis=1),
-        num_users=len(num_heldout),
-        num_skipped=int((~has_heldout).sum()),
+    values = np.full((len(has_heldout), len(parsed)), np.nan)
+    values[has_heldout] = np.stack(
+        [_METRICS[metric.kind](hit, num_heldout, metric.cutoff) for metric in parsed], axis=1
+    )
+    return values
+
+
+def mean_metrics(values: FloatArray, metrics: Sequence[str]) -> MetricResult:
+    """Means and standard errors over users.
+
+    Args:
+        values: float64 [U, M] of `user_metrics`; users whose values are NaN are skipped and counted.
+        metrics: names of the M columns.
+
+    Raises:
+        DataError: when no user has a held-out item.
+    """
+    kept = values[~np.isnan(values).any(axis=1)]
+    if not len(kept):
+        raise DataError(
+            "held-out items",
+            f"0 of {len(values)} users",
+            "must exist for at least one user",
+            "Check the split: keep users with enough interactions, or raise the held-out share.",
+        )
+    names = [parse_metric(name).name for name in metrics]
+    stderr = kept.std(axis=0) / np.sqrt(len(kept))
+    return MetricResult(
+        dict(zip(names, kept.mean(axis=0).tolist(), strict=True)),
+        dict(zip(names, stderr.tolist(), strict=True)),
+        len(kept),
+        len(values) - len(kept),
     )

@@ -60,6 +60,17 @@ class ResultRow(StrictModel):
     """Whether this is what the model is compared against."""
 
 
+class GroupResults(StrictModel):
+    """The same table over a group of users."""
+
+    group: Literal["known", "new"]
+    """Users who have a row, or who have none."""
+    num_users: PositiveInt
+    """Users evaluated."""
+    rows: tuple[ResultRow, ...] = Field(min_length=1)
+    """Models and baselines in the order of the whole table."""
+
+
 class Results(StrictModel):
     """What one evaluation found; `results.json` is this, as JSON."""
 
@@ -68,7 +79,9 @@ class Results(StrictModel):
     dataset: str
     """Name of the data set."""
     rows: tuple[ResultRow, ...] = Field(min_length=1)
-    """Models and baselines; the first row gives the order of the metrics."""
+    """Models and baselines over all users; the first row gives the order of the metrics."""
+    groups: tuple[GroupResults, ...] = ()
+    """The same for known and for new users, where there are both."""
     num_users: PositiveInt
     """Users evaluated."""
     seconds: NonNegativeFloat
@@ -106,17 +119,27 @@ class ExampleRecommendation:
     recommended: Sequence[RecommendedItem]
 
 
-def _best_values(results: Results) -> dict[str, float]:
+def _best_values(rows: Sequence[ResultRow], metric_names: Sequence[str]) -> dict[str, float]:
     """The best of each metric, rounded as shown: rows that look equal are equally best."""
-    return {
-        name: max(round(row.metrics[name], 4) for row in results.rows if name in row.metrics)
-        for name in results.metric_names
-    }
+    return {name: max(round(row.metrics[name], 4) for row in rows if name in row.metrics) for name in metric_names}
 
 
 def markdown_table(results: Results) -> str:
-    """Models as rows, metrics as columns, `mean ± standard error`, the best of each column in bold; notes below."""
-    best = _best_values(results)
+    """Models as rows, metrics as columns, `mean ± standard error`, the best of each column in bold; notes below.
+
+    Where there are groups of users, a table of each follows that of all.
+    """
+    table = _table(results.rows, results.metric_names)
+    if results.groups:
+        table = f"**All users** ({results.num_users:,})\n\n{table}"
+    for found in results.groups:
+        table += f"\n**{found.group.capitalize()} users** ({found.num_users:,})\n\n"
+        table += _table(found.rows, results.metric_names)
+    return table + "".join(f"\n**{note}**\n" for note in results.notes)
+
+
+def _table(rows: Sequence[ResultRow], metric_names: Sequence[str]) -> str:
+    best = _best_values(rows, metric_names)
 
     def cell(row: ResultRow, name: str) -> str:
         if name not in row.metrics:
@@ -126,8 +149,7 @@ def markdown_table(results: Results) -> str:
         return f"{shown} ± {row.stderr[name]:.4f}" if name in row.stderr else shown
 
     lines = [["Model", *map(metric_label, best)], ["---", *("---:" for _ in best)]]
-    for row in results.rows:
+    for row in rows:
         name = " ".join(row.name.split()).replace("|", "\\|")
         lines.append([name, *(cell(row, metric) for metric in best)])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return table + "".join(f"\n**{note}**\n" for note in results.notes)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

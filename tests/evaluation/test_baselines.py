@@ -6,12 +6,13 @@ import re
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from implicit.cpu.als import AlternatingLeastSquares
 
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation import baselines
 from cllm4rec_dist.evaluation.baselines import BaselineConfig, SplitData, run_baselines, top_rows
-from cllm4rec_dist.evaluation.metrics import sum_topk
+from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
 
 METRICS = ["recall@5", "ndcg@10"]
 FAST = {"ials_factors": (4,), "ials_regularizations": (1.0,), "ials_alphas": (5.0,), "num_threads": 1}
@@ -47,7 +48,7 @@ def test_top_rows_breaks_ties_by_the_lower_row(num_ranked):
 
 def expected_metrics(data: SplitData, scores: np.ndarray) -> dict[str, float]:
     scores = np.where(data.train.toarray() > 0, -np.inf, scores)
-    return sum_topk(slow_ranking(scores, 10), data.test, METRICS).result().mean
+    return mean_metrics(user_metrics(slow_ranking(scores, 10), data.test, METRICS), METRICS).mean
 
 
 def dense_ease(gram: np.ndarray, l2: float) -> np.ndarray:
@@ -86,6 +87,71 @@ def test_results_equal_dense_formulas(data, monkeypatch):
     assert titles.metrics == pytest.approx(expected_metrics(data, train @ stacked))
     assert titles.chosen == {"alpha": 2.0, "lambda": 5.0}
     assert titles.num_users == int((data.test.getnnz(axis=1) > 0).sum())
+
+
+@pytest.fixture(scope="module")
+def with_new(data: SplitData) -> SplitData:
+    """The first 60 users are trained on, the last 20 are new: half of them for validation, half for the test."""
+    known, new = np.arange(60), np.arange(60, 80)
+    valid, test = data.valid + data.test, data.valid + data.test
+    is_valid = sp.diags(np.where(np.arange(80) < 60, 1.0, np.arange(80) < 70)).astype(np.float32)
+    is_test = sp.diags(np.where(np.arange(80) < 60, 1.0, np.arange(80) >= 70)).astype(np.float32)
+    valid = sp.vstack([data.valid[known], (is_valid @ valid)[new]], format="csr")
+    test = sp.vstack([data.test[known], (is_test @ test)[new]], format="csr")
+    return SplitData(data.train[known], valid, test, data.item_texts, data.train[new])
+
+
+def test_new_users_are_ranked_from_their_histories_and_nothing_is_fitted_on_them(with_new: SplitData) -> None:
+    l2, alpha, regularization = 5.0, 8.0, 3.0
+    config = BaselineConfig(
+        names=("popularity", "ease", "ials"),
+        ease_lambdas=(l2,),
+        ials_factors=(8,),
+        ials_regularizations=(regularization,),
+        ials_alphas=(alpha,),
+        num_threads=1,
+    )
+    popularity, ease, ials = run_baselines(with_new, METRICS, config)
+    train, histories = with_new.train.toarray(), with_new.histories.toarray()
+    assert histories.shape == (80, 30)
+    model = AlternatingLeastSquares(
+        factors=8, regularization=regularization, alpha=alpha, iterations=15, num_threads=1, random_state=0
+    )
+    model.fit(with_new.train, show_progress=False)
+    items = model.item_factors.astype(np.float64)
+    folded = []
+    for history in histories[60:]:  # the closed form of Hu et al.: (Y'CY + rI)^-1 Y'Cp
+        confidence = 1 + (alpha - 1) * history
+        normal = items.T @ (confidence[:, None] * items) + regularization * np.eye(8)
+        folded.append(np.linalg.solve(normal, items.T @ (confidence * history)))
+    users = np.concatenate([model.user_factors, folded])
+    scores = {
+        "popularity": np.tile(train.sum(axis=0), (80, 1)),
+        "ease": histories @ dense_ease(train.T @ train, l2),
+        "ials": users @ items.T,
+    }
+    tested = np.flatnonzero(with_new.test.getnnz(axis=1))
+    assert (tested >= 60).sum() > 5
+    for found in (popularity, ease, ials):
+        left = np.where(histories > 0, -np.inf, scores[found.name])
+        wanted = user_metrics(slow_ranking(left, 10), with_new.test, METRICS)[tested]
+        np.testing.assert_allclose(found.values, wanted, atol=1e-6)
+        assert found.num_users == len(tested)
+        assert found.metrics == pytest.approx(dict(zip(METRICS, wanted.mean(axis=0), strict=True)))
+
+
+def test_new_users_take_part_in_the_choice_of_settings(with_new: SplitData) -> None:
+    grid = (1.0, 20.0, 1e4)
+    config = BaselineConfig(names=("ease",), ease_lambdas=grid)
+    (tuned,) = run_baselines(with_new, METRICS, config)
+    train, histories = with_new.train.toarray(), with_new.histories.toarray()
+    values = []
+    for l2 in grid:
+        left = np.where(histories > 0, -np.inf, histories @ dense_ease(train.T @ train, l2))
+        found = user_metrics(slow_ranking(left, 30), with_new.valid, ["ndcg@100"])
+        assert np.isfinite(found[60:70]).any()
+        values.append(mean_metrics(found, ["ndcg@100"]).mean["ndcg@100"])
+    assert tuned.chosen == {"lambda": grid[int(np.argmax(values))]}
 
 
 def test_all_run_and_beat_popularity_deterministically(data):

@@ -8,7 +8,15 @@ import pytest
 import scipy.sparse as sp
 
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.evaluation.metrics import Metric, MetricResult, hits, largest_cutoff, parse_metric, sum_topk
+from cllm4rec_dist.evaluation.metrics import (
+    Metric,
+    MetricResult,
+    hits,
+    largest_cutoff,
+    mean_metrics,
+    parse_metric,
+    user_metrics,
+)
 
 NAMES = ["recall@1", "recall@5", "recall@20", "ndcg@3", "ndcg@20"]
 
@@ -39,8 +47,8 @@ def loop_metric(name: str, ranked: list[int], held: set[int]) -> float:
     return gain / sum(1 / math.log2(place + 2) for place in range(best))
 
 
-def evaluate_topk(*arguments, **options) -> MetricResult:
-    return sum_topk(*arguments, **options).result()
+def evaluate_topk(topk, heldout, metrics, **options) -> MetricResult:
+    return mean_metrics(user_metrics(topk, heldout, metrics, **options), metrics)
 
 
 @pytest.fixture
@@ -78,20 +86,24 @@ def test_hits_counts_repeated_heldout_items_once():
 
 
 def test_nothing_held_out_is_an_error_only_at_the_end():
-    sums = sum_topk(np.array([[0, 1]]), as_ragged([[]]), ["recall@2"])
-    assert (sums.num_users, sums.num_skipped) == (0, 1)
+    values = user_metrics(np.array([[0, 1]]), as_ragged([[]]), ["recall@2"])
+    assert np.isnan(values).all()
     with pytest.raises(DataError, match="at least one user"):
-        sums.result()
+        mean_metrics(values, ["recall@2"])
 
 
-def test_blocks_add_up_to_the_whole(case):
+def test_blocks_of_users_are_counted_apart(case):
     topk, heldout = case
-    whole = evaluate_topk(topk, as_ragged(heldout), NAMES)
-    parts = [sum_topk(topk[a:b], as_ragged(heldout[a:b]), NAMES) for a, b in ((0, 4), (4, 5), (5, 30))]
-    joined = (parts[0] + parts[1] + parts[2]).result()
-    assert joined.mean == pytest.approx(whole.mean)
-    assert joined.stderr == pytest.approx(whole.stderr)
-    assert joined.num_users == whole.num_users
+    whole = user_metrics(topk, as_ragged(heldout), NAMES)
+    assert whole.shape == (30, len(NAMES))
+    bounds = ((0, 4), (4, 4), (4, 5), (5, 30))
+    parts = [user_metrics(topk[a:b], as_ragged(heldout[a:b]), NAMES) for a, b in bounds]
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-12)  # sums of blocks of another shape
+    for user, held in enumerate(heldout):
+        for value, name in zip(whole[user], NAMES, strict=True):
+            assert (
+                value == pytest.approx(loop_metric(name, topk[user].tolist(), set(held))) if held else np.isnan(value)
+            )
 
 
 def test_names():
