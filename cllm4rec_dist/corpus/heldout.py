@@ -8,14 +8,16 @@ Legend: n users.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 
-KNOWN, NEW = "known", "new"
+Group = Literal["known", "new"]
+KNOWN: Group = "known"
+NEW: Group = "new"
 """Groups of users: those who have a row, and those who have none."""
 
 
@@ -42,20 +44,10 @@ class HeldOutUsers:
         Args:
             split: valid or test.
         """
-        lists = (
-            (corpus.split("train"), corpus.split(split)),
-            (
-                corpus.new_user_split("history"),
-                corpus.new_user_split(split),
-            ),
-        )
-        known, new = chosen = [np.flatnonzero(held_out.lengths) for _, held_out in lists]
-        return cls(
-            known,
-            new,
-            histories=Ragged.concat([history.take(rows) for (history, _), rows in zip(lists, chosen, strict=True)]),
-            held_out=Ragged.concat([held_out.take(rows) for (_, held_out), rows in zip(lists, chosen, strict=True)]),
-        )
+        held_out, new_held_out = corpus.split(split), corpus.new_user_split(split)
+        known, new = np.flatnonzero(held_out.lengths), np.flatnonzero(new_held_out.lengths)
+        histories = corpus.split("train").take(known), corpus.new_user_split("history").take(new)
+        return cls(known, new, Ragged.concat(histories), Ragged.concat([held_out.take(known), new_held_out.take(new)]))
 
     def __len__(self) -> int:
         """n."""
@@ -72,7 +64,7 @@ class HeldOutUsers:
         return self.rows < 0
 
     @property
-    def groups(self) -> list[str]:
+    def groups(self) -> list[Group]:
         """Group of each."""
         return [KNOWN] * len(self.known) + [NEW] * len(self.new)
 

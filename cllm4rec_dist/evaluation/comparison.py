@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import scipy.sparse as sp
 
-from cllm4rec_dist.corpus.heldout import KNOWN, NEW, HeldOutUsers
+from cllm4rec_dist.corpus.heldout import KNOWN, NEW, Group, HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
@@ -135,7 +135,8 @@ def _groups(
     if len(groups) < 2:
         return ()
     found = []
-    for name, chosen in ((KNOWN, ~users.is_new), (NEW, users.is_new)):
+    parts: list[tuple[Group, np.ndarray]] = [(KNOWN, ~users.is_new), (NEW, users.is_new)]
+    for name, chosen in parts:
         own = groups[name]
         rows = [ResultRow(name=MODEL, metrics=own["mean"], stderr=own["stderr"])]
         rows += [_baseline_row(baseline, metrics, chosen) for baseline in baselines]
