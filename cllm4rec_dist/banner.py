@@ -134,4 +134,4 @@ def describe_validation(config: RunConfig, manifest: Manifest) -> str:
     every = "every epoch" if validation.every_epochs == 1 else f"every {validation.every_epochs} epochs"
     chosen, *others = validation.metrics
     also = f", also {', '.join(others)}" if others else ""
-    return f"{every} on {manifest.num_interactions.get('valid', 0):,} interactions; best by {chosen}{also}"
+    return f"{every} on {manifest.num_held_out('valid'):,} interactions; best by {chosen}{also}"

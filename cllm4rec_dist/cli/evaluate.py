@@ -37,7 +37,8 @@ METRICS = "recall@20,recall@40,ndcg@100"
 def evaluate(
     run: RunArgument,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the report; RUN/evaluation (or -without-rows) if left out.", callback=expanded)
+        Path | None,
+        typer.Option(help="Folder of the report; RUN/evaluation[-without-rows] if left out.", callback=expanded),
     ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
