@@ -19,7 +19,14 @@ from cllm4rec_dist import checkpoint, ranking
 from cllm4rec_dist.checkpoint import Checkpoint
 from cllm4rec_dist.corpus.heldout import KNOWN, NEW, HeldOutUsers
 from cllm4rec_dist.errors import CheckpointError, DataError
-from cllm4rec_dist.evaluation.files import BASELINES_FILE, EVALUATION_FILE, RECOMMENDED_FILE, USERS_FILE
+from cllm4rec_dist.evaluation.files import (
+    BASELINES_FILE,
+    BASELINES_RECOMMENDED_FILE,
+    EVALUATION_FILE,
+    RECOMMENDED_FILE,
+    USERS_FILE,
+)
+from cllm4rec_dist.evaluation.metrics import LIST_LENGTH
 from cllm4rec_dist.log import ReportMetrics, progress_bar
 from cllm4rec_dist.preflight import require_held_out
 from cllm4rec_dist.ranking import Evaluation, Ranking
@@ -32,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 NUM_EXAMPLES = 36
 EXAMPLE_ITEMS = 10
-LIST_LENGTH = 20
-"""Items of a list whose coverage of the catalog is counted."""
 
 
 def load(run: str, world: World, backbone: str | None = None, corpus: str | None = None) -> tuple[System, Checkpoint]:
@@ -132,7 +137,8 @@ def _write_tables(system: System, found: Evaluation, folder: Path) -> None:
     pq.write_table(pa.table(table | columns), folder / USERS_FILE)
     items = pa.table({"item": system.corpus.items()["item"], "count": found.listed})
     pq.write_table(items.filter(found.listed > 0), folder / RECOMMENDED_FILE)
-    (folder / BASELINES_FILE).unlink(missing_ok=True)
+    for name in (BASELINES_FILE, BASELINES_RECOMMENDED_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _examples(system: System, users: HeldOutUsers, *, without_rows: bool) -> list[dict[str, Any]]:

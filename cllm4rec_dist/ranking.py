@@ -21,7 +21,7 @@ from cllm4rec_dist.collectives import all_gather_rows, all_reduce_sum, all_to_al
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.metrics import MetricResult, count_listed, largest_cutoff, mean_metrics, user_metrics
 from cllm4rec_dist.model.heads import logits_at_a_time
 from cllm4rec_dist.system import System
 from cllm4rec_dist.topology import RowPartition, World
@@ -350,8 +350,7 @@ def evaluate(
     for ranking in rank_users(system, rows, users.histories, num_best, batch_users, progress, seen=users.histories):
         values[ranking.index] = user_metrics(ranking.items, users.held_out.take(ranking.index), metrics, num_items)
         if list_length:
-            shown = np.isfinite(ranking.scores[:, :list_length])
-            listed += np.bincount(ranking.items[:, :list_length][shown], minlength=num_items)
+            listed += count_listed(ranking.items, ranking.scores, num_items, list_length)
     everyones = _over_ranks(values.ravel(), system.world, "metrics of users").reshape(values.shape)
     return Evaluation(users, tuple(metrics), everyones, _over_ranks(listed, system.world, "counts of items"))
 

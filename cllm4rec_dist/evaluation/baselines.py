@@ -45,7 +45,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation.metrics import (
+    LIST_LENGTH,
     FloatArray,
+    count_listed,
     largest_cutoff,
     mean_metrics,
     parse_metric,
@@ -158,8 +160,8 @@ class SplitData:
 class BaselineResult:
     """Test metrics of a baseline with the hyper-parameters that validation chose.
 
-    `values` float64 [n, M] are those of the n users with test items, in the order of their rows; `seconds` is the wall
-    time of the whole grid.
+    `values` float64 [n, M] are those of the n users with test items, in the order of their rows; `listed` int64 [I]
+    counts their lists of `LIST_LENGTH` that each item is in; `seconds` is the wall time of the whole grid.
     """
 
     name: BaselineName
@@ -167,6 +169,7 @@ class BaselineResult:
     stderr: dict[str, float]
     chosen: dict[str, float]
     values: FloatArray
+    listed: NDArray[np.int64]
     seconds: float
 
     @property
@@ -178,6 +181,15 @@ class BaselineResult:
     def label(self) -> str:
         """The name as a table shows it."""
         return _LABELS[self.name]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A fitted candidate: its validation mean, and values and lists of the users with test items."""
+
+    valid: float
+    values: FloatArray
+    listed: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -214,23 +226,28 @@ def _user_blocks(num_users: int, num_items: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, num_users)) for start in range(0, num_users, size))
 
 
-def _count(score: Scorer, data: SplitData, select_by: str, metrics: Sequence[str]) -> tuple[float, FloatArray]:
-    """Rank the catalog for every user once: the validation mean of `select_by`, and metrics of users with test items.
+def _count(score: Scorer, data: SplitData, select_by: str, metrics: Sequence[str]) -> _Outcome:
+    """Rank the catalog for every user once, and measure that on validation and test.
 
     Known and new users count alike: each once.
     """
     num_users, num_items = data.histories.shape
-    num_ranked = min(num_items, largest_cutoff([select_by, *metrics]))
+    num_ranked = min(num_items, max(LIST_LENGTH, largest_cutoff([select_by, *metrics])))
     valid_parts, test_parts = [], []
+    listed = np.zeros(num_items, np.int64)
     for start, stop in _user_blocks(num_users, num_items):
         scores = score(start, stop)
         seen = data.histories[start:stop].tocoo()
         scores[seen.row, seen.col] = -np.inf
         ranked = top_rows(scores, num_ranked)
         valid_parts.append(user_metrics(ranked, data.valid[start:stop], [select_by]))
-        test_parts.append(user_metrics(ranked, data.test[start:stop], metrics))
-    valid, test = np.concatenate(valid_parts), np.concatenate(test_parts)
-    return mean_metrics(valid, [select_by]).mean[select_by], test[~np.isnan(test).any(axis=1)]
+        test = user_metrics(ranked, data.test[start:stop], metrics)
+        tested = ~np.isnan(test).any(axis=1)
+        test_parts.append(test[tested])
+        ranked_scores = np.take_along_axis(scores, ranked, axis=1)
+        listed += count_listed(ranked[tested], ranked_scores[tested], num_items)
+    valid = mean_metrics(np.concatenate(valid_parts), [select_by]).mean[select_by]
+    return _Outcome(valid, np.concatenate(test_parts), listed)
 
 
 def _popularity(data: SplitData) -> list[_Candidate]:
@@ -388,14 +405,16 @@ def _tune(
     """Fit every candidate and report on test the one that validation likes best (the first of equals)."""
     started = time.perf_counter()
     bar.set_description(f"baselines: {_LABELS[name]}")
-    valid, chosen, test = -np.inf, dict[str, float](), np.empty((0, len(metrics)))
+    best: tuple[_Outcome, dict[str, float]] | None = None
     for candidate in candidates:
-        value, values = _count(candidate.fit(), data, select_by, metrics)
-        logger.debug("baseline %s %s: validation %s %.4f", name, candidate.chosen, select_by, value)
-        if value > valid:
-            valid, chosen, test = value, candidate.chosen, values
+        outcome = _count(candidate.fit(), data, select_by, metrics)
+        logger.debug("baseline %s %s: validation %s %.4f", name, candidate.chosen, select_by, outcome.valid)
+        if best is None or outcome.valid > best[0].valid:
+            best = outcome, candidate.chosen
         bar.update()
-    result = mean_metrics(test, metrics)
+    assert best is not None, "a grid has at least one candidate"
+    outcome, chosen = best
+    result = mean_metrics(outcome.values, metrics)
     seconds = time.perf_counter() - started
     settings = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
     logger.info(
@@ -403,11 +422,11 @@ def _tune(
         _LABELS[name],
         f" ({settings})" if settings else "",
         select_by,
-        valid,
+        outcome.valid,
         len(candidates),
         seconds,
     )
-    return BaselineResult(name, result.mean, result.stderr, chosen, test, seconds)
+    return BaselineResult(name, result.mean, result.stderr, chosen, outcome.values, outcome.listed, seconds)
 
 
 def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfig) -> list[BaselineResult]:

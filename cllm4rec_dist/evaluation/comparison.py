@@ -17,7 +17,7 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.baselines import BaselineConfig, BaselineResult, SplitData, run_baselines
-from cllm4rec_dist.evaluation.files import BASELINES_FILE, EVALUATION_FILE
+from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE, EVALUATION_FILE
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.report import Background, write_report
 from cllm4rec_dist.evaluation.results import (
@@ -147,7 +147,7 @@ def _groups(
 def _write_values(
     baselines: Sequence[BaselineResult], users: HeldOutUsers, corpus: Corpus, metrics: Sequence[str], folder: Path
 ) -> None:
-    """The metrics of every user under each baseline, with which those of the model can be paired."""
+    """The metrics of every user under each baseline, with which those of the model can be paired, and their lists."""
     who = {"user": users.ids(corpus), "group": users.groups}
     tables = [
         pl.DataFrame(who | {name: baseline.values[:, index] for index, name in enumerate(metrics)}).select(
@@ -156,6 +156,9 @@ def _write_values(
         for baseline in baselines
     ]
     pl.concat(tables).write_parquet(folder / BASELINES_FILE)
+    items = corpus.items()["item"].to_pylist()
+    lists = [pl.DataFrame({"model": baseline.label, "item": items, "count": baseline.listed}) for baseline in baselines]
+    pl.concat(lists).filter(pl.col("count") > 0).write_parquet(folder / BASELINES_RECOMMENDED_FILE)
 
 
 def _example(example: dict[str, Any]) -> ExampleRecommendation:

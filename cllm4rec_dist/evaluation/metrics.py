@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 from cllm4rec_dist.config import METRIC_NAME
 from cllm4rec_dist.errors import ConfigError, DataError
 
+LIST_LENGTH = 20
+"""Items of a list whose coverage of the catalog is counted."""
+
 IntArray = NDArray[np.integer]
 FloatArray = NDArray[np.float64]
 
@@ -218,3 +221,16 @@ def mean_metrics(values: FloatArray, metrics: Sequence[str]) -> MetricResult:
         len(kept),
         len(values) - len(kept),
     )
+
+
+def count_listed(
+    topk: IntArray, scores: NDArray[np.floating], num_items: int, list_length: int = LIST_LENGTH
+) -> NDArray[np.int64]:
+    """How many lists each item is in: int64 [I].
+
+    Args:
+        topk: item rows [U, K], best first; a list is the first `list_length` of them.
+        scores: [U, K]; an item with -inf is not recommended.
+    """
+    shown = np.isfinite(scores[:, :list_length])
+    return np.bincount(topk[:, :list_length][shown], minlength=num_items).astype(np.int64)

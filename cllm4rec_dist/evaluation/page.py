@@ -95,7 +95,7 @@ def headline(rivals: Sequence[Rival], *, comparable: bool = True) -> tuple[str, 
 
     Args:
         rivals: one test for each metric, at least one.
-        comparable: False where notes say that the figures cannot be compared; the tone is level then.
+        comparable: False where notes say what must be known before comparing; the tone is level then.
     """
     by_verdict: dict[str, list[Rival]] = {}
     for rival in rivals:
@@ -111,7 +111,7 @@ def headline(rivals: Sequence[Rival], *, comparable: bool = True) -> tuple[str, 
             parts.append(" ".join(filter(None, (phrase, *object_words, "in", where))))
     sentence = ", ".join(parts) + "."
     if not comparable:
-        return f"Not comparable (see the warning above); by the figures alone {sentence}", "level"
+        return f"Mind the warning above; by the figures alone {sentence}", "level"
     sentence = sentence[0].upper() + sentence[1:]
     found = set(by_verdict)
     tone = "ahead" if "ahead" in found and "behind" not in found else "level"

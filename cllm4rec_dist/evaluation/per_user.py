@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.files import BASELINES_FILE, RECOMMENDED_FILE, USERS_FILE
+from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE, RECOMMENDED_FILE, USERS_FILE
 from cllm4rec_dist.evaluation.statistics import FloatArray, Mean, PairedTest, length_bins, mean_of, paired_test
 
 GROUPS = ("known", "new")
@@ -69,6 +69,18 @@ def read_recommended(folder: Path) -> pl.DataFrame | None:
         DataError: as `read_users`.
     """
     return _read(folder / RECOMMENDED_FILE, {"item", "count"}, ["item"])
+
+
+def read_baselines_recommended(folder: Path) -> dict[str, pl.DataFrame]:
+    """`baselines_recommended.parquet`: name of a baseline -> item and count; empty where the file is absent.
+
+    Raises:
+        DataError: as `read_users`.
+    """
+    frame = _read(folder / BASELINES_RECOMMENDED_FILE, {"model", "item", "count"}, ["model", "item"])
+    if frame is None:
+        return {}
+    return {name: frame.filter(pl.col("model") == name) for name in frame["model"].unique(maintain_order=True)}
 
 
 def _read(path: Path, columns: Collection[str], key: Sequence[str]) -> pl.DataFrame | None:

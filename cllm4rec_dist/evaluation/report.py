@@ -144,6 +144,8 @@ def _catalog(folder: Path, results: Results, background: Background) -> tuple[Ca
     if recommended is None or background.items is None or recommended["count"].sum() == 0:
         return None, f"Left out: there is no count of recommended items ({per_user.RECOMMENDED_FILE})."
     lists = {results.rows[0].name: recommended}
+    names = [row.name for row in results.rows if row.baseline]
+    lists |= {name: found for name, found in per_user.read_baselines_recommended(folder).items() if name in names}
     return page.make_catalog(lists, background.items, results.num_users), ""
 
 

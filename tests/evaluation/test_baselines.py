@@ -166,6 +166,18 @@ def test_all_run_and_beat_popularity_deterministically(data):
     assert [result.metrics for result in again] == [result.metrics for result in results]
 
 
+def test_lists_of_the_chosen_setting_are_counted(data):
+    (result,) = run_baselines(data, METRICS, BaselineConfig(names=("popularity",)))
+    popularity = np.asarray(data.train.sum(axis=0)).ravel()
+    scores = np.where(data.train.toarray() > 0, -np.inf, popularity)
+    expected = np.zeros(30, dtype=int)
+    for user in np.flatnonzero(np.diff(data.test.indptr)):
+        listed = slow_ranking(scores, 20)[user]
+        expected[listed[np.isfinite(scores[user, listed])]] += 1
+    assert result.listed.tolist() == expected.tolist()
+    assert result.num_users < len(scores)  # users without test items are not counted
+
+
 def test_validation_chooses_the_lambda(data):
     grid = (1.0, 20.0, 1e4)
     values = []

@@ -11,6 +11,7 @@ from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation.metrics import (
     Metric,
     MetricResult,
+    count_listed,
     hits,
     largest_cutoff,
     mean_metrics,
@@ -140,3 +141,12 @@ def test_a_short_ranking_is_allowed_only_when_it_covers_the_catalog():
 def test_bad_input_is_refused(topk, heldout, match):
     with pytest.raises(DataError, match=match):
         evaluate_topk(topk, as_ragged(heldout), ["recall@2"])
+
+
+def test_lists_are_counted_without_what_is_not_recommended():
+    topk = np.array([[2, 0, 1], [2, 1, 0]])
+    scores = np.array([[3.0, 2.0, -np.inf], [1.0, 0.5, 0.1]])
+    assert count_listed(topk, scores, 5).tolist() == [2, 1, 2, 0, 0]
+    long = np.arange(30)[None]
+    assert count_listed(long, np.zeros((1, 30)), 30).tolist() == [1] * 20 + [0] * 10
+    assert count_listed(long[:0], np.zeros((0, 30)), 3).tolist() == [0, 0, 0]

@@ -179,7 +179,7 @@ def test_warnings_come_first_and_no_claim_is_made_beside_them(tmp_path):
     note = "trained on 12 held-out interactions: the figures are not comparable"
     results = results_of(users, baselines).model_copy(update={"notes": (note,)})
     html = write_report(tmp_path, results, Background(split="valid")).read_text(encoding="utf-8")
-    assert html.index(note) < html.index("Not comparable (see the warning above)")
+    assert html.index(note) < html.index("Mind the warning above")
     assert "the figures are too good" in text_of(html)
     assert 'class="card verdict level"' in html
 
