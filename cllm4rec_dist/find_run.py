@@ -25,6 +25,8 @@ def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[s
     Raises:
         CheckpointError: where there is none; it says what is there instead.
     """
+    if not is_url(path) and Path(path).is_file():
+        raise CheckpointError("checkpoint", path, "is neither a checkpoint nor a run: it is a file", "Give a folder.")
     parent, _, name = path.rstrip("/").rpartition("/")
     store = Store(parent or ".")
     if name and store.is_committed(name):
@@ -51,8 +53,6 @@ def _instead(path: str) -> tuple[str, str]:
         return where, "Give a run that trained, or the folder of its checkpoints."
     if not folder.exists():
         return f"{where}: it does not exist", f"Give a run that trained.{did_you_mean_path(path) or _runs_here()}"
-    if not folder.is_dir():
-        return ": it is a file", "Give the folder of a run that trained."
     if (folder / MANIFEST_NAME).is_file():
         return ": it is a corpus", f"Give a run that was trained on it.{_runs_here()}"
     if (folder / CONFIG_FILE).is_file():

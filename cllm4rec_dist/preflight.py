@@ -118,7 +118,8 @@ def require_none(problems: Sequence[CLLM4RecError], subject: str) -> None:
         raise problems[0]
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise ConfigError(subject, [problem.field for problem in problems], "cannot be used", f"Mend each:{lines}")
+        fields = list(dict.fromkeys(problem.field for problem in problems))
+        raise ConfigError(subject, fields, "cannot be used", f"Mend each:{lines}")
 
 
 def metric_problems(field: str, names: Sequence[str], instead: str = "") -> list[CLLM4RecError]:

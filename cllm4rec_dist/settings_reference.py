@@ -44,20 +44,20 @@ def describe_settings(section: str | None = None) -> str:
             if lines:
                 return "\n".join(lines[1:])
         if not found:
-            raise _unknown(section, models, root in _ROOTS)
+            raise _unknown(name, models, root in _ROOTS)
         models, prefix = found, f"{prefix}{key}."
     parts = [[*_wrapped(_title(prefix.rstrip("."), model), ""), *_section(model, prefix)] for model in models]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def _unknown(section: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> ConfigError:
+def _unknown(name: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> ConfigError:
     known = [name for model in models for key, inner in _subsections(model) for name in (key, _tag(inner)) if name]
     known = list(dict.fromkeys(known if is_rooted else [*known, *_ROOTS]))
     keys = [key for model in models for key in model.model_fields]
     cure = (
-        f"Give one of {', '.join(known)}, or none for all.{did_you_mean(section.rpartition('.')[2], [*known, *keys])}"
+        f"Give one of {', '.join(known)}, or none for all.{did_you_mean(name, [*known, *keys])}"
     )
-    return ConfigError("section", section, "is no section of settings", cure)
+    return ConfigError("section", name, "is no section of settings", cure)
 
 
 def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:

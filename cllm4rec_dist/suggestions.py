@@ -43,7 +43,10 @@ def closest_path(path: str) -> str | None:
 def did_you_mean_path(path: str) -> str:
     """As `did_you_mean`, for a path that does not exist."""
     found = closest_path(path)
-    return "" if found is None else f" Did you mean {found!r}?"
+    if found is None:
+        return ""
+    shown = os.path.relpath(found) if os.path.isabs(found) else found
+    return f" Did you mean {found if shown.startswith('..') else shown!r}?"
 
 
 def _names(folder: Path) -> list[str]:

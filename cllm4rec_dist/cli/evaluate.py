@@ -57,7 +57,9 @@ def evaluate(
     require_launchable(launcher, workers, os.environ)
     folder = output or Path(run) / ("evaluation-without-rows" if without_rows else "evaluation")
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    problems = preflight.metric_problems("--metrics", names) + output_problems("--output", folder, launcher)
+    problems = preflight.metric_problems("--metrics", names)
+    if output is not None or Path(run).is_dir():  # else it is told what is wrong with RUN
+        problems += output_problems("--output", folder, launcher)
     if split not in ("test", "valid"):
         why = ": the model has learnt these items, so finding them shows nothing" if split == "train" else ""
         cure = f"Leave it out for test.{did_you_mean(split, ('test', 'valid'))}"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from enum import IntEnum
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -20,7 +21,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.corpus.recipe import Preparation
 from cllm4rec_dist.errors import CorpusError
-from cllm4rec_dist.filesystems import as_os_errors, locate
+from cllm4rec_dist.filesystems import as_os_errors, is_url, locate
+from cllm4rec_dist.suggestions import did_you_mean_path
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -173,6 +175,14 @@ class Manifest(StrictModel):
             ) from None
 
 
+def _meant(url: str) -> str:
+    """The corpus that a wrong path is nearest to, for the end of a cure."""
+    inside = Path(url, "corpus")
+    if not is_url(url) and (inside / MANIFEST_NAME).is_file():
+        return f" Did you mean {str(inside)!r}?"
+    return did_you_mean_path(url)
+
+
 def load_manifest(url: str) -> tuple[Manifest, str]:
     """The manifest of a corpus, a folder or fsspec URL, and its sha256. No other file is looked at.
 
@@ -186,6 +196,6 @@ def load_manifest(url: str) -> tuple[Manifest, str]:
     except OSError as error:
         raise CorpusError(
             "corpus", url, f"has no readable {MANIFEST_NAME} ({error})",
-            "Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.",
+            f"Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.{_meant(url)}",
         ) from error  # fmt: skip
     return Manifest.from_bytes(content, f"{url}/{MANIFEST_NAME}"), hashlib.sha256(content).hexdigest()

@@ -15,7 +15,7 @@ import polars as pl
 
 from cllm4rec_dist.corpus.times import numeric_formats, read_times
 from cllm4rec_dist.corpus.values import MISSING_WORDS
-from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.project.facts import Facts, facts_of
 from cllm4rec_dist.project.sample import Sample, require_columns
 
@@ -32,7 +32,7 @@ Choose = Callable[[str, str, Sequence[str]], str]
 
 def refuse(option: str, question: str, names: Sequence[str]) -> str:
     """The `Choose` of a command without a terminal."""
-    raise ConfigError(option, None, question, f"Give {option} with one of: {', '.join(names)}.")
+    raise ConfigError(option, list(names), f"leave it open {question}", f"Give {option} with one of them.")
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,12 @@ def _chosen(
         return best
     likely = sorted((name for name in points if points[name] > -2), key=lambda name: -points[name]) or sample.names
     if option:
-        return choose(option, f"cannot be told: which column of --{sample.role} has the id of the {what}", likely)
-    return choose(
-        f"--{sample.role}", f"has no column whose values are ids of {what}s of the orders, or several", likely
+        return choose(option, f"which column of --{sample.role} has the id of the {what}", likely)
+    raise DataError(
+        f"--{sample.role}",
+        likely,
+        f"are its columns, and none of them, or several, have ids of the {what}s of the orders",
+        f"Check the files: the values of one column must be those of the {what}s in --orders.",
     )
 
 
@@ -380,7 +383,7 @@ def _time_format(facts: Facts, wanted: Wanted) -> str | None:
         return found if found is not None and _fits(facts, found) else None
     if "." in formats[0]:
         return formats[0] if _fits(facts, formats[0]) else None  # dates with points have the day first everywhere
-    question = f"cannot be told: {example!r} of column {facts.name!r} may have the day or the month first"
+    question = f"how {example!r} of column {facts.name!r} is read, with the day or the month first"
     return wanted.choose("--time-format", question, formats)
 
 
