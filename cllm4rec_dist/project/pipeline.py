@@ -162,7 +162,7 @@ def _require_current(project: Project, settings: Settings, stages: Sequence[Stag
         state = state_of(project, settings, stage)
         record = read_record(project, stage.name)
         if stage.trains and record is not None and not redo and (changes or state.status is Status.STALE):
-            why = "; ".join(changes or state.changes)
+            why = "; ".join(dict.fromkeys(changes or state.changes))
             raise ConfigError(
                 f"project {project.folder}",
                 stage.name,
@@ -170,7 +170,7 @@ def _require_current(project: Project, settings: Settings, stages: Sequence[Stag
                 f"Take the change back, or train again with `cllm4rec run {project.folder} --redo`; the earlier run is"
                 " then kept beside the new one.",
             )
-        if state.status is Status.STALE and not stage.trains:
+        if state.status in (Status.STALE, Status.EXTENDED):
             changes += state.changes
 
 

@@ -1,0 +1,163 @@
+"""`init` writes files that load, sized to data and machine, and nothing where something is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cllm4rec_dist.cli import main
+from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
+from cllm4rec_dist.corpus.recipe import LastSplit, PrepareConfig, RandomSplit, TableSource
+from cllm4rec_dist.corpus.sources import read_source
+from cllm4rec_dist.project.layout import is_project, run_of
+from cllm4rec_dist.project.machine import Machine, this_machine
+from cllm4rec_dist.project.sizing import Core, Numbers, choose_core, choose_sizes
+from tests.integration.shop_data import Shop, make_shop
+
+GIB = 1 << 30
+LAPTOP = Machine(cores=2, memory=8 * GIB)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return make_shop(tmp_path_factory.mktemp("shop"), num_customers=120, num_products=60)
+
+
+def test_a_project_of_a_dirty_shop(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ["--orders", str(shop.orders), "--items", str(shop.products), "--customers", str(shop.customers)]
+    with pytest.raises(SystemExit) as ended:
+        main(["init", "mine", *files])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    recipe = load_config(PrepareConfig, "mine/recipe.yaml")
+    source = recipe.source
+    assert isinstance(source, TableSource)
+    assert source.items is not None
+    assert source.users is not None
+    orders = source.interactions
+    assert (orders.user, orders.item, orders.timestamp) == ("Kundennummer", "Artikelnummer", "Bestelldatum")
+    assert (orders.separator, orders.time_format) == (";", "%d.%m.%Y %H:%M")
+    assert (source.items.title, source.items.description) == ("Bezeichnung", ("Warengruppe", "Beschreibung"))
+    assert source.items.html
+    assert source.users.text == ("Altersgruppe", "Ort"), "names stay out of the texts"
+    assert isinstance(recipe.split, LastSplit)
+    raw = read_source(source)
+    assert len(raw.user_ids) == shop.num_customers
+    num_lost = sum(count for reason, count in raw.log.counts.items() if reason.startswith("row that"))
+    assert num_lost == shop.num_dirty * 4 // 5, "a fifth of the dirty lines come again, and are no loss"
+    for stage in ("pretrain", "finetune"):
+        config = load_config(RunConfig, f"mine/{stage}.yaml", [f"stage={stage}"])
+        assert (config.corpus, config.backbone, config.output) == ("mine/corpus", "mine/backbone", f"mine/runs/{stage}")
+    load_config(BackboneConfig, "mine/backbone.yaml")
+    for words in ("Kundennummer", "'A-00", "120 customers", "has 3 fields instead of 6", "next      cllm4rec run mine"):
+        assert words in told
+    assert is_project("mine")
+    assert run_of("mine") == "mine/runs/finetune"
+    assert run_of("elsewhere") == "elsewhere"
+
+
+def test_without_times_the_split_is_random_and_said(
+    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "mine"), "--orders", str(shop.orders), "--time-column", "none"])
+    assert "no column of times" in capsys.readouterr().out
+    assert isinstance(load_config(PrepareConfig, tmp_path / "mine" / "recipe.yaml").split, RandomSplit)
+
+
+def test_orders_and_items_of_one_file(tmp_path: Path) -> None:
+    rows = "".join(f"c{n % 9},s{n % 7},Thing {n % 7},2025-01-{1 + n % 28:02d}\n" for n in range(90))
+    (tmp_path / "sales.csv").write_text(f"customer,sku,title,day\n{rows}")
+    for name, options in (("one", []), ("both", ["--items", str(tmp_path / "sales.csv")])):
+        with pytest.raises(SystemExit) as ended:
+            main(["init", str(tmp_path / name), "--orders", str(tmp_path / "sales.csv"), *options])
+        assert ended.value.code == 0
+        source = load_config(PrepareConfig, tmp_path / name / "recipe.yaml").source
+        assert isinstance(source, TableSource)
+        assert source.items is not None
+        assert (source.items.item, source.items.title) == ("sku", "title")
+
+
+def test_a_pretrained_backbone_gets_adapters(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text("{}")
+    options = ["--orders", str(shop.orders), "--backbone", str(tmp_path / "llm")]
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "mine"), *options])
+    config = load_config(RunConfig, tmp_path / "mine" / "finetune.yaml", ["stage=finetune"])
+    assert (config.adapter.kind, config.backbone) == ("lora", str(tmp_path / "llm"))
+    assert not (tmp_path / "mine" / "backbone.yaml").exists()
+
+
+def test_nothing_is_written_where_something_is_wrong(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "orders.csv").write_text("customer,sku\n" + "c1,s1\n" * 3)
+    before = sorted(tmp_path.iterdir())
+    for options in (["--orders", "nothing.csv"], ["--orders", str(tmp_path / "orders.csv"), "--time-column", "day"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["init", str(tmp_path / "mine"), *options])
+        assert ended.value.code == 2
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_cannot_be_told_is_never_asked_without_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "orders.csv").write_text("a,b\n" + "".join(f"{n % 9},{n % 7}\n" for n in range(60)))
+    found = subprocess.run(
+        [sys.executable, "-m", "cllm4rec_dist", "init", "mine", "--orders", "orders.csv"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        stdin=subprocess.PIPE,
+    )
+    assert found.returncode == 2
+    assert "Give --item-column with one of them" in found.stderr
+
+
+def numbers(users: int, items: int, mean: float = 8.0, letters: int = 50_000) -> Numbers:
+    draw = np.random.default_rng(0)
+    lengths = np.maximum(1, draw.poisson(mean, users))
+    counts = np.bincount(draw.integers(0, items, int(lengths.sum())), minlength=items)
+    return Numbers(users, items, counts[counts > 0], lengths, items, letters)
+
+
+def test_sizes_follow_the_runs_that_train_well() -> None:
+    """launch/configs/: 938 users of MovieLens in batches of 64, 22,363 of Beauty in batches of 256."""
+    movielens = choose_sizes(numbers(938, 1447, mean=59, letters=60_000), LAPTOP)
+    assert (movielens.hidden_size, movielens.users, movielens.finetune_epochs) == (256, 64, 40)
+    assert (movielens.dropout, movielens.vocab_size) == (0.5, 2000)
+    beauty = choose_sizes(numbers(22_363, 12_101, mean=7, letters=800_000), LAPTOP)
+    assert (beauty.hidden_size, beauty.users, beauty.finetune_epochs) == (256, 256, 14)
+    assert (beauty.dropout, beauty.num_layers, beauty.patience) == (0.7, 1, 3)
+
+
+def test_sizes_fit_the_machine() -> None:
+    many = numbers(300_000, 200_000, mean=3)
+    gpu = choose_sizes(many, Machine(16, 64 * GIB, (80 * GIB,)))
+    assert (gpu.hidden_size, gpu.precision, gpu.users) == (512, "bf16", 1024)
+    small = choose_sizes(many, Machine(2, 2 * GIB))
+    assert small.hidden_size * 500_000 * 24 <= GIB
+    assert choose_sizes(many, LAPTOP).gradient_accumulation_steps >= gpu.gradient_accumulation_steps
+    for sizes in (gpu, small):
+        assert sizes.hidden_size % (2 * sizes.num_heads) == 0
+
+
+def test_the_core_leaves_out_what_hardly_anybody_bought() -> None:
+    few = Numbers(10, 3, np.array([20, 20, 1]), np.full(10, 4))
+    assert choose_core(few) == Core(1, 1), "a fortieth of the orders is too much to lose"
+    assert choose_core(Numbers(10, 3, np.array([200, 200, 1]), np.full(10, 40))) == Core(1, 5)
+    assert choose_core(Numbers(300_000, 2, np.array([9, 9]), np.array([1]))).min_user_items == 3
+
+
+def test_the_machine_is_known_without_torch() -> None:
+    found = this_machine()
+    assert found.cores >= 1
+    assert found.memory > GIB // 4
+    assert "no GPU" in str(LAPTOP)

@@ -1,0 +1,316 @@
+"""Columns are guessed by their names in several languages and by their values; what stays open is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from cllm4rec_dist.corpus.sources.records import Dialect
+from cllm4rec_dist.errors import ConfigError, DataError
+from cllm4rec_dist.project.facts import facts_of
+from cllm4rec_dist.project.guess import (
+    Customers,
+    Interactions,
+    Items,
+    Wanted,
+    guess_customers,
+    guess_interactions,
+    guess_items,
+)
+from cllm4rec_dist.project.sample import read_sample
+from cllm4rec_dist.project.words import kinds_of
+
+ROWS = 200
+_draw = random.Random(3)
+MOMENTS = [datetime(2025, 1, 1) + timedelta(hours=_draw.randrange(8000)) for _ in range(ROWS)]
+USERS = [f"u{_draw.randrange(40)}" for _ in range(ROWS)]
+ITEMS = [f"{100 + _draw.randrange(30)}" for _ in range(ROWS)]
+CATALOG = [f"{100 + number}" for number in range(30)]
+STARS = [str(_draw.randint(1, 5)) for _ in range(ROWS)]
+NAMES = [f"Blue thing number {number}" for number in range(30)]
+WORDS = [f"I like this thing a lot, said customer {number % 50}." for number in range(ROWS)]
+
+
+def column(values: Sequence[str], rows: int = ROWS) -> list[str]:
+    return [values[number % len(values)] for number in range(rows)]
+
+
+def write(path: Path, columns: dict[str, Sequence[Any]], separator: str = ",") -> str:
+    pl.DataFrame({name: list(values) for name, values in columns.items()}).write_csv(path, separator=separator)
+    return str(path)
+
+
+def guess(orders: str, items: str | None = None, wanted: Wanted | None = None) -> tuple[Interactions, Items]:
+    """What `init` makes of files of orders and items."""
+    wanted = wanted or Wanted()
+    sample = read_sample("orders", orders, Dialect())
+    about = sample if items is None else read_sample("items", items, Dialect())
+    found = guess_interactions(sample, wanted, {} if items is None else facts_of(about), {})
+    return found, guess_items(about, wanted, facts_of(sample)[found.item])
+
+
+LANGUAGES = {
+    "english": ("order_id customer_id product_id quantity price order_date", "product_id name category brand", ","),
+    "camel": ("orderId customerId sku qty unitPrice purchasedAt", "sku productTitle productCategory manufacturer", ","),
+    "german": (
+        "Bestellnummer Kundennummer Artikelnummer Menge Preis Bestelldatum",
+        "Artikelnummer Bezeichnung Warengruppe Marke",
+        ";",
+    ),
+    "french": ("commande id_client id_produit quantité prix date_commande", "id_produit libellé catégorie marque", ";"),
+    "spanish": ("pedido cliente código_producto cantidad precio fecha", "código_producto nombre categoría marca", ";"),
+    "italian": ("ordine utente articolo quantità prezzo data", "articolo nome categoria marca", ";"),
+    "dutch": ("bestelling klantnummer artikelnummer aantal prijs datum", "artikelnummer naam categorie merk", ";"),
+    "russian": ("заказ клиент товар количество цена дата", "товар название категория бренд", ";"),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_columns_of_a_shop_in_many_languages(language: str, tmp_path: Path) -> None:
+    orders, items, separator = LANGUAGES[language]
+    order, user, item, quantity, price, time = orders.split()
+    key, title, category, brand = items.split()
+    columns = {
+        order: [f"B{number}" for number in range(ROWS)],
+        user: USERS,
+        item: ITEMS,
+        quantity: column("123"),
+        price: column(["9.90", "12.00"]),
+        time: [f"{moment:%Y-%m-%d %H:%M:%S}" for moment in MOMENTS],
+    }
+    catalog = {key: CATALOG, title: NAMES, category: column(["A", "B", "C"], 30), brand: column(["X & Y", "Z Ltd"], 30)}
+    found, about = guess(
+        write(tmp_path / "orders.csv", columns, separator), write(tmp_path / "items.csv", catalog, separator)
+    )
+    assert (found.user, found.item, found.time) == (user, item, time)
+    assert (found.rating, found.text, found.time_format) == (None, None, None), "a quantity is no rating"
+    assert (about.item, about.title, about.category) == (key, title, category)
+    assert category in about.description
+    assert price not in about.description
+
+
+def test_a_retailer_with_everything_in_one_file_and_dates_of_america(tmp_path: Path) -> None:
+    columns = {
+        "InvoiceNo": [f"{536365 + number // 2}" for number in range(ROWS)],
+        "StockCode": ITEMS,
+        "Description": [f"RED HEART NO {item}" for item in ITEMS],
+        "Quantity": column("126"),
+        "InvoiceDate": [f"{m.month}/{m.day}/{m.year} {m.hour}:{m.minute:02d}" for m in MOMENTS],
+        "UnitPrice": column(["2.55", "3.39"]),
+        "CustomerID": USERS,
+        "Country": column(["UK", "France"]),
+    }
+    found, about = guess(write(tmp_path / "retail.csv", columns))
+    assert (found.user, found.item, found.time) == ("CustomerID", "StockCode", "InvoiceDate")
+    assert found.time_format == "%m/%d/%Y %H:%M"
+    assert about.item == "StockCode"
+    assert "Description" in (about.title, *about.description)
+
+
+def test_reviews_as_json_lines(tmp_path: Path) -> None:
+    rows = [
+        {
+            "reviewerID": USERS[n],
+            "asin": ITEMS[n],
+            "reviewerName": "A. Name",
+            "helpful": [0, 1],
+            "reviewText": WORDS[n],
+            "overall": float(STARS[n]),
+            "summary": "Good",
+            "unixReviewTime": int(MOMENTS[n].timestamp()),
+        }
+        for n in range(ROWS)
+    ]
+    (tmp_path / "reviews.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    items = json.dumps(
+        [{"asin": key, "title": name, "categories": ["Toys"]} for key, name in zip(CATALOG, NAMES, strict=True)]
+    )
+    (tmp_path / "items.json").write_text(items)
+    found, about = guess(str(tmp_path / "reviews.json"), str(tmp_path / "items.json"))
+    assert found == Interactions(
+        user="reviewerID", item="asin", time="unixReviewTime", rating="overall", rating_threshold=4.0, text="reviewText"
+    )
+    assert (about.item, about.title) == ("asin", "title")
+
+
+def test_typed_columns_of_parquet(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {
+            "member": [int(user[1:]) for user in USERS],
+            "film": [int(item) for item in ITEMS],
+            "seen_on": MOMENTS,
+            "stars": [float(star) * 2 for star in STARS],
+            "flag": [True] * ROWS,
+        }
+    )
+    frame.rename({"seen_on": "date"}).write_parquet(tmp_path / "views.parquet")
+    found, _ = guess(str(tmp_path / "views.parquet"))
+    assert (found.user, found.item, found.time) == ("member", "film", "date")
+    assert (found.rating, found.rating_threshold) == ("stars", 8.0)
+
+
+def test_names_that_say_nothing_are_told_by_what_joins(tmp_path: Path) -> None:
+    orders = write(tmp_path / "orders.csv", {"customer": USERS, "b": ITEMS, "c": column("12345")})
+    items = write(tmp_path / "items.csv", {"x": CATALOG, "title": NAMES})
+    found, about = guess(orders, items)
+    assert (found.user, found.item, about.item) == ("customer", "b", "x")
+
+
+def test_ids_are_preferred_to_names_and_to_ids_of_orders(tmp_path: Path) -> None:
+    columns = {
+        "customer_id": [f"o{number}" for number in range(ROWS)],
+        "customer_unique_id": USERS,
+        "customer_name": [f"Name of {user}" for user in USERS],
+        "order_item_id": column("123"),
+        "product_id": ITEMS,
+        "product_name": [f"Thing of {item}" for item in ITEMS],
+        "shipped_at": ["2025-03-01"] * ROWS,
+        "order_purchase_timestamp": [f"{moment:%Y-%m-%d %H:%M:%S}" for moment in MOMENTS],
+    }
+    found, about = guess(write(tmp_path / "olist.csv", columns))
+    assert (found.user, found.item, found.time) == ("customer_unique_id", "product_id", "order_purchase_timestamp")
+    assert about.title == "product_name"
+
+
+def test_two_columns_that_may_be_it_are_not_guessed(tmp_path: Path) -> None:
+    path = write(tmp_path / "orders.csv", {"customer_id": USERS, "client_id": column(USERS[::-1]), "sku": ITEMS})
+    with pytest.raises(ConfigError, match=r"--user-column: \['customer_id', 'client_id'\] leave it open"):
+        guess(path)
+    assert guess(path, wanted=Wanted(user="client_id"))[0].user == "client_id"
+    asked: list[str] = []
+
+    def choose(option: str, question: str, names: Sequence[str]) -> str:
+        asked.append(f"{option} {question} {list(names)}")
+        return names[1]
+
+    assert guess(path, wanted=Wanted(choose=choose))[0].user == "client_id"
+    assert asked == ["--user-column which column of --orders has the id of the customer ['customer_id', 'client_id']"]
+
+
+DATES = [
+    ("%d.%m.%Y", [1, 2, 3], "%d.%m.%Y"),
+    ("%d.%m.%y %H:%M", [1, 2, 3], "%d.%m.%y %H:%M"),
+    ("%d/%m/%Y", [11, 12, 13], "%d/%m/%Y"),
+    ("%m/%d/%Y %I:%M %p", [11, 12, 13], "%m/%d/%Y %I:%M %p"),
+    ("%Y%m%d", [11, 12, 13], "%Y%m%d"),
+    ("%Y-%m-%d", [11, 12, 13], None),
+]
+
+
+@pytest.mark.parametrize(("written", "days", "format_"), DATES)
+def test_the_form_of_dates_is_said_where_they_do_not_say_it(
+    written: str, days: list[int], format_: str | None, tmp_path: Path
+) -> None:
+    times = [datetime(2025, 1 + number % 9, days[number % 3], 10, 30).strftime(written) for number in range(ROWS)]
+    found, _ = guess(write(tmp_path / "orders.csv", {"user": USERS, "item": ITEMS, "date": times}))
+    assert (found.time, found.time_format) == ("date", format_)
+
+
+def test_dates_that_may_be_read_in_two_ways_are_refused_with_both(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "orders.csv", {"user": USERS, "item": ITEMS, "date": column(["3/4/2025 9:00", "5/6/2025 9:30"])}
+    )
+    with pytest.raises(ConfigError, match=r"\['%d/%m/%Y %H:%M', '%m/%d/%Y %H:%M'\] leave it open how '3/4/2025 9:00'"):
+        guess(path)
+    assert guess(path, wanted=Wanted(time_format="%m/%d/%Y %H:%M"))[0].time_format == "%m/%d/%Y %H:%M"
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "decimal"),
+    [
+        ("12345", 4, "."),
+        (["4,5", "3,0", "5,0"], 4, ","),
+        ("01", 1, "."),
+        (["10", "7", "3"], 8, "."),
+        (["80", "55"], 80, "."),
+        ("5", None, "."),
+    ],
+)
+def test_the_threshold_follows_the_scale(
+    values: Sequence[str], threshold: float | None, decimal: str, tmp_path: Path
+) -> None:
+    columns = {"user": USERS, "item": ITEMS, "rating": column(values)}
+    found, _ = guess(write(tmp_path / "orders.csv", columns, ";"))
+    assert (found.rating, found.rating_threshold, found.decimal) == ("rating", threshold, decimal)
+
+
+def test_ratings_that_most_rows_lack_are_left_alone(tmp_path: Path) -> None:
+    columns = {"user": USERS, "item": ITEMS, "rating": column(["", "", "5", ""])}
+    assert guess(write(tmp_path / "orders.csv", columns))[0].rating is None
+
+
+def test_what_the_user_says_counts(tmp_path: Path) -> None:
+    columns = {"user": USERS, "item": ITEMS, "rating": STARS, "date": column(["2025-01-01", "2025-01-02"])}
+    path = write(tmp_path / "orders.csv", columns)
+    found, _ = guess(path, wanted=Wanted(user="item", item="user", rating="none", time="none"))
+    assert (found.user, found.item, found.rating, found.time) == ("item", "user", None, None)
+    with pytest.raises(ConfigError, match=r"--time-column: 'dat' is no column of orders.csv.*Did you mean 'date'"):
+        guess(path, wanted=Wanted(time="dat"))
+
+
+def test_who_somebody_is_stays_out_of_the_texts(tmp_path: Path) -> None:
+    orders = read_sample("orders", write(tmp_path / "orders.csv", {"customer": USERS, "item": ITEMS}), Dialect())
+    people = sorted(set(USERS))
+    columns = {
+        "customer": people,
+        "name": [f"Jane {user}" for user in people],
+        "email": [f"{user}@x.de" for user in people],
+        "phone": [f"+49 {number}" for number in range(len(people))],
+        "birthday": ["1990-01-01"] * len(people),
+        "age_group": column(["18-29", "60+"], len(people)),
+        "city": column(["Bern", "Leipzig"], len(people)),
+    }
+    sample = read_sample("customers", write(tmp_path / "customers.csv", columns), Dialect())
+    found = guess_customers(sample, Wanted(), facts_of(orders)["customer"])
+    assert found == Customers("customer", ("age_group", "city"), left_out=("name", "email", "phone", "birthday"))
+
+
+def test_files_that_do_not_join_are_refused(tmp_path: Path) -> None:
+    orders = write(tmp_path / "orders.csv", {"customer": USERS, "sku": ITEMS})
+    items = write(tmp_path / "items.csv", {"colour": column(["red", "blue"], 30), "words": NAMES})
+    with pytest.raises(DataError, match=r"--items: .*none of them, or several, have ids"):
+        guess(orders, items)
+
+
+def test_a_separator_is_one_that_cuts_header_and_rows(tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text(
+        "customer;sku;note, long\n" + "".join(f"{u};{i};a, b, c, d\n" for u, i in zip(USERS, ITEMS, strict=True))
+    )
+    sample = read_sample("orders", str(path), Dialect())
+    assert (sample.dialect.separator, sample.names) == (";", ["customer", "sku", "note, long"])
+
+
+@pytest.mark.parametrize(
+    "text", ["u1,5,2025-01-01\nu2,6,2025-01-02\n", "ann,tea,x\nbob,tea,x\nann,milk,y\nbob,milk,z\n"]
+)
+def test_a_file_without_a_header_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match="--orders-names user,item,date"):
+        read_sample("orders", str(path), Dialect())
+    named = read_sample("orders", str(path), Dialect(names=("user", "item", "date")))
+    assert len(named.columns) == text.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("Country", {"profile"}),
+        ("username", {"user", "title"}),
+        ("KundenNr.", {"user", "id"}),
+        ("database", set()),
+        ("état", set()),
+        ("parent_asin", {"item"}),
+        ("Bestelldatum", {"order", "time"}),
+    ],
+)
+def test_names_are_cut_into_words(name: str, kinds: set[str]) -> None:
+    assert kinds_of(name) == kinds

@@ -1,0 +1,205 @@
+"""Which stages of a project run: what is missing, interrupted or out of date, and never a trained run unasked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cllm4rec_dist.errors import ConfigError, FaultError
+from cllm4rec_dist.project.layout import Project
+from cllm4rec_dist.project.pipeline import duration, load_settings, run_stages, split_overrides
+from cllm4rec_dist.project.summary import summarize
+
+RECIPE = "{name: shop, source: {format: table, interactions: {path: %s, user: u, item: i}}}\n"
+RUN = "{corpus: c, backbone: b, output: o, epochs: %d}\n"
+OUTPUTS = {
+    "build-backbone": ["backbone/config.json", "backbone/tokenizer.json"],
+    "prepare": ["corpus/manifest.json"],
+    "pretrain": ["runs/pretrain/config.yaml"],
+    "finetune": ["runs/finetune/config.yaml"],
+    "evaluate": ["runs/finetune/evaluation/report.html"],
+    "recommend": ["recommendations/list.parquet"],
+}
+
+
+class Shop:
+    """A project whose stages only write their outputs, with what they have read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.project = Project(folder / "shop")
+        self.orders = folder / "orders.csv"
+        self.ran: list[str] = []
+        self.told: list[str] = []
+        self.fails: str | None = None
+        self.num_written = 0
+        self.project.folder.mkdir()
+        self.orders.write_text("u,i\n1,2\n")
+        self.project.recipe_file.write_text(RECIPE % self.orders)
+        self.project.backbone_file.write_text("{hidden_size: 32}\n")
+        for file in (self.project.pretrain_file, self.project.finetune_file):
+            file.write_text(RUN % 3)
+
+    def run(self, *overrides: str, redo: bool = False, top: int = 20) -> list[str]:
+        """Names of the stages that a run of the project has done."""
+        self.ran, self.told = [], []
+        by_file = split_overrides(overrides)
+        settings = load_settings(self.project, by_file, top)
+        commands: dict[str, Callable[[], object]] = {name: self._command(name) for name in OUTPUTS}
+        run_stages(self.project, settings, commands, self.told.append, redo=redo)
+        return self.ran
+
+    def _command(self, name: str) -> Callable[[], None]:
+        def command() -> None:
+            self.ran.append(name)
+            if self.fails == name:
+                raise FaultError("rank", 1, "was lost", "Run it again.")
+            for output in OUTPUTS[name]:
+                path = self.project.folder / output
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.num_written += 1
+                path.write_text(f"{name} {self.num_written}")
+
+        return command
+
+
+ALL = list(OUTPUTS)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    return Shop(tmp_path)
+
+
+def test_everything_runs_once(shop: Shop) -> None:
+    assert shop.run() == ALL
+    assert shop.run() == []
+    assert all("done before" in line for line in shop.told)
+
+
+def test_a_stage_that_failed_goes_on_and_what_was_before_stays(shop: Shop) -> None:
+    shop.fails = "finetune"
+    with pytest.raises(FaultError):
+        shop.run()
+    assert shop.ran == ALL[:4]
+    (shop.project.finetune_run / "checkpoints").mkdir(parents=True)
+    shop.fails = None
+    assert shop.run() == ALL[3:]
+    assert any("goes on where it stopped" in line for line in shop.told)
+    assert (shop.project.finetune_run / "checkpoints").is_dir(), "what it had trained is still there"
+
+
+def test_an_output_that_is_gone_is_made_again(shop: Shop) -> None:
+    shop.run()
+    (shop.project.evaluation / "report.html").unlink()
+    assert shop.run() == ["evaluate"]
+
+
+def test_before_anything_is_trained_a_changed_recipe_is_followed(shop: Shop) -> None:
+    shop.fails = "pretrain"
+    shop.project.pretrain_run.parent.mkdir()
+    with pytest.raises(FaultError):
+        shop.run()
+    shop.project.record("pretrain").unlink()
+    shop.fails = None
+    assert shop.run("recipe.min_user_items=2") == ALL[1:]
+    assert any("again: recipe.min_user_items: 1 is now 2" in line for line in shop.told)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["recipe.min_user_items=2"], ["backbone.hidden_size=64"], ["optimizer.lr=0.5"], ["pretrain.seed=3"]]
+)
+def test_a_trained_run_is_replaced_only_if_that_is_asked_for(overrides: list[str], shop: Shop) -> None:
+    shop.run()
+    with pytest.raises(ConfigError, match=r"trained with other inputs .* is now .*--redo"):
+        shop.run(*overrides)
+    assert shop.ran == [], "nothing is touched before"
+    ran = shop.run(*overrides, redo=True)
+    assert ran[-4:] == ["pretrain", "finetune", "evaluate", "recommend"]
+    assert (shop.project.folder / "runs" / "pretrain-earlier-1" / "config.yaml").is_file(), (
+        "and the earlier one is kept"
+    )
+    assert shop.run(*overrides) == []
+
+
+def test_a_raw_file_with_new_rows_is_noticed_and_a_copy_of_it_is_not(shop: Shop) -> None:
+    shop.run()
+    content = shop.orders.read_bytes()
+    shop.orders.unlink()
+    shop.orders.write_bytes(content)
+    assert shop.run() == [], "another time, the same content"
+    shop.orders.write_text("u,i\n1,3\n")
+    with pytest.raises(ConfigError, match=r"orders.csv has changed\)"):
+        shop.run()
+    assert shop.run(redo=True) == ALL
+
+
+def test_more_epochs_go_on_with_the_run(shop: Shop) -> None:
+    shop.run()
+    (shop.project.finetune_run / "checkpoints").mkdir()
+    assert shop.run("finetune.epochs=5") == ["finetune", "evaluate", "recommend"]
+    assert (shop.project.finetune_run / "checkpoints").is_dir()
+    with pytest.raises(ConfigError, match="'finetune' was trained with other inputs"):
+        shop.run("pretrain.epochs=5", "finetune.epochs=5")
+
+
+def test_lists_of_another_length_are_made_again(shop: Shop) -> None:
+    shop.run()
+    assert shop.run(top=5) == ["recommend"]
+
+
+def test_without_held_out_items_nothing_is_evaluated(shop: Shop) -> None:
+    try:
+        shop.run("recipe.split={kind: none}")
+    except ConfigError as error:
+        pytest.skip(f"no such split yet: {error}")
+    assert shop.ran == [name for name in ALL if name != "evaluate"]
+
+
+def test_a_damaged_record_is_as_none(shop: Shop) -> None:
+    shop.run()
+    shop.project.record("recommend").write_text("{")
+    assert shop.run() == ["recommend"]
+
+
+def test_a_pretrained_backbone_is_not_built(shop: Shop) -> None:
+    shop.project.backbone_file.unlink()
+    assert shop.run() == ALL[1:]
+    with pytest.raises(ConfigError, match="has a pretrained one"):
+        shop.run("backbone.hidden_size=8")
+
+
+def test_the_summary_has_data_times_table_and_places(shop: Shop) -> None:
+    shop.run()
+    manifest = {
+        "name": "shop",
+        "num_users": 3,
+        "num_items": 2,
+        "num_interactions": {"train": 4, "valid": 1, "test": 1},
+        "num_content": {},
+        "tokenizer_fingerprint": "0",
+        "preparation": {},
+        "skipped": {"row that is odd": 7},
+        "files": [
+            {"path": f"{kind}.parquet", "kind": kind, "num_bytes": 1, "sha256": "0"} for kind in ("users", "items")
+        ],
+        "schema_version": 1,
+    }
+    (shop.project.corpus / "manifest.json").write_text(json.dumps(manifest))
+    rows = [{"name": "CLLM4Rec", "metrics": {"recall@20": 0.5}}, {"name": "EASE", "metrics": {"recall@20": 0.25}}]
+    (shop.project.evaluation / "results.json").write_text(json.dumps({"rows": rows}))
+    told = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20))
+    for words in (
+        "3 customers, 2 items, 6 interactions",
+        "left out: 7 x row that is odd",
+        "0.500*",
+        "report.html",
+        f"cllm4rec recommend {shop.project.folder}",
+    ):
+        assert words in told
+
+
+def test_durations_are_readable() -> None:
+    assert [duration(seconds) for seconds in (0.2, 59, 61, 3700)] == ["0 s", "59 s", "1 min 1 s", "1 h 1 min"]
