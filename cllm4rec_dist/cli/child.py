@@ -16,6 +16,8 @@ from types import FrameType
 
 STOPPED = 75
 """Exit status of a run that was told to stop and goes on by the same command (`interruption.EXIT_STATUS`)."""
+BAD_INPUT = 2
+"""Exit status of a command whose input is wrong, which its message names."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cllm4rec_dist.cli.child import STOPPED, CommandEnded, run_command
+from cllm4rec_dist.cli.child import BAD_INPUT, STOPPED, CommandEnded, run_command
 from cllm4rec_dist.cli.corpus import make_backbone, make_corpus
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import Workers, expanded
@@ -154,7 +154,8 @@ def run(
         typer.echo(f"stopped: `cllm4rec run {name}` goes on", err=True)
         raise typer.Exit(STOPPED) from None
     except CommandEnded as ended:
-        typer.echo(f"{ended}: `cllm4rec run {name}` goes on from there", err=True)
+        first = "mend it, then " if ended.status == BAD_INPUT else ""
+        typer.echo(f"{ended}: {first}`cllm4rec run {name}` goes on from there", err=True)
         raise typer.Exit(ended.status) from None
     typer.echo(summarize(project, settings))
 

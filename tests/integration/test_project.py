@@ -14,7 +14,7 @@ import pytest
 from tests.integration.runs import BIN, ROOT, clean_environment
 from tests.integration.shop_data import make_shop
 
-SMALL = ["epochs=2", "backbone.hidden_size=32", "batch.users=64"]
+SMALL = ["epochs=2", "backbone.hidden_size=32"]
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -45,7 +45,7 @@ def test_two_commands_from_a_dirty_shop_to_lists(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started.send_signal(signal.SIGTERM)
-    assert "`cllm4rec run shop` goes on" in told(started, status=75)
+    assert "`cllm4rec run shop` goes on from there" in told(started, status=75)
 
     text = told(command(tmp_path, "run", "shop", *SMALL, "--top", "5"))
     assert "[2/6] prepare         done before" in text
