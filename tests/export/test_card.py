@@ -47,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "lora in nf4": {"adapter": LORA, "head": HEAD | {"pool_residual": False}, "quantization": "nf4"},
     "no adapter": {
+        "embeddings": {"comm_dtype": "bf16"},
         "adapter": {"kind": "none"},
         "head": DOT | {"item_bias": True},
         "method": {"max_history": 3, "shared_user_ratio": 0.3},
