@@ -115,6 +115,15 @@ def setup_logging(world: World | None = None) -> None:
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
+def hide_accelerator_notice() -> None:
+    """Drop DeepSpeed's warning that it found no GPU. It comes when accelerate, and so transformers, is imported."""
+    logging.getLogger("DeepSpeed").addFilter(_is_no_accelerator_notice)
+
+
+def _is_no_accelerator_notice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Setting accelerator to CPU")
+
+
 def progress_bar(world: World, total: int, description: str, unit: str, done: int = 0) -> ProgressBar:
     """A bar on rank 0 where there is a terminal, lines where there is none; nothing on other ranks."""
     if world.is_main and not world.has_terminal:

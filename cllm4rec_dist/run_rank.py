@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
+
 logger = logging.getLogger(__name__)
 
 RankFunction = Callable[..., object]
@@ -28,12 +30,12 @@ def run_rank(
     Args:
         notes: levels and texts that rank 0 logs first.
     """
+    hide_accelerator_notice()
     if "torch" not in sys.modules:
         logger.info("importing torch and DeepSpeed")
     import torch.distributed as dist  # after the launcher's choice: a Ray driver needs neither torch nor DeepSpeed
 
     from cllm4rec_dist.engine import start_world
-    from cllm4rec_dist.log import setup_logging
 
     ours = not dist.is_initialized()
     world = replace(start_world(collective_timeout_seconds), has_terminal=has_terminal)

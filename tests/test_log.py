@@ -39,3 +39,30 @@ def test_other_ranks_say_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: 
     monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     progress_bar(replace(alone(), rank=1, size=2), 10, "x", "step").update()
     assert not caplog.records
+
+
+def test_lines_have_a_level_and_a_rank_only_where_something_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = logging.getLogger("cllm4rec_dist")
+    monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(package, "propagate", True)
+    monkeypatch.setattr(package, "level", package.level)
+    told = []
+    for world in (None, replace(alone(), rank=1, size=2)):
+        log.setup_logging(world)
+        package.info("a fact")
+        package.warning("a danger")
+        told.append([line[9:] for line in capsys.readouterr().err.splitlines()])
+    assert told == [["a fact", "WARNING a danger"], ["[rank 1/2] WARNING a danger"]]
+
+
+def test_only_the_notice_that_there_is_no_gpu_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    library = logging.getLogger("DeepSpeed")
+    log.hide_accelerator_notice()
+    log.hide_accelerator_notice()
+    library.addHandler(caplog.handler)
+    library.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+    library.warning("a danger")
+    library.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"a danger"}

@@ -15,7 +15,7 @@ from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import expand_path, is_url
 from cllm4rec_dist.find_run import find
 from cllm4rec_dist.launchers import is_main, ranks_are_elsewhere
-from cllm4rec_dist.log import setup_logging
+from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
 from cllm4rec_dist.project.layout import is_project, run_of
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ def output_problems(field: str, folder: Path, launcher: str) -> list[CLLM4RecErr
 
 def announce(text: str, launcher: str = "process") -> None:
     """Log the first line of a command that computes, before anything slow is imported; on rank 0 alone."""
+    hide_accelerator_notice()
     if is_main(launcher, os.environ):
         setup_logging()
         logger.info(text)

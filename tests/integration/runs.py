@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -49,6 +50,12 @@ def losses_of(output: Path) -> list[float]:
     """The loss of every step that a run has written down."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def foreign_lines(told: str) -> list[str]:
+    """Lines that are not ours: a library has written them."""
+    ours = re.compile(r"\d\d:\d\d:\d\d |  [a-z]+ {2,}\S|[a-z]+ done: |next: |error: ")
+    return [line for line in told.splitlines() if line.strip() and not ours.match(line)]
 
 
 def finish(started: subprocess.Popen[str], timeout: int = 300) -> str:

@@ -13,7 +13,17 @@ import pytest
 
 from tests.harness import free_port
 from tests.integration.ray_cluster import TOKEN, ray_head
-from tests.integration.runs import BIN, ROOT, clean_environment, finish, losses, losses_of, wait_for_step, write_config
+from tests.integration.runs import (
+    BIN,
+    ROOT,
+    clean_environment,
+    finish,
+    foreign_lines,
+    losses,
+    losses_of,
+    wait_for_step,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +120,25 @@ def test_deepspeed(config: Path, wanted: list[float]) -> None:
 
 
 @pytest.mark.integration
-def test_ray_train_starts_a_local_ray_by_itself(config: Path, wanted: list[float]) -> None:
-    assert losses(config, sys.executable, "--workers", "2") == wanted
+def test_ray_train_starts_a_local_ray_by_itself_and_shows_nothing_of_it(config: Path, wanted: list[float]) -> None:
+    output = config.parent / "local-ray"
+    started = subprocess.Popen(
+        [sys.executable, "launch/pretrain.py", "--config", str(config), f"output={output}", "--workers", "2"],
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    told = finish(started)
+    assert started.returncode == 0, told[-3000:]
+    assert losses_of(output) == wanted
+    assert foreign_lines(told) == []
+    first, second, *_ = told.splitlines()
+    assert first.endswith(f"pretrain: reading {config}")
+    assert second.endswith("starting Ray with 2 workers (takes about 10 s)")
+    assert told.count(f"pretrain of {output}") == 1
+    assert f"next: cllm4rec finetune -c {config} init_from={output}" in told
 
 
 @pytest.mark.integration

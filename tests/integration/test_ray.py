@@ -18,6 +18,7 @@ from tests.integration.runs import (
     ROOT,
     clean_environment,
     finish,
+    foreign_lines,
     losses_of,
     wait_for_step,
     write_config,
@@ -106,6 +107,7 @@ def test_bad_input_is_one_message_and_no_retry(config: Path) -> None:
     told = finish(started)
     assert started.returncode == 2, told[-3000:]
     assert told.count("zero_optimization.stage: 2 must be 3") == 1
+    assert foreign_lines(told) == []
     assert "Traceback" not in told
     assert os.linesep.join(told.splitlines()[-6:]).count("error: ") == 1
 
@@ -127,6 +129,7 @@ def test_sigint_ends_a_run_and_rays_records_are_not_among_its_results(config: Pa
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "status.json",
         "tensorboard",
     ]
 
