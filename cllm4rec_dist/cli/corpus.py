@@ -79,7 +79,10 @@ def make_backbone(recipe: PrepareConfig, config: BackboneConfig, output: Path) -
     preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
     check_source(recipe.source)
     announce(f"build-backbone: reading the data of {recipe.name}")
+    from transformers.utils.logging import disable_progress_bar
+
     from cllm4rec_dist.corpus.sources import read_source
     from cllm4rec_dist.model.tiny import build_backbone
 
+    disable_progress_bar()  # of the one file that is written
     return build_backbone(config, read_source(recipe.source).texts(), output)

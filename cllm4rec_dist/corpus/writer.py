@@ -120,7 +120,7 @@ def write_corpus(
         out: folder or fsspec URL.
         config: name, texts, sizes of records and shards.
         overwrite: replace a corpus (nothing else) that is there.
-        progress: show a progress bar.
+        progress: show a progress bar, where there is a terminal.
         run_tasks: runs a function on each of a stream of shards, in order, like `map`; `tasks.ray_tasks` runs several
             at a time.
 
@@ -140,7 +140,7 @@ def write_corpus(
         num_content = np.zeros(len(ContentKind), dtype=np.int64)
         make = partial(_content_shard, tokenizer, config.max_text_tokens, config.examples_per_record)
         num_texts = _count_texts(catalog, config.texts)
-        with tqdm(total=num_texts, desc="texts", unit="text", disable=not progress) as bar:
+        with tqdm(total=num_texts, desc="texts", unit="text", disable=None if progress else True) as bar:
             shards = run_tasks(make, _text_slices(catalog, config))
             writer.shards("content", _counted(shards, num_content, log, config.max_text_tokens, num_texts, bar.update))
         manifest = Manifest(
