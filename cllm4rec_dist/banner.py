@@ -12,7 +12,7 @@ from cllm4rec_dist.config import OptimizerConfig, RunConfig
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.progress import Schedule
-from cllm4rec_dist.system import System
+from cllm4rec_dist.system import InferenceSystem, System
 from cllm4rec_dist.topology import World
 
 _DTYPES = {"fp32": "fp32", "bf16": "bf16 (embeddings, optimizer and losses fp32)"}
@@ -54,7 +54,7 @@ def describe_data(manifest: Manifest) -> str:
     )
 
 
-def parameter_counts(system: System) -> tuple[dict[str, int], dict[str, int]]:
+def parameter_counts(system: InferenceSystem) -> tuple[dict[str, int], dict[str, int]]:
     """Return numbers of trained and of frozen parameters by part, over all ranks together."""
     model, config = system.recommender, system.config
     in_engine, frozen = system.engine.num_parameters()

@@ -41,13 +41,13 @@ from torch import Tensor
 
 from cllm4rec_dist.collectives import gather_integers
 from cllm4rec_dist.config import StrictModel
-from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
 from cllm4rec_dist.find_run import find, newest_step
 from cllm4rec_dist.lineage import Lineage, SeenInteractions, TrainedOn
+from cllm4rec_dist.model.table_optimizer import MOMENTS
 from cllm4rec_dist.run_folder import BEST, STEP, Kind
 from cllm4rec_dist.store import SCHEMA_VERSION, Marker, Store, parse
-from cllm4rec_dist.system import System
+from cllm4rec_dist.system import InferenceSystem, System
 from cllm4rec_dist.topology import RowPartition, World
 
 __all__ = ["BEST", "STEP", "Kind", "find", "newest_step"]
@@ -307,13 +307,13 @@ class Contents:
     replicated: dict[str, Tensor]
 
 
-def _sharded(system: System) -> dict[str, RowPartition]:
+def _sharded(system: InferenceSystem) -> dict[str, RowPartition]:
     """Everything of which a rank holds a range: rows of tables, elements of adapters."""
     tables = {name: partition for name, _, partition in system.recommender.sharded_parameters()}
     return tables | {ADAPTER + name: partition for name, partition in system.engine.partitions().items()}
 
 
-def read(system: System, checkpoint: Checkpoint, *, moments: bool, tables: bool = True) -> Contents:
+def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tables: bool = True) -> Contents:
     """This rank's part of a checkpoint that any number of ranks wrote. Changes nothing yet; no collective.
 
     Args:
@@ -353,7 +353,7 @@ def read(system: System, checkpoint: Checkpoint, *, moments: bool, tables: bool 
     return contents
 
 
-def _local_shapes(system: System) -> dict[str, tuple[int, ...]]:
+def _local_shapes(system: InferenceSystem) -> dict[str, tuple[int, ...]]:
     """Of this rank's part of everything sharded."""
     tables = {name: tuple(p.shape) for name, p, _ in system.recommender.sharded_parameters()}
     return tables | {ADAPTER + name: tuple(value.shape) for name, value in system.engine.weights().items()}
@@ -379,7 +379,7 @@ def _require_all(system: System, checkpoint: Checkpoint, contents: Contents) -> 
             raise DamagedCheckpointError(f"{checkpoint.path}: {name}", "missing", "should be there", _OTHER)
 
 
-def restore_weights(system: System, contents: Contents) -> None:
+def restore_weights(system: InferenceSystem, contents: Contents) -> None:
     """Put weights in place. Rows that the checkpoint does not have (a run without texts) stay, with a warning."""
     missing = sorted(_sharded(system).keys() - contents.weights.keys())
     if missing:

@@ -44,6 +44,7 @@ from cllm4rec_dist import rendezvous
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.diagnosis import HANG_SECONDS
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.table_optimizer import MOMENTS
 from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
 from cllm4rec_dist.watchdog import Watch, Watchdog
 
@@ -58,9 +59,6 @@ _UNDERSTOOD = frozenset({
     "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 })  # fmt: skip
 """Sections of a DeepSpeed file that mean something here: DeepSpeed itself reads past a key that it does not know."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of a parameter, each in the parameter's shape."""
 
 
 def start_world(collective_timeout_seconds: float = HANG_SECONDS) -> World:

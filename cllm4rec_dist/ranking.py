@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,11 +24,13 @@ from cllm4rec_dist.corpus.prompts import collate
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.evaluation.metrics import MetricResult, count_listed, largest_cutoff, mean_metrics, user_metrics
 from cllm4rec_dist.model.heads import logits_at_a_time
-from cllm4rec_dist.system import System
+from cllm4rec_dist.system import InferenceSystem
 from cllm4rec_dist.topology import RowPartition, World
 
 _BLOCK = 512
 """Queries at a time: enough for the speed of a matrix product, few enough for long chunks of rows."""
+_WINDOW = 32
+"""Blocks of queries that are ordered by length together: the lists of as many are held in memory."""
 _MORE = 2
 """Scores at a time, in chunks of the heads: they are looked at once, not kept in a cache."""
 _LOOK = 16
@@ -36,10 +39,10 @@ _LOOK = 16
 
 @dataclass(frozen=True)
 class Ranking:
-    """Best items of a block of queries.
+    """Best items of some queries.
 
     Attributes:
-        index: int64 [n] which queries these are: positions in the arguments of `rank_users`.
+        index: int64 [n] which queries these are: positions in the arguments of `rank_users`, rising.
         items: int64 [n, K] item rows, best first; equal scores in the order of the rows.
         scores: [n, K]; -inf where fewer than K items were left to recommend.
     """
@@ -226,7 +229,7 @@ def _aligned(query: Tensor, rows: Tensor, scores: Tensor, num_queries: int) -> t
 
 @torch.no_grad()
 def rank_users(
-    system: System,
+    system: InferenceSystem,
     users: np.ndarray,
     histories: Ragged,
     num_best: int,
@@ -236,17 +239,17 @@ def rank_users(
     seen: Ragged | None = None,
     candidates: np.ndarray | None = None,
 ) -> Iterator[Ranking]:
-    """Rank items for n queries, each a user and a history, block by block.
+    """Rank items for n queries, each a user and a history.
 
-    Every rank is given all queries and yields its part; parts are disjoint and cover all of them. Collective: all
-    ranks must exhaust the iterator, which has equally many blocks on each.
+    Every rank is given all queries and yields lists of its part, in the order of the queries; parts are consecutive and
+    cover all of them. Collective: all ranks must exhaust the iterator.
 
     Args:
         users: int64 [n] user rows, the same on all ranks; -1 for somebody without a row of their own.
         histories: n rows of items, oldest first, of which the prompts are made.
         num_best: K; cut to the number of candidates.
-        batch_users: queries of this rank in a block.
-        progress: told how many queries each block finished, over all ranks.
+        batch_users: queries of this rank in a forward.
+        progress: called with the number of queries that each forward finished, over all ranks.
         seen: n rows of items to rank behind all others, with score -inf; None leaves nothing out.
         candidates: bool [I], rank these items alone; None for all of them.
     """
@@ -255,27 +258,46 @@ def rank_users(
     world, model = system.world, system.recommender
     num_best = min(num_best, system.corpus.num_items if candidates is None else int(candidates.sum()))
     mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
-    block = batch_users * world.size
-    # Histories of like length beside each other: rows are short, and attention is paid by their length.
-    order = np.argsort(histories.lengths, kind="stable")
     system.train(False)
     operand = model.item_operand()
-    for start in range(0, len(users), block):
-        low, high = world.share(start, min(start + block, len(users)))
-        index = order[low:high]
-        queries = encode_histories(system, users[index], histories.take(index))
-        if num_best:
-            left_out = _pairs(seen, index).to(world.device)
-            scores, rows = sharded_topk(
-                queries, operand, num_best, left_out, model.item_partition, world, candidates=mask
-            )
-            yield Ranking(index, rows.cpu().numpy(), scores.float().cpu().numpy())
-        else:
-            yield Ranking(index, np.empty((len(index), 0), np.int64), np.empty((len(index), 0), np.float32))
-        progress(min(start + block, len(users)) - start)
+    low, high = world.share(0, len(users))
+    widest, window = -(-len(users) // world.size), _WINDOW * batch_users
+    for start in range(0, widest, window):
+        own = np.arange(low + start, max(low + start, min(low + start + window, high)))
+        # Histories of like length beside each other: rows are short, and attention is paid by their length.
+        own = own[np.argsort(histories.lengths[own], kind="stable")]
+        found: list[Ranking] = []
+        for first in range(0, min(window, widest - start), batch_users):
+            index = own[first : first + batch_users]
+            queries = encode_histories(system, users[index], histories.take(index))
+            if num_best:
+                left_out = _pairs(seen, index).to(world.device)
+                scores, rows = sharded_topk(
+                    queries, operand, num_best, left_out, model.item_partition, world, candidates=mask
+                )
+                found.append(Ranking(index, rows.cpu().numpy(), scores.float().cpu().numpy()))
+            progress(_num_finished(len(users), world, start + first, batch_users))
+        yield _in_order(found, own)
 
 
-def encode_histories(system: System, users: np.ndarray, histories: Ragged) -> Tensor:
+def _num_finished(total: int, world: World, start: int, batch: int) -> int:
+    """Queries of all ranks between `start` and `start + batch` of each rank's part."""
+    bounds = [total * rank // world.size for rank in range(world.size + 1)]
+    return sum(max(0, min(high - low - start, batch)) for low, high in pairwise(bounds))
+
+
+def _in_order(parts: Sequence[Ranking], index: np.ndarray) -> Ranking:
+    """The lists of a window in the order of its queries; of no part, empty ones."""
+    if not parts:
+        index = np.sort(index)
+        return Ranking(index, np.empty((len(index), 0), np.int64), np.empty((len(index), 0), np.float32))
+    index = np.concatenate([part.index for part in parts])
+    order = np.argsort(index)
+    items, scores = (np.concatenate([getattr(p, name) for p in parts])[order] for name in ("items", "scores"))
+    return Ranking(index[order], items, scores)
+
+
+def encode_histories(system: InferenceSystem, users: np.ndarray, histories: Ragged) -> Tensor:
     """What the rows of the item softmax are multiplied with after each history: [n, D or D+1].
 
     Args:
@@ -325,7 +347,7 @@ class Evaluation:
 
 
 def evaluate(
-    system: System,
+    system: InferenceSystem,
     split: str,
     metrics: Sequence[str],
     batch_users: int,

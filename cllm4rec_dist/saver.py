@@ -30,9 +30,9 @@ from cllm4rec_dist.checkpoint import (
     shard_file,
 )
 from cllm4rec_dist.collectives import barrier, gather_integers
-from cllm4rec_dist.engine import MOMENTS
 from cllm4rec_dist.errors import CheckpointError
 from cllm4rec_dist.lineage import TrainedOn
+from cllm4rec_dist.model.table_optimizer import MOMENTS
 from cllm4rec_dist.store import FileEntry, Store
 from cllm4rec_dist.system import System
 

@@ -54,9 +54,7 @@ def _unknown(name: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> C
     known = [name for model in models for key, inner in _subsections(model) for name in (key, _tag(inner)) if name]
     known = list(dict.fromkeys(known if is_rooted else [*known, *_ROOTS]))
     keys = [key for model in models for key in model.model_fields]
-    cure = (
-        f"Give one of {', '.join(known)}, or none for all.{did_you_mean(name, [*known, *keys])}"
-    )
+    cure = f"Give one of {', '.join(known)}, or none for all.{did_you_mean(name, [*known, *keys])}"
     return ConfigError("section", name, "is no section of settings", cure)
 
 

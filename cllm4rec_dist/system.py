@@ -1,6 +1,8 @@
 """A run's parts, put together once: corpus, tokenizer, backbone in its engine, rows, optimizers, fingerprints.
 
-Training, evaluation and recommendation all work on a `System`; none builds a model of its own.
+Training, evaluation and recommendation all work on a system; none builds a model of its own. `assemble` makes one on
+all ranks, `assemble_for_inference` one that only predicts, in one process and without DeepSpeed, whose import alone
+takes longer than a small model's answer.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,12 +22,15 @@ from cllm4rec_dist.corpus.prompts import Composer, largest_prompt_id
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ContentKind, Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
-from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading
 from cllm4rec_dist.errors import ConfigError, CorpusError
+from cllm4rec_dist.local_engine import ForwardEngine, LocalEngine
 from cllm4rec_dist.model import backbone, rows
 from cllm4rec_dist.model.recommender import Recommender
 from cllm4rec_dist.model.table_optimizer import TableOptimizer
 from cllm4rec_dist.topology import World
+
+if TYPE_CHECKING:
+    from cllm4rec_dist.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +41,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class System:
-    """Everything a step, an evaluation or a checkpoint needs.
+class InferenceSystem:
+    """Everything that a prediction needs.
 
     Attributes:
         fingerprints: of backbone, corpus and tokenizer; a checkpoint carries them.
@@ -47,8 +53,7 @@ class System:
     corpus: Corpus
     composer: Composer
     recommender: Recommender
-    engine: Engine
-    table_optimizer: TableOptimizer
+    engine: ForwardEngine
     fingerprints: dict[str, str]
 
     def train(self, mode: bool) -> None:
@@ -57,12 +62,22 @@ class System:
         self.engine.train(mode)
 
 
+@dataclass(frozen=True)
+class System(InferenceSystem):
+    """Everything that a step needs too."""
+
+    engine: Engine
+    table_optimizer: TableOptimizer
+
+
 def assemble(config: RunConfig, world: World) -> System:
     """Open the corpus, shard the backbone, make empty tables. Collective.
 
     Raises:
         ConfigError, CorpusError: where parts do not fit each other.
     """
+    from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading  # imports DeepSpeed
+
     corpus = Corpus.open(config.corpus, verify=world.is_main)
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
@@ -70,11 +85,6 @@ def assemble(config: RunConfig, world: World) -> System:
     if content:
         backbone.require_head(folder, decoder, backbone.stored_weights(folder))
     require_embeddings(corpus, tokenizer, decoder.vocab_size)
-    fingerprints = {
-        "backbone": backbone.fingerprint(folder),
-        "corpus": corpus.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-    }
     settings = resolve_settings(config)
     dtype = _DTYPES[config.precision]
     with sharded_loading(settings):
@@ -82,9 +92,61 @@ def assemble(config: RunConfig, world: World) -> System:
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
     words = backbone.load_words(folder, dtype, world.device, head=content)
-    num_user_rows = config.method.num_user_rows(corpus.num_users)
-    recommender = Recommender(
-        num_user_rows,
+    recommender = _empty_recommender(config, corpus, words, world, content=content)
+    trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
+    adapter_optimizer = torch.optim.AdamW(
+        trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
+    )
+    return System(
+        config=config,
+        world=world,
+        corpus=corpus,
+        composer=_composer(config, corpus, tokenizer, words),
+        recommender=recommender,
+        engine=Engine(dual, settings, adapter_optimizer, dual.layers),
+        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
+        fingerprints=_fingerprints(folder, corpus, tokenizer),
+    )
+
+
+def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
+    """The same as `assemble` for predictions alone, in one process: no DeepSpeed, optimizer or content LLM.
+
+    Of the corpus, the files that predictions read are hashed.
+
+    Args:
+        world: of one rank, whose device holds the whole model.
+
+    Raises:
+        ConfigError, CorpusError: where parts do not fit each other.
+    """
+    assert world.size == 1
+    corpus = Corpus.open(config.corpus, verify=("users", "items", "interactions", "new_users"))
+    folder, decoder, tokenizer = open_backbone(config, corpus)
+    backbone.require_weights(folder, decoder)
+    dtype = _DTYPES[config.precision]
+    words = backbone.load_words(folder, dtype, world.device, head=False)
+    composer = _composer(config, corpus, tokenizer, words)
+    require_word_embeddings("the prompts", largest_prompt_id(tokenizer), decoder.vocab_size)
+    return InferenceSystem(
+        config=config,
+        world=world,
+        corpus=corpus,
+        composer=composer,
+        recommender=_empty_recommender(config, corpus, words, world, content=False),
+        engine=LocalEngine(
+            backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization), world.device
+        ),
+        fingerprints=_fingerprints(folder, corpus, tokenizer),
+    )
+
+
+def _empty_recommender(
+    config: RunConfig, corpus: Corpus, words: backbone.Words, world: World, *, content: bool
+) -> Recommender:
+    """Tables and head, all rows zero."""
+    return Recommender(
+        config.method.num_user_rows(corpus.num_users),
         corpus.num_items,
         words,
         config.head,
@@ -94,21 +156,19 @@ def assemble(config: RunConfig, world: World) -> System:
         lazy=config.optimizer.sparse_embedding_updates,
         content=content,
     )
-    trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
-    adapter_optimizer = torch.optim.AdamW(
-        trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
-    )
-    space = TokenSpace(len(words.embedding), num_user_rows, corpus.num_items)
-    return System(
-        config=config,
-        world=world,
-        corpus=corpus,
-        composer=Composer(tokenizer, space, config.method, config.seed),
-        recommender=recommender,
-        engine=Engine(dual, settings, adapter_optimizer, dual.layers),
-        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
-        fingerprints=fingerprints,
-    )
+
+
+def _composer(config: RunConfig, corpus: Corpus, tokenizer: WordTokenizer, words: backbone.Words) -> Composer:
+    space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
+    return Composer(tokenizer, space, config.method, config.seed)
+
+
+def _fingerprints(folder: Path, corpus: Corpus, tokenizer: WordTokenizer) -> dict[str, str]:
+    return {
+        "backbone": backbone.fingerprint(folder),
+        "corpus": corpus.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+    }
 
 
 def open_backbone(
@@ -164,15 +224,20 @@ def require_embeddings(corpus: Corpus, tokenizer: WordTokenizer, num_words: int)
         return
     records = (corpus.content.read_record(index, ("offsets", "tokens")) for index in range(len(corpus.content)))
     in_texts = max((int(record["tokens"].max(initial=-1)) for record in records), default=-1)
-    for where, token_id in (("the prompts", largest_prompt_id(tokenizer)), (f"the texts of {corpus.url}", in_texts)):
-        if token_id >= num_words:
-            raise ConfigError(
-                "backbone: vocab_size",
-                num_words,
-                f"word embeddings, but {where} use token {token_id} of the tokenizer",
-                "Resize the model and save it again (model.resize_token_embeddings(len(tokenizer))), or build the"
-                " corpus with the tokenizer that the model was trained with.",
-            )
+    require_word_embeddings("the prompts", largest_prompt_id(tokenizer), num_words)
+    require_word_embeddings(f"the texts of {corpus.url}", in_texts, num_words)
+
+
+def require_word_embeddings(where: str, token_id: int, num_words: int) -> None:
+    """Refuse a tokenizer whose largest token in `where` has no word embedding."""
+    if token_id >= num_words:
+        raise ConfigError(
+            "backbone: vocab_size",
+            num_words,
+            f"word embeddings, but {where} use token {token_id} of the tokenizer",
+            "Resize the model and save it again (model.resize_token_embeddings(len(tokenizer))), or build the"
+            " corpus with the tokenizer that the model was trained with.",
+        )
 
 
 def with_deepspeed_at_hand(config: RunConfig) -> RunConfig:

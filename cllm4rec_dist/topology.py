@@ -46,6 +46,11 @@ class World:
         return start + total * self.rank // self.size, start + total * (self.rank + 1) // self.size
 
 
+def lone_world() -> World:
+    """A run of this process alone, without a process group, on a GPU where there is one."""
+    return World(0, 1, 0, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
 def adopt_slurm_environment(environ: dict[str, str] | os._Environ[str]) -> None:
     """Give torch's names to what `srun` says, where only Slurm's names are set.
 

@@ -1,28 +1,107 @@
-"""Using a run that has trained: which of its checkpoints is read, and where its corpus and backbone are now.
+"""Using a trained run: which of its checkpoints is read, where its corpus and backbone are now, and loading it.
 
-Shared by `inference.py` and `export/`. A checkpoint records the paths of its corpus and backbone; when a run has
-moved to another machine, other paths may be given, and the fingerprints in the checkpoint decide whether they are the
-right ones (`checkpoint.require_same`).
+A run is loaded in this process alone where that will do (`load_local`), else on all ranks (`load_sharded`). Checkpoints
+record the paths of their corpus and backbone; when a run has moved to another machine, other paths may be given, and
+the fingerprints in the checkpoint decide whether they are the right ones (`checkpoint.require_same`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
+import torch
+import torch.distributed as dist
+
+from cllm4rec_dist import checkpoint
 from cllm4rec_dist.banner import device_name, parameter_counts
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
-from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.evaluation.results import Provenance
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.store import Store
-from cllm4rec_dist.system import System
+from cllm4rec_dist.system import InferenceSystem, System, assemble, assemble_for_inference, with_deepspeed_at_hand
+from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
+
+
+SystemT = TypeVar("SystemT", bound=InferenceSystem)
+
+
+def load(
+    run: str, world: World, backbone: str | None = None, corpus: str | None = None
+) -> tuple[InferenceSystem, Checkpoint]:
+    """The system of a run's best checkpoint (or of the checkpoint given), and that checkpoint. Collective.
+
+    One rank alone goes without DeepSpeed, unless the run's DeepSpeed file offloads what its device cannot hold.
+
+    Args:
+        backbone, corpus: where they are now, if not where the checkpoint says.
+
+    Raises:
+        CheckpointError: where none is whole, or its backbone, corpus or tokenizer has changed or is gone.
+    """
+
+    def build(config: RunConfig) -> InferenceSystem:
+        if world.size > 1 or _offloads_parameters(config):
+            if not dist.is_initialized():
+                from cllm4rec_dist.engine import start_world  # imports DeepSpeed
+
+                start_world()
+            return assemble(with_deepspeed_at_hand(config), world)
+        return assemble_for_inference(config, world)
+
+    return _load(run, world, build, backbone, corpus)
+
+
+def load_sharded(
+    run: str, world: World, backbone: str | None = None, corpus: str | None = None
+) -> tuple[System, Checkpoint]:
+    """As `load`, with all that training needs, content LLM included, on any number of ranks. Collective."""
+    return _load(run, world, lambda config: assemble(with_deepspeed_at_hand(config), world), backbone, corpus)
+
+
+def load_local(
+    run: str, device: torch.device, backbone: str | None = None, corpus: str | None = None
+) -> tuple[InferenceSystem, Checkpoint]:
+    """As `load`, in this process alone and whole on one device."""
+    world = World(0, 1, 0, device)
+    return _load(run, world, lambda config: assemble_for_inference(config, world), backbone, corpus)
+
+
+def _load(
+    run: str, world: World, build: Callable[[RunConfig], SystemT], backbone: str | None, corpus: str | None
+) -> tuple[SystemT, Checkpoint]:
+    store, names = checkpoint.find(run)
+    opened = checkpoint.first_good(store, names, world, lambda found: recorded_config(found, backbone, corpus))
+    if opened is not None:
+        system = build(opened[1])
+        checkpoint.require_same(opened[0], system.fingerprints)
+        found = checkpoint.first_good(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
+        if found is not None:
+            checkpoint.restore_weights(system, found[1])
+            if world.is_main:
+                log_choice(store, names, found[0])
+            return system, found[0]
+    raise CheckpointError("checkpoint", run, "is damaged, and so is every other one there", "Use another run.")
+
+
+def _offloads_parameters(config: RunConfig) -> bool:
+    """True where the run's DeepSpeed file is at hand and keeps parameters off the device."""
+    if config.deepspeed is None or not Path(config.deepspeed).is_file():
+        return False
+    try:
+        settings = json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))
+        return settings["zero_optimization"]["offload_param"]["device"] not in (None, "none")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
@@ -65,7 +144,7 @@ def _last_validation(state: RunState) -> int | None:
     return state.best_step if state.validations_since_best == 0 else None
 
 
-def provenance(system: System, used: Checkpoint) -> Provenance:
+def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
     """What an evaluation that ends now says of its model."""
     state = used.about.run
     trained, frozen = parameter_counts(system)

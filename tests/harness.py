@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 
 import cllm4rec_dist.engine
 import cllm4rec_dist.train
-from cllm4rec_dist.config import BackboneConfig
+from cllm4rec_dist.checkpoint import RunState
+from cllm4rec_dist.config import BackboneConfig, RunConfig, validate
 from cllm4rec_dist.corpus.catalog import Catalog, NewUsers, Reviews
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig
@@ -29,6 +30,9 @@ from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.model.tiny import build_backbone
+from cllm4rec_dist.saver import Saver
+from cllm4rec_dist.store import Store
+from cllm4rec_dist.system import assemble_for_inference
 from cllm4rec_dist.topology import World
 
 
@@ -151,3 +155,21 @@ def with_messages(world: World, function: Callable[..., Any], *arguments: Any) -
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return function(world, *arguments), found
+
+
+def make_run(folder: Path, corpus: str, backbone: Path | str, seed: int = 0, step: int = 7, **settings: Any) -> Path:
+    """A finetuned run with one best checkpoint of random weights, without any training."""
+    tree = {"stage": "finetune", "corpus": corpus, "backbone": str(backbone), "output": str(folder)} | settings
+    config = validate(RunConfig, tree, "test")
+    system = assemble_for_inference(config, alone())
+    system.engine.steps_taken = lambda: 0.0  # type: ignore[attr-defined]
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter, _ in system.recommender.sharded_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
+    weights = {name: torch.randn(w.shape, generator=random) * 0.2 for name, w in system.engine.weights().items()}
+    system.engine.set_weights(weights)
+    saver = Saver(Store(f"{folder}/checkpoints"), system, keep=2)  # type: ignore[arg-type]
+    saver.save(RunState(step=step, best=0.25, best_step=step, best_metric="recall@5", validated_step=step), "best-")
+    saver.finish()
+    return folder

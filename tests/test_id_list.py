@@ -28,14 +28,14 @@ from cllm4rec_dist.id_list import read_ids
 def test_ids_are_distinct_lines_without_blanks_around_them(tmp_path: Path, content: bytes, wanted: list[str]) -> None:
     path = tmp_path / "users.txt"
     path.write_bytes(content)
-    assert read_ids(path) == wanted
+    assert read_ids(path, "--users-file") == wanted
 
 
 def test_what_is_no_list_is_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.txt.*cannot be read"):
-        read_ids(tmp_path / "nothing.txt")
+        read_ids(tmp_path / "nothing.txt", "--users-file")
     with pytest.raises(DataError, match="cannot be read"):
-        read_ids(tmp_path)
+        read_ids(tmp_path, "--users-file")
     (tmp_path / "latin.txt").write_bytes("Zoë\n".encode("latin-1"))
     with pytest.raises(DataError, match="is not UTF-8 text"):
-        read_ids(tmp_path / "latin.txt")
+        read_ids(tmp_path / "latin.txt", "--users-file")

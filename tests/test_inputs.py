@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,6 +31,9 @@ from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.engine import resolve_settings
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.model import backbone
+from cllm4rec_dist.serving.bulk import BulkRequest
+from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.known_ids import KnownIds
 from tests.damage import DAMAGE
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.test_train import make_config, refused
@@ -296,7 +300,9 @@ def test_deepspeed_settings_that_would_do_nothing_are_refused(tmp_path: Path, ke
 def test_a_run_that_is_not_there_is_refused_before_ranks_start(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"cllm4rec_dist.cli.{command}.launch", lambda *args, **kwargs: pytest.fail("started ranks"))
+    monkeypatch.setattr(
+        f"cllm4rec_dist.cli.{command}.launch_short", lambda *args, **kwargs: pytest.fail("started ranks")
+    )
     arguments = [command, str(tmp_path / "nothing"), *([str(tmp_path / "out")] if command == "recommend" else [])]
     with pytest.raises(CheckpointError, match="nothing' is neither a checkpoint nor a run"):
         cli.app(arguments, standalone_mode=False)
@@ -304,10 +310,14 @@ def test_a_run_that_is_not_there_is_refused_before_ranks_start(
 
 def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch", lambda *args, **kwargs: found.append(kwargs))
+    monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch_short", lambda *args, **kwargs: found.append(kwargs))
     monkeypatch.setattr("cllm4rec_dist.cli.recommend.find_trained", lambda run: run)
+    known = KnownIds(["a", "b", "c"], ItemCatalog(["i"], [""], None, np.zeros(1, np.int64)))
+    monkeypatch.setattr("cllm4rec_dist.cli.recommend.read_known_ids", lambda run, corpus: known)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cllm4rec_dist.cli.options.load_manifest", lambda corpus: None)
     Path("backbone").mkdir()
+    Path("backbone/config.json").write_text("{}")
     Path("empty.txt").write_text(" \n\n")
     Path("some.txt").write_text("a \r\nb\r\n")
     for options, users in (
@@ -317,12 +327,12 @@ def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monke
         (["--users-file", "some.txt", "--user", "c"], ["c", "a", "b"]),
     ):
         cli.app(["recommend", "run", "out", *options], standalone_mode=False)
-        assert found[-1]["users"] == users
-        assert (found[-1]["history"], found[-1]["include_seen"]) == ("all", False)
+        request = found[-1]["request"]
+        assert request == BulkRequest(top=100, users=users)
         assert (found[-1]["backbone"], found[-1]["corpus"]) == (None, None)
     moved = ["--backbone", "backbone", "--corpus", "corpus"]
-    cli.app(["recommend", "run", "out", *moved, "--history", "train", "--include-seen"], standalone_mode=False)
-    assert (found[-1]["history"], found[-1]["include_seen"]) == ("train", True)
+    cli.app(["recommend", "run", "out", *moved, "--known-items", "train", "--include-seen"], standalone_mode=False)
+    assert found[-1]["request"] == BulkRequest(top=100, known_items="train", include_seen=True)
     assert (found[-1]["backbone"], found[-1]["corpus"]) == (str(tmp_path / "backbone"), str(tmp_path / "corpus"))
     with pytest.raises(DataError, match="cannot be read"):
         cli.app(["recommend", "run", "out", "--users-file", "nothing.txt"], standalone_mode=False)

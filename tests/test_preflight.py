@@ -204,7 +204,7 @@ def test_held_out_items_of_new_users_are_enough_to_validate_and_evaluate() -> No
 
 
 def test_evaluate_refuses_its_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch", lambda *args, **kwargs: pytest.fail("started ranks"))
+    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch_short", lambda *args, **kwargs: pytest.fail("started ranks"))
     options = ["--metrics", "mrr@10,recall@5", "--split", "train", "--output", "s3://bucket/x", "--launcher", "process"]
     with pytest.raises(ConfigError) as caught:
         cli.app(["evaluate", str(tmp_path), *options], standalone_mode=False)

@@ -12,13 +12,13 @@ import pytest
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.recommendations import SCHEMA, make_folder, write_recommendations
+from cllm4rec_dist.recommendations import FileFormat, list_schema, make_folder, write_recommendations
 from cllm4rec_dist.topology import World
 from tests.harness import alone, run_ranks
 
 
 def table(user: str) -> pa.Table:
-    return pa.Table.from_pylist([{"user": user, "item": "i", "rank": 1, "score": 0.5}], schema=SCHEMA)
+    return pa.Table.from_pylist([{"user": user, "item": "i", "rank": 1, "score": 0.5}], schema=list_schema())
 
 
 def written(world: World, folder: str, name: str) -> None:
@@ -77,7 +77,7 @@ def test_a_list_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -
 def test_nobody_is_an_empty_list_that_can_be_read(tmp_path: Path) -> None:
     write_recommendations([], tmp_path, alone())
     found = pd.read_parquet(tmp_path)
-    assert found.columns.tolist() == SCHEMA.names
+    assert found.columns.tolist() == list_schema().names
     assert len(found) == 0
 
 
@@ -87,3 +87,37 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         make_folder(tmp_path / "file")
     with pytest.raises(ConfigError, match="cannot be made a folder"):
         make_folder(tmp_path / "file" / "below")
+
+
+ROWS = [
+    {"user": "u,1", "item": "i", "title": 'a "b", c', "rank": 1, "score": 0.5},
+    {"user": "ü", "item": "007", "title": "", "rank": 2, "score": None},
+]
+
+
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
+def test_every_format_keeps_ids_titles_and_missing_scores(tmp_path: Path, file_format: FileFormat) -> None:
+    for other in ("parquet", "csv"):
+        write_recommendations([table("earlier")], tmp_path, alone(), other)  # type: ignore[arg-type]
+    tables = [pa.Table.from_pylist([row], schema=list_schema(titles=True)) for row in ROWS]
+    write_recommendations(tables, tmp_path, alone(), file_format, titles=True)
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"recommendations-00000-of-00001.{file_format}"
+    if file_format == "csv":
+        found = pd.read_csv(path, dtype={"user": str, "item": str}, keep_default_na=False)
+        found["score"] = pd.to_numeric(found["score"])
+    elif file_format == "jsonl":
+        found = pd.read_json(path, lines=True, dtype={"user": str, "item": str, "title": str})
+    else:
+        found = pd.read_parquet(path)
+    assert found.columns.tolist() == ["user", "item", "title", "rank", "score"]
+    assert found.drop(columns="score").to_dict("records") == [
+        {key: value for key, value in row.items() if key != "score"} for row in ROWS
+    ]
+    assert found["score"][0] == 0.5
+    assert pd.isna(found["score"][1])
+
+
+def test_nobody_is_an_empty_csv_with_a_header(tmp_path: Path) -> None:
+    write_recommendations([], tmp_path, alone(), "csv")
+    assert next(tmp_path.iterdir()).read_text().strip() == '"user","item","rank","score"'

@@ -27,7 +27,7 @@ from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.corpus.recipe import Preparation
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, DataError
-from cllm4rec_dist.inference import evaluate_run, recommend_users
+from cllm4rec_dist.inference import evaluate_run
 from cllm4rec_dist.run_folder import METRICS_FILE
 from cllm4rec_dist.step import StepResult
 from cllm4rec_dist.store import FileEntry, Store
@@ -333,67 +333,6 @@ def test_finetuning_goes_on_from_pretraining_and_its_best_checkpoint_is_evaluate
 
 def _evaluate(world: World, folder: str, output: str) -> None:
     evaluate_run(world, lambda metrics: None, folder, "valid", ["recall@5", "ndcg@10"], 4, output)
-
-
-@pytest.mark.slow
-def test_recommendations_have_external_ids_and_no_seen_item(made: Made, tmp_path: Path) -> None:
-    import pandas as pd
-
-    run_ranks(2, run, make_config(made, tmp_path / "run", "finetune", max_steps=2))
-    run_ranks(2, _recommend, str(tmp_path / "run"), None, str(tmp_path / "all"))
-    everyone = pd.read_parquet(tmp_path / "all")
-    catalog = make_catalog()
-    assert set(everyone["user"]) == set(catalog.user_ids)
-    seen = {(catalog.user_ids[u], catalog.item_ids[int(i)]) for u, items in enumerate(catalog.train) for i in items}
-    assert not seen & set(zip(everyone["user"], everyone["item"], strict=True))
-    for _, rows in everyone.groupby("user"):
-        assert rows["rank"].tolist() == list(range(1, len(rows) + 1))
-        assert rows["score"].is_monotonic_decreasing
-
-    run_ranks(1, _recommend, str(tmp_path / "run"), ["user-003", "user-003"], str(tmp_path / "all"))
-    one = pd.read_parquet(tmp_path / "all")
-    assert one["item"].tolist() == everyone[everyone["user"] == "user-003"]["item"].tolist()
-    ((_, messages),) = run_ranks(1, with_messages, _recommend, str(tmp_path / "run"), [], str(tmp_path / "all"))
-    assert pd.read_parquet(tmp_path / "all").empty
-    assert any("recommendations for 0 users" in message for message in messages)
-
-
-def _recommend(world: World, folder: str, users: list[str] | None, output: str, **options: Any) -> None:
-    recommend_users(world, lambda metrics: None, folder, users, 6, 4, output, **options)
-
-
-def _recommend_all_ways(world: World, folder: str, output: str) -> None:
-    for history in ("all", "train"):
-        for include_seen in (False, True):
-            name = f"{output}/{history}-{include_seen}"
-            options: dict[str, Any] = {"history": history, "include_seen": include_seen}
-            recommend_users(world, lambda metrics: None, folder, None, 17, 4, name, **options)
-
-
-@pytest.mark.slow
-def test_what_a_user_has_is_in_the_prompt_and_left_out_of_the_list(made: Made, tmp_path: Path) -> None:
-    import pandas as pd
-
-    method = {"max_history": 3}
-    run_ranks(1, run, make_config(made, tmp_path / "run", "finetune", max_steps=3, method=method))
-    run_ranks(2, _recommend_all_ways, str(tmp_path / "run"), str(tmp_path))
-    catalog = make_catalog()
-    kept = {"train": (catalog.train,), "all": (catalog.train, catalog.valid, catalog.test)}
-    scores = {}
-    for history, splits in kept.items():
-        for include_seen in (False, True):
-            found = pd.read_parquet(tmp_path / f"{history}-{include_seen}")
-            scores[history, include_seen] = {(u, i): s for u, i, _, s in found.itertuples(index=False)}
-            for user, name in enumerate(catalog.user_ids):
-                seen = {catalog.item_ids[int(i)] for split in splits for i in split[user]}
-                wanted = set(catalog.item_ids) - (set() if include_seen else seen)
-                assert set(found[found["user"] == name]["item"]) == wanted, (history, include_seen, name)
-        # What is left out changes no score of the rest.
-        rest = scores[history, False]
-        assert rest == pytest.approx({pair: scores[history, True][pair] for pair in rest}, rel=1e-5)
-    # The prompt ends with the held-out items: with room for three items, other ones than before.
-    one, other = scores["all", True], scores["train", True]
-    assert sum(abs(one[pair] - other[pair]) > 1e-4 for pair in one) > len(one) / 2
 
 
 def flip_last_bit(path: Path) -> None:

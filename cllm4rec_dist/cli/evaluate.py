@@ -15,9 +15,9 @@ from cllm4rec_dist.cli.options import (
     BackboneOption,
     BatchUsers,
     CorpusOption,
-    LauncherOption,
     MetricNames,
     RunArgument,
+    ShortLauncher,
     Workers,
     announce,
     expanded,
@@ -27,7 +27,8 @@ from cllm4rec_dist.cli.options import (
     output_problems,
 )
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.launchers import is_main, launch, require_launchable
+from cllm4rec_dist.launchers import is_main, require_launchable
+from cllm4rec_dist.short_jobs import launch_short
 from cllm4rec_dist.suggestions import did_you_mean
 
 METRICS = "recall@20,recall@40,ndcg@100"
@@ -50,7 +51,7 @@ def evaluate(
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
-    launcher: LauncherOption = "auto",
+    launcher: ShortLauncher = "auto",
     workers: Workers = "1",
 ) -> None:
     """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
@@ -70,7 +71,7 @@ def evaluate(
     from cllm4rec_dist.inference import evaluate_run
 
     started = time.monotonic()
-    launch(
+    launch_short(
         evaluate_run, launcher, workers,
         run=found, split=split, metrics=names, batch_users=batch_users, output=str(folder),
         baselines=baselines, without_rows=without_rows,

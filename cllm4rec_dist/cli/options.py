@@ -17,6 +17,7 @@ from cllm4rec_dist.find_run import find
 from cllm4rec_dist.launchers import is_main, ranks_are_elsewhere
 from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
 from cllm4rec_dist.project.layout import is_project, run_of
+from cllm4rec_dist.short_jobs import LAUNCHER_HELP
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ RunArgument = Annotated[
 LauncherOption = Annotated[
     str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
 ]
+ShortLauncher = Annotated[str, typer.Option("--launcher", help=LAUNCHER_HELP)]
 Workers = Annotated[
     str, typer.Option("--workers", "-w", help="Ranks that Ray starts: 8, or 4:8 for as many as there are of these.")
 ]

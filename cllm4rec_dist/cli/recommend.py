@@ -1,74 +1,278 @@
-"""`recommend`: lists of items for users."""
+"""`recommend` and `similar`: lists of items for users, baskets and items."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cllm4rec_dist import preflight
+from cllm4rec_dist.cli.formats import Format
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import (
     BackboneOption,
     BatchUsers,
     CorpusOption,
-    LauncherOption,
     RunArgument,
+    ShortLauncher,
     Workers,
-    announce,
     expanded,
     find_trained,
     moved_paths,
     output_problems,
 )
+from cllm4rec_dist.cli.printed import as_table, require_printed_format, show, split_basket, tell_unknown
+from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.id_list import read_ids
-from cllm4rec_dist.launchers import launch, require_launchable
+from cllm4rec_dist.launchers import ranks_are_elsewhere, require_launchable
+from cllm4rec_dist.serving.known_ids import LATER_ORDERS, KnownIds, find_item, read_known_ids, unknown_error
+from cllm4rec_dist.short_jobs import launch_short, runs_here
 
 
-class History(StrEnum):
-    """What `recommend` takes for a user's history."""
+class KnownItems(StrEnum):
+    """What of the corpus counts as a user's items."""
 
     ALL = "all"
     TRAIN = "train"
 
 
+TopOption = Annotated[int, typer.Option("--top", "-k", min=1, help="Items of a list.")]
+ShownFormat = Annotated[Format | None, typer.Option("--format", help="table (default), csv or jsonl.")]
+
+
 @app.command()
 def recommend(
     run: RunArgument,
-    output: Annotated[Path, typer.Argument(help="Folder of the Parquet files to write.", callback=expanded)],
-    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items for each user.")] = 100,
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder to write; without it the list of --basket or of one --user is printed.", callback=expanded
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", "-k", min=1, help="Items of a list; 100 in files, 10 if printed.")
+    ] = None,
     user: Annotated[list[str] | None, typer.Option("--user", help="Only this user (may be repeated).")] = None,
     users_file: Annotated[
         Path | None, typer.Option(help="Only the users of this file, one id a line.", callback=expanded)
     ] = None,
     history: Annotated[
-        History, typer.Option(help="What a user's prompt shows and the list leaves out: all items, or train items.")
-    ] = History.ALL,
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="Recommend items of the history too.")] = False,
+        str | None,
+        typer.Option(
+            help="Later orders: CSV, JSON lines or Parquet with a user and an item in a row, and perhaps a time. Lists"
+            " are made for its users, new ones included, unless others are named.",
+            callback=expanded,
+        ),
+    ] = None,
+    user_column: Annotated[str | None, typer.Option(help="Column of --history with user ids.")] = None,
+    item_column: Annotated[str | None, typer.Option(help="Column of --history with item ids.")] = None,
+    time_column: Annotated[str | None, typer.Option(help="Column of --history with times.")] = None,
+    basket: Annotated[
+        list[str] | None, typer.Option("--basket", help="Items A,B of somebody, whose list is printed.")
+    ] = None,
+    known_items: Annotated[
+        KnownItems, typer.Option(help="What of the corpus counts as a user's items: all, or the training items.")
+    ] = KnownItems.ALL,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="List items of the history too.")] = False,
+    exclude_file: Annotated[
+        Path | None, typer.Option(help="Items never to be listed (sold out), one id a line.", callback=expanded)
+    ] = None,
+    items_file: Annotated[
+        Path | None, typer.Option(help="List nothing but these items (a category), one id a line.", callback=expanded)
+    ] = None,
+    min_score: Annotated[float | None, typer.Option(help="Leave out items that score lower.")] = None,
+    skip_unknown_users: Annotated[
+        bool, typer.Option("--skip-unknown-users", help="Leave out users of whom nothing is known, and count them.")
+    ] = False,
+    titles: Annotated[bool, typer.Option("--titles", help="Write the items' titles too.")] = False,
+    file_format: Annotated[
+        Format | None,
+        typer.Option("--format", help="Of files: parquet (default), csv or jsonl. Printed: table, csv or jsonl."),
+    ] = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
-    launcher: LauncherOption = "auto",
+    launcher: ShortLauncher = "auto",
     workers: Workers = "1",
 ) -> None:
-    """Write each user's best items with scores as Parquet, by external ids.
+    """Write each user's best items with scores, by external ids; or print the list of one basket or user.
 
-    What a user has, held-out items included, is in the prompt and is left out of the list. A list that OUTPUT holds
-    already is replaced.
+    What a user has, held-out items included, is in the prompt and is left out of the list. Lists are in the order of
+    --user and --users-file, else of --history, else of the corpus. A list that OUTPUT holds already is replaced.
     """
     require_launchable(launcher, workers, os.environ)
-    preflight.require_none(output_problems("output", output, launcher), "recommend")
-    chosen = None if user is None and users_file is None else list(user or ())
-    if chosen is not None and users_file is not None:
-        chosen += read_ids(users_file)
-    announce(f"recommend: reading {run}", launcher)
-    from cllm4rec_dist.inference import recommend_users
+    _require_new_history(history)
+    if min_score is not None and min_score != min_score:
+        raise ConfigError("--min-score", min_score, "must be a number", "Leave it out for no limit.")
+    exclude, only = _item_ids(exclude_file, "--exclude-file"), _item_ids(items_file, "--items-file")
+    if output is None:
+        _require_printable(
+            basket, user, users_file, history, file_format, known_items, skip_unknown_users=skip_unknown_users
+        )
+        options = {"top": top or 10, "min_score": min_score, "include_seen": include_seen}
+        _print_list(run, basket or (), user, exclude, only, options, file_format, backbone, corpus)
+        return
+    if basket:
+        raise ConfigError("--basket", basket, "is printed, not written to OUTPUT", "Leave OUTPUT out.")
+    problems = output_problems("output", output, launcher)
+    if file_format is Format.TABLE:
+        problems.append(ConfigError("--format", "table", "is for the terminal", "Write parquet, csv or jsonl."))
+    preflight.require_none(problems, "recommend")
+    users = None if user is None and users_file is None else list(user or ())
+    if users is not None and users_file is not None:
+        users += read_ids(users_file, "--users-file")
+    if history is None and (user_column or item_column or time_column):
+        raise ConfigError("--user-column", user_column, "is a column of --history", "Give --history FILE too.")
+    found = find_trained(run)
+    orders = None
+    if history is not None:
+        from cllm4rec_dist.serving.history_file import read_histories
 
-    launch(
-        recommend_users, launcher, workers,
-        run=find_trained(run), users=chosen, num_best=top, batch_users=batch_users, output=str(output.absolute()),
-        history=history.value, include_seen=include_seen, **moved_paths(backbone, corpus),
-    )  # fmt: skip
+        orders = read_histories(history, user_column, item_column, time_column)
+    if not ranks_are_elsewhere(launcher, os.environ) or runs_here(launcher, workers, os.environ):
+        known = read_known_ids(found, corpus)
+        _require_known(known, users, orders or {}, only, exclude, skip_unknown_users=skip_unknown_users)
+    from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
+
+    request = BulkRequest(
+        top=top or 100,
+        users=users,
+        orders=orders,
+        skip_unknown_users=skip_unknown_users,
+        known_items=known_items.value,
+        exclude=exclude or frozenset(),
+        only=only,
+        min_score=min_score,
+        include_seen=include_seen,
+        titles=titles,
+        file_format=(file_format or Format.PARQUET).value,  # type: ignore[arg-type]
+        batch_users=batch_users,
+    )
+    launch_short(
+        recommend_users,
+        launcher,
+        workers,
+        run=found,
+        request=request,
+        output=str(output.absolute()),
+        **moved_paths(backbone, corpus),
+    )
+
+
+@app.command()
+def similar(
+    run: RunArgument,
+    item: Annotated[str, typer.Argument(help="Item id, or words of a title that one item alone has.")],
+    top: TopOption = 10,
+    file_format: ShownFormat = None,
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
+) -> None:
+    """Print the items whose trained embeddings are nearest to that of an item, by their cosine."""
+    require_printed_format(file_format)
+    found = find_trained(run)
+    chosen = find_item("ITEM", item, read_known_ids(found, corpus).items)
+    from cllm4rec_dist.serving.recommender import Recommender
+
+    recommender = Recommender.load(found, **moved_paths(backbone, corpus))
+    show(recommender.similar(chosen, top), file_format)
+
+
+def _print_list(
+    run: str,
+    basket: Sequence[str],
+    user: Sequence[str] | None,
+    exclude: frozenset[str] | None,
+    only: frozenset[str] | None,
+    options: Mapping[str, Any],
+    file_format: Format | None,
+    backbone: str | None,
+    corpus: str | None,
+) -> None:
+    """Print the list of a basket or a user."""
+    found = find_trained(run)
+    known = read_known_ids(found, corpus)
+    _require_known(known, user, {}, only, exclude, skip_unknown_users=False)
+    items = split_basket(basket, known.items)
+    tell_unknown("--basket", items, known.items)
+    from cllm4rec_dist.serving.queries import Query
+    from cllm4rec_dist.serving.recommender import Recommender
+
+    recommender = Recommender.load(found, **moved_paths(backbone, corpus))
+    query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)
+    (answer,) = recommender.answer([query])
+    if answer.fallback:
+        typer.echo("nothing is known of the basket: popular items, without a score", err=True)
+    show(as_table(answer), file_format)
+    if len(answer.items) < query.top:
+        typer.echo(f"{len(answer.items)} of {query.top} items: no more are left", err=True)
+
+
+def _item_ids(path: Path | None, option: str) -> frozenset[str] | None:
+    return None if path is None else frozenset(read_ids(path, option))
+
+
+def _require_new_history(history: str | None) -> None:
+    """Refuse what `--history` meant in an earlier version."""
+    if history in ("all", "train") and not Path(history).exists():
+        raise ConfigError(
+            "--history", history, "is no file of later orders", f"What it used to mean is --known-items {history}."
+        )
+
+
+def _require_printable(
+    basket: list[str] | None,
+    user: list[str] | None,
+    users_file: Path | None,
+    history: str | None,
+    file_format: Format | None,
+    known_items: KnownItems,
+    *,
+    skip_unknown_users: bool,
+) -> None:
+    """Refuse a call without OUTPUT that is not about one list, and options that are for files."""
+    if not basket and (user is None or len(user) > 1 or users_file is not None or history is not None):
+        raise ConfigError(
+            "OUTPUT", None, "is missing", "Give a folder for the lists, or --basket A,B or one --user to print a list."
+        )
+    for_files = {
+        "--user": user if user is not None and len(user) > 1 else None,
+        "--users-file": users_file,
+        "--history": history,
+        "--known-items": known_items.value if known_items is KnownItems.TRAIN else None,
+        "--skip-unknown-users": skip_unknown_users or None,
+    }
+    for option, value in for_files.items():
+        if value is not None:
+            cure = "Give OUTPUT too, without --basket." if basket else "Give OUTPUT too."
+            raise ConfigError(option, str(value), "is for lists that are written to OUTPUT", cure)
+    require_printed_format(file_format)
+
+
+def _require_known(
+    known: KnownIds,
+    users: Sequence[str] | None,
+    orders: Mapping[str, Sequence[str]],
+    only: frozenset[str] | None,
+    exclude: frozenset[str] | None,
+    *,
+    skip_unknown_users: bool,
+) -> None:
+    """Refuse users of whom nothing is known and a catalog of unknown items; tell of other unknown items."""
+    if users is not None and not skip_unknown_users:
+        known_users = set(known.users)
+        nobody = [name for name in dict.fromkeys(users) if name not in known_users and name not in orders]
+        if nobody:
+            raise unknown_error("users", nobody, known.users, "user", LATER_ORDERS)
+    known_items = set(known.items.ids)
+    if only is not None and not only & known_items:
+        found = sorted(only)
+        raise unknown_error("--items-file", found, known.items.ids, "item", "Give ids of the catalog, one a line.")
+    for option, ids in (("--items-file", only), ("--exclude-file", exclude)):
+        unknown = sorted((ids or frozenset()) - known_items)
+        if unknown:
+            typer.echo(f"{option}: {len(unknown):,} items are unknown to the run, such as {unknown[0]!r}", err=True)

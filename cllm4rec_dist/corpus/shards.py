@@ -176,12 +176,13 @@ class Corpus:
         self.content = ShardSet(fs, root, manifest.of_kind("content"))
 
     @classmethod
-    def open(cls, url: str, *, verify: bool = True) -> Self:
+    def open(cls, url: str, *, verify: bool | Collection[str] = True) -> Self:
         """Open and check a corpus.
 
         Args:
             url: folder or fsspec URL.
-            verify: hash every file (reads the whole corpus). Without it only presence and sizes are checked.
+            verify: hash every file (reads the whole corpus), or those of these kinds (`users`, `items`, `interactions`,
+                `content`). Of other files only presence and sizes are checked.
 
         Raises:
             CorpusError: for a corpus that is absent, incomplete, damaged or of another schema version.
@@ -192,7 +193,7 @@ class Corpus:
         manifest, fingerprint = load_manifest(url)
         for entry in manifest.files:
             _check_size(source, f"{root}/{entry.path}", entry)
-            if verify:
+            if verify if isinstance(verify, bool) else entry.kind in verify:
                 _check_hash(fs, f"{root}/{entry.path}", entry)
         logger.info("opened corpus %s: %d users, %d items", url, manifest.num_users, manifest.num_items)
         return cls(str(url), fs, root, manifest, fingerprint)

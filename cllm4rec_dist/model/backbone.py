@@ -21,13 +21,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
@@ -44,6 +44,10 @@ from cllm4rec_dist.model.pretrained import (
 )
 from cllm4rec_dist.model.weights import fingerprint, stored_weights
 from cllm4rec_dist.model.words import Words, load_words
+
+if TYPE_CHECKING:  # takes seconds to import, and is needed only where there are adapters
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 __all__ = [
     "COLLABORATIVE",
@@ -120,10 +124,9 @@ class DualBackbone(nn.Module):
         super().__init__()
         self.decoder = decoder
         self._boundary = _Boundary()
-        adapted = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
-        assert dual == bool(adapted)
-        for layer in adapted:
-            _adapt(layer, self._boundary)
+        if dual:
+            for layer in _adapted_layers(decoder):
+                _adapt(layer, self._boundary)
         if not any(parameter.requires_grad for parameter in decoder.parameters()):
             # A ZeRO-3 engine that trains nothing refuses to run backward, and rows-only training needs the gradient
             # of the embeddings. This scalar gives it something to train; it never gets a gradient and stays zero.
@@ -176,8 +179,18 @@ class DualBackbone(nn.Module):
         return [module for module in self.decoder.modules() if type(module).__name__ in kinds]
 
 
+def _adapted_layers(decoder: nn.Module) -> list[LoraLayer]:
+    from peft.tuners.lora import LoraLayer
+
+    found: list[LoraLayer] = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
+    assert found, "the decoder has no adapters"
+    return found
+
+
 def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:
     """PEFT's settings of one adapter."""
+    from peft import LoraConfig
+
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -217,6 +230,8 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
     decoder.set_input_embeddings(nn.Identity())
     decoder.requires_grad_(adapter.kind == "full")
     if adapter.kind == "lora":
+        from peft import inject_adapter_in_model
+
         torch.manual_seed(seed)
         settings = lora_settings(adapter, decoder.config.model_type)
         with warnings.catch_warnings():
@@ -242,20 +257,33 @@ def _load_decoder(folder: Path, dtype: torch.dtype, quantization: str) -> PreTra
     config = load_config(folder)
     settings = None if quantization == "none" else _nf4(dtype)
     try:
-        return AutoModel.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=_attention(dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            quantization_config=settings,
-        )
+        with _without_progress_bar():
+            return AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=_attention(dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                quantization_config=settings,
+            )
     except Exception as error:
         raise ConfigError(
             "backbone", str(folder), f"cannot be loaded ({error})", "Fetch the backbone again."
         ) from error
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Inside, transformers shows no bar, which every rank would draw into its log."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -21,8 +21,6 @@ import math
 import numpy as np
 import scipy.sparse as sp
 import torch
-from sklearn.feature_extraction.text import TfidfTransformer
-from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from cllm4rec_dist.collectives import scatter_rows
@@ -63,6 +61,9 @@ def item_centre(train: sp.csr_matrix, word_counts: sp.csr_matrix, text_weight: f
         word_counts: [I, V], how often each word stands in the texts about an item.
         text_weight: 0 leaves the texts out.
     """
+    from sklearn.feature_extraction.text import TfidfTransformer  # a second of imports, for new runs alone
+    from sklearn.utils.extmath import randomized_svd
+
     per_user = np.maximum(np.asarray(train.sum(axis=1)).ravel(), 1.0)
     per_item = np.maximum(np.asarray(train.sum(axis=0)).ravel(), 1.0)
     known = (sp.diags(per_user**-0.5) @ train.astype(np.float64) @ sp.diags(per_item**-0.5)).T.tocsr()

@@ -23,6 +23,8 @@ from torch.optim.adamw import adamw
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model.recommender import Recommender
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state of a parameter, each in the parameter's shape."""
 Storage = Literal["fp32", "int8", "cpu"]
 Rows = slice | Tensor
 """Consecutive rows, or an index of distinct ones, int64 [k]."""

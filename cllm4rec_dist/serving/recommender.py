@@ -1,116 +1,129 @@
-"""The Python API: a trained run loaded into one process, on a CPU or one GPU, without DeepSpeed or a process group."""
+"""The Python API: a trained run loaded into one process, on a CPU or one GPU, without DeepSpeed or a process group.
+
+People are known or not. A known user has a row of their own and the items that the corpus has, held-out ones included;
+what they took later goes behind these. Anyone else is their history alone, with the row that the model has for people
+without one. An item counts once, where it first came, as in a corpus; items that the run does not know are left out.
+
+Legend: n queries, U users, I items, D hidden.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from cllm4rec_dist.serving.queries import Answer, Query, Recommendation
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.project.layout import run_of
+from cllm4rec_dist.ranking import encode_histories, sharded_topk
+from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.queries import (
+    Answer,
+    Query,
+    Recommendation,
+    checked_histories,
+    checked_id,
+    checked_ids,
+    checked_set,
+    checked_top,
+    first_of_each,
+)
+from cllm4rec_dist.serving.run_info import RunInfo, describe_run
+from cllm4rec_dist.system import InferenceSystem
+from cllm4rec_dist.trained_run import load_local
 
 __all__ = ["Answer", "ItemCatalog", "Query", "Recommendation", "Recommender", "RunInfo"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class RunInfo:
-    """What is served.
-
-    Attributes:
-        run: as it was given to `Recommender.load`.
-        checkpoint: name of the checkpoint, such as best-00000010.
-        step: completed optimizer steps.
-        date: when the checkpoint was written, ISO 8601 in UTC, to the second.
-        stage: pretrain or finetune.
-        best_metric, best_value: validation metric that the checkpoint was chosen by, and its value; None where the run
-            never validated.
-        corpus: name of the corpus.
-        num_users, num_items: rows of the run.
-        backbone: path or hub id.
-        num_parameters: backbone, adapters, tables and head together.
-        num_trained: of these the trained ones.
-        has_categories: True where the corpus has a category of its items.
-    """
-
-    run: str
-    checkpoint: str
-    step: int
-    date: str
-    stage: str
-    best_metric: str | None
-    best_value: float | None
-    corpus: str
-    num_users: int
-    num_items: int
-    backbone: str
-    num_parameters: int
-    num_trained: int
-    has_categories: bool
+_BATCH = 256
+"""Histories in a forward at most."""
+_BATCH_ITEMS = 1 << 15
+"""Items of all histories of a forward at most: bounds its memory."""
+_MANY = 1000
+"""Excluded items from which on they are cut out of the catalog instead of being masked query by query."""
 
 
 @dataclass(frozen=True)
-class ItemCatalog:
-    """The items of a run, by row.
+class _Person:
+    """A user row, or -1, and the distinct item rows of the whole history, oldest first."""
 
-    Attributes:
-        ids: I external ids.
-        titles: I titles, "" where an item has none.
-        categories: I categories, "" where an item has none; None where the corpus has no categories.
-        popularity: int64 [I] training interactions.
-    """
+    row: int
+    items: list[int]
 
-    ids: Sequence[str]
-    titles: Sequence[str]
-    categories: Sequence[str] | None
-    popularity: np.ndarray
-
-    def row(self, item: str) -> int | None:
-        """Row of an external id; None for one that the run does not know."""
-        raise NotImplementedError
-
-    def search(self, query: str, limit: int = 10) -> list[int]:
-        """Rows of the items that a search finds, best first.
-
-        An item is found where every word of `query` is in its title; the last word may be the beginning of one. Case
-        and accents are ignored. An item whose id is the query comes first, then items by popularity.
-        """
-        raise NotImplementedError
+    @property
+    def is_nobody(self) -> bool:
+        """True where nothing is known that a list could be made of."""
+        return self.row < 0 and not self.items
 
 
 class Recommender:
-    """A trained run in this process. Safe to use from several threads; see `load`.
+    """A trained run in this process. Threads may share one; their forwards take turns.
 
     Attributes:
         info: what is loaded.
         items: the items, with search by title.
+        users: external ids of the users by row.
     """
 
-    info: RunInfo
-    items: ItemCatalog
+    def __init__(self, system: InferenceSystem, info: RunInfo) -> None:
+        """Of a system with its weights; `load` makes one of a run."""
+        self._system, self.info = system, info
+        self.items = ItemCatalog.of(system.corpus)
+        self.users: list[str] = system.corpus.users()["user"].to_pylist()
+        self._row_of_user = {name: row for row, name in enumerate(self.users)}
+        self._histories = system.corpus.history()
+        system.train(False)
+        with torch.no_grad():
+            self._operand = system.recommender.item_operand()
+        self._forward = threading.Lock()  # a forward keeps state in the backbone
 
     @classmethod
-    def load(cls, run: str | Path, *, backbone: str | None = None, corpus: str | None = None) -> Self:
+    def load(
+        cls, run: str | Path, *, backbone: str | None = None, corpus: str | None = None, device: str | None = None
+    ) -> Self:
         """Read a run's best checkpoint.
 
         Args:
             run: a run folder (its best checkpoint), a folder of one checkpoint, or a project folder of `cllm4rec init`.
             backbone, corpus: where they are now, if not where the run says.
+            device: as torch names it; a GPU where there is one, else the CPU.
 
         Raises:
             CLLM4RecError: where there is no whole checkpoint, or the backbone or corpus is gone or another one.
         """
-        raise NotImplementedError
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        system, checkpoint = load_local(run_of(str(run)), chosen, backbone, corpus)
+        return cls(system, describe_run(str(run), system, checkpoint))
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """One answer for each query, in one batched forward.
+        """One answer for each query, of forwards over as many queries as fit.
 
         Raises:
-            DataError: for a query that is invalid, such as a user that the run does not know.
+            DataError: for a user that the run does not know.
         """
-        raise NotImplementedError
+        people = [self._person(query.user, query.history) for query in queries]
+        listed = self._listed(queries, people)
+        return [
+            Answer(
+                items=tuple(Recommendation(self.items.ids[row], self.items.titles[row], score) for row, score in best),
+                unknown_items=self._unknown(query.history),
+                fallback=person.is_nobody,
+                known_user=person.row >= 0,
+            )
+            for query, person, best in zip(queries, people, listed, strict=True)
+        ]
 
     def recommend(
         self,
@@ -122,31 +135,271 @@ class Recommender:
         min_score: float | None = None,
         include_seen: bool = False,
     ) -> pd.DataFrame:
-        """Lists for users, or for histories of anyone, in the order given.
+        """Lists for users of the run, or for histories of anyone, in the order given.
 
-        Returns columns user, item, title, rank (from 1), score; a history's user is its position in `histories`.
+        Args:
+            users: external ids. Either these or `histories` must be given.
+            histories: item ids, oldest first: a list of them for each person, or by name.
+            top: length of a list; one is shorter where fewer items are left.
+            exclude: item ids never to be listed (sold out); those that the run does not know are ignored.
+            only: list nothing but these item ids (a category).
+            min_score: leave out items that score lower.
+            include_seen: list items of the history too.
+
+        Returns columns user, item, title, rank (from 1), score. The user of a history is its name or its position. A
+        score is null where popular items are listed, because nothing is known of a history; a warning counts these.
+
+        Raises:
+            DataError: for a user that the run does not know, or a value of another kind.
         """
-        raise NotImplementedError
+        if (users is None) == (histories is None):
+            given = "neither" if users is None else "both"
+            raise DataError("users, histories", given, "were given", "Give one of the two.")
+        names: list[object]
+        if histories is None:
+            names = list(checked_ids("users", users))
+            asked: list[tuple[tuple[str, ...], str | None]] = [((), str(name)) for name in names]
+        else:
+            names, lists = checked_histories(histories)
+            asked = [(history, None) for history in lists]
+        more = {"exclude": checked_set("exclude", exclude), "only": None if only is None else checked_set("only", only)}
+        answers = self.answer(
+            [
+                Query(history, user, top=top, min_score=min_score, include_seen=include_seen, **more)  # type: ignore[arg-type]
+                for history, user in asked
+            ]
+        )
+        _tell_losses(answers)
+        rows = [
+            (name, found.item, found.title, rank, found.score)
+            for name, answer in zip(names, answers, strict=True)
+            for rank, found in enumerate(answer.items, 1)
+        ]
+        table = pd.DataFrame(rows, columns=["user", "item", "title", "rank", "score"])
+        return table.astype({"rank": "int32", "score": "float32"})
 
     def score(self, history: Sequence[str], items: Sequence[str], user: str | None = None) -> pd.Series:
-        """Scores of `items` after a history, indexed by item."""
-        raise NotImplementedError
+        """Scores of `items` after a history, float32, indexed by item; NaN for an item that the run does not know.
+
+        Args:
+            history: item ids, oldest first; for a known user what came after training. May be empty.
+
+        Raises:
+            DataError: for a user that the run does not know, or a value of another kind.
+        """
+        names = checked_ids("items", items)
+        person = self._person(user, checked_ids("history", history))
+        rows = [self.items.row(name) for name in names]
+        known = [place for place, row in enumerate(rows) if row is not None]
+        scores = np.full(len(names), np.nan, dtype=np.float32)
+        scores[known] = self._scores([person], [row for row in rows if row is not None])[0]
+        if len(known) < len(names):
+            logger.warning(
+                "%d of %d items are unknown to the run and have no score", len(names) - len(known), len(names)
+            )
+        return pd.Series(scores, index=_index(names, "item"), name="score")
 
     def similar(self, item: str, top: int = 10) -> pd.DataFrame:
-        """Items whose trained rows have the largest cosine with that of `item`: item, title, rank, score."""
-        raise NotImplementedError
+        """Items whose trained rows have the largest cosine with that of `item`.
+
+        Returns columns item, title, rank, score (the cosine).
+
+        Raises:
+            DataError: for an item that the run does not know.
+        """
+        row, top = self._item_row(item), checked_top(top)
+        model, device = self._system.recommender, self._system.world.device
+        normalized = self._normalized_items
+        num_best = min(top, len(normalized) - 1)
+        scores, rows = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        if num_best:
+            itself = torch.tensor([[0, row]], device=device)
+            query = normalized[row : row + 1]
+            found = sharded_topk(query, normalized, num_best, itself, model.item_partition, self._system.world)
+            scores, rows = found[0][0].cpu(), found[1][0].cpu()
+        return pd.DataFrame(
+            {
+                "item": [self.items.ids[found] for found in rows.tolist()],
+                "title": [self.items.titles[found] for found in rows.tolist()],
+                "rank": np.arange(1, len(rows) + 1, dtype=np.int32),
+                "score": scores.numpy(),
+            }
+        )
+
+    def explain(self, history: Sequence[str], item: str, user: str | None = None) -> pd.DataFrame:
+        """What each item of a history contributes to the score of `item`: the score with it minus the one without it.
+
+        Differences of scores that are all computed, nothing is estimated. They need not add up to the score, as items
+        of a history act together.
+
+        Args:
+            history: item ids, oldest first; for a known user what came after training.
+
+        Returns columns item, title, contribution, a line for each distinct item of the history (of a known user the
+        items of the corpus too) that the run knows, the largest contribution first.
+
+        Raises:
+            DataError: for an item or a user that the run does not know.
+        """
+        table = self.contributions(history, [item], user)
+        table = table.rename(columns={item: "contribution"})
+        return table.sort_values("contribution", ascending=False, kind="stable", ignore_index=True)
+
+    def contributions(self, history: Sequence[str], items: Sequence[str], user: str | None = None) -> pd.DataFrame:
+        """As `explain`, for several items of one list at the cost of one: columns item, title, and one an item."""
+        rows = [self._item_row(name) for name in checked_ids("items", items)]
+        person = self._person(user, checked_ids("history", history))
+        without = [_Person(person.row, [o for o in person.items if o != left_out]) for left_out in person.items]
+        scores = self._scores([person, *without], rows)
+        table = pd.DataFrame(scores[:1] - scores[1:], columns=_index(items, None))
+        table.insert(0, "title", [self.items.titles[row] for row in person.items])
+        table.insert(0, "item", [self.items.ids[row] for row in person.items])
+        return table
 
     def item_embeddings(self) -> pd.DataFrame:
         """Trained item rows, float32 [I, D], indexed by external id."""
-        raise NotImplementedError
+        return _embeddings(self._system.recommender.collaborative.items.local_rows, self.items.ids, "item")
 
     def user_embeddings(self) -> pd.DataFrame:
         """Trained user rows, float32 [U, D], indexed by external id."""
-        raise NotImplementedError
+        rows = self._system.recommender.collaborative.users.local_rows
+        return _embeddings(rows[: len(self.users)], self.users, "user")
 
-    def explain(self, history: Sequence[str], item: str, user: str | None = None) -> pd.DataFrame:
-        """What each item of a history contributes to a score: the score with it minus the score without it.
+    @property
+    def _normalized_items(self) -> Tensor:
+        return F.normalize(self._system.recommender.collaborative.items.local_rows.detach(), dim=1)
 
-        Returns columns item, title, contribution, a line for each distinct known item, largest first.
-        """
-        raise NotImplementedError
+    def _person(self, user: str | None, history: Sequence[str]) -> _Person:
+        row, items = -1, []
+        if user is not None:
+            known = self._row_of_user.get(checked_id("user", user))
+            if known is None:
+                likely = similar_ids(user, self.users)
+                hint = f"Did you mean {', '.join(likely)}? " if likely else ""
+                raise DataError(
+                    "user",
+                    user,
+                    "is not a user of the run",
+                    f"{hint}Give the history alone for somebody who came later.",
+                )
+            row, items = known, self._histories[known].tolist()
+        return _Person(row, first_of_each([*items, *self.items.rows(history)]))
+
+    def _unknown(self, history: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(item for item in history if self.items.row(item) is None))
+
+    def _item_row(self, item: object) -> int:
+        row = self.items.row(checked_id("item", item))
+        if row is None:
+            likely = similar_ids(str(item), self.items.ids)
+            hint = f"Did you mean {', '.join(likely)}?" if likely else "Search the items for its title."
+            raise DataError("item", item, "is not an item of the run", hint)
+        return row
+
+    def _queries(self, people: Sequence[_Person]) -> Tensor:
+        """What the item operand is multiplied with for each person, [n, D or D+1]."""
+        found = torch.empty(len(people), self._operand.shape[1], device=self._operand.device)
+        for batch in _batches([len(person.items) for person in people]):
+            users = np.array([people[place].row for place in batch], dtype=np.int64)
+            histories = Ragged.from_lists([people[place].items for place in batch])
+            with torch.no_grad(), self._forward:
+                found[torch.tensor(batch)] = encode_histories(self._system, users, histories).to(found.dtype)
+        return found
+
+    def _scores(self, people: Sequence[_Person], rows: Sequence[int]) -> np.ndarray:
+        """float32 [n, len(rows)] scores of items."""
+        chosen = self._operand[torch.tensor(rows, dtype=torch.int64, device=self._operand.device)]
+        return (self._queries(people) @ chosen.T).float().cpu().numpy()
+
+    def _listed(self, queries: Sequence[Query], people: Sequence[_Person]) -> list[list[tuple[int, float | None]]]:
+        """Item rows and scores of each list, best first."""
+        listed: list[list[tuple[int, float | None]]] = [
+            self._popular(query) if person.is_nobody else [] for query, person in zip(queries, people, strict=True)
+        ]
+        able = [place for place, person in enumerate(people) if not person.is_nobody]
+        encoded = self._queries([people[place] for place in able])
+        groups: dict[tuple[frozenset[str] | None, frozenset[str]], list[int]] = {}
+        for number, place in enumerate(able):
+            query = queries[place]
+            cut = query.exclude if len(query.exclude) >= _MANY else frozenset()
+            groups.setdefault((query.only, cut), []).append(number)
+        for (only, cut), numbers in groups.items():
+            places = [able[number] for number in numbers]
+            ranked = self._best(
+                encoded[torch.tensor(numbers)],
+                [queries[p] for p in places],
+                [people[p] for p in places],
+                self.items.candidates(only, cut),
+            )
+            for place, best in zip(places, ranked, strict=True):
+                listed[place] = best
+        return listed
+
+    def _best(
+        self, encoded: Tensor, queries: Sequence[Query], people: Sequence[_Person], candidates: np.ndarray | None
+    ) -> Iterator[list[tuple[int, float | None]]]:
+        """The lists of queries that choose among the same candidates, bool [I] or all items."""
+        world, partition = self._system.world, self._system.recommender.item_partition
+        left_out = [self._left_out(query, person) for query, person in zip(queries, people, strict=True)]
+        pairs = [(number, row) for number, rows in enumerate(left_out) for row in rows]
+        seen = torch.tensor(pairs, dtype=torch.int64, device=world.device).view(-1, 2)
+        size = len(self.items.ids) if candidates is None else int(candidates.sum())
+        num_best = min(max(query.top for query in queries), size)
+        if num_best == 0:
+            yield from ([] for _ in queries)
+            return
+        mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
+        with torch.no_grad():
+            found = sharded_topk(encoded, self._operand, num_best, seen, partition, world, candidates=mask)
+        for query, scores, rows in zip(queries, found[0].tolist(), found[1].tolist(), strict=True):
+            lowest = -np.inf if query.min_score is None else query.min_score
+            listed = zip(rows[: query.top], scores[: query.top], strict=True)
+            yield [(row, score) for row, score in listed if np.isfinite(score) and score >= lowest]
+
+    def _left_out(self, query: Query, person: _Person) -> set[int]:
+        """Item rows that are masked for one query."""
+        seen = set() if query.include_seen else set(person.items)
+        excluded = query.exclude if len(query.exclude) < _MANY else ()
+        return seen | set(self.items.rows(excluded))
+
+    def _popular(self, query: Query) -> list[tuple[int, float | None]]:
+        """The list for somebody of whom nothing is known; none has a score that could reach a `min_score`."""
+        if query.min_score is not None:
+            return []
+        kept = self.items.candidates(query.only, query.exclude)
+        order = self.items.by_popularity
+        return [(row, None) for row in (order if kept is None else order[kept[order]])[: query.top].tolist()]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of histories that go through the backbone together, of like length."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        longest = max(1, lengths[place])
+        if batch and (len(batch) == _BATCH or (len(batch) + 1) * longest > _BATCH_ITEMS):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _embeddings(rows: Tensor, names: Sequence[str], kind: str) -> pd.DataFrame:
+    return pd.DataFrame(rows.detach().cpu().numpy().copy(), index=_index(names, kind))
+
+
+def _index(names: Sequence[str], kind: str | None) -> pd.Index:
+    return pd.Index(np.array(names, dtype=object), name=kind)
+
+
+def _tell_losses(answers: Sequence[Answer]) -> None:
+    """Log what lists were made without."""
+    unknown = [answer.unknown_items for answer in answers if answer.unknown_items]
+    if unknown:
+        items = sum(map(len, unknown))
+        logger.warning("%d items of %d histories are unknown to the run and were left out", items, len(unknown))
+    fallbacks = sum(answer.fallback for answer in answers)
+    if fallbacks:
+        logger.warning(
+            "nothing is known of %d of %d histories: popular items are listed, without a score", fallbacks, len(answers)
+        )

@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from cllm4rec_dist.errors import CheckpointError, ConfigError
 from cllm4rec_dist.export.folder import SCORING_FILE, TABLES_FILE, export
 from cllm4rec_dist.export.models import CAUSAL_LM
-from cllm4rec_dist.inference import load
 from cllm4rec_dist.ranking import rank_users
 from cllm4rec_dist.topology import World
+from cllm4rec_dist.trained_run import load_sharded
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.test_train import Made, make_config, run
 
@@ -46,7 +46,7 @@ def make(folder: Path, family: str) -> Made:
 
 def computed(world: World, folder: str) -> dict[str, Any]:
     """What the run computes: hidden states of both LLMs, and every user's scores of every item."""
-    system, _ = load(folder, world)
+    system, _ = load_sharded(folder, world)
     system.train(False)
     found: dict[str, Any] = {}
     with torch.no_grad():

@@ -53,7 +53,7 @@ def sell(folder: Path) -> pd.DataFrame:
 def command(folder: Path, *arguments: str, ranks: int = 1) -> str:
     """What `cllm4rec ARGUMENTS` tells, on so many ranks."""
     torchrun = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    launcher = ["--launcher", "process"] if arguments[0] in ("pretrain", "finetune", "recommend") and ranks == 1 else []
+    launcher = ["--launcher", "process"] if arguments[0] in ("pretrain", "finetune") and ranks == 1 else []
     found = subprocess.run(
         [*torchrun, str(BIN / "cllm4rec"), *arguments, *launcher],
         cwd=folder,
@@ -103,7 +103,7 @@ def test_a_shop_recommends_nothing_that_its_customers_have(tmp_path: Path) -> No
         assert num_bought(found) == 0
         assert len(list((tmp_path / "out").glob("*.parquet"))) == ranks
     assert num_bought(recommended("--include-seen")) > 0
-    assert num_bought(recommended("--history", "train")) > 0  # held-out items may come, and some do
+    assert num_bought(recommended("--known-items", "train")) > 0  # held-out items may come, and some do
 
     (tmp_path / "some.txt").write_bytes(b"\xef\xbb\xbfC001 \r\n\r\nC002\r\nC001\r\n")
     some = recommended("--users-file", "some.txt", "--user", "C002", "--user", "C003")

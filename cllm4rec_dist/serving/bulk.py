@@ -1,0 +1,197 @@
+"""Lists for many people as files, on one process or on all ranks of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cllm4rec_dist import ranking
+from cllm4rec_dist.collectives import all_reduce_sum
+from cllm4rec_dist.log import ReportMetrics, progress_bar
+from cllm4rec_dist.ranking import Ranking
+from cllm4rec_dist.recommendations import FileFormat, list_schema, make_folder, write_recommendations
+from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.people import KnownItems, People, gather_people
+from cllm4rec_dist.system import InferenceSystem
+from cllm4rec_dist.topology import World
+from cllm4rec_dist.trained_run import load
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BulkRequest:
+    """Lists that are wanted. Ids are external ones.
+
+    Attributes:
+        top: length of a list; one is shorter where fewer items are left.
+        users: who gets one; None for those of `orders`, and without orders for everyone in the corpus.
+        orders: later orders by user, oldest first.
+        skip_unknown_users: leave out people of whom nothing is known instead of refusing them.
+        known_items: what of the corpus a prompt shows and a list leaves out: `all`, held-out items included, or
+            `train`.
+        exclude: items never to be listed.
+        only: list nothing but these items; None for the whole catalog.
+        min_score: leave out items that score lower, and lists that have no scores.
+        include_seen: list items of the history too.
+        titles: write a column of titles.
+        file_format: of the files.
+        batch_users: people in a forward of each rank.
+    """
+
+    top: int
+    users: Sequence[str] | None = None
+    orders: Mapping[str, Sequence[str]] | None = None
+    skip_unknown_users: bool = False
+    known_items: KnownItems = "all"
+    exclude: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
+    min_score: float | None = None
+    include_seen: bool = False
+    titles: bool = False
+    file_format: FileFormat = "parquet"
+    batch_users: int = 256
+
+
+@dataclass
+class _Counts:
+    """What one rank has listed."""
+
+    rows: int = 0
+    fallbacks: int = 0
+    short: int = 0
+    people: int = 0
+
+    def total(self, world: World) -> _Counts:
+        """Over all ranks. One all-reduce."""
+        own = torch.tensor([self.rows, self.fallbacks, self.short, self.people], device=world.device)
+        return _Counts(*all_reduce_sum(own, world, "counts").tolist())
+
+
+def recommend_users(
+    world: World,
+    report: ReportMetrics,
+    run: str,
+    request: BulkRequest,
+    output: str,
+    backbone: str | None = None,
+    corpus: str | None = None,
+) -> None:
+    """Write the lists that are wanted, one file a rank, below `output` (see `recommendations.py`). Collective.
+
+    People are in the order of the request, consecutive parts of it in the files of rising ranks.
+
+    Args:
+        backbone, corpus: where they are now, if not where the checkpoint says.
+
+    Raises:
+        DataError: for people of whom nothing is known, unless they are to be left out.
+    """
+    system, _ = load(run, world, backbone, corpus)
+    people = gather_people(
+        system.corpus, request.users, request.orders, request.known_items, skip_unknown=request.skip_unknown_users
+    )
+    items = ItemCatalog.of(system.corpus)
+    folder, counts = Path(output), _Counts()
+    make_folder(folder)
+    bar = progress_bar(world, len(people.names), "recommend", "user")
+    lists = _lists(system, people, items, request, bar.update)
+    tables = _tables(lists, people.names, items, request, counts)
+    write_recommendations(tables, folder, world, request.file_format, titles=request.titles)
+    bar.close()
+    counts = counts.total(world)
+    if world.is_main:
+        logger.info("%s: %s", folder, _summary(people, counts, request))
+    report({"users": float(len(people.names)), "rows": float(counts.rows)})
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Lists of some people.
+
+    Attributes:
+        people: int64 [m] positions of the people that the rows are of, those of one together, best first.
+        items: int64 [m] item rows.
+        ranks: int64 [m], from 1.
+        scores: float32 [m], NaN for a popular item.
+        lengths: rows of each of the people.
+        fallbacks: people whose list is one of popular items.
+    """
+
+    people: np.ndarray
+    items: np.ndarray
+    ranks: np.ndarray
+    scores: np.ndarray
+    lengths: np.ndarray
+    fallbacks: int
+
+
+def _lists(
+    system: InferenceSystem, people: People, items: ItemCatalog, request: BulkRequest, progress: Callable[[int], object]
+) -> Iterator[_Lists]:
+    candidates = items.candidates(request.only, request.exclude)
+    order = items.by_popularity if candidates is None else items.by_popularity[candidates[items.by_popularity]]
+    popular = order[: request.top] if request.min_score is None else order[:0]
+    nobody = (people.rows < 0) & (people.histories.lengths == 0)
+    seen = None if request.include_seen else people.histories
+    rankings = ranking.rank_users(
+        system, people.rows, people.histories, request.top, request.batch_users, progress, seen=seen,
+        candidates=candidates,
+    )  # fmt: skip
+    for ranked in rankings:
+        yield _kept(ranked, nobody[ranked.index], popular, request.min_score)
+
+
+def _kept(ranked: Ranking, nobody: np.ndarray, popular: np.ndarray, min_score: float | None) -> _Lists:
+    """The items that are listed; `popular` ones, without a score, where nothing is known."""
+    listed = np.isfinite(ranked.scores) & (ranked.scores >= (-np.inf if min_score is None else min_score))
+    items, scores = ranked.items.copy(), ranked.scores.astype(np.float32)
+    listed[nobody] = np.arange(items.shape[1]) < len(popular)
+    items[nobody, : len(popular)] = popular
+    scores[nobody] = np.nan
+    place, column = np.nonzero(listed)
+    lengths = listed.sum(axis=1)
+    return _Lists(
+        ranked.index[place], items[place, column], column + 1, scores[place, column], lengths, int(nobody.sum())
+    )
+
+
+def _tables(
+    lists: Iterable[_Lists], names: Sequence[str], items: ItemCatalog, request: BulkRequest, counts: _Counts
+) -> Iterator[pa.Table]:
+    schema = list_schema(titles=request.titles)
+    ids, titles = pa.array(items.ids, pa.string()), pa.array(items.titles, pa.string())
+    users = pa.array(names, pa.string())
+    for found in lists:
+        counts.rows += len(found.items)
+        counts.fallbacks += found.fallbacks
+        counts.short += int((found.lengths < request.top).sum())
+        counts.people += len(found.lengths)
+        columns = {
+            "user": users.take(pa.array(found.people)),
+            "item": ids.take(pa.array(found.items)),
+            "title": titles.take(pa.array(found.items)),
+            "rank": pa.array(found.ranks, pa.int32()),
+            "score": pa.array(found.scores, pa.float32(), from_pandas=True),  # NaN becomes null
+        }
+        yield pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _summary(people: People, counts: _Counts, request: BulkRequest) -> str:
+    """What was written and what was not, for people."""
+    parts = [f"{counts.people:,} users, {counts.rows:,} rows"]
+    if counts.fallbacks:
+        parts.append(f"{counts.fallbacks:,} users of whom nothing is known (popular items, without a score)")
+    if people.unknown_items:
+        parts.append(f"{people.unknown_items:,} ordered items unknown to the run and left out")
+    if counts.short:
+        parts.append(f"{counts.short:,} users with fewer than {request.top:,} items")
+    if people.unknown_users:
+        parts.append(f"{len(people.unknown_users):,} unknown users left out, such as {people.unknown_users[0]!r}")
+    return "; ".join(parts)

@@ -1,0 +1,103 @@
+"""Users and items of a run by external id, read without torch: a mistyped id is refused at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cllm4rec_dist.corpus.manifest import load_manifest
+from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
+from cllm4rec_dist.filesystems import as_os_errors, locate
+from cllm4rec_dist.find_run import find
+from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.serving.item_catalog import ItemCatalog
+
+LATER_ORDERS = "Give --history FILE for people who came later, or --skip-unknown-users to leave them out."
+_SHOWN = 10
+"""Items that a message names."""
+
+
+@dataclass(frozen=True)
+class KnownIds:
+    """External ids of users by row, and the items, whose popularity is not read."""
+
+    users: list[str]
+    items: ItemCatalog
+
+
+def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
+    """The ids of a run's corpus, which is found by the run's best checkpoint.
+
+    Args:
+        run: as `checkpoint_search.find` takes it.
+        corpus: where the corpus is now, if not where the run says.
+
+    Raises:
+        CLLM4RecError: where there is no checkpoint or corpus, or it cannot be read.
+    """
+    url = corpus or str(_recorded(run).get("corpus"))
+    users, items = _table(url, "users"), _table(url, "items")
+    ids, titles = items["item"].to_pylist(), [title or "" for title in items["title"].to_pylist()]
+    catalog = ItemCatalog(ids, titles, None, np.zeros(len(ids), np.int64))
+    return KnownIds(users["user"].to_pylist(), catalog)
+
+
+def _recorded(run: str) -> dict[str, Any]:
+    """The configuration in a checkpoint. What is wrong with it the ranks will say."""
+    store, names = find(run)
+    marker = store.marker(names[0])
+    state = json.loads(store.fetch(names[0], "state.json", marker.files["state.json"]).read_bytes())
+    return dict(state["config"])
+
+
+def _table(url: str, kind: str) -> pa.Table:
+    manifest, _ = load_manifest(url)
+    fs, root = locate("corpus", url, CorpusError)
+    (entry,) = manifest.of_kind(kind)
+    try:
+        with as_os_errors(), fs.open(f"{root}/{entry.path}", "rb") as file:
+            return pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{url}/{entry.path}", str(error), "cannot be read", "Copy the corpus again.") from error
+
+
+def unknown_error(field: str, unknown: Sequence[str], known: Sequence[str], kind: str, cure: str) -> CLLM4RecError:
+    """That ids are not of the run, with those that may be meant."""
+    shown = list(unknown[:5])
+    hints = {name: similar_ids(name, known) for name in shown}
+    likely = "; ".join(f"{' or '.join(found)} for {name}" for name, found in hints.items() if found)
+    if len(shown) == 1 and likely:
+        likely = " or ".join(hints[shown[0]])
+    value = shown[0] if len(unknown) == 1 else shown
+    many = f" ({len(unknown):,} in all)" if len(unknown) > len(shown) else ""
+    rule = f"is no {kind} of the run" if len(unknown) == 1 else f"are no {kind}s of the run{many}"
+    return DataError(field, value, rule, f"Did you mean {likely}? {cure}" if likely else cure)
+
+
+def find_item(field: str, text: str, items: ItemCatalog) -> str:
+    """The id of an item that an id means, or words of its title.
+
+    Raises:
+        DataError: where no item has all of the words in its title, or several have.
+    """
+    if items.row(text) is not None:
+        return text
+    found = items.titled(text)
+    same = [row for row in found if items.titles[row].casefold() == text.strip().casefold()]
+    if len(same) == 1 or len(found) == 1:
+        return items.ids[(same or found)[0]]
+    if found:
+        shown = "".join(f"\n  {items.ids[row]}  {items.titles[row]}" for row in found[:_SHOWN])
+        more = f"\n  and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+        raise DataError(field, text, f"is in the titles of {len(found):,} items", f"Give the id of one:{shown}{more}")
+    cure = "Give an id, or words of its title."
+    begun = items.search(text, 3)
+    if begun:
+        cure = f"Did you mean {' or '.join(f'{items.ids[row]} ({items.titles[row]})' for row in begun)}?"
+    raise unknown_error(field, [text], items.ids, "item", cure)

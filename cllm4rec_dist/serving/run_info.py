@@ -1,0 +1,69 @@
+"""What is loaded: which run and checkpoint, how large, and how good it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cllm4rec_dist.checkpoint import Checkpoint
+from cllm4rec_dist.system import InferenceSystem
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is loaded.
+
+    Attributes:
+        run: as it was given to `Recommender.load`.
+        checkpoint: name of the checkpoint, such as best-00000010.
+        step: completed optimizer steps.
+        date: when the checkpoint was written, ISO 8601 in UTC, to the second; "" where the store does not say.
+        stage: pretrain or finetune.
+        best_metric, best_value: validation metric that checkpoints are chosen by, and the best value so far; None where
+            the run never validated.
+        corpus: name of the corpus.
+        num_users, num_items: rows of the run.
+        backbone: path or hub id.
+        num_parameters: backbone, adapters, word embeddings, tables and head together.
+        num_trained: of these the trained ones.
+        has_categories: True where the corpus has a category of its items.
+    """
+
+    run: str
+    checkpoint: str
+    step: int
+    date: str
+    stage: str
+    best_metric: str | None
+    best_value: float | None
+    corpus: str
+    num_users: int
+    num_items: int
+    backbone: str
+    num_parameters: int
+    num_trained: int
+    has_categories: bool
+
+
+def describe_run(run: str, system: InferenceSystem, checkpoint: Checkpoint) -> RunInfo:
+    """Of a checkpoint and the system that its weights are in; `run` is what the run is called."""
+    config, state, model = system.config, checkpoint.about.run, system.recommender
+    written = checkpoint.store.modified(checkpoint.name)
+    tables = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    in_tables = sum(parameter.numel() for parameter in tables)
+    adapters = sum(partition.num_rows for partition in system.engine.partitions().values())
+    return RunInfo(
+        run=run,
+        checkpoint=checkpoint.name,
+        step=state.step,
+        date="" if written is None else written.isoformat(timespec="seconds"),
+        stage=config.stage,
+        best_metric=state.best_metric,
+        best_value=state.best,
+        corpus=system.corpus.manifest.name,
+        num_users=system.corpus.num_users,
+        num_items=system.corpus.num_items,
+        backbone=config.backbone,
+        num_parameters=sum(system.engine.num_parameters()) + model.words.embedding.numel() + in_tables,
+        num_trained=adapters + in_tables,
+        has_categories="category" in system.corpus.items().column_names,
+    )

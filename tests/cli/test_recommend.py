@@ -1,0 +1,125 @@
+"""The commands `recommend` and `similar`, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from cllm4rec_dist.cli import app
+from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.serving.recommender import Recommender
+
+
+def called(*arguments: str | Path) -> tuple[str, str]:
+    """What a command prints, and what it tells beside."""
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.stdout, found.stderr
+
+
+def refused(*arguments: str | Path) -> str:
+    with pytest.raises(CLLM4RecError) as caught:
+        CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+@pytest.fixture
+def run(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("RANK", "RAY_ADDRESS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    return runs["paper"]
+
+
+def test_a_basket_is_answered_in_the_terminal(run: Path, recommender: Recommender) -> None:
+    wanted = recommender.recommend(histories=[["item-003", "item-011"]], top=3)
+    printed, told = called("recommend", run, "--basket", "item-003, item-011,item-0x3", "--top", "3")
+    assert "'item-0x3' is no item of the run and is left out; did you mean item-0" in told
+    header, *lines = printed.splitlines()
+    assert header.split() == ["rank", "item", "title", "score"]
+    assert [line.split()[1] for line in lines] == wanted["item"].tolist()
+    assert [line.split()[-1] for line in lines] == [f"{score:.4f}" for score in wanted["score"]]
+    assert all(title in line for title, line in zip(wanted["title"], lines, strict=True))
+
+    printed, _ = called(
+        "recommend", run, "--basket", "item-003", "--basket", "item-011", "-k", "3", "--format", "jsonl"
+    )
+    assert [json.loads(line)["item"] for line in printed.splitlines()] == wanted["item"].tolist()
+    printed, told = called("recommend", run, "--user", "user-003", "--format", "csv")
+    assert printed.splitlines()[0] == "rank,item,title,score"
+    assert len(printed.splitlines()) == 11
+    both, _ = called("recommend", run, "--user", "user-003", "--basket", "item-003", "--format", "csv")
+    assert both != printed
+
+
+def test_a_basket_of_unknown_items_lists_popular_ones_and_says_so(run: Path) -> None:
+    printed, told = called("recommend", run, "--basket", "x", "--top", "2", "--format", "jsonl")
+    assert "popular items, without a score" in told
+    assert [json.loads(line)["score"] for line in printed.splitlines()] == [None, None]
+
+
+def test_neighbours_are_found_by_id_or_title(run: Path, recommender: Recommender) -> None:
+    wanted = recommender.similar("item-004", top=3)["item"].tolist()
+    printed, _ = called("similar", run, "item-004", "--top", "3", "--format", "csv")
+    assert [line.split(",")[1] for line in printed.splitlines()[1:]] == wanted
+    titles = recommender.items.titles
+    (row,) = [row for row, title in enumerate(titles) if titles.count(title) == 1 and len(title.split()) > 3][:1]
+    by_title, _ = called("similar", run, titles[row].upper(), "--format", "csv")
+    assert by_title == called("similar", run, recommender.items.ids[row], "--format", "csv")[0]
+    assert "is in the titles of" in refused("similar", run, "чай")
+    assert "Did you mean item-004" in refused("similar", run, "ITEM-4")
+
+
+def test_files_with_titles_a_category_and_without_what_is_sold_out(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "sold-out.txt").write_text("item-000\nitem-001\nnothing\n")
+    (tmp_path / "category.txt").write_text("\n".join(f"item-{row:03d}" for row in range(9)))
+    (tmp_path / "orders.csv").write_text("customer;sku\nnew;item-016\nuser-008;item-016\nnew;?\n")
+    options = ["--exclude-file", tmp_path / "sold-out.txt", "--items-file", tmp_path / "category.txt", "--titles"]
+    more = ["--history", tmp_path / "orders.csv", "--top", "20", "--format", "csv"]
+    _, told = called("recommend", run, tmp_path / "out", *options, *more)
+    assert "--exclude-file: 1 items are unknown to the run, such as 'nothing'" in told
+    found = pd.read_csv(tmp_path / "out/recommendations-00000-of-00001.csv")
+    assert found.columns.tolist() == ["user", "item", "title", "rank", "score"]
+    assert found["user"].drop_duplicates().tolist() == ["new", "user-008"]
+    assert set(found["item"]) <= {f"item-{row:03d}" for row in range(2, 9)}
+    assert len(found[found["user"] == "new"]) == 7
+
+
+WRONG = [
+    (["out", "--history", "train"], "What it used to mean is --known-items train"),
+    (["out", "--basket", "a"], "--basket: .* is printed"),
+    ([], "OUTPUT: None is missing"),
+    (["--user", "user-001", "--user", "user-002"], "OUTPUT: None is missing"),
+    (["--basket", "item-001", "--known-items", "train"], "--known-items: 'train' is for lists that are written"),
+    (["--basket", "item-001", "--skip-unknown-users"], "--skip-unknown-users"),
+    (["--basket", "item-001", "--format", "parquet"], "--format: 'parquet' cannot be printed"),
+    (["out", "--format", "table"], "--format: 'table' is for the terminal"),
+    (["--user", "user-8"], r"'user-8' is no user of the run\. Did you mean user-008"),
+    (["out", "--user", "user-8"], r"'user-8' is no user of the run\. Did you mean user-008"),
+    (["out", "--users-file", "nothing.txt"], "--users-file: .* cannot be read"),
+    (["out", "--exclude-file", "nothing.txt"], "--exclude-file: .* cannot be read"),
+    (["out", "--items-file", "wrong.txt"], r"--items-file: 'ITEM-1' is no item of the run\. Did you mean item-001"),
+    (["out", "--history", "nothing.csv"], "--history: 'nothing.csv' does not exist"),
+    (["out", "--user-column", "x"], "is a column of --history"),
+    (["out", "--min-score", "nan"], "--min-score"),
+    (["out", "--launcher", "mpi"], "--launcher"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[" ".join(options) for options, _ in WRONG])
+def test_mistakes_are_told_before_anything_is_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.txt").write_text("ITEM-1\n")
+    monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch_short", lambda *a, **k: pytest.fail("started"))
+    monkeypatch.setattr(Recommender, "load", lambda *a, **k: pytest.fail("loaded"))
+    assert re.search(message, refused("recommend", run, *options))
+    assert not Path("out").exists()
+    assert "neither a checkpoint nor a run" in refused("recommend", tmp_path, "out")
+    assert "neither a checkpoint nor a run" in refused("similar", tmp_path, "item-001")

@@ -1,0 +1,46 @@
+"""One small corpus and two runs on it, for the tests of those who use a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from cllm4rec_dist.serving.recommender import Recommender
+
+PAPER = {"adapter": {"kind": "lora", "rank": 4}}
+"""Dot product, no bias; people without a row are the zero vector."""
+COSINE = {
+    "adapter": {"kind": "full"},
+    "head": {"similarity": "cosine", "item_bias": True, "pool_residual": True},
+    "method": {"shared_user_ratio": 0.2, "max_history": 5},
+}
+RUNS = {"paper": PAPER, "cosine": COSINE}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from tests.harness import make_backbone, make_catalog, make_corpus, make_run  # imports torch, for these tests alone
+
+    folder = tmp_path_factory.mktemp("serving")
+    catalog = make_catalog()
+    backbone = make_backbone(folder / "backbone", catalog)
+    corpus = make_corpus(folder / "corpus", catalog, backbone)
+    return {
+        name: make_run(folder / name, corpus, backbone, **{"method": {"max_history": 100}} | settings)
+        for name, settings in RUNS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def recommenders(runs: dict[str, Path]) -> dict[str, Recommender]:
+    from cllm4rec_dist.serving.recommender import Recommender
+
+    return {name: Recommender.load(run, device="cpu") for name, run in runs.items()}
+
+
+@pytest.fixture(scope="session")
+def recommender(recommenders: dict[str, Recommender]) -> Recommender:
+    return recommenders["paper"]

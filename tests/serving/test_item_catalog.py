@@ -1,0 +1,82 @@
+"""Search by words of the title."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cllm4rec_dist.serving.item_catalog import ItemCatalog
+
+TITLES = [
+    "Café crème, 250 g",  # 0
+    "Coffee maker",  # 1
+    "Coffee-Filter No. 4",  # 2
+    "Filter coffee maker",  # 3
+    "STRASSE",  # 4
+    "Die Straße",  # 5
+    "東京の地図",  # 6
+    "",  # 7
+    "two\nlines of coffee",  # 8
+    "Coff",  # 9
+]
+CATALOG = ItemCatalog(
+    [f"id-{row}" for row in range(len(TITLES))], TITLES, None, np.array([0, 1, 2, 3, 0, 1, 0, 0, 9, 0])
+)
+
+
+@pytest.mark.parametrize(
+    ("query", "wanted"),
+    [
+        ("coffee", [8, 3, 2, 1]),
+        ("coffee maker", [3, 1]),
+        ("maker coffee", [3, 1]),
+        ("coffee mak", [3, 1]),
+        ("mak coffee", []),  # the last word alone may be unfinished
+        ("coff", [9, 8, 3, 2, 1]),  # the whole word before the popular ones
+        ("CAFE CREME", [0]),
+        ("cafe\u0301", [0]),
+        ("straße", [5, 4]),
+        ("地図", [6]),
+        ("地球", []),
+        ("250", [0]),
+        ("id-7", [7]),
+        (" id-7 ", [7]),
+        ("", []),
+        ("  ?! ", []),
+        ("lines", [8]),
+        ("nothing", []),
+        ('"coffee" AND (maker', []),
+    ],
+)
+def test_items_are_found_by_words_of_their_titles(query: str, wanted: list[int]) -> None:
+    assert CATALOG.search(query) == wanted
+
+
+def test_no_more_are_found_than_asked_for() -> None:
+    assert CATALOG.search("coffee", limit=2) == [8, 3]
+    named = ItemCatalog(["coffee", "b"], ["tea", "coffee"], None, np.array([0, 0]))
+    assert named.search("coffee") == [0, 1]
+    assert named.search("coffee", limit=1) == [0]
+
+
+def test_items_with_all_words_whole() -> None:
+    assert CATALOG.titled("coffee maker") == [3, 1]
+    assert CATALOG.titled("coffee mak") == []
+    assert CATALOG.titled("") == []
+
+
+def test_a_catalog_without_titles_finds_ids_alone() -> None:
+    bare = ItemCatalog(["a", "b"], ["", ""], None, np.array([0, 0]))
+    assert bare.search("a") == [0]
+    assert bare.search("tea") == []
+
+
+def test_candidates_are_a_category_without_what_is_sold_out() -> None:
+    assert CATALOG.candidates(None, ()) is None
+    assert CATALOG.candidates(None, ["id-1", "nothing"]).nonzero()[0].tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9]  # type: ignore[union-attr]
+    assert CATALOG.candidates(["id-1", "id-2", "nothing"], ["id-1"]).nonzero()[0].tolist() == [2]  # type: ignore[union-attr]
+    assert not CATALOG.candidates([], ()).any()  # type: ignore[union-attr]
+
+
+def test_popular_items_are_in_the_order_of_rows_where_equally_so() -> None:
+    assert CATALOG.by_popularity.tolist() == [8, 3, 2, 1, 5, 0, 4, 6, 7, 9]

@@ -1,0 +1,63 @@
+"""Ids of a run without torch, and items by their titles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cllm4rec_dist.errors import CheckpointError, DataError
+from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.known_ids import find_item, read_known_ids
+from tests.integration.runs import clean_environment
+
+CATALOG = ItemCatalog(
+    ["1", "2", "3", "lamp"], ["Red lamp", "Red lamp, large", "Blue chair", "Desk"], None, np.zeros(4, np.int64)
+)
+
+
+def test_ids_are_read_without_torch(runs: dict[str, Path]) -> None:
+    code = (
+        "import sys; from cllm4rec_dist.serving.known_ids import read_known_ids;"
+        f"print(read_known_ids({str(runs['paper'])!r}).users[3], 'torch' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment()
+    )
+    assert found.stdout.split() == ["user-003", "False"]
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
+        read_known_ids(str(runs["paper"].parent))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("1", "1"), ("lamp", "lamp"), ("blue", "3"), ("Chair blue", "3"), ("red LAMP", "1")]
+)
+def test_an_item_is_meant_by_its_id_or_by_words_of_its_title(text: str, wanted: str) -> None:
+    assert find_item("ITEM", text, CATALOG) == wanted
+
+
+def test_what_means_several_items_or_none_is_refused_with_candidates() -> None:
+    with pytest.raises(DataError, match=r"is in the titles of 2 items. Give the id of one:\n  1  Red lamp\n  2  Red"):
+        find_item("ITEM", "red", CATALOG)
+    with pytest.raises(DataError, match=r"'blue cha' is no item.*Did you mean 3 \(Blue chair\)\?"):
+        find_item("ITEM", "blue cha", CATALOG)
+    with pytest.raises(DataError, match=r"'lamb' is no item of the run. Did you mean lamp\?"):
+        find_item("ITEM", "lamb", CATALOG)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("101", ["000101"]),
+        ("101.0", ["000101"]),
+        (" abc-7", ["ABC-007"]),
+        ("000110", ["000101"]),
+        ("entirely other", []),
+    ],
+)
+def test_ids_that_may_be_meant(name: str, wanted: list[str]) -> None:
+    assert similar_ids(name, ["000101", "ABC-007", "x"])[:1] == wanted

@@ -1,0 +1,54 @@
+"""Who gets a list, and what counts as their history."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.serving.people import gather_people
+
+
+@pytest.fixture(scope="module")
+def corpus(runs: dict[str, Path]) -> Corpus:
+    return Corpus.open(str(runs["paper"].parent / "corpus"), verify=False)
+
+
+def test_everyone_has_what_the_corpus_has(corpus: Corpus) -> None:
+    for known, wanted in (("all", corpus.history()), ("train", corpus.split("train"))):
+        people = gather_people(corpus, None, None, known)  # type: ignore[arg-type]
+        assert people.names == [f"user-{row:03d}" for row in range(23)]
+        assert people.rows.tolist() == list(range(23))
+        assert [row.tolist() for row in people.histories] == [row.tolist() for row in wanted]
+
+
+def test_later_orders_go_behind_and_new_people_have_no_row(corpus: Corpus) -> None:
+    had = corpus.history()[4].tolist()
+    again, fresh = f"item-{had[0]:03d}", next(row for row in range(17) if row not in had)
+    orders = {"Zoe": ["item-003", "?", "item-001", "item-003"], "user-004": [again, f"item-{fresh:03d}", "!"], "Al": []}
+    people = gather_people(corpus, None, orders)
+    assert people.names == ["Zoe", "user-004", "Al"]
+    assert people.rows.tolist() == [-1, 4, -1]
+    assert [row.tolist() for row in people.histories] == [[3, 1], [*had, fresh], []]
+    assert people.unknown_items == 2
+    train = gather_people(corpus, None, {"user-004": [f"item-{fresh:03d}"]}, "train")
+    assert train.histories[0].tolist() == [*corpus.split("train")[4].tolist(), fresh]
+
+
+def test_named_users_are_listed_once_in_their_order(corpus: Corpus) -> None:
+    people = gather_people(
+        corpus, ["user-003", "Zoe", "user-001", "user-003"], {"Zoe": ["item-001"], "Al": ["item-002"]}
+    )
+    assert people.names == ["user-003", "Zoe", "user-001"]
+    assert people.histories[1].tolist() == [1]
+    assert gather_people(corpus, [], None).names == []
+
+
+def test_people_of_whom_nothing_is_known_are_refused_or_counted(corpus: Corpus) -> None:
+    with pytest.raises(DataError, match=r"users: \['user-3', 'Bo'\] are no users.*user-003 for user-3.*--skip-unknown"):
+        gather_people(corpus, ["user-001", "user-3", "Bo"], None)
+    people = gather_people(corpus, ["user-001", "user-3", "Bo"], None, skip_unknown=True)
+    assert people.names == ["user-001"]
+    assert people.unknown_users == ["user-3", "Bo"]
