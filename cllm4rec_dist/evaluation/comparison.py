@@ -70,7 +70,7 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         skipped={reason: found.count for reason, found in corpus.manifest.skipped.items()},
     )
     background = Background(
-        run=evaluated["run"],
+        run=_as_seen_from_here(evaluated["run"]),
         split=evaluated["split"],
         manifest=corpus.manifest,
         items=_items(corpus),
@@ -79,6 +79,12 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
     )
     write_report(folder, results, background)
     return markdown_table(results) + f"\n\nReport: {os.path.relpath(folder / 'report.html')}"
+
+
+def _as_seen_from_here(path: str) -> str:
+    """A relative path for what is below the current folder; others, and URLs, as they are."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _logs(evaluated: dict[str, Any]) -> list[Path]:

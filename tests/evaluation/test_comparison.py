@@ -79,6 +79,13 @@ def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus
     assert page.count("of 17</small>") == 1
 
 
+def test_a_run_below_the_current_folder_is_named_by_its_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert comparison._as_seen_from_here(str(tmp_path / "runs" / "a")) == "runs/a"
+    assert comparison._as_seen_from_here("/elsewhere/a") == "/elsewhere/a"
+    assert comparison._as_seen_from_here("s3://bucket/a") == "s3://bucket/a"
+
+
 def test_a_folder_without_an_evaluation_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"evaluation\.json"):
         compare(tmp_path, METRICS, with_baselines=False, seconds=1.0)
