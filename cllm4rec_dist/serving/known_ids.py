@@ -25,7 +25,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class KnownIds:
-    """External ids of users by row, and the items, whose popularity is not read."""
+    """External ids of users, those without rows last, and the items, whose popularity is not read."""
 
     users: list[str]
     items: ItemCatalog
@@ -45,7 +45,10 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
     users, items = _table(url, "users"), _table(url, "items")
     ids, titles = items["item"].to_pylist(), [title or "" for title in items["title"].to_pylist()]
     catalog = ItemCatalog(ids, titles, None, np.zeros(len(ids), np.int64))
-    return KnownIds(users["user"].to_pylist(), catalog)
+    names = users["user"].to_pylist()
+    if load_manifest(url)[0].of_kind("new_users"):
+        names += _table(url, "new_users")["user"].to_pylist()
+    return KnownIds(names, catalog)
 
 
 def _recorded(run: str) -> dict[str, Any]:

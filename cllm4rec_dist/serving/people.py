@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,44 @@ class People:
     unknown_users: list[str]
 
 
+@dataclass(frozen=True)
+class CorpusPeople:
+    """Everyone in a corpus: the users with rows, and behind them the new users, whom a split holds out whole.
+
+    Attributes:
+        names: external ids.
+        num_known: how many have rows; their positions are these.
+        histories: distinct items of each, oldest first.
+    """
+
+    names: list[str]
+    num_known: int
+    histories: Ragged
+
+    @classmethod
+    def of(cls, corpus: Corpus, known_items: KnownItems = "all") -> CorpusPeople:
+        """Read them.
+
+        Args:
+            known_items: what counts as somebody's: everything, or what predictions are evaluated from.
+        """
+        known, new = corpus.users()["user"].to_pylist(), corpus.new_users()["user"].to_pylist()
+        if known_items == "train":
+            parts = [corpus.split("train"), corpus.new_user_split("history")]
+        else:
+            parts = [corpus.history(), corpus.new_user_history()]
+        return cls([*known, *new], len(known), Ragged.concat(parts) if new else parts[0])
+
+    @cached_property
+    def position_of(self) -> dict[str, int]:
+        """Position by external id."""
+        return {name: position for position, name in enumerate(self.names)}
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """int64 user rows, -1 for people without one and for positions outside."""
+        return np.where(positions < self.num_known, positions, -1)
+
+
 def gather_people(
     corpus: Corpus,
     users: Sequence[str] | None,
@@ -58,21 +97,20 @@ def gather_people(
     Raises:
         DataError: for people of whom nothing is known.
     """
-    ids = corpus.users()["user"].to_pylist()
-    had = corpus.split("train") if known_items == "train" else corpus.history()
+    people = CorpusPeople.of(corpus, known_items)
     if users is None and orders is None:
-        return People(ids, np.arange(len(ids)), had, 0, [])
-    row_of = {name: row for row, name in enumerate(ids)}
-    orders = orders or {}
+        return People(people.names, people.rows(np.arange(len(people.names))), people.histories, 0, [])
+    orders, position_of = orders or {}, people.position_of
     wanted = list(dict.fromkeys(orders if users is None else users))
-    nobody = [name for name in wanted if name not in row_of and name not in orders]
+    nobody = [name for name in wanted if name not in position_of and name not in orders]
     if nobody and not skip_unknown:
-        raise unknown_error("users", nobody, ids, "user", LATER_ORDERS)
-    names = [name for name in wanted if name in row_of or name in orders]
-    rows = np.array([row_of.get(name, -1) for name in names], dtype=np.int64)
-    had = _with_nobody(had).take(np.where(rows < 0, len(ids), rows))
+        raise unknown_error("users", nobody, people.names, "user", LATER_ORDERS)
+    names = [name for name in wanted if name in position_of or name in orders]
+    outside = len(people.names)
+    positions = np.array([position_of.get(name, outside) for name in names], dtype=np.int64)
+    had = _with_nobody(people.histories).take(positions)
     later, unknown = _item_rows(corpus, [orders.get(name, ()) for name in names])
-    return People(names, rows, _distinct(had, later), unknown, nobody)
+    return People(names, people.rows(positions), _distinct(had, later), unknown, nobody)
 
 
 def _with_nobody(had: Ragged) -> Ragged:

@@ -1,8 +1,9 @@
 """The Python API: a trained run loaded into one process, on a CPU or one GPU, without DeepSpeed or a process group.
 
 People are known or not. A known user has a row of their own and the items that the corpus has, held-out ones included;
-what they took later goes behind these. Anyone else is their history alone, with the row that the model has for people
-without one. An item counts once, where it first came, as in a corpus; items that the run does not know are left out.
+what they took later goes behind these. Users whom a split holds out whole have items and no row. Anyone else is their
+history alone, with the row that the model has for people without one. An item counts once, where it first came, as in a
+corpus; items that the run does not know are left out.
 
 Legend: n queries, U users, I items, D hidden.
 """
@@ -28,6 +29,7 @@ from cllm4rec_dist.id_list import similar_ids
 from cllm4rec_dist.project.layout import run_of
 from cllm4rec_dist.ranking import encode_histories, sharded_topk
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.people import CorpusPeople
 from cllm4rec_dist.serving.queries import (
     Answer,
     Query,
@@ -81,9 +83,8 @@ class Recommender:
         """Of a system with its weights; `load` makes one of a run."""
         self._system, self.info = system, info
         self.items = ItemCatalog.of(system.corpus)
-        self.users: list[str] = system.corpus.users()["user"].to_pylist()
-        self._row_of_user = {name: row for row, name in enumerate(self.users)}
-        self._histories = system.corpus.history()
+        self._people = CorpusPeople.of(system.corpus)
+        self.users = self._people.names[: self._people.num_known]
         system.train(False)
         with torch.no_grad():
             self._operand = system.recommender.item_operand()
@@ -272,9 +273,9 @@ class Recommender:
     def _person(self, user: str | None, history: Sequence[str]) -> _Person:
         row, items = -1, []
         if user is not None:
-            known = self._row_of_user.get(checked_id("user", user))
-            if known is None:
-                likely = similar_ids(user, self.users)
+            position = self._people.position_of.get(checked_id("user", user))
+            if position is None:
+                likely = similar_ids(user, self._people.names)
                 hint = f"Did you mean {', '.join(likely)}? " if likely else ""
                 raise DataError(
                     "user",
@@ -282,7 +283,8 @@ class Recommender:
                     "is not a user of the run",
                     f"{hint}Give the history alone for somebody who came later.",
                 )
-            row, items = known, self._histories[known].tolist()
+            row = position if position < self._people.num_known else -1
+            items = self._people.histories[position].tolist()
         return _Person(row, first_of_each([*items, *self.items.rows(history)]))
 
     def _unknown(self, history: Sequence[str]) -> tuple[str, ...]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from cllm4rec_dist.corpus.catalog import NewUsers
+from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.serving.known_ids import read_known_ids
 from cllm4rec_dist.serving.people import gather_people
+from cllm4rec_dist.serving.queries import Query
+from cllm4rec_dist.serving.recommender import Recommender
+from tests.harness import make_backbone, make_catalog, make_corpus, make_run
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +60,26 @@ def test_people_of_whom_nothing_is_known_are_refused_or_counted(corpus: Corpus) 
     people = gather_people(corpus, ["user-001", "user-3", "Bo"], None, skip_unknown=True)
     assert people.names == ["user-001"]
     assert people.unknown_users == ["user-3", "Bo"]
+
+
+def test_users_whom_the_split_holds_out_whole_have_items_and_no_row(tmp_path: Path) -> None:
+    lists = [[[3, 1], [2]], [[5], []], [[4], [0]]]  # history, valid and test of two users
+    new = NewUsers(pl.Series(["new-1", "new-2"]), *(Ragged.from_lists(each) for each in lists))
+    catalog = replace(make_catalog(), new_users=new)
+    backbone = make_backbone(tmp_path / "backbone", catalog)
+    corpus = Corpus.open(make_corpus(tmp_path / "corpus", catalog, backbone), verify=False)
+    everyone = gather_people(corpus, None, None)
+    assert everyone.names[22:] == ["user-022", "new-1", "new-2"]
+    assert everyone.rows.tolist() == [*range(23), -1, -1]
+    assert [everyone.histories[row].tolist() for row in (23, 24)] == [[3, 1, 5, 4], [2, 0]]
+    some = gather_people(corpus, ["new-2", "user-001"], {"new-2": ["item-009"]}, "train")
+    assert some.rows.tolist() == [-1, 1]
+    assert some.histories[0].tolist() == [2, 9]
+
+    run = make_run(tmp_path / "run", corpus.url, backbone)
+    recommender = Recommender.load(run, device="cpu")
+    (named, basket) = recommender.answer([Query(user="new-1"), Query(("item-003", "item-001", "item-005", "item-004"))])
+    assert named == basket
+    assert not named.known_user
+    assert len(recommender.users) == len(recommender.user_embeddings()) == 23
+    assert read_known_ids(str(run)).users[-2:] == ["new-1", "new-2"]

@@ -302,6 +302,8 @@ def test_info_says_what_is_loaded(recommender: Recommender, runs: dict[str, Path
 
 def test_a_project_folder_and_a_checkpoint_folder_will_do(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "shop/runs").mkdir(parents=True)
+    for file in ("recipe.yaml", "finetune.yaml"):
+        (tmp_path / "shop" / file).write_text("")
     (tmp_path / "shop/runs/finetune").symlink_to(runs["cosine"])
     for path in (tmp_path / "shop", runs["cosine"] / "checkpoints/best-00000007"):
         assert Recommender.load(path, device="cpu").info.checkpoint == "best-00000007"
