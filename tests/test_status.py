@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.errors import ConfigError, DamagedCheckpointError
-from cllm4rec_dist.run_folder import LOCK_FILE, RunRecord, write_record
+from cllm4rec_dist.run_folder import LOCK_FILE, RunRecord, read_metrics, write_record
 from cllm4rec_dist.status import RunStatus, format_status, read_statuses
 from cllm4rec_dist.store import COMMIT, Store
 
@@ -172,6 +172,11 @@ def test_damaged_files_are_said_and_the_rest_is_shown(
     text = format_status(status)
     assert note in text
     assert status.step in (4, 40, 46)
+
+
+def test_a_line_without_an_end_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}')
+    assert list(read_metrics(tmp_path)) == [{"step": 3}]
 
 
 def test_a_project_shows_both_stages(tmp_path: Path) -> None:
