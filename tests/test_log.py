@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -41,13 +43,20 @@ def test_other_ranks_say_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: 
     assert not caplog.records
 
 
+@pytest.fixture
+def package() -> Iterator[logging.Logger]:
+    """The package's logger, which is afterwards as it was."""
+    logger = logging.getLogger("cllm4rec_dist")
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    logger.handlers = []
+    yield logger
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)  # which also forgets what it has found to be enabled
+
+
 def test_lines_have_a_level_and_a_rank_only_where_something_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    package = logging.getLogger("cllm4rec_dist")
-    monkeypatch.setattr(package, "handlers", [])
-    monkeypatch.setattr(package, "propagate", True)
-    monkeypatch.setattr(package, "level", package.level)
     told = []
     for world in (None, replace(alone(), rank=1, size=2)):
         log.setup_logging(world)
@@ -55,6 +64,16 @@ def test_lines_have_a_level_and_a_rank_only_where_something_is_wrong(
         package.warning("a danger")
         told.append([line[9:] for line in capsys.readouterr().err.splitlines()])
     assert told == [["a fact", "WARNING a danger"], ["[rank 1/2] WARNING a danger"]]
+
+
+def test_a_line_is_written_above_the_bar_of_a_terminal(
+    package: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.setup_logging()
+    bar = progress_bar(replace(alone(), has_terminal=True), 10, "finetune", "step", 4)
+    package.info("a fact")
+    bar.close()
+    assert re.search(r"finetune:  40%[^\r]*\r +\r\d\d:\d\d:\d\d a fact\n\rfinetune:  40%", capsys.readouterr().err)
 
 
 def test_only_the_notice_that_there_is_no_gpu_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
