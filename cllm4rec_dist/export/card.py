@@ -78,7 +78,8 @@ def write_card(source: Source, options: ExportOptions, scoring: dict[str, Any], 
         has_content=CONTENT in source.llms,
         num_user_texts=_num_user_texts(manifest) if CONTENT in source.llms else 0,
         results=results,
-        table="" if results is None else markdown_table(results),
+        # Their own notes name the runs that this one started from.
+        table="" if results is None else markdown_table(results.model_copy(update={"notes": ()})),
         notes=_notes(source),
         best=_best(source),
         settings=_settings(source),
@@ -153,8 +154,8 @@ def _metadata(
 
 def _read_evaluation(source: Source) -> tuple[Results | None, str]:
     """Results of this checkpoint, and the split that they are of; None where this checkpoint was not evaluated."""
-    run = Path(source.run)
-    for folder in (run / "evaluation", run.absolute().parent.parent / "evaluation"):
+    for run in dict.fromkeys((Path(source.run).absolute(), Path(source.opened.path).absolute().parent.parent)):
+        folder = run / "evaluation"
         try:
             evaluated = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
             results = Results.model_validate_json((folder / "results.json").read_text(encoding="utf-8"))
