@@ -57,5 +57,3 @@ def export(
     from cllm4rec_dist.export.folder import export
 
     typer.echo(f"exported to {output}: {', '.join(export(run, output, options, backbone, corpus))}")
-    if push is not None:
-        typer.echo(f"uploaded to https://huggingface.co/{push}")

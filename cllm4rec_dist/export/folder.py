@@ -97,6 +97,11 @@ def _write_models(source: Source, options: ExportOptions, output: Path) -> str:
     else:
         backbone = BACKBONE_FOLDER
         if kind != "full":
+            logger.warning(
+                "the backbone %s goes into the folder with all of its weights; if it is one of the hub, name it by"
+                " --base-model ORG/NAME instead",
+                source.backbone,
+            )
             models.copy_backbone(source.backbone, output / BACKBONE_FOLDER)
     if kind == "lora":
         models.write_adapters(source, backbone, output)

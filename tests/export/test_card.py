@@ -29,6 +29,7 @@ from cllm4rec_dist.export.folder import export
 from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.inference import evaluate_run, load
 from cllm4rec_dist.ranking import rank_users
+from cllm4rec_dist.serving.recommender import Recommender
 from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.test_train import make_config, run
@@ -59,8 +60,9 @@ RUNS: dict[str, dict[str, Any]] = {
 NAME = "Books | <b>"
 EVALUATED = "whole backbone"
 METRICS = ["recall@5", "ndcg@10"]
-HISTORIES = [[0], [3, 1, 4, 1, 5, 9], []]
+HISTORIES = [[0], [3, 1, 4, 5, 9], []]
 USER = 7
+VECTORS = "item_embeddings.parquet"
 
 
 @dataclass
@@ -166,6 +168,19 @@ def test_the_lines_of_a_card_compute_the_scores_of_the_run(
     assert (case.anyone - case.known).abs().max() > 2 * tolerance
     torch.testing.assert_close(computed[name, "anyone"], case.anyone, rtol=0, atol=tolerance)
     torch.testing.assert_close(computed[name, "known"], case.known, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_the_python_api_gives_the_scores_and_embeddings_of_an_export(
+    cases: dict[str, Case], computed: dict[tuple[str, str], Tensor]
+) -> None:
+    recommender, table = Recommender.load(cases["lora"].run), pq.read_table(cases["lora"].with_users / VECTORS)
+    ids, history = table["item"].to_pylist(), HISTORIES[1]
+    scores = recommender.score([ids[row] for row in history], ids)
+    torch.testing.assert_close(torch.tensor(scores.to_numpy()), computed["lora", "anyone"][1], rtol=0, atol=1e-4)
+    embeddings = recommender.item_embeddings()
+    assert np.array_equal(np.stack(table["vector"].to_numpy()), embeddings.to_numpy())
+    assert embeddings.index.tolist() == ids
 
 
 @pytest.mark.slow
@@ -318,9 +333,9 @@ def test_a_card_needs_the_corpus_and_titles_are_left_out_without_it(
             export(str(run_folder), tmp_path / "hub", ExportOptions(hub=True))
         export(str(run_folder), tmp_path / "plain")
         assert "without titles" in caplog.text
-        assert pq.read_table(tmp_path / "plain" / "item_embeddings.parquet")["title"].null_count == 17
+        assert pq.read_table(tmp_path / "plain" / VECTORS)["title"].null_count == 17
         export(str(run_folder), tmp_path / "hub", ExportOptions(hub=True), corpus=str(moved))
-        assert pq.read_table(tmp_path / "hub" / "item_embeddings.parquet")["title"].null_count == 0
+        assert pq.read_table(tmp_path / "hub" / VECTORS)["title"].null_count == 0
     finally:
         moved.rename(corpus)
 
