@@ -6,6 +6,7 @@ import datetime as dt
 
 import pytest
 
+from cllm4rec_dist.corpus.times import numeric_formats
 from tests.corpus.reading import Read, Refuse, table
 
 TEN = dt.datetime(2024, 3, 1, 10, tzinfo=dt.UTC).timestamp()
@@ -166,3 +167,27 @@ def test_the_recipe_gives_the_format(read: Read, text: str, time_format: str, se
 def test_a_format_by_which_no_time_can_be_read_is_refused(refuse: Refuse, time_format: str) -> None:
     message = refuse({"i.csv": rows("1")}, **table(timestamp="t", time_format=time_format))
     assert "is no format of strptime" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "day_first", "month_first"),
+    [
+        ("3/4/2024", "%d/%m/%Y", "%m/%d/%Y"),
+        ("03.04.24 10:30", "%d.%m.%y %H:%M", "%m.%d.%y %H:%M"),
+        ("3-4-2024, 10:30:00 AM", "%d-%m-%Y, %I:%M:%S %p", "%m-%d-%Y, %I:%M:%S %p"),
+    ],
+)
+def test_the_format_that_is_proposed_has_the_form_of_the_file(
+    read: Read, refuse: Refuse, text: str, day_first: str, month_first: str
+) -> None:
+    message = refuse({"i.csv": rows(text)}, **SOURCE)
+    assert f"for example '{day_first}' or '{month_first}'" in message
+    for proposed, month, number in ((day_first, 4, 3), (month_first, 3, 4)):
+        source = table(timestamp="t", separator=";", time_format=proposed)
+        (seconds,) = read({"i.csv": rows(text)}, **source).column("timestamp")
+        assert day(2024, month, number) <= seconds < day(2024, month, number) + 86400
+
+
+def test_a_date_of_another_form_has_no_numeric_format() -> None:
+    assert numeric_formats("2024-03-01") is None
+    assert numeric_formats("3/4-2024") is None
