@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.integration.runs import BIN, ROOT, clean_environment
+from tests.integration.runs import BIN, ROOT, clean_environment, finish
 from tests.integration.shop_data import make_shop
 
 SMALL = ["epochs=2", "backbone.hidden_size=32"]
@@ -26,7 +26,7 @@ def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def told(started: subprocess.Popen[str], status: int = 0) -> str:
-    text, _ = started.communicate(timeout=300)
+    text = finish(started, timeout=600)
     assert started.returncode == status, text[-3000:]
     return text
 
