@@ -61,8 +61,7 @@ def run_on_ray(
     Raises:
         CLLM4RecError: what a rank raised.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    _quiet_ray()
     address = ray_address(os.environ)
     place = "starting Ray" if address == "local" else f"joining the Ray cluster at {address}"
     logger.info("%s with %s (takes about 10 s)", place, _describe_workers(workers))
@@ -70,7 +69,7 @@ def run_on_ray(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    _start_ray()
+    start_ray()
     gpu = bool(ray.cluster_resources().get("GPU"))
     unit = "GPU" if gpu else "CPU"
     _require_room(workers, unit, ray.cluster_resources().get(unit, 0.0), ray.available_resources().get(unit, 0.0))
@@ -115,12 +114,19 @@ def ray_address(environ: Mapping[str, str]) -> str:
     return environ.get("RAY_ADDRESS") or "local"
 
 
-def _start_ray() -> None:
+def _quiet_ray() -> None:
+    """Set what keeps Ray quiet; before it is imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def start_ray() -> None:
     """Start Ray on this host, or join the cluster that RAY_ADDRESS names.
 
     Raises:
         ConfigError: for an address at which no cluster can be joined.
     """
+    _quiet_ray()
     import ray
 
     address = ray_address(os.environ)
