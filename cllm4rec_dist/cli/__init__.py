@@ -19,6 +19,7 @@ for _module in (
     "status",
     "evaluate",
     "recommend",
+    "serve",
     "export",
     "audit",
     "settings",

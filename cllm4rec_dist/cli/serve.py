@@ -1,0 +1,75 @@
+"""`serve`: a run as a service with a page."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from cllm4rec_dist.cli.frame import app
+from cllm4rec_dist.cli.options import BackboneOption, CorpusOption, RunArgument, find_trained, log_alone, moved_paths
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.launchers import require_launchable
+from cllm4rec_dist.serving.address import listen
+from cllm4rec_dist.serving.options import ServiceOptions
+
+
+@app.command()
+def serve(
+    run: RunArgument,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any free one.")] = 8000,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Copies of the model on Ray Serve; one process without Ray if left out.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that one forward answers at most.")] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests that a replica holds at a time; further ones are answered with 503.")
+    ] = 256,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds within which a request is answered.")] = 10.0,
+    check: Annotated[float, typer.Option(min=0.1, help="Seconds between looks for a new checkpoint.")] = 10.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of a replica, with --replicas; 0.5 shares one.")] = 0.0,
+    backbone: BackboneOption = None,
+    corpus: CorpusOption = None,
+) -> None:
+    """Serve a run over HTTP: recommendations, similar items, search, a page at /, OpenAPI at /docs.
+
+    Takes up a new checkpoint of the run by itself. There is no authentication: put a proxy in front.
+    """
+    _require_extra(with_ray=replicas is not None)
+    if gpus and replicas is None:
+        raise ConfigError("--gpus", gpus, "is for replicas on Ray Serve", "Leave it out; one process takes the GPU.")
+    listener = listen(host, port)
+    if replicas is not None:
+        require_launchable("ray", str(replicas), os.environ)
+        if port == 0:
+            raise ConfigError("--port", port, "cannot be left to Ray Serve", "Choose a port.")
+        listener.close()
+    options = ServiceOptions(
+        run=find_trained(run),
+        replicas=replicas or 1,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        timeout_seconds=timeout,
+        check_seconds=check,
+        threads=threads,
+        gpus=gpus,
+        **moved_paths(backbone, corpus),
+    )
+    log_alone()
+    from cllm4rec_dist.serving import app as service
+
+    if replicas is None:
+        service.serve_here(options, listener)
+    else:
+        service.serve_on_ray(options, host, port)
+
+
+def _require_extra(*, with_ray: bool) -> None:
+    needed = ["fastapi", "uvicorn", "prometheus_client", "fastapi_offline", *(["ray.serve"] if with_ray else [])]
+    missing = [name for name in needed if find_spec(name.partition(".")[0]) is None]
+    if missing:
+        raise ConfigError("serve", missing, "are not installed", "Run pip install 'cllm4rec_dist[serve]'.")

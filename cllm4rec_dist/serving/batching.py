@@ -1,0 +1,138 @@
+"""Dynamic batching: the next batch is whatever arrived while the model was busy.
+
+A request that finds the model idle runs at once; nothing is ever delayed to wait for company. One thread runs the
+model, so that batches do not compete for the processor, and the event loop stays free to take requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+from cllm4rec_dist.errors import FaultError
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+class OverloadError(FaultError):
+    """More requests at a time than the service holds."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__("requests", limit, "are being answered, and no more fit", "Send the request again later.")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.value,)
+
+
+class Batcher(Generic[Q, A]):
+    """Answers single queries by running them in batches. Belongs to one event loop.
+
+    Args:
+        answer: answers a batch in the model's thread: an answer, or the error of that query, for each.
+        max_batch: queries of a batch at most.
+        max_waiting: queries and calls held at a time, running and waiting.
+        observe: called with the size of every batch.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Q]], Sequence[A | Exception]],
+        max_batch: int,
+        max_waiting: int,
+        observe: Callable[[int], object] = lambda size: None,
+    ) -> None:
+        self._answer, self._max_batch, self._max_waiting, self._observe = answer, max_batch, max_waiting, observe
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._waiting: deque[tuple[Q, asyncio.Future[A]]] = deque()
+        self._drain: asyncio.Task[None] | None = None
+        self._busy_since: float | None = None
+        self.num_held = 0
+        """Queries and calls that are running or waiting."""
+
+    async def submit(self, query: Q) -> A:
+        """The answer to a query.
+
+        Raises:
+            OverloadError: at once, where `max_waiting` are held already.
+            Exception: what `answer` gave for this query.
+        """
+        self._take_place()
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._waiting.append((query, future))
+        if self._drain is None:
+            self._drain = asyncio.create_task(self._run_batches())
+        try:
+            return await future
+        finally:
+            self.num_held -= 1
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """The result of `function`, run in the model's thread between two batches."""
+        self._take_place()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, function)
+        finally:
+            self.num_held -= 1
+
+    def busy_seconds(self) -> float:
+        """How long the model has been at its present batch or call; 0 if it is idle."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    async def close(self) -> None:
+        """Finish what is held and end the thread."""
+        if self._drain is not None:
+            await self._drain
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+
+    def _take_place(self) -> None:
+        if self.num_held >= self._max_waiting:
+            raise OverloadError(self._max_waiting)
+        self.num_held += 1
+
+    async def _run_batches(self) -> None:
+        try:
+            while batch := self._next_batch():
+                await self._run(batch)
+        finally:
+            self._drain = None
+
+    def _next_batch(self) -> list[tuple[Q, asyncio.Future[A]]]:
+        """The longest waiting queries; those that were given up meanwhile are dropped."""
+        batch: list[tuple[Q, asyncio.Future[A]]] = []
+        while self._waiting and len(batch) < self._max_batch:
+            entry = self._waiting.popleft()
+            if not entry[1].done():
+                batch.append(entry)
+        return batch
+
+    async def _run(self, batch: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        self._observe(len(batch))
+        queries = [query for query, _ in batch]
+        loop = asyncio.get_running_loop()
+        answers: Sequence[A | Exception]
+        try:
+            answers = await loop.run_in_executor(self._thread, self._timed, lambda: self._answer(queries))
+            assert len(answers) == len(batch)
+        except Exception as error:  # of the whole batch: each of its requests reports it
+            answers = [error] * len(batch)
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if future.done():
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+    def _timed(self, function: Callable[[], T]) -> T:
+        self._busy_since = time.monotonic()
+        try:
+            return function()
+        finally:
+            self._busy_since = None
