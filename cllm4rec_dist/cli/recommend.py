@@ -20,6 +20,7 @@ from cllm4rec_dist.cli.options import (
     RunArgument,
     ShortLauncher,
     Workers,
+    announce,
     expanded,
     find_trained,
     moved_paths,
@@ -128,6 +129,7 @@ def recommend(
     if history is None and (user_column or item_column or time_column):
         raise ConfigError("--user-column", user_column, "is a column of --history", "Give --history FILE too.")
     found = find_trained(run)
+    announce(f"recommend: reading {run}", launcher)
     orders = None
     if history is not None:
         from cllm4rec_dist.serving.history_file import read_histories
