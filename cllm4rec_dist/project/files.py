@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cllm4rec_dist.config import MethodConfig
+from cllm4rec_dist.filesystems import is_url
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.machine import Machine
 from cllm4rec_dist.project.sample import Sample
@@ -184,7 +186,9 @@ def describe(project: Project, proposal: Proposal, machine: Machine, backbone: s
     lines += [f"          left out: {count:,} x {reason}" for reason, count in proposal.left_out.items()]
     if proposal.interactions.time is None:
         lines.append("          no column of times: what is held out is drawn at random, not the last")
-    lines.append(f"          kept: customers with {core.min_user_items}, items with {core.min_item_users} or more")
+    num_rare = int((numbers.item_counts < core.min_item_users).sum())
+    rare = f"; {num_rare:,} items have fewer and will not be recommended" if num_rare else ""
+    lines.append(f"          kept: customers with {core.min_user_items}, items with {core.min_item_users} or more{rare}")
     lines.append(f"machine   {machine}")
     model = f"a decoder of {sizes.num_layers} x {sizes.hidden_size}, {sizes.vocab_size:,} words, trained whole"
     lines.append(f"model     {model if backbone is None else f'{backbone} with LoRA'}")
@@ -209,7 +213,7 @@ def _columns(proposal: Proposal, sample: Sample, role: str) -> list[str]:
     more = f" ({kinds[sample.kind]}"
     if sample.kind == "csv":
         more += f", separated by {sample.dialect.separator!r}, {sample.dialect.encoding}"
-    lines = [f"{role:<9} {sample.path}{more})"]
+    lines = [f"{role:<9} {_shown(sample.path)}{more})"]
     source = proposal.recipe["source"]
     tables = {"orders": ["interactions"], "items": ["items"], "customers": ["users"]}[role]
     if role == "orders" and "items" not in proposal.samples and "items" in source:
@@ -226,6 +230,12 @@ def _columns(proposal: Proposal, sample: Sample, role: str) -> list[str]:
     if unused:
         lines.append(f"  {'not used':<12}{', '.join(unused)}")
     return lines
+
+
+def _shown(path: str) -> str:
+    """A path as short as it can be: relative to the working folder where it is below it."""
+    relative = path if is_url(path) else os.path.relpath(path)
+    return path if relative.startswith("..") else relative
 
 
 def _example(sample: Sample, name: str) -> str:
