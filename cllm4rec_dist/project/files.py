@@ -188,7 +188,8 @@ def describe(project: Project, proposal: Proposal, machine: Machine, backbone: s
         lines.append("          no column of times: what is held out is drawn at random, not the last")
     num_rare = int((numbers.item_counts < core.min_item_users).sum())
     rare = f"; {num_rare:,} items have fewer and will not be recommended" if num_rare else ""
-    lines.append(f"          kept: customers with {core.min_user_items}, items with {core.min_item_users} or more{rare}")
+    fewest = f"customers with {core.min_user_items}, items with {core.min_item_users} or more"
+    lines.append(f"          kept: {fewest}{rare}")
     lines.append(f"machine   {machine}")
     model = f"a decoder of {sizes.num_layers} x {sizes.hidden_size}, {sizes.vocab_size:,} words, trained whole"
     lines.append(f"model     {model if backbone is None else f'{backbone} with LoRA'}")
