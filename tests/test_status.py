@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from cllm4rec_dist.cli import app
+from cllm4rec_dist.cli import status as status_command
 from cllm4rec_dist.errors import ConfigError, DamagedCheckpointError
 from cllm4rec_dist.run_folder import LOCK_FILE, RunRecord, read_metrics, write_record
 from cllm4rec_dist.status import RunStatus, format_status, read_statuses
@@ -228,7 +230,24 @@ def test_the_command_prints_text_or_json(tmp_path: Path) -> None:
     assert (found["condition"], found["step"], found["best"]) == ("done", 46, 0.5)
     assert found["checkpoint"]["name"] == "step-00000040"
     followed = CliRunner().invoke(app, ["status", str(run), "--follow"])  # ends at once: nothing lives
-    assert followed.stdout == told.stdout
+    assert len(followed.stdout.splitlines()) == len(told.stdout.splitlines())
+
+
+def test_a_run_is_followed_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+    with FileLock(run / LOCK_FILE):
+        before = read(run)
+    states = [before, replace(before), replace(before, step=47, eta=146), replace(before, step=47, condition="done")]
+    looks = iter([[state] for state in states])
+    monkeypatch.setattr(status_command, "read_statuses", lambda path, now: next(looks))
+    monkeypatch.setattr(status_command, "_FOLLOW_SECONDS", 0.0)
+    told = CliRunner().invoke(app, ["status", str(run), "--follow"]).stdout.splitlines()
+    middle = "loss 9.600 (items 4.600, text 5.000, mutual 5.0e-05)  ndcg@100 0.4000, recall@20 0.5000"
+    assert told[-3:] == [
+        f"finetune running  epoch 5/12  step 46/120  {middle}  ETA 2 min 28 s",
+        f"finetune running  epoch 5/12  step 47/120  {middle}  ETA 2 min 26 s",
+        f"finetune done  epoch 5/12  step 47/120  {middle}  ETA 2 min 28 s",
+    ]
 
 
 def test_looking_needs_no_torch() -> None:

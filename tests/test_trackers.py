@@ -16,7 +16,7 @@ import pytest
 from cllm4rec_dist import trackers
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.preflight import require_none
+from cllm4rec_dist.preflight import require_none, require_ready
 from cllm4rec_dist.trackers import BackgroundTracker, End, open_trackers, tracker_problems
 
 LINES = [(step, {"loss": 10.0 - step, "valid/recall@20": 0.1 * step}) for step in (1, 2, 3)]
@@ -187,6 +187,13 @@ def test_a_missing_library_is_refused_with_the_command_that_installs_it(monkeypa
     assert "sqlalchemy" in str(tracker_problems(["mlflow"])[0])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
     assert tracker_problems(["mlflow"]) == []
+
+
+def test_a_run_is_refused_for_it_before_it_starts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    with pytest.raises(ConfigError, match=r"pip install 'cllm4rec_dist\[wandb\]'"):
+        require_ready(make_config(run, "wandb"))
 
 
 def test_unknown_trackers_are_refused_and_none_may_be_named(run: Path) -> None:
