@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from cllm4rec_dist.corpus.writer import RunTasks
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -29,7 +31,9 @@ def ray_tasks(num_workers: int) -> Iterator[RunTasks]:
     if ours:
         address = os.environ.get("RAY_ADDRESS", "local")
         num_cpus = max(num_workers, os.cpu_count() or 1) if address == "local" else None
-        ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING, include_dashboard=False)
+        logger.info("starting Ray for %d tasks at a time (takes about 10 s)", num_workers)
+        # Its warnings at a start are about token authentication.
+        ray.init(address=address, num_cpus=num_cpus, logging_level=logging.ERROR, include_dashboard=False)
 
     def run(function: Callable[[T], R], arguments: Iterable[T]) -> Iterator[R]:
         task: Any = ray.remote(_call)
