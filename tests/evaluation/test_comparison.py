@@ -76,6 +76,7 @@ def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus
     compare(folder, METRICS, with_baselines=False, seconds=1.0)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "No verdict: the evaluation was made without baselines" in page
+    assert "Paired t-test over" not in page
     assert page.count("of 17</small>") == 1
 
 

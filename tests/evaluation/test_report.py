@@ -257,3 +257,12 @@ def test_a_damaged_log_is_named_and_nothing_is_written(tmp_path, results, line):
     with pytest.raises(DataError, match=r"run\.jsonl line 2"):
         write_report(tmp_path / "out", results, Background(metrics_files=[path]))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_single_user_makes_a_report_without_a_verdict(tmp_path):
+    users, baselines = make_values(num_users=1)
+    write_values(tmp_path, users, baselines)
+    text = text_of(write_report(tmp_path, results_of(users, baselines), Background()).read_text(encoding="utf-8"))
+    assert "Too few users to tell from EASE in every metric." in text
+    assert re.search(r"Difference \+0\.\d{4}\. Paired t-test over 1 user\.", text)
+    assert "1 item 1 user" in text
