@@ -67,7 +67,7 @@ def evaluate(
         problems.append(ConfigError("--split", split, f"is neither test nor valid{why}", cure))
     preflight.require_none(problems, "evaluate")
     folder, found, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
-    announce(f"evaluate: reading {run}", launcher)
+    announce(f"evaluate: reading {run}, importing torch", launcher)
     from cllm4rec_dist.inference import evaluate_run
 
     started = time.monotonic()

@@ -19,8 +19,8 @@ app = typer.Typer(
 
 With your own orders: **init** proposes a project, **run** does everything that is missing of it.
 
-Step by step: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**, **serve**. Without a
-pretrained decoder at hand, **build-backbone** builds a small one first.
+Step by step: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**, **serve**.
+Without a pretrained decoder at hand, **build-backbone** builds a small one first.
 
 **settings** prints every setting of a run; each may be given as `section.key=value`.""",
 )

@@ -129,7 +129,7 @@ def recommend(
     if history is None and (user_column or item_column or time_column):
         raise ConfigError("--user-column", user_column, "is a column of --history", "Give --history FILE too.")
     found = find_trained(run)
-    announce(f"recommend: reading {run}", launcher)
+    announce(f"recommend: reading {run}, importing torch", launcher)
     orders = None
     if history is not None:
         from cllm4rec_dist.serving.history_file import read_histories
@@ -178,6 +178,7 @@ def similar(
     require_printed_format(file_format)
     found = find_trained(run)
     chosen = find_item("ITEM", item, read_known_ids(found, corpus).items)
+    announce(f"similar: reading {run}, importing torch")
     from cllm4rec_dist.serving.recommender import Recommender
 
     recommender = Recommender.load(found, **moved_paths(backbone, corpus))
@@ -201,6 +202,7 @@ def _print_list(
     _require_known(known, user, {}, only, exclude, skip_unknown_users=False)
     items = split_basket(basket, known.items)
     tell_unknown("--basket", items, known.items)
+    announce(f"recommend: reading {run}, importing torch")
     from cllm4rec_dist.serving.queries import Query
     from cllm4rec_dist.serving.recommender import Recommender
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cllm4rec_dist.corpus.manifest import Manifest
-from cllm4rec_dist.corpus.recipe import GivenSplit, LastSplit, RandomSplit
+from cllm4rec_dist.corpus.recipe import GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation.metrics import parse_metric
 from cllm4rec_dist.evaluation.results import metric_label
 
@@ -112,6 +112,12 @@ def split_text(split: object) -> str:
         return f"last in time: {plural(split.num_test, 'item')} for the test, {split.num_valid:,} for validation"
     if isinstance(split, RandomSplit):
         return f"random: {split.test:.0%} of a user's items for the test, {split.valid:.0%} for validation"
+    if isinstance(split, UsersSplit):
+        return (
+            f"whole users: {split.test_users:.0%} for the test, {split.valid_users:.0%} for validation, "
+            f"{split.held_out:.0%} of their items to be predicted; of the others random: {split.test:.0%} and "
+            f"{split.valid:.0%} of a user's items"
+        )
     return "as the data set gives it" if isinstance(split, GivenSplit) else str(getattr(split, "kind", split))
 
 

@@ -132,8 +132,10 @@ def _why(state: State) -> str:
     match state.status:
         case Status.UNFINISHED:
             return " (goes on where it stopped)"
-        case Status.STALE | Status.EXTENDED:
-            return f" (again: {'; '.join(state.changes)})"
+        case Status.EXTENDED:
+            return f" (goes on: {'; '.join(state.changes)})"
+        case Status.STALE:
+            return f" (again: {'; '.join(dict.fromkeys(state.changes))})"
         case _:
             return ""
 

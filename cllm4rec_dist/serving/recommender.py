@@ -229,8 +229,10 @@ class Recommender:
 
     def known_history(self, user: str) -> list[str] | None:
         """Item ids that the corpus has of a user, oldest first; None for a user that the run does not know."""
-        row = self._row_of_user.get(user)
-        return None if row is None else [self.items.ids[item] for item in self._histories[row].tolist()]
+        position = self._people.position_of.get(user)
+        return (
+            None if position is None else [self.items.ids[item] for item in self._people.histories[position].tolist()]
+        )
 
     def explain(self, history: Sequence[str], item: str, user: str | None = None) -> pd.DataFrame:
         """What each item of a history contributes to the score of `item`: the score with it minus the one without it.

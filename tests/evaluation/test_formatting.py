@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cllm4rec_dist.corpus.recipe import GivenSplit, LastSplit, RandomSplit
+from cllm4rec_dist.corpus.recipe import GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation import formatting
 
 
@@ -56,4 +56,9 @@ def test_metrics_and_splits_in_plain_words():
     random = formatting.split_text(RandomSplit(test=0.2))
     assert random == "random: 20% of a user's items for the test, 10% for validation"
     assert formatting.split_text(GivenSplit(kind="given")) == "as the data set gives it"
-    assert formatting.split_text(SimpleNamespace(kind="users")) == "users"
+    users = formatting.split_text(UsersSplit(kind="users"))
+    assert users == (
+        "whole users: 10% for the test, 10% for validation, 20% of their items to be predicted; "
+        "of the others random: 10% and 10% of a user's items"
+    )
+    assert formatting.split_text(SimpleNamespace(kind="later")) == "later"

@@ -1,0 +1,164 @@
+"""A shop of 2,000 customers and 600 products, from its dirty files to a page in a browser, by the commands alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+
+from cllm4rec_dist.corpus.manifest import load_manifest
+from tests.integration.runs import BIN, ROOT, clean_environment
+from tests.integration.shop_data import Shop, make_shop
+from tests.serving.browser import running_browser
+
+pytestmark = [pytest.mark.slow, pytest.mark.integration]
+
+FEW_EPOCHS = ["pretrain.epochs=1", "finetune.epochs=2"]
+
+
+def cllm4rec(folder: Path, *arguments: str) -> str:
+    """What a command prints; it must end with status 0."""
+    ended = subprocess.run(
+        [str(BIN / "cllm4rec"), *arguments],
+        cwd=folder,
+        env=clean_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return ended.stdout
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project that `init` and `run` have made in `folder`, and what they printed."""
+
+    folder: Path
+    shop: Shop
+    proposed: str
+    summary: str
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("shop")
+    shop = make_shop(folder / "data")
+    files = ["--orders", str(shop.orders), "--items", str(shop.products), "--customers", str(shop.customers)]
+    proposed = cllm4rec(folder, "init", "shop", *files)
+    return Project(folder, shop, proposed, cllm4rec(folder, "run", "shop", *FEW_EPOCHS))
+
+
+def test_init_reads_the_files_as_the_shop_means_them(project: Project) -> None:
+    for line in (
+        r"user +Kundennummer +'K\d+'",
+        r"item +Artikelnummer +'A-\d+'",
+        r"timestamp +Bestelldatum +.*%d\.%m\.%Y %H:%M",
+        r"title +Bezeichnung",
+        r"category +Warengruppe",
+        r"data +2,000 customers",
+    ):
+        assert re.search(line, project.proposed), (line, project.proposed)
+
+
+def test_run_counts_every_dirty_line(project: Project) -> None:
+    manifest, _ = load_manifest(str(project.folder / "shop/corpus"))
+    assert manifest.num_users == project.shop.num_customers
+    dirty = ("row that has", "repeated interaction")
+    counted = sum(found.count for reason, found in manifest.skipped.items() if reason.startswith(dirty))
+    assert counted == project.shop.num_dirty
+
+
+def test_run_ends_with_a_table_and_what_is_next(project: Project) -> None:
+    results = json.loads((project.folder / "shop/runs/finetune/evaluation/results.json").read_text(encoding="utf-8"))
+    recall = {row["name"]: row["metrics"]["recall@20"] for row in results["rows"]}
+    assert recall["CLLM4Rec"] > 2 * recall["Popularity"]
+    for name in (*recall, "report.html", "cllm4rec serve shop", "cllm4rec recommend shop"):
+        assert name in project.summary, project.summary
+
+
+def test_later_and_new_customers_get_lists_without_what_they_have(project: Project) -> None:
+    shop, output = project.shop, project.folder / "later"
+    told = cllm4rec(
+        project.folder, "recommend", "shop", str(output), "--history", str(shop.later_orders),
+        "--user-column", "Kundennummer", "--item-column", "Artikelnummer", "--time-column", "Bestelldatum",
+        "--top", "5", "--titles", "--format", "csv",
+    )  # fmt: skip
+    orders = [*rows(shop.orders, ";"), *rows(shop.later_orders, ";")]
+    bought = {(row["Kundennummer"], row["Artikelnummer"]) for row in orders}
+    later = {row["Kundennummer"] for row in rows(shop.later_orders, ";")}
+    (file,) = output.glob("*.csv")
+    lists = rows(file, ",")
+    assert {row["user"] for row in lists} == later
+    assert set(shop.new_customers) <= later
+    assert len(lists) == 5 * len(later)
+    assert not {(row["user"], row["item"]) for row in lists} & bought
+    assert all(row["title"] for row in lists)
+    assert f"{len(later):,} users" in told
+
+
+def rows(path: Path, separator: str) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter=separator))
+
+
+@contextmanager
+def service(project: Project) -> Iterator[str]:
+    """The URL of `cllm4rec serve`, which must end in order when it is interrupted."""
+    command = [str(BIN / "cllm4rec"), "serve", "shop", "--port", "0"]
+    started = subprocess.Popen(
+        command, cwd=project.folder, env=clean_environment(PYTHONPATH=str(ROOT)), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert started.stdout is not None
+    printed: list[str] = []
+    try:
+        for line in started.stdout:
+            printed.append(line)
+            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+            if found:
+                break
+        assert printed, "the service printed nothing"
+        assert found, "".join(printed)
+        threading.Thread(target=started.stdout.read, daemon=True).start()  # or its pipe is full some day
+        yield found[0]
+    finally:
+        started.terminate()
+        started.wait(60)
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_the_shop_is_served_and_its_page_recommends_for_a_basket(project: Project) -> None:
+    with service(project) as url:
+        known = post(f"{url}/recommend", {"user": "K00001", "top": 3})
+        assert len(known["items"]) == 3
+        new = post(f"{url}/recommend", {"history": ["A-0001", "A-0007"], "top": 3})
+        assert not {"A-0001", "A-0007"} & {item["item"] for item in new["items"]}
+        with running_browser() as browser:
+            page = browser.new_page()
+            page.goto(url)
+            page.get_by_role("combobox").fill("gießkanne")
+            page.get_by_role("option").first.wait_for()
+            page.keyboard.press("ArrowDown")
+            page.keyboard.press("Enter")
+            expect(page.locator("#basket li")).to_have_count(1)
+            expect(page.get_by_role("heading", name="Recommended for this basket")).to_be_visible()
+            expect(page.locator("#list > li").first).to_be_visible()
