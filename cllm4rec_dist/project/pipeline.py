@@ -14,9 +14,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from cllm4rec_dist import preflight
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.find_run import newest_step
 from cllm4rec_dist.project.layout import Project, is_project
 from cllm4rec_dist.project.stages import (
     Record,
@@ -89,13 +91,31 @@ def load_settings(project: Project, overrides: Mapping[str, Sequence[str]], top:
             "is of the small decoder, and the project has a pretrained one",
             "Leave it out.",
         )
-    return Settings(
+    settings = Settings(
         recipe=load_config(PrepareConfig, project.recipe_file, overrides["recipe"]),
         pretrain=load_config(RunConfig, project.pretrain_file, [*overrides["pretrain"], "stage=pretrain"]),
         finetune=load_config(RunConfig, project.finetune_file, [*overrides["finetune"], "stage=finetune"]),
         backbone=load_config(BackboneConfig, project.backbone_file, overrides["backbone"]) if has_backbone else None,
         top=top,
     )
+    _require_consistent(settings)
+    return settings
+
+
+def _require_consistent(settings: Settings) -> None:
+    """Refuse now what a later stage would refuse."""
+    problems = [*preflight.setting_problems(settings.pretrain), *preflight.setting_problems(settings.finetune)]
+    every_epochs = settings.finetune.validation.every_epochs
+    if settings.recipe.split.kind == "none" and every_epochs:
+        problems.append(
+            ConfigError(
+                "finetune.yaml: validation.every_epochs",
+                every_epochs,
+                "asks for validation, and the recipe holds nothing out (split: {kind: none})",
+                "Set validation.every_epochs=0, or give the recipe another split.",
+            )
+        )
+    preflight.require_none(problems, "project")
 
 
 def run_stages(
@@ -162,8 +182,8 @@ def _require_current(project: Project, settings: Settings, stages: Sequence[Stag
     changes: list[str] = []
     for stage in stages:
         state = state_of(project, settings, stage)
-        record = read_record(project, stage.name)
-        if stage.trains and record is not None and not redo and (changes or state.status is Status.STALE):
+        is_affected = bool(changes) or state.status is Status.STALE
+        if stage.trains and is_affected and not redo and _has_trained(project, stage):
             why = "; ".join(dict.fromkeys(changes or state.changes))
             raise ConfigError(
                 f"project {project.folder}",
@@ -174,6 +194,12 @@ def _require_current(project: Project, settings: Settings, stages: Sequence[Stag
             )
         if state.status in (Status.STALE, Status.EXTENDED):
             changes += state.changes
+
+
+def _has_trained(project: Project, stage: Stage) -> bool:
+    """True where a stage has something to lose; one that was refused at its start has not."""
+    record = read_record(project, stage.name)
+    return record is not None and (record.is_complete or newest_step(stage.output.parent) > 0)
 
 
 @contextmanager

@@ -78,6 +78,7 @@ def _places(project: Project) -> Iterator[str]:
 
 
 def _next(project: Project) -> Iterator[str]:
-    yield f"next      cllm4rec recommend {project.folder} FOLDER --top 20    lists again, with other options"
+    yield f"next      cllm4rec serve {project.folder}                        a page to try it, and a service"
+    yield f"          cllm4rec recommend {project.folder} FOLDER --top 20    lists again, with other options"
     yield f"          cllm4rec export {project.folder} FOLDER                for other programs"
     yield f"          cllm4rec run {project.folder} --redo                   when the data have changed"
