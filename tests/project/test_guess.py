@@ -264,12 +264,15 @@ def test_who_somebody_is_stays_out_of_the_texts(tmp_path: Path) -> None:
         "email": [f"{user}@x.de" for user in people],
         "phone": [f"+49 {number}" for number in range(len(people))],
         "birthday": ["1990-01-01"] * len(people),
+        "street": column(["Main Street", "High Street"], len(people)),
         "age_group": column(["18-29", "60+"], len(people)),
         "city": column(["Bern", "Leipzig"], len(people)),
     }
     sample = read_sample("customers", write(tmp_path / "customers.csv", columns), Dialect())
     found = guess_customers(sample, Wanted(), facts_of(orders)["customer"])
-    assert found == Customers("customer", ("age_group", "city"), left_out=("name", "email", "phone", "birthday"))
+    assert found == Customers(
+        "customer", ("age_group", "city"), left_out=("name", "email", "phone", "birthday", "street")
+    )
 
 
 def test_files_that_do_not_join_are_refused(tmp_path: Path) -> None:
