@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.suggestions import did_you_mean_path
 
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
@@ -30,9 +31,8 @@ def read_ids(path: Path, option: str) -> list[str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            option, str(path), f"cannot be read ({error.strerror})", "Give a text file with one id a line."
-        ) from error
+        cure = f"Give a text file with one id a line.{did_you_mean_path(str(path))}"
+        raise DataError(option, str(path), f"cannot be read ({error.strerror})", cure) from error
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)

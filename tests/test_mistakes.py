@@ -90,7 +90,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["evaluate: ['--metrics'] cannot", "'map'", "'mrr'", "Mend each"],
     ),
     "evaluation to a URL": (["evaluate", "runs/done", "--output", "s3://x/y"], ["--output", "is a URL"]),
-    "id file": (["recommend", "runs/done", "x", "--users-file", "user.txt"], ["user.txt", "No such file"]),
+    "id file": (
+        ["recommend", "runs/done", "x", "--users-file", "user.txt"],
+        ["user.txt", "No such file", "Did you mean 'users.txt'"],
+    ),
     # recipes
     "recipe": (["prepare", "recip.yaml", "out", "--tokenizer", "backbones/demo"], ["Did you mean 'recipe.yaml'"]),
     "tokenizer": (
