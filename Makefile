@@ -48,6 +48,7 @@ bench: install
 	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.prepare --against 209f533
 	if [ -d backbones/amazon-beauty ]; then \
 	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi
