@@ -249,20 +249,18 @@ class Recommender:
         Raises:
             DataError: for an item or a user that the run does not know.
         """
-        table = self.contributions(history, [item], user)
-        table = table.rename(columns={item: "contribution"})
+        table = self.contributions(history, [item], user).set_axis(["contribution"], axis=1).reset_index()
+        table.insert(1, "title", [self.items.titles[self._item_row(name)] for name in table["item"]])
         return table.sort_values("contribution", ascending=False, kind="stable", ignore_index=True)
 
     def contributions(self, history: Sequence[str], items: Sequence[str], user: str | None = None) -> pd.DataFrame:
-        """As `explain`, for several items of one list at the cost of one: columns item, title, and one an item."""
+        """As `explain`, for several items at the cost of one: a column for each, indexed by the item of the history."""
         rows = [self._item_row(name) for name in checked_ids("items", items)]
         person = self._person(user, checked_ids("history", history))
         without = [_Person(person.row, [o for o in person.items if o != left_out]) for left_out in person.items]
         scores = self._scores([person, *without], rows)
-        table = pd.DataFrame(scores[:1] - scores[1:], columns=_index(items, None))
-        table.insert(0, "title", [self.items.titles[row] for row in person.items])
-        table.insert(0, "item", [self.items.ids[row] for row in person.items])
-        return table
+        names = [self.items.ids[row] for row in person.items]
+        return pd.DataFrame(scores[:1] - scores[1:], index=_index(names, "item"), columns=_index(items, None))
 
     def item_embeddings(self) -> pd.DataFrame:
         """Trained item rows, float32 [I, D], indexed by external id."""

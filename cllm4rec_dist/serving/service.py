@@ -221,7 +221,8 @@ def _reasons(served: Served, query: Query, answer: Answer) -> list[list[schemas.
     """For each item of a list, what each item of the history contributes, largest first."""
     table = served.recommender.contributions(query.history, [found.item for found in answer.items], query.user)
     columns = (table[found.item] for found in answer.items)
-    names = list(zip(table["item"], table["title"], strict=True))
+    items = served.recommender.items
+    names = [(items.ids[row], items.titles[row]) for row in items.rows(table.index)]
     return [
         [
             schemas.Contribution(item=item, title=title, contribution=value)

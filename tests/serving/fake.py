@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +51,9 @@ class FakeItems:
         self.ids, self.titles = list(titles), list(titles.values())
         self.categories = [CATEGORIES[item[0]] for item in titles] if with_categories else None
         self.popularity = np.arange(len(titles))[::-1].copy()
+
+    def rows(self, items: Iterable[str]) -> list[int]:
+        return [row for item in items if (row := self.row(item)) is not None]
 
     def row(self, item: str) -> int | None:
         return self.ids.index(item) if item in self.ids else None
@@ -121,7 +124,7 @@ class FakeRecommender:
     def contributions(self, history: Sequence[str], items: Sequence[str], user: str | None = None) -> pd.DataFrame:
         whole = [*self.users.get(user or "", ()), *history]
         known = [other for other in dict.fromkeys(whole) if self.items.row(other) is not None]
-        table = pd.DataFrame({"item": known, "title": [self.items.titles[self.items.row(o)] for o in known]})
+        table = pd.DataFrame(index=pd.Index(known, name="item"))
         for item in items:
             without = [self._score([k for k in known if k != other], item) for other in known]
             table[item] = [self._score(known, item) - score for score in without]
