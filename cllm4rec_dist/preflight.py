@@ -182,8 +182,12 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
             yield from folder_problems("checkpoint.dir", config.checkpoint.dir)
 
 
-def backbone_problems(field: str, name: str) -> list[CLLM4RecError]:
-    """Why a backbone cannot be had, as far as it can be seen without asking a hub."""
+def backbone_problems(field: str, name: str, option: str | None = None) -> list[CLLM4RecError]:
+    """Why a backbone cannot be had, as far as it can be seen without asking a hub.
+
+    Args:
+        option: by which a command can be given another path.
+    """
     folder = Path(name)
     if folder.is_dir():
         if (folder / "config.json").is_file():
@@ -194,7 +198,8 @@ def backbone_problems(field: str, name: str) -> list[CLLM4RecError]:
         return [ConfigError(field, name, "is a file", "Give a folder with config.json, or a hub id.")]
     if _is_hub_id(name):
         return []
-    cure = f"Give a folder with config.json, or a hub id (owner/name).{did_you_mean_path(name)}"
+    moved = f" If it has moved, say where: {option} PATH." if option else ""
+    cure = f"Give a folder with config.json, or a hub id (owner/name).{did_you_mean_path(name)}{moved}"
     return [ConfigError(field, name, "does not exist", cure)]
 
 

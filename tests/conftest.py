@@ -1,7 +1,9 @@
-"""One small corpus and two runs on it, for the tests of those who use a run."""
+"""What all tests share: logs that reach pytest, and one small corpus with two runs, for the tests of who uses a run."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,21 @@ COSINE = {
     "method": {"shared_user_ratio": 0.2, "max_history": 5},
 }
 RUNS = {"paper": PAPER, "cosine": COSINE}
+
+
+@pytest.fixture(autouse=True)
+def logs_reach_pytest() -> Iterator[None]:
+    """Undo what `setup_logging` did to the package's logger: pytest records twice what does not propagate at first."""
+    _reset_logger()
+    yield
+    _reset_logger()
+
+
+def _reset_logger() -> None:
+    logger = logging.getLogger("cllm4rec_dist")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -99,7 +98,6 @@ def test_more_workers_than_there_is_room_for_are_refused(caplog: pytest.LogCaptu
 def test_a_cluster_that_is_busy_is_waited_for_aloud(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     ray_launcher._require_room(2, "CPU", 2.0, 1.0)
     assert "waiting for the cluster: 2 workers take as many CPUs, 1 are free" in caplog.text
 

@@ -19,7 +19,6 @@ def test_without_a_terminal_progress_is_a_line_at_times(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     caplog.set_level(logging.INFO, "cllm4rec_dist")
     bar = progress_bar(alone(), 100, "pretrain", "step", 40)
     for _ in range(30):  # a step a second
@@ -38,7 +37,6 @@ def test_without_a_terminal_progress_is_a_line_at_times(
 
 def test_other_ranks_say_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "LINE_SECONDS", 0.0)
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     progress_bar(replace(alone(), rank=1, size=2), 10, "x", "step").update()
     assert not caplog.records
 

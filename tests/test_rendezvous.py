@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 import time
@@ -73,7 +72,6 @@ def call_roll(ranks: dict[int, float], size: int, seconds: float = 20) -> list[B
 
 def test_whoever_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(rendezvous, "_REMINDER_SECONDS", 0.3)
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     assert call_roll({0: 0.6, 1: 0.0, 4: 1.8, 2: 0.0, 3: 1.8}, 5) == []
     told = " | ".join(record.getMessage() for record in caplog.records)
     assert "rank 1 of 5: waiting for rank 0 at 127.0.0.1:" in told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,6 @@ def test_a_run_that_fails_leaves_its_error_in_the_record(tmp_path: Path) -> None
 def test_a_record_that_cannot_be_written_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     gone = tmp_path / "gone"
     with RunReporter(gone, alone(), make_config(tmp_path, gone), lambda metrics: None):
         pass

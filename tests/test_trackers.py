@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import struct
 import threading
 import time
@@ -27,7 +26,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     for name in ("WANDB_PROJECT", "WANDB_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     folder = tmp_path / "shop" / "finetune"
     folder.mkdir(parents=True)
     return folder

@@ -17,7 +17,9 @@ def audit(
     run: Annotated[Path, typer.Argument(help="Run folder that trained with audit=true.", callback=expanded)],
 ) -> None:
     """Prove from its audit log that a run read every user and text exactly once, whatever befell it."""
-    step = newest_step(Path(find_trained(str(run))))
+    if not run.is_dir():
+        find_trained(str(run))  # says what is there instead; a run may be audited before its first checkpoint
+    step = newest_step(run)
     from cllm4rec_dist.audit import check
 
     typer.echo(check(run, step).table())

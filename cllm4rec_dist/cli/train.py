@@ -26,6 +26,7 @@ from cllm4rec_dist.cli.options import (
 )
 from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import load_manifest
+from cllm4rec_dist.errors import CorpusError
 from cllm4rec_dist.interruption import EXIT_STATUS
 from cllm4rec_dist.launchers import is_main, launch, ranks_are_elsewhere, require_launchable
 from cllm4rec_dist.next_steps import next_commands
@@ -95,9 +96,13 @@ def plan(
         load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
     )
     moved = moved_paths(backbone, corpus)
-    problems += preflight.backbone_problems("backbone", moved["backbone"] or read.backbone)
+    problems += preflight.backbone_problems("backbone", moved["backbone"] or read.backbone, "--backbone")
     preflight.require_none(problems, "run")
-    load_manifest(moved["corpus"] or read.corpus)
+    try:
+        load_manifest(moved["corpus"] or read.corpus)
+    except CorpusError as error:
+        cure = f"{error.cure} If it has moved, say where: --corpus PATH."
+        raise CorpusError(error.field, error.value, error.constraint, cure) from None
     announce(f"plan: reading {config}")
     from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
     from cllm4rec_dist.planning.table import as_json, tell, tell_changes

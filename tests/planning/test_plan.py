@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cllm4rec_dist import cli
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
 from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
 from cllm4rec_dist.planning.table import as_json, tell
@@ -79,7 +79,7 @@ def test_a_configuration_whose_corpus_and_backbone_have_moved(config: RunConfig,
     (tmp_path / "run.yaml").write_text(config.model_copy(update=gone).model_dump_json(exclude={"stage"}))
     given = ["plan", "-c", str(tmp_path / "run.yaml"), "--gpus", "1"]
     for more, cure in (([], "--backbone PATH"), (["--backbone", config.backbone], "--corpus PATH")):
-        with pytest.raises(ConfigError, match=cure):
+        with pytest.raises(CLLM4RecError, match=cure):
             cli.app([*given, *more], standalone_mode=False)
     result = CliRunner().invoke(cli.app, [*given, "--backbone", config.backbone, "--corpus", config.corpus])
     assert result.exit_code == 0, result.output

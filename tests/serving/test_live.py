@@ -53,7 +53,6 @@ def test_a_damaged_one_is_told_once_and_tried_again_later(
     live = run.live()
     run.best = NEWER
     run.damaged.add(NEWER)
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     with caplog.at_level(logging.INFO):
         assert live.check(0.05) == "failed"
         assert live.check(0.05) == "unchanged"  # not tried before its pause is over
@@ -90,7 +89,6 @@ def test_a_store_that_does_not_answer_changes_nothing(
 
     live = LiveRecommender(run.load, best, run.best)
     failing[0] = True
-    monkeypatch.setattr(logging.getLogger("cllm4rec_dist"), "propagate", True)
     assert [live.check(1.0) for _ in range(3)] == ["unchanged"] * 3
     assert caplog.text.count("cannot be read") == 1
 
