@@ -224,7 +224,7 @@ class Corpus:
         path = f"{self._root}/{entry.path}"
         try:
             with as_os_errors(), self._fs.open(path, "rb") as file:
-                table = pq.read_table(io.BytesIO(file.read()))
+                table = pq.read_table(pa.BufferReader(file.read()))
         except OSError as error:
             raise CorpusError(path, str(error), "cannot be read", _REBUILD) from error
         if table.num_rows != num_rows:

@@ -65,7 +65,8 @@ def _table(url: str, kind: str) -> pa.Table:
     (entry,) = manifest.of_kind(kind)
     try:
         with as_os_errors(), fs.open(f"{root}/{entry.path}", "rb") as file:
-            return pq.read_table(file)
+            # Not of the Python file: its threads abort a process that ends soon after.
+            return pq.read_table(pa.BufferReader(file.read()))
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"{url}/{entry.path}", str(error), "cannot be read", "Copy the corpus again.") from error
 
