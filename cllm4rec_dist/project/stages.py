@@ -23,6 +23,7 @@ from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources.files import find_files
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.filesystems import as_os_errors, is_url
+from cllm4rec_dist.find_run import find
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.trajectory import may_change
 
@@ -161,16 +162,16 @@ def inputs_of(project: Project, settings: Settings, name: str) -> dict[str, Any]
         case "pretrain" | "finetune":
             config = settings.pretrain if name == "pretrain" else settings.finetune
             values = {key: value for key, value in config.model_dump(mode="json").items() if key not in _PATHS}
-            start = {} if name == "pretrain" else {"pretraining": _made(project, "pretrain")}
+            start = {} if name == "pretrain" else _trained(project, "pretrain")
             return {
                 "settings": values,
                 "corpus": _digest(project.corpus / "manifest.json"),
                 "backbone": backbone,
             } | start
         case "evaluate":
-            return {"finetuning": _made(project, "finetune")}
+            return _trained(project, "finetune")
         case _:
-            return {"finetuning": _made(project, "finetune"), "settings": {"top": settings.top}}
+            return _trained(project, "finetune") | {"settings": {"top": settings.top}}
 
 
 def _backbone_inputs(project: Project, settings: Settings) -> Any:
@@ -180,9 +181,21 @@ def _backbone_inputs(project: Project, settings: Settings) -> Any:
     return {name: _digest(folder / name) for name in names} if folder.is_dir() else settings.pretrain.backbone
 
 
-def _made(project: Project, name: str) -> str | None:
+def _trained(project: Project, name: str) -> dict[str, Any]:
+    """What a training stage has made: its record, and the checkpoint that is used of it, which may be a later one."""
     record = read_record(project, name)
-    return None if record is None else record.digest
+    run = project.pretrain_run if name == "pretrain" else project.finetune_run
+    made = None if record is None else record.digest
+    return {"pretraining" if name == "pretrain" else "finetuning": made, "checkpoint": _checkpoint(run)}
+
+
+def _checkpoint(run: Path) -> dict[str, str] | None:
+    """Name and content of the checkpoint that other commands use of a run; None where there is none."""
+    try:
+        store, names = find(str(run))
+        return {"name": names[0], "content": _sha256(store.marker(names[0]).model_dump_json().encode())}
+    except CLLM4RecError:
+        return None
 
 
 def _raw_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +244,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     for key in keys[:_MOST_CHANGES]:
         if key.startswith("raw files "):
             yield f"{key.removeprefix('raw files ')} has changed"
-        elif key in ("corpus", "pretraining", "finetuning") or key.startswith("backbone"):
+        elif key in ("corpus", "pretraining", "finetuning") or key.startswith(("backbone", "checkpoint")):
             yield f"the {key.partition('.')[0]} is another one"
         else:
             yield f"{key}: {was.get(key)!r} is now {is_now.get(key)!r}"

@@ -12,6 +12,7 @@ from cllm4rec_dist.errors import ConfigError, FaultError
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.pipeline import duration, load_settings, run_stages, split_overrides
 from cllm4rec_dist.project.summary import summarize
+from cllm4rec_dist.store import Store
 
 RECIPE = "{name: shop, source: {format: table, interactions: {path: %s, user: u, item: i}}}\n"
 RUN = "{corpus: c, backbone: b, output: o, epochs: %d}\n"
@@ -141,6 +142,23 @@ def test_more_epochs_go_on_with_the_run(shop: Shop) -> None:
     assert (shop.project.finetune_run / "checkpoints").is_dir()
     with pytest.raises(ConfigError, match="'finetune' was trained with other inputs"):
         shop.run("pretrain.epochs=5", "finetune.epochs=5")
+
+
+def commit(run: Path, name: str) -> None:
+    """Add a checkpoint to a run, as training outside of `run` does."""
+    store = Store(f"{run}/checkpoints")
+    store.commit(name, {"state.json": store.write(name, "state.json", lambda path: path.write_text(name))})
+
+
+def test_a_run_that_was_trained_further_by_its_own_command_is_evaluated_again(shop: Shop) -> None:
+    shop.run()
+    commit(shop.project.finetune_run, "best-00000020")
+    assert shop.run() == ["evaluate", "recommend"]
+    assert any("again: the checkpoint is another one" in line for line in shop.told)
+    assert shop.run() == []
+    commit(shop.project.pretrain_run, "step-00000020")
+    with pytest.raises(ConfigError, match="'finetune' was trained with other inputs .the checkpoint is another one"):
+        shop.run()
 
 
 def test_lists_of_another_length_are_made_again(shop: Shop) -> None:
