@@ -28,6 +28,7 @@ from cllm4rec_dist.project.stages import (
     Status,
     inputs_of,
     read_record,
+    result_files,
     stages_of,
     state_of,
     with_digests,
@@ -174,7 +175,8 @@ def _run_stage(project: Project, settings: Settings, state: State, command: Call
     finally:
         record = Record(record.inputs, record.seconds + time.monotonic() - started)
         write_record(project, name, record)
-    write_record(project, name, Record(record.inputs, record.seconds, is_complete=True))
+    files = result_files(state.stage)
+    write_record(project, name, Record(record.inputs, record.seconds, is_complete=True, files=files))
 
 
 def _require_current(project: Project, settings: Settings, stages: Sequence[Stage], *, redo: bool) -> None:

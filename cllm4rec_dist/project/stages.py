@@ -1,9 +1,10 @@
 """The stages of a project, what each is made of, and whether what it has made is still that.
 
 A stage writes a record when it begins and completes it when it has ended (`.stages/NAME.json`): its inputs as plain
-values, with size, time and sha256 of raw files, fingerprints of what earlier stages have made, and all settings. A
-stage is done where its record is complete, its output is there, and the inputs are what they were. Settings that a run
-may change when it goes on (its epochs) make it go on; anything else makes it out of date.
+values, with size, time and sha256 of raw files, fingerprints of what earlier stages have made, and all settings; of
+what it has made for people, also size, time and sha256 of each file. A stage is done where its record is complete, its
+output is there as it left it, and the inputs are what they were. Settings that a run may change when it goes on (its
+epochs) make it go on; anything else makes it out of date.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ class Record:
         inputs: plain values.
         seconds: that it took, over all times that it was begun.
         is_complete: it has ended.
+        files: of its output, by path; None where they are not recorded.
     """
 
     inputs: dict[str, Any]
     seconds: float = 0.0
     is_complete: bool = False
+    files: dict[str, Any] | None = None
 
     @property
     def digest(self) -> str:
@@ -76,12 +79,14 @@ class Stage:
         what: it does, for a line on the screen.
         output: a file that is there when it has ended.
         trains: its output took long, and is never replaced unless that is asked for.
+        results: folder of what it makes for people, which other commands may write to.
     """
 
     name: str
     what: str
     output: Path
     trains: bool = False
+    results: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,13 @@ def stages_of(project: Project, settings: Settings) -> list[Stage]:
         Stage("prepare", "read the data, filter, split, write the corpus", project.corpus / "manifest.json"),
         Stage("pretrain", "users, items and texts learn each other", project.pretrain_run / "config.yaml", trains=True),
         Stage("finetune", "learn to recommend", project.finetune_run / "config.yaml", trains=True),
-        Stage("evaluate", "rank held-out items beside the baselines", project.evaluation / "report.html"),
-        Stage("recommend", "lists for all customers", project.recommendations),
+        Stage(
+            "evaluate",
+            "rank held-out items beside the baselines",
+            project.evaluation / "report.html",
+            results=project.evaluation,
+        ),
+        Stage("recommend", "lists for all customers", project.recommendations, results=project.recommendations),
     ]
     if settings.backbone is not None:
         found.insert(
@@ -140,7 +150,7 @@ def state_of(project: Project, settings: Settings, stage: Stage) -> State:
     if record is None or (record.is_complete and not stage.output.exists()):
         return State(stage, Status.MISSING)
     now = inputs_of(project, settings, stage.name)
-    changes = tuple(_changes(record.inputs, now))
+    changes = (*_changes(record.inputs, now), *_changed_results(stage, record))
     if not changes:
         return State(stage, Status.DONE if record.is_complete else Status.UNFINISHED)
     changed = _changed_keys(record.inputs, now)
@@ -228,6 +238,38 @@ def _file_facts(path: str) -> dict[str, Any]:
         return {"bytes": fs.info(place)["size"], "key": fs.ukey(place)}
 
 
+def result_files(stage: Stage) -> dict[str, Any] | None:
+    """Size, time and sha256 of each file that a stage has made for people; None where it makes none."""
+    if stage.results is None:
+        return None
+    return {path: _file_facts(str(file)) | {"sha256": _digest(file)} for path, file in _files_in(stage.results)}
+
+
+def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
+    return ((str(file.relative_to(folder)), file) for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _changed_results(stage: Stage, record: Record) -> Iterator[str]:
+    """What another command has done to the results of a stage that has ended, in words."""
+    if stage.results is None or record.files is None:
+        return
+    found = dict(_files_in(stage.results))
+    whats = {path: _what_became_of(record.files.get(path), found.get(path)) for path in sorted(record.files | found)}
+    changed = [f"{stage.results.name}/{path} {what}" for path, what in whats.items() if what]
+    yield from changed[:_MOST_CHANGES]
+    if len(changed) > _MOST_CHANGES:
+        yield f"and {len(changed) - _MOST_CHANGES} more files"
+
+
+def _what_became_of(before: Mapping[str, Any] | None, file: Path | None) -> str | None:
+    """What another command has done to a file; None for nothing."""
+    if file is None:
+        return "is gone"
+    if before is None:
+        return "is new"
+    return "is another one" if _differs(str(file), before, _file_facts(str(file))) else None
+
+
 def with_digests(inputs: dict[str, Any]) -> dict[str, Any]:
     """Inputs for a record: with the sha256 of local raw files, so that a copy with a new time is known."""
     files = {
@@ -294,7 +336,13 @@ def read_record(project: Project, name: str) -> Record | None:
     """The record of a stage; None where there is none, or none that can be read."""
     try:
         found = json.loads(project.record(name).read_text(encoding="utf-8"))
-        return Record(dict(found["inputs"]), float(found["seconds"]), bool(found["is_complete"]))
+        files = found.get("files")
+        return Record(
+            dict(found["inputs"]),
+            float(found["seconds"]),
+            bool(found["is_complete"]),
+            None if files is None else dict(files),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

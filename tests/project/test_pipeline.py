@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +160,24 @@ def test_a_run_that_was_trained_further_by_its_own_command_is_evaluated_again(sh
     commit(shop.project.pretrain_run, "step-00000020")
     with pytest.raises(ConfigError, match="'finetune' was trained with other inputs .the checkpoint is another one"):
         shop.run()
+
+
+def test_results_that_another_command_has_changed_are_made_again(shop: Shop) -> None:
+    shop.run()
+    lists = shop.project.recommendations / "list.parquet"
+    lists.unlink()
+    assert shop.run() == ["recommend"], "the folder alone is no list"
+    lists.write_text("three for each")
+    assert shop.run() == ["recommend"]
+    assert any("again: recommendations/list.parquet is another one" in line for line in shop.told)
+    content = lists.read_bytes()
+    lists.unlink()
+    lists.write_bytes(content)
+    assert shop.run() == [], "a copy"
+    (shop.project.evaluation / "report.html").write_text("validation")
+    assert shop.run() == ["evaluate"]
+    shutil.rmtree(shop.project.recommendations)
+    assert shop.run() == ["recommend"]
 
 
 def test_lists_of_another_length_are_made_again(shop: Shop) -> None:
