@@ -203,17 +203,26 @@ def test_held_out_items_of_new_users_are_enough_to_validate_and_evaluate() -> No
     preflight.require_held_out(new, "test", with_baselines=True)
 
 
-@pytest.mark.parametrize("option", [[], ["--without-rows"]])
-def test_an_evaluation_without_rows_does_not_replace_the_usual_one(
-    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("option", "folder"),
+    [
+        ([], "evaluation"),
+        (["--split", "test"], "evaluation"),
+        (["--without-rows"], "evaluation-without-rows"),
+        (["--split", "valid"], "evaluation-valid"),
+        (["--split", "valid", "--without-rows"], "evaluation-valid-without-rows"),
+    ],
+)
+def test_another_kind_of_evaluation_does_not_replace_the_usual_one(
+    option: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: dict[str, Any] = {}
     monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch_short", lambda *args, **kwargs: told.update(kwargs))
     monkeypatch.setattr("cllm4rec_dist.cli.evaluate.find_trained", str)
     monkeypatch.setattr("cllm4rec_dist.cli.evaluate.is_main", lambda *args: False)
     cli.app(["evaluate", str(tmp_path), "--launcher", "process", *option], standalone_mode=False)
-    assert told["without_rows"] == bool(option)
-    assert told["output"] == str(tmp_path / ("evaluation-without-rows" if option else "evaluation"))
+    assert told["without_rows"] == ("--without-rows" in option)
+    assert told["output"] == str(tmp_path / folder)
 
 
 def test_evaluate_refuses_its_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def evaluate(
     run: RunArgument,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the report; RUN/evaluation[-without-rows] if left out.", callback=expanded),
+        typer.Option(help="Folder of the report; RUN/evaluation[-valid][-without-rows] if left out.", callback=expanded),
     ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
@@ -56,7 +56,7 @@ def evaluate(
 ) -> None:
     """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
     require_launchable(launcher, workers, os.environ)
-    folder = output or Path(run) / ("evaluation-without-rows" if without_rows else "evaluation")
+    folder = output or Path(run) / _folder_name(split, without_rows=without_rows)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     problems = preflight.metric_problems("--metrics", names)
     if output is not None or Path(run).is_dir():  # else it is told what is wrong with RUN
@@ -82,3 +82,9 @@ def evaluate(
 
         log_alone()
         typer.echo(compare(folder, names, with_baselines=baselines, seconds=time.monotonic() - started))
+
+
+def _folder_name(split: str, *, without_rows: bool) -> str:
+    """The report's folder in a run: what is no test, or not of all that is known, does not replace the usual one."""
+    of_split = "" if split == "test" else f"-{split}"
+    return f"evaluation{of_split}{'-without-rows' if without_rows else ''}"

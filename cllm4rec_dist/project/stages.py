@@ -23,6 +23,7 @@ from cllm4rec_dist.config import BackboneConfig, RunConfig, dotted_items
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources.files import find_files
 from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.evaluation.files import EVALUATION_FILE
 from cllm4rec_dist.filesystems import as_os_errors, is_url
 from cllm4rec_dist.find_run import find
 from cllm4rec_dist.project.layout import Project
@@ -251,6 +252,8 @@ def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _changed_results(stage: Stage, record: Record) -> Iterator[str]:
     """What another command has done to the results of a stage that has ended, in words."""
+    if stage.name == "evaluate":
+        yield from _other_evaluation(stage.output.with_name(EVALUATION_FILE))
     if stage.results is None or record.files is None:
         return
     found = dict(_files_in(stage.results))
@@ -259,6 +262,18 @@ def _changed_results(stage: Stage, record: Record) -> Iterator[str]:
     yield from changed[:_MOST_CHANGES]
     if len(changed) > _MOST_CHANGES:
         yield f"and {len(changed) - _MOST_CHANGES} more files"
+
+
+def _other_evaluation(path: Path) -> Iterator[str]:
+    """Why an evaluation is not that of the project, in words."""
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return
+    if found.get("split", "test") != "test":
+        yield f"the evaluation is of the split {found['split']!r}"
+    if found.get("without_rows"):
+        yield "the evaluation is without the users' rows"
 
 
 def _what_became_of(before: Mapping[str, Any] | None, file: Path | None) -> str | None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,6 +179,23 @@ def test_results_that_another_command_has_changed_are_made_again(shop: Shop) -> 
     assert shop.run() == ["evaluate"]
     shutil.rmtree(shop.project.recommendations)
     assert shop.run() == ["recommend"]
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [({"split": "valid"}, "of the split 'valid'"), ({"split": "test", "without_rows": True}, "without the users' rows")],
+)
+def test_an_evaluation_of_another_kind_is_not_that_of_the_project(found: dict[str, Any], why: str, shop: Shop) -> None:
+    shop.run()
+    record = json.loads(shop.project.record("evaluate").read_text())
+    del record["files"]  # as before they were recorded
+    shop.project.record("evaluate").write_text(json.dumps(record))
+    file = shop.project.evaluation / "evaluation.json"
+    file.write_text(json.dumps({"split": "test", "without_rows": False}))
+    assert shop.run() == []
+    file.write_text(json.dumps(found))
+    assert shop.run() == ["evaluate"]
+    assert any(f"again: the evaluation is {why}" in line for line in shop.told)
 
 
 def test_lists_of_another_length_are_made_again(shop: Shop) -> None:
