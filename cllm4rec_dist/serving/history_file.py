@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from itertools import islice
+from collections.abc import Mapping
+from itertools import combinations, islice
 
 import numpy as np
 import polars as pl
@@ -53,7 +54,7 @@ def read_histories(
 
     Raises:
         DataError: for a file that cannot be read, or without a usable row.
-        ConfigError: for columns that are not there or cannot be found.
+        ConfigError: for columns that are not there or cannot be found, and for one column given twice.
     """
     user, item, time = _columns(path, user_column, item_column, time_column)
     logger.info("%s: users are %r, items %r, times %s", path, user, item, "not given" if time is None else repr(time))
@@ -89,6 +90,7 @@ def _columns(path: str, user: str | None, item: str | None, time: str | None) ->
             raise ConfigError(f"--{role}-column", given, f"is no column of {path}, which has {', '.join(names)}", hint)
         left = [name for name in names if name not in found.values()]
         found[role] = given or _guess(role, [name for name in left if name not in (user, item, time)])
+    _require_different(found)
     for role in ("user", "item"):
         if found[role] is None:
             raise ConfigError(
@@ -98,6 +100,18 @@ def _columns(path: str, user: str | None, item: str | None, time: str | None) ->
                 f"Name the column of {role} ids: --{role}-column NAME.",
             )
     return str(found["user"]), str(found["item"]), found["time"]
+
+
+def _require_different(columns: Mapping[str, str | None]) -> None:
+    """Refuse one column for two of users, items and times."""
+    for role, other in combinations(columns, 2):
+        if columns[role] is not None and columns[role] == columns[other]:
+            raise ConfigError(
+                f"--{role}-column, --{other}-column",
+                columns[role],
+                f"cannot be the column of both {role}s and {other}s",
+                "Name a column for each.",
+            )
 
 
 def _guess(role: str, names: list[str]) -> str | None:

@@ -49,6 +49,32 @@ def test_columns_that_are_not_there_or_cannot_be_told_are_refused(tmp_path: Path
     assert read_histories(str(path), user_column="x_ref") == {"u1": ("a",)}
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"user_column": "sku", "item_column": "sku"},
+            r"--user-column, --item-column: 'sku' cannot be the column of both",
+        ),
+        ({"user_column": "at", "time_column": "at"}, r"--user-column, --time-column: 'at' cannot be"),
+        ({"item_column": "sku", "time_column": "sku"}, r"--item-column, --time-column: 'sku' cannot be"),
+    ],
+)
+def test_one_column_cannot_be_two_things(tmp_path: Path, columns: dict[str, str], message: str) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text("customer,sku,at\nu1,a,2024-01-05\n")
+    with pytest.raises(ConfigError, match=message):
+        read_histories(str(path), **columns)
+
+
+@pytest.mark.parametrize("given", [{"user_column": "sku"}, {"item_column": "customer"}, {"time_column": "sku"}])
+def test_a_column_that_is_named_is_not_guessed_too(tmp_path: Path, given: dict[str, str]) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text("customer,sku\nu1,a\n")
+    with pytest.raises(ConfigError, match="no column with a usual name"):
+        read_histories(str(path), **given)
+
+
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--history: .*does not exist"):
         read_histories(str(tmp_path / "nothing.csv"))
