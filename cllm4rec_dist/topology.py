@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.watchdog import Watch
 
 
@@ -49,6 +50,27 @@ class World:
 def lone_world() -> World:
     """A run of this process alone, without a process group, on a GPU where there is one."""
     return World(0, 1, 0, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def find_device(name: str | None) -> torch.device:
+    """The CPU or GPU of this host with a name of torch's; None is a GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: for a name that torch does not know, and a device that is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    try:
+        found = torch.device(str(name))
+    except RuntimeError:
+        found = None
+    if found is None or f"{found.type}:{found.index or 0}" not in ("cpu:0", *gpus):
+        there = ", ".join(["cpu", *gpus])
+        raise ConfigError(
+            "device", name, f"is no device of this host, which has {there}", "Name one of them, or leave it out."
+        )
+    return found
 
 
 def adopt_slurm_environment(environ: dict[str, str] | os._Environ[str]) -> None:

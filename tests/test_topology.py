@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers import launch
-from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment
+from cllm4rec_dist.topology import RowPartition, World, adopt_slurm_environment, find_device
 
 patient = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 """A loaded machine is no failure."""
@@ -124,3 +124,21 @@ def test_tasks_of_srun_that_cannot_find_each_other_are_refused(monkeypatch: pyte
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(ConfigError, match="each of 2 tasks would train alone"):
         launch(len, "auto", "1")
+
+
+@pytest.mark.parametrize("name", ["cuda:9", "cuda", "foo", "cuda:x", "", "meta", "cpu:3"])
+def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=rf"device: '{name}' is no device of this host, which has cpu\. Name one"):
+        find_device(name)
+
+
+def test_a_device_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("cpu") == find_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device(None) == torch.device("cuda")
+    assert [find_device(name) for name in ("cuda", "cuda:1")] == [torch.device("cuda"), torch.device("cuda", 1)]
+    with pytest.raises(ConfigError, match="which has cpu, cuda:0, cuda:1"):
+        find_device("cuda:2")

@@ -43,6 +43,7 @@ from cllm4rec_dist.serving.queries import (
 )
 from cllm4rec_dist.serving.run_info import RunInfo, describe_run
 from cllm4rec_dist.system import InferenceSystem
+from cllm4rec_dist.topology import find_device
 from cllm4rec_dist.trained_run import load_local
 
 __all__ = ["Answer", "ItemCatalog", "Query", "Recommendation", "Recommender", "RunInfo"]
@@ -102,10 +103,10 @@ class Recommender:
             device: as torch names it; a GPU where there is one, else the CPU.
 
         Raises:
-            CLLM4RecError: where there is no whole checkpoint, or the backbone or corpus is gone or another one.
+            CLLM4RecError: where there is no whole checkpoint, the backbone or corpus is gone or another one, or the
+                device is not there.
         """
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        system, checkpoint = load_local(run_of(str(run)), chosen, backbone, corpus)
+        system, checkpoint = load_local(run_of(str(run)), find_device(device), backbone, corpus)
         return cls(system, describe_run(str(run), system, checkpoint))
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.errors import CheckpointError, DataError
+from cllm4rec_dist.errors import CheckpointError, ConfigError, DataError
 from cllm4rec_dist.local_engine import LocalEngine
 from cllm4rec_dist.model.backbone import load_backbone
 from cllm4rec_dist.serving.queries import Query
@@ -309,3 +309,6 @@ def test_a_project_folder_and_a_checkpoint_folder_will_do(runs: dict[str, Path],
         assert Recommender.load(path, device="cpu").info.checkpoint == "best-00000007"
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
         Recommender.load(tmp_path)
+    for device in ("cuda:9", "foo"):
+        with pytest.raises(ConfigError, match=f"device: '{device}' is no device of this host"):
+            Recommender.load(runs["cosine"], device=device)
