@@ -264,7 +264,7 @@ def first_good(
             "checkpoint.dir", store.url, f"shows other checkpoints to rank {world.rank} or to others",
             "Put it where all hosts see the same files.",
         )  # fmt: skip
-    for name in names:
+    for name, following in zip(names, [*names[1:], None], strict=True):
         found: tuple[Checkpoint, T] | None = None
         try:
             checkpoint = Checkpoint.open(store, name)
@@ -275,10 +275,18 @@ def first_good(
         if not failed:
             return found
         if world.is_main:
-            logger.error("%s cannot be used (ranks %s); trying the one before it", store.path(name), failed)
+            then = "" if following is None else f"; trying {following}"
+            logger.error("%s cannot be used (ranks %s)%s", store.path(name), failed, then)
             if set_aside:
                 store.set_aside(name)
     return None
+
+
+def none_whole(path: str, store: Store, names: Sequence[str]) -> CheckpointError:
+    """The error where `first_good` found none of the checkpoints that a path means."""
+    if len(names) == 1:
+        return CheckpointError("checkpoint", store.path(names[0]), "is damaged", "Use another checkpoint.")
+    return CheckpointError("checkpoint", path, f"has {len(names)} checkpoints, all damaged", "Use another run.")
 
 
 def require_same(checkpoint: Checkpoint, own: dict[str, str]) -> None:

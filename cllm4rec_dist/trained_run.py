@@ -22,7 +22,7 @@ from cllm4rec_dist.banner import device_name, parameter_counts
 from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
-from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.evaluation.results import Provenance
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.store import Store
@@ -90,7 +90,7 @@ def _load(
             if world.is_main:
                 log_choice(store, names, found[0])
             return system, found[0]
-    raise CheckpointError("checkpoint", run, "is damaged, and so is every other one there", "Use another run.")
+    raise checkpoint.none_whole(run, store, names)
 
 
 def _offloads_parameters(config: RunConfig) -> bool:

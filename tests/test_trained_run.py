@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from cllm4rec_dist import checkpoint
 from cllm4rec_dist.checkpoint import Checkpoint
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.evaluation.comparison import compare
+from cllm4rec_dist.export.source import open_source
 from cllm4rec_dist.inference import evaluate_run, load
 from cllm4rec_dist.topology import World
-from cllm4rec_dist.trained_run import log_choice, relocated
+from cllm4rec_dist.trained_run import load_local, log_choice, relocated
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, with_messages
 from tests.test_train import Made, make_config, run
 
@@ -121,3 +123,24 @@ def test_only_what_looks_like_a_path_is_looked_for(made: Made, tmp_path: Path) -
         relocated(gone, "x", None, None)
     with pytest.raises(ConfigError, match=r"x: corpus.*holds no corpus"):
         relocated(config.model_copy(update={"corpus": str(tmp_path)}), "x", None, None)
+
+
+def test_a_damaged_checkpoint_is_told_of_alone_and_a_run_of_damaged_ones_as_such(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(runs["paper"], tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard")))
+    shutil.copytree(folder / "checkpoints/best-00000007", folder / "checkpoints/step-00000007")
+    store, names = checkpoint.find(str(folder))
+    first, second = names
+    cpu = torch.device("cpu")
+    (folder / "checkpoints" / first / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=f"checkpoint: '{store.path(first)}' is damaged. Use another checkpoint"):
+        load_local(store.path(first), cpu)
+    with pytest.raises(CheckpointError, match=f"checkpoint: '{store.path(first)}' is damaged. Use another checkpoint"):
+        open_source(store.path(first), None, None)
+    assert "trying" not in caplog.text
+    assert load_local(str(folder), cpu)[1].name == second
+    assert f"{first} cannot be used (ranks [0]); trying {second}" in caplog.text
+    (folder / "checkpoints" / second / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=f"'{folder}' has 2 checkpoints, all damaged. Use another run"):
+        load_local(str(folder), cpu)

@@ -86,7 +86,7 @@ def open_source(
     world = World(0, 1, 0, torch.device("cpu"))
     found = checkpoint.first_good(store, names, world, lambda opened: (_tensors(opened), read_tables(opened)))
     if found is None:
-        raise CheckpointError("checkpoint", run, "is damaged, and so is every other one there", "Use another run.")
+        raise checkpoint.none_whole(run, store, names)
     opened, (tensors, tables) = found
     config = recorded_config(opened, backbone, corpus or str(opened.about.config["corpus"]))
     folder = local_folder(config.backbone)

@@ -96,7 +96,7 @@ def test_answers_are_those_of_the_python_api(runs: dict[str, Path], recommender:
         assert "user-0" not in refused.text  # no other customer's id
 
 
-def test_a_new_checkpoint_is_taken_up_and_a_damaged_one_is_not(run: Path) -> None:
+def test_a_new_checkpoint_is_taken_up_and_a_damaged_one_is_not(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = ServiceOptions(run=str(run), check_seconds=0.05)
     live = open_run(options)
     with TestClient(create_app(live, options)) as client:
@@ -111,12 +111,15 @@ def test_a_new_checkpoint_is_taken_up_and_a_damaged_one_is_not(run: Path) -> Non
         assert after["items"] == before["items"]
         assert client.get("/run").json()["run"] == "run"
 
-        add_checkpoint(run, damaged=True)
+        spoilt = add_checkpoint(run, damaged=True)
         deadline = time.monotonic() + 60
         while 'cllm4rec_checkpoint_reloads_total{outcome="failed",replica="alone"}' not in client.get("/metrics").text:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert client.post("/recommend", json={"history": BASKET}).json() == after
+    (told,) = [message for message in caplog.messages if message.startswith("NEW CHECKPOINT NOT USED")]
+    assert f"{spoilt}' is damaged. Use another checkpoint." in told
+    assert f"{spoilt} cannot be used (ranks [0])" in caplog.messages[-2]  # and nothing of one that is tried instead
 
 
 @contextmanager
