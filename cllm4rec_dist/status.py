@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import is_url
 from cllm4rec_dist.next_steps import next_commands, resume_command
 from cllm4rec_dist.progress import Schedule, format_best, format_duration, format_losses, format_metrics, format_rows
@@ -48,7 +48,7 @@ _STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class Newest:
-    """A checkpoint that can be resumed or used, and its age in seconds where the storage knows it."""
+    """A checkpoint that is whole by its marker and the sizes of its files; its age in seconds where that is known."""
 
     name: str
     age: float | None
@@ -63,6 +63,7 @@ class RunStatus:
         losses, tokens_per_second: of the last lines.
         eta: seconds to the end, of a run that lives.
         validation: metrics of the last one, at `validated_step`.
+        damaged: newer checkpoints than these, or all, that cannot be used.
         problems: files that are missing or cannot be read.
         next: commands that go on.
     """
@@ -89,6 +90,7 @@ class RunStatus:
     checkpoint: Newest | None = None
     best_checkpoint: Newest | None = None
     checkpoints: str | None = None
+    damaged: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     next: list[str] = field(default_factory=list)
 
@@ -154,15 +156,18 @@ def _read_run(run: Path, now: float) -> RunStatus:
         status.total_steps, status.steps_per_epoch = record.total_steps or None, record.steps_per_epoch or None
     elif config.get("stage") in ("pretrain", "finetune"):
         status.stage = config["stage"]
-    pace = _add_metrics(run, status, config, now)
+    num_lines = _count_lines(run / METRICS_FILE)
+    pace, num_read = _add_metrics(run, status, config, now)
     try:
         _add_checkpoints(Store(store_of_run(str(run))), status, now)
     except CLLM4RecError as error:
-        status.problems.append(str(error))
+        if str(error) not in status.problems:  # the configuration is read for its settings and for the store
+            status.problems.append(str(error))
     status.condition = _condition(record, is_locked(run), status, pace, now)
+    status.problems += _problems_of_metrics(status, num_lines, num_read)
     if not status.lives:
         status.eta = None
-    status.next = _next(status, run)
+    status.next = _next(status, run, has_config=bool(config))
     return status
 
 
@@ -173,7 +178,10 @@ def _read_store(url: str, now: float) -> RunStatus:
     _add_checkpoints(store, status, now)
     newest = status.checkpoint or status.best_checkpoint
     if newest is None:
-        raise ConfigError("RUN", url, "holds no checkpoint", "Give the folder or URL that checkpoint.dir names.")
+        what = (
+            f"holds damaged checkpoints alone: {', '.join(status.damaged)}" if status.damaged else "holds no checkpoint"
+        )
+        raise ConfigError("RUN", url, what, "Give the folder or URL that checkpoint.dir names.")
     files = store.marker(newest.name).files
     if _STATE_FILE not in files:
         status.problems.append(f"{newest.name} holds no {_STATE_FILE}")
@@ -206,15 +214,35 @@ def _read_record(run: Path, status: RunStatus) -> RunRecord | None:
     return None
 
 
-def _add_metrics(run: Path, status: RunStatus, config: Mapping[str, Any], now: float) -> float | None:
-    """Fill in what the lines say. Returns the usual seconds between two lines of steps."""
+def _count_lines(file: Path) -> int | None:
+    """Finished lines that are not blank; None where there is no file."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as lines:
+        return sum(line.endswith(b"\n") and not line.isspace() for line in lines)
+
+
+def _problems_of_metrics(status: RunStatus, num_lines: int | None, num_read: int) -> Iterator[str]:
+    """What is wrong with lines of which `num_lines` were there and `num_read` could be read."""
+    if num_lines and num_read < num_lines:
+        share = "none can" if num_read == 0 else f"{num_lines - num_read} cannot"
+        yield f"{METRICS_FILE} is damaged: of {num_lines} lines {share} be read"
+    elif not num_read and (status.step or status.condition == "done"):
+        yield f"{METRICS_FILE} {'is missing' if num_lines is None else 'is empty'}, although steps have been taken"
+    elif not num_read:
+        yield f"{METRICS_FILE} holds no line: no step has been taken yet"
+
+
+def _add_metrics(run: Path, status: RunStatus, config: Mapping[str, Any], now: float) -> tuple[float | None, int]:
+    """Fill in what the lines say. Returns the usual seconds between two lines of steps, and how many could be read."""
     validation = config.get("validation")
     chosen = validation.get("metrics") if isinstance(validation, dict) else None
     metric = str(chosen[0]) if isinstance(chosen, list) and chosen else None
     steps: deque[dict[str, Any]] = deque(maxlen=_RECENT_LINES)
     last: dict[str, Any] = {}
+    num_read = 0
     for line in read_metrics(run):
-        last = line
+        last, num_read = line, num_read + 1
         if "loss" in line:
             steps.append(line)
         found = {key.removeprefix("valid/"): value for key, value in _numbers(line, "valid/")}
@@ -225,24 +253,23 @@ def _add_metrics(run: Path, status: RunStatus, config: Mapping[str, Any], now: f
         if value is not None and (status.best is None or value > status.best):
             status.best, status.best_metric, status.best_step = value, metric or next(iter(found)), line["step"]
     if not last:
-        status.problems.append(f"{METRICS_FILE} holds no line: no step has been taken yet")
-        return None
+        return None, 0
     status.step = last["step"]
     if isinstance(last.get("time"), int | float):
         status.updated = max(0.0, now - last["time"])
     if not steps:
-        return None
+        return None, num_read
     status.losses = {key.removeprefix("loss/"): value for key, value in _numbers(steps[-1], "loss/")}
     speeds = [line["tokens_per_second"] for line in steps if isinstance(line.get("tokens_per_second"), int | float)]
     status.tokens_per_second = statistics.median(speeds) if speeds else None
     timed = [line for line in steps if isinstance(line.get("time"), int | float)]
     gaps = [later["time"] - earlier["time"] for earlier, later in zip(timed, list(timed)[1:], strict=False)]
     if not gaps:
-        return None
+        return None, num_read
     by_step = (timed[-1]["time"] - timed[0]["time"]) / max(1, timed[-1]["step"] - timed[0]["step"])
     if status.total_steps is not None:
         status.eta = max(0, status.total_steps - status.step) * by_step
-    return statistics.median(gaps)
+    return statistics.median(gaps), num_read
 
 
 def _numbers(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
@@ -253,18 +280,34 @@ def _numbers(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]
 
 def _add_checkpoints(store: Store, status: RunStatus, now: float) -> None:
     status.checkpoints = store.url
+    status.checkpoint = _newest_whole(store, STEP, status, now)
+    status.best_checkpoint = _newest_whole(store, BEST, status, now)
+    if status.checkpoint is None:
+        status.damaged += store.set_aside_names(STEP)
+    steps = [name.removeprefix(STEP) for name in store.names(STEP)]
+    status.step = max(status.step, *(int(step) for step in steps if step.isdecimal()), 0)
 
-    def newest(prefix: str) -> Newest | None:
-        names = store.names(prefix)
-        if not names:
-            return None
-        written = store.modified(names[-1])
-        age = None if written is None else max(0.0, now - written.astimezone(UTC).timestamp())
-        return Newest(names[-1], age)
 
-    status.checkpoint, status.best_checkpoint = newest(STEP), newest(BEST)
-    if status.checkpoint is not None and status.checkpoint.name.removeprefix(STEP).isdecimal():
-        status.step = max(status.step, int(status.checkpoint.name.removeprefix(STEP)))
+def _newest_whole(store: Store, prefix: str, status: RunStatus, now: float) -> Newest | None:
+    for name in reversed(store.names(prefix)):
+        problem = _damage(store, name)
+        if problem is None:
+            written = store.modified(name)
+            age = None if written is None else max(0.0, now - written.astimezone(UTC).timestamp())
+            return Newest(name, age)
+        if store.is_committed(name):  # else the run has removed it meanwhile
+            status.damaged.append(name)
+            status.problems.append(f"{name} is damaged: {problem}")
+    return None
+
+
+def _damage(store: Store, name: str) -> str | None:
+    """Why a checkpoint cannot be used, as far as that is seen without reading its files; None where it can."""
+    try:
+        unseen = store.unseen(name, store.marker(name).files)
+    except CheckpointError as error:
+        return f"{COMMIT} {error.constraint}"
+    return f"{', '.join(unseen)} missing or cut off" if unseen else None
 
 
 def _condition(
@@ -285,14 +328,15 @@ def _condition(
     return "silent" if quiet > patience else "running"
 
 
-def _next(status: RunStatus, run: Path) -> list[str]:
-    if status.stage is None or status.lives:
+def _next(status: RunStatus, run: Path, *, has_config: bool) -> list[str]:
+    """Commands that go on; none where they would be refused."""
+    if status.stage is None or status.lives or status.checkpoints is None:
         return []
     if status.condition == "done":
-        return next_commands(status.stage, run)
-    if not (run / CONFIG_FILE).is_file() or status.checkpoints is None:
-        return []  # another attempt would be refused
-    return [resume_command(status.stage, run, status.num_ranks or 1)]
+        is_usable = status.checkpoint is not None or status.best_checkpoint is not None
+        return next_commands(status.stage, run) if is_usable and (has_config or status.stage == "finetune") else []
+    only_damaged = status.checkpoint is None and any(name.startswith(STEP) for name in status.damaged)
+    return [resume_command(status.stage, run, status.num_ranks or 1)] if has_config and not only_damaged else []
 
 
 _SENTENCES: dict[Condition, str] = {
@@ -336,7 +380,9 @@ def format_status(status: RunStatus) -> str:
             age = "" if newest.age is None else f", {format_duration(newest.age)} old"
             rows.append((label, f"{newest.name}{age}"))
     if status.checkpoints is not None and status.checkpoint is None and status.best_checkpoint is None:
-        rows.append(("checkpoint", f"none yet in {status.checkpoints}"))
+        is_early = status.lives or not status.step
+        none = "none that is whole" if status.damaged else "none yet" if is_early else "none"
+        rows.append(("checkpoint", f"{none} in {status.checkpoints}"))
     if status.updated is not None:
         rows.append(("updated", f"{format_duration(status.updated)} ago"))
     rows += [("note", problem) for problem in status.problems]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,9 @@ def make_run(run: Path, steps: int = 46, record: RunRecord | None = None) -> Pat
                 {"step": step, "time": at, "epoch": 0, "valid/ndcg@100": value, "valid/recall@20": 0.9 - value}
             )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store = Store(f"{run}/checkpoints")
     for name in ("step-00000040", "best-00000020"):
-        folder = run / "checkpoints" / name
-        folder.mkdir(parents=True)
-        (folder / COMMIT).write_text("{}")
+        store.commit(name, {"state.json": store.write(name, "state.json", lambda path: path.write_text("{}"))})
     return run
 
 
@@ -154,11 +155,15 @@ DAMAGE = [
     ("config.yaml", "checkpoint: 3\nvalidation: [1]\n", ""),
     ("config.yaml", "checkpoint: {dir: 'nosuch://x'}", "is on no file system"),
     ("config.yaml", None, "config.yaml is missing"),
-    ("metrics.jsonl", "", "metrics.jsonl holds no line"),
-    ("metrics.jsonl", "x\n[]\n3\n{}\n" + '{"step": "a"}\n', "metrics.jsonl holds no line"),
+    ("metrics.jsonl", "", "metrics.jsonl is empty, although steps have been taken"),
+    ("metrics.jsonl", "x\n[]\n3\n\n" + '{"step": "a"}\n', "metrics.jsonl is damaged: of 4 lines none can be read"),
+    ("metrics.jsonl", 'x\n{"step": 3}\n{"st', "metrics.jsonl is damaged: of 2 lines 1 cannot be read"),
     ("metrics.jsonl", '{"step": 3, "time": "x", "loss": null, "loss/items": "a"}\n{"step": 4, "lo', ""),
-    ("metrics.jsonl", None, "metrics.jsonl holds no line"),
+    ("metrics.jsonl", None, "metrics.jsonl is missing, although steps have been taken"),
     ("checkpoints/step-00000040/COMMIT.json", None, ""),
+    ("checkpoints/step-00000040/COMMIT.json", "x", "step-00000040 is damaged: COMMIT.json is not readable"),
+    ("checkpoints/step-00000040/COMMIT.json", "{}", "step-00000040 is damaged: COMMIT.json is not readable"),
+    ("checkpoints/step-00000040/state.json", None, "step-00000040 is damaged: state.json missing or cut off"),
 ]
 
 
@@ -173,7 +178,63 @@ def test_damaged_files_are_said_and_the_rest_is_shown(
     status = read(run)
     text = format_status(status)
     assert note in text
+    assert "no step has been taken" not in text
     assert status.step in (4, 40, 46)
+    assert len(status.problems) == len(set(status.problems)) == bool(note)
+
+
+def spoil_markers(run: Path) -> None:
+    for marker in run.glob(f"checkpoints/*/{COMMIT}"):
+        marker.write_text("x")
+
+
+def spoil_steps(run: Path) -> None:
+    (run / "checkpoints/step-00000040" / COMMIT).write_text("x")
+
+
+def set_steps_aside(run: Path) -> None:
+    Store(f"{run}/checkpoints").set_aside("step-00000040")
+
+
+def spoil_config(run: Path) -> None:
+    (run / "config.yaml").write_text("a: [")
+
+
+def remove_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "state", "num_next", "checkpoint"),
+    [
+        (spoil_markers, "done", 0, "none that is whole in "),
+        (remove_checkpoints, "done", 0, "none in "),
+        (spoil_config, "done", 0, None),
+        (spoil_steps, "done", 2, "best-00000020"),
+        (spoil_markers, "failed", 0, "none that is whole in "),
+        (spoil_steps, "failed", 0, "best-00000020"),
+        (set_steps_aside, "failed", 0, "best-00000020"),
+        (remove_checkpoints, "failed", 1, "none in "),  # it starts anew
+        (spoil_config, "failed", 0, None),
+    ],
+)
+def test_no_command_is_named_that_would_be_refused(
+    tmp_path: Path, spoil: Callable[[Path], None], state: str, num_next: int, checkpoint: str | None
+) -> None:
+    run = make_run(tmp_path / "run", record=make_record(state=state))
+    spoil(run)
+    status = read(run)
+    rows = rows_of(status)
+    assert len(status.next) == num_next
+    assert checkpoint is None or any(rows.get(label, "").startswith(checkpoint) for label in ("checkpoint", "and"))
+    assert len(status.problems) == len(set(status.problems))
+
+
+def test_a_living_run_without_a_checkpoint_has_none_yet(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    remove_checkpoints(run)
+    with FileLock(run / LOCK_FILE):
+        assert rows_of(read(run))["checkpoint"].startswith("none yet in ")
 
 
 def test_a_line_without_an_end_does_not_count(tmp_path: Path) -> None:
@@ -208,8 +269,16 @@ def test_checkpoints_at_a_url_say_what_they_know(tmp_path: Path) -> None:
         (status,) = read_statuses(path, NOW)
         assert (status.condition, status.stage, status.step, status.best) == ("unknown", "finetune", 40, 0.5)
         assert rows_of(status)["best"] == "ndcg@100 0.5000 at step 20"
+    content = (tmp_path / "bucket/step-00000040/state.json").read_bytes()
     (tmp_path / "bucket/step-00000040/state.json").write_text("{}")
+    (status,) = read_statuses(f"file://{tmp_path}/bucket", NOW)
+    assert (status.damaged, status.best) == (["step-00000040"], 0.5)
+    (tmp_path / "bucket/step-00000040/state.json").write_bytes(b"x" * len(content))
     with pytest.raises(DamagedCheckpointError):
+        read_statuses(f"file://{tmp_path}/bucket", NOW)
+    for name in ("step-00000040", "best-00000020"):
+        (tmp_path / "bucket" / name / COMMIT).write_text("x")
+    with pytest.raises(ConfigError, match="holds damaged checkpoints alone: step-00000040, best-00000020"):
         read_statuses(f"file://{tmp_path}/bucket", NOW)
 
 
