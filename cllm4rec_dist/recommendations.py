@@ -6,6 +6,8 @@ Files are Parquet, CSV with a header, or JSON lines. A list of an earlier run, o
 stays until every rank has written its part of the new one under a hidden name, and is gone before the first new file
 appears. So a reader of the folder never sees two lists, and a run that fails leaves the earlier list as it was. Other
 files of the folder are left alone.
+
+A title in a CSV that a spreadsheet would take for a formula (`=1+1`) gets an apostrophe in front. Ids never change.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Literal
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow.csv import CSVWriter
 
@@ -26,6 +29,8 @@ from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.topology import World
 
 FileFormat = Literal["parquet", "csv", "jsonl"]
+FORMULA_START, PLAIN_START = r"^([=+\-@\t\r\n＝＋－＠])", r"'\1"
+"""Beginning of a text that spreadsheets run as a formula, and its replacement that they show as text."""
 _LISTS = re.compile(r"recommendations-\d+-of-\d+\.(parquet|csv|jsonl)")
 _PARTS = re.compile(rf"\.{_LISTS.pattern}\.part")
 
@@ -87,7 +92,16 @@ def _writer(path: Path, file_format: FileFormat, schema: pa.Schema) -> Iterator[
         return
     kind = pq.ParquetWriter if file_format == "parquet" else CSVWriter
     with kind(path, schema) as writer:
-        yield writer.write_table
+        yield writer.write_table if file_format == "parquet" else lambda table: writer.write_table(_as_text(table))
+
+
+def _as_text(table: pa.Table) -> pa.Table:
+    """The table with titles that no spreadsheet runs."""
+    place = table.schema.get_field_index("title")
+    if place < 0:
+        return table
+    titles = pc.replace_substring_regex(table["title"], FORMULA_START, PLAIN_START)
+    return table.set_column(place, table.schema.field(place), titles)
 
 
 def _remove_earlier(folder: Path, num_ranks: int, file_format: FileFormat) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +13,8 @@ import pyarrow as pa
 import pytest
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from cllm4rec_dist.cli.formats import Format
+from cllm4rec_dist.cli.printed import show
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.recommendations import FileFormat, list_schema, make_folder, write_recommendations
 from cllm4rec_dist.topology import World
@@ -116,6 +120,42 @@ def test_every_format_keeps_ids_titles_and_missing_scores(tmp_path: Path, file_f
     ]
     assert found["score"][0] == 0.5
     assert pd.isna(found["score"][1])
+
+
+TITLES = {
+    '=HYPERLINK("http://a")': '\'=HYPERLINK("http://a")',
+    "@SUM(A1)": "'@SUM(A1)",
+    "+1": "'+1",
+    "-1": "'-1",
+    "\t=1": "'\t=1",
+    "＝1": "'＝1",
+    "a=1": "a=1",
+    "'n Sync": "'n Sync",
+}
+
+
+def test_titles_of_a_csv_are_no_formulas_and_ids_stay(tmp_path: Path) -> None:
+    rows = [{"user": "=u", "item": "-7", "title": title, "rank": 1, "score": -0.5} for title in TITLES]
+    tables = [pa.Table.from_pylist(rows, schema=list_schema(titles=True))]
+    for file_format, wanted in (("csv", list(TITLES.values())), ("jsonl", list(TITLES)), ("parquet", list(TITLES))):
+        write_recommendations(tables, tmp_path, alone(), file_format, titles=True)  # type: ignore[arg-type]
+        (path,) = tmp_path.iterdir()
+        read = {"csv": pd.read_csv, "jsonl": partial(pd.read_json, lines=True, dtype=False), "parquet": pd.read_parquet}
+        found = read[file_format](path)
+        assert found["title"].tolist() == wanted
+        assert set(found["user"]) == {"=u"}
+        assert set(found["item"].astype(str)) == {"-7"}
+        assert set(found["score"]) == {-0.5}
+
+
+def test_printed_titles_are_no_formulas_either(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {"rank": 1, "item": "-7", "title": list(TITLES), "score": 0.5}
+    show(pd.DataFrame(columns), Format.CSV)
+    found = pd.read_csv(StringIO(capsys.readouterr().out), dtype=str)
+    assert found["title"].tolist() == list(TITLES.values())
+    assert set(found["item"]) == {"-7"}
+    show(pd.DataFrame(columns), Format.JSONL)
+    assert '"title":"+1"' in capsys.readouterr().out
 
 
 def test_nobody_is_an_empty_csv_with_a_header(tmp_path: Path) -> None:

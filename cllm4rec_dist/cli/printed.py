@@ -53,7 +53,10 @@ def show(table: pd.DataFrame, file_format: Format | None) -> None:
     """Print columns rank, item, title and score as a table for people, as CSV or as JSON lines."""
     table = table[["rank", "item", "title", "score"]]
     if file_format is Format.CSV:
-        typer.echo(table.to_csv(index=False), nl=False)
+        from cllm4rec_dist.recommendations import FORMULA_START, PLAIN_START  # imports torch
+
+        titles = table["title"].astype(str).str.replace(FORMULA_START, PLAIN_START, regex=True)
+        typer.echo(table.assign(title=titles).to_csv(index=False), nl=False)
     elif file_format is Format.JSONL:
         typer.echo(table.to_json(orient="records", lines=True, force_ascii=False), nl=False)
     else:
