@@ -79,8 +79,8 @@ def evaluate_run(
         if without_rows:
             notes.append("known users were ranked without their rows, from their histories alone")
         content = {
-            "run": run, "checkpoint": used.path, "split": split, "without_rows": without_rows, **vars(result), "groups": _groups(found),
-            "notes": notes,
+            "run": run, "checkpoint": used.path, "split": split, "without_rows": without_rows, **vars(result),
+            "groups": _groups(found), "notes": notes,
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
             "examples": examples, "provenance": provenance(system, used).model_dump(),
             "fingerprints": system.fingerprints, "config": system.config.model_dump(mode="json"),

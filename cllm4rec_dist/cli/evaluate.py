@@ -39,7 +39,7 @@ def evaluate(
     run: RunArgument,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the report; RUN/evaluation[-valid][-without-rows] if left out.", callback=expanded),
+        typer.Option(help="Folder of the report; RUN/evaluation[-valid][-without-rows] otherwise.", callback=expanded),
     ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,

@@ -38,7 +38,9 @@ from cllm4rec_dist.suggestions import did_you_mean_path
 
 _OWN_FOLDER = {"build-backbone": "backbone", "pretrain": "pretrain_run", "finetune": "finetune_run"}
 _PREFIXES = ("recipe", "backbone", "pretrain", "finetune")
-_PATHS = ("corpus", "backbone", "output", "init_from")
+_RUN_PREFIXES = ("pretrain", "finetune")
+_OWN_SETTINGS = ("corpus", "backbone", "output", "init_from", "stage")
+"""Of a run file: what the project decides."""
 
 Tell = Callable[[str], None]
 
@@ -64,15 +66,19 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
     """Overrides by the file that they are for: `recipe.KEY=...` and the like; others are for both run files.
 
     Raises:
-        ConfigError: for a path that the project decides.
+        ConfigError: for a path or a stage, which the project decides.
     """
     found: dict[str, list[str]] = {prefix: [] for prefix in _PREFIXES}
     for override in overrides:
-        key = override.partition("=")[0]
-        prefix, dot, _ = key.partition(".")
-        if key in _PATHS:
+        key = override.partition("=")[0].strip()
+        prefix, dot, rest = key.partition(".")
+        of_run = rest if prefix in _RUN_PREFIXES else key
+        if of_run in _OWN_SETTINGS:
             raise ConfigError(
-                "override", override, f"sets {key}, which is the project's own", "Leave it out, or edit the run file."
+                "override",
+                override,
+                f"sets {of_run}, which the project decides",
+                "Leave it out; `cllm4rec pretrain` and `cllm4rec finetune` take any.",
             )
         if dot and prefix in _PREFIXES:
             found[prefix].append(override.removeprefix(f"{prefix}."))
@@ -166,6 +172,8 @@ def _run_stage(project: Project, settings: Settings, state: State, command: Call
     goes_on = state.status in (Status.UNFINISHED, Status.EXTENDED)
     if name in _OWN_FOLDER and not (goes_on and state.stage.trains):
         _set_aside(getattr(project, _OWN_FOLDER[name]), tell)
+    if name == "prepare" and state.status is Status.STALE and project.pretrain_run.exists():
+        _set_aside(project.corpus, tell)  # a run that is kept is of no use without its corpus
     before = read_record(project, name) if goes_on else None
     record = Record(with_digests(inputs_of(project, settings, name)), 0.0 if before is None else before.seconds)
     write_record(project, name, record)
@@ -192,7 +200,7 @@ def _require_current(project: Project, settings: Settings, stages: Sequence[Stag
                 stage.name,
                 f"was trained with other inputs ({why})",
                 f"Take the change back, or train again with `cllm4rec run {project.folder} --redo`; the earlier run is"
-                " then kept beside the new one.",
+                " then kept beside the new one, with its corpus and backbone (`--corpus`, `--backbone`).",
             )
         if state.status in (Status.STALE, Status.EXTENDED):
             changes += state.changes

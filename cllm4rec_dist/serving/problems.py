@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -56,11 +57,19 @@ def parse_request(model: type[RequestT], body: bytes) -> RequestT:
         parsed = model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation_errors(error.errors(include_url=False), model) from None
-    keys = json.loads(body, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    require_once(json.loads(body, object_pairs_hook=lambda pairs: [key for key, _ in pairs]))
+    return parsed
+
+
+def require_once(names: Sequence[str]) -> None:
+    """Refuse a request that names a field more than once.
+
+    Raises:
+        RequestError: naming it.
+    """
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise request_error(twice[0], "is given twice", "Give it once.")
-    return parsed
 
 
 def from_validation_errors(errors: Sequence[Any], model: type[BaseModel]) -> RequestError:

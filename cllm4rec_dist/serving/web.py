@@ -30,6 +30,7 @@ from cllm4rec_dist.serving.problems import (
     parse_request,
     problem_response,
     request_error,
+    require_once,
 )
 from cllm4rec_dist.serving.service import Service
 from cllm4rec_dist.serving.telemetry import CONTENT_TYPE_LATEST
@@ -85,8 +86,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return _json(await service.similar(await _read(request, schemas.SimilarRequest)))
 
     @app.get("/items", response_model=schemas.FoundItems, responses={422: _PROBLEMS[422]})
-    def items(parameters: Annotated[schemas.ItemsRequest, Parameters()]) -> Response:
+    def items(request: Request, parameters: Annotated[schemas.ItemsRequest, Parameters()]) -> Response:
         """Items by words of their titles, or by their id."""
+        require_once([name for name, _ in request.query_params.multi_items()])
         return _json(service.find(parameters.query, parameters.limit))
 
     @app.get("/run", response_model=schemas.Run)

@@ -28,7 +28,7 @@ FEW_EPOCHS = ["pretrain.epochs=1", "finetune.epochs=2"]
 
 
 def cllm4rec(folder: Path, *arguments: str) -> str:
-    """What a command prints; it must end with status 0."""
+    """What a command prints and logs; it must end with status 0."""
     ended = subprocess.run(
         [str(BIN / "cllm4rec"), *arguments],
         cwd=folder,
@@ -40,7 +40,7 @@ def cllm4rec(folder: Path, *arguments: str) -> str:
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    return ended.stdout
+    return ended.stdout + ended.stderr
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ def test_a_raw_file_with_new_rows_is_noticed_and_a_copy_of_it_is_not(shop: Shop)
     with pytest.raises(ConfigError, match=r"orders.csv has changed\)"):
         shop.run()
     assert shop.run(redo=True) == ALL
+    kept = shop.project.folder / "corpus-earlier-1" / "manifest.json"
+    assert kept.is_file(), "the earlier run is of no use without its corpus"
 
 
 def test_more_epochs_go_on_with_the_run(shop: Shop) -> None:
@@ -159,7 +161,7 @@ def test_a_run_that_was_trained_further_by_its_own_command_is_evaluated_again(sh
     assert any("again: the checkpoint is another one" in line for line in shop.told)
     assert shop.run() == []
     commit(shop.project.pretrain_run, "step-00000020")
-    with pytest.raises(ConfigError, match="'finetune' was trained with other inputs .the checkpoint is another one"):
+    with pytest.raises(ConfigError, match=r"'finetune' was trained with other inputs .the checkpoint is another one"):
         shop.run()
 
 
@@ -183,7 +185,10 @@ def test_results_that_another_command_has_changed_are_made_again(shop: Shop) -> 
 
 @pytest.mark.parametrize(
     ("found", "why"),
-    [({"split": "valid"}, "of the split 'valid'"), ({"split": "test", "without_rows": True}, "without the users' rows")],
+    [
+        ({"split": "valid"}, "of the split 'valid'"),
+        ({"split": "test", "without_rows": True}, "without the users' rows"),
+    ],
 )
 def test_an_evaluation_of_another_kind_is_not_that_of_the_project(found: dict[str, Any], why: str, shop: Shop) -> None:
     shop.run()
@@ -196,6 +201,13 @@ def test_an_evaluation_of_another_kind_is_not_that_of_the_project(found: dict[st
     file.write_text(json.dumps(found))
     assert shop.run() == ["evaluate"]
     assert any(f"again: the evaluation is {why}" in line for line in shop.told)
+
+
+@pytest.mark.parametrize("prefix", ["", "pretrain.", "finetune."])
+@pytest.mark.parametrize("key", ["corpus", "backbone", "output", "init_from", "stage"])
+def test_what_the_project_decides_is_no_override(prefix: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"sets {key}, which the project decides"):
+        split_overrides([f"{prefix}{key}=x"])
 
 
 def test_lists_of_another_length_are_made_again(shop: Shop) -> None:

@@ -182,6 +182,10 @@ def test_names_field_and_cure_of_what_is_wrong(client: TestClient, content: byte
     assert says in first["constraint"]
 
 
+def test_a_field_that_comes_a_hundred_thousand_times_is_refused(client: TestClient) -> None:
+    assert "twice" in refused(client, b'{"top": 1' + b', "top":1' * 100_000 + b"}")["constraint"]
+
+
 def test_a_cure_helps(client: TestClient) -> None:
     assert '"history"' in refused(client, {"histroy": []})["cure"]
     assert "send what they have as history" in refused(client, {"user": "bob"})["cure"]
@@ -239,6 +243,8 @@ def test_a_body_must_be_json_by_its_header(client: TestClient) -> None:
         ("query=a&limit=x", "limit"),
         ("query=a&limt=5", "limt"),
         (f"query={'a' * 201}", "query"),
+        ("query=a&query=b", "query"),
+        ("query=a&limit=5&limit=5", "limit"),
     ],
 )
 def test_a_search_is_checked(client: TestClient, query: str, field: str) -> None:
