@@ -264,7 +264,7 @@ def first_good(
             "checkpoint.dir", store.url, f"shows other checkpoints to rank {world.rank} or to others",
             "Put it where all hosts see the same files.",
         )  # fmt: skip
-    for name, following in zip(names, [*names[1:], None], strict=True):
+    for place, name in enumerate(names):
         found: tuple[Checkpoint, T] | None = None
         try:
             checkpoint = Checkpoint.open(store, name)
@@ -275,7 +275,7 @@ def first_good(
         if not failed:
             return found
         if world.is_main:
-            then = "" if following is None else f"; trying {following}"
+            then = f"; trying {names[place + 1]}" if place + 1 < len(names) else ""
             logger.error("%s cannot be used (ranks %s)%s", store.path(name), failed, then)
             if set_aside:
                 store.set_aside(name)
