@@ -30,7 +30,14 @@ from cllm4rec_dist.cli.printed import as_table, require_printed_format, show, sp
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.id_list import read_ids
 from cllm4rec_dist.launchers import ranks_are_elsewhere, require_launchable
-from cllm4rec_dist.serving.known_ids import LATER_ORDERS, KnownIds, find_item, read_known_ids, unknown_error
+from cllm4rec_dist.serving.known_ids import (
+    LATER_ORDERS,
+    KnownIds,
+    find_item,
+    read_known_ids,
+    require_joined_items,
+    unknown_error,
+)
 from cllm4rec_dist.short_jobs import launch_short, runs_here
 
 
@@ -272,6 +279,7 @@ def _require_known(
         nobody = [name for name in dict.fromkeys(users) if name not in known_users and name not in orders]
         if nobody:
             raise unknown_error("users", nobody, known.users, "user", LATER_ORDERS)
+    require_joined_items("--history", (item for items in orders.values() for item in items), known.items)
     known_items = set(known.items.ids)
     if only is not None and not only & known_items:
         found = sorted(only)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import polars as pl
 
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
@@ -17,6 +17,8 @@ from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.find_run import find
 from cllm4rec_dist.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
+
+logger = logging.getLogger(__name__)
 
 LATER_ORDERS = "Give --history FILE for people who came later, or --skip-unknown-users to leave them out."
 _SHOWN = 10
@@ -43,11 +45,11 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
     """
     url = corpus or str(_recorded(run).get("corpus"))
     users, items = _table(url, "users"), _table(url, "items")
-    ids, titles = items["item"].to_pylist(), [title or "" for title in items["title"].to_pylist()]
+    ids, titles = items["item"].to_list(), [title or "" for title in items["title"].to_list()]
     catalog = ItemCatalog(ids, titles, None, np.zeros(len(ids), np.int64))
-    names = users["user"].to_pylist()
+    names = users["user"].to_list()
     if load_manifest(url)[0].of_kind("new_users"):
-        names += _table(url, "new_users")["user"].to_pylist()
+        names += _table(url, "new_users")["user"].to_list()
     return KnownIds(names, catalog)
 
 
@@ -59,15 +61,15 @@ def _recorded(run: str) -> dict[str, Any]:
     return dict(state["config"])
 
 
-def _table(url: str, kind: str) -> pa.Table:
+def _table(url: str, kind: str) -> pl.DataFrame:
+    # By polars: a process that ends soon after pyarrow has read Parquet is aborted by pyarrow's threads now and then.
     manifest, _ = load_manifest(url)
     fs, root = locate("corpus", url, CorpusError)
     (entry,) = manifest.of_kind(kind)
     try:
         with as_os_errors(), fs.open(f"{root}/{entry.path}", "rb") as file:
-            # Not of the Python file: its threads abort a process that ends soon after.
-            return pq.read_table(pa.BufferReader(file.read()))
-    except (OSError, pa.ArrowException) as error:
+            return pl.read_parquet(file.read())
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise CorpusError(f"{url}/{entry.path}", str(error), "cannot be read", "Copy the corpus again.") from error
 
 
@@ -82,6 +84,32 @@ def unknown_error(field: str, unknown: Sequence[str], known: Sequence[str], kind
     many = f" ({len(unknown):,} in all)" if len(unknown) > len(shown) else ""
     rule = f"is no {kind} of the run" if len(unknown) == 1 else f"are no {kind}s of the run{many}"
     return DataError(field, value, rule, f"Did you mean {likely}? {cure}" if likely else cure)
+
+
+def require_joined_items(field: str, ordered: Iterable[str], items: ItemCatalog) -> None:
+    """Refuse orders of which no item is in the catalog, and warn where fewer than half of them are, as `prepare` does.
+
+    Ids that a spreadsheet has rewritten (leading zeros, 8.4E+09) would otherwise make lists as if nothing was ordered.
+
+    Raises:
+        DataError: with an id of each side.
+    """
+    distinct = list(dict.fromkeys(ordered))
+    known = set(items.ids)
+    unknown = [item for item in distinct if item not in known]
+    if 2 * len(unknown) <= len(distinct):
+        return
+    if len(unknown) == len(distinct):
+        cure = f"The run has ids such as {items.ids[0]!r}: give orders of its items, with ids as they were in training."
+        raise unknown_error(field, unknown, items.ids, "item", cure)
+    logger.warning(
+        "%s: %d of %d ordered items are unknown to the run and left out, such as %r; the run has ids such as %r",
+        field,
+        len(unknown),
+        len(distinct),
+        unknown[0],
+        items.ids[0],
+    )
 
 
 def find_item(field: str, text: str, items: ItemCatalog) -> str:

@@ -12,7 +12,7 @@ import pytest
 from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
-from cllm4rec_dist.serving.known_ids import find_item, read_known_ids
+from cllm4rec_dist.serving.known_ids import find_item, read_known_ids, require_joined_items
 from tests.integration.runs import clean_environment
 
 CATALOG = ItemCatalog(
@@ -61,3 +61,16 @@ def test_what_means_several_items_or_none_is_refused_with_candidates() -> None:
 )
 def test_ids_that_may_be_meant(name: str, wanted: list[str]) -> None:
     assert similar_ids(name, ["000101", "ABC-007", "x"])[:1] == wanted
+
+
+def test_orders_that_do_not_meet_the_catalog_are_refused_and_half_of_them_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    items = ItemCatalog(["0071", "0072", "0073"], ["", "", ""], None, np.zeros(3, np.int64))
+    with pytest.raises(DataError, match=r"--history: \['71', '72'\] are no items of the run. Did you mean 0071 for 71"):
+        require_joined_items("--history", ["71", "72", "71"], items)
+    require_joined_items("--history", ["0071", "72"], items)
+    require_joined_items("--history", [], items)
+    assert not caplog.records
+    require_joined_items("--history", ["0071", "72", "73"], items)
+    assert "2 of 3 ordered items are unknown to the run and left out, such as '72'" in caplog.text
