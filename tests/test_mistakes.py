@@ -128,7 +128,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "project in use": (["init", "project", "--orders", "orders.csv"], ["is a project already", "cllm4rec run project"]),
     "folder in use": (["init", "runs", "--orders", "orders.csv"], ["is not empty", "another name"]),
     "no project": (["run", "projct"], ["does not exist", "Did you mean 'project'"]),
-    "path of a project": (["run", "project", "corpus=x"], ["the project's own"]),
+    "path of a project": (["run", "project", "corpus=x"], ["the project decides"]),
     "key of a project": (["run", "project", "finetune.epoch=3"], ["epoch is no key"]),
 }
 
