@@ -104,6 +104,9 @@ WRONG = [
     (["out", "--users-file", "nothing.txt"], "--users-file: .* cannot be read"),
     (["out", "--exclude-file", "nothing.txt"], "--exclude-file: .* cannot be read"),
     (["out", "--items-file", "wrong.txt"], r"--items-file: 'ITEM-1' is no item of the run\. Did you mean item-001"),
+    (["out", "--items-file", "blank.txt"], r"--items-file: 'blank.txt' has no ids\. Write one id a line"),
+    (["--basket", "item-001", "--items-file", "blank.txt"], "--items-file: 'blank.txt' has no ids"),
+    (["out", "--users-file", "blank.txt"], "--users-file: 'blank.txt' has no ids"),
     (["out", "--history", "nothing.csv"], "--history: 'nothing.csv' does not exist"),
     (["out", "--user-column", "x"], "is a column of --history"),
     (["out", "--min-score", "nan"], "--min-score"),
@@ -117,6 +120,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("wrong.txt").write_text("ITEM-1\n")
+    Path("blank.txt").write_text("\n \n")
     monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch_short", lambda *a, **k: pytest.fail("started"))
     monkeypatch.setattr(Recommender, "load", lambda *a, **k: pytest.fail("loaded"))
     assert re.search(message, refused("recommend", run, *options))
