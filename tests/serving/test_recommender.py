@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,25 @@ def test_contributions_to_several_items_are_those_of_each(recommender: Recommend
     for item in ("item-007", "item-001"):
         one = recommender.explain(BASKET, item).set_index("item")["contribution"]
         np.testing.assert_allclose(both[item].loc[one.index], one, atol=1e-6)
+
+
+def test_items_whose_ids_are_names_of_columns_are_explained(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"item-003": "item", "item-011": "title", "item-000": "contribution", "item-007": "index"}
+    wanted = recommender.explain(BASKET, "item-007")
+    ids = [names.get(name, name) for name in recommender.items.ids]
+    row_of = {name: row for row, name in enumerate(ids)}
+    monkeypatch.setattr(recommender, "items", replace(recommender.items, ids=ids))
+    for item in names.values():
+        history = [names[other] for other in BASKET]
+        found = recommender.explain(history, item)
+        assert found.columns.tolist() == ["item", "title", "contribution"]
+        assert sorted(found["item"]) == sorted(history)
+        assert found["title"].tolist() == [recommender.items.titles[row_of[name]] for name in found["item"]]
+    found = recommender.explain(history, "index")
+    assert found["item"].tolist() == [names[name] for name in wanted["item"]]
+    np.testing.assert_allclose(found["contribution"], wanted["contribution"], atol=1e-6)
 
 
 def test_answers_do_not_depend_on_what_else_is_asked(recommender: Recommender) -> None:

@@ -66,6 +66,21 @@ def test_recommends_for_a_known_user_and_what_came_later(client: TestClient) -> 
     assert not {"s1", "b1"} & set(listed(answer))
 
 
+def test_items_whose_ids_are_names_of_columns_are_explained(client: TestClient) -> None:
+    titles = {"item": "Rose soap", "title": "Lemon soap", "contribution": "Rose brush", "index": "Soap"}
+    fake = FakeRecommender(items=FakeItems(titles, with_categories=False))
+    with client_of(fake) as renamed:
+        answer = recommend(renamed, history=["item", "contribution"], explain=True)
+        assert set(listed(answer)) == {"title", "index"}
+        for listed_item in answer["items"]:
+            assert {(why["item"], why["title"]) for why in listed_item["because"]} == {
+                ("item", "Rose soap"),
+                ("contribution", "Rose brush"),
+            }
+        answer = recommend(renamed, history=["title"], explain=True)
+        assert [why["item"] for item in answer["items"] for why in item["because"]] == ["title"] * 3
+
+
 def test_says_popular_items_for_an_empty_history(client: TestClient) -> None:
     for request in ({}, {"history": []}, {"history": ["never heard of"]}, {"user": None}):
         answer = recommend(client, **request)
