@@ -33,6 +33,7 @@ from cllm4rec_dist.serving.web import create_app
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
+    from uvicorn import Config
 
 __all__ = ["build", "create_app", "open_run", "serve_here", "serve_on_ray"]
 
@@ -77,13 +78,23 @@ def serve_here(options: ServiceOptions, listener: socket.socket) -> None:
     Raises:
         CLLM4RecError: as `open_run`.
     """
-    import uvicorn
+    from uvicorn import Server
 
     live = open_run(options)
     app = create_app(live, options)
     _tell(f"{options.run} ({live.info.checkpoint}, step {live.info.step})", *listener.getsockname()[:2])
-    config = uvicorn.Config(
+    Server(server_config(app)).run(sockets=[listener])
+
+
+def server_config(app: FastAPI) -> Config:
+    """How one process serves the application."""
+    from uvicorn import Config
+
+    from cllm4rec_dist.serving.slow_clients import TimedHeaderProtocol
+
+    return Config(
         app,
+        http=TimedHeaderProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -91,7 +102,6 @@ def serve_here(options: ServiceOptions, listener: socket.socket) -> None:
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def build(arguments: Mapping[str, Any]) -> Application:
