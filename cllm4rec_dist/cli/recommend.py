@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +117,8 @@ def recommend(
     if min_score is not None and min_score != min_score:
         raise ConfigError("--min-score", min_score, "must be a number", "Leave it out for no limit.")
     exclude, only = _item_ids(exclude_file, "--exclude-file"), _item_ids(items_file, "--items-file")
-    _require_some(only, items_file, "--items-file")
+    if only is not None and not only:
+        raise DataError("--items-file", str(items_file), "has no ids", "Write one id a line, or leave the option out.")
     if output is None:
         _require_printable(
             basket, user, users_file, history, file_format, known_items, skip_unknown_users=skip_unknown_users
@@ -133,8 +134,7 @@ def recommend(
     preflight.require_none(problems, "recommend")
     users = None if user is None and users_file is None else list(user or ())
     if users is not None and users_file is not None:
-        users += (named := read_ids(users_file, "--users-file"))
-        _require_some(named, users_file, "--users-file")
+        users += read_ids(users_file, "--users-file")
     if history is None and (user_column or item_column or time_column):
         raise ConfigError("--user-column", user_column, "is a column of --history", "Give --history FILE too.")
     found = find_trained(run)
@@ -227,12 +227,6 @@ def _print_list(
 
 def _item_ids(path: Path | None, option: str) -> frozenset[str] | None:
     return None if path is None else frozenset(read_ids(path, option))
-
-
-def _require_some(ids: Collection[str] | None, path: Path | None, option: str) -> None:
-    """Refuse a file that chooses among users or items and names none."""
-    if path is not None and not ids:
-        raise DataError(option, str(path), "has no ids", "Write one id a line, or leave the option out.")
 
 
 def _require_new_history(history: str | None) -> None:

@@ -106,7 +106,6 @@ WRONG = [
     (["out", "--items-file", "wrong.txt"], r"--items-file: 'ITEM-1' is no item of the run\. Did you mean item-001"),
     (["out", "--items-file", "blank.txt"], r"--items-file: 'blank.txt' has no ids\. Write one id a line"),
     (["--basket", "item-001", "--items-file", "blank.txt"], "--items-file: 'blank.txt' has no ids"),
-    (["out", "--users-file", "blank.txt"], "--users-file: 'blank.txt' has no ids"),
     (["out", "--history", "nothing.csv"], "--history: 'nothing.csv' does not exist"),
     (["out", "--user-column", "x"], "is a column of --history"),
     (["out", "--min-score", "nan"], "--min-score"),
