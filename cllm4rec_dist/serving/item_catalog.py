@@ -1,4 +1,4 @@
-"""The items of a run by row: external ids, titles, categories, popularity, and search by words of the title.
+"""The items of a run by row: external ids, titles, categories, popularity, and search by title or id.
 
 Nothing here imports torch.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+from anyascii import anyascii
 
 from cllm4rec_dist.corpus.ragged import Ragged
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from cllm4rec_dist.corpus.shards import Corpus
 
 _ACCENTS = re.compile("[\u0300-\u036f]")
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
+_LAST = chr(0x10FFFF)
+"""No text that begins with P sorts behind P with this character."""
 _HAN_AND_KANA = r"\u{3040}-\u{30FF}\u{3400}-\u{9FFF}"
 """Written without blanks between words, so each character counts as one."""
 _WORDS = rf"[{_HAN_AND_KANA}]|[\w--[{_HAN_AND_KANA}]]+"
@@ -83,15 +87,20 @@ class ItemCatalog:
     def search(self, query: str, limit: int = 10) -> list[int]:
         """Rows of the items that a search finds, best first.
 
-        An item is found where every word of `query` is in its title; the last word may be the beginning of one. Case
-        and accents are ignored. An item whose id is the query comes first; then items that have the last word whole,
-        each by popularity.
+        An item is found where every word of `query` is in its title, or where its id begins with `query`; the last word
+        may be the beginning of one. Case and accents are ignored, and a ligature is its letters. An item whose id is
+        the query comes first; then items that have the last word whole, items that have its beginning, and ids, each
+        by popularity; ids before titles where the query has punctuation.
         """
-        exact = self.row(query.strip())
+        query = query.strip()
+        if not query:
+            return []
+        exact = self.rows([query])
         words = _words([query])[0].to_list()
-        found = self._titled(words, limit + 1) if words else []
-        rows = [row for row in found if row != exact] if exact is not None else found
-        return ([] if exact is None else [exact])[:limit] + rows[: limit - (exact is not None)]
+        titles = self._titled(words, limit + 1) if words else []
+        ids = self._sorted(self._identified(query))[: limit + 1]
+        found = ids + titles if _PUNCTUATION.search(query) else titles + ids
+        return list(dict.fromkeys(exact + found))[:limit]
 
     def titled(self, query: str) -> list[int]:
         """Rows of all items that have every word of `query` in their titles, whole, the most popular first."""
@@ -102,15 +111,19 @@ class ItemCatalog:
         *first, last = words
         before = self._with_all(first)
         vocabulary, rows = self._index
-        start = vocabulary.search_sorted(last)
-        stop = start
-        while stop < len(vocabulary) and vocabulary[stop].startswith(last):
-            stop += 1
         beginning = np.zeros(len(self.ids), dtype=bool)
-        beginning[rows.slice(start, stop).values] = True
+        beginning[rows.slice(*_prefixed(vocabulary, last)).values] = True
         whole = self._with_all([last])
         best = self._sorted(before & whole)
         return (best + self._sorted(before & beginning & ~whole))[:limit]
+
+    def _identified(self, prefix: str) -> np.ndarray:
+        """bool [I] where an id begins with `prefix`."""
+        ids, rows = self._sorted_ids
+        start, stop = _prefixed(ids, _folded([prefix])[0])
+        kept = np.zeros(len(self.ids), dtype=bool)
+        kept[rows[start:stop]] = True
+        return kept
 
     def _with_all(self, words: list[str]) -> np.ndarray:
         """bool [I] where a title has all of `words`."""
@@ -129,6 +142,12 @@ class ItemCatalog:
         return found[np.argsort(-self.popularity[found], kind="stable")].tolist()
 
     @cached_property
+    def _sorted_ids(self) -> tuple[pl.Series, np.ndarray]:
+        """Folded ids, sorted, and the row of each. Made at the first search."""
+        pairs = pl.DataFrame({"id": _folded(self.ids), "row": np.arange(len(self.ids))}).sort("id")
+        return pairs["id"], pairs["row"].to_numpy()
+
+    @cached_property
     def _index(self) -> tuple[pl.Series, Ragged]:
         """Distinct words of the titles, sorted, and the rows of each word's items. Made at the first search."""
         pairs = pl.DataFrame({"word": _words(self.titles), "row": np.arange(len(self.ids))})
@@ -139,7 +158,20 @@ class ItemCatalog:
 
 
 def _words(texts: Sequence[str]) -> pl.Series:
-    """The words of each text, case folded and without accents."""
-    folded = unicodedata.normalize("NFKD", "\n".join(text.replace("\n", " ") for text in texts).casefold())
-    lines = pl.Series("word", _ACCENTS.sub("", folded).split("\n"), pl.String)
-    return lines.str.extract_all(_WORDS)
+    """The words of each text, folded."""
+    return _folded(texts).str.extract_all(_WORDS)
+
+
+def _folded(texts: Sequence[str]) -> pl.Series:
+    """Each text case folded, without accents, and with Latin letters that have none in ASCII spelt out (œ, ø, ł)."""
+    text = unicodedata.normalize("NFKD", "\n".join(text.replace("\n", " ") for text in texts).casefold())
+    text = _ACCENTS.sub("", text)
+    for letter in set(text):
+        if not letter.isascii() and unicodedata.name(letter, "").startswith("LATIN "):
+            text = text.replace(letter, anyascii(letter).lower())
+    return pl.Series("text", text.split("\n"), pl.String)
+
+
+def _prefixed(ordered: pl.Series, prefix: str) -> tuple[int, int]:
+    """The range of sorted texts that begin with `prefix`."""
+    return int(ordered.search_sorted(prefix)), int(ordered.search_sorted(prefix + _LAST))

@@ -87,7 +87,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/items", response_model=schemas.FoundItems, responses={422: _PROBLEMS[422]})
     def items(request: Request, parameters: Annotated[schemas.ItemsRequest, Parameters()]) -> Response:
-        """Items by words of their titles, or by their id."""
+        """Items by words of their titles, or by their id or its beginning."""
         require_once([name for name, _ in request.query_params.multi_items()])
         return _json(service.find(parameters.query, parameters.limit))
 

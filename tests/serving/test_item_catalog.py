@@ -52,6 +52,51 @@ def test_items_are_found_by_words_of_their_titles(query: str, wanted: list[int])
     assert CATALOG.search(query) == wanted
 
 
+@pytest.mark.parametrize(
+    ("title", "queries"),
+    [
+        ("Œuvres complètes", ["oeuvres", "ŒUVRES", "oeu"]),
+        ("Bücher über Ærø", ["aero", "ærø", "bucher"]),
+        ("Smørrebrød", ["smorrebrod", "smørre", "SMØR"]),
+        ("Łódź", ["lodz", "łódź", "Ło"]),
+        ("Straße", ["strasse", "STRASSE", "straße"]),
+        ("Þórr, ðe ıslak đak", ["thorr", "de", "islak", "dak", "þórr"]),
+        ("CŒUR", ["coeur", "cœ"]),
+        ("Oeuf", ["œuf"]),
+    ],
+)
+def test_letters_that_have_no_accent_to_drop_are_spelt_out(title: str, queries: list[str]) -> None:
+    catalog = ItemCatalog(["1", "2"], [title, "other"], None, np.array([0, 0]))
+    assert {query: catalog.search(query) for query in queries} == {query: [0] for query in queries}
+
+
+@pytest.mark.parametrize(
+    ("query", "wanted"),
+    [
+        ("LIV/003-7", [1, 4]),  # the id itself before more popular ones that begin with it
+        ("LIV/003", [2, 4, 1]),
+        ("liv/003-", [4, 1]),
+        ("LIV/", [4, 1, 2, 3, 0]),
+        ("LIV/003-70", [4]),
+        ("liv", [0, 4, 1, 2, 3]),  # a title's word before beginnings of ids
+        ("LIV/9", []),
+        ("/003", []),
+        ("sku_", [5]),
+        ("œ:", [6]),
+    ],
+)
+def test_items_are_found_by_the_beginning_of_their_id(query: str, wanted: list[int]) -> None:
+    ids = ["x", "LIV/003-7", "LIV/003", "LIV/1", "LIV/003-70", "SKU_1", "Œ:1"]
+    catalog = ItemCatalog(ids, ["Liv", *[""] * 6], None, np.array([0, 1, 1, 0, 9, 0, 0]))
+    assert catalog.search(query) == wanted
+
+
+def test_titles_do_not_crowd_out_an_id_with_punctuation() -> None:
+    ids = ["a", "b", "rose-soap"]
+    catalog = ItemCatalog(ids, ["Rose soap", "Rose soap", "Brush"], None, np.array([2, 1, 0]))
+    assert catalog.search("rose-so", limit=2) == [2, 0]
+
+
 def test_no_more_are_found_than_asked_for() -> None:
     assert CATALOG.search("coffee", limit=2) == [8, 3]
     named = ItemCatalog(["coffee", "b"], ["tea", "coffee"], None, np.array([0, 0]))
