@@ -45,9 +45,6 @@ def serve(
     listener = listen(host, port)
     if replicas is not None:
         require_launchable("ray", str(replicas), os.environ)
-        if port == 0:
-            raise ConfigError("--port", port, "cannot be left to Ray Serve", "Choose a port.")
-        listener.close()
     options = ServiceOptions(
         run=find_trained(run),
         replicas=replicas or 1,
@@ -65,7 +62,7 @@ def serve(
     if replicas is None:
         service.serve_here(options, listener)
     else:
-        service.serve_on_ray(options, host, port)
+        service.serve_on_ray(options, listener)
 
 
 def _require_extra(*, with_ray: bool) -> None:

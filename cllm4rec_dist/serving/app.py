@@ -8,14 +8,15 @@ serve build cllm4rec_dist.serving.app:build ...                  a configuration
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import socket
-import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,19 +34,26 @@ from cllm4rec_dist.serving.web import create_app
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
+    from starlette.types import ASGIApp
     from uvicorn import Config
+
+    from cllm4rec_dist.serving.gateway import HttpAnswer
 
 __all__ = ["build", "create_app", "open_run", "serve_here", "serve_on_ray"]
 
 logger = logging.getLogger(__name__)
 
 NAME = "cllm4rec"
-"""Of Ray Serve's application and its deployment."""
+"""Name of the deployment on Ray Serve."""
 _MAX_CONNECTIONS = 2_000
 _SHUTDOWN_SECONDS = 30
 _START_TRIES = 3
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Ray Serve's logs; ours tell what happens to a checkpoint, and metrics count requests."""
+
+_ONE_LOOP = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Variables that spare a request of Ray Serve two changes of thread; what takes time here has threads of its own."""
 
 
 def open_run(options: ServiceOptions) -> LiveRecommender:
@@ -86,8 +94,8 @@ def serve_here(options: ServiceOptions, listener: socket.socket) -> None:
     Server(server_config(app)).run(sockets=[listener])
 
 
-def server_config(app: FastAPI) -> Config:
-    """How one process serves the application."""
+def server_config(app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> Config:
+    """How this process serves an application."""
     from uvicorn import Config
 
     from cllm4rec_dist.serving.slow_clients import TimedHeaderProtocol
@@ -98,7 +106,7 @@ def server_config(app: FastAPI) -> Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        lifespan="on",
+        lifespan=lifespan,
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
@@ -138,36 +146,70 @@ class _Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from ray import serve
 
-        return create_app(self._live, self._options, serve.get_replica_context().replica_id.unique_id)
+        self._served = create_app(self._live, self._options, serve.get_replica_context().replica_id.unique_id)
+        return self._served
+
+    async def answer(self, scope: dict[str, Any], body: bytes) -> HttpAnswer:
+        """The application's answer to a request of `Gateway`."""
+        from cllm4rec_dist.serving.gateway import call_whole
+
+        return await call_whole(self._served, scope, body)
 
 
-def serve_on_ray(options: ServiceOptions, host: str, port: int) -> None:
+def serve_on_ray(options: ServiceOptions, listener: socket.socket) -> None:
     """Serve by replicas on Ray until SIGINT or SIGTERM. Joins the cluster of RAY_ADDRESS, or starts one here.
+
+    Args:
+        listener: a listening socket, served by this process.
 
     Raises:
         ConfigError: where a cluster of this host has too few processors or GPUs.
         FaultError: where the replicas do not start.
     """
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    for variable, value in _ONE_LOOP.items():
+        os.environ.setdefault(variable, value)
     start_ray()
     from ray import serve
+    from uvicorn import Server
 
+    from cllm4rec_dist.serving.gateway import Gateway
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     _require_room(options)
-    try:
-        serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
+    host, port = listener.getsockname()[:2]
+    # Unique on a cluster that others use too, and the same when this command is started again.
+    name = f"{NAME}-{socket.gethostname()}-{host}-{port}".replace(":", ".")
+    serve.start(proxy_location="Disabled", logging_config=_QUIET)
+    with asyncio.Runner() as runner:
         try:
-            serve.run(build(options.model_dump()), name=NAME, route_prefix="/", logging_config=_QUIET)
-        except RuntimeError as error:
-            raise FaultError(
-                "replicas", str(error).strip()[-500:], "did not start", "Serve the run without --replicas to see why."
-            ) from None
-        _tell(f"{options.run} by {options.replicas} replicas", host, port)
-        stop.wait()
-    finally:
-        serve.shutdown()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            gateway = Gateway(_deploy(options, name), options.timeout_seconds)
+            _tell(f"{options.run} by {options.replicas} replicas", host, port)
+            runner.run(Server(server_config(gateway, lifespan="off")).serve(sockets=[listener]))
+        finally:
+            runner.run(asyncio.to_thread(serve.delete, name))  # in the loop's lifetime: Ray reports to it
+
+
+def _deploy(options: ServiceOptions, name: str) -> DeploymentHandle[Any]:
+    """Start the replicas, without a proxy of Ray's in front.
+
+    Raises:
+        FaultError: where they do not start.
+    """
+    from ray import serve
+
+    try:
+        return serve.run(build(options.model_dump()), name=name, route_prefix=None, logging_config=_QUIET)
+    except RuntimeError as error:
+        raise FaultError(
+            "replicas", str(error).strip()[-500:], "did not start", "Serve the run without --replicas to see why."
+        ) from None
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End this process as one that did what it was to do; Ray itself ends with the number of the signal."""
+    raise SystemExit(0)
 
 
 def _require_room(options: ServiceOptions) -> None:

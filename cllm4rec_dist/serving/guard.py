@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -50,20 +50,18 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                names = {name.lower() for name, _ in message["headers"]}
-                more = [header for header in _API_HEADERS if header[0] not in names]
-                message["headers"] = [*message["headers"], *_HEADERS, *more]
+                message["headers"] = add_headers(message["headers"])
             await send(message)
 
         try:
-            body = await _whole_body(scope, receive)
-            await self._app(scope, body, send_guarded)
+            body = await read_body(scope, receive)
+            await self._app(scope, _replay(body, receive), send_guarded)
         except RequestError as error:
             await problem_response(error)(scope, receive, send_guarded)
         except Exception:
             logger.exception("a request of %s failed", scope["path"])
             if status == 0:
-                await problem_response(_FAILED)(scope, receive, send_guarded)
+                await problem_response(FAILED)(scope, receive, send_guarded)
         finally:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             path = path if path in self._paths else "other"
@@ -72,11 +70,22 @@ class Guard:
             self._telemetry.latency.labels(path).observe(time.perf_counter() - started)
 
 
-_FAILED = request_error("service", "failed to answer", "Send the request again; the service's log says why.", 500)
+FAILED = request_error("service", "failed to answer", "Send the request again; the service's log says why.", 500)
 
 
-async def _whole_body(scope: Scope, receive: Receive) -> Receive:
-    """A `receive` that gives the body at once; RequestError for one that is too large or too slow."""
+def add_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers of an answer with those for security that it lacks."""
+    given = list(headers)
+    names = {name.lower() for name, _ in given}
+    return [*given, *(header for header in [*_HEADERS, *_API_HEADERS] if header[0] not in names)]
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """The whole body of a request.
+
+    Raises:
+        RequestError: for one that is too large or too slow.
+    """
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
         raise _too_large()
@@ -98,7 +107,12 @@ async def _whole_body(scope: Scope, receive: Receive) -> Receive:
         raise request_error(
             "body", f"was not complete after {BODY_SECONDS:.0f} seconds", "Send it faster.", 408, connection="close"
         ) from None
-    whole: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
+    return b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that has been read, then what comes."""
+    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
         return whole.pop() if whole else await receive()

@@ -7,12 +7,14 @@ import json
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +28,7 @@ from cllm4rec_dist.find_run import find
 from cllm4rec_dist.serving.app import create_app, open_run
 from cllm4rec_dist.serving.options import ServiceOptions
 from cllm4rec_dist.serving.recommender import Recommender
+from cllm4rec_dist.serving.slow_clients import HEADER_SECONDS
 from tests.damage import flip_bit
 
 BASKET = ["item-003", "item-011", "item-000"]
@@ -169,7 +172,6 @@ def test_the_command_serves_until_it_is_told_to_end(runs: dict[str, Path], tmp_p
         (["nowhere"], "nowhere"),
         ([".", "--host", "203.0.113.1"], "--port"),
         ([".", "--gpus", "1"], "--gpus"),
-        ([".", "--replicas", "2", "--port", "0"], "--port"),
     ],
 )
 def test_mistakes_of_the_command_line_are_one_message(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -185,28 +187,48 @@ def test_mistakes_of_the_command_line_are_one_message(arguments: list[str], says
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_ray_serve_answers_after_a_replica_was_killed(runs: dict[str, Path], tmp_path: Path) -> None:
-    from cllm4rec_dist.serving.address import listen
-
-    with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
+def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Eight clients at once, of whom some wait for the replica that is killed; and one that never ends its header."""
     log = tmp_path / "log"
-    arguments = [str(runs["paper"]), "--port", str(port), "--replicas", "2"]
-    with log.open("w") as file, command(file, *arguments) as process:
-        wait_for(process, log, "page: http://127.0.0.1:")
-        wanted = ask(port, "/recommend", {"history": BASKET, "top": 3})
+    arguments = [str(runs["paper"]), "--port", "0", "--replicas", "2"]
+    with log.open("w") as file, command(file, *arguments) as process, ThreadPoolExecutor(9) as clients:
+        port = int(wait_for(process, log, "page: http://127.0.0.1:").partition("127.0.0.1:")[2].split()[0])
+        slow = clients.submit(seconds_to_be_cut_off, port)
+        wanted = listed(port)
         below = psutil.Process(process.pid).children(recursive=True)
         replicas = [child for child in below if "ServeReplica" in " ".join(child.cmdline())]
         assert len(replicas) == 2
+        answers = [clients.submit(listed, port) for _ in range(400)]
+        answers[100].result()
         replicas[0].kill()
-        answers = []
-        deadline = time.monotonic() + 60
-        while len(answers) < 50 and time.monotonic() < deadline:
+        assert [answer.result() for answer in answers] == [wanted] * 400
+        assert slow.result() < 2 * HEADER_SECONDS
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert "a replica was lost; its request goes to another one" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def listed(port: int) -> list[str]:
+    """The items of an answer; their scores may differ by the rounding of another batch."""
+    return [item["item"] for item in ask(port, "/recommend", {"history": BASKET, "top": 3})["items"]]
+
+
+def seconds_to_be_cut_off(port: int) -> float:
+    """How long a connection is kept that sends a header without an end, a byte a second."""
+    started = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as client:
+        client.sendall(b"GET /run HTTP/1.1\r\nX: ")
+        while time.monotonic() - started < 60:
             try:
-                answers.append(ask(port, "/recommend", {"history": BASKET, "top": 3}))
-            except OSError:  # on its way to the killed one
-                time.sleep(0.1)
-        assert answers == [wanted] * 50
+                client.sendall(b"x")
+                if not client.recv(1):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+    return time.monotonic() - started
 
 
 def test_ray_builds_the_application_from_arguments_and_a_file_from_variables(
