@@ -185,7 +185,7 @@ def serve_on_ray(options: ServiceOptions, listener: socket.socket) -> None:
     with asyncio.Runner() as runner:
         try:
             gateway = Gateway(_deploy(options, name), options.timeout_seconds)
-            _tell(f"{options.run} by {options.replicas} replicas", host, port)
+            _tell(f"{options.run} by {options.replicas} replica{'s' * (options.replicas > 1)}", host, port)
             runner.run(Server(server_config(gateway, lifespan="off")).serve(sockets=[listener]))
         finally:
             runner.run(asyncio.to_thread(serve.delete, name))  # in the loop's lifetime: Ray reports to it
