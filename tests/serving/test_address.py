@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from cllm4rec_dist.errors import ConfigError
@@ -21,6 +23,13 @@ def test_a_host_that_is_not_of_this_machine_is_refused() -> None:
         listen("no-such-host.invalid", 0)
     with pytest.raises(ConfigError, match=r"cannot be used on 203\.0\.113\.1"):
         listen("203.0.113.1", 0)
+
+
+def test_connections_send_small_answers_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_url_can_be_opened_on_this_machine() -> None:
