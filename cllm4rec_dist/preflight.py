@@ -84,7 +84,9 @@ def require_ready(
         problems += source_problems(config, unresolved)
         if "corpus" not in unresolved:
             try:
-                problems += corpus_problems(config, load_manifest(config.corpus)[0])
+                manifest, _ = load_manifest(config.corpus)
+                problems += corpus_problems(config, manifest)
+                problems += past_end_problems(config, manifest) if not problems else []
             except CLLM4RecError as error:
                 problems.append(error)
     require_none(problems, "run")
@@ -314,6 +316,37 @@ def warmup_warning(config: RunConfig, manifest: Manifest) -> str | None:
 def num_steps(config: RunConfig, manifest: Manifest) -> int:
     """Optimizer steps of all epochs, whatever max_steps says."""
     return config.epochs * -(-manifest.num_users // config.batch.users)
+
+
+def total_steps(config: RunConfig, manifest: Manifest) -> int:
+    """Optimizer steps after which the run ends."""
+    steps = num_steps(config, manifest)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def past_end_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError]:
+    """That the run goes on from a checkpoint behind its end: it would record epochs that are not those it was trained.
+
+    Raises:
+        CheckpointError: where the store of its checkpoints cannot be read.
+    """
+    names, last = Store(store_url(config)).names(STEP), total_steps(config, manifest)
+    step = int(names[-1].removeprefix(STEP)) if names else 0
+    if step <= last:
+        return []
+    steps_per_epoch = num_steps(config, manifest) // config.epochs
+    of_epochs = last == num_steps(config, manifest)
+    field, value, least = (
+        ("epochs", config.epochs, -(-step // steps_per_epoch)) if of_epochs else ("max_steps", config.max_steps, step)
+    )
+    return [
+        ConfigError(
+            field,
+            value,
+            f"ends the run after {last:,} steps, and {step:,} of it are trained already ({config.output})",
+            f"Set {field}={least} or more, or choose another output to train anew.",
+        )
+    ]
 
 
 def require_held_out(manifest: Manifest, split: str, *, with_baselines: bool) -> None:

@@ -14,6 +14,7 @@ from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
 from cllm4rec_dist.corpus.recipe import NoSplit, Preparation
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError, DataError
+from cllm4rec_dist.store import Store
 from tests.harness import make_backbone, make_catalog, make_corpus
 
 FIELDS = "stage=finetune", "corpus=c", "backbone=b", "output=runs/x"
@@ -71,6 +72,22 @@ def test_a_warm_up_that_outlasts_the_run_is_refused_with_numbers() -> None:
     assert "optimizer.warmup_steps=1 " in str(problem)
     assert not preflight.corpus_problems(config(*run, "optimizer.warmup_steps=12"), DATA)
     assert preflight.warmup_warning(config(*run, "optimizer.warmup_steps=12"), DATA) is None
+
+
+def test_a_run_that_is_trained_behind_its_end_is_refused(tmp_path: Path) -> None:
+    # 60 users in batches of 16: 4 steps an epoch.
+    run = f"output={tmp_path}", "batch.users=16"
+    store = Store(f"{tmp_path}/checkpoints")
+    assert not preflight.past_end_problems(config(*run, "epochs=1"), DATA)
+    name = "step-00000009"
+    store.commit(name, {"state.json": store.write(name, "state.json", lambda path: path.write_text("{}"))})
+    (problem,) = preflight.past_end_problems(config(*run, "epochs=2"), DATA)
+    assert "epochs: 2 ends the run after 8 steps, and 9 of it are trained already" in str(problem)
+    assert "Set epochs=3 or more, or choose another output" in str(problem)
+    (problem,) = preflight.past_end_problems(config(*run, "epochs=9", "max_steps=5"), DATA)
+    assert "Set max_steps=9 or more" in str(problem)
+    for enough in (["epochs=3"], ["epochs=9", "max_steps=9"]):
+        assert not preflight.past_end_problems(config(*run, *enough), DATA)
 
 
 def test_a_run_that_is_cut_short_or_left_to_the_default_is_warned() -> None:
