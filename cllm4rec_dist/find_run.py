@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
-from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
-from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, load_manifest
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
 from cllm4rec_dist.filesystems import is_url
 from cllm4rec_dist.run_folder import BEST, CONFIG_FILE, STEP, Kind, store_of_run
 from cllm4rec_dist.store import Store
@@ -43,6 +44,41 @@ def newest_step(run: Path) -> int:
     """Completed steps of a run's newest checkpoint; 0 where there is none yet."""
     names = Store(store_of_run(str(run))).names(STEP)
     return int(names[-1].removeprefix(STEP)) if names else 0
+
+
+def corpus_in_project(store: Store, fingerprint: str | None) -> str | None:
+    """The corpus with a fingerprint in the project that a run is of; None where there is none.
+
+    A checkpoint records absolute paths. In a copy of a project these are of the original, which may have changed or be
+    gone; and a corpus that was set aside has another path than the run that was trained on it knows.
+
+    Args:
+        store: of the run's checkpoints.
+    """
+    return next((str(f) for f in folders_in_project(store, "corpus") if _fingerprint(f) == fingerprint), None)
+
+
+def folders_in_project(store: Store, kind: Literal["corpus", "backbone"]) -> list[Path]:
+    """The corpus or backbone of the project that a run is of, then those that were set aside; none outside of one.
+
+    Args:
+        store: of the run's checkpoints.
+    """
+    if is_url(store.url):
+        return []
+    checkpoints = Path(store.url).absolute()
+    project = checkpoints.parents[2] if len(checkpoints.parents) > 2 else checkpoints
+    if checkpoints.parent.parent.name != "runs" or not (project / "recipe.yaml").is_file():
+        return []
+    return [folder for folder in (project / kind, *sorted(project.glob(f"{kind}-earlier-*"))) if folder.is_dir()]
+
+
+def _fingerprint(corpus: Path) -> str | None:
+    """That of a corpus; None for what is none."""
+    try:
+        return load_manifest(str(corpus))[1]
+    except CLLM4RecError:
+        return None
 
 
 def _instead(path: str) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 A run is loaded in this process alone where that will do (`load_local`), else on all ranks (`load_sharded`). Checkpoints
 record the paths of their corpus and backbone; when a run has moved to another machine, other paths may be given, and
-the fingerprints in the checkpoint decide whether they are the right ones (`checkpoint.require_same`).
+the fingerprints in the checkpoint decide whether they are the right ones (`checkpoint.require_same`). A run of a
+project finds them in that project first, so that a copy of a project does not read what the original has become.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.evaluation.results import Provenance
 from cllm4rec_dist.filesystems import as_os_errors, locate
+from cllm4rec_dist.find_run import corpus_in_project, folders_in_project
+from cllm4rec_dist.model.backbone import fingerprint
 from cllm4rec_dist.store import Store
 from cllm4rec_dist.system import InferenceSystem, System, assemble, assemble_for_inference, with_deepspeed_at_hand
 from cllm4rec_dist.topology import World
@@ -167,11 +170,28 @@ def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
 def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str | None = None) -> RunConfig:
     """The configuration of a checkpoint, with the paths of corpus and backbone as they are now.
 
+    These are the ones given, else those in the run's project that have the checkpoint's fingerprints, else the recorded
+    ones.
+
     Raises:
-        ConfigError: where a recorded path is no longer there and no other one is given.
+        ConfigError: where a recorded path is no longer there and no other one is given or found.
     """
     config = validate(RunConfig, used.about.config, f"{used.path}: configuration")
-    return relocated(config, used.path, backbone, corpus)
+    corpus = corpus or corpus_in_project(used.store, used.about.fingerprints.get("corpus"))
+    return relocated(config, used.path, backbone or _backbone_in_project(used), corpus)
+
+
+def _backbone_in_project(used: Checkpoint) -> str | None:
+    """The backbone of a checkpoint in the project that its run is of; None where there is none."""
+    wanted = used.about.fingerprints.get("backbone")
+    folders = [folder for folder in folders_in_project(used.store, "backbone") if (folder / "config.json").is_file()]
+    for folder in folders:
+        try:
+            if fingerprint(folder) == wanted:
+                return str(folder)
+        except (CLLM4RecError, OSError):
+            continue  # damaged, so it is not the one
+    return None
 
 
 def relocated(config: RunConfig, origin: str, backbone: str | None, corpus: str | None) -> RunConfig:

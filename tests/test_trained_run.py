@@ -12,13 +12,15 @@ import torch
 from cllm4rec_dist import checkpoint
 from cllm4rec_dist.checkpoint import Checkpoint
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.export.source import open_source
 from cllm4rec_dist.inference import evaluate_run, load
+from cllm4rec_dist.serving.known_ids import read_known_ids
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.trained_run import load_local, log_choice, relocated
-from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, with_messages
+from tests.harness import make_backbone, make_catalog, make_corpus, make_run, run_ranks, with_messages
 from tests.test_train import Made, make_config, run
 
 
@@ -123,6 +125,31 @@ def test_only_what_looks_like_a_path_is_looked_for(made: Made, tmp_path: Path) -
         relocated(gone, "x", None, None)
     with pytest.raises(ConfigError, match=r"x: corpus.*holds no corpus"):
         relocated(config.model_copy(update={"corpus": str(tmp_path)}), "x", None, None)
+
+
+def test_a_run_of_a_copied_project_reads_the_copys_corpus_and_backbone(tmp_path: Path) -> None:
+    shop, copy = tmp_path / "shop", tmp_path / "copy"
+    catalog = make_catalog()
+    backbone = make_backbone(shop / "backbone", catalog)
+    corpus = make_corpus(shop / "corpus", catalog, backbone)
+    make_run(shop / "runs/finetune", corpus, backbone)
+    for name in ("recipe.yaml", "finetune.yaml"):
+        (shop / name).write_text("{}")
+    shutil.copytree(shop, copy)
+    found = load_local(str(copy / "runs/finetune"), torch.device("cpu"))[0].config
+    assert (found.corpus, found.backbone) == (str(copy / "corpus"), str(copy / "backbone"))
+    shutil.rmtree(shop)
+    assert load_local(str(copy / "runs/finetune"), torch.device("cpu"))[0].config == found
+    assert len(read_known_ids(str(copy / "runs/finetune")).users) == catalog.num_users
+    assert open_source(str(copy / "runs/finetune"), None, None).config.corpus == str(copy / "corpus")
+
+    # A changed recipe sets corpus and run aside, and the run finds its corpus there.
+    (copy / "corpus").rename(copy / "corpus-earlier-2")
+    (copy / "runs/finetune").rename(copy / "runs/finetune-earlier-1")
+    other = make_corpus(copy / "corpus", make_catalog(seed=1), copy / "backbone")
+    found = load_local(str(copy / "runs/finetune-earlier-1"), torch.device("cpu"))[0].config
+    assert found.corpus == str(copy / "corpus-earlier-2")
+    assert load_manifest(other)[1] != load_manifest(found.corpus)[1]
 
 
 def test_a_damaged_checkpoint_is_told_of_alone_and_a_run_of_damaged_ones_as_such(

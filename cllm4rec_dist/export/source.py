@@ -23,6 +23,7 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.errors import CheckpointError, CorpusError
+from cllm4rec_dist.find_run import corpus_in_project
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, fingerprint, load_config, local_folder
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.trained_run import log_choice, recorded_config
@@ -88,7 +89,9 @@ def open_source(
     if found is None:
         raise checkpoint.none_whole(run, store, names)
     opened, (tensors, tables) = found
-    config = recorded_config(opened, backbone, corpus or str(opened.about.config["corpus"]))
+    in_project = corpus_in_project(opened.store, opened.about.fingerprints.get("corpus"))
+    # The recorded path even if it is gone: a corpus is not needed for everything.
+    config = recorded_config(opened, backbone, corpus or in_project or str(opened.about.config["corpus"]))
     folder = local_folder(config.backbone)
     decoder = load_config(folder)  # refuses a backbone that cannot be used
     tokenizer = WordTokenizer.load(folder)

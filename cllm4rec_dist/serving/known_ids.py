@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,7 +13,7 @@ import polars as pl
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
-from cllm4rec_dist.find_run import find
+from cllm4rec_dist.find_run import corpus_in_project, find
 from cllm4rec_dist.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 
@@ -43,7 +42,7 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
     Raises:
         CLLM4RecError: where there is no checkpoint or corpus, or it cannot be read.
     """
-    url = corpus or str(_recorded(run).get("corpus"))
+    url = corpus or _corpus_of(run)
     users, items = _table(url, "users"), _table(url, "items")
     ids, titles = items["item"].to_list(), [title or "" for title in items["title"].to_list()]
     catalog = ItemCatalog(ids, titles, None, np.zeros(len(ids), np.int64))
@@ -53,12 +52,13 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
     return KnownIds(names, catalog)
 
 
-def _recorded(run: str) -> dict[str, Any]:
-    """The configuration in a checkpoint. What is wrong with it the ranks will say."""
+def _corpus_of(run: str) -> str:
+    """Where the corpus of a run's checkpoint is. What is wrong with its configuration the ranks will say."""
     store, names = find(run)
     marker = store.marker(names[0])
     state = json.loads(store.fetch(names[0], "state.json", marker.files["state.json"]).read_bytes())
-    return dict(state["config"])
+    in_project = corpus_in_project(store, state.get("fingerprints", {}).get("corpus"))
+    return in_project or str(state["config"].get("corpus"))
 
 
 def _table(url: str, kind: str) -> pl.DataFrame:
