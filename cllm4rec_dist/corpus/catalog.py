@@ -137,7 +137,7 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
         frame = _with_training(frame, log)
     users, ids["user"] = _number(frame["user"], ids["user"])
     items, ids["item"] = _number(frame["item"], ids["item"])
-    part = _part(frame, users, items, ids, config, log)
+    part = _part(frame, users, items, ids, config)
     users, ids["user"], new_users = _apart(users, items, part, ids["user"])
     own = [(users >= 0) & (part == p) for p in (TRAIN, VALID, TEST)]
     parts = [_ragged(users[chosen], items[chosen], len(ids["user"])) for chosen in own]
@@ -273,7 +273,6 @@ def _part(
     items: np.ndarray,
     ids: dict[str, pl.Series],
     config: PrepareConfig,
-    log: SkipLog,
 ) -> np.ndarray:
     """Part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
     lengths = np.bincount(users, minlength=len(ids["user"]))
@@ -294,9 +293,12 @@ def _part(
         drawn = np.arange(len(users))[::-1]
         drawn = drawn[np.argsort(users[drawn], kind="stable")]
         num_valid, num_test = _last_counts(lengths, config.split.num_valid, config.split.num_test)
-    none = num_valid + num_test == 0
-    example = ids["user"][int(np.flatnonzero(none)[0])] if none.any() else None
-    log.skip("user with too few items to hold any out", int(none.sum()), len(lengths), value=example)
+    if num_whole := int((num_valid + num_test == 0).sum()):  # they train, so nothing of them is left out
+        logger.info(
+            "%s of %s users have too few items to hold any out: all of theirs are trained on",
+            f"{num_whole:,}",
+            f"{len(lengths):,}",
+        )
     # Place of each interaction in its user's drawing order: the first ones are the test, the next ones validation.
     place = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     owner = users[drawn]

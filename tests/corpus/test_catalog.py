@@ -99,14 +99,21 @@ def test_threshold_and_core_match_a_plain_loop() -> None:
     assert catalog.log.counts[outside] == len(raw.interactions) - below - len(kept)
 
 
-def test_random_split_shares() -> None:
+TOO_FEW = "users have too few items to hold any out: all of theirs are trained on"
+
+
+def test_random_split_shares(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     catalog = build_catalog(random_raw(), recipe())
     train, valid, test = (getattr(catalog, split).lengths for split in ("train", "valid", "test"))
     total = train + valid + test
     expected = np.where(total < 3, 0, np.floor(total / 10 + 0.5))
     np.testing.assert_array_equal(valid, expected)
     np.testing.assert_array_equal(test, expected)
-    assert catalog.log.counts["user with too few items to hold any out"] == (total < 5).sum() > 0
+    num_whole = int((total < 5).sum())
+    assert num_whole > 0
+    assert f"{num_whole} of {len(total)} {TOO_FEW}" in caplog.text
+    assert not any("hold any out" in reason for reason in catalog.log.counts), "they train: nothing is left out"
 
 
 def test_every_user_keeps_a_training_item() -> None:
@@ -143,11 +150,15 @@ def test_last_split() -> None:
     assert by_user(catalog, "test") == {"u": ["b", "a"], "v": []}
 
 
-def test_last_split_of_a_user_that_is_too_short_is_counted() -> None:
+def test_last_split_of_a_user_that_is_too_short_is_said_and_not_counted_as_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
     rows = [("u", item, None, float(time), "") for time, item in enumerate("abc")]
     catalog = build_catalog(raw_data(rows), recipe(split={"kind": "last", "num_valid": 2, "num_test": 2}))
     assert by_user(catalog, "train") == {"u": ["a", "b", "c"]}
-    assert catalog.log.counts["user with too few items to hold any out"] == 1
+    assert f"1 of 1 {TOO_FEW}" in caplog.text
+    assert catalog.log.counts == {"item without title": 3}
 
 
 def test_reviews_of_held_out_interactions_stay_out() -> None:

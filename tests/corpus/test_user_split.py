@@ -192,13 +192,14 @@ def test_a_split_that_holds_out_nobody_or_everybody_is_refused(
         build_catalog(raw, recipe(split=SPLIT | settings))
 
 
-def test_users_with_too_few_items_are_never_held_out() -> None:
+def test_users_with_too_few_items_are_never_held_out_and_train() -> None:
     rows = [(f"few-{user}", item, 5, 0, "") for user in range(40) for item in ("a", "b")]
     rows += [(f"many-{user}", item, 5, 0, "") for user in range(40) for item in ("a", "b", "c")]
     made = build_catalog(raw_data(rows), recipe(split=SPLIT))
     assert len(made.new_users) > 5
     assert all(user.startswith("many") for user in made.new_users.ids)
-    assert made.log.counts["user with too few items to hold any out"] >= 40
+    assert {f"few-{user}" for user in range(40)} <= set(made.user_ids)
+    assert not any("hold any out" in reason for reason in made.log.counts)
 
 
 def test_everything_is_trained_on_without_a_split(raw: RawData, tmp_path: Path) -> None:
