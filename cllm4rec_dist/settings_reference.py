@@ -50,6 +50,14 @@ def describe_settings(section: str | None = None) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all settings of a class; one that several sections in a place have comes more than once."""
+    nested = {key for key, _ in _subsections(model)}
+    yield from (f"{prefix}{name}" for name in model.model_fields if name not in nested)
+    for key, inner in _subsections(model):
+        yield from setting_names(inner, f"{prefix}{key}.")
+
+
 def _unknown(name: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> ConfigError:
     known = [name for model in models for key, inner in _subsections(model) for name in (key, _tag(inner)) if name]
     known = list(dict.fromkeys(known if is_rooted else [*known, *_ROOTS]))

@@ -7,7 +7,9 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+import typer.core
 
+from cllm4rec_dist.cli.setting_flags import require_no_setting_flags, takes_settings
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.renames import COMMANDS
 
@@ -47,10 +49,24 @@ def _require_new_command(arguments: list[str]) -> None:
         raise ConfigError("command", name, "has another name now", f"Write cllm4rec {COMMANDS[name]}.")
 
 
+def _require_options(arguments: list[str]) -> None:
+    """Refuse a setting that is written as an option; of other options that there are not, typer says so."""
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if not takes_settings(name):
+        return
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    options = {option for parameter in group.commands[name].params for option in parameter.opts}
+    options |= {option for parameter in group.commands[name].params for option in parameter.secondary_opts}
+    require_no_setting_flags(name, arguments[arguments.index(name) + 1 :], options | {"--help"})
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error of ours is one message and its exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        _require_new_command(sys.argv[1:] if arguments is None else arguments)
+        _require_new_command(given)
+        _require_options(given)
         app(arguments)
     except CLLM4RecError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
