@@ -328,11 +328,11 @@ def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monke
     ):
         cli.app(["recommend", "run", "out", *options], standalone_mode=False)
         request = found[-1]["request"]
-        assert request == BulkRequest(top=100, users=users)
+        assert request == BulkRequest(top=20, users=users)
         assert (found[-1]["backbone"], found[-1]["corpus"]) == (None, None)
     moved = ["--backbone", "backbone", "--corpus", "corpus"]
     cli.app(["recommend", "run", "out", *moved, "--known-items", "train", "--include-seen"], standalone_mode=False)
-    assert found[-1]["request"] == BulkRequest(top=100, known_items="train", include_seen=True)
+    assert found[-1]["request"] == BulkRequest(top=20, known_items="train", include_seen=True)
     assert (found[-1]["backbone"], found[-1]["corpus"]) == (str(tmp_path / "backbone"), str(tmp_path / "corpus"))
     with pytest.raises(DataError, match="cannot be read"):
         cli.app(["recommend", "run", "out", "--users-file", "nothing.txt"], standalone_mode=False)

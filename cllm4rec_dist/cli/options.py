@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +23,9 @@ from cllm4rec_dist.short_jobs import LAUNCHER_HELP
 logger = logging.getLogger(__name__)
 
 PathT = TypeVar("PathT", str, Path)
+
+LIST_LENGTH = 20
+"""Items of each list that is written to files."""
 
 
 def expanded(option: typer.CallbackParam, path: PathT | None) -> PathT | None:
@@ -119,6 +123,15 @@ def announce(text: str, launcher: str = "process") -> None:
     if is_main(launcher, os.environ):
         setup_logging()
         logger.info(text)
+
+
+def announce_printed(text: str) -> None:
+    """As `announce`, for a command whose result is a small table: what is waited for in a terminal, then warnings."""
+    hide_accelerator_notice()
+    setup_logging()
+    if sys.stderr.isatty():
+        logger.info(text)
+    logging.getLogger("cllm4rec_dist").setLevel(logging.WARNING)
 
 
 def log_alone() -> None:

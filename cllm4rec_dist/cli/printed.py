@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cllm4rec_dist.cli.formats import Format
-from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 
@@ -32,11 +32,38 @@ def split_basket(texts: Sequence[str], items: ItemCatalog) -> tuple[str, ...]:
     return tuple(name for part in ids if (name := part.strip()))
 
 
+def require_known_basket(names: Sequence[str], items: ItemCatalog) -> None:
+    """Refuse a basket of which nothing is known: a list of popular items would look like an answer to it.
+
+    Raises:
+        DataError: with ids, or items by their titles, that may be meant.
+    """
+    if not names or any(items.row(name) is not None for name in names):
+        return
+    meant = {name: _meant(name, items) for name in dict.fromkeys(names)}
+    likely = "; ".join(f"{' or '.join(found)} for {name!r}" for name, found in meant.items() if found)
+    hint = f"Did you mean {likely}?" if likely else f"The run has ids such as {items.ids[0]!r}."
+    value = names[0] if len(names) == 1 else list(names)
+    rule = "is no item of the run" if len(names) == 1 else "are no items of the run"
+    raise DataError(
+        "--basket",
+        value,
+        rule,
+        f"{hint} Give ids between commas without blanks, or in quotes: --basket A,B or --basket 'A, B'.",
+    )
+
+
+def _meant(name: str, items: ItemCatalog) -> list[str]:
+    """Ids spelt like a name, else items that have its words in their titles, as text."""
+    ids = similar_ids(name, items.ids)
+    return ids or [f"{items.ids[row]} ({items.titles[row]})" for row in items.search(name, 3)]
+
+
 def tell_unknown(option: str, names: Sequence[str], items: ItemCatalog) -> None:
     """Say which items of a basket are left out, and which may be meant."""
     for name in dict.fromkeys(names):
         if items.row(name) is None:
-            likely = similar_ids(name, items.ids)
+            likely = _meant(name, items)
             hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
             typer.echo(f"{option}: {name!r} is no item of the run and is left out{hint}", err=True)
 

@@ -14,6 +14,7 @@ from cllm4rec_dist import preflight
 from cllm4rec_dist.cli.formats import Format
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import (
+    LIST_LENGTH,
     BackboneOption,
     BatchUsers,
     CorpusOption,
@@ -21,12 +22,20 @@ from cllm4rec_dist.cli.options import (
     ShortLauncher,
     Workers,
     announce,
+    announce_printed,
     expanded,
     find_trained,
     moved_paths,
     output_problems,
 )
-from cllm4rec_dist.cli.printed import as_table, require_printed_format, show, split_basket, tell_unknown
+from cllm4rec_dist.cli.printed import (
+    as_table,
+    require_known_basket,
+    require_printed_format,
+    show,
+    split_basket,
+    tell_unknown,
+)
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.id_list import read_ids
 from cllm4rec_dist.launchers import ranks_are_elsewhere, require_launchable
@@ -52,8 +61,9 @@ TopOption = Annotated[int, typer.Option("--top", "-k", min=1, help="Items of a l
 ShownFormat = Annotated[Format | None, typer.Option("--format", help="table (default), csv or jsonl.")]
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})  # so that they can be explained
 def recommend(
+    context: typer.Context,
     run: RunArgument,
     output: Annotated[
         Path | None,
@@ -62,7 +72,8 @@ def recommend(
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option("--top", "-k", min=1, help="Items of a list; 100 in files, 10 if printed.")
+        int | None,
+        typer.Option("--top", "-k", min=1, help=f"Items of a list; {LIST_LENGTH} in files, 10 if printed."),
     ] = None,
     user: Annotated[list[str] | None, typer.Option("--user", help="Only this user (may be repeated).")] = None,
     users_file: Annotated[
@@ -80,7 +91,8 @@ def recommend(
     item_column: Annotated[str | None, typer.Option(help="Column of --history with item ids.")] = None,
     time_column: Annotated[str | None, typer.Option(help="Column of --history with times.")] = None,
     basket: Annotated[
-        list[str] | None, typer.Option("--basket", help="Items A,B of somebody, whose list is printed.")
+        list[str] | None,
+        typer.Option("--basket", help="Items A,B of somebody, whose list is printed. With blanks in quotes: 'A, B'."),
     ] = None,
     known_items: Annotated[
         KnownItems, typer.Option(help="What of the corpus counts as a user's items: all, or the training items.")
@@ -113,6 +125,7 @@ def recommend(
     --user and --users-file, else of --history, else of the corpus. A list that OUTPUT holds already is replaced.
     """
     require_launchable(launcher, workers, os.environ)
+    _require_one_place(output, context.args, basket)
     _require_new_history(history)
     if min_score is not None and min_score != min_score:
         raise ConfigError("--min-score", min_score, "must be a number", "Leave it out for no limit.")
@@ -126,8 +139,6 @@ def recommend(
         options = {"top": top or 10, "min_score": min_score, "include_seen": include_seen}
         _print_list(run, basket or (), user, exclude, only, options, file_format, backbone, corpus)
         return
-    if basket:
-        raise ConfigError("--basket", basket, "is printed, not written to OUTPUT", "Leave OUTPUT out.")
     problems = output_problems("output", output, launcher)
     if file_format is Format.TABLE:
         problems.append(ConfigError("--format", "table", "is for the terminal", "Write parquet, csv or jsonl."))
@@ -150,7 +161,7 @@ def recommend(
     from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
 
     request = BulkRequest(
-        top=top or 100,
+        top=top or LIST_LENGTH,
         users=users,
         orders=orders,
         skip_unknown_users=skip_unknown_users,
@@ -187,7 +198,7 @@ def similar(
     require_printed_format(file_format)
     found = find_trained(run)
     chosen = find_item("ITEM", item, read_known_ids(found, corpus).items)
-    announce(f"similar: reading {run}, importing torch")
+    announce_printed(f"similar: reading {run}, importing torch")
     from cllm4rec_dist.serving.recommender import Recommender
 
     recommender = Recommender.load(found, **moved_paths(backbone, corpus))
@@ -210,8 +221,10 @@ def _print_list(
     known = read_known_ids(found, corpus)
     _require_known(known, user, {}, only, exclude, skip_unknown_users=False)
     items = split_basket(basket, known.items)
+    if user is None:
+        require_known_basket(items, known.items)
     tell_unknown("--basket", items, known.items)
-    announce(f"recommend: reading {run}, importing torch")
+    announce_printed(f"recommend: reading {run}, importing torch")
     from cllm4rec_dist.serving.queries import Query
     from cllm4rec_dist.serving.recommender import Recommender
 
@@ -227,6 +240,18 @@ def _print_list(
 
 def _item_ids(path: Path | None, option: str) -> frozenset[str] | None:
     return None if path is None else frozenset(read_ids(path, option))
+
+
+def _require_one_place(output: Path | None, more: Sequence[str], basket: Sequence[str] | None) -> None:
+    """Refuse words behind OUTPUT, and OUTPUT for a basket, which is often the rest of one typed with blanks."""
+    behind = [*([] if output is None else [str(output)]), *more]
+    if basket and behind and any(text.rstrip().endswith(",") for text in basket):
+        what = f"ends at the blank behind its comma, so {', '.join(map(repr, behind))} is not in it"
+        raise ConfigError("--basket", list(basket), what, "Write --basket A,B or, in quotes, --basket 'A, B'.")
+    if more:
+        raise ConfigError("OUTPUT", behind, "must be one folder", "Write RUN OUTPUT, and in quotes what has blanks.")
+    if basket and output is not None:
+        raise ConfigError("--basket", list(basket), "is printed, not written to OUTPUT", "Leave OUTPUT out.")
 
 
 def _require_new_history(history: str | None) -> None:

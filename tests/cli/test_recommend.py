@@ -57,8 +57,22 @@ def test_a_basket_is_answered_in_the_terminal(run: Path, recommender: Recommende
     assert both != printed
 
 
-def test_a_basket_of_unknown_items_lists_popular_ones_and_says_so(run: Path) -> None:
-    printed, told = called("recommend", run, "--basket", "x", "--top", "2", "--format", "jsonl")
+def test_a_small_table_comes_without_log_lines(run: Path) -> None:
+    assert called("recommend", run, "--basket", "item-003", "--top", "2")[1] == ""
+    assert called("similar", run, "item-003", "--top", "2")[1] == ""
+
+
+def test_words_of_titles_in_a_basket_are_answered_with_the_items(run: Path, recommender: Recommender) -> None:
+    word = recommender.items.titles[3].split()[0]
+    message = refused("recommend", run, "--basket", word)
+    titles = dict(zip(recommender.items.ids, recommender.items.titles, strict=True))
+    meant = re.findall(r"(item-\d+) \(([^)]*)\)", message)
+    assert meant
+    assert all(titles[item] == title and word in title for item, title in meant)
+
+
+def test_an_empty_basket_lists_popular_items_and_says_so(run: Path) -> None:
+    printed, told = called("recommend", run, "--basket", "", "--top", "2", "--format", "jsonl")
     assert "popular items, without a score" in told
     assert [json.loads(line)["score"] for line in printed.splitlines()] == [None, None]
 
@@ -93,6 +107,11 @@ def test_files_with_titles_a_category_and_without_what_is_sold_out(run: Path, tm
 WRONG = [
     (["out", "--history", "train"], "What it used to mean is --known-items train"),
     (["out", "--basket", "a"], "--basket: .* is printed"),
+    (["B", "--basket", "A,"], r"ends at the blank behind its comma, so 'B' is not in it. Write --basket A,B"),
+    (["--basket", "A,", "B,", "C"], "so 'B,', 'C' is not in it"),
+    (["out", "more"], r"OUTPUT: \['out', 'more'\] must be one folder"),
+    (["--basket", "item-2", "--basket", "x"], r"are no items .* item-002 .*for 'item-2'. Give ids between commas"),
+    (["--basket", "TITLE"], r"--basket: 'TITLE' is no item of the run\. "),
     ([], "OUTPUT: None is missing"),
     (["--user", "user-001", "--user", "user-002"], "OUTPUT: None is missing"),
     (["--basket", "item-001", "--known-items", "train"], "--known-items: 'train' is for lists that are written"),
