@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ import typer
 from cllm4rec_dist.cli.child import BAD_INPUT, STOPPED, CommandEnded, run_command
 from cllm4rec_dist.cli.corpus import make_backbone, make_corpus
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import Workers, expanded
+from cllm4rec_dist.cli.options import LIST_LENGTH, Workers, expanded
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers import joins, require_launchable
 from cllm4rec_dist.project.layout import Project
@@ -133,31 +134,48 @@ def run(
         str, typer.Option("--launcher", help="process (one rank, here), ray; auto: Ray where --workers asks for more.")
     ] = "auto",
     workers: Workers = "1",
-    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items of each list.")] = 20,
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items of each list.")] = LIST_LENGTH,
     redo: Annotated[
-        bool, typer.Option("--redo", help="Train again what is out of date; earlier runs are kept.")
+        bool,
+        typer.Option(
+            "--redo",
+            help="Train again what is out of date; earlier runs are kept. With more epochs a run goes on, without"
+            " --redo and with it.",
+        ),
     ] = False,
 ) -> None:
     """Do what is missing of a project: prepare, build-backbone, pretrain, finetune, evaluate, recommend.
 
     Stopped at any point, the same command goes on. What has changed since (a file, the recipe, a setting) is said, and
-    made again; a trained run is replaced with --redo only.
+    made again; a trained run is replaced with --redo only. With more epochs it goes on; fewer than it was trained for
+    are a change like any other.
     """
     chosen = _launcher(name, launcher, workers)
     project = require_project(name)
     by_file = split_overrides(overrides or ())
     settings = load_settings(project, by_file, top)
     commands = _commands(project, settings, by_file, chosen, workers)
+    command_line = _command_line(name, overrides or (), {"--launcher": launcher, "--workers": workers, "--top": top})
+    again = f"{command_line} --redo" if redo else command_line
     try:
-        run_stages(project, settings, commands, typer.echo, redo=redo)
+        run_stages(project, settings, commands, typer.echo, redo=redo, command_line=command_line)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: `cllm4rec run {name}` goes on", err=True)
+        typer.echo(f"stopped: `{again}` goes on", err=True)
         raise typer.Exit(STOPPED) from None
     except CommandEnded as ended:
         first = "mend it, then " if ended.status == BAD_INPUT else ""
-        typer.echo(f"{ended}: {first}`cllm4rec run {name}` goes on from there", err=True)
+        typer.echo(f"{ended}: {first}`{again}` goes on from there", err=True)
         raise typer.Exit(ended.status) from None
-    typer.echo(summarize(project, settings))
+    typer.echo(summarize(project, settings, command_line))
+
+
+_DEFAULTS = {"--launcher": "auto", "--workers": "1", "--top": LIST_LENGTH}
+
+
+def _command_line(name: Path, overrides: Sequence[str], options: Mapping[str, str | int]) -> str:
+    """What was typed, for a shell: a call that left out an override would find everything out of date."""
+    given = [(option, str(value)) for option, value in options.items() if value != _DEFAULTS[option]]
+    return shlex.join(["cllm4rec", "run", str(name), *overrides, *(part for pair in given for part in pair)])
 
 
 def _launcher(name: Path, launcher: str, workers: str) -> str:
@@ -180,6 +198,7 @@ def _commands(
 ) -> dict[str, Callable[[], object]]:
     """What each stage does: its own command, on the project's paths."""
     ranks = ["--launcher", launcher, "--workers", workers]
+    trains = [*ranks, "--no-next"]  # the summary says what comes next
     folder = settings.pretrain.backbone if settings.backbone is None else str(project.backbone)
     backbone = _path_override("backbone", folder)
     first, second = str(project.pretrain_run), str(project.finetune_run)
@@ -191,8 +210,8 @@ def _commands(
     return {
         "build-backbone": partial(_build_backbone, project, settings),
         "prepare": partial(make_corpus, settings.recipe, folder, str(project.corpus), overwrite=True),
-        "pretrain": partial(run_command, "pretrain", "--config", str(project.pretrain_file), *pretrain, *ranks),
-        "finetune": partial(run_command, "finetune", "--config", str(project.finetune_file), *finetune, *ranks),
+        "pretrain": partial(run_command, "pretrain", "--config", str(project.pretrain_file), *pretrain, *trains),
+        "finetune": partial(run_command, "finetune", "--config", str(project.finetune_file), *finetune, *trains),
         "evaluate": partial(run_command, "evaluate", second, *ranks),
         "recommend": partial(run_command, "recommend", second, lists, "--top", str(settings.top), *ranks),
     }

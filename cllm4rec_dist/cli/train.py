@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from cllm4rec_dist.train import TrainResult
 
 
+SaysNext = Annotated[
+    bool, typer.Option("--next/--no-next", hidden=True, help="Say which command comes next; `run` says it itself.")
+]
+
+
 @app.command()
 def pretrain(
     config: ConfigFile,
@@ -46,9 +51,10 @@ def pretrain(
     resume: Resume = None,
     max_failures: MaxFailures = 3,
     allow_leak: AllowLeak = False,
+    says_next: SaysNext = True,
 ) -> None:
     """Mutually regularized pretraining of the collaborative and the content LLM. Resumes by itself."""
-    _train("pretrain", config, overrides, launcher, workers, resume, max_failures, allow_leak)
+    _train("pretrain", config, overrides, launcher, workers, resume, max_failures, allow_leak, says_next=says_next)
 
 
 @app.command()
@@ -60,9 +66,10 @@ def finetune(
     resume: Resume = None,
     max_failures: MaxFailures = 3,
     allow_leak: AllowLeak = False,
+    says_next: SaysNext = True,
 ) -> None:
     """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes by itself."""
-    _train("finetune", config, overrides, launcher, workers, resume, max_failures, allow_leak)
+    _train("finetune", config, overrides, launcher, workers, resume, max_failures, allow_leak, says_next=says_next)
 
 
 @app.command()
@@ -124,7 +131,7 @@ def plan(
 
 def _train(
     stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: str, resume: str | None,
-    max_failures: int, allow_leak: bool,
+    max_failures: int, allow_leak: bool, *, says_next: bool,
 ) -> None:  # fmt: skip
     require_launchable(launcher, workers, os.environ)
     announce(f"{stage}: reading {path}", launcher)
@@ -145,7 +152,7 @@ def _train(
         raise typer.Exit(EXIT_STATUS)
     if is_main(launcher, os.environ):
         typer.echo(f"{stage} done: {config.output}")
-        for command in next_commands(stage, Path(config.output), path):
+        for command in next_commands(stage, Path(config.output), path) if says_next else ():
             typer.echo(f"next: {command}")
 
 

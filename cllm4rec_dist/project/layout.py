@@ -59,6 +59,12 @@ class Project:
         return self.folder / "runs" / "finetune"
 
     @property
+    def has_runs(self) -> bool:
+        """True where anything has been trained, runs that were set aside included."""
+        runs = self.pretrain_run.parent
+        return runs.is_dir() and any(child.is_dir() for child in runs.iterdir())
+
+    @property
     def evaluation(self) -> Path:
         """Metrics and report."""
         return self.finetune_run / "evaluation"

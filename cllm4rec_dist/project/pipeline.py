@@ -7,6 +7,7 @@ only if that is asked for; it is then kept beside the new one.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,7 +127,13 @@ def _require_consistent(settings: Settings) -> None:
 
 
 def run_stages(
-    project: Project, settings: Settings, commands: Mapping[str, Callable[[], object]], tell: Tell, *, redo: bool
+    project: Project,
+    settings: Settings,
+    commands: Mapping[str, Callable[[], object]],
+    tell: Tell,
+    *,
+    redo: bool,
+    command_line: str,
 ) -> None:
     """Run what is missing.
 
@@ -136,13 +143,15 @@ def run_stages(
         commands: what each stage does, by its name.
         tell: says a line.
         redo: replace trained runs that are out of date.
+        command_line: the call with its overrides, without `--redo`, for messages.
 
     Raises:
         ConfigError: where another process runs the project, or a trained run is out of date and `redo` is not set.
     """
     with _claim(project):
         stages = stages_of(project, settings)
-        _require_current(project, settings, stages, redo=redo)
+        if not redo:
+            _require_current(project, settings, stages, f"{command_line} --redo")
         width = max(len(stage.name) for stage in stages)
         for number, stage in enumerate(stages, start=1):
             head = f"[{number}/{len(stages)}] {stage.name:<{width}}"
@@ -152,6 +161,8 @@ def run_stages(
                 tell(f"{head}  done before ({duration(record.seconds if record else 0)})")
                 continue
             tell(f"{head}  {stage.what}{_why(state)}")
+            if redo and state.status is Status.EXTENDED:
+                tell(f"      --redo trains nothing again here, as this can go on: to start anew, rename {_run(state)}")
             _run_stage(project, settings, state, commands[stage.name], tell)
 
 
@@ -167,12 +178,16 @@ def _why(state: State) -> str:
             return ""
 
 
+def _run(state: State) -> str:
+    return shlex.quote(str(state.stage.output.parent))
+
+
 def _run_stage(project: Project, settings: Settings, state: State, command: Callable[[], object], tell: Tell) -> None:
     name = state.stage.name
     goes_on = state.status in (Status.UNFINISHED, Status.EXTENDED)
     if name in _OWN_FOLDER and not (goes_on and state.stage.trains):
         _set_aside(getattr(project, _OWN_FOLDER[name]), tell)
-    if name == "prepare" and state.status is Status.STALE and project.pretrain_run.exists():
+    if name == "prepare" and state.status is Status.STALE and project.has_runs:
         _set_aside(project.corpus, tell)  # a run that is kept is of no use without its corpus
     before = read_record(project, name) if goes_on else None
     record = Record(with_digests(inputs_of(project, settings, name)), 0.0 if before is None else before.seconds)
@@ -187,20 +202,24 @@ def _run_stage(project: Project, settings: Settings, state: State, command: Call
     write_record(project, name, Record(record.inputs, record.seconds, is_complete=True, files=files))
 
 
-def _require_current(project: Project, settings: Settings, stages: Sequence[Stage], *, redo: bool) -> None:
-    """Refuse to replace what took long to train, before anything is touched."""
+def _require_current(project: Project, settings: Settings, stages: Sequence[Stage], redo: str) -> None:
+    """Refuse to replace what took long to train, before anything is touched.
+
+    Args:
+        redo: the command line that replaces it.
+    """
     changes: list[str] = []
     for stage in stages:
         state = state_of(project, settings, stage)
         is_affected = bool(changes) or state.status is Status.STALE
-        if stage.trains and is_affected and not redo and _has_trained(project, stage):
+        if stage.trains and is_affected and _has_trained(project, stage):
             why = "; ".join(dict.fromkeys(changes or state.changes))
             raise ConfigError(
                 f"project {project.folder}",
                 stage.name,
                 f"was trained with other inputs ({why})",
-                f"Take the change back, or train again with `cllm4rec run {project.folder} --redo`; the earlier run is"
-                " then kept beside the new one, with its corpus and backbone (`--corpus`, `--backbone`).",
+                f"Take the change back, or train again with `{redo}`; the earlier run is then kept beside the new one"
+                " with its corpus and backbone, and every command can still use it.",
             )
         if state.status in (Status.STALE, Status.EXTENDED):
             changes += state.changes
@@ -242,7 +261,18 @@ def _set_aside(folder: Path, tell: Tell) -> None:
     while (kept := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
         number += 1
     folder.rename(kept)
-    tell(f"      the earlier {folder.name} is now {kept}")
+    tell(f"      the earlier {folder.name} is now {kept}{_use_of(folder.name, shlex.quote(str(kept)))}")
+
+
+def _use_of(name: str, kept: str) -> str:
+    """What an output that was set aside is still good for."""
+    match name:
+        case "finetune":
+            return f"; to use it: cllm4rec serve {kept}, or cllm4rec recommend {kept} FOLDER"
+        case "corpus" | "backbone":
+            return "; earlier runs find it there"
+        case _:
+            return ""
 
 
 def duration(seconds: float) -> str:

@@ -20,12 +20,14 @@ from typing import Any
 import fsspec
 
 from cllm4rec_dist.config import BackboneConfig, RunConfig, dotted_items
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources.files import find_files
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.evaluation.files import EVALUATION_FILE
 from cllm4rec_dist.filesystems import as_os_errors, is_url
-from cllm4rec_dist.find_run import find
+from cllm4rec_dist.find_run import find, newest_step
+from cllm4rec_dist.preflight import total_steps
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.trajectory import may_change
 
@@ -35,6 +37,8 @@ _PATH_KEYS = {
 }  # fmt: skip
 """Keys of a recipe's source that name files."""
 _PATHS = ("corpus", "backbone", "output", "init_from")
+_TYPED_AS = {"build-backbone": "backbone.", "pretrain": "pretrain.", "finetune": "finetune.", "recommend": "--"}
+"""How the command line names the settings of a stage."""
 _MOST_CHANGES = 8
 
 
@@ -151,12 +155,26 @@ def state_of(project: Project, settings: Settings, stage: Stage) -> State:
     if record is None or (record.is_complete and not stage.output.exists()):
         return State(stage, Status.MISSING)
     now = inputs_of(project, settings, stage.name)
-    changes = (*_changes(record.inputs, now), *_changed_results(stage, record))
+    changes = (*_changes(stage.name, record.inputs, now), *_changed_results(stage, record))
     if not changes:
         return State(stage, Status.DONE if record.is_complete else Status.UNFINISHED)
     changed = _changed_keys(record.inputs, now)
-    goes_on = stage.trains and all(key.startswith("settings.") and may_change(key[9:]) for key in changed)
-    return State(stage, Status.EXTENDED if goes_on else Status.STALE, changes)
+    if not stage.trains or not all(key.startswith("settings.") and may_change(key[9:]) for key in changed):
+        return State(stage, Status.STALE, changes)
+    past_end = tuple(_steps_past_end(project, settings, stage))
+    return State(stage, Status.STALE if past_end else Status.EXTENDED, changes + past_end)
+
+
+def _steps_past_end(project: Project, settings: Settings, stage: Stage) -> Iterator[str]:
+    """That a run has been trained further than its settings now say, in words: it cannot go on to an earlier end."""
+    config = settings.pretrain if stage.name == "pretrain" else settings.finetune
+    try:
+        manifest, _ = load_manifest(str(project.corpus))
+    except CLLM4RecError:
+        return  # the stage says what is wrong with it
+    step, last = newest_step(stage.output.parent), total_steps(config, manifest)
+    if step > last:
+        yield f"{step:,} steps are trained already, and it now ends after {last:,}"
 
 
 def inputs_of(project: Project, settings: Settings, name: str) -> dict[str, Any]:
@@ -294,8 +312,8 @@ def with_digests(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"raw files": files} if files else inputs
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs, in words; a raw file of another time but the same content does not."""
+def _changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs of a stage, in words; a raw file of another time but the same content does not."""
     keys = _changed_keys(before, now)
     was, is_now = dict(dotted_items(_without_files(before))), dict(dotted_items(_without_files(now)))
     for key in keys[:_MOST_CHANGES]:
@@ -304,7 +322,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         elif key in ("corpus", "pretraining", "finetuning") or key.startswith(("backbone", "checkpoint")):
             yield f"the {key.partition('.')[0]} is another one"
         else:
-            yield f"{key}: {was.get(key)!r} is now {is_now.get(key)!r}"
+            typed = f"{_TYPED_AS[name]}{key.removeprefix('settings.')}" if key.startswith("settings.") else key
+            yield f"{typed}: {was.get(key)!r} is now {is_now.get(key)!r}"
     if len(keys) > _MOST_CHANGES:
         yield f"and {len(keys) - _MOST_CHANGES} more"
 

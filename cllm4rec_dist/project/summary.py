@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,27 @@ from cllm4rec_dist.project.stages import Settings, read_record, stages_of
 _MOST_REASONS = 5
 
 
-def summarize(project: Project, settings: Settings) -> str:
-    """The summary, as lines of at most 100 letters where paths allow it."""
+def summarize(project: Project, settings: Settings, command_line: str) -> str:
+    """The summary, as lines of at most 100 letters where paths allow it.
+
+    Args:
+        command_line: the call of `run` with its overrides, without `--redo`.
+    """
     manifest, _ = load_manifest(str(project.corpus))
-    return "\n".join(
-        [*_data(manifest), *_times(project, settings), *_table(project), *_places(project), *_next(project)]
-    )
+    parts = [_data(manifest), _times(project, settings), _table(project), _places(project)]
+    return "\n".join([line for part in parts for line in part] + _next(project, command_line))
 
 
 def _data(manifest: Manifest) -> Iterator[str]:
     counts = manifest.num_interactions
     yield ""
-    total = sum(counts.values())
-    yield f"data      {manifest.num_users:,} customers, {manifest.num_items:,} items, {total:,} interactions"
+    num_customers = manifest.num_users + manifest.num_new_users
+    total = sum(counts.values()) + sum(manifest.num_new_interactions.values())
+    yield f"data      {num_customers:,} customers, {manifest.num_items:,} items, {total:,} interactions"
     yield f"          {', '.join(f'{count:,} to {_PURPOSES.get(name, name)}' for name, count in counts.items())}"
+    if manifest.num_new_users:
+        parts = ", ".join(f"{n:,} {_NEW_PURPOSES.get(name, name)}" for name, n in manifest.num_new_interactions.items())
+        yield f"          {manifest.num_new_users:,} of these customers are held out whole: {parts}"
     reasons = sorted(manifest.skipped.items(), key=lambda pair: -pair[1].count)
     for reason, found in reasons[:_MOST_REASONS]:
         yield f"          left out: {found.count:,} x {reason}"
@@ -37,6 +45,7 @@ def _data(manifest: Manifest) -> Iterator[str]:
 
 
 _PURPOSES = {"train": "train", "valid": "validate", "test": "test"}
+_NEW_PURPOSES = {"history": "shown as their history", "valid": "to validate", "test": "to test"}
 
 
 def _times(project: Project, settings: Settings) -> Iterator[str]:
@@ -77,8 +86,14 @@ def _places(project: Project) -> Iterator[str]:
     yield f"lists     {project.recommendations} (Parquet: user, item, rank, score)"
 
 
-def _next(project: Project) -> Iterator[str]:
-    yield f"next      cllm4rec serve {project.folder}                        a page to try it, and a service"
-    yield f"          cllm4rec recommend {project.folder} FOLDER --top 20    lists again, with other options"
-    yield f"          cllm4rec export {project.folder} FOLDER                for other programs"
-    yield f"          cllm4rec run {project.folder} --redo                   when the data have changed"
+def _next(project: Project, command_line: str) -> list[str]:
+    folder = shlex.quote(str(project.folder))
+    commands = {
+        f"cllm4rec serve {folder}": "a page to try it, and a service",
+        f"cllm4rec recommend {folder} FOLDER --top 20": "lists again, with other options",
+        f"cllm4rec export {folder} FOLDER": "for other programs",
+        f"{command_line} --redo": "when the data have changed",
+    }
+    width = max(map(len, commands))
+    heads = ["next", "", "", ""]
+    return [f"{head:<10}{line:<{width}}  {why}" for head, (line, why) in zip(heads, commands.items(), strict=True)]

@@ -45,11 +45,12 @@ def test_two_commands_from_a_dirty_shop_to_lists(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started.send_signal(signal.SIGTERM)
-    assert "`cllm4rec run shop` goes on from there" in told(started, status=75)
+    assert f"`cllm4rec run shop {' '.join(SMALL)}` goes on from there" in told(started, status=75)
 
     text = told(command(tmp_path, "run", "shop", *SMALL, "--top", "5"))
     assert "[2/6] prepare         done before" in text
     assert "[3/6] pretrain" in text
+    assert "next: " not in text, "the summary alone says what comes next"
     for words in ("200 customers", "left out:", "CLLM4Rec", "EASE", "recall@20", "report.html", "next"):
         assert words in text.partition("\ndata ")[2], text[-3000:]
     results = json.loads((tmp_path / "shop/runs/finetune/evaluation/results.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,8 @@ class Shop:
         by_file = split_overrides(overrides)
         settings = load_settings(self.project, by_file, top)
         commands: dict[str, Callable[[], object]] = {name: self._command(name) for name in OUTPUTS}
-        run_stages(self.project, settings, commands, self.told.append, redo=redo)
+        line = shlex.join(["cllm4rec", "run", str(self.project.folder), *overrides])
+        run_stages(self.project, settings, commands, self.told.append, redo=redo, command_line=line)
         return self.ran
 
     def _command(self, name: str) -> Callable[[], None]:
@@ -66,6 +68,26 @@ class Shop:
                 path.write_text(f"{name} {self.num_written}")
 
         return command
+
+
+def write_manifest(shop: Shop, **changes: Any) -> None:
+    """Put a manifest that can be read into the place of the corpus'."""
+    manifest = {
+        "name": "shop",
+        "num_users": 3,
+        "num_items": 2,
+        "num_interactions": {"train": 4, "valid": 1, "test": 1},
+        "num_content": {},
+        "tokenizer_fingerprint": "0",
+        "preparation": {},
+        "skipped": {"row that is odd": 7},
+        "files": [
+            {"path": f"{kind}.parquet", "kind": kind, "num_bytes": 1, "sha256": "0" * 64}
+            for kind in ("users", "items", *(["new_users"] if "num_new_users" in changes else []))
+        ],
+        "schema_version": 1,
+    }
+    (shop.project.corpus / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
 ALL = list(OUTPUTS)
@@ -144,8 +166,59 @@ def test_more_epochs_go_on_with_the_run(shop: Shop) -> None:
     (shop.project.finetune_run / "checkpoints").mkdir()
     assert shop.run("finetune.epochs=5") == ["finetune", "evaluate", "recommend"]
     assert (shop.project.finetune_run / "checkpoints").is_dir()
-    with pytest.raises(ConfigError, match="'finetune' was trained with other inputs"):
+    assert any("(goes on: finetune.epochs: 3 is now 5)" in line for line in shop.told)
+    with pytest.raises(ConfigError, match=r"'finetune' was trained with other inputs \(pretrain.epochs: 3 is now 5\)"):
         shop.run("pretrain.epochs=5", "finetune.epochs=5")
+
+
+def test_with_redo_more_epochs_go_on_too_and_the_screen_says_so(shop: Shop) -> None:
+    shop.run()
+    (shop.project.finetune_run / "checkpoints").mkdir()
+    assert shop.run("finetune.epochs=5", redo=True) == ["finetune", "evaluate", "recommend"]
+    assert (shop.project.finetune_run / "checkpoints").is_dir()
+    line = f"--redo trains nothing again here, as this can go on: to start anew, rename {shop.project.finetune_run}"
+    assert any(line in each for each in shop.told)
+
+
+@pytest.mark.parametrize("override", ["finetune.epochs=2", "finetune.max_steps=5"])
+def test_fewer_epochs_than_are_trained_are_refused_and_with_redo_train_anew(shop: Shop, override: str) -> None:
+    shop.run("finetune.epochs=40")
+    write_manifest(shop, num_users=512)  # two steps an epoch
+    shop.run("finetune.epochs=40", redo=True)
+    write_manifest(shop, num_users=512)
+    commit(shop.project.finetune_run, "step-00000006")
+    assert "finetune" in shop.run("finetune.epochs=3"), "it goes on to its end: so many are trained"
+    assert any("(goes on: finetune.epochs: 40 is now 3)" in line for line in shop.told)
+    with pytest.raises(ConfigError, match=r"is now .*; 6 steps are trained already, and it now ends after [45]\)"):
+        shop.run(override)
+    assert shop.run(override, redo=True)[:1] == ["finetune"]
+    assert (shop.project.finetune_run.with_name("finetune-earlier-2") / "checkpoints/step-00000006").is_dir()
+    assert not (shop.project.finetune_run / "checkpoints").exists()
+
+
+def test_messages_repeat_the_overrides(shop: Shop) -> None:
+    shop.run("epochs=4")
+    with pytest.raises(ConfigError) as caught:
+        shop.run("epochs=4", "seed=3", "recipe.split={kind: none}", "finetune.validation.every_epochs=0")
+    line = "seed=3 'recipe.split={kind: none}' finetune.validation.every_epochs=0 --redo`"
+    assert f"`cllm4rec run {shop.project.folder} epochs=4 {line}" in str(caught.value)
+
+
+def test_what_is_set_aside_is_said_with_the_command_that_uses_it(shop: Shop) -> None:
+    shop.run()
+    shop.run("recipe.min_user_items=2", redo=True)
+    folder = shop.project.folder
+    told = "\n".join(shop.told)
+    assert f"the earlier corpus is now {folder}/corpus-earlier-1; earlier runs find it there" in told
+    kept = folder / "runs/finetune-earlier-1"
+    assert f"is now {kept}; to use it: cllm4rec serve {kept}, or cllm4rec recommend {kept} FOLDER" in told
+
+
+def test_the_corpus_of_a_run_that_was_set_aside_is_kept_where_the_next_run_was_not_begun(shop: Shop) -> None:
+    shop.run()
+    shop.project.pretrain_run.rename(shop.project.pretrain_run.with_name("pretrain-earlier-1"))
+    shop.run("recipe.min_user_items=2", redo=True)
+    assert (shop.project.folder / "corpus-earlier-1").is_dir()
 
 
 def commit(run: Path, name: str) -> None:
@@ -237,32 +310,28 @@ def test_a_pretrained_backbone_is_not_built(shop: Shop) -> None:
 
 def test_the_summary_has_data_times_table_and_places(shop: Shop) -> None:
     shop.run()
-    manifest = {
-        "name": "shop",
-        "num_users": 3,
-        "num_items": 2,
-        "num_interactions": {"train": 4, "valid": 1, "test": 1},
-        "num_content": {},
-        "tokenizer_fingerprint": "0",
-        "preparation": {},
-        "skipped": {"row that is odd": 7},
-        "files": [
-            {"path": f"{kind}.parquet", "kind": kind, "num_bytes": 1, "sha256": "0"} for kind in ("users", "items")
-        ],
-        "schema_version": 1,
-    }
-    (shop.project.corpus / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(shop)
     rows = [{"name": "CLLM4Rec", "metrics": {"recall@20": 0.5}}, {"name": "EASE", "metrics": {"recall@20": 0.25}}]
     (shop.project.evaluation / "results.json").write_text(json.dumps({"rows": rows}))
-    told = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20))
+    line = f"cllm4rec run {shop.project.folder} epochs=4"
+    told = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20), line)
     for words in (
         "3 customers, 2 items, 6 interactions",
         "left out: 7 x row that is odd",
         "0.500*",
         "report.html",
         f"cllm4rec recommend {shop.project.folder}",
+        f"{line} --redo",
     ):
         assert words in told
+
+
+def test_the_summary_counts_customers_who_are_held_out_whole(shop: Shop) -> None:
+    shop.run()
+    write_manifest(shop, num_new_users=2, num_new_interactions={"history": 6, "valid": 1, "test": 2})
+    told = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20), "cllm4rec run shop")
+    assert "5 customers, 2 items, 15 interactions" in told
+    assert "2 of these customers are held out whole: 6 shown as their history, 1 to validate, 2 to test" in told
 
 
 def test_durations_are_readable() -> None:
