@@ -12,15 +12,16 @@ from cllm4rec_dist.preflight import resolve_paths
 from cllm4rec_dist.run_folder import CONFIG_FILE
 
 
-def next_commands(stage: str, run: Path, config_file: Path | None = None) -> list[str]:
+def next_commands(stage: str, run: Path, config_file: Path | None = None, *, is_evaluated: bool = False) -> list[str]:
     """Return what to run after a stage is done.
 
     Args:
         run: its folder, absolute.
         config_file: with which it was run; None where that is not known.
+        is_evaluated: it has been evaluated as it is.
     """
     if stage == "finetune":
-        return [f"cllm4rec {command}" for command in (f"evaluate {_short(run)}", f"serve {_short(run)}")]
+        return [f"cllm4rec {command} {_short(run)}" for command in ("evaluate", "serve")[is_evaluated:]]
     beside = _finetune_config(run, config_file)
     if beside is None:
         config = config_file or run / CONFIG_FILE

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
+from cllm4rec_dist.evaluation.files import EVALUATION_FILE
 from cllm4rec_dist.filesystems import is_url
 from cllm4rec_dist.next_steps import next_commands, resume_command
 from cllm4rec_dist.progress import Schedule, format_best, format_duration, format_losses, format_metrics, format_rows
@@ -334,9 +335,33 @@ def _next(status: RunStatus, run: Path, *, has_config: bool) -> list[str]:
         return []
     if status.condition == "done":
         is_usable = status.checkpoint is not None or status.best_checkpoint is not None
-        return next_commands(status.stage, run) if is_usable and (has_config or status.stage == "finetune") else []
+        if not is_usable or not (has_config or status.stage == "finetune") or _is_gone_on_with(run):
+            return []
+        return next_commands(status.stage, run, is_evaluated=_is_evaluated(run, status))
     only_damaged = status.checkpoint is None and any(name.startswith(STEP) for name in status.damaged)
     return [resume_command(status.stage, run, status.num_ranks or 1)] if has_config and not only_damaged else []
+
+
+def _is_gone_on_with(run: Path) -> bool:
+    """True where a run beside it has started from this one, by name: in a copied folder the paths are the original's."""
+    for file in run.parent.glob(f"*/{CONFIG_FILE}"):
+        try:
+            start = read_config(file.parent).get("init_from")
+        except ConfigError:
+            continue
+        if start is not None and file.parent != run and Path(str(start)).name == run.name:
+            return True
+    return False
+
+
+def _is_evaluated(run: Path, status: RunStatus) -> bool:
+    """True where the evaluation in the run's folder is of the checkpoint that other commands use."""
+    used = status.best_checkpoint or status.checkpoint
+    try:
+        checkpoint = json.loads((run / "evaluation" / EVALUATION_FILE).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return used is not None and str(checkpoint).rpartition("/")[2] == used.name
 
 
 _SENTENCES: dict[Condition, str] = {

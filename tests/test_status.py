@@ -254,6 +254,30 @@ def test_a_project_shows_both_stages(tmp_path: Path) -> None:
     ]
 
 
+def test_what_has_been_done_is_not_next(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "shop/runs/finetune", record=make_record(state="done"))
+    before = make_run(tmp_path / "shop/runs/pretrain", record=make_record(stage="pretrain", state="done"))
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"init_from: {before}\n")
+    (run / "evaluation").mkdir()
+    evaluation = run / "evaluation/evaluation.json"
+    evaluation.write_text(json.dumps({"checkpoint": f"{run}/checkpoints/best-00000010"}))
+    pretrain, finetune = read_statuses(str(tmp_path / "shop"), NOW)
+    assert pretrain.next == [], "the finetuning has started from it"
+    assert finetune.next == [f"cllm4rec evaluate {run}", f"cllm4rec serve {run}"], (
+        "an evaluation of an earlier checkpoint"
+    )
+    evaluation.write_text(json.dumps({"checkpoint": f"{run}/checkpoints/best-00000020"}))
+    assert read(run).next == [f"cllm4rec serve {run}"]
+
+
+def test_an_untrained_project_names_the_next_command(tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "finetune.yaml"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"nothing has been trained yet. `cllm4rec run {tmp_path}`"):
+        CliRunner().invoke(app, ["status", str(tmp_path)], catch_exceptions=False)
+
+
 def test_a_checkpoint_of_a_run_means_the_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert read(run / "checkpoints/step-00000040").run == str(run)
