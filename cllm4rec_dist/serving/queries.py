@@ -10,6 +10,9 @@ from operator import index
 
 from cllm4rec_dist.errors import DataError
 
+_SHOWN = 3
+"""Ids of a list that a message repeats."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -162,10 +165,12 @@ def checked_histories(histories: object) -> tuple[list[object], list[tuple[str, 
         for name in names:
             checked_id("histories: name", name)
     else:
-        lists = list(_each("histories", histories))
+        lists = [histories] if isinstance(histories, str) else list(_each("histories", histories))
         names = list(range(len(lists)))
         if lists and all(isinstance(part, str) for part in lists):
-            raise DataError("histories", lists[:3], "is one history, not a list of them", "Write [[...]].")
+            shown = ", ".join([*(repr(str(part)) for part in lists[:_SHOWN]), *(["..."] if lists[_SHOWN:] else [])])
+            value = histories if isinstance(histories, str) else lists[:_SHOWN]
+            raise DataError("histories", value, "is one history, not a list of them", f"Write [[{shown}]].")
     return names, [checked_ids(f"histories[{name!r}]", part) for name, part in zip(names, lists, strict=True)]
 
 

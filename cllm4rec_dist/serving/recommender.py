@@ -109,6 +109,12 @@ class Recommender:
         system, checkpoint = load_local(run_of(str(run)), find_device(device), backbone, corpus)
         return cls(system, describe_run(str(run), system, checkpoint))
 
+    def __repr__(self) -> str:
+        return (
+            f"Recommender(run={self.info.run!r}, checkpoint={self.info.checkpoint!r}, num_users={self.info.num_users},"
+            f" num_items={self.info.num_items})"
+        )
+
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """One answer for each query, of forwards over as many queries as fit.
 

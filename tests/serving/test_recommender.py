@@ -248,6 +248,14 @@ def test_neighbours_are_those_of_the_cosine(recommender: Recommender) -> None:
     np.testing.assert_allclose(found["score"], cosines[order], atol=1e-6)
 
 
+def test_a_recommender_shows_its_run_and_size(recommender: Recommender) -> None:
+    checkpoint = recommender.info.checkpoint
+    assert checkpoint.startswith("best-")
+    assert repr(recommender) == (
+        f"Recommender(run={recommender.info.run!r}, checkpoint={checkpoint!r}, num_users=23, num_items={ITEMS})"
+    )
+
+
 def test_embeddings_have_a_row_for_each_user_and_none_for_the_shared_one(recommenders: dict[str, Recommender]) -> None:
     assert len(recommenders["cosine"].user_embeddings()) == 23
 
@@ -261,8 +269,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"users": [None]}, r"users\[0\]: None is not a text"),
     ({"users": 7}, "users: 7 is not a list"),
     ({"users": ["user-8"]}, "is not a user of the run. Did you mean user-008"),
-    ({"histories": "item-001"}, "histories: 'item-001' is one text"),
-    ({"histories": ["item-001"]}, r"is one history, not a list of them. Write \[\[...\]\]"),
+    ({"histories": ["a", "b"]}, r"\['a', 'b'\] is one history, not a list of them. Write \[\['a', 'b'\]\]\."),
+    ({"histories": list("abcde")}, r"is one history, .* Write \[\['a', 'b', 'c', \.\.\.\]\]\."),
+    ({"histories": "item-001"}, r"'item-001' is one history, .* Write \[\['item-001'\]\]\."),
     ({"histories": [["item-001"], "item-002"]}, r"histories\[1\]: 'item-002' is one text"),
     ({"histories": [{"item-001"}]}, r"histories\[0\]: 'set' has no order"),
     ({"histories": [["item-001", 2.0]]}, r"histories\[0\]\[1\]: 2.0 is not a text. Ids are texts: give '2'"),
