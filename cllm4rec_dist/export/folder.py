@@ -27,6 +27,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors.torch import save_file
+from transformers.utils.logging import disable_progress_bar
 
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.export import embeddings, hub, models
@@ -64,6 +65,7 @@ def export(
         CorpusError: where the corpus is gone and a folder to publish needs it.
     """
     options = options or ExportOptions()
+    disable_progress_bar()  # of transformers, for each file
     require_none(output_problems(output), "export")
     source = open_source(run, backbone, corpus, base_model=options.base_model, needs_corpus=options.is_public)
     if options.push is not None:
@@ -85,6 +87,16 @@ def _write(source: Source, options: ExportOptions, output: Path) -> None:
     (output / SCORING_FILE).write_text(json.dumps(scoring, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.is_public:
         write_card(source, options, scoring, output / CARD_FILE)
+        _tell_missing_licenses(source, options, output / BACKBONE_FOLDER)
+
+
+def _tell_missing_licenses(source: Source, options: ExportOptions, backbone: Path) -> None:
+    """Say in one line which licences a folder to publish lacks."""
+    missing = [] if options.license else ["the model card names none (--license apache-2.0)"]
+    if backbone.is_dir() and not models.copy_licenses(source.backbone, backbone):
+        missing.append(f"{source.backbone}, which goes into the folder, has no licence file")
+    if missing:
+        logger.warning("no licence: %s; without one nobody else may use what you publish", "; ".join(missing))
 
 
 def _write_models(source: Source, options: ExportOptions, output: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 CAUSAL_LM = "-causal-lm"
 """Behind the names of the folders of adapters for AutoModelForCausalLM alone."""
 _PREFIX = "decoder."
+_LICENSE = re.compile(r"licen[cs]e|notice|copying", re.IGNORECASE)
+"""How the names of files begin that go where the weights go."""
 _PATH_KEYS = ("_name_or_path", "name_or_path")
 """Where transformers notes the folder that a model or tokenizer was loaded from."""
 
@@ -87,6 +90,13 @@ def copy_backbone(folder: Path, output: Path) -> None:
     output.mkdir()
     _copy(folder, output, {CONFIG, *weights, *_present(folder, others)})
     _forget_paths(output)
+
+
+def copy_licenses(folder: Path, output: Path) -> list[str]:
+    """Copy the licence and notices that are beside the weights of a backbone; their names."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and _LICENSE.match(path.name))
+    _copy(folder, output, names)
+    return names
 
 
 def _present(folder: Path, names: Iterable[str]) -> list[str]:
