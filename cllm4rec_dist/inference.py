@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,10 @@ def evaluate_run(
     require_held_out(system.corpus.manifest, split, with_baselines=baselines)
     num_users = len(HeldOutUsers.of(system.corpus, split))
     bar = progress_bar(world, num_users, f"evaluate {split}", "user")
-    found = ranking.evaluate(
-        system, split, metrics, batch_users, bar.update, without_rows=without_rows, list_length=LIST_LENGTH
-    )
+    found, has_hit = _evaluate(system, split, metrics, batch_users, bar.update, without_rows=without_rows)
     bar.close()
     result = found.result()
-    examples = _examples(system, found.users, without_rows=without_rows)
+    examples = _examples(system, found.users, has_hit, without_rows=without_rows)
     if world.is_main:
         lineage = used.about.lineage
         notes = [] if lineage is None else lineage.notes()
@@ -82,7 +81,8 @@ def evaluate_run(
             "run": run, "checkpoint": used.path, "split": split, "without_rows": without_rows, **vars(result),
             "groups": _groups(found), "notes": notes,
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
-            "examples": examples, "provenance": provenance(system, used).model_dump(),
+            "examples": examples, "share_with_hit": float(has_hit.mean()),
+            "provenance": provenance(system, used).model_dump(),
             "fingerprints": system.fingerprints, "config": system.config.model_dump(mode="json"),
         }  # fmt: skip
         target = Path(output)
@@ -90,6 +90,23 @@ def evaluate_run(
         (target / EVALUATION_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         _write_tables(system, found, target)
     report(result.mean)
+
+
+def _evaluate(
+    system: InferenceSystem,
+    split: str,
+    metrics: Sequence[str],
+    batch_users: int,
+    progress: Callable[[int], object],
+    *,
+    without_rows: bool,
+) -> tuple[Evaluation, np.ndarray]:
+    """The evaluation, and bool [n] for whom an example of a list would hold a held-out item."""
+    shown = f"recall@{EXAMPLE_ITEMS}"
+    found = ranking.evaluate(
+        system, split, [*metrics, shown], batch_users, progress, without_rows=without_rows, list_length=LIST_LENGTH
+    )
+    return replace(found, metrics=tuple(metrics), values=found.values[:, :-1]), found.values[:, -1] > 0
 
 
 def _groups(found: Evaluation) -> dict[str, dict[str, Any]]:
@@ -115,10 +132,11 @@ def _write_tables(system: InferenceSystem, found: Evaluation, folder: Path) -> N
         (folder / name).unlink(missing_ok=True)
 
 
-def _examples(system: InferenceSystem, users: HeldOutUsers, *, without_rows: bool) -> list[dict[str, Any]]:
+def _examples(
+    system: InferenceSystem, users: HeldOutUsers, has_hit: np.ndarray, *, without_rows: bool
+) -> list[dict[str, Any]]:
     """History and best items of a few users with a history of middling length, by title, on rank 0."""
-    able = np.flatnonzero(users.histories.lengths >= np.median(users.histories.lengths))
-    chosen = able[:: max(1, len(able) // NUM_EXAMPLES)][:NUM_EXAMPLES]
+    chosen = _choose_examples(users.histories.lengths, has_hit)
     items = system.corpus.items()
     titles = [title or name for title, name in zip(items["title"].to_pylist(), items["item"].to_pylist(), strict=True)]
     names = users.ids(system.corpus)
@@ -132,6 +150,19 @@ def _examples(system: InferenceSystem, users: HeldOutUsers, *, without_rows: boo
             hits = set(users.held_out[user].tolist())
             found.append({
                 "user": names[user], "history": [titles[i] for i in users.histories[user][:EXAMPLE_ITEMS].tolist()],
-                "recommended": [{"title": titles[i], "hit": i in hits} for i in best],
+                "recommended": [{"title": titles[i], "hit": i in hits} for i in best], "num_held_out": len(hits),
             })  # fmt: skip
     return found
+
+
+def _choose_examples(lengths: np.ndarray, has_hit: np.ndarray) -> np.ndarray:
+    """Users with a history of at least median length, rising: as many with a hit as without one, as far as there are.
+
+    Most users have few held-out items, so that of users drawn evenly hardly any would show what a hit is.
+    """
+    able = lengths >= np.median(lengths)
+    kinds = [np.flatnonzero(able & has_hit), np.flatnonzero(able & ~has_hit)]
+    num_hits = min(len(kinds[0]), max(NUM_EXAMPLES // 2, NUM_EXAMPLES - len(kinds[1])))
+    counts = [num_hits, min(len(kinds[1]), NUM_EXAMPLES - num_hits)]
+    spread = [kind[np.arange(count) * len(kind) // max(1, count)] for kind, count in zip(kinds, counts, strict=True)]
+    return np.sort(np.concatenate(spread))

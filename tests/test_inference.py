@@ -14,7 +14,7 @@ from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.evaluation.metrics import user_metrics
-from cllm4rec_dist.inference import LIST_LENGTH, evaluate_run, load
+from cllm4rec_dist.inference import LIST_LENGTH, _choose_examples, evaluate_run, load
 from cllm4rec_dist.log import METRICS_FILE
 from cllm4rec_dist.ranking import rank_users
 from cllm4rec_dist.topology import World
@@ -51,6 +51,20 @@ def lists(world: World, folder: str, split: str, without_rows: bool) -> dict[str
         (ranking,) = rank_users(system, row, history, 60, 1, seen=history)
         found.append(ranking.items[0][np.isfinite(ranking.scores[0])].tolist())
     return dict(zip(users.ids(system.corpus), found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_hits", "num_misses", "shown"), [(500, 500, (18, 18)), (3, 500, (3, 33)), (500, 5, (31, 5)), (2, 1, (2, 1))]
+)
+def test_examples_show_hits_and_misses_as_far_as_there_are_any(
+    num_hits: int, num_misses: int, shown: tuple[int, int]
+) -> None:
+    has_hit = np.arange(num_hits + num_misses) < num_hits
+    chosen = _choose_examples(np.full(len(has_hit), 4), has_hit)
+    assert (has_hit[chosen].sum(), (~has_hit[chosen]).sum()) == shown
+    assert (np.diff(chosen) > 0).all()
+    lengths = np.where(np.arange(len(has_hit)) % 2, 9, 1)
+    assert (lengths[_choose_examples(lengths, has_hit)] >= np.median(lengths)).all()
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         manifest=corpus.manifest,
         items=_items(corpus),
         examples=[_example(e) for e in evaluated["examples"]],
+        share_with_hit=evaluated["share_with_hit"],
         metrics_files=_logs(evaluated),
     )
     write_report(folder, results, background)
@@ -169,4 +170,4 @@ def _write_values(
 
 def _example(example: dict[str, Any]) -> ExampleRecommendation:
     recommended = [RecommendedItem(item["title"], item["hit"]) for item in example["recommended"]]
-    return ExampleRecommendation(example["user"], example["history"], recommended)
+    return ExampleRecommendation(example["user"], example["history"], recommended, example["num_held_out"])

@@ -42,6 +42,8 @@ class Background:
         split: that was evaluated.
         manifest: of the corpus.
         items: item, title and popularity (training interactions) of the whole catalog, by row.
+        examples: of lists.
+        share_with_hit: share of all users whose lists, as long as those of the examples, hold a held-out item.
         metrics_files: JSON-lines training logs.
     """
 
@@ -50,6 +52,7 @@ class Background:
     manifest: Manifest | None = None
     items: pl.DataFrame | None = None
     examples: Sequence[ExampleRecommendation] = ()
+    share_with_hit: float | None = None
     metrics_files: Sequence[Path] = ()
 
 
@@ -95,7 +98,8 @@ def _render(folder: Path, results: Results, background: Background, pictures: Se
         no_catalog=no_catalog,
         num_items=0 if background.items is None else len(background.items),
         examples=examples,
-        any_hit=any(item.hit for example in examples for item in example.recommended),
+        num_with_hit=sum(any(item.hit for item in example.recommended) for example in examples),
+        share_with_hit=background.share_with_hit,
         manifest=manifest,
         split_text="" if manifest is None else formatting.split_text(manifest.preparation.split),
         left_out=_left_out(results, manifest),

@@ -112,11 +112,12 @@ class RecommendedItem:
 
 @dataclass(frozen=True)
 class ExampleRecommendation:
-    """What a user had (titles) and what the model recommends, best first."""
+    """What a user had (titles), what the model recommends, best first, and how many items were held out."""
 
     user: str
     history: Sequence[str]
     recommended: Sequence[RecommendedItem]
+    num_held_out: int
 
 
 def _best_values(rows: Sequence[ResultRow], metric_names: Sequence[str]) -> dict[str, float]:

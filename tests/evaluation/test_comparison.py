@@ -46,6 +46,7 @@ def write_evaluation(folder: Path, corpus: Corpus, url: str) -> int:
         "groups": {"known": result},
         "notes": [],
         "examples": [],
+        "share_with_hit": 0.25,
         "fingerprints": {},
         "config": {"corpus": url, "stage": "finetune", "init_from": None, "output": "runs/a"},
     }

@@ -102,14 +102,22 @@ def test_rows_that_look_equal_are_equally_best(results):
 
 
 def test_report_writes_everything_self_contained(results, log, tmp_path):
-    example = ExampleRecommendation("u1", ["old title"], [RecommendedItem("new title", hit=True)])
-    page = write_report(tmp_path / "out", results, Background(run="runs/a", examples=[example], metrics_files=[log]))
+    example = ExampleRecommendation("u1", ["old title"], [RecommendedItem("new title", hit=True)], 2)
+    other = ExampleRecommendation("u2", ["old title"], [RecommendedItem("new title")], 1)
+    background = Background(run="runs/a", examples=[example, other], share_with_hit=0.125, metrics_files=[log])
+    page = write_report(tmp_path / "out", results, background)
     names = {path.name for path in page.parent.iterdir()}
     assert names == {"results.json", "results.md", "metrics.png", "loss.png", "validation.png", "report.html"}
     html = page.read_text(encoding="utf-8")
     assert '<li class="hit">new title</li>' in html
     text = text_of(html)
-    for part in ("old title", "1 of 1 taken", "abc123", "users with too few items", "seed: 4711", "1,234 users"):
+    for part in ("old title", "abc123", "users with too few items", "seed: 4711", "1,234 users"):
+        assert part in text
+    for part in (
+        "u1 1 of 2 held-out items in the list of 1",
+        "u2 none of 1 held-out item in the list of 1",
+        "1 user whose list holds a held-out item, and 1 whose list holds none. Of all users, 12.5% have such a list.",
+    ):
         assert part in text
     assert "Training time 1 min 8 s" in text
     sources = re.findall(r'(?:src|srcset)="([^"]{0,22})', html)
@@ -224,7 +232,7 @@ def test_hostile_text_is_escaped(tmp_path):
         skipped={HOSTILE: HOSTILE},
         notes=(HOSTILE,),
     )
-    example = ExampleRecommendation(HOSTILE, [HOSTILE], [RecommendedItem(HOSTILE)])
+    example = ExampleRecommendation(HOSTILE, [HOSTILE], [RecommendedItem(HOSTILE)], 1)
     items = make_items().with_columns(title=pl.lit(HOSTILE))
     users, _ = make_values()
     write_values(tmp_path, users, None)

@@ -37,7 +37,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_values(folder, users, baselines)
     titles = ["Café crème cups", HOSTILE, "W" * 300, *(f"Plain title {n}" for n in range(33))]
     examples = [
-        ExampleRecommendation(f"user-{n}", [title], [RecommendedItem(f"For {title}", hit=n % 2 == 0)])
+        ExampleRecommendation(f"user-{n}", [title], [RecommendedItem(f"For {title}", hit=n % 2 == 0)], 1)
         for n, title in enumerate(titles)
     ]
     log = folder / "metrics.jsonl"
@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, 1200, 1280])
 def test_the_page_loads_nothing_complains_of_nothing_and_fits(browser, report, width, scheme):
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     messages, requests = [], []
@@ -56,6 +56,10 @@ def test_the_page_loads_nothing_complains_of_nothing_and_fits(browser, report, w
     page.on("request", lambda request: requests.append(request.url))
     page.goto(report.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    overflows = (
+        "(box) => box.scrollHeight > box.clientHeight || (innerWidth > 900 && box.scrollWidth > box.clientWidth)"
+    )
+    assert not page.evaluate(f"[...document.querySelectorAll('.scroll')].some({overflows})"), "a scrollbar of its own"
     assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     assert messages == []
     assert requests == [report.as_uri()]
