@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from cllm4rec_dist.errors import CheckpointError, ConfigError
 from cllm4rec_dist.export.folder import SCORING_FILE, TABLES_FILE, export
 from cllm4rec_dist.export.models import CAUSAL_LM
+from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.ranking import rank_users
 from cllm4rec_dist.topology import World
 from cllm4rec_dist.trained_run import load_sharded
@@ -235,3 +237,19 @@ def test_an_export_is_refused_where_it_would_be_of_something_else(tmp_path: Path
     with pytest.raises(CheckpointError, match="backbone fingerprint"):
         export(str(tmp_path / "run"), tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+def test_a_folder_to_publish_says_which_licence_is_missing_and_shows_no_bars(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export(str(runs["cosine"]), tmp_path / "bare", ExportOptions(hub=True))
+    assert "no licence: the model card names none" in caplog.text
+    assert "has no licence file" in caplog.text
+    assert "it/s]" not in capfd.readouterr().err
+    caplog.clear()
+    backbone = Path(shutil.copytree(runs["cosine"].parent / "backbone", tmp_path / "backbone"))
+    (backbone / "LICENSE.txt").write_text("Use it.")
+    options = ExportOptions(hub=True, license="apache-2.0")
+    export(str(runs["cosine"]), tmp_path / "whole", options, backbone=str(backbone))
+    assert "no licence" not in caplog.text
+    assert (tmp_path / "whole/backbone/LICENSE.txt").read_text() == "Use it."
