@@ -343,7 +343,7 @@ def _next(status: RunStatus, run: Path, *, has_config: bool) -> list[str]:
 
 
 def _is_gone_on_with(run: Path) -> bool:
-    """True where a run beside it has started from this one, by name: in a copied folder the paths are the original's."""
+    """True where a run beside it started from this one, by name: the paths in a copied folder are the original's."""
     for file in run.parent.glob(f"*/{CONFIG_FILE}"):
         try:
             start = read_config(file.parent).get("init_from")
