@@ -26,7 +26,7 @@ from cllm4rec_dist.corpus.markup import strip_html
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.row_batch import Batch
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.times import Times, UndecidedDates, read_times
+from cllm4rec_dist.corpus.times import Times, UndecidedDates, date_text, far_times, read_times
 from cllm4rec_dist.corpus.values import (
     MISSING_WORDS,
     clean_texts,
@@ -262,11 +262,34 @@ class InteractionCollector:
         for path, dates in files.items():
             line = self._origins.find(int(dates.positions[0]))["line"]
             where = f"{path} line {line}: {self._names.get('timestamp', 'timestamp')}"
-            order = next(iter(decided)) if dates.is_open and len(decided) == 1 else dates.order
+            follows = dates.is_open and len(decided) == 1
+            order = next(iter(decided)) if follows else dates.order
             if order is None:
                 raise dates.refusal(where)
-            logger.warning("%s: dates like %r are read as %s", where, dates.example, order)
+            level = logging.WARNING if follows else logging.INFO  # a day above 12 leaves nothing open
+            logger.log(level, "%s: dates like %r are read as %s", where, dates.example, order)
             times[dates.positions] = dates.day_first if order == "day-first" else dates.month_first
+
+    def _warn_of_far_times(self, times: np.ndarray) -> None:
+        """Warn of times that can hardly be right: an empty one that became 0, a placeholder of the year 9999."""
+        is_far = far_times(times)
+        if not is_far.any():
+            return
+        first, usual = int(np.flatnonzero(is_far)[0]), times[~is_far & ~np.isnan(times)]
+        origin = self._origins.find(first)
+        logger.warning(
+            "%s line %s: %s: %s of %s times are far from all the others (%s to %s), such as %s. They count as they are:"
+            " old ones as a user's first, late ones as the last, which are held out. If they stand for no time, leave"
+            " them empty in the file.",
+            origin.get("file", "?"),
+            origin.get("line", "?"),
+            self._names.get("timestamp", "timestamp"),
+            f"{int(is_far.sum()):,}",
+            f"{int((~np.isnan(times)).sum()):,}",
+            date_text(usual.min()),
+            date_text(usual.max()),
+            date_text(times[first]),
+        )
 
     def finish(self) -> RawData:
         """What was collected, without texts about users and items.
@@ -285,6 +308,7 @@ class InteractionCollector:
                 "Check the file and the format in the recipe.",
             )
         self._decide_dates(values["timestamp"])
+        self._warn_of_far_times(values["timestamp"])
         ids = {}
         for kind in ("user", "item"):
             ids[kind], values[kind] = canonical_ids(self._codes[kind].ids(), values[kind], kind)

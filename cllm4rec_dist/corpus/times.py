@@ -24,6 +24,7 @@ from cllm4rec_dist.errors import DataError
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 """Epochs from so much on are in so many parts of a second: 1e11 seconds would be the year 5138."""
 _LATEST = 1e11
+_DAY = 86400
 _ZONE = r"(?:\s*(Z|z|UTC|GMT|[+-]\d{2}:?(?:\d{2})?))?"
 _CLOCK = rf"(?:[T ,:]+(\d{{1,2}}):(\d{{2}})(?::(\d{{2}})(?:[.,]\d+)?)?(?:\s*([AaPp]\.?\s?[Mm]\.?))?{_ZONE})?"
 """Hour, minute, second, half of the day and offset behind a date."""
@@ -185,6 +186,28 @@ def numeric_formats(text: str) -> tuple[str, str] | None:
     clock = "" if gap is None else f"{gap}{'%I' if half else '%H'}:%M{':%S' if second else ''}{' %p' if half else ''}"
     last = "%Y" if len(year) == 4 else "%y"
     return f"%d{mark}%m{mark}{last}{clock}", f"%m{mark}%d{mark}{last}{clock}"
+
+
+def far_times(seconds: np.ndarray) -> np.ndarray:
+    """Times that can hardly belong to the others; bool [n], False for NaN.
+
+    These are times of the first day of 1970, where the others are later, and those that are more than twenty years and
+    ten times the spread of the middle half away from the median.
+    """
+    known = seconds[~np.isnan(seconds)]
+    if not len(known):
+        return np.zeros(len(seconds), bool)
+    low, median, high = np.percentile(known, [25, 50, 75])
+    is_epoch = (np.abs(seconds) < _DAY) & (median > 365 * _DAY)
+    return is_epoch | (np.abs(seconds - median) > max(20 * 365.25 * _DAY, 10 * (high - low)))
+
+
+def date_text(seconds: float) -> str:
+    """A time as a date for a message, or as the number that it is where no calendar has it."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:g} s"
 
 
 def _seconds(numbers: np.ndarray) -> np.ndarray:

@@ -115,15 +115,48 @@ def test_a_day_above_12_decides_the_order_of_its_file(
 ) -> None:
     found = read({"i.csv": rows(*times)}, **SOURCE)
     assert found.column("timestamp")[-1] == last
-    assert f"WARNING: i.csv line 2: t: dates like {times[0]!r} are read as {order}" in found.messages
+    assert f"INFO: i.csv line 2: t: dates like {times[0]!r} are read as {order}" in found.messages
+    assert "WARNING" not in found.messages, "the day decides, and nothing is left open"
 
 
 def test_each_file_decides_and_an_open_one_follows(read: Read) -> None:
     files = {"a.csv": rows("13/02/2024"), "b.csv": rows("01/02/2024")}
     both = table(["a.csv", "b.csv"], timestamp="t", separator=";")
-    assert read(files, **both).column("timestamp") == [day(2024, 2, 13), day(2024, 2, 1)]
+    found = read(files, **both)
+    assert found.column("timestamp") == [day(2024, 2, 13), day(2024, 2, 1)]
+    assert "WARNING: b.csv line 2: t: dates like '01/02/2024' are read as day-first" in found.messages
     files["b.csv"] = rows("01/15/2024")
     assert read(files, **both).column("timestamp") == [day(2024, 2, 13), day(2024, 1, 15)]
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "said"),
+    [
+        ("2024-03-0", ["0", "1970-01-01"], "2 of 11 times are far from all the others (2024-03-01 to 2024-03-09)"),
+        ("2024-03-0", ["9999-12-31"], "such as 9999-12-31. They count as they are"),
+        ("171000000", ["0.0"], "such as 1970-01-01"),
+        ("1997-03-0", ["0"], "1 of 10 times"),
+    ],
+)
+def test_times_far_from_all_the_others_are_warned_of(read: Read, usual: str, odd: list[str], said: str) -> None:
+    found = read({"i.csv": rows(*[f"{usual}{number}" for number in range(1, 10)], *odd)}, **SOURCE)
+    assert "WARNING: i.csv line 11: t: " in found.messages
+    assert said in found.messages
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        ["0", "1", "2", "3"],
+        ["0"] * 4,
+        ["1970-01-01", "1970-01-02"],
+        ["1996-05-01", "2003-01-01", "2012-01-01", "2013-01-01", "2014-01-01", "2014-02-01"],
+        ["", "", "2024-01-01"],
+        [""],
+    ],
+)
+def test_times_that_belong_together_are_not_warned_of(read: Read, times: list[str]) -> None:
+    assert "WARNING" not in read({"i.csv": rows(*times)}, **SOURCE).messages
 
 
 @pytest.mark.parametrize(
