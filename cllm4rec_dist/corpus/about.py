@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -113,11 +114,12 @@ class TextCollector:
             pl.col(name).drop_nulls().first() for name in self._texts
         )
         self._watch_join(table["code"])
-        if len(rows) > len(table):
-            code, file, line = rows.filter(~pl.col("code").is_first_distinct()).row(0)[:3]
+        second = self._differing(rows, table)
+        if len(second):
+            code, file, line = second.row(0)[:3]
             self._log.skip(
                 f"second text about the same {kind}",
-                len(rows) - len(table),
+                len(second),
                 len(rows),
                 file=self._paths[file],
                 line=line,
@@ -125,12 +127,20 @@ class TextCollector:
             )
         return table.select(self._known.gather(table["code"]).alias(kind), *self._texts)
 
+    def _differing(self, rows: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
+        """Rows with a text that is not the kept one. An equal one is no loss: a file of orders repeats its titles."""
+        if not self._texts:
+            return rows.clear()
+        both = rows.join(kept, on="code", suffix=" kept", maintain_order="left")
+        return both.filter(pl.any_horizontal(pl.col(name) != pl.col(f"{name} kept") for name in self._texts))
+
     def _watch_join(self, matched: pl.Series) -> None:
         """Warn or refuse where the ids of the two sides do not meet."""
         num_known = self._num_known
         if len(matched) * 2 >= num_known:
             return
-        ours, theirs = self._examples(matched)
+        ours, theirs, num_alike = self._examples(matched)
+        hint = spelling_hint(ours, theirs, num_alike)
         files = ", ".join(map(base_name, self._paths[:3]))
         if not len(matched) and not self._rules.allow_unmatched:
             raise DataError(
@@ -140,11 +150,11 @@ class TextCollector:
                 f" {self._num_rows:,} ids"
                 if self._num_rows
                 else f"has no ids of {self._kind}s",
-                "Mend the column in the recipe or the ids, or set allow_unmatched: true.",
+                f"Mend the column in the recipe or the ids, or set allow_unmatched: true.{hint}",
             )
         logger.warning(
             "%s: only %s of %s %ss of the interactions are in it (%.3g %%): the interactions have for example %r, the"
-            " file %r",
+            " file %r.%s",
             files,
             f"{len(matched):,}",
             f"{num_known:,}",
@@ -152,27 +162,50 @@ class TextCollector:
             100 * len(matched) / num_known,
             ours,
             theirs,
+            hint,
         )
 
-    def _examples(self, matched: pl.Series) -> tuple[str, str]:
-        """An id of the interactions that the files lack, and one of the files, alike if any are."""
+    def _examples(self, matched: pl.Series) -> tuple[str, str, int]:
+        """An id of the interactions that the files lack, and one of the files, alike if any are; how many are alike."""
         is_matched = np.zeros(self._num_known, bool)
         is_matched[matched.to_numpy()] = True
         ours = self._known.filter(~is_matched).head(_MAX_COMPARED)
         theirs = self._codes.ids()[self._num_known :].head(_MAX_COMPARED)
-        like = {_plain(text): text for text in reversed(theirs.to_list())}
-        for text in ours.to_list():
-            if _plain(text) in like:
-                return text, like[_plain(text)]
+        alike = alike_ids(ours.to_list(), theirs.to_list())
+        if alike:
+            return *alike[0], len(alike)
         if not len(theirs):
             theirs = self._known.filter(is_matched)
-        return ours[0], theirs[0] if len(theirs) else ""
+        return ours[0], theirs[0] if len(theirs) else "", 0
+
+
+def alike_ids(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
+    """Ids of one side with those of the other that differ from them in what often differs between two files alone:
+    case, zeros and signs between or in front of letters, `.0`."""
+    like = {_plain(text): text for text in reversed(theirs)}
+    return [(text, like[_plain(text)]) for text in ours if _plain(text) in like]
+
+
+def spelling_hint(ours: str, theirs: str, count: int) -> str:
+    """How two ids that are alike differ, as a sentence for the end of a message; empty for none."""
+    if not count:
+        return ""
+    if ours.casefold() == theirs.casefold():
+        what = "upper and lower case"
+    elif ours.casefold().lstrip("0") == theirs.casefold().lstrip("0"):
+        what = "leading zeros"
+    else:
+        what = "signs, zeros or case"
+    return (
+        f" {count:,} ids of the two sides differ in {what} alone, such as {ours!r} and {theirs!r}: write them alike in"
+        " both files."
+    )
 
 
 def _plain(name: str) -> str:
     """An id without what often differs between two files: case, leading zeros, signs, `.0`."""
-    letters = "".join(letter for letter in name.casefold().removesuffix(".0") if letter.isalnum())
-    return letters.lstrip("0")
+    parts = re.findall(r"[^\W\d_]+|\d+", name.casefold().removesuffix(".0"))
+    return "".join(part.lstrip("0") for part in parts)
 
 
 def _an(kind: str) -> str:

@@ -66,6 +66,7 @@ class SkipLog:
         self._stops, self._max_lost = on_bad_line == "error", max_lost
         self._skips: dict[str, Skip] = {}
         self._files: dict[str, _FileCount] = {}
+        self._closed: set[str] = set()
 
     @property
     def skipped(self) -> Mapping[str, Skip]:
@@ -103,10 +104,14 @@ class SkipLog:
 
     def read(self, path: str, rows: int) -> None:
         """Add to the number of rows that a file has, lost ones included."""
+        if path in self._closed:
+            return
         self._files.setdefault(path, _FileCount()).rows += rows
 
     def lose(self, reason: str, path: str, line: int, value: object, count: int = 1, *, is_gap: bool = False) -> None:
         """Count rows of a file that cannot be used, the first of them on `line`.
+
+        A file of interactions and items is read twice; what was lost the first time is not counted again.
 
         Args:
             reason: as a clause behind `row that`.
@@ -116,6 +121,8 @@ class SkipLog:
         Raises:
             DataError: with the line, where the recipe says `on_bad_line: error`.
         """
+        if path in self._closed:
+            return
         if self._stops and not is_gap:
             raise DataError(
                 f"{path} line {line}", excerpt(value), reason, "Mend the line, or set on_bad_line: skip in the recipe."
@@ -134,8 +141,9 @@ class SkipLog:
             DataError: if more than `max_lost` of its rows are lost.
         """
         entry = self._files.get(path)
-        if entry is None:
+        if entry is None or path in self._closed:
             return
+        self._closed.add(path)
         for reason in entry.lost.keys() - entry.totalled:
             self._skips[f"row that {reason}"].total += entry.rows
             entry.totalled.add(reason)

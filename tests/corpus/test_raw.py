@@ -90,7 +90,43 @@ def test_an_item_of_several_rows_has_the_first_value_of_each_column(read: Read) 
     source = table() | {"items": {"path": "m.csv", "item": "i", "title": "t", "description": ["d"]}}
     found = read({"i.csv": "u,i\na,1\na,2\n", "m.csv": items}, **source)
     assert found.items == {"1": ("A", "D1"), "2": ("C", "D3")}
-    assert found.lost == {"second text about the same item": (3, "m.csv", 3, "1")}
+    assert found.lost == {"second text about the same item": (2, "m.csv", 3, "1")}, "C comes again as it was"
+
+
+def test_one_file_of_orders_and_items_loses_nothing_by_being_read_twice(read: Read) -> None:
+    flat = "u,i,t\n" + "a,1,A\nb,1,A\nb,2,\nc,2,B\nbad\n,3,C\nd,,D\n" * 3
+    source = table() | {"items": {"path": "i.csv", "item": "i", "title": "t"}}
+    found = read({"i.csv": flat}, **source)
+    assert found.items == {"1": ("A", None), "2": ("B", None)}
+    assert found.lost == {
+        "row that has 1 field instead of 3": (3, "i.csv", 6, "bad"),
+        "row that has no user id": (3, "i.csv", 7, ", 3"),
+        "row that has no item id": (3, "i.csv", 8, "d,"),
+        "text about an item without interactions": (3, "i.csv", 7, "3"),
+    }
+    assert found.messages.count("WARNING") == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "what"),
+    [
+        (["sku-1", "sku-2", "sku-3"], ["SKU-1", "SKU-2", "sku-3"], "2 ids of the two sides differ in upper and lower"),
+        (["007", "008", "9"], ["7", "8", "9"], "2 ids of the two sides differ in leading zeros alone, such as '007'"),
+        (["A-1", "A-2", "x"], ["a001", "a002", "x"], "2 ids of the two sides differ in signs, zeros or case alone"),
+    ],
+)
+def test_ids_that_differ_in_their_spelling_alone_are_hinted_at(
+    read: Read, refuse: Refuse, ours: list[str], theirs: list[str], what: str
+) -> None:
+    orders = "u,i\n" + "".join(f"a,{item}\n" for item in ours)
+    items = "i,t\n" + "".join(f"{item},T\n" for item in theirs)
+    messages = read({"i.csv": orders, "m.csv": items}, **with_items()).messages
+    assert what in messages
+    assert "write them alike in both files" in messages
+    nothing = refuse(
+        {"i.csv": orders[: orders.rindex("a,")], "m.csv": items[: items.rindex(theirs[2])]}, **with_items()
+    )
+    assert what in nothing
 
 
 def test_a_row_without_id_is_no_sign_of_a_wrong_recipe(read: Read) -> None:
