@@ -51,6 +51,19 @@ def test_the_recipe_names_the_encoding(read: Read, text: str, name: str) -> None
     assert found.reviews == [f"{TEXTS[text]} {k}" for k in range(30)]
 
 
+def test_a_refusal_shows_the_line_and_no_bytes(refuse: Refuse) -> None:
+    message = refuse({"i.csv": rows("Žluťoučký kůň").encode("cp1250")}, **WITH_TEXT)
+    assert "is the line as cp1252 has it" in message
+    assert "u0,i0,Žluouèký kùò 0" in message.replace("�", "")
+    assert "b'" not in message
+
+
+def test_a_damaged_line_is_shown_without_bytes(read: Read) -> None:
+    content = rows(WESTERN).encode().replace(f"{WESTERN} 7".encode(), b"Caf\xe9")
+    (lost,) = read({"i.csv": content}, **WITH_TEXT).lost.values()
+    assert lost[3] == "u3,i2,Caf\\xe9"
+
+
 @pytest.mark.parametrize("name", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
 def test_unicode_is_recognised(read: Read, name: str) -> None:
     found = read({"i.csv": rows(WESTERN).encode(name)}, **WITH_TEXT)

@@ -259,3 +259,19 @@ def test_a_stray_mark_swallows_nothing(read: Read) -> None:
 def test_on_bad_line_error_stops_with_the_line(refuse: Refuse, where: str) -> None:
     message = refuse({"i.csv": f"u,i\na,b\n\n{where}\n"}, **table(), on_bad_line="error")
     assert message.startswith("i.csv line 4:")
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "\ufeffsep=;", "sep=;;", "sep=;\r"])
+@pytest.mark.parametrize("columns", ["u;i", "u;i;t"])
+def test_a_first_line_that_names_the_separator_is_read_over(read: Read, first: str, columns: str) -> None:
+    rows = "".join(f"{';'.join(row.split(',')[: columns.count(';') + 1])}\n" for row in ROWS)
+    found = read({"i.csv": f"{first}\n{columns}\n{rows}"}, **table())
+    assert found.pairs == [tuple(row.split(",")[:2]) for row in ROWS]
+    assert not found.lost
+    assert found.raw.origins.find(0) == {"file": "i.csv", "line": 3}
+
+
+def test_the_named_separator_counts_where_the_recipe_names_none(read: Read) -> None:
+    content = "sep=|\nu,x|i\na,b|1\nc,d|2\n"
+    source = {"format": "table", "interactions": {"path": "i.csv", "user": "u,x", "item": "i"}}
+    assert read({"i.csv": content}, **source).pairs == [("a,b", "1"), ("c,d", "2")]

@@ -9,6 +9,7 @@ lines later.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ import polars as pl
 
 from cllm4rec_dist.corpus.row_batch import Batch, column_indexes, with_partition
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.sources.encoding import first_lines, resolve_encoding, utf8_blocks
+from cllm4rec_dist.corpus.sources.encoding import escaped, first_lines, resolve_encoding, utf8_blocks
 from cllm4rec_dist.corpus.sources.files import RawFile
 from cllm4rec_dist.corpus.sources.records import Dialect, LineReader, Outcome
 from cllm4rec_dist.errors import DataError
@@ -28,6 +29,19 @@ _GUESSES = (",", ";", "\t", "|")
 _NEWLINE, _QUOTE = ord("\n"), ord('"')
 _HEADER_LINES = 20
 """The header is among so many first lines."""
+_SEPARATOR_LINE = re.compile(rb'"?sep=([^\w\s"]|\t)"?[ ,;\t]*', re.IGNORECASE)
+"""First line of a file that names its separator; an editor may have added empty fields."""
+
+
+def header_lines(path: str, encoding: str) -> tuple[list[bytes], str | None]:
+    """The first lines that are not blank, the header first, and the separator that the file names itself, if any.
+
+    Excel reads and writes a first line `sep=;`.
+    """
+    lines = first_lines(path, encoding, _HEADER_LINES)
+    named = _SEPARATOR_LINE.fullmatch(lines[0]) if lines else None
+    rest = lines if named is None else lines[1:]
+    return [line for line in rest if line.strip()], None if named is None else named[1].decode()
 
 
 def read_header(file: RawFile, dialect: Dialect, wanted: Sequence[str] = ()) -> tuple[list[str], str]:
@@ -38,10 +52,11 @@ def read_header(file: RawFile, dialect: Dialect, wanted: Sequence[str] = ()) -> 
         dialect: how fields are written.
         wanted: columns by which an unknown separator is found.
     """
-    lines = [line for line in first_lines(file.path, dialect.encoding, _HEADER_LINES) if line.strip()]
+    lines, separator = header_lines(file.path, dialect.encoding)
+    separator = dialect.separator or separator
     if not lines:
-        return list(dialect.names or ()), dialect.separator or ","
-    candidates = _GUESSES if dialect.separator is None else (dialect.separator,)
+        return list(dialect.names or ()), separator or ","
+    candidates = _GUESSES if separator is None else (separator,)
     headers = {each: LineReader(dialect, each).header(lines) for each in candidates}
     if dialect.names is not None:
         fitting = [each for each, fields in headers.items() if len(fields) == len(dialect.names)]
@@ -79,7 +94,7 @@ def read_delimited(
     reader = LineReader(dialect, separator, len(header), numbers, file.path)
     header_line = 0 if dialect.names is not None else _first_line_with_text(file, dialect)
     line, rest = 1, b""
-    blocks = utf8_blocks(file.path, dialect.encoding)
+    blocks = _without_separator_line(utf8_blocks(file.path, dialect.encoding))
     block = next(blocks, None)
     while block is not None:
         following = next(blocks, None)
@@ -92,9 +107,20 @@ def read_delimited(
     reader.report_stray_marks()
 
 
+def _without_separator_line(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The blocks with an empty line in place of the first, if that names the separator: lines keep their numbers."""
+    for number, block in enumerate(blocks):
+        line, _, rest = block.partition(b"\n") if number == 0 else (b"", b"", b"")
+        yield b"\n" + rest if _SEPARATOR_LINE.fullmatch(line) else block
+
+
 def _first_line_with_text(file: RawFile, dialect: Dialect) -> int:
     lines = first_lines(file.path, dialect.encoding, _HEADER_LINES)
-    return next(number for number, line in enumerate(lines, start=1) if line.strip())
+    return next(
+        number
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not (number == 1 and _SEPARATOR_LINE.fullmatch(line))
+    )
 
 
 def _without_headers(batch: Batch, header: list[str], log: SkipLog) -> Batch:
@@ -163,7 +189,7 @@ class _Block:
                 line = self._line(index)
                 if not line.isascii() and line.decode(errors="replace").encode() != line:
                     plain[index] = False
-                    self._lose("is not UTF-8 text", index, ascii(line[:120]))
+                    self._lose("is not UTF-8 text", index, escaped(line[:120]))
 
     def _lose(self, reason: str, index: int, value: str) -> None:
         self._lost.append((self._first_line + index, reason, value))

@@ -67,6 +67,16 @@ def find_encoding(path: str) -> str:
     return "utf-8" if _is_utf8(path) else _legacy_encoding(path)
 
 
+def is_utf8(path: str) -> bool:
+    """True for a text file all of which is UTF-8, with or without a byte order mark."""
+    return _unicode_encoding(first_bytes(path, _HEAD)) in (None, "utf-8") and _is_utf8(path)
+
+
+def escaped(line: bytes) -> str:
+    """A line that is not UTF-8 for a message, with its wrong bytes as `\\xe9`."""
+    return line.decode(errors="backslashreplace")
+
+
 def first_text(path: str, encoding: str = "auto") -> str:
     """The first characters of a text file, without byte order mark; bytes that cannot be decoded are left out."""
     head = first_bytes(path, _HEAD)
@@ -117,8 +127,9 @@ def _legacy_encoding(path: str) -> str:
     if name is None:
         raise DataError(
             f"{path} line {number}",
-            ascii(line.strip()[:80]),
-            f"is not UTF-8, like {num_wrong:,} lines of the file, and its encoding cannot be told",
+            line.decode("cp1252", errors="replace").strip()[:80],
+            f"is the line as cp1252 has it: it is not UTF-8, like {num_wrong:,} lines of the file, and its encoding"
+            " cannot be told",
             "Name it beside the file's path, for example encoding: cp1252, or encoding: utf-8 to leave such lines out.",
         )
     logger.warning(

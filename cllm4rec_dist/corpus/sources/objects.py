@@ -20,7 +20,7 @@ import polars as pl
 
 from cllm4rec_dist.corpus.row_batch import BATCH_ROWS, Batch, with_partition
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.sources.encoding import first_text, resolve_encoding, text_blocks, text_lines
+from cllm4rec_dist.corpus.sources.encoding import escaped, first_text, resolve_encoding, text_blocks, text_lines
 from cllm4rec_dist.corpus.sources.files import RawFile
 from cllm4rec_dist.corpus.sources.json_stream import JsonStream
 from cllm4rec_dist.corpus.values import BadValue, unwrap
@@ -95,7 +95,7 @@ def _lines(path: str, log: SkipLog, encoding: str) -> Iterator[tuple[int, Object
         else:
             text = line.decode(errors="replace")
             reason = "is not UTF-8 text" if text.encode() != line else "is not a JSON object"
-            log.lose(reason, path, number, text if text.encode() == line else ascii(line[:_EXCERPT]))
+            log.lose(reason, path, number, text if text.encode() == line else escaped(line[:_EXCERPT]))
 
 
 def _stream(path: str, encoding: str) -> JsonStream:

@@ -16,7 +16,7 @@ from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import SequencesSource
 from cllm4rec_dist.corpus.row_batch import BATCH_ROWS, Batch
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.sources.encoding import first_lines, first_text, resolve_encoding, text_lines
+from cllm4rec_dist.corpus.sources.encoding import escaped, first_lines, first_text, resolve_encoding, text_lines
 from cllm4rec_dist.corpus.sources.files import RawFile, find_files
 from cllm4rec_dist.corpus.sources.objects import read_members, read_objects
 from cllm4rec_dist.corpus.values import BadValue, id_text, plain_text
@@ -83,7 +83,7 @@ def _decoded(content: bytes, path: str, number: int, log: SkipLog) -> str | None
         return content.decode()
     except UnicodeDecodeError:
         log.read(path, 1)
-        log.lose("is not UTF-8 text", path, number, ascii(content[:100]))
+        log.lose("is not UTF-8 text", path, number, escaped(content[:100]))
         return None
 
 
