@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.suggestions import closest
+from cllm4rec_dist.suggestions import closest, decimal_hint
 
 _MOST = 80
 
@@ -66,6 +66,8 @@ def _cure(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> st
         return f"Write {path}: [{items}], or {path}=[{items}] as an override."
     if error["type"] == "extra_forbidden":
         return f"Keys of {_name(path)}: {', '.join(_keys(section))}."
+    if error["type"] == "float_parsing" and (hint := decimal_hint(str(value))):
+        return hint.strip()
     return "`cllm4rec settings` explains every key of a run, `cllm4rec settings recipe` those of a recipe."
 
 

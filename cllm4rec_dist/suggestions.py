@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +22,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the end of a cure; empty where no known word is near."""
     found = closest(word, known)
     return "" if found is None else f" Did you mean {found!r}?"
+
+
+def decimal_hint(text: str) -> str:
+    """` Write 3.5: ...` for a number with a comma, for the end of a cure; empty for anything else."""
+    number = text.strip().replace(",", ".")
+    is_number = re.fullmatch(r"[-+]?\d*,\d+", text.strip()) is not None
+    return f" Write {number}: the decimal mark is a point." if is_number else ""
 
 
 def closest_path(path: str) -> str | None:

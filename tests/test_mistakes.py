@@ -63,6 +63,13 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "colon": ([*PRETRAIN, "optimizer.lr: 1e-3"], ["must look like", "Write optimizer.lr=1e-3"]),
     "no value": ([*PRETRAIN, "optimizer.lr"], ["'optimizer.lr' must look like section.key=value"]),
     "value": ([*PRETRAIN, "optimizer.lr=fast"], ["optimizer.lr", "'fast'"]),
+    "decimal comma of a setting": ([*PRETRAIN, "optimizer.lr=0,001"], ["optimizer.lr", "Write 0.001"]),
+    "decimal comma": ([*INIT, "orders.csv", "--rating-threshold", "3,5"], ["'--rating-threshold'", "Write 3.5: the"]),
+    "decimal comma of a score": (["recommend", "runs/done", "--min-score", "-0,5"], ["'--min-score'", "Write -0.5"]),
+    "no number": (
+        [*INIT, "orders.csv", "--rating-threshold", "four"],
+        ["'--rating-threshold'", "'four' is not a number"],
+    ),
     "negative": ([*PRETRAIN, "optimizer.lr=-1"], ["optimizer.lr", "greater than 0"]),
     "list": ([*PRETRAIN, "validation.metrics=recall@20,ndcg@10"], ["must be a list", "[recall@20, ndcg@10]"]),
     "open list": ([*PRETRAIN, "optimizer.betas=[0.9"], ["optimizer.betas=[0.9", "is not YAML"]),

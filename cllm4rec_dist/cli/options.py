@@ -19,6 +19,7 @@ from cllm4rec_dist.launchers import is_main, ranks_are_elsewhere
 from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
 from cllm4rec_dist.project.layout import is_project, run_of
 from cllm4rec_dist.short_jobs import LAUNCHER_HELP
+from cllm4rec_dist.suggestions import decimal_hint
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,14 @@ def expanded(option: typer.CallbackParam, path: PathT | None) -> PathT | None:
 def resolved_run(option: typer.CallbackParam, path: str) -> str:
     """The run that an argument means: a folder of a project stands for the run that recommends."""
     return run_of(expanded(option, path) or path)
+
+
+def parse_number(text: str) -> float:
+    """A number of the command line; the refusal of `3,5` says how it is written."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number.{decimal_hint(text)}") from None
 
 
 Overrides = Annotated[

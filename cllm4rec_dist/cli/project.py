@@ -17,7 +17,7 @@ import typer
 from cllm4rec_dist.cli.child import BAD_INPUT, STOPPED, CommandEnded, run_command
 from cllm4rec_dist.cli.corpus import make_backbone, make_corpus
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import LIST_LENGTH, Workers, expanded
+from cllm4rec_dist.cli.options import LIST_LENGTH, Workers, expanded, parse_number
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers import joins, require_launchable
 from cllm4rec_dist.project.layout import Project
@@ -51,7 +51,9 @@ def init(
     time_column: Annotated[str | None, typer.Option(help="Orders' column of times, or none.")] = None,
     time_format: Annotated[str | None, typer.Option(help="Format of the times, as %d/%m/%Y %H:%M.")] = None,
     rating_column: Annotated[str | None, typer.Option(help="Orders' column of ratings, or none.")] = None,
-    rating_threshold: Annotated[float | None, typer.Option(help="Least rating that counts as liked.")] = None,
+    rating_threshold: Annotated[
+        float | None, typer.Option(help="Least rating that counts as liked.", parser=parse_number, metavar="FLOAT")
+    ] = None,
     review_column: Annotated[str | None, typer.Option(help="Orders' column of reviews, or none.")] = None,
     title_column: Annotated[str | None, typer.Option(help="Items' column of titles, or none.")] = None,
     category_column: Annotated[str | None, typer.Option(help="Items' column of categories, or none.")] = None,

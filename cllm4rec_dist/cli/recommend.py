@@ -27,6 +27,7 @@ from cllm4rec_dist.cli.options import (
     find_trained,
     moved_paths,
     output_problems,
+    parse_number,
 )
 from cllm4rec_dist.cli.printed import (
     as_table,
@@ -104,7 +105,9 @@ def recommend(
     items_file: Annotated[
         Path | None, typer.Option(help="List nothing but these items (a category), one id a line.", callback=expanded)
     ] = None,
-    min_score: Annotated[float | None, typer.Option(help="Leave out items that score lower.")] = None,
+    min_score: Annotated[
+        float | None, typer.Option(help="Leave out items that score lower.", parser=parse_number, metavar="FLOAT")
+    ] = None,
     skip_unknown_users: Annotated[
         bool, typer.Option("--skip-unknown-users", help="Leave out users of whom nothing is known, and count them.")
     ] = False,
