@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cllm4rec_dist.config import METRIC_NAME, RunConfig
+from cllm4rec_dist.config import METRIC_NAME, OptimizerConfig, RunConfig
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
@@ -288,7 +288,8 @@ def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError
             )
         )
     warmup, steps = config.optimizer.warmup_steps, num_steps(config, manifest)
-    if warmup > steps and "warmup_steps" in config.optimizer.model_fields_set:
+    # The default is no choice of anybody's, also where a run has written it into its own configuration.
+    if warmup > steps and warmup != OptimizerConfig.model_fields["warmup_steps"].default:
         problems.append(
             ConfigError(
                 "optimizer.warmup_steps",

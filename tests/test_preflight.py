@@ -90,6 +90,13 @@ def test_a_run_that_is_trained_behind_its_end_is_refused(tmp_path: Path) -> None
         assert not preflight.past_end_problems(config(*run, *enough), DATA)
 
 
+def test_the_default_warm_up_in_a_recorded_configuration_is_as_good_as_left_out() -> None:
+    recorded = config("epochs=3", "batch.users=16")
+    again = RunConfig.model_validate(recorded.model_dump(mode="json"))
+    assert not preflight.corpus_problems(again, DATA)
+    assert "12 of optimizer.warmup_steps=100 steps" in str(preflight.warmup_warning(again, DATA))
+
+
 def test_a_run_that_is_cut_short_or_left_to_the_default_is_warned() -> None:
     cut = config("epochs=30", "batch.users=16", "optimizer.warmup_steps=10", "max_steps=5")
     default = config("epochs=3", "batch.users=16")

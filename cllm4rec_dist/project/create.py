@@ -276,10 +276,12 @@ def _measured(raw: RawData, threshold: float | None) -> Numbers:
         frame = frame.filter(pl.col("rating") >= threshold)
     pairs = frame.select("user", "item").unique()
     users, items = (pairs[name].value_counts()["count"].to_numpy().astype(np.int64) for name in ("user", "item"))
+    popularity = pairs.with_columns(pl.len().over("item").alias("count"))
+    best = popularity.group_by("user").agg(pl.col("count").max())["count"].to_numpy().astype(np.int64)
     lengths = [len(text) for text in raw.texts()]
     if not len(pairs):
         raise DataError("rating_threshold", threshold, "leaves no interaction", "Give --rating-threshold.")
-    return Numbers(len(users), len(items), items, users, len(lengths), sum(lengths))
+    return Numbers(len(users), len(items), items, users, len(lengths), sum(lengths), best_counts=best)
 
 
 def _sampled(recipe: dict[str, Any], orders: Sample) -> Numbers:

@@ -7,7 +7,7 @@ written out in docs/first-run.md. Everything that it chooses is in the files tha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Numbers:
         history_lengths: int64, items of each user.
         num_texts, num_letters: texts about users and items, and letters in them.
         is_estimate: from a part of the data.
+        best_counts: int64, users of the most popular item of each user; empty where unknown.
     """
 
     users: int
@@ -42,11 +43,16 @@ class Numbers:
     num_texts: int = 0
     num_letters: int = 0
     is_estimate: bool = False
+    best_counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def interactions(self) -> int:
         """Of a user with an item, each pair once."""
         return int(self.item_counts.sum())
+
+    def users_with(self, core: Core) -> int:
+        """Users who keep an item once the rare ones are left out."""
+        return int((self.best_counts >= core.min_item_users).sum()) if len(self.best_counts) else self.users
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Sizes:
         max_history: items in a prompt.
         dropout: of user and item embeddings.
         pretrain_epochs, finetune_epochs, patience: passes over the users, and validations without a better one.
-        warmup_steps: of the learning rates; one epoch at most, so that a run of few epochs can be tried.
+        warmup_steps: of the learning rates; one epoch of the corpus at most, so that a run of one can be tried.
         precision: fp32 or bf16.
     """
 
@@ -122,7 +128,7 @@ def choose_sizes(numbers: Numbers, machine: Machine) -> Sizes:
         pretrain_epochs=pretrain_epochs,
         finetune_epochs=finetune_epochs,
         patience=8 if steps < 40 else 3,
-        warmup_steps=min(100, steps),
+        warmup_steps=min(100, math.ceil(numbers.users_with(choose_core(numbers)) / users)),
         precision="bf16" if has_gpu else "fp32",
     )
 

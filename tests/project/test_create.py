@@ -11,6 +11,7 @@ import pytest
 
 from cllm4rec_dist.cli import main
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
+from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.recipe import LastSplit, PrepareConfig, RandomSplit, TableSource
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.project.layout import is_project, run_of
@@ -136,6 +137,21 @@ def test_sizes_follow_the_runs_that_train_well() -> None:
     beauty = choose_sizes(numbers(22_363, 12_101, mean=7, letters=800_000), LAPTOP)
     assert (beauty.hidden_size, beauty.users, beauty.finetune_epochs) == (256, 256, 14)
     assert (beauty.dropout, beauty.num_layers, beauty.patience) == (0.7, 1, 3)
+
+
+def test_one_epoch_is_no_shorter_than_its_warm_up(tmp_path: Path) -> None:
+    """Some customers have nothing but an item that is too rare to be kept."""
+    rows = [f"c{n},s{(n + k) % 9}" for n in range(400) for k in range(9)] + [f"d{n % 30},r{n}" for n in range(30)]
+    (tmp_path / "orders.csv").write_text("customer,sku\n" + "\n".join(rows) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["init", str(tmp_path / "mine"), "--orders", str(tmp_path / "orders.csv")])
+    assert ended.value.code == 0
+    recipe = load_config(PrepareConfig, tmp_path / "mine" / "recipe.yaml")
+    assert recipe.min_item_users > 1
+    num_users = build_catalog(read_source(recipe.source), recipe).num_users
+    for stage in ("pretrain", "finetune"):
+        config = load_config(RunConfig, tmp_path / "mine" / f"{stage}.yaml", [f"stage={stage}"])
+        assert config.optimizer.warmup_steps == -(-num_users // config.batch.users)
 
 
 def test_sizes_fit_the_machine() -> None:
