@@ -57,12 +57,16 @@ def init(
     review_column: Annotated[str | None, typer.Option(help="Orders' column of reviews, or none.")] = None,
     title_column: Annotated[str | None, typer.Option(help="Items' column of titles, or none.")] = None,
     category_column: Annotated[str | None, typer.Option(help="Items' column of categories, or none.")] = None,
+    items_key: Annotated[str | None, typer.Option(help="Items' column of item ids.")] = None,
+    customers_key: Annotated[str | None, typer.Option(help="Customers' column of customer ids.")] = None,
     separator: Annotated[str | None, typer.Option(help="Between fields of CSV files; found if left out.")] = None,
     quoting: Annotated[
         Literal["auto", "double", "none"], typer.Option(help="What a quotation mark means in CSV files.")
     ] = "auto",
     escape: Annotated[str | None, typer.Option(help="Letter that escapes in CSV files, as a backslash.")] = None,
-    encoding: Annotated[str, typer.Option(help="Encoding of text files; found if left out.")] = "auto",
+    encoding: Annotated[
+        str, typer.Option(help="Encoding of text files that are not UTF-8; found if left out.")
+    ] = "auto",
     orders_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
     items_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
     customers_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
@@ -85,6 +89,8 @@ def init(
         review=review_column,
         title=title_column,
         category=category_column,
+        items_key=items_key,
+        customers_key=customers_key,
         time_format=time_format,
         rating_threshold=rating_threshold,
         choose=_choose if sys.stdin.isatty() and sys.stdout.isatty() else refuse,

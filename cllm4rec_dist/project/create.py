@@ -117,14 +117,13 @@ def propose(name: str, given: Given, machine: Machine) -> Proposal:
     interactions = guess_interactions(
         samples["orders"], wanted, _others("items", samples, others), _others("customers", samples, others)
     )
-    items: Items | None = guess_items(
-        samples.get("items", samples["orders"]), wanted, others["orders"][interactions.item]
-    )
+    items: Items | None = guess_items(_about("items", samples), wanted, others["orders"][interactions.item])
     if given.items is None and items is not None and items.title is None and items.category is None:
         items = None
     customers = None
     if "customers" in samples:
-        customers = guess_customers(samples["customers"], wanted, others["orders"][interactions.user])
+        about = _about("customers", samples)
+        customers = guess_customers(about, wanted, others["orders"][interactions.user])
     recipe = _recipe(name, samples, interactions, items, customers)
     numbers, left_out = _numbers(recipe, samples["orders"], given)
     core = choose_core(numbers)
@@ -132,6 +131,12 @@ def propose(name: str, given: Given, machine: Machine) -> Proposal:
     return Proposal(
         samples, interactions, items, customers, recipe, numbers, core, choose_sizes(numbers, machine), left_out
     )
+
+
+def _about(role: Role, samples: dict[Role, Sample]) -> Sample:
+    """The sample of items or customers: that of the orders where there is no other file of them."""
+    sample = samples.get(role)
+    return samples["orders"] if sample is None or sample.path == samples["orders"].path else sample
 
 
 def _others(role: Role, samples: dict[Role, Sample], facts: dict[Role, dict[str, Facts]]) -> dict[str, Facts]:
@@ -235,7 +240,7 @@ def _table(sample: Sample) -> dict[str, Any]:
     """Path and dialect of a file, in the words of a recipe."""
     found: dict[str, Any] = {"path": sample.path.replace("$", "$$")}
     if sample.kind != "csv":
-        return found
+        return found | _given(encoding=sample.encoding)
     dialect = sample.dialect
     return found | _given(
         kind="csv" if dialect.names else None,
@@ -243,7 +248,7 @@ def _table(sample: Sample) -> dict[str, Any]:
         separator=None if dialect.separator == "," else dialect.separator,
         quoting=None if dialect.quoting == "auto" else dialect.quoting,
         escape=dialect.escape,
-        encoding=None if dialect.encoding in ("utf-8", "utf-16", "utf-32") else dialect.encoding,
+        encoding=sample.encoding,
     )
 
 
@@ -261,9 +266,9 @@ def _numbers(recipe: dict[str, Any], orders: Sample, given: Given) -> tuple[Numb
 
 
 def _num_bytes(given: Given) -> int:
-    paths = [path for path in (given.orders, given.items, given.customers) if path is not None]
+    paths = dict.fromkeys(path for path in (given.orders, given.items, given.customers) if path is not None)
     total = 0
-    for file in find_files(paths):
+    for file in find_files(list(paths)):
         fs, place = fsspec.core.url_to_fs(file.path)
         with as_os_errors():
             total += int(fs.info(place)["size"])

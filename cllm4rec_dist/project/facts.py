@@ -17,6 +17,9 @@ from cllm4rec_dist.project.words import kinds_of
 _TAGS = r"(?i)</?(?:p|br|b|i|u|ul|ol|li|div|span|strong|em|h[1-6]|a|td|tr|table)(?:\s[^<>]*)?/?>"
 _EARLIEST, _LATEST = 3.15e7, 4.1e9
 """Epochs that are times of an interaction: 1971 to 2100. A rating of 5 is no time."""
+_DAY, _YEAR_2000, _YEAR_2040 = 86400, 946_684_800, 2_208_988_800
+_LATEST_SECOND = 1e11
+"""Larger epochs are in parts of a second."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,27 @@ class Facts:
         seconds = found.seconds[~np.isnan(found.seconds)]
         plausible = int(((seconds > _EARLIEST) & (seconds < _LATEST)).sum())
         return found if plausible + _num_open(found) >= 0.9 * len(self.texts) and len(self.texts) else None
+
+    @cached_property
+    def is_epoch(self) -> bool:
+        """Whole numbers that are epochs of some unit, from 2000 to 2040 and over more than a day.
+
+        Numbers of ten digits may be ids as well; these are dense, and times are not.
+        """
+        numbers = self.numbers()
+        if not len(numbers) or self.times is None or not (numbers == np.floor(numbers)).all():
+            return False
+        seconds = self.times.seconds[~np.isnan(self.times.seconds)]
+        if seconds.min() < _YEAR_2000 or seconds.max() > _YEAR_2040 or np.ptp(seconds) < _DAY:
+            return False
+        return bool(numbers.min() > _LATEST_SECOND or np.ptp(seconds) > 10 * self.num_distinct)
+
+    @cached_property
+    def is_scale(self) -> bool:
+        """A few small numbers, again and again, as ratings and quantities are."""
+        numbers = self.numbers()
+        is_small = len(numbers) >= 50 and np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.max() <= 10
+        return bool(is_small) and 5 * self.num_distinct <= len(numbers)
 
     @cached_property
     def is_compact_date(self) -> bool:

@@ -7,22 +7,40 @@ nothing is guessed: `choose` asks, or refuses with the option that decides it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
+from cllm4rec_dist.corpus.about import alike_ids, spelling_hint
 from cllm4rec_dist.corpus.times import numeric_formats, read_times
 from cllm4rec_dist.corpus.values import MISSING_WORDS
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.project.facts import Facts, facts_of
-from cllm4rec_dist.project.sample import Sample, require_columns
+from cllm4rec_dist.project.points import (
+    category_points,
+    decimal_mark,
+    guess_threshold,
+    is_description,
+    is_profile,
+    item_points,
+    join_points,
+    rating_points,
+    review_points,
+    share_joined,
+    time_points,
+    title_points,
+    user_points,
+)
+from cllm4rec_dist.project.sample import Sample, flatten_cure, require_columns
 
 NONE = "none"
 """What an option says of a column that there shall not be."""
 _ENOUGH = 2.0
 """Points from which on a guess is made."""
+_JOINS = 0.3
+"""Share of the orders' ids from which on a column is taken for their key."""
 _SURE = 0.9
 """Points by which the best guess must be ahead of the next one."""
 
@@ -82,6 +100,8 @@ class Wanted:
     review: str | None = None
     title: str | None = None
     category: str | None = None
+    items_key: str | None = None
+    customers_key: str | None = None
     time_format: str | None = None
     rating_threshold: float | None = None
     choose: Choose = refuse
@@ -100,14 +120,14 @@ def guess_interactions(
     Raises:
         ConfigError: for a column that cannot be told.
     """
-    facts = facts_of(sample)
+    facts = {name: each for name, each in facts_of(sample).items() if name not in sample.nested}
     item = _chosen(
         sample,
         "--item-column",
         wanted.item,
         wanted.choose,
         "item",
-        {name: _item_points(each) + _join_points(each, item_ids, "item") for name, each in facts.items()},
+        {name: item_points(each) + join_points(each, item_ids, "item") for name, each in facts.items()},
     )
     user = _chosen(
         sample,
@@ -116,24 +136,25 @@ def guess_interactions(
         wanted.choose,
         "customer",
         {
-            name: _user_points(each) + _join_points(each, user_ids, "user")
+            name: user_points(each) + join_points(each, user_ids, "user")
             for name, each in facts.items()
             if name != item or wanted.user == name
         },
     )
     left = {name: each for name, each in facts.items() if name not in (user, item)}
-    time = _optional(sample, "--time-column", wanted.time, {name: _time_points(each) for name, each in left.items()})
+    time = _optional(sample, "--time-column", wanted.time, {name: time_points(each) for name, each in left.items()})
     left.pop(time or "", None)
-    points = {name: _rating_points(each) for name, each in left.items()}
+    points = {name: rating_points(each) for name, each in left.items()}
     rating = _optional(sample, "--rating-column", wanted.rating, points)
     left.pop(rating or "", None)
+    texts = left | {name: each for name, each in facts_of(sample).items() if name in sample.nested}
     text = _optional(
-        sample, "--review-column", wanted.review, {name: _review_points(each) for name, each in left.items()}
+        sample, "--review-column", wanted.review, {name: review_points(each) for name, each in texts.items()}
     )
-    decimal = "." if rating is None else _decimal_mark(facts[rating])
+    decimal = "." if rating is None else decimal_mark(facts[rating])
     threshold = None
     if rating is not None:
-        guessed = _threshold(facts[rating].numbers(decimal))
+        guessed = guess_threshold(facts[rating].numbers(decimal))
         threshold = guessed if wanted.rating_threshold is None else wanted.rating_threshold
     return Interactions(
         user=user,
@@ -144,7 +165,7 @@ def guess_interactions(
         rating_threshold=threshold,
         decimal=decimal,
         text=text,
-        has_html=text is not None and facts[text].has_tags,
+        has_html=text is not None and texts[text].has_tags,
     )
 
 
@@ -152,20 +173,19 @@ def guess_items(sample: Sample, wanted: Wanted, orders: Facts) -> Items:
     """The columns of items.
 
     Args:
-        sample: of the items; may be of the same file as the orders.
+        sample: of the items; that of the orders where these are in the same file.
         wanted: what the user says.
         orders: the column of items in the orders.
     """
     facts = facts_of(sample)
-    points = {name: _item_points(each) + _join_points(orders, {name: each}, "item") for name, each in facts.items()}
-    item = _chosen(sample, "", orders.name if sample.role == "orders" else None, wanted.choose, "item", points)
+    item = orders.name if sample.role == "orders" else _key(sample, "--items-key", wanted.items_key, wanted, orders)
     left = {name: each for name, each in facts.items() if name != item}
-    title = _optional(sample, "--title-column", wanted.title, {n: _title_points(each) for n, each in left.items()})
+    title = _optional(sample, "--title-column", wanted.title, {n: title_points(each) for n, each in left.items()})
     left.pop(title or "", None)
     category = _optional(
-        sample, "--category-column", wanted.category, {name: _category_points(each) for name, each in left.items()}
+        sample, "--category-column", wanted.category, {name: category_points(each) for name, each in left.items()}
     )
-    texts = tuple(name for name, each in left.items() if name == category or _is_description(each))
+    texts = tuple(name for name, each in left.items() if name == category or is_description(each))
     used = [name for name in (title, *texts) if name is not None]
     return Items(item, title, category, texts, any(facts[name].has_tags for name in used))
 
@@ -173,12 +193,53 @@ def guess_items(sample: Sample, wanted: Wanted, orders: Facts) -> Items:
 def guess_customers(sample: Sample, wanted: Wanted, orders: Facts) -> Customers:
     """The columns of customers; what tells who somebody is (names, addresses) is left out."""
     facts = facts_of(sample)
-    points = {name: _user_points(each) + _join_points(orders, {name: each}, "user") for name, each in facts.items()}
-    user = _chosen(sample, "", None, wanted.choose, "customer", points)
+    is_same_file = sample.role == "orders"
+    user = orders.name if is_same_file else _key(sample, "--customers-key", wanted.customers_key, wanted, orders)
     left = {name: each for name, each in facts.items() if name != user}
-    texts = tuple(name for name, each in left.items() if _is_profile(each))
+    texts = tuple(name for name, each in left.items() if is_profile(each))
     return Customers(
         user, texts, any(facts[name].has_tags for name in texts), tuple(name for name in left if name not in texts)
+    )
+
+
+def _key(sample: Sample, option: str, given: str | None, wanted: Wanted, orders: Facts) -> str:
+    """The column whose values are the ids in a column of the orders.
+
+    One that joins far better than all others is it, whatever its name.
+
+    Raises:
+        DataError: where no column has an id of the orders, and no name speaks of one.
+    """
+    what = "item" if sample.role == "items" else "customer"
+    facts = {name: each for name, each in facts_of(sample).items() if name not in sample.nested}
+    shares = {name: share_joined(orders, each) for name, each in facts.items()}
+    best, margin = _best(shares)
+    if given is None and best is not None and shares[best] >= _JOINS and margin >= shares[best] / 2:
+        return best
+    name_points = item_points if what == "item" else user_points
+    kind = "item" if what == "item" else "user"
+    points = {
+        name: name_points(each, is_key=True) + join_points(orders, {name: each}, kind) for name, each in facts.items()
+    }
+    is_open = not any(points[name] >= _ENOUGH for name in points)
+    if given is None and is_open and not sample.nested and max(shares.values(), default=0.0) == 0:
+        raise _unjoined(sample, option, what, orders, facts)
+    return _chosen(sample, option, given, wanted.choose, what, points)
+
+
+def _unjoined(sample: Sample, option: str, what: str, orders: Facts, facts: Mapping[str, Facts]) -> DataError:
+    """That no column has an id of the orders, with one that has them spelt in another way."""
+    hint = ""
+    for each in facts.values():
+        alike = alike_ids(sorted(orders.ids), sorted(each.ids))
+        if len(alike) >= _JOINS * len(orders.ids):
+            hint = f" In {each.name!r}{spelling_hint(*alike[0], len(alike)).replace(' ids of the two sides', ' ids')}"
+            break
+    return DataError(
+        f"--{sample.role}",
+        list(facts),
+        f"are its columns, and none of them has ids of the {what}s of the orders, such as {orders.example!r}",
+        f"Check the files: the values of one column must be those of the {what}s in --orders; {option} names it.{hint}",
     )
 
 
@@ -186,20 +247,16 @@ def _chosen(
     sample: Sample, option: str, wanted: str | None, choose: Choose, what: str, points: Mapping[str, float]
 ) -> str:
     """The column that must be there."""
-    if wanted is not None:
+    if wanted is not None and wanted not in sample.nested:
         return require_columns(sample, option, wanted)
     best, margin = _best(points)
-    if best is not None and points[best] >= _ENOUGH and margin >= _SURE:
+    if wanted is None and best is not None and points[best] >= _ENOUGH and margin >= _SURE:
         return best
+    question = f"which column of --{sample.role} has the id of the {what}"
+    if sample.nested and (best is None or wanted is not None or points[best] < _ENOUGH):
+        raise DataError(option, wanted or list(points), f"leave it open {question}", flatten_cure(sample))
     likely = sorted((name for name in points if points[name] > -2), key=lambda name: -points[name]) or sample.names
-    if option:
-        return choose(option, f"which column of --{sample.role} has the id of the {what}", likely)
-    raise DataError(
-        f"--{sample.role}",
-        likely,
-        f"are its columns, and none of them, or several, have ids of the {what}s of the orders",
-        f"Check the files: the values of one column must be those of the {what}s in --orders.",
-    )
+    return choose(option, question, likely)
 
 
 def _optional(sample: Sample, option: str, wanted: str | None, points: Mapping[str, float]) -> str | None:
@@ -217,152 +274,6 @@ def _best(points: Mapping[str, float]) -> tuple[str | None, float]:
         return None, 0.0
     second = points[ranked[1]] if len(ranked) > 1 else float("-inf")
     return ranked[0], points[ranked[0]] - second
-
-
-def _says(kinds: Collection[str], weights: Mapping[str, float]) -> float:
-    return sum(weight for kind, weight in weights.items() if kind in kinds)
-
-
-def _id_points(facts: Facts) -> float:
-    """What values say about a column of ids that come again and again."""
-    points = 0.0
-    if facts.share_given < 0.5:
-        points -= 2
-    if facts.num_distinct < 2:
-        points -= 3
-    if len(facts.texts) >= 50 and facts.share_distinct > 0.98:
-        points -= 2  # an id of the order
-    if facts.num_words > 3 or facts.mean_length > 60:
-        points -= 3
-    numbers = facts.numbers()
-    if np.isfinite(numbers).all() and (numbers != np.floor(numbers)).any():
-        points -= 4
-    return points - (2 if facts.times is not None and facts.texts.str.contains(r"\d[-/.:]\d").all() else 0)
-
-
-def _user_points(facts: Facts) -> float:
-    names = {
-        "user": 3,
-        "id": 1,
-        "order": -3,
-        "item": -2,
-        "personal": -1,
-        "profile": -3,
-        "time": -3,
-        "quantity": -1,
-        "price": -3,
-        "category": -3,
-    }
-    points = _says(facts.kinds, names)
-    if facts.kinds == {"personal"}:
-        points = 1.0  # an address of mail is an id, if there is no better one
-    if {"user", "title"} <= facts.kinds and facts.num_words > 1.2:
-        points -= 2
-    return points + _id_points(facts)
-
-
-def _item_points(facts: Facts) -> float:
-    names = {
-        "item": 3,
-        "id": 1,
-        "order": -3,
-        "user": -2,
-        "title": -2,
-        "price": -3,
-        "quantity": -1,
-        "category": -3,
-        "time": -3,
-        "review": -3,
-        "rating": -3,
-        "description": -2,
-    }
-    return _says(facts.kinds, names) + _id_points(facts)
-
-
-def _join_points(facts: Facts, others: Mapping[str, Facts], kind: str) -> float:
-    """How well values are ids of another file, which says an id of each only once or so."""
-    best = 0.0
-    for other in others.values():
-        if facts.ids and other.ids:
-            share = len(facts.ids & other.ids) / len(facts.ids)
-            named = 0.5 if {kind, "id"} & other.kinds else 0.0
-            is_key = other.share_distinct > 0.5 or facts.values is other.values
-            best = max(best, (3 if is_key else 1) * share + named) if share >= 0.3 else best
-    return best
-
-
-def _time_points(facts: Facts) -> float:
-    if facts.times is None:
-        return -1.0
-    points = 2.0 * bool(facts.kinds & {"time"}) - 2.0 * bool(facts.kinds & {"other_time"})
-    written = facts.values.dtype.is_temporal() or bool(facts.texts.str.contains(r"\d[-/.:]\d|[A-Za-z]{3}").all())
-    return points + 1.5 * written + 0.5 + 0.2 * ("order" in facts.kinds) + 0.3 * facts.share_distinct
-
-
-def _rating_points(facts: Facts) -> float:
-    if "rating" not in facts.kinds or facts.share_given < 0.8:
-        return 0.0
-    numbers = facts.numbers(_decimal_mark(facts))
-    good = np.isfinite(numbers)
-    if good.mean() < 0.9 or len(np.unique(numbers[good])) > 101:
-        return 0.0
-    return 3.0 if numbers[good].min() >= -10 and numbers[good].max() <= 100 else 0.0
-
-
-def _decimal_mark(facts: Facts) -> str:
-    commas = facts.texts.str.contains(r"^-?\d+,\d+$").any()
-    return "," if commas and not facts.texts.str.contains(r"^-?\d+\.\d+$").any() else "."
-
-
-def _threshold(ratings: np.ndarray) -> float | None:
-    """The least rating that means that somebody liked it: 4 of 5 stars, 8 of 10, 80 of 100, 1 of 0 and 1."""
-    ratings = ratings[np.isfinite(ratings)]
-    if not len(ratings) or ratings.min() == ratings.max():
-        return None
-    most = float(ratings.max())
-    scale = next((scale for scale in (1, 5, 10, 100) if most <= scale), None)
-    return None if scale is None else float(1 if scale == 1 else 0.8 * scale)
-
-
-def _review_points(facts: Facts) -> float:
-    if facts.num_words < 3 or facts.mean_length < 15:
-        return -1.0
-    return (
-        3.0 * ("review" in facts.kinds) - 2.0 * bool(facts.kinds & {"title", "description"}) - ("item" in facts.kinds)
-    )
-
-
-def _title_points(facts: Facts) -> float:
-    if facts.share_given < 0.3 or np.isfinite(facts.numbers()).mean() > 0.9:
-        return -1.0
-    names = {"title": 3, "item": 0.5, "user": -3, "category": -2, "description": -1, "personal": -3, "id": -1}
-    points = _says(facts.kinds, names)
-    return points + 0.5 * (facts.num_words > 1.5) + 0.5 * (facts.share_distinct > 0.5)
-
-
-def _category_points(facts: Facts) -> float:
-    if "category" not in facts.kinds or not facts.num_distinct > 1 or facts.share_given < 0.3:
-        return 0.0
-    is_number = len(facts.texts) and np.isfinite(facts.numbers()).mean() > 0.9
-    repeated = facts.num_distinct <= max(20, 0.3 * len(facts.texts))
-    return 3.0 * repeated - 1.5 * bool(is_number) - 0.5 * ("id" in facts.kinds) - 0.1 * bool(facts.kinds - {"category"})
-
-
-def _is_description(facts: Facts) -> bool:
-    """Words about an item: long texts, and what its name says (a brand, an author, a genre)."""
-    if np.isfinite(facts.numbers()).mean() > 0.5 or facts.share_given < 0.05 or facts.texts.str.contains("://").any():
-        return False
-    if facts.kinds & {"user", "personal", "price", "order", "time", "review", "other_time"}:
-        return False
-    return bool(facts.kinds & {"description", "category"}) or (facts.num_words > 5 and facts.share_distinct > 0.3)
-
-
-def _is_profile(facts: Facts) -> bool:
-    if facts.kinds & {"personal", "price", "other_time"} or facts.times is not None or not len(facts.texts):
-        return False
-    if {"title", "profile"} & facts.kinds == {"title"} or facts.share_given < 0.05:
-        return False
-    return "profile" in facts.kinds or (facts.share_distinct < 0.5 and np.isfinite(facts.numbers()).mean() < 0.5)
 
 
 def _time_format(facts: Facts, wanted: Wanted) -> str | None:

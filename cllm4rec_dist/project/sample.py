@@ -7,8 +7,9 @@ compression by the first bytes, delimiters by the header, JSON in any shape, Par
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +19,23 @@ import pyarrow.parquet as pq
 
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.sources.columnar import read_parquet
-from cllm4rec_dist.corpus.sources.delimited import read_delimited
-from cllm4rec_dist.corpus.sources.encoding import first_lines, resolve_encoding
+from cllm4rec_dist.corpus.sources.delimited import header_lines, read_delimited
+from cllm4rec_dist.corpus.sources.encoding import is_utf8_beyond_ascii, resolve_encoding
 from cllm4rec_dist.corpus.sources.files import RawFile, find_files, open_binary
 from cllm4rec_dist.corpus.sources.objects import read_objects
 from cllm4rec_dist.corpus.sources.records import Dialect, LineReader
 from cllm4rec_dist.corpus.sources.tables import find_kind
 from cllm4rec_dist.corpus.values import BadValue, plain_text
 from cllm4rec_dist.errors import ConfigError, DataError
+from cllm4rec_dist.project.nested import Nesting, flattening, nested_columns, nested_fields
+from cllm4rec_dist.project.words import kinds_of
 
 ROWS = 50_000
 """Rows that are looked at."""
 _SEPARATORS = (",", ";", "\t", "|")
-_HEADER_LINES = 20
+_UNICODE = ("utf-8", "utf-16", "utf-32")
+_USEFUL = {"user", "item", "time", "rating", "review", "title", "category", "id"}
+"""What the name of a column must speak of for the column to be of use."""
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)*|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?")
 Role = Literal["orders", "items", "customers"]
 
@@ -47,6 +52,9 @@ class Sample:
         dialect: of a CSV file; its separator is known.
         columns: at most `ROWS` rows, in the types that the file has.
         is_whole: there are no more rows, in this file or another one.
+        encoding: what a recipe must say of the file's encoding; None for what is found.
+        nested: columns that hold objects: they have texts, and are no ids.
+        repeated: names that several columns have, of which none can be used.
     """
 
     role: Role
@@ -56,6 +64,9 @@ class Sample:
     dialect: Dialect
     columns: pl.DataFrame
     is_whole: bool
+    encoding: str | None = None
+    nested: Mapping[str, Nesting] = field(default_factory=dict)
+    repeated: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -77,27 +88,56 @@ def read_sample(role: Role, path: str, dialect: Dialect) -> Sample:
     files = find_files([path])
     file = files[0]
     kind = "csv" if dialect.names is not None else find_kind(file.path, dialect.encoding)
+    given = dialect.encoding
+    if kind != "parquet":
+        dialect = replace(dialect, encoding=_encoding(file.path, given))
+    nested: Mapping[str, Nesting] = {}
+    repeated: list[str] = []
     if kind == "csv":
-        dialect = _completed(role, file, dialect)
-        columns = _delimited(file, dialect)
+        dialect = replace(dialect, separator=_separator(role, file, dialect))
+        columns, repeated = _delimited(file, dialect)
+    elif kind == "parquet":
+        columns, repeated = _parquet(file)
+        nested = nested_columns(columns)
     else:
-        columns = _parquet(file) if kind == "parquet" else _objects(file, dialect.encoding)
+        columns, nested = _objects(file, dialect.encoding)
+    _require_names(role, file, repeated)
     if not len(columns):
         raise DataError(f"--{role}", path, "has no rows", "Give a file with a row for each entry below its header.")
     if kind == "csv" and dialect.names is None:
         _require_header(role, file, columns)
+    is_legacy = kind != "parquet" and dialect.encoding not in _UNICODE
+    encoding = dialect.encoding if is_legacy and (given != "auto" or len(files) == 1) else None
     is_whole = len(columns) < ROWS and len(files) == 1
-    return Sample(role, path, file, kind, dialect, columns, is_whole)
+    return Sample(role, path, file, kind, dialect, columns, is_whole, encoding, nested, tuple(repeated))
 
 
-def _completed(role: Role, file: RawFile, dialect: Dialect) -> Dialect:
-    """The dialect with its encoding and separator: the one that cuts the header and the lines below it alike."""
-    encoding = resolve_encoding(file.path, dialect.encoding)
-    lines = [line for line in first_lines(file.path, encoding, _HEADER_LINES) if line.strip()]
+def _encoding(path: str, given: str) -> str:
+    """The encoding of one file. One that is given for several files is that of those that are not UTF-8."""
+    if given not in ("auto", *_UNICODE) and is_utf8_beyond_ascii(path):
+        return "utf-8"
+    return resolve_encoding(path, given)
+
+
+def _separator(role: Role, file: RawFile, dialect: Dialect) -> str:
+    """The separator: the one that cuts the header and the lines below it alike."""
+    lines, named = header_lines(file.path, dialect.encoding)
     if not lines:
         raise DataError(f"--{role}", file.path, "is empty", "Give a file with a header and rows.")
-    separator = dialect.separator or max(_SEPARATORS, key=lambda each: _num_fields(lines, each, dialect))
-    return Dialect(separator, dialect.quoting, dialect.escape, encoding, dialect.names)
+    separator = dialect.separator or named
+    return separator or max(_SEPARATORS, key=lambda each: _num_fields(lines, each, dialect))
+
+
+def _require_names(role: Role, file: RawFile, repeated: Sequence[str]) -> None:
+    """Refuse a header that names two columns alike, where the name is one that could be used."""
+    for name in repeated:
+        if kinds_of(name) & _USEFUL:
+            raise DataError(
+                f"--{role}",
+                name,
+                f"is the name of several columns of {file.path}, and nothing says which of them is meant",
+                f"Rename all but one in the file's header, for example to {name + '_2'!r}.",
+            )
 
 
 def _num_fields(lines: Sequence[bytes], separator: str, dialect: Dialect) -> int:
@@ -107,14 +147,20 @@ def _num_fields(lines: Sequence[bytes], separator: str, dialect: Dialect) -> int
     return fields if below > 1 else 1
 
 
-def _delimited(file: RawFile, dialect: Dialect) -> pl.DataFrame:
+def _delimited(file: RawFile, dialect: Dialect) -> tuple[pl.DataFrame, list[str]]:
+    """Rows, and names that several columns have."""
     assert dialect.separator is not None
-    lines = [line for line in first_lines(file.path, dialect.encoding, _HEADER_LINES) if line.strip()]
+    lines, _ = header_lines(file.path, dialect.encoding)
     header = list(dialect.names or LineReader(dialect, dialect.separator).header(lines))
     names = [name for name in [*header, *file.partition] if name and header.count(name) < 2]
     log = SkipLog("skip", max_lost=1.0)
     batches = read_delimited(file, list(dict.fromkeys(names)), dialect, log)
-    return next((batch.columns.head(ROWS) for batch in batches if len(batch.lines)), pl.DataFrame())
+    rows = next((batch.columns.head(ROWS) for batch in batches if len(batch.lines)), pl.DataFrame())
+    return rows, _repeated(header)
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if name and count > 1]
 
 
 def _require_header(role: Role, file: RawFile, columns: pl.DataFrame) -> None:
@@ -131,28 +177,32 @@ def _require_header(role: Role, file: RawFile, columns: pl.DataFrame) -> None:
         )
 
 
-def _parquet(file: RawFile) -> pl.DataFrame:
+def _parquet(file: RawFile) -> tuple[pl.DataFrame, list[str]]:
+    """Rows, and names that several columns have."""
     with open_binary(file.path) as content:
-        names = list(dict.fromkeys(pq.read_schema(content).names)) if content.seekable() else []
+        names = list(pq.read_schema(content).names) if content.seekable() else []
     found = {}
-    for name in [*names, *file.partition]:
+    for name in dict.fromkeys([*names, *file.partition]):
         try:
             batch = next(read_parquet(file, [name], SkipLog("skip", max_lost=1.0)), None)
         except DataError:
             continue  # a type that has no text: no column of interest
         if batch is not None:
             found[name] = batch.columns[name].head(ROWS)
-    return pl.DataFrame(found)
+    return pl.DataFrame(found), _repeated(names)
 
 
-def _objects(file: RawFile, encoding: str) -> pl.DataFrame:
-    """Rows of a JSON file, as texts; lists and objects give their texts one behind the other."""
+def _objects(file: RawFile, encoding: str) -> tuple[pl.DataFrame, dict[str, Nesting]]:
+    """Rows of a JSON file, as texts, and which of its fields hold objects.
+
+    Lists and objects give their texts one behind the other.
+    """
     found = _rows(file, encoding, ())
     if len(found) == 1 and all(isinstance(value, dict | list) for value in found[0].values()):
         found = _rows(file, encoding, tuple(found[0]))  # a column each
     names = dict.fromkeys(name for row in found for name in row)
     texts = {str(name): [_text(row.get(name)) for row in found] for name in names}
-    return pl.DataFrame(texts, schema=dict.fromkeys(texts, pl.String))
+    return pl.DataFrame(texts, schema=dict.fromkeys(texts, pl.String)), nested_fields(found)
 
 
 def _rows(file: RawFile, encoding: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
@@ -177,9 +227,16 @@ def require_columns(sample: Sample, option: str, name: str) -> str:
 
     if name in sample.names:
         return name
+    if sample.nested and name.partition(".")[0] in sample.nested:
+        raise DataError(option, name, "is inside of an object", flatten_cure(sample))
     raise ConfigError(
         option,
         name,
         f"is no column of {Path(sample.file.path).name}, which has {', '.join(sample.names)}",
         f"Name one of them.{did_you_mean(name, sample.names)}",
     )
+
+
+def flatten_cure(sample: Sample) -> str:
+    """What to do about a file whose ids are inside of objects."""
+    return flattening(sample.file.path, sample.kind, sample.nested)

@@ -36,12 +36,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     """),
     "time": _words("""
         time timestamp date datetime datum zeit zeitpunkt uhrzeit tag day when created bought ts fecha hora jour
-        heure data giorno dato tid pvm czas cas tarih дата время 日付 日時 日期 时间 날짜
+        heure data giorno dato tid pvm czas cas tarih moment momento instant instante epoch unix unixtime erstellt
+        angelegt gekauft creado creada cree creato creata criado criada acquistato aangemaakt gekocht skapad oprettet
+        opprettet luotu utworzono vytvoreno olusturulma создан дата время 日付 日時 日期 时间 날짜
     """),
     "other_time": _words("""
-        shipped shipping delivery delivered updated modified changed birth birthday dob expiry expires due paid
-        payment return returned registered signup joined liefer lieferung versand geburt anderung faellig livraison
-        naissance entrega nacimiento consegna nascita nascimento
+        shipped shipping delivery delivered updated modified changed aktualisiert geandert versendet actualizado
+        modificado enviado modifie expedie aggiornato spedito atualizado bijgewerkt verzonden birth birthday dob expiry
+        expires due paid payment return returned registered signup joined liefer lieferung versand geburt anderung
+        faellig livraison naissance entrega nacimiento consegna nascita nascimento
     """),
     "rating": _words("""
         rating rate stars star score overall grade sterne bewertung note etoiles puntuacion calificacion valoracion

@@ -278,7 +278,7 @@ def test_who_somebody_is_stays_out_of_the_texts(tmp_path: Path) -> None:
 def test_files_that_do_not_join_are_refused(tmp_path: Path) -> None:
     orders = write(tmp_path / "orders.csv", {"customer": USERS, "sku": ITEMS})
     items = write(tmp_path / "items.csv", {"colour": column(["red", "blue"], 30), "words": NAMES})
-    with pytest.raises(DataError, match=r"--items: .*none of them, or several, have ids"):
+    with pytest.raises(DataError, match=r"--items: .*none of them has ids .* --items-key names it"):
         guess(orders, items)
 
 
@@ -317,3 +317,115 @@ def test_a_file_without_a_header_is_refused(text: str, tmp_path: Path) -> None:
 )
 def test_names_are_cut_into_words(name: str, kinds: set[str]) -> None:
     assert kinds_of(name) == kinds
+
+
+def test_the_key_of_items_is_what_joins_whatever_its_name(tmp_path: Path) -> None:
+    many = [f"R{number:03d}" for number in range(120)]
+    orders = write(tmp_path / "orders.csv", {"client": column(USERS, 240), "Cote": column(many, 240)})
+    names = [f"Thing number {number}" for number in range(120)]
+    keys = {"id": [str(number) for number in range(120)], "Ref interne": names[::-1], "Cote": many, "title": names}
+    found, about = guess(orders, write(tmp_path / "items.csv", keys))
+    assert (found.item, about.item, about.title) == ("Cote", "Cote", "title")
+
+
+def test_a_key_that_stays_open_is_named_by_an_option(tmp_path: Path) -> None:
+    orders = write(tmp_path / "orders.csv", {"customer": USERS, "sku": ITEMS})
+    items = write(tmp_path / "items.csv", {"left": CATALOG, "right": CATALOG, "title": NAMES})
+    with pytest.raises(ConfigError, match=r"--items-key: \['left', 'right'\] leave it open .* Give --items-key"):
+        guess(orders, items)
+    assert guess(orders, items, Wanted(items_key="right"))[1].item == "right"
+    with pytest.raises(ConfigError, match=r"--items-key: 'rigth' is no column .* Did you mean 'right'"):
+        guess(orders, items, Wanted(items_key="rigth"))
+
+
+def test_ids_that_join_but_for_their_spelling_are_shown(tmp_path: Path) -> None:
+    orders = write(tmp_path / "orders.csv", {"customer": USERS, "sku": [f"sku-{item}" for item in ITEMS]})
+    items = write(tmp_path / "items.csv", {"Cote": [f"SKU-{key}" for key in CATALOG], "words": NAMES})
+    with pytest.raises(DataError, match=r"In 'Cote' \d+ ids differ in upper and lower case alone, such as 'sku-100'"):
+        guess(orders, items)
+
+
+@pytest.mark.parametrize("name", ["creado_ms", "creado", "created_ms", "ts_ms", "erstellt", "créé", "xyz"])
+@pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
+def test_epochs_of_any_unit_are_times(name: str, unit: int, tmp_path: Path) -> None:
+    epochs = [int(moment.timestamp()) * unit for moment in MOMENTS]
+    columns = {
+        "user": USERS,
+        "item": ITEMS,
+        "quantity": column("123"),
+        name: epochs,
+        "serial": range(10**9, 10**9 + ROWS),
+    }
+    found, _ = guess(write(tmp_path / "orders.csv", columns))
+    assert (found.user, found.item, found.time, found.time_format) == ("user", "item", name, None)
+
+
+@pytest.mark.parametrize("name", ["Note", "note"])
+def test_a_rating_is_no_id_of_a_customer(name: str, tmp_path: Path) -> None:
+    columns = {"Lecteur": USERS, name: STARS, "produit": ITEMS, "x": column("12345"), "date": [f"{m}" for m in MOMENTS]}
+    path = write(tmp_path / "orders.csv", columns)
+    with pytest.raises(ConfigError, match=r"--user-column: \['Lecteur'\] leave it open"):
+        guess(path)
+    found, _ = guess(path, wanted=Wanted(user="Lecteur"))
+    assert (found.rating, found.rating_threshold) == (name, 4.0)
+
+
+@pytest.mark.parametrize("name", ["user", "Item", "order date", "id"])
+def test_a_name_that_two_columns_have_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text(f"{name},{name},sku\n" + "".join(f"{u},x,{i}\n" for u, i in zip(USERS, ITEMS, strict=True)))
+    with pytest.raises(DataError, match=rf"--orders: '{name}' is the name of several columns .* Rename all but one"):
+        read_sample("orders", str(path), Dialect())
+
+
+def test_a_name_twice_that_says_nothing_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text("user,x1,x1,sku\n" + "".join(f"{u},a,b,{i}\n" for u, i in zip(USERS, ITEMS, strict=True)))
+    sample = read_sample("orders", str(path), Dialect())
+    assert (sample.names, sample.repeated) == (["user", "sku"], ("x1",))
+
+
+def test_a_first_line_of_excel_names_the_separator(tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text("sep=;\ncustomer;sku\n" + "".join(f"{u};{i}\n" for u, i in zip(USERS, ITEMS, strict=True)))
+    sample = read_sample("orders", str(path), Dialect())
+    assert (sample.names, sample.dialect.separator, len(sample.columns)) == (["customer", "sku"], ";", ROWS)
+
+
+def test_ids_inside_of_objects_are_refused_with_a_line_that_flattens(tmp_path: Path) -> None:
+    rows = [
+        {
+            "customer": {"id": u, "name": "Ann"},
+            "lines": [{"sku": i, "qty": 1}, {"sku": "z", "qty": 2}],
+            "day": "2025-01-01",
+        }
+        for u, i in zip(USERS, ITEMS, strict=True)
+    ]
+    lines, array = tmp_path / "lines.json", tmp_path / "my array.json"
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    array.write_text(json.dumps(rows))
+    wanted = r"'customer', 'lines' hold objects, .*jq -c '%s\. \+ \(\.customer // {}.*\.lines\[\]\?.*%s > flat.json"
+    with pytest.raises(DataError, match=wanted % ("", "lines.json")):
+        guess(str(lines))
+    with pytest.raises(DataError, match=wanted % (r"\.\[\] \| ", "my array.json'")):
+        guess(str(array))
+    for column_ in ("customer", "customer.id"):
+        with pytest.raises(DataError, match=r"--user-column.*Flatten the file first"):
+            guess(str(lines), wanted=Wanted(user=column_, item="day"))
+    pl.DataFrame(rows).write_parquet(tmp_path / "orders.parquet")
+    with pytest.raises(DataError, match=r"explode\('lines'\).*unnest\('customer'\)"):
+        guess(str(tmp_path / "orders.parquet"))
+
+
+def test_each_file_has_its_own_encoding(tmp_path: Path) -> None:
+    """One that the user names is that of the files that are not UTF-8."""
+    rows = "".join(f"{key};{name} für Café\n" for key, name in zip(CATALOG, NAMES, strict=True))
+    (tmp_path / "utf8.csv").write_text(f"sku;title\n{rows}", encoding="utf-8")
+    (tmp_path / "ansi.csv").write_text(f"sku;title\n{rows}", encoding="cp1252")
+    for given in ("auto", "cp1252"):
+        for name, encoding in (("utf8", None), ("ansi", "cp1252")):
+            sample = read_sample("items", str(tmp_path / f"{name}.csv"), Dialect(encoding=given))
+            assert sample.encoding == encoding
+            assert sample.columns["title"][0].endswith("für Café")
+    parts = read_sample("items", str(tmp_path / "*.csv"), Dialect())
+    assert parts.encoding is None, "each part has its own"

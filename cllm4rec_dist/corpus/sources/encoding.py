@@ -11,6 +11,7 @@ import codecs
 import logging
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice
 
 from charset_normalizer import from_bytes
@@ -67,9 +68,12 @@ def find_encoding(path: str) -> str:
     return "utf-8" if _is_utf8(path) else _legacy_encoding(path)
 
 
-def is_utf8(path: str) -> bool:
-    """True for a text file all of which is UTF-8, with or without a byte order mark."""
-    return _unicode_encoding(first_bytes(path, _HEAD)) in (None, "utf-8") and _is_utf8(path)
+def is_utf8_beyond_ascii(path: str) -> bool:
+    """True for UTF-8 with letters beyond ASCII: text of a legacy encoding is hardly ever valid UTF-8."""
+    if _unicode_encoding(first_bytes(path, _HEAD)) not in (None, "utf-8") or not _is_utf8(path):
+        return False
+    with open_binary(path) as file:
+        return any(not block.isascii() for block in iter(partial(file.read, BLOCK_BYTES), b""))
 
 
 def escaped(line: bytes) -> str:
@@ -154,8 +158,8 @@ def _guess(sample: bytes) -> str | None:
     western = bool(text) and _WESTERN.fullmatch(text) is not None and not _ODD_PLACE.search(text)
     # Words of Cyrillic, Greek or CJK letters are runs of high bytes; Western words have one here and there.
     if western and not _LETTER_RUN.search(text):
-        other = coherent and found is not None and found.encoding in _OTHER_LATIN
-        return None if other else "cp1252"
+        is_other = coherent and found is not None and found.encoding in _OTHER_LATIN and str(found) != text
+        return None if is_other else "cp1252"
     if not western and coherent and found is not None and found.encoding not in ("ascii", "utf_8"):
         return codecs.lookup(found.encoding).name
     return None

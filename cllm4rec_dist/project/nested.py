@@ -1,0 +1,73 @@
+"""Fields of JSON and Parquet that hold objects, which no recipe can name a column of, and how to flatten them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import polars as pl
+
+from cllm4rec_dist.corpus.sources.encoding import first_text
+from cllm4rec_dist.corpus.values import unwrap
+
+Nesting = Literal["object", "list"]
+"""A field holds one object, or a list of them."""
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+
+def nested_fields(rows: Iterable[Mapping[str, Any]]) -> dict[str, Nesting]:
+    """Fields of JSON objects that hold objects, in the order in which they are seen."""
+    found: dict[str, Nesting] = {}
+    for row in rows:
+        for name, value in row.items():
+            plain = unwrap(value)
+            if isinstance(plain, dict):
+                found.setdefault(name, "object")
+            elif isinstance(plain, list) and any(isinstance(each, dict) for each in plain):
+                found[name] = "list"
+    return found
+
+
+def nested_columns(columns: pl.DataFrame) -> dict[str, Nesting]:
+    """Columns of Parquet that hold structs."""
+    found: dict[str, Nesting] = {}
+    for name, dtype in columns.schema.items():
+        if isinstance(dtype, pl.Struct):
+            found[name] = "object"
+        elif isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.Struct):
+            found[name] = "list"
+    return found
+
+
+def flattening(path: str, kind: str, nested: Mapping[str, Nesting]) -> str:
+    """How a file is made flat, as the end of a cure: one line for a shell or for Python."""
+    fields = ", ".join(repr(name) for name in nested)
+    what = f"its field {fields} holds" if len(nested) == 1 else f"its fields {fields} hold"
+    line = _polars_line(path, nested) if kind == "parquet" else _jq_line(path, nested)
+    return f"Flatten the file first, for {what} objects, of which no column can be named: {line}"
+
+
+def _jq_line(path: str, nested: Mapping[str, Nesting]) -> str:
+    steps = [".[]"] if first_text(path).lstrip().startswith("[") else []
+    for name, nesting in nested.items():
+        field = f".{name}" if _NAME.fullmatch(name) else f".[{json.dumps(name)}]"
+        inner = f"with_entries(.key |= {json.dumps(name + '_')} + .)"
+        if nesting == "list":
+            steps.append(f"{field}[]? as $x | del({field}) + ($x | {inner})")
+        else:
+            steps.append(f". + ({field} // {{}} | {inner}) | del({field})")
+    source = shlex.quote(path)
+    command = f"zcat {source} | jq -c" if path.endswith(".gz") else "jq -c"
+    end = "" if path.endswith(".gz") else f" {source}"
+    return f"{command} {shlex.quote(' | '.join(steps))}{end} > flat.json"
+
+
+def _polars_line(path: str, nested: Mapping[str, Nesting]) -> str:
+    exploded = "".join(f".explode({name!r})" for name, nesting in nested.items() if nesting == "list")
+    structs = "".join(
+        f".with_columns(pl.col({name!r}).name.prefix_fields({name + '_'!r})).unnest({name!r})" for name in nested
+    )
+    return f"pl.read_parquet({path!r}){exploded}{structs}.write_parquet('flat.parquet') (import polars as pl)"
