@@ -91,6 +91,13 @@ def recommend(
     user_column: Annotated[str | None, typer.Option(help="Column of --history with user ids.")] = None,
     item_column: Annotated[str | None, typer.Option(help="Column of --history with item ids.")] = None,
     time_column: Annotated[str | None, typer.Option(help="Column of --history with times.")] = None,
+    time_format: Annotated[
+        str | None, typer.Option(help="Format of the times of --history, as %d/%m/%Y %H:%M.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Between fields of --history, if it is CSV; found if left out.")
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="Encoding of --history; found if left out.")] = None,
     basket: Annotated[
         list[str] | None,
         typer.Option("--basket", help="Items A,B of somebody, whose list is printed. With blanks in quotes: 'A, B'."),
@@ -149,17 +156,29 @@ def recommend(
     users = None if user is None and users_file is None else list(user or ())
     if users is not None and users_file is not None:
         users += read_ids(users_file, "--users-file")
-    if history is None and (user_column or item_column or time_column):
-        raise ConfigError("--user-column", user_column, "is a column of --history", "Give --history FILE too.")
+    _require_history(
+        history,
+        {
+            "--user-column": user_column,
+            "--item-column": item_column,
+            "--time-column": time_column,
+            "--time-format": time_format,
+            "--separator": separator,
+            "--encoding": encoding,
+        },
+    )
     found = find_trained(run)
     announce(f"recommend: reading {run}, importing torch", launcher)
+    is_here = not ranks_are_elsewhere(launcher, os.environ) or runs_here(launcher, workers, os.environ)
+    known = read_known_ids(found, corpus) if is_here else None
     orders = None
     if history is not None:
-        from cllm4rec_dist.serving.history_file import read_histories
+        from cllm4rec_dist.serving.history_file import HistoryFormat, read_histories
 
-        orders = read_histories(history, user_column, item_column, time_column)
-    if not ranks_are_elsewhere(launcher, os.environ) or runs_here(launcher, workers, os.environ):
-        known = read_known_ids(found, corpus)
+        separator = separator.replace("\\t", "\t") if separator else None
+        given = HistoryFormat(user_column, item_column, time_column, time_format, separator, encoding)
+        orders = read_histories(history, given, known.order_columns if known is not None else None)
+    if known is not None:
         _require_known(known, users, orders or {}, only, exclude, skip_unknown_users=skip_unknown_users)
     from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
 
@@ -255,6 +274,13 @@ def _require_one_place(output: Path | None, more: Sequence[str], basket: Sequenc
         raise ConfigError("OUTPUT", behind, "must be one folder", "Write RUN OUTPUT, and in quotes what has blanks.")
     if basket and output is not None:
         raise ConfigError("--basket", list(basket), "is printed, not written to OUTPUT", "Leave OUTPUT out.")
+
+
+def _require_history(history: str | None, options: Mapping[str, str | None]) -> None:
+    """Refuse options about a file of orders that is not given."""
+    for option, value in options.items():
+        if history is None and value:
+            raise ConfigError(option, value, "is about --history", "Give --history FILE too.")
 
 
 def _require_new_history(history: str | None) -> None:

@@ -88,6 +88,19 @@ class LeftOut(StrictModel):
         return f" ({'; '.join(parts)})" if parts else ""
 
 
+class OrderColumns(StrictModel):
+    """What the recipe calls the columns of interactions: later orders come in files of the same form."""
+
+    user: str
+    """Column of user ids."""
+    item: str
+    """Column of item ids."""
+    timestamp: str | None = None
+    """Column of times."""
+    time_format: str | None = None
+    """Format of the times, where the recipe names one."""
+
+
 class Manifest(StrictModel):
     """Contents of `manifest.json`."""
 
@@ -111,6 +124,8 @@ class Manifest(StrictModel):
     """Of the tokenizer that made the words; a run with another one is refused."""
     preparation: Preparation
     """Filters, split, seed and texts that the recipe chose."""
+    order_columns: OrderColumns | None = None
+    """Of a table; None for other formats and in a corpus that an earlier version built."""
     split_digests: dict[str, str] = Field(default_factory=dict)
     """sha256 by split over the keys of its interactions (`pair_keys.py`), which do not depend on order, tokenizer or
     numbering; those of new users are counted in, with `history` as a split of its own. Empty in a corpus that an
@@ -146,7 +161,8 @@ class Manifest(StrictModel):
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same manifest gives the same ones."""
-        absent = None if self.num_new_users else {"num_new_users", "num_new_interactions"}
+        absent = set() if self.num_new_users else {"num_new_users", "num_new_interactions"}
+        absent |= set() if self.order_columns else {"order_columns"}
         return (self.model_dump_json(indent=1, exclude=absent) + "\n").encode()
 
     @classmethod

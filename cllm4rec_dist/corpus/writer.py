@@ -37,10 +37,11 @@ from cllm4rec_dist.corpus.manifest import (
     FileEntry,
     LeftOut,
     Manifest,
+    OrderColumns,
 )
 from cllm4rec_dist.corpus.pair_keys import split_digests
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.corpus.recipe import PrepareConfig, TextsConfig
+from cllm4rec_dist.corpus.recipe import PrepareConfig, SourceConfig, TableSource, TextsConfig
 from cllm4rec_dist.corpus.skips import Skip, SkipLog
 from cllm4rec_dist.errors import CorpusError
 from cllm4rec_dist.filesystems import as_os_errors, locate
@@ -153,6 +154,7 @@ def write_corpus(
             num_content={kind.name.lower(): int(num_content[kind]) for kind in ContentKind},
             tokenizer_fingerprint=tokenizer.fingerprint,
             preparation=config.preparation(),
+            order_columns=_order_columns(config.source),
             split_digests=split_digests(
                 catalog.item_ids.to_list(),
                 (catalog.user_ids.to_list(), {split: getattr(catalog, split) for split in SPLITS}),
@@ -163,6 +165,12 @@ def write_corpus(
         )
         fs.pipe_file(f"{folder}/{MANIFEST_NAME}", manifest.to_bytes())
     return manifest
+
+
+def _order_columns(source: SourceConfig) -> OrderColumns | None:
+    if not isinstance(source, TableSource):
+        return None
+    return OrderColumns(**source.interactions.model_dump(include=set(OrderColumns.model_fields)))
 
 
 def _left_out(skip: Skip) -> LeftOut:

@@ -9,20 +9,25 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations, islice
 
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from cllm4rec_dist.config import validate
+from cllm4rec_dist.corpus.manifest import OrderColumns
 from cllm4rec_dist.corpus.raw import RawData
-from cllm4rec_dist.corpus.recipe import InteractionTable, TableSource
+from cllm4rec_dist.corpus.recipe import InteractionTable, TableFile, TableSource
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.sources.delimited import read_header
+from cllm4rec_dist.corpus.sources.delimited import header_lines, read_header
 from cllm4rec_dist.corpus.sources.files import RawFile, find_files, open_binary
 from cllm4rec_dist.corpus.sources.objects import read_objects
 from cllm4rec_dist.corpus.sources.records import Dialect
-from cllm4rec_dist.corpus.sources.tables import find_kind, read_table
+from cllm4rec_dist.corpus.sources.tables import find_kind, read_batches, read_table
+from cllm4rec_dist.corpus.times import read_times
+from cllm4rec_dist.corpus.values import MISSING_WORDS
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.id_list import similar_ids
 
@@ -38,11 +43,25 @@ _NAMES = {
 }
 """Usual names of columns, in lower case and without anything but letters, the likelier ones first."""
 _SEPARATORS = ",;\t|"
+_SAMPLE = 1000
+"""First times by which the recipe's format is tried."""
 Columns = tuple[str, str, str | None]
 
 
+@dataclass(frozen=True)
+class HistoryFormat:
+    """What the user says of the file: names of columns, and how it is written; None finds it."""
+
+    user_column: str | None = None
+    item_column: str | None = None
+    time_column: str | None = None
+    time_format: str | None = None
+    separator: str | None = None
+    encoding: str | None = None
+
+
 def read_histories(
-    path: str, user_column: str | None = None, item_column: str | None = None, time_column: str | None = None
+    path: str, given: HistoryFormat | None = None, recipe: OrderColumns | None = None
 ) -> dict[str, tuple[str, ...]]:
     """Items of each user, by external ids, users in the order in which the file first names them.
 
@@ -50,19 +69,35 @@ def read_histories(
 
     Args:
         path: file, pattern or folder of parts.
-        user_column, item_column, time_column: names of columns; None finds them.
+        given: what the user says of it.
+        recipe: names of columns in the files that the corpus was made of, which come first where the file has them;
+            other columns are found by their usual names.
 
     Raises:
         DataError: for a file that cannot be read, or without a usable row.
         ConfigError: for columns that are not there or cannot be found, and for one column given twice.
     """
-    user, item, time = _columns(path, user_column, item_column, time_column)
-    logger.info("%s: users are %r, items %r, times %s", path, user, item, "not given" if time is None else repr(time))
-    table = InteractionTable.model_validate({"path": path, "user": user, "item": item, "timestamp": time})
-    raw = read_table(TableSource(format="table", interactions=table))
+    try:
+        raw = _read(path, given or HistoryFormat(), recipe)
+    except DataError as error:
+        raise _with_options(error) from None
     for reason, count in raw.log.counts.items():
         logger.info("%s: left out %d x %s", path, count, reason)
     return _grouped(raw)
+
+
+def _read(path: str, given: HistoryFormat, recipe: OrderColumns | None) -> RawData:
+    """The file's interactions, by the reader of `prepare`."""
+    written = {"path": path, "separator": given.separator, "encoding": given.encoding}
+    validate(TableFile, written, "--history")
+    file = _first_file(path)
+    user, item, time = _columns(path, file, given, recipe)
+    logger.info("%s: users are %r, items %r, times %s", path, user, item, "not given" if time is None else repr(time))
+    columns = {"user": user, "item": item, "timestamp": time}
+    table = validate(InteractionTable, {**written, **columns, "time_format": given.time_format}, "--history")
+    if given.time_format is None:
+        table = table.model_copy(update={"time_format": _recipe_format(file, table, recipe)})
+    return read_table(TableSource(format="table", interactions=table))
 
 
 def _grouped(raw: RawData) -> dict[str, tuple[str, ...]]:
@@ -76,20 +111,48 @@ def _grouped(raw: RawData) -> dict[str, tuple[str, ...]]:
     return {users[user]: tuple(items[item] for item in each) for user, each in pairs}
 
 
-def _columns(path: str, user: str | None, item: str | None, time: str | None) -> Columns:
+def _first_file(path: str) -> RawFile:
     try:
-        file = find_files([path])[0]
+        return find_files([path])[0]
     except DataError as error:
         raise DataError("--history", path, error.constraint, "Give a file of later orders.") from None
-    names = _column_names(file)
+
+
+def _recipe_format(file: RawFile, table: InteractionTable, recipe: OrderColumns | None) -> str | None:
+    """The recipe's format of times, if the file's first times are written in it."""
+    if recipe is None or recipe.time_format is None or table.timestamp is None:
+        return None
+    log = SkipLog("skip", max_lost=1.0)
+    names = {"timestamp": table.timestamp}
+    batch = next(read_batches(file, table, "auto", names, {"timestamp": "number"}, log), None)
+    if batch is None:
+        return None
+    times = batch.columns[table.timestamp].head(_SAMPLE)
+    return recipe.time_format if not read_times(times, "", recipe.time_format, MISSING_WORDS).wrong.any() else None
+
+
+def _with_options(error: DataError) -> DataError:
+    """An error about the file that also names the option that decides it."""
+    keys = [key for key in ("time_format", "encoding", "separator") if key in error.cure]
+    option = f" (recommend: --{keys[0].replace('_', '-')})" if keys else ""
+    return DataError(error.field, error.value, error.constraint, f"{error.cure.rstrip()}{option}")
+
+
+def _columns(path: str, file: RawFile, given: HistoryFormat, recipe: OrderColumns | None) -> Columns:
+    names = _column_names(file, given, recipe)
+    named = {"user": given.user_column, "item": given.item_column, "time": given.time_column}
+    usual = {"user": None, "item": None, "time": None}
+    if recipe is not None:
+        usual = {"user": recipe.user, "item": recipe.item, "time": recipe.timestamp}
+        usual = {role: name if name in names and name not in named.values() else None for role, name in usual.items()}
     found: dict[str, str | None] = {}
-    for role, given in (("user", user), ("item", item), ("time", time)):
-        if given is not None and given not in names:
-            likely = similar_ids(given, names)
+    for role, name in named.items():
+        if name is not None and name not in names:
+            likely = similar_ids(name, names)
             hint = f"Did you mean {', '.join(likely)}?" if likely else "Name one of them."
-            raise ConfigError(f"--{role}-column", given, f"is no column of {path}, which has {', '.join(names)}", hint)
-        left = [name for name in names if name not in found.values()]
-        found[role] = given or _guess(role, [name for name in left if name not in (user, item, time)])
+            raise ConfigError(f"--{role}-column", name, f"is no column of {path}, which has {', '.join(names)}", hint)
+        taken = {*found.values(), *named.values(), *usual.values()}
+        found[role] = name or usual[role] or _guess(role, [each for each in names if each not in taken])
     _require_different(found)
     for role in ("user", "item"):
         if found[role] is None:
@@ -120,18 +183,23 @@ def _guess(role: str, names: list[str]) -> str | None:
     return next((plain[usual] for usual in _NAMES[role].split() if usual in plain), None)
 
 
-def _column_names(file: RawFile) -> list[str]:
+def _column_names(file: RawFile, given: HistoryFormat, recipe: OrderColumns | None) -> list[str]:
     """Names of a file's columns, those that its folders name included."""
-    kind = find_kind(file.path, "auto")
+    encoding = given.encoding or "auto"
+    kind = find_kind(file.path, encoding)
     if kind == "parquet":
         with open_binary(file.path) as content:
             names = list(pq.read_schema(content).names)
     elif kind == "jsonl":
-        objects = read_objects(file, SkipLog("skip", max_lost=1.0))
+        objects = read_objects(file, SkipLog("skip", max_lost=1.0), encoding)
         names = list(dict.fromkeys(str(name) for _, each in islice(objects, 100) for name in each))
     else:
-        headers = [read_header(file, Dialect(separator))[0] for separator in _SEPARATORS]
-        names = max(headers, key=len)
+        _, named = header_lines(file.path, encoding)
+        separators = given.separator or named
+        candidates = [separators] if separators else list(_SEPARATORS)
+        headers = [read_header(file, Dialect(separator, encoding=encoding))[0] for separator in candidates]
+        expected = set() if recipe is None else {recipe.user, recipe.item}
+        names = max(headers, key=lambda header: (len(expected & set(header)), len(header)))
     if not names:
         raise DataError("--history", file.path, "is empty", "Give a file with a header and a row for each order.")
     return [*names, *file.partition]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from cllm4rec_dist.corpus.manifest import load_manifest
+from cllm4rec_dist.corpus.manifest import OrderColumns, load_manifest
 from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.find_run import corpus_in_project, find
@@ -26,10 +26,14 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class KnownIds:
-    """External ids of users, those without rows last, and the items, whose popularity is not read."""
+    """External ids of users, those without rows last, and the items, whose popularity is not read.
+
+    `order_columns` is what the corpus' recipe calls the columns of orders, None where that is not known.
+    """
 
     users: list[str]
     items: ItemCatalog
+    order_columns: OrderColumns | None = None
 
 
 def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
@@ -47,9 +51,10 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
     ids, titles = items["item"].to_list(), [title or "" for title in items["title"].to_list()]
     catalog = ItemCatalog(ids, titles, None, np.zeros(len(ids), np.int64))
     names = users["user"].to_list()
-    if load_manifest(url)[0].of_kind("new_users"):
+    manifest, _ = load_manifest(url)
+    if manifest.of_kind("new_users"):
         names += _table(url, "new_users")["user"].to_list()
-    return KnownIds(names, catalog)
+    return KnownIds(names, catalog, manifest.order_columns)
 
 
 def _corpus_of(run: str) -> str:

@@ -126,7 +126,8 @@ WRONG = [
     (["out", "--items-file", "blank.txt"], r"--items-file: 'blank.txt' has no ids\. Write one id a line"),
     (["--basket", "item-001", "--items-file", "blank.txt"], "--items-file: 'blank.txt' has no ids"),
     (["out", "--history", "nothing.csv"], "--history: 'nothing.csv' does not exist"),
-    (["out", "--user-column", "x"], "is a column of --history"),
+    (["out", "--user-column", "x"], "is about --history"),
+    (["out", "--encoding", "cp1252"], "--encoding: 'cp1252' is about --history"),
     (["out", "--min-score", "nan"], "--min-score"),
     (["out", "--launcher", "mpi"], "--launcher"),
 ]
