@@ -40,6 +40,7 @@ _NUMERIC_PARTS = re.compile(
     r"\d{1,2}([/.\-])\d{1,2}\1(\d{4}|\d{2})(?:(,? |T)\d{1,2}:\d{2}(:\d{2})?( [AaPp][Mm])?)?", re.ASCII
 )
 _YEAR_FIRST = rf"^(\d{{4}})[-/.](\d{{1,2}})[-/.](\d{{1,2}}){_CLOCK}$"
+_CJK_DATE = r"^(\d{4})\s*[年년]\s*(\d{1,2})\s*[月월]\s*(\d{1,2})\s*[日일]"
 _AMAZON_DATE = rf"^(\d{{1,2}}) (\d{{1,2}}), (\d{{4}}){_CLOCK}$"
 _DAY_NAMED = rf"^{_WEEKDAY}(\d{{1,2}})(?:st|nd|rd|th)?[\s/.-]+([A-Za-z]{{3,9}})\.?,?[\s/.-]+{_YEAR}{_CLOCK}$"
 _NAMED_DAY = rf"^{_WEEKDAY}([A-Za-z]{{3,9}})\.?[\s-]+(\d{{1,2}})(?:st|nd|rd|th)?,?[\s-]+{_YEAR}{_CLOCK}$"
@@ -297,7 +298,8 @@ def _numeric_dates(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _year_first(texts: pl.Series) -> np.ndarray:
-    """2024/3/1 and 2024.03.01, with a clock of 12 or 24 hours."""
+    """2024/3/1, 2024.03.01 and 2024年3月1日, with a clock of 12 or 24 hours."""
+    texts = texts.str.replace(_CJK_DATE, "$1-$2-$3")
     year, month, day, *clock = _groups(texts, _YEAR_FIRST)
     return _from_parts(year, month, day, clock)
 

@@ -48,7 +48,7 @@ def user_points(facts: Facts, *, is_key: bool = False) -> float:
     }
     points = _says(facts.kinds, names)
     if facts.kinds == {"personal"}:
-        points = 1.0  # an address of mail is an id, if there is no better one
+        points = 2.0  # an address of mail is an id, if there is no better one
     if {"user", "title"} <= facts.kinds and facts.num_words > 1.2:
         points -= 2
     return points + _id_points(facts, is_key=is_key)

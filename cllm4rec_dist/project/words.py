@@ -21,7 +21,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         user customer cust client member buyer purchaser shopper visitor account reviewer subscriber consumer
         username login userid uid kunde kunden kdnr nutzer benutzer kaufer kaeufer besteller utilisateur acheteur
         adherent cliente usuario comprador utente acquirente utilizador klant gebruiker kund anvandare bruger bruker
-        asiakas klient uzytkownik zakaznik musteri kullanici пользовател клиент покупател 顧客 会員 用户 客户 고객 회원
+        membre adherent miembro socio mitglied abonne lecteur lector asiakas klient uzytkownik
+        zakaznik musteri kullanici пользовател клиент покупател 顧客 会員 会员 用户 客户 고객 회원
     """),
     "item": _words("""
         item product prod sku asin isbn ean upc gtin article artikel art produkt ware movie film book song track
@@ -48,7 +49,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     """),
     "rating": _words("""
         rating rate stars star score overall grade sterne bewertung note etoiles puntuacion calificacion valoracion
-        estrellas voto punteggio valutazione nota avaliacao beoordeling betyg ocena hodnoceni puan оценка рейтинг 評価
+        estrellas cijfer puntaje voto punteggio valutazione nota avaliacao beoordeling betyg ocena
+        hodnoceni puan оценка рейтинг 評価
         评分 평점
     """),
     "quantity": _words("""

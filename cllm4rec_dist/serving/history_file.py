@@ -141,7 +141,7 @@ def _with_options(error: DataError) -> DataError:
 def _columns(path: str, file: RawFile, given: HistoryFormat, recipe: OrderColumns | None) -> Columns:
     names = _column_names(file, given, recipe)
     named = {"user": given.user_column, "item": given.item_column, "time": given.time_column}
-    usual = {"user": None, "item": None, "time": None}
+    usual: dict[str, str | None] = {"user": None, "item": None, "time": None}
     if recipe is not None:
         usual = {"user": recipe.user, "item": recipe.item, "time": recipe.timestamp}
         usual = {role: name if name in names and name not in named.values() else None for role, name in usual.items()}

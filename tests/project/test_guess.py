@@ -362,11 +362,11 @@ def test_epochs_of_any_unit_are_times(name: str, unit: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["Note", "note"])
 def test_a_rating_is_no_id_of_a_customer(name: str, tmp_path: Path) -> None:
-    columns = {"Lecteur": USERS, name: STARS, "produit": ITEMS, "x": column("12345"), "date": [f"{m}" for m in MOMENTS]}
+    columns = {"Qui": USERS, name: STARS, "produit": ITEMS, "x": column("12345"), "date": [f"{m}" for m in MOMENTS]}
     path = write(tmp_path / "orders.csv", columns)
-    with pytest.raises(ConfigError, match=r"--user-column: \['Lecteur'\] leave it open"):
+    with pytest.raises(ConfigError, match=r"--user-column: \['Qui'\] leave it open"):
         guess(path)
-    found, _ = guess(path, wanted=Wanted(user="Lecteur"))
+    found, _ = guess(path, wanted=Wanted(user="Qui"))
     assert (found.rating, found.rating_threshold) == (name, 4.0)
 
 
@@ -429,3 +429,14 @@ def test_each_file_has_its_own_encoding(tmp_path: Path) -> None:
             assert sample.columns["title"][0].endswith("für Café")
     parts = read_sample("items", str(tmp_path / "*.csv"), Dialect())
     assert parts.encoding is None, "each part has its own"
+
+
+@pytest.mark.parametrize(
+    ("user", "item", "date"),
+    [("membre", "article", "ts_ms"), ("Email", "Lineitem sku", "Created at"), ("会员", "商品", "日期")],
+)
+def test_columns_of_other_shops(user: str, item: str, date: str, tmp_path: Path) -> None:
+    people = [f"{name}@x.org" for name in USERS] if user == "Email" else USERS
+    times = [int(moment.timestamp()) * 1000 if date == "ts_ms" else f"{moment:%Y年%m月%d日}" for moment in MOMENTS]
+    found, _ = guess(write(tmp_path / "orders.csv", {date: times, user: people, "x": column("ab"), item: ITEMS}))
+    assert (found.user, found.item, found.time) == (user, item, date)
