@@ -156,6 +156,19 @@ def test_prepare_goes_all_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert manifest.preparation == SMALL.preparation()
     assert manifest.skipped["review of a held-out interaction"].count > 0
     assert "left out" in caplog.text
+    assert manifest.order_columns is None, "invented data have no columns"
+
+
+def test_a_corpus_of_a_table_knows_the_columns_of_its_orders(tmp_path: Path) -> None:
+    rows = "".join(f"u{number % 6};i{number % 5};{1 + number % 28:02d}/03/2025\n" for number in range(60))
+    (tmp_path / "pedidos.csv").write_text(f"cliente;producto;fecha\n{rows}")
+    columns = {"user": "cliente", "item": "producto", "timestamp": "fecha", "time_format": "%d/%m/%Y"}
+    source = {"format": "table", "interactions": {"path": str(tmp_path / "pedidos.csv"), **columns}}
+    config = PrepareConfig.model_validate({"name": "tienda", "source": source})
+    prepare(config, BlankTokenizer(), str(tmp_path / "c"), progress=False)
+    found = Corpus.open(str(tmp_path / "c")).manifest.order_columns
+    assert found is not None
+    assert found.model_dump() == columns
 
 
 def test_any_file_system(catalog: Catalog, tmp_path: Path) -> None:
