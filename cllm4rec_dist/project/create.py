@@ -118,7 +118,7 @@ def propose(name: str, given: Given, machine: Machine) -> Proposal:
         samples["orders"], wanted, _others("items", samples, others), _others("customers", samples, others)
     )
     items: Items | None = guess_items(_about("items", samples), wanted, others["orders"][interactions.item])
-    if given.items is None and items is not None and items.title is None and items.category is None:
+    if given.items is None and items is not None and not (items.title or items.category or items.description):
         items = None
     customers = None
     if "customers" in samples:

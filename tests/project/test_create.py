@@ -177,3 +177,15 @@ def test_the_machine_is_known_without_torch() -> None:
     assert found.cores >= 1
     assert found.memory > GIB // 4
     assert "no GPU" in str(LAPTOP)
+
+
+def test_a_description_in_the_file_of_orders_is_read(tmp_path: Path) -> None:
+    rows = "".join(f"c{n % 9};s{n % 7};Producto {n % 7}\n" for n in range(90))
+    (tmp_path / "ventas.csv").write_text(f"cliente;sku;descripcion\n{rows}")
+    with pytest.raises(SystemExit) as ended:
+        main(["init", str(tmp_path / "mine"), "--orders", str(tmp_path / "ventas.csv")])
+    assert ended.value.code == 0
+    source = load_config(PrepareConfig, tmp_path / "mine" / "recipe.yaml").source
+    assert isinstance(source, TableSource)
+    assert source.items is not None
+    assert (source.items.item, source.items.description) == ("sku", ("descripcion",))
