@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from benchmarks.common import parser, tell_table, write_json
 from cllm4rec_dist.config import HeadConfig
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.backbone import Words
+from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer, Storage
 from cllm4rec_dist.model.recommender import Recommender
-from cllm4rec_dist.model.table_optimizer import Storage, TableOptimizer
-from cllm4rec_dist.topology import World
 
 BETAS = (0.9, 0.999)
 
@@ -32,10 +32,16 @@ def ours(num_rows: int, width: int, lazy: bool, storage: Storage) -> tuple[nn.Pa
     counts = (num_rows, 1) if lazy else (1, num_rows)
     head, world = HeadConfig(similarity="dot", item_bias=False), World(0, 1, 0, torch.device("cpu"))
     model = Recommender(
-        *counts, Words(*torch.zeros(2, 1, width)), head, world,
-        dropout=0.0, wire=torch.float32, lazy=True, content=False,
-    )  # fmt: skip
-    optimizer = TableOptimizer(model, BETAS, storage)
+        *counts,
+        Words(*torch.zeros(2, 1, width)),
+        head,
+        world,
+        dropout=0.0,
+        comm_dtype=torch.float32,
+        sparse_gradients=True,
+        content=False,
+    )
+    optimizer = EmbeddingOptimizer(model, BETAS, storage)
     name = "collaborative.users" if lazy else "collaborative.items"
     rows = dict(zip(optimizer.names, optimizer.parameters, strict=True))[name]
     return rows, lambda: optimizer.step(1e-3), optimizer._moments[name]
@@ -67,22 +73,28 @@ def main() -> None:
     (num_rows, num_touched), width = chosen.lazy, chosen.width
     index = torch.randperm(num_rows)[:num_touched].sort().values
     values = torch.randn(num_touched, width)
-    sparse = torch.sparse_coo_tensor(
-        index[None], values, (num_rows, width), is_coalesced=True, check_invariants=True
-    )  # fmt: skip
+    sparse = torch.sparse_coo_tensor(index[None], values, (num_rows, width), is_coalesced=True, check_invariants=True)
     full = torch.randn(chosen.dense, width)
     cases: dict[str, tuple[Tensor, dict[str, Any]]] = {
-        "lazy": (sparse, {
-            "ours": ours(num_rows, width, True, "fp32"), "ours, int8": ours(num_rows, width, True, "int8"),
-            "SparseAdam": theirs(num_rows, width, torch.optim.SparseAdam),
-        }),
-        "dense": (full, {
-            "ours": ours(chosen.dense, width, False, "fp32"), "ours, int8": ours(chosen.dense, width, False, "int8"),
-            "AdamW": theirs(chosen.dense, width, torch.optim.AdamW, weight_decay=0.0),
-            "AdamW, fused": theirs(chosen.dense, width, torch.optim.AdamW, weight_decay=0.0, fused=True),
-            "AdamW8bit": theirs(chosen.dense, width, AdamW8bit, weight_decay=0.0),
-        }),
-    }  # fmt: skip
+        "lazy": (
+            sparse,
+            {
+                "ours": ours(num_rows, width, True, "fp32"),
+                "ours, int8": ours(num_rows, width, True, "int8"),
+                "SparseAdam": theirs(num_rows, width, torch.optim.SparseAdam),
+            },
+        ),
+        "dense": (
+            full,
+            {
+                "ours": ours(chosen.dense, width, False, "fp32"),
+                "ours, int8": ours(chosen.dense, width, False, "int8"),
+                "AdamW": theirs(chosen.dense, width, torch.optim.AdamW, weight_decay=0.0),
+                "AdamW, fused": theirs(chosen.dense, width, torch.optim.AdamW, weight_decay=0.0, fused=True),
+                "AdamW8bit": theirs(chosen.dense, width, AdamW8bit, weight_decay=0.0),
+            },
+        ),
+    }
     figures: dict[str, Any] = {}
     lines = []
     for case, (gradient, forms) in cases.items():
@@ -98,14 +110,16 @@ def main() -> None:
         for name, (_, _, holder) in forms.items():
             ratios = [a / b for a, b in zip(taking["ours"], taking[name], strict=True)]
             found = {
-                "seconds": statistics.median(taking[name]), "ours_of_it": statistics.median(ratios),
-                "ours_of_it_range": [min(ratios), max(ratios)], "state_bytes": bytes_of(holder),
-            }  # fmt: skip
+                "seconds": statistics.median(taking[name]),
+                "ours_of_it": statistics.median(ratios),
+                "ours_of_it_range": [min(ratios), max(ratios)],
+                "state_bytes": bytes_of(holder),
+            }
             figures[case][name] = found
             spread = f"{found['ours_of_it']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            lines.append([
-                f"{case}: {name}", f"{found['seconds'] * 1e3:.1f}", spread, f"{found['state_bytes'] / 1e6:.0f}"
-            ])  # fmt: skip
+            lines.append(
+                [f"{case}: {name}", f"{found['seconds'] * 1e3:.1f}", spread, f"{found['state_bytes'] / 1e6:.0f}"]
+            )
     tell_table(["form", "ms", "time of ours", "moments (MB)"], lines)
     write_json(chosen.json, {"lazy": chosen.lazy, "dense": chosen.dense, "width": width, "forms": figures})
 

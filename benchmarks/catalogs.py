@@ -15,7 +15,7 @@ from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.corpus.writer import write_corpus
-from cllm4rec_dist.model.tiny import build_backbone
+from cllm4rec_dist.model.build_backbone import build_backbone
 
 _WORDS = ("river", "mountain", "espresso", "trail", "quiet", "blue", "garden", "lantern", "violin", "harbour", "maple")
 

@@ -21,9 +21,10 @@ RESULTS = Path(__file__).parent / "results"
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
     made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=description,
+        prog=f"python -m benchmarks.{name}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     made.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="where the figures go (%(default)s)")
     return made
 

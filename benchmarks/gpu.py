@@ -25,18 +25,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.catalogs import make_corpus
 from benchmarks.common import parser, tell, tell_table, write_json
-from cllm4rec_dist.collectives import barrier, gather_integers
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.corpus.batches import BatchSource
-from cllm4rec_dist.engine import start_world
+from cllm4rec_dist.corpus.loader import BatchLoader
+from cllm4rec_dist.distributed.collectives import barrier, gather_integers
+from cllm4rec_dist.distributed.engine import start_world
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.planning.hardware import GPUS
-from cllm4rec_dist.planning.outline import outline_run
-from cllm4rec_dist.planning.plan import Place, make_plan, rehearse_fullest, step_flops
+from cllm4rec_dist.planning.meta_run import make_meta_run
+from cllm4rec_dist.planning.plan import Place, dry_run_fullest, make_plan, step_flops
 from cllm4rec_dist.planning.sampling import sample_step
 from cllm4rec_dist.planning.table import tell as plan_table
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.system import System, assemble, start_rows
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.system import System, assemble, init_embeddings
 
 ROOT = Path(__file__).parents[1]
 _LARGEST_PRODUCT = {"cuda": 8192, "cpu": 512}
@@ -81,17 +81,23 @@ def measure(world: World, folder: Path, chosen: argparse.Namespace) -> dict[str,
     if world.is_main:
         tell(plan_table(plan))
     system = assemble(config, world)
-    start_rows(system)
+    init_embeddings(system)
     seconds, tokens, memory = run_steps(system, chosen)
     peak, flops = product_peak(world.device), measured_flops(system, chosen)
     reached = statistics.median(f / s for f, s in zip(flops, seconds, strict=True))
     speed = statistics.median(t / s for t, s in zip(tokens, seconds, strict=True))
     return {
-        "ranks": world.size, "tokens_per_second": speed,
-        "step_seconds": statistics.median(seconds), "step_seconds_range": [min(seconds), max(seconds)],
-        "planned_step_seconds": plan.step_seconds, "product_peak": peak, "share_of_peak": reached / peak,
-        "memory": memory, "planned_memory": plan.memory.total(), "planned_parts": dict(plan.memory),
-    }  # fmt: skip
+        "ranks": world.size,
+        "tokens_per_second": speed,
+        "step_seconds": statistics.median(seconds),
+        "step_seconds_range": [min(seconds), max(seconds)],
+        "planned_step_seconds": plan.step_seconds,
+        "product_peak": peak,
+        "share_of_peak": reached / peak,
+        "memory": memory,
+        "planned_memory": plan.memory.total(),
+        "planned_parts": dict(plan.memory),
+    }
 
 
 def make_run(folder: Path, chosen: argparse.Namespace, device: torch.device) -> None:
@@ -99,28 +105,44 @@ def make_run(folder: Path, chosen: argparse.Namespace, device: torch.device) -> 
     make_corpus(folder, chosen.users, chosen.items, hidden=64)
     shutil.copytree(folder / "backbone", folder / "large", ignore=shutil.ignore_patterns("*.safetensors"))
     shape = LlamaConfig(
-        hidden_size=chosen.hidden, intermediate_size=chosen.hidden * 43 // 16, num_hidden_layers=chosen.layers,
-        num_attention_heads=chosen.heads, num_key_value_heads=chosen.heads, vocab_size=chosen.words,
-        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        hidden_size=chosen.hidden,
+        intermediate_size=chosen.hidden * 43 // 16,
+        num_hidden_layers=chosen.layers,
+        num_attention_heads=chosen.heads,
+        num_key_value_heads=chosen.heads,
+        vocab_size=chosen.words,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     with device:
         AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder / "large")
 
 
 def run_config(folder: Path, chosen: argparse.Namespace) -> RunConfig:
     """Frozen bf16 weights, LoRA, checkpointing."""
-    return validate(RunConfig, {
-        "stage": "pretrain", "corpus": str(folder / "corpus"), "backbone": str(folder / "large"), "output": str(folder),
-        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "precision": "bf16", "activation_checkpointing": True,
-        "embeddings": {"init": "prior", "comm_dtype": "bf16"},
-        "batch": {"users": chosen.batch_users, "texts": chosen.batch_texts},
-    }, "benchmark")  # fmt: skip
+    return validate(
+        RunConfig,
+        {
+            "stage": "pretrain",
+            "corpus": str(folder / "corpus"),
+            "backbone": str(folder / "large"),
+            "output": str(folder),
+            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
+            "precision": "bf16",
+            "activation_checkpointing": True,
+            "embeddings": {"init": "prior", "comm_dtype": "bf16"},
+            "batch": {"users": chosen.batch_users, "texts": chosen.batch_texts},
+        },
+        "benchmark",
+    )
 
 
 def run_steps(system: System, chosen: argparse.Namespace) -> tuple[list[float], list[int], int]:
     """Seconds and tokens of each step after the warm-up, and the bytes of the fullest rank. Collective."""
     world = system.world
-    source = BatchSource(system.corpus, system.composer, system.config, world)
+    source = BatchLoader(system.corpus, system.prompts, system.config, world)
     seconds, tokens = [], []
     for step in range(chosen.warmup + chosen.steps):
         batches = source.make(step).micro_batches
@@ -142,10 +164,10 @@ def measured_flops(system: System, chosen: argparse.Namespace) -> list[int]:
     """FLOPs of the busiest rank in each of the timed steps."""
     config, corpus, num_ranks = system.config, system.corpus, system.world.size
     steps = range(chosen.warmup, chosen.warmup + chosen.steps)
-    samples = [sample_step(corpus, system.composer, config, num_ranks, step) for step in steps]
-    outline = outline_run(config, corpus.num_users, corpus.num_items, True, num_ranks)
-    rehearsal, unit = rehearse_fullest(outline, samples, 1 << 28)
-    return [step_flops(sample, rehearsal, unit).total() for sample in samples]
+    samples = [sample_step(corpus, system.prompts, config, num_ranks, step) for step in steps]
+    meta_run = make_meta_run(config, corpus.num_users, corpus.num_items, True, num_ranks, 1 << 28)
+    traced, unit = dry_run_fullest(meta_run, samples)
+    return [step_flops(sample, traced, unit).total() for sample in samples]
 
 
 def product_peak(device: torch.device) -> float:
@@ -172,12 +194,17 @@ def report(figures: dict[str, Any]) -> None:
     """The figures for people."""
     tell_table(
         ["", "measured", "planned"],
-        [["real tokens/s", f"{figures['tokens_per_second']:,.0f}", ""],
-         ["seconds a step", f"{figures['step_seconds']:.3f}", f"{figures['planned_step_seconds']:.3f}"],
-         ["share of the bf16 product's speed", f"{figures['share_of_peak']:.1%}", ""],
-         ["GB of the fullest rank", f"{figures['memory'] / 1e9:.2f}" if figures["memory"] else "no GPU",
-          f"{figures['planned_memory'] / 1e9:.2f}"]],
-    )  # fmt: skip
+        [
+            ["real tokens/s", f"{figures['tokens_per_second']:,.0f}", ""],
+            ["seconds a step", f"{figures['step_seconds']:.3f}", f"{figures['planned_step_seconds']:.3f}"],
+            ["share of the bf16 product's speed", f"{figures['share_of_peak']:.1%}", ""],
+            [
+                "GB of the fullest rank",
+                f"{figures['memory'] / 1e9:.2f}" if figures["memory"] else "no GPU",
+                f"{figures['planned_memory'] / 1e9:.2f}",
+            ],
+        ],
+    )
 
 
 if __name__ == "__main__":

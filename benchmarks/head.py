@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import parser, tell_table, write_json
-from cllm4rec_dist.model.heads import ask, sharded_nll
-from cllm4rec_dist.topology import RowPartition, World
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
 
 Form = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -36,8 +36,8 @@ def ours(queries: Tensor, items: Tensor, targets: Tensor) -> None:
     """The sharded head on one rank."""
     world = World(0, 1, 0, queries.device)
     places = torch.arange(len(queries), device=queries.device)
-    asked = ask(queries, places, targets, world)
-    sharded_nll(asked, items, RowPartition(len(items), 1), world).sum().backward()
+    gathering = GatheringQueries(queries, places, targets, RowPartition(len(items), 1), world)
+    sharded_cross_entropy(gathering, items).sum().backward()
 
 
 def dense(queries: Tensor, items: Tensor, targets: Tensor) -> None:
@@ -151,15 +151,24 @@ def main() -> None:
         median = {name: statistics.median(found) for name, found in times.items()}
         ratios = [a / b for a, b in zip(times["ours"], times["dense"], strict=True)]
         figures[text] = {
-            "seconds": median, "of_dense": statistics.median(ratios), "of_dense_range": [min(ratios), max(ratios)],
-            "of_products": median["products"] / median["ours"], "peak_bytes": peaks,
+            "seconds": median,
+            "of_dense": statistics.median(ratios),
+            "of_dense_range": [min(ratios), max(ratios)],
+            "of_products": median["products"] / median["ours"],
+            "peak_bytes": peaks,
             "memory_of_dense": peaks["ours"] / peaks["dense"],
-        }  # fmt: skip
+        }
         found, low, high = figures[text], min(ratios), max(ratios)
-        rows.append([
-            text, *(f"{median[name]:.3f}" for name in running), f"{found['of_dense']:.2f} ({low:.2f} to {high:.2f})",
-            f"{found['of_products']:.0%}", f"{peaks['ours'] / 1e6:.0f}", f"{found['memory_of_dense']:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                text,
+                *(f"{median[name]:.3f}" for name in running),
+                f"{found['of_dense']:.2f} ({low:.2f} to {high:.2f})",
+                f"{found['of_products']:.0%}",
+                f"{peaks['ours'] / 1e6:.0f}",
+                f"{found['memory_of_dense']:.2f}",
+            ]
+        )
     names = [f"{name} (s)" for name in running]
     tell_table(["shape", *names, "of dense", "products' speed", "peak (MB)", "of dense"], rows)
     write_json(chosen.json, {"dtype": chosen.dtype, **figures})

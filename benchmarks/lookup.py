@@ -2,7 +2,7 @@
 
     python -m benchmarks.lookup
 
-`ours` routes, fetches and looks up; its gradient is sparse, for a lazy Adam, or `dense`
+`ours` routes and looks up; its gradient is sparse, for a lazy Adam, or `dense`
 (`sparse_embedding_updates: false`);
 `bf16` is the lazy one with that on the wire. `rowwise` is an `nn.Embedding` under DTensor's `RowwiseParallel` with ids
 and rows sharded by rank (all-gather of ids, reduce-scatter of rows; torch makes a gradient of the whole table on every
@@ -40,8 +40,8 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 from benchmarks.common import parser, tell, tell_table, write_json
 from benchmarks.measured import Wire
-from cllm4rec_dist.model.tables import Route, ShardedTable, fetch, lookup, route_ids
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.model.sharded_embedding import Route, RowShardedEmbedding, route_ids, start_lookup
 
 Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Ids and the gradient of their rows -> rows, and the gradient of the local rows."""
@@ -62,15 +62,15 @@ def make_forms(rows: Tensor, world: World) -> dict[str, Form]:
     """Every form over the same `rows` [R, D]."""
     mesh = init_device_mesh("cpu", (world.size,))
 
-    def make_table(sparse: bool) -> ShardedTable:
-        table = ShardedTable(*rows.shape, world, sparse_gradients=sparse)
+    def make_table(sparse: bool) -> RowShardedEmbedding:
+        table = RowShardedEmbedding(*rows.shape, world, sparse_gradients=sparse)
         table.local_rows.data.copy_(rows[slice(*table.partition.range(world.rank))])
         return table
 
-    def make_ours(table: ShardedTable, wire: torch.dtype) -> Form:
+    def make_ours(table: RowShardedEmbedding, wire: torch.dtype) -> Form:
         def run(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-            (route,) = route_ids([[ids]], [table.partition], world)
-            (found,) = lookup(fetch([table], route, wire))
+            (route,) = route_ids([{"table": ids}], {"table": table.partition}, world)
+            (found,) = start_lookup({"table": table}, route, wire).wait().values()
             found.backward(gradient)
             return found, taken(table.local_rows)
 
@@ -105,10 +105,13 @@ def make_forms(rows: Tensor, world: World) -> dict[str, Form]:
         return found, own
 
     return {
-        "ours": make_ours(lazy, torch.float32), "ours bf16": make_ours(lazy, torch.bfloat16),
-        "ours dense": make_ours(dense, torch.float32), "rowwise": run_rowwise, "rowwise distinct": run_distinct,
+        "ours": make_ours(lazy, torch.float32),
+        "ours bf16": make_ours(lazy, torch.bfloat16),
+        "ours dense": make_ours(dense, torch.float32),
+        "rowwise": run_rowwise,
+        "rowwise distinct": run_distinct,
         "gathered": run_gathered,
-    }  # fmt: skip
+    }
 
 
 def taken(parameter: Tensor) -> Tensor:
@@ -159,9 +162,10 @@ def compare(world: World, chosen: Namespace, width: int) -> dict[str, Any]:
 
 def overlap(world: World, chosen: Namespace, width: int) -> dict[str, list[float]]:
     """Seconds of some micro-batches of lookup and matrix products, forward alone."""
-    table = ShardedTable(chosen.rows, width, world, sparse_gradients=True)
+    table = RowShardedEmbedding(chosen.rows, width, world, sparse_gradients=True)
     parts = zipf_ids(chosen.rows, chosen.ids * MICRO_BATCHES, world.rank).split(chosen.ids)
-    routes = route_ids([[part] for part in parts], [table.partition], world)
+    routes = route_ids([{"table": part} for part in parts], {"table": table.partition}, world)
+    tables = {"table": table}
     weight = torch.randn(width, 8 * width)
 
     def compute(rows: Tensor) -> Tensor:
@@ -169,21 +173,21 @@ def overlap(world: World, chosen: Namespace, width: int) -> dict[str, list[float
 
     def in_turn() -> None:
         for route in routes:
-            compute(lookup(fetch([table], route))[0])
+            compute(start_lookup(tables, route).wait()["table"])
 
-    def ahead() -> None:
+    def prefetched() -> None:
         following: list[Route | None] = [*routes[1:], None]
-        coming = fetch([table], routes[0])
+        coming = start_lookup(tables, routes[0])
         for route in following:
             arrived = coming
             if route is not None:
-                coming = fetch([table], route)
-            compute(lookup(arrived)[0])
+                coming = start_lookup(tables, route)
+            compute(arrived.wait()["table"])
 
     taking: dict[str, list[float]] = {name: [] for name in TURNS}
     with torch.no_grad():
         for repeat in range(chosen.repeats + 1):
-            for name, form in zip(TURNS, (in_turn, ahead), strict=True):
+            for name, form in zip(TURNS, (in_turn, prefetched), strict=True):
                 taken_ = seconds(form)
                 if repeat:  # the first one warms up
                     taking[name].append(taken_)
@@ -214,18 +218,25 @@ def measure(size: int, chosen: Namespace, width: int) -> dict[str, Any]:
             of[base] = [statistics.median(ratios), min(ratios), max(ratios)]
         sent = sum(rank["lookup"]["bytes"][name] for rank in ranks)
         forms[name] = {
-            "seconds": statistics.median(taking), "seconds_range": [min(taking), max(taking)],
-            "median_and_range_of_it": of, "bytes_a_rank": sent / size, "of_least_bytes": sent / least,
-        }  # fmt: skip
+            "seconds": statistics.median(taking),
+            "seconds_range": [min(taking), max(taking)],
+            "median_and_range_of_it": of,
+            "bytes_a_rank": sent / size,
+            "of_least_bytes": sent / least,
+        }
     in_turn, ahead = (ranks[0]["overlap"][name] for name in TURNS)
     ratios = [a / b for a, b in zip(ahead, in_turn, strict=True)]
     return {
-        "ranks": size, "width": width, "distinct_of_rank_0": ranks[0]["lookup"]["distinct"], "forms": forms,
+        "ranks": size,
+        "width": width,
+        "distinct_of_rank_0": ranks[0]["lookup"]["distinct"],
+        "forms": forms,
         "overlap": {
             "seconds": [statistics.median(in_turn), statistics.median(ahead)],
-            "ahead_of_in_turn": statistics.median(ratios), "range": [min(ratios), max(ratios)],
+            "ahead_of_in_turn": statistics.median(ratios),
+            "range": [min(ratios), max(ratios)],
         },
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.distributed.topology import World
 
 _NOTHING_SENT = ("wait_tensor", "barrier", "_wrap_tensor_autograd")
 

@@ -56,9 +56,11 @@ def main() -> None:
                 found.append({"form": form, "ranks": ranks, **run(folder, form, ranks, chosen.batch)})
     tell_table(
         ["form", "ranks", "planned MB", "taken MB", "planned / taken"],
-        [[f["form"], f["ranks"], f"{f['planned'] / 1e6:,.0f}", f"{f['taken'] / 1e6:,.0f}", f"{f['ratio']:.2f}"]
-         for f in found],
-    )  # fmt: skip
+        [
+            [f["form"], f["ranks"], f"{f['planned'] / 1e6:,.0f}", f"{f['taken'] / 1e6:,.0f}", f"{f['ratio']:.2f}"]
+            for f in found
+        ],
+    )
     shape = {name: getattr(chosen, name) for name in ("users", "items", "hidden", "layers", "batch")}
     write_json(chosen.json, {"shape": shape, "forms": found})
 
@@ -80,34 +82,43 @@ def run(folder: str, form: str, ranks: int, batch: int) -> dict[str, Any]:
 def work(folder: Path, form: dict[str, Any], batch: int) -> None:
     """Train some steps as one of the ranks, and write down what they took."""
     from cllm4rec_dist.config import RunConfig, validate
-    from cllm4rec_dist.corpus.batches import BatchSource
+    from cllm4rec_dist.corpus.loader import BatchLoader
     from cllm4rec_dist.corpus.shards import Corpus
-    from cllm4rec_dist.engine import start_world
-    from cllm4rec_dist.model.heads import logits_at_a_time
-    from cllm4rec_dist.planning.outline import outline_run
-    from cllm4rec_dist.planning.plan import composer_of, needed_memory, rehearse_fullest
+    from cllm4rec_dist.distributed.engine import start_world
+    from cllm4rec_dist.model.sharded_cross_entropy import max_logits_for
+    from cllm4rec_dist.planning.meta_run import make_meta_run
+    from cllm4rec_dist.planning.plan import dry_run_fullest, needed_memory, prompt_builder_of
     from cllm4rec_dist.planning.sampling import sample_step
     from cllm4rec_dist.step import train_step
-    from cllm4rec_dist.system import assemble, start_rows
+    from cllm4rec_dist.system import assemble, init_embeddings
 
-    config = validate(RunConfig, {
-        "stage": "pretrain", "corpus": str(folder / "corpus"), "backbone": str(folder / "backbone"),
-        "output": str(folder), "deepspeed": str(folder / "ds.json"), "embeddings": {"init": "prior"},
-        "batch": {"users": batch, "texts": batch, "gradient_accumulation_steps": 2},
-    } | form, "benchmark")  # fmt: skip
+    config = validate(
+        RunConfig,
+        {
+            "stage": "pretrain",
+            "corpus": str(folder / "corpus"),
+            "backbone": str(folder / "backbone"),
+            "output": str(folder),
+            "deepspeed": str(folder / "ds.json"),
+            "embeddings": {"init": "prior"},
+            "batch": {"users": batch, "texts": batch, "gradient_accumulation_steps": 2},
+        }
+        | form,
+        "benchmark",
+    )
     world = start_world()
     corpus = Corpus.open(config.corpus, verify=False)
-    samples = [sample_step(corpus, composer_of(config, corpus), config, world.size, step) for step in (2, 3)]
-    outline = outline_run(config, corpus.num_users, corpus.num_items, True, world.size)
-    rehearsal, _ = rehearse_fullest(outline, samples, logits_at_a_time(world.device))
-    gathers = outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps)
-    planned = needed_memory(outline, rehearsal, gathers).total()
+    samples = [sample_step(corpus, prompt_builder_of(config, corpus), config, world.size, step) for step in (2, 3)]
+    meta_run = make_meta_run(config, corpus.num_users, corpus.num_items, True, world.size, max_logits_for(world.device))
+    traced, _ = dry_run_fullest(meta_run, samples)
+    gathers = meta_run.zero.simulate(traced.events, config.batch.gradient_accumulation_steps)
+    planned = needed_memory(meta_run, traced, gathers).total()
 
     with world.watch:
         before = resident("VmRSS")
         system = assemble(config, world)
-        start_rows(system)
-        source = BatchSource(system.corpus, system.composer, config, world)
+        init_embeddings(system)
+        source = BatchLoader(system.corpus, system.prompts, config, world)
         for step in range(4):
             if step == 2:
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the highest so far

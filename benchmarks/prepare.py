@@ -24,7 +24,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.common import parser, tell, tell_table, write_json
-from cllm4rec_dist.model.tiny import train_tokenizer
+from cllm4rec_dist.model.build_backbone import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 _WORDS = ["river", "mountain", "espresso", "trail", "quiet", "blue", "garden", "lantern", "violin", "harbour", "maple"]

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import parser, tell_table, write_json
-from cllm4rec_dist.model.heads import Sampling, ask, sharded_nll
-from cllm4rec_dist.topology import RowPartition, World
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
 
 TEMPERATURE, NOISE = 0.1, 2.0
 
@@ -34,13 +34,14 @@ def inputs(positions: int, items: int, width: int) -> tuple[Tensor, Tensor, Tens
     return queries.requires_grad_(), rows.requires_grad_(), targets
 
 
-def run(made: tuple[Tensor, Tensor, Tensor], sampling: Sampling | None) -> tuple[float, list[Tensor], float]:
+def run(made: tuple[Tensor, Tensor, Tensor], num_negatives: int = 0, key: int = 0) -> tuple[float, list[Tensor], float]:
     """Mean loss, gradients, seconds."""
     queries, rows, targets = made
     world, partition = World(0, 1, 0, torch.device("cpu")), RowPartition(len(rows), 1)
     started = time.thread_time()
-    places = torch.arange(len(queries))
-    loss = sharded_nll(ask(queries, places, targets, world), rows, partition, world, sampling=sampling).mean()
+    positions = torch.arange(len(queries))
+    gathering = GatheringQueries(queries, positions, targets, partition, world)
+    loss = sharded_cross_entropy(gathering, rows, num_negatives, torch.tensor(key)).mean()
     gradients = torch.autograd.grad(loss, (queries, rows))
     return loss.item(), list(gradients), time.thread_time() - started
 
@@ -53,12 +54,12 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(1)
     made = inputs(*map(int, chosen.shape.split("x")))
-    exact = [run(made, None) for _ in range(6)][1:]  # the first one warms up
+    exact = [run(made) for _ in range(6)][1:]  # the first one warms up
     loss, gradients, _ = exact[0]
     seconds = statistics.median(taken for _, _, taken in exact)
     figures, rows = {}, []
     for size in chosen.samples:
-        draws = [run(made, Sampling(size, key)) for key in range(chosen.draws)]
+        draws = [run(made, size, key) for key in range(chosen.draws)]
         error = lambda got, wanted: float((got - wanted).norm() / wanted.norm())  # noqa: E731
         one = [error(got, wanted) for got, wanted in zip(draws[0][1], gradients, strict=True)]
         means = [sum(parts) / len(draws) for parts in zip(*(d[1] for d in draws), strict=True)]

@@ -54,9 +54,18 @@ def main() -> None:
     minutes = figures["intervals"]
     tell_table(
         ["save", "copied (s)", "written (s)", "step beside it (ms)", "step without (ms)", "cost of the interval (%)"],
-        [[i + 1, f"{m['copied_s']:.2f}", f"{m['written_s']:.1f}", f"{m['step_saving_ms']:.1f}",
-          f"{m['step_alone_ms']:.1f}", f"{m['cost_percent']:.2f}"] for i, m in enumerate(minutes)],
-    )  # fmt: skip
+        [
+            [
+                i + 1,
+                f"{m['copied_s']:.2f}",
+                f"{m['written_s']:.1f}",
+                f"{m['step_saving_ms']:.1f}",
+                f"{m['step_alone_ms']:.1f}",
+                f"{m['cost_percent']:.2f}",
+            ]
+            for i, m in enumerate(minutes)
+        ],
+    )
     tell(f"{figures['megabytes']:.0f} MB a checkpoint; cost {figures['cost_percent']:.2f} % of the loop's time")
     write_json(chosen.json, figures)
 
@@ -68,8 +77,11 @@ def train(folder: Path, chosen: Any) -> str:
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={chosen.ranks}"]
     running = subprocess.Popen(
         [*torchrun, "launch/pretrain.py", "--config", str(folder / "run.yaml")],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert running.stdout is not None
     lines, written = [], 0
     for line in running.stdout:
@@ -101,15 +113,21 @@ def measure(run: Path, log: str) -> dict[str, Any]:
         beside = [seconds for start, seconds in interval if start < until]
         alone = [seconds for start, seconds in interval if start >= until]
         lost = sum(beside) - len(beside) * statistics.mean(alone)
-        intervals.append(saves[first] | {
-            "step_saving_ms": 1e3 * statistics.mean(beside), "step_alone_ms": 1e3 * statistics.mean(alone),
-            "cost_percent": 100 * lost / sum(alone + beside),
-        })  # fmt: skip
+        intervals.append(
+            saves[first]
+            | {
+                "step_saving_ms": 1e3 * statistics.mean(beside),
+                "step_alone_ms": 1e3 * statistics.mean(alone),
+                "cost_percent": 100 * lost / sum(alone + beside),
+            }
+        )
     costs = [interval["cost_percent"] for interval in intervals]
     return {
-        "megabytes": float(_MEGABYTES.findall(log)[-1]), "cost_percent": statistics.median(costs),
-        "cost_percent_range": [min(costs), max(costs)], "intervals": intervals,
-    }  # fmt: skip
+        "megabytes": float(_MEGABYTES.findall(log)[-1]),
+        "cost_percent": statistics.median(costs),
+        "cost_percent_range": [min(costs), max(costs)],
+        "intervals": intervals,
+    }
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from benchmarks.common import parser, tell, tell_table, write_json
 from benchmarks.head import inputs, ours, peak_bytes
 from benchmarks.measured import Wire
-from cllm4rec_dist.model.heads import ask, sharded_nll
-from cllm4rec_dist.model.table_optimizer import TableOptimizer
-from cllm4rec_dist.model.tables import ShardedTable
-from cllm4rec_dist.topology import RowPartition, World
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
+from cllm4rec_dist.model.sharded_embedding import RowShardedEmbedding
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "scaling.png"
 POSITIONS, WIDTH = 64, 64
@@ -99,11 +99,11 @@ def items_curves(sizes: list[int], repeats: int) -> Iterator[Curve]:
 
 
 class OneTable(nn.Module):
-    """What `TableOptimizer` steps, with nothing but a lazy table in it."""
+    """What `EmbeddingOptimizer` steps, with nothing but a lazy table in it."""
 
     def __init__(self, num_rows: int, world: World) -> None:
         super().__init__()
-        self.table = ShardedTable(num_rows, USER_WIDTH, world, sparse_gradients=True)
+        self.table = RowShardedEmbedding(num_rows, USER_WIDTH, world, sparse_gradients=True)
 
     def sharded_parameters(self) -> Iterator[tuple[str, nn.Parameter, RowPartition]]:
         yield "table", self.table.local_rows, self.table.partition
@@ -128,7 +128,7 @@ def lazy_step(num_rows: int, repeats: int) -> tuple[float, int]:
     """Seconds of a step, and bytes held."""
     model = OneTable(num_rows, World(0, 1, 0, torch.device("cpu")))
     rows = model.table.local_rows
-    optimizer = TableOptimizer(model, (0.9, 0.999))
+    optimizer = EmbeddingOptimizer(model, (0.9, 0.999))
     # Written once, so that no page is met for the first time in a step that is measured.
     rows.data.normal_(generator=torch.Generator().manual_seed(0))
     state = {"exp_avg": torch.full_like(rows, 1e-3), "exp_avg_sq": torch.full_like(rows, 1e-3), "step": torch.tensor(9)}
@@ -159,7 +159,8 @@ def _rank(rank: int, size: int, folder: str, repeats: int) -> None:
 
     def step() -> None:
         own.grad = rows.grad = None
-        sharded_nll(ask(own, places, wanted, world), rows, partition, world).sum().backward()
+        gathering = GatheringQueries(own, places, wanted, partition, world)
+        sharded_cross_entropy(gathering, rows).sum().backward()
 
     with world.watch, Wire(world) as wire:
         step()

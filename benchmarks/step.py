@@ -28,13 +28,13 @@ from transformers import AutoModel
 
 from benchmarks.common import parser, tell_table, write_json
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.corpus.batches import BatchSource
-from cllm4rec_dist.corpus.prompts import Document
+from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
-from cllm4rec_dist.engine import start_world
+from cllm4rec_dist.distributed.engine import start_world
 from cllm4rec_dist.model.backbone import load_words, lora_settings
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.system import System, assemble, start_rows
+from cllm4rec_dist.system import System, assemble, init_embeddings
+from tests.documents import Document, documents_of_step
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("data", "lookup", "backbone", "head", "optimizer")
@@ -130,15 +130,18 @@ class Clock:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._system, self._engine = system, system.engine
 
-    def step(self, source: BatchSource, number: int) -> int:
+    def step(self, source: BatchLoader, number: int) -> int:
         """One step, timed; its real tokens."""
         engine, seconds = self._engine, self.seconds
         started = time.perf_counter()
         batch = source.make(number)
         seconds["data"] += time.perf_counter() - started
         forward, backward, step, optimizer = (
-            type(engine).__call__, engine.backward, engine.step, self._system.table_optimizer.step,
-        )  # fmt: skip
+            type(engine).__call__,
+            engine.backward,
+            engine.step,
+            self._system.embedding_optimizer.step,
+        )
         marks: dict[str, float] = {}
 
         def timed_forward(this: Any, embedded: Tensor, *more: Any) -> Tensor:
@@ -174,20 +177,30 @@ class Clock:
         finally:
             type(engine).__call__ = forward  # type: ignore[method-assign]
             engine.backward, engine.step = backward, step  # type: ignore[method-assign]
-            self._system.table_optimizer.step = optimizer  # type: ignore[method-assign]
+            self._system.embedding_optimizer.step = optimizer  # type: ignore[method-assign]
 
 
 def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> dict[str, Any]:
     """Real tokens a second of all, over the same steps in turns."""
-    config = validate(RunConfig, {
-        "stage": stage, "corpus": chosen.corpus, "backbone": chosen.backbone, "output": tempfile.gettempdir(),
-        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "embeddings": {"init": "prior"},
-        "batch": {"users": users, "texts": texts, "gradient_accumulation_steps": 2}, "method": {"max_history": 200},
-    }, "benchmark")  # fmt: skip
+    config = validate(
+        RunConfig,
+        {
+            "stage": stage,
+            "corpus": chosen.corpus,
+            "backbone": chosen.backbone,
+            "output": tempfile.gettempdir(),
+            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
+            "adapter": {"rank": 8},
+            "embeddings": {"init": "prior"},
+            "batch": {"users": users, "texts": texts, "gradient_accumulation_steps": 2},
+            "method": {"max_history": 200},
+        },
+        "benchmark",
+    )
     system = assemble(config, start_world())
-    start_rows(system)
-    source, clock = BatchSource(system.corpus, system.composer, config, system.world), Clock(system)
-    peer = Peer(config, system.composer.space)
+    init_embeddings(system)
+    source, clock = BatchLoader(system.corpus, system.prompts, config, system.world), Clock(system)
+    peer = Peer(config, system.prompts.space)
     speeds: dict[str, list[float]] = {name: [] for name in ("ours", *PEERS)}
     filled: dict[str, list[float]] = {name: [] for name in PEERS}
     for number in range(chosen.warmup + chosen.steps):
@@ -197,7 +210,7 @@ def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> d
         started = time.perf_counter()
         tokens = clock.step(source, number)
         speeds["ours"].append(tokens / (time.perf_counter() - started))
-        documents = source.documents(number)
+        documents = documents_of_step(source, number)
         for name, grouped in PEERS.items():
             micro_batches = grouped(*documents, config.batch.gradient_accumulation_steps)
             started = time.perf_counter()
@@ -208,13 +221,15 @@ def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> d
     ratios = {name: [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)] for name in PEERS}
     total = sum(clock.seconds.values())
     return {
-        "stage": stage, "users": users, "texts": texts,
+        "stage": stage,
+        "users": users,
+        "texts": texts,
         "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
         "ratio": {name: statistics.median(found) for name, found in ratios.items()},
         "ratio_range": {name: [min(found), max(found)] for name, found in ratios.items()},
         "peers_filled": {name: statistics.mean(found) for name, found in filled.items()},
         "shares": {part: value / total for part, value in clock.seconds.items()},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

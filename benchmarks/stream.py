@@ -31,15 +31,16 @@ from torch import Tensor
 from benchmarks.catalogs import make_corpus
 from benchmarks.common import parser, tell, tell_table, write_json
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.corpus.batches import BatchSource
-from cllm4rec_dist.corpus.prompts import CONTENT_PROMPTS, RECOMMENDATION_PROMPT, Composer, ContentKind
+from cllm4rec_dist.corpus.loader import BatchLoader
+from cllm4rec_dist.corpus.prompts import CONTENT_PROMPTS, RECOMMENDATION_PROMPT, ContentKind, PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.corpus.stream import ahead
+from cllm4rec_dist.corpus.stream import prefetch
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
-from cllm4rec_dist.engine import start_world
+from cllm4rec_dist.distributed.engine import start_world
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.system import assemble, start_rows
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.system import assemble, init_embeddings
+from tests.documents import documents_of_step
 
 ROOT = Path(__file__).parents[1]
 NEEDED = {
@@ -155,21 +156,31 @@ def decode_all(corpus: Corpus) -> int:
     return 0
 
 
-def our_epoch(source: BatchSource, num_steps: int) -> int:
+def our_epoch(source: BatchLoader, num_steps: int) -> int:
     """Every example once, and at the end as many more as fill the last batch; real tokens of exactly one epoch."""
     tokens = 0
-    for batch in ahead(source.make, 0, num_steps):
+    for batch in prefetch(source.make, 0, num_steps):
         for part in batch.micro_batches:
             tokens += part.num_tokens
     return tokens
 
 
 def configured(chosen: argparse.Namespace, stage: str, users: int, num_texts: int) -> RunConfig:
-    return validate(RunConfig, {
-        "stage": stage, "corpus": chosen.corpus, "backbone": chosen.backbone, "output": tempfile.gettempdir(),
-        "deepspeed": str(ROOT / "ds_configs/zero3.json"), "adapter": {"rank": 8}, "embeddings": {"init": "prior"},
-        "batch": {"users": users, "texts": num_texts}, "method": {"max_history": 200},
-    }, "benchmark")  # fmt: skip
+    return validate(
+        RunConfig,
+        {
+            "stage": stage,
+            "corpus": chosen.corpus,
+            "backbone": chosen.backbone,
+            "output": tempfile.gettempdir(),
+            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
+            "adapter": {"rank": 8},
+            "embeddings": {"init": "prior"},
+            "batch": {"users": users, "texts": num_texts},
+            "method": {"max_history": 200},
+        },
+        "benchmark",
+    )
 
 
 def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -180,14 +191,16 @@ def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
     num_steps = -(-corpus.num_users // chosen.users)
     num_texts = -(-corpus.content.num_examples // num_steps)
     config = configured(chosen, "pretrain", chosen.users, num_texts)
-    composer = Composer(tokenizer, space, config.method, config.seed)
-    source = BatchSource(corpus, composer, config, World(0, 1, 0, torch.device("cpu")))
+    prompts = PromptBuilder(tokenizer, space, config.method, config.seed)
+    source = BatchLoader(corpus, prompts, config, World(0, 1, 0, torch.device("cpu")))
     prompts = Prompts(tokenizer, space, config.method.max_history)
     peer = partial(Peer, corpus, prompts, chosen.users, num_texts)
     forms: dict[str, Callable[[], int]] = {
-        "webdataset": peer(0).epoch, "webdataset, 2 workers": peer(2).epoch,
-        "webdataset, records decoded only": lambda: decode_all(corpus), "ours": lambda: our_epoch(source, num_steps),
-    }  # fmt: skip
+        "webdataset": peer(0).epoch,
+        "webdataset, 2 workers": peer(2).epoch,
+        "webdataset, records decoded only": lambda: decode_all(corpus),
+        "ours": lambda: our_epoch(source, num_steps),
+    }
     num_examples = corpus.num_users + corpus.content.num_examples
     times: dict[str, list[float]] = {name: [] for name in forms}
     tokens = dict.fromkeys(forms, 0)
@@ -201,29 +214,33 @@ def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
     best = min(("webdataset", "webdataset, 2 workers"), key=lambda name: statistics.median(times[name]))
     ratios = {name: [b / a for a, b in zip(taken, times[best], strict=True)] for name, taken in times.items()}
     return {
-        "batch": {"users": chosen.users, "texts": num_texts}, "examples": num_examples, "tuned_peer": best,
+        "batch": {"users": chosen.users, "texts": num_texts},
+        "examples": num_examples,
+        "tuned_peer": best,
         "forms": {
             name: {
                 "examples_per_second": num_examples / statistics.median(taken),
-                "ratio": statistics.median(ratios[name]), "ratio_range": [min(ratios[name]), max(ratios[name])],
-            } for name, taken in times.items()
+                "ratio": statistics.median(ratios[name]),
+                "ratio_range": [min(ratios[name]), max(ratios[name])],
+            }
+            for name, taken in times.items()
         },
-    }  # fmt: skip
+    }
 
 
 def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
     """Tokens of the rank that has most over the mean, where parts have equally many examples, and as ours are."""
     corpus, tokenizer = Corpus.open(chosen.corpus, verify=False), WordTokenizer.load(chosen.backbone)
     config = configured(chosen, "pretrain", chosen.users, chosen.texts)
-    composer = Composer(
+    prompts = PromptBuilder(
         tokenizer, TokenSpace(len(tokenizer), corpus.num_users, corpus.num_items), config.method, config.seed
     )
     worlds = [World(rank, size, rank, torch.device("cpu")) for rank in range(size)]
-    whole = BatchSource(corpus, composer, config, World(0, 1, 0, torch.device("cpu")))
-    ranks = [BatchSource(corpus, composer, config, world) for world in worlds]
+    whole = BatchLoader(corpus, prompts, config, World(0, 1, 0, torch.device("cpu")))
+    ranks = [BatchLoader(corpus, prompts, config, world) for world in worlds]
     by_count, by_tokens = [], []
     for step in range(chosen.steps):
-        lengths = [np.array([len(d.token_ids) for d in documents]) for documents in whole.documents(step)]
+        lengths = [np.array([len(d.token_ids) for d in documents]) for documents in documents_of_step(whole, step)]
         for lists in lengths:
             np.random.default_rng(step).shuffle(lists)  # documents come by length, examples did not
         shares = [sum(n[slice(*world.share(0, len(n)))].sum() for n in lengths) for world in worlds]
@@ -239,8 +256,8 @@ def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
     config = configured(chosen, stage, chosen.users, chosen.texts)
     world = start_world()
     system = assemble(config, world)
-    start_rows(system)
-    source = BatchSource(system.corpus, system.composer, config, world)
+    init_embeddings(system)
+    source = BatchLoader(system.corpus, system.prompts, config, world)
     made, waited, stepped = [], [], []
 
     def make(step: int) -> Any:
@@ -249,7 +266,7 @@ def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
         made.append(time.perf_counter() - started)
         return batch
 
-    batches = ahead(make, 0, chosen.steps + 1)
+    batches = prefetch(make, 0, chosen.steps + 1)
     for step in range(chosen.steps + 1):
         started = time.perf_counter()
         batch = next(batches)
@@ -260,9 +277,11 @@ def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
             waited.append(ready - started)
             stepped.append(time.perf_counter() - started)
     return {
-        "step_seconds": statistics.median(stepped), "waited_share": sum(waited) / sum(stepped),
-        "make_seconds": statistics.median(made), "make_seconds_most": max(made),
-    }  # fmt: skip
+        "step_seconds": statistics.median(stepped),
+        "waited_share": sum(waited) / sum(stepped),
+        "make_seconds": statistics.median(made),
+        "make_seconds_most": max(made),
+    }
 
 
 def main() -> None:
@@ -282,19 +301,32 @@ def main() -> None:
             make_corpus(Path(folder), chosen.examples, 20_000, 64, num_texts=chosen.examples)
         found = speeds(chosen)
         tell(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
-        tell_table(["stream", "examples/s", "ratio", "lowest", "highest"], [
-            [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
-            for name, f in found["forms"].items()
-        ])  # fmt: skip
+        tell_table(
+            ["stream", "examples/s", "ratio", "lowest", "highest"],
+            [
+                [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
+                for name, f in found["forms"].items()
+            ],
+        )
         balance = {size: imbalance(chosen, size) for size in (2, 4, 8)}
-        tell_table(["ranks", "most tokens of a rank over the mean, by examples", "by tokens"], [
-            [size, f"{b['by_count']:.3f}", f"{b['by_tokens']:.3f}"] for size, b in balance.items()
-        ])  # fmt: skip
+        tell_table(
+            ["ranks", "most tokens of a rank over the mean, by examples", "by tokens"],
+            [[size, f"{b['by_count']:.3f}", f"{b['by_tokens']:.3f}"] for size, b in balance.items()],
+        )
         shares = {stage: waiting(chosen, stage) for stage in ("pretrain", "finetune")}
-        tell_table(["stage", "step", "waited for its batch", "making a batch", "most"], [
-            [stage, f"{s['step_seconds']:.3f} s", f"{s['waited_share']:.3%}", f"{1e3 * s['make_seconds']:.1f} ms",
-             f"{1e3 * s['make_seconds_most']:.0f} ms"] for stage, s in shares.items()
-        ])  # fmt: skip
+        tell_table(
+            ["stage", "step", "waited for its batch", "making a batch", "most"],
+            [
+                [
+                    stage,
+                    f"{s['step_seconds']:.3f} s",
+                    f"{s['waited_share']:.3%}",
+                    f"{1e3 * s['make_seconds']:.1f} ms",
+                    f"{1e3 * s['make_seconds_most']:.0f} ms",
+                ]
+                for stage, s in shares.items()
+            ],
+        )
     write_json(chosen.json, found | {"steps": shares, "balance": balance})
 
 

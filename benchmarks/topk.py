@@ -17,8 +17,8 @@ import faiss
 import torch
 
 from benchmarks.common import parser, tell_table, write_json
-from cllm4rec_dist.ranking import sharded_topk
-from cllm4rec_dist.topology import RowPartition, World
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.evaluation.topk import sharded_topk
 
 
 def main() -> None:
@@ -58,10 +58,12 @@ def main() -> None:
     same = (found["ours"].sort(dim=1)[0] == found["faiss"].sort(dim=1)[0]).float().mean().item()
     figures = {
         name: {
-            "seconds": statistics.median(taken), "range": [min(taken), max(taken)],
+            "seconds": statistics.median(taken),
+            "range": [min(taken), max(taken)],
             "of_faiss": statistics.median(a / b for a, b in zip(taken, times["faiss"], strict=True)),
-        } for name, taken in times.items()
-    }  # fmt: skip
+        }
+        for name, taken in times.items()
+    }
     rows = []
     for name, f in figures.items():
         low, high = f["range"]

@@ -25,9 +25,9 @@ import torch.multiprocessing as mp
 from benchmarks.common import parser, tell_table, write_json
 from benchmarks.measured import Wire
 from cllm4rec_dist.config import AdapterConfig, BackboneConfig, RunConfig, validate
-from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading, start_world
+from cllm4rec_dist.distributed.engine import Engine, resolve_settings, sharded_loading, start_world
 from cllm4rec_dist.model.backbone import load_backbone
-from cllm4rec_dist.model.tiny import build_backbone
+from cllm4rec_dist.model.build_backbone import build_backbone
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,10 +50,20 @@ def run(rank: int, size: int, chosen: Namespace, name: str, folder: str) -> None
     tree["zero_optimization"] |= VARIANTS[name]
     path = Path(folder, f"{rank}.json")
     path.write_text(json.dumps(tree))
-    settings = resolve_settings(validate(RunConfig, {
-        "stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-", "deepspeed": str(path),
-        "batch": {"gradient_accumulation_steps": MICRO_BATCHES},
-    }, "benchmark"))  # fmt: skip
+    settings = resolve_settings(
+        validate(
+            RunConfig,
+            {
+                "stage": "pretrain",
+                "corpus": "-",
+                "backbone": "-",
+                "output": "-",
+                "deepspeed": str(path),
+                "batch": {"gradient_accumulation_steps": MICRO_BATCHES},
+            },
+            "benchmark",
+        )
+    )
     with sharded_loading(settings):
         dual = load_backbone(Path(folder, "backbone"), AdapterConfig(rank=8), torch.float32, 0)
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
@@ -112,10 +122,14 @@ def main() -> None:
         torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(first["losses"]), msg=name)
         low, high = min(found["seconds"]), max(found["seconds"])
         median = statistics.median(found["seconds"])
-        rows.append([
-            name, f"{median * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})",
-            f"{median / statistics.median(first['seconds']):.2f}", f"{found['sent'] / 1e6:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{median * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})",
+                f"{median / statistics.median(first['seconds']):.2f}",
+                f"{found['sent'] / 1e6:.2f}",
+            ]
+        )
     tell_table(["ZeRO-3 setting", "step (ms)", "of the first", "MB from a rank"], rows)
     write_json(chosen.json, figures)
 

@@ -27,12 +27,13 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, ValidationError
 
-from cllm4rec_dist.collectives import gather_integers
-from cllm4rec_dist.config import ModelT, RunConfig, StrictModel
-from cllm4rec_dist.corpus.batches import BatchSource, StepBatch
+from cllm4rec_dist.config import RunConfig, StrictModel
+from cllm4rec_dist.config.loading import ModelT
+from cllm4rec_dist.corpus.loader import BatchLoader, StepBatch
 from cllm4rec_dist.corpus.stream import batch_range, steps_per_epoch
+from cllm4rec_dist.distributed.collectives import gather_integers
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError
-from cllm4rec_dist.topology import World
 
 FOLDER = "audit"
 _FILE = re.compile(r"rank-(\d{5})-of-(\d{5})\.jsonl")
@@ -83,7 +84,7 @@ class AuditLog:
     Making one is collective where the configuration asks for a log: one all-gather tells rank 0's time.
     """
 
-    def __init__(self, run: Path, world: World, config: RunConfig, source: BatchSource, first_step: int) -> None:
+    def __init__(self, run: Path, world: World, config: RunConfig, source: BatchLoader, first_step: int) -> None:
         self._file = None
         if not config.audit:
             return
@@ -108,10 +109,14 @@ class AuditLog:
         if self._file is not None:
             self._write(
                 StepLine(
-                    session=self._session, step=step, epoch=batch.epoch, accepted=accepted,
-                    users=tuple(batch.users), texts=tuple(batch.texts),
+                    session=self._session,
+                    step=step,
+                    epoch=batch.epoch,
+                    accepted=accepted,
+                    users=tuple(batch.users),
+                    texts=tuple(batch.texts),
                 )
-            )  # fmt: skip
+            )
 
     def sync(self) -> None:
         """Have the file system keep what was written. Called before a checkpoint, which must not outlive its proof."""
@@ -180,8 +185,9 @@ class Audit:
     def table(self) -> str:
         """For people, a line for each."""
         epochs, more = divmod(self.steps, self.steps_per_epoch)
-        worlds = [size for size, before in zip(self.world_sizes, (None, *self.world_sizes), strict=False)
-                  if size != before]  # fmt: skip
+        worlds = [
+            size for size, before in zip(self.world_sizes, (None, *self.world_sizes), strict=False) if size != before
+        ]
         rows = {
             "epochs": f"{epochs:,}" + (f" and {more:,} of {self.steps_per_epoch:,} steps" if more else ""),
             "steps": f"{self.steps - self.first_step:,}" + (f" from {self.first_step:,}" if self.first_step else ""),
@@ -222,9 +228,11 @@ def check(run: Path, saved_step: int = 0) -> Audit:
         for rank, part in session.steps[step].items():
             if part.epoch != step // per_epoch:
                 raise AuditError(
-                    f"step {step}, epoch {step // per_epoch}", part.epoch, f"is the epoch that rank {rank} recorded",
+                    f"step {step}, epoch {step // per_epoch}",
+                    part.epoch,
+                    f"is the epoch that rank {rank} recorded",
                     _CURE,
-                )  # fmt: skip
+                )
     num_users, num_texts = (_check_stream(stream, chain, per_epoch) for stream in (users, texts))
     replayed = set()
     for session in log.sessions:
@@ -373,9 +381,11 @@ def _chain(log: _Log, saved_step: int) -> dict[int, _Session]:
     stop = last.end
     if stop < saved_step:
         raise AuditError(
-            f"steps {stop} to {saved_step - 1}", "missing", "are in a checkpoint of the run but not in its log",
+            f"steps {stop} to {saved_step - 1}",
+            "missing",
+            "are in a checkpoint of the run but not in its log",
             "Train with audit=true from the start, in an output that all ranks write to.",
-        )  # fmt: skip
+        )
     spans: list[tuple[int, int, _Session]] = []
     for session in reversed(log.sessions):
         if session.header.first_step < stop <= session.end:
@@ -397,9 +407,11 @@ def _missing(sessions: Sequence[_Session], step: int) -> tuple[str, str, str, st
     ranks = {rank for session in sessions for rank in session.steps.get(step, {})}
     absent = sorted(set(range(header.world_size)) - ranks)
     return (
-        f"step {step}, epoch {epoch}", f"no line of ranks {absent}" if ranks else "no line",
-        "although the run went on after it", "A rank's file or a part of it is lost, or a session ran without audit.",
-    )  # fmt: skip
+        f"step {step}, epoch {epoch}",
+        f"no line of ranks {absent}" if ranks else "no line",
+        "although the run went on after it",
+        "A rank's file or a part of it is lost, or a session ran without audit.",
+    )
 
 
 @dataclass(frozen=True)
@@ -494,9 +506,11 @@ def _check_pass(
     if is_whole and len(unread):
         short = [step for step, piece in pieces if len(piece) < _overlap(stream.positions(step), (begin, end))]
         raise AuditError(
-            _at(short[0] if short else pieces[-1][0], per_epoch), stream.called(unread[0]),
-            f"was not read in pass {visit} over the {stream.name}s", _CURE,
-        )  # fmt: skip
+            _at(short[0] if short else pieces[-1][0], per_epoch),
+            stream.called(unread[0]),
+            f"was not read in pass {visit} over the {stream.name}s",
+            _CURE,
+        )
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> int:
@@ -514,6 +528,8 @@ def _compare(stream: _Stream, step: int, session: _Session, counting: _Session) 
     if other:
         per_epoch = steps_per_epoch(session.header.num_users, session.header.batch_users)
         raise AuditError(
-            _at(step, per_epoch), stream.called_at(*min(other)[1:]),
-            f"was read by only one of the sessions {session.header.session} and {counting.header.session}", _CURE,
-        )  # fmt: skip
+            _at(step, per_epoch),
+            stream.called_at(*min(other)[1:]),
+            f"was read by only one of the sessions {session.header.session} and {counting.header.session}",
+            _CURE,
+        )

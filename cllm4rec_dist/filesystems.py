@@ -58,9 +58,11 @@ def locate(field: str, url: str, error: type[CLLM4RecError]) -> tuple[fsspec.Abs
         fs, path = fsspec.core.url_to_fs(str(url))
     except (ValueError, ImportError) as cause:
         raise error(
-            field, url, f"is on no file system that can be used here ({cause})",
+            field,
+            url,
+            f"is on no file system that can be used here ({cause})",
             "Give a path or a URL that fsspec knows; some need a package, as s3:// needs `pip install s3fs`.",
-        ) from cause  # fmt: skip
+        ) from cause
     return fs, path
 
 

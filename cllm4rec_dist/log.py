@@ -1,28 +1,22 @@
-"""What a run says: log lines, one progress bar, and metrics as JSON lines.
+"""Log lines and the progress bar.
 
-Only rank 0 shows a bar and writes metrics; warnings come from every rank. Inside a Ray worker the bar is Ray's own, so
+Only rank 0 shows a bar; warnings come from every rank. Inside a Ray worker the bar is Ray's own, so
 that the driver's terminal shows one bar and not its redrawings. Where nobody has a terminal, progress is a log line
 every ten seconds, under every launcher. Nothing here imports torch, so that a command can log before it does.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from cllm4rec_dist.run_folder import METRICS_FILE
-from cllm4rec_dist.trackers import BackgroundTracker
-
 if TYPE_CHECKING:
-    from cllm4rec_dist.topology import World
+    from cllm4rec_dist.distributed.topology import World
 
 logger = logging.getLogger(__name__)
 
@@ -149,56 +143,3 @@ def progress_bar(world: World, total: int, description: str, unit: str, done: in
 def _in_ray_worker() -> bool:
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
-
-
-class MetricsLog:
-    """Metrics of a run, appended to `metrics.jsonl` and given to trackers on rank 0.
-
-    Args:
-        run: folder of the run.
-        world: only rank 0 writes.
-        first_step: lines of later steps, which a run wrote that then died before its next checkpoint, are dropped, so
-            that the file tells one history.
-        trackers: take the numbers of each line under their names.
-    """
-
-    def __init__(self, run: Path, world: World, first_step: int, trackers: Sequence[BackgroundTracker] = ()) -> None:
-        self._file = None
-        self._trackers = trackers
-        if world.is_main:
-            run.mkdir(parents=True, exist_ok=True)
-            path = run / METRICS_FILE
-            part = path.with_suffix(".part")
-            part.write_text("".join(_lines_until(path, first_step)), encoding="utf-8")
-            part.replace(path)
-            self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
-        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-        for tracker in self._trackers:
-            tracker.write(step, numbers)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _lines_until(path: Path, last_step: int) -> Iterator[str]:
-    """Lines of steps up to `last_step`; what a dying process wrote in part is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
-    for line in lines:
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
-                yield line
-        except ValueError:
-            continue

@@ -7,19 +7,19 @@ file system. What only a loaded backbone or an opened checkpoint can tell is lef
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cllm4rec_dist.config import METRIC_NAME, OptimizerConfig, RunConfig
+from cllm4rec_dist.checkpointing.run_folder import STEP, store_url
+from cllm4rec_dist.checkpointing.store import Store
+from cllm4rec_dist.config import METRIC_NAME, OptimizerConfig, RunConfig, TrackerName
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
-from cllm4rec_dist.run_folder import STEP, store_url
-from cllm4rec_dist.store import Store
 from cllm4rec_dist.suggestions import closest, closest_path, did_you_mean_path
-from cllm4rec_dist.trackers import tracker_problems
 
 _METRIC_CURE = "Write for example recall@20 or ndcg@100."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -105,9 +105,11 @@ def resolve_resume(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
         restarted = any(int(environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
         if names and not restarted:
             raise CheckpointError(
-                "resume", "none", f"would start anew where the run has {names[-1]}",
+                "resume",
+                "none",
+                f"would start anew where the run has {names[-1]}",
                 "Choose another output, or remove the run.",
-            )  # fmt: skip
+            )
         return config.model_copy(update={"resume": "auto"})
     if config.resume != "auto" and "://" not in config.resume:
         return config.model_copy(update={"resume": str(Path(config.resume).absolute())})
@@ -378,3 +380,25 @@ def _validates(config: RunConfig) -> bool:
 
 def _has_checkpoints(config: RunConfig) -> bool:
     return bool(Store(store_url(config)).names(STEP))
+
+
+def tracker_problems(names: Sequence[TrackerName]) -> list[CLLM4RecError]:
+    """Return an error for each tracker whose library is not installed. Imports none of them."""
+    modules: dict[TrackerName, tuple[str, ...]] = {
+        "tensorboard": ("tensorboard",),
+        "wandb": ("wandb",),
+        "mlflow": ("mlflow",),
+    }
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri or uri.startswith("sqlite:"):
+        modules["mlflow"] = ("mlflow", "sqlalchemy", "alembic")
+    return [
+        ConfigError(
+            "trackers",
+            name,
+            f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            f"pip install 'cllm4rec_dist[{name}]', or leave {name} out of trackers.",
+        )
+        for name in dict.fromkeys(names)
+        if (missing := [module for module in modules[name] if importlib.util.find_spec(module) is None])
+    ]

@@ -1,6 +1,6 @@
 """One training step: the method, in the order of the design.
 
-    batches -> routes -> embeddings -> backbone (one forward for both LLMs) -> heads -> losses -> joint clip -> step
+    batches -> routes -> embeddings -> forward (one backbone for both LLMs, heads, losses) -> joint clip -> step
 
 One place scales losses, one place clips, one place steps.
 """
@@ -13,12 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm4rec_dist import objectives
-from cllm4rec_dist.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.config import OptimizerConfig
-from cllm4rec_dist.corpus.prompts import MicroBatch
-from cllm4rec_dist.model.heads import ask
-from cllm4rec_dist.model.recommender import Embedded
+from cllm4rec_dist.corpus.collate import MicroBatch
+from cllm4rec_dist.distributed.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.system import System
 
 PIECE = 1 << 22
@@ -35,14 +32,14 @@ class StepResult:
         losses: mean of each term over the step's predictions (or rows), in nats.
         grad_norm: joint norm before clipping.
         tokens: real tokens read by all ranks.
-        places: what the backbone computes for them, padding included.
+        positions: what the backbone computes for them, padding included.
         accepted: False where the step was left out, because its loss or gradient was bad: nothing has changed then.
     """
 
     losses: dict[str, float]
     grad_norm: float
     tokens: int
-    places: int
+    positions: int
     accepted: bool
 
     @property
@@ -73,80 +70,52 @@ def train_step(
         largest_loss: a step with a larger loss, or with one that is not finite, is left out on all ranks alike.
     """
     world, model, optimizer = system.world, system.recommender, system.config.optimizer
-    routed = model.route(micro_batches)
-    touched = model.touched(routed)
-    counts = _global_counts(system, micro_batches, sum(map(len, touched)))
+    routes = model.route(micro_batches)
+    touched = model.touched(routes)
+    counts = _global_counts(system, micro_batches, sum(map(len, touched.values())))
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=world.device)
+    batches = [batch.to(world.device) for batch in micro_batches]
 
-    for index, embedded in enumerate(model.embedded(routed)):
-        parts = _losses(system, routed[index].batch, embedded)
-        if index == len(routed) - 1:
-            parts["mutual"] = _mutual(system, *touched)
-        scaled = [value * (world.size / max(1, counts[term])) for term, value in parts.items()]
+    for index, (tokens, item_rows) in enumerate(model.embed(batches, routes)):
+        losses = model(batches[index], tokens, item_rows, system.backbone)
+        if index == len(batches) - 1:
+            config = system.config.embeddings
+            losses["mutual"] = model.mutual_loss(touched, config.lambda_l, config.lambda_c)
+        scaled = [loss * (world.size / max(1, counts[term])) for term, loss in losses.items()]
         with world.watch.collective("ZeRO-3 backward"):
-            at_boundary = system.engine.backward(torch.stack(scaled).sum())
-        for term, value in parts.items():
-            sums[TERMS.index(term)] += value.detach().double()
-        if at_boundary:
-            # One all-reduce brings the joint norm and what the step tells of itself.
-            own = torch.cat([sums, _complete_gradients(system)[None]])
-            *told, square = sum_on_host(own, world, "losses and gradient norm")
+            is_last = system.engine.backward(torch.stack(scaled).sum())
+        for term, loss in losses.items():
+            sums[TERMS.index(term)] += loss.detach().double()
+        if is_last:
+            # One all-reduce brings the joint norm and what the step reports of itself.
+            parts = torch.cat([sums, _complete_gradients(system)[None]])
+            *totals, square = sum_on_host(parts, world, "losses and gradient norm")
             grad_norm = math.sqrt(square)
-            means = {term: value / max(1, counts[term]) for term, value in zip(TERMS, told, strict=True)}
+            means = {term: total / max(1, counts[term]) for term, total in zip(TERMS, totals, strict=True)}
             accepted = math.isfinite(grad_norm) and sum(means.values()) <= largest_loss
             if accepted:
                 _clip(system, grad_norm)
-                system.table_optimizer.step(optimizer.embeddings_lr * lr_factor)
+                system.embedding_optimizer.step(optimizer.embeddings_lr * lr_factor)
             else:
-                system.table_optimizer.discard()
+                system.embedding_optimizer.discard()
                 system.engine.discard()
         with world.watch.collective("ZeRO-3 step"):
             system.engine.step(optimizer.lr * lr_factor)
 
-    return StepResult(means, grad_norm, counts["tokens"], counts["places"], accepted)
+    return StepResult(means, grad_norm, counts["tokens"], counts["positions"], accepted)
 
 
 def _global_counts(system: System, batches: list[MicroBatch], num_touched: int) -> dict[str, int]:
-    """What each sum of the step is divided by, and its tokens and places. One all-reduce of five integers."""
+    """What each sum of the step is divided by, and its tokens and positions. One all-reduce of five integers."""
     local = {
-        "items": sum(len(b.items.targets) for b in batches),
-        "text": sum(len(b.words.targets) for b in batches if b.words is not None),
+        "items": sum(len(batch.targets["items"]) for batch in batches),
+        "text": sum(len(batch.targets["text"]) for batch in batches if "text" in batch.targets),
         "mutual": num_touched,
-        "tokens": sum(b.num_tokens for b in batches),
-        "places": sum(b.word_ids.numel() for b in batches),
+        "tokens": sum(batch.num_tokens for batch in batches),
+        "positions": sum(batch.word_ids.numel() for batch in batches),
     }
-    own = torch.tensor(list(local.values()), device=system.world.device)
-    return dict(zip(local, sum_on_host(own, system.world, "counts"), strict=True))
-
-
-def _losses(system: System, batch: MicroBatch, embedded: Embedded) -> dict[str, Tensor]:
-    """This rank's sums of the item and word likelihoods of one micro-batch."""
-    model, world = system.recommender, system.world
-    items, words = batch.items, batch.words
-    with world.watch.collective("ZeRO-3 forward"):
-        hidden = system.engine(embedded.tokens, batch.positions, batch.boundary)
-
-    queries = model.item_queries(hidden, embedded.item_rows, batch)
-    asked = ask(queries, items.target_query, items.targets, world)  # on its way while words are scored
-    losses = {}
-    if words is not None:
-        losses["text"] = objectives.word_likelihood(
-            hidden.flatten(0, 1)[words.query_places], model.words.head, words.target_query, words.targets
-        )[0]
-    losses["items"] = objectives.item_likelihood(
-        asked, model.item_operand(), model.item_partition, world, model.item_sampling(batch)
-    )[0]
-    return losses
-
-
-def _mutual(system: System, users: Tensor, items: Tensor) -> Tensor:
-    """The mutual regularizer over the rows this rank owns of those touched in the step. No collective."""
-    model, config = system.recommender, system.config.embeddings
-    collaborative = torch.cat([model.collaborative.users.own(users), model.collaborative.items.own(items)])
-    content = None
-    if model.content is not None:
-        content = torch.cat([model.content.users.own(users), model.content.items.own(items)])
-    return objectives.mutual_regularization(collaborative, content, config.lambda_l, config.lambda_c)[0]
+    values = torch.tensor([*local.values()], device=system.world.device)
+    return dict(zip(local, sum_on_host(values, system.world, "counts"), strict=True))
 
 
 def _complete_gradients(system: System) -> Tensor:
@@ -158,7 +127,7 @@ def _complete_gradients(system: System) -> Tensor:
     world, model = system.world, system.recommender
     square = torch.zeros((), dtype=torch.float64, device=world.device)
     replicated = dict(model.replicated_parameters())
-    for name, parameter in zip(system.table_optimizer.names, system.table_optimizer.parameters, strict=True):
+    for name, parameter in zip(system.embedding_optimizer.names, system.embedding_optimizer.parameters, strict=True):
         if parameter.grad is None:
             continue
         if name in replicated:
@@ -182,7 +151,7 @@ def _clip(system: System, norm: float) -> None:
     """Scale every gradient, in the engine and outside, to a joint norm of at most `max_grad_norm`."""
     factor = system.config.optimizer.max_grad_norm / (norm + 1e-6)
     if factor < 1:
-        for parameter in system.table_optimizer.parameters:
+        for parameter in system.embedding_optimizer.parameters:
             if parameter.grad is not None:
                 _values(parameter.grad).mul_(factor)
         system.engine.scale_gradients(factor)

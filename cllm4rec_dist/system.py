@@ -15,29 +15,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.corpus.prompts import Composer, largest_prompt_id
+from cllm4rec_dist.corpus.prompts import PromptBuilder, largest_prompt_id
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ContentKind, Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.distributed.local_engine import ForwardEngine, LocalEngine
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import ConfigError, CorpusError
-from cllm4rec_dist.local_engine import ForwardEngine, LocalEngine
-from cllm4rec_dist.model import backbone, rows
+from cllm4rec_dist.model import backbone, embedding_init
+from cllm4rec_dist.model.dtypes import DTYPES
+from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.recommender import Recommender
-from cllm4rec_dist.model.table_optimizer import TableOptimizer
-from cllm4rec_dist.topology import World
 
 if TYPE_CHECKING:
-    from cllm4rec_dist.engine import Engine
+    from cllm4rec_dist.distributed.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 _PROMPT_ROOM = 64
 """Positions kept for the words of a prompt; the longest template has some ten words."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,15 @@ class InferenceSystem:
     config: RunConfig
     world: World
     corpus: Corpus
-    composer: Composer
+    prompts: PromptBuilder
     recommender: Recommender
     engine: ForwardEngine
     fingerprints: dict[str, str]
+
+    def backbone(self, tokens: Tensor, positions: Tensor, content_start: int) -> Tensor:
+        """Hidden states of packed embeddings (`DualBackbone.forward`). Gathers the backbone's weights."""
+        with self.world.watch.collective("ZeRO-3 forward"):
+            return self.engine(tokens, positions, content_start)
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off everywhere."""
@@ -67,7 +72,7 @@ class System(InferenceSystem):
     """Everything that a step needs too."""
 
     engine: Engine
-    table_optimizer: TableOptimizer
+    embedding_optimizer: EmbeddingOptimizer
 
 
 def assemble(config: RunConfig, world: World) -> System:
@@ -76,7 +81,7 @@ def assemble(config: RunConfig, world: World) -> System:
     Raises:
         ConfigError, CorpusError: where parts do not fit each other.
     """
-    from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading  # imports DeepSpeed
+    from cllm4rec_dist.distributed.engine import Engine, resolve_settings, sharded_loading  # imports DeepSpeed
 
     corpus = Corpus.open(config.corpus, verify=world.is_main)
     folder, decoder, tokenizer = open_backbone(config, corpus)
@@ -86,7 +91,7 @@ def assemble(config: RunConfig, world: World) -> System:
         backbone.require_head(folder, decoder, backbone.stored_weights(folder))
     require_embeddings(corpus, tokenizer, decoder.vocab_size)
     settings = resolve_settings(config)
-    dtype = _DTYPES[config.precision]
+    dtype = DTYPES[config.precision]
     with sharded_loading(settings):
         dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
     if config.activation_checkpointing:
@@ -101,10 +106,10 @@ def assemble(config: RunConfig, world: World) -> System:
         config=config,
         world=world,
         corpus=corpus,
-        composer=_composer(config, corpus, tokenizer, words),
+        prompts=_prompt_builder(config, corpus, tokenizer, words),
         recommender=recommender,
         engine=Engine(dual, settings, adapter_optimizer, dual.layers),
-        table_optimizer=TableOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
+        embedding_optimizer=EmbeddingOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
         fingerprints=_fingerprints(folder, corpus, tokenizer),
     )
 
@@ -124,15 +129,15 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
     corpus = Corpus.open(config.corpus, verify=("users", "items", "interactions", "new_users"))
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
-    dtype = _DTYPES[config.precision]
+    dtype = DTYPES[config.precision]
     words = backbone.load_words(folder, dtype, world.device, head=False)
-    composer = _composer(config, corpus, tokenizer, words)
+    prompts = _prompt_builder(config, corpus, tokenizer, words)
     require_word_embeddings("the prompts", largest_prompt_id(tokenizer), decoder.vocab_size)
     return InferenceSystem(
         config=config,
         world=world,
         corpus=corpus,
-        composer=composer,
+        prompts=prompts,
         recommender=_empty_recommender(config, corpus, words, world, content=False),
         engine=LocalEngine(
             backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization), world.device
@@ -152,15 +157,17 @@ def _empty_recommender(
         config.head,
         world,
         dropout=config.embeddings.dropout,
-        wire=_DTYPES[config.embeddings.comm_dtype],
-        lazy=config.optimizer.sparse_embedding_updates,
+        comm_dtype=DTYPES[config.embeddings.comm_dtype],
+        sparse_gradients=config.optimizer.sparse_embedding_updates,
         content=content,
     )
 
 
-def _composer(config: RunConfig, corpus: Corpus, tokenizer: WordTokenizer, words: backbone.Words) -> Composer:
+def _prompt_builder(
+    config: RunConfig, corpus: Corpus, tokenizer: WordTokenizer, words: backbone.Words
+) -> PromptBuilder:
     space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
-    return Composer(tokenizer, space, config.method, config.seed)
+    return PromptBuilder(tokenizer, space, config.method, config.seed)
 
 
 def _fingerprints(folder: Path, corpus: Corpus, tokenizer: WordTokenizer) -> dict[str, str]:
@@ -251,32 +258,32 @@ def with_deepspeed_at_hand(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"deepspeed": None})
 
 
-def start_rows(system: System) -> None:
-    """Fill the tables for a new run (see `model/rows.py`). Collective; the centre is computed on rank 0."""
+def init_embeddings(system: System) -> None:
+    """Fill the tables for a new run (see `model/embedding_init.py`). Collective; the centre is computed on rank 0."""
     config, world, model = system.config, system.world, system.recommender
     scale = model.words.scale
     centre = None
     if world.is_main and config.embeddings.init != "prior":
         logger.info("computing the %s start of %d item rows", config.embeddings.init, system.corpus.num_items)
         width = model.words.embedding.shape[1]
-        centre = rows.item_centre(
+        centre = embedding_init.spectral_item_init(
             interaction_matrix(system.corpus.split("train"), system.corpus.num_items),
-            word_counts(system.corpus, system.composer.space),
+            word_counts(system.corpus, system.prompts.space),
             config.embeddings.init_text_weight,
             width,
             config.seed,
         )
     if config.embeddings.init == "prior":
-        rows.start_prior(model.collaborative.items, scale, world, config.seed, 0)
+        embedding_init.init_prior(model.collaborative.items, scale, world, config.seed, 0)
     else:
-        rows.start_items(model.collaborative.items, centre, scale, world, config.seed)
-    rows.start_prior(model.collaborative.users, scale, world, config.seed, 1)
+        embedding_init.init_items(model.collaborative.items, centre, scale, world, config.seed)
+    embedding_init.init_prior(model.collaborative.users, scale, world, config.seed, 1)
     if model.content is not None:
         for index, (content, own) in enumerate(
             [(model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)],
             start=2,
         ):
-            rows.start_content(content, own, config.embeddings, scale, world, config.seed, index)
+            embedding_init.init_content(content, own, config.embeddings, scale, world, config.seed, index)
 
 
 def interaction_matrix(lists: Ragged, num_items: int) -> sp.csr_matrix:

@@ -1,6 +1,6 @@
 """The loop, one for all stages and launchers.
 
-A stage is data: `pretrain` and `finetune` differ in the documents that `BatchSource` makes and in nothing here. The
+A stage is data: `pretrain` and `finetune` differ in the documents that `BatchLoader` makes and in nothing here. The
 loop reads a batch, takes a step (`step.py`), tells about it, and at its times validates and saves. It starts where the
 newest good checkpoint of its output ends, whatever number of ranks wrote it, so to start a run again is to go on.
 """
@@ -23,26 +23,28 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from cllm4rec_dist import checkpoint, growth, leaks, preflight, ranking
+from cllm4rec_dist import preflight
 from cllm4rec_dist.audit import AuditLog
-from cllm4rec_dist.checkpoint import BEST, STEP, Checkpoint, RunState
-from cllm4rec_dist.collectives import gather_integers, require_agreement
+from cllm4rec_dist.checkpointing import checkpoint, leaks, warm_start
+from cllm4rec_dist.checkpointing.async_saver import Saver
+from cllm4rec_dist.checkpointing.checkpoint import BEST, STEP, Checkpoint, RunState
+from cllm4rec_dist.checkpointing.lineage import TrainedOn
+from cllm4rec_dist.checkpointing.run_folder import CONFIG_FILE, LOCK_FILE, store_url
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import FaultsConfig, RunConfig, dotted_items, validate
-from cllm4rec_dist.corpus.batches import BatchSource
-from cllm4rec_dist.corpus.stream import ahead
+from cllm4rec_dist.config.resume_rules import may_change
+from cllm4rec_dist.corpus.loader import BatchLoader
+from cllm4rec_dist.corpus.stream import prefetch
+from cllm4rec_dist.distributed.collectives import gather_integers, require_agreement
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
-from cllm4rec_dist.interruption import StopRequest
-from cllm4rec_dist.lineage import TrainedOn
+from cllm4rec_dist.evaluation import topk
 from cllm4rec_dist.log import ReportMetrics
-from cllm4rec_dist.progress import Schedule
-from cllm4rec_dist.run_folder import CONFIG_FILE, LOCK_FILE, store_url
-from cllm4rec_dist.run_reporter import RunReporter
-from cllm4rec_dist.saver import Saver
+from cllm4rec_dist.monitoring.progress import Schedule
+from cllm4rec_dist.monitoring.run_reporter import RunReporter
+from cllm4rec_dist.signals import GracefulShutdown
 from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
-from cllm4rec_dist.store import Store
-from cllm4rec_dist.system import System, assemble, start_rows
-from cllm4rec_dist.topology import World
-from cllm4rec_dist.trajectory import may_change
+from cllm4rec_dist.system import System, assemble, init_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +80,15 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
     """
     preflight.require_ready(config, writes_output=world.is_main)
     run = Path(config.output).absolute()
-    with _claim(run, world), RunReporter(run, world, config, report) as reporter, StopRequest() as stop:
+    with _claim(run, world), RunReporter(run, world, config, report) as reporter, GracefulShutdown() as stop:
         require_agreement({"configuration": zlib.crc32(config.model_dump_json().encode())}, world)
         system = assemble(config, world)
         store = Store(store_url(config))
-        state, trained_on, origin = _begin(system, store)
+        state, trained_on, origin = _resume_or_init(system, store)
         state = _comparable(state, config, world)
-        source = BatchSource(system.corpus, system.composer, config, world)
+        source = BatchLoader(system.corpus, system.prompts, config, world)
         total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
-        last_step = state.step if _gave_up(config, state) else total_steps
+        last_step = state.step if _should_stop_early(config, state) else total_steps
         if world.is_main:
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             (run / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -99,7 +101,7 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
             AuditLog(run, world, config, source, state.step) as audit,
             _saver(store, system, trained_on) as saver,
         ):
-            for batch in _watched(world, ahead(source.make, state.step, last_step)):
+            for batch in _watched(world, prefetch(source.make, state.step, last_step)):
                 started = time.perf_counter()
                 _seed_dropout(config.seed, state.step, world.rank)
                 system.train(True)
@@ -111,8 +113,8 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
                 if _validates(config, state.step, source.steps_per_epoch, total_steps):
                     state = _validate(system, state, saver, reporter)
                 reporter.finish_step(state)
-                interrupted, due = _agree(system, state, stop.signal_name is not None, clock.is_due())
-                over = interrupted or _gave_up(config, state) or state.step == total_steps
+                interrupted, due = _sync_control_flags(system, state, stop.signal_name is not None, clock.is_due())
+                over = interrupted or _should_stop_early(config, state) or state.step == total_steps
                 if over or due or state.step % config.checkpoint.every_steps == 0:
                     audit.sync()
                     saver.save(state, STEP)
@@ -123,7 +125,7 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
             state,
             losses,
             signal_name=(stop.signal_name or "a signal to another rank") if interrupted else None,
-            stopped_early=_gave_up(config, state) and state.step < total_steps,
+            stopped_early=_should_stop_early(config, state) and state.step < total_steps,
         )
         return TrainResult(state, losses, interrupted)
 
@@ -162,7 +164,7 @@ def _saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterat
     saver.finish()
 
 
-def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None, str]:
+def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn | None, str]:
     """Resume, continue from another run's weights, or start the rows.
 
     Returns the state, on rank 0 what the model has been trained on, and where it comes from in words.
@@ -174,9 +176,11 @@ def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None, st
         source, wanted = checkpoint.find(config.resume, (STEP,))
         if names and source.url == store.url and wanted[0] != names[0]:
             raise CheckpointError(
-                "resume", config.resume, f"is not this run's newest checkpoint, {names[0]}",
+                "resume",
+                config.resume,
+                f"is not this run's newest checkpoint, {names[0]}",
                 "Choose another output to go on from it, or remove the newer ones.",
-            )  # fmt: skip
+            )
         source, names = (store, names) if names else (source, wanted)
     resumed = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
     if resumed is not None:
@@ -186,11 +190,13 @@ def _begin(system: System, store: Store) -> tuple[RunState, TrainedOn | None, st
     damaged = store.set_aside_names(STEP)
     if names or damaged:
         raise CheckpointError(
-            "checkpoint.dir", store.url, f"holds no whole checkpoint, but damaged ones ({damaged or names})",
+            "checkpoint.dir",
+            store.url,
+            f"holds no whole checkpoint, but damaged ones ({damaged or names})",
             "Bring one back from a copy, or choose another output to start anew.",
-        )  # fmt: skip
+        )
     trained_on = leaks.of_new_run(system, config.init_from)
-    start_rows(system)
+    init_embeddings(system)
     origin = "from scratch" if config.init_from is None else f"weights of {_start_from(system, config.init_from)}"
     return RunState(), trained_on, origin
 
@@ -202,8 +208,9 @@ def _warn_of_ignored_start(resumed: Checkpoint, system: System) -> None:
         logger.warning(
             "init_from=%s is ignored: the run goes on from its own checkpoint, and it started from %s; to start from"
             " other weights, choose another output",
-            named, started_from or "no other run",
-        )  # fmt: skip
+            named,
+            started_from or "no other run",
+        )
 
 
 def _start_from(system: System, path: str) -> str:
@@ -211,20 +218,20 @@ def _start_from(system: System, path: str) -> str:
     own = dict(system.fingerprints)
     corpus = own.pop("corpus")
 
-    def read(candidate: Checkpoint) -> checkpoint.Contents | growth.Grown:
+    def read(candidate: Checkpoint) -> checkpoint.Contents | warm_start.WarmStart:
         checkpoint.require_same(candidate, own)
         same_rows = candidate.about.has_shared_user == (system.config.method.shared_user_ratio > 0)
         if same_rows and candidate.about.fingerprints.get("corpus") == corpus:
             return checkpoint.read(system, candidate, moments=False)
-        return growth.read(system, candidate)
+        return warm_start.read(system, candidate)
 
     store, names = checkpoint.find(path)
-    found = checkpoint.first_good(store, names, system.world, read)
+    found = checkpoint.load_first_valid(store, names, system.world, read)
     if found is None:
         raise CheckpointError("init_from", path, "holds no whole checkpoint", "Use another one.")
     candidate, contents = found
-    if isinstance(contents, growth.Grown):
-        growth.restore(system, contents)
+    if isinstance(contents, warm_start.WarmStart):
+        warm_start.restore(system, contents)
     else:
         checkpoint.restore_weights(system, contents)
     return candidate.path
@@ -237,9 +244,11 @@ def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
     changed = {key: (saved[key], value) for key, value in own if saved[key] != value and not may_change(key)}
     if changed:
         raise CheckpointError(
-            f"{candidate.path}: configuration", changed, "differs between the checkpoint (first) and this run (second)",
+            f"{candidate.path}: configuration",
+            changed,
+            "differs between the checkpoint (first) and this run (second)",
             "Go on with the settings of the checkpoint, or choose another output folder.",
-        )  # fmt: skip
+        )
 
 
 class _Clock:
@@ -266,7 +275,7 @@ def _largest_loss(state: RunState, config: FaultsConfig) -> float:
     return math.inf if state.mean_loss is None else config.loss_spike_factor * max(1.0, state.mean_loss)
 
 
-def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: BatchSource) -> RunState:
+def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: BatchLoader) -> RunState:
     """The state after a step; a bad one ends the run or is counted."""
     step = state.step + 1
     if result.accepted:
@@ -276,23 +285,25 @@ def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: 
     where = f"step {state.step} ({source.describe(state.step)})"
     if config.on_bad_step == "stop" or state.skipped_in_a_row + 1 >= _MOST_SKIPPED:
         raise FaultError(
-            where, told, f"is not finite or above {_largest_loss(state, config):.4g}",
+            where,
+            told,
+            f"is not finite or above {_largest_loss(state, config):.4g}",
             "The weights are those of the step before. Lower the learning rates, look at the batch, or set"
             " faults.on_bad_step=skip.",
-        )  # fmt: skip
+        )
     logger.error("left out %s: %s", where, told)
     return replace(state, step=step, skipped_in_a_row=state.skipped_in_a_row + 1)
 
 
-def _agree(system: System, state: RunState, told_to_stop: bool, save_is_due: bool) -> tuple[bool, bool]:
+def _sync_control_flags(system: System, state: RunState, told_to_stop: bool, save_is_due: bool) -> tuple[bool, bool]:
     """Whether any rank was told to stop, and whether rank 0 finds a checkpoint due. Two small all-gathers.
 
     Raises:
         FaultError: where ranks are not at one: from here on they would train different models.
     """
     replicated = b"".join(p.detach().cpu().numpy().tobytes() for _, p in system.recommender.replicated_parameters())
-    at_one = {"step": state.step, "replicated weights": zlib.crc32(replicated)}
-    require_agreement(at_one, system.world)
+    must_match = {"step": state.step, "replicated weights": zlib.crc32(replicated)}
+    require_agreement(must_match, system.world)
     told = gather_integers([told_to_stop, save_is_due], system.world)
     return any(stop for stop, _ in told), bool(told[0][1])
 
@@ -308,7 +319,7 @@ def _watched(world: World, batches: Iterator[T]) -> Iterator[T]:
         yield batch
 
 
-def _gave_up(config: RunConfig, state: RunState) -> bool:
+def _should_stop_early(config: RunConfig, state: RunState) -> bool:
     """Whether validation has not improved for as long as the run is patient."""
     return 0 < config.validation.early_stopping_patience <= state.validations_since_best
 
@@ -339,7 +350,7 @@ def _comparable(state: RunState, config: RunConfig, world: World) -> RunState:
 def _validate(system: System, state: RunState, saver: Saver, reporter: RunReporter) -> RunState:
     """Rank the validation items; a better result than any before is kept as the `best` checkpoint."""
     config = system.config.validation
-    found = ranking.evaluate(system, "valid", config.metrics, config.batch_users).result().mean
+    found = topk.evaluate(system, "valid", config.metrics, config.batch_users).result().mean
     metric = config.metrics[0]
     value = found[metric]
     is_best = state.best is None or value > state.best

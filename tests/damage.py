@@ -47,9 +47,13 @@ class Bomb:
 
 
 DAMAGE: dict[str, tuple[Spoil, int]] = {
-    "truncated": (truncate, 6), "bit flipped": (flip_bit, 10), "appended": (append, 3), "noise": (noise, 2),
-    "folder": (folder, 1), "missing": (lambda path, draw: path.unlink(), 1),
+    "truncated": (truncate, 6),
+    "bit flipped": (flip_bit, 10),
+    "appended": (append, 3),
+    "noise": (noise, 2),
+    "folder": (folder, 1),
+    "missing": (lambda path, draw: path.unlink(), 1),
     "empty": (lambda path, draw: path.write_bytes(b""), 1),
     "pickled": (lambda path, draw: path.write_bytes(pickle.dumps(Bomb())), 1),
-}  # fmt: skip
+}
 """Each with how often it is tried on a file."""

@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import cllm4rec_dist.engine
+import cllm4rec_dist.distributed.engine
 import cllm4rec_dist.train
-from cllm4rec_dist.checkpoint import RunState
+from cllm4rec_dist.checkpointing.async_saver import Saver
+from cllm4rec_dist.checkpointing.checkpoint import RunState
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import BackboneConfig, RunConfig, validate
 from cllm4rec_dist.corpus.catalog import Catalog, NewUsers, Reviews
 from cllm4rec_dist.corpus.ragged import Ragged
@@ -29,11 +31,9 @@ from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.corpus.writer import write_corpus
-from cllm4rec_dist.model.tiny import build_backbone
-from cllm4rec_dist.saver import Saver
-from cllm4rec_dist.store import Store
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.model.build_backbone import build_backbone
 from cllm4rec_dist.system import assemble_for_inference
-from cllm4rec_dist.topology import World
 
 
 def free_port() -> int:
@@ -46,10 +46,13 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., Any], argume
     torch.set_num_threads(1)
     gc.freeze()  # what was imported before the fork: DeepSpeed collects garbage when an engine starts, for a second
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    world = cllm4rec_dist.engine.start_world()
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    world = cllm4rec_dist.distributed.engine.start_world()
     with world.watch:
         torch.save(function(world, *arguments), f"{out}/{rank}.pt")
     dist.destroy_process_group()

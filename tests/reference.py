@@ -1,6 +1,6 @@
 """The method again, dense, in one process, document by document, from the formulas: what the sharded step must equal.
 
-Nothing of `model/`, `step.py` or `objectives.py` is used but the container that holds the decoder and its adapters.
+Nothing of `model/`, `step.py` or `losses.py` is used but the container that holds the decoder and its adapters.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.corpus.prompts import Document
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.model.backbone import DualBackbone, Words
+from tests.documents import Document
 
 
 class DenseRun:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from cllm4rec_dist import cli
 from cllm4rec_dist.audit import Audit, AuditError, AuditLog, check
-from cllm4rec_dist.corpus.batches import StepBatch
-from cllm4rec_dist.corpus.stream import EpochOrder, batch_range, steps_per_epoch
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.corpus.loader import StepBatch
+from cllm4rec_dist.corpus.stream import EpochSampler, batch_range, steps_per_epoch
+from cllm4rec_dist.distributed.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.test_train import Made, make_config, run
 
@@ -34,23 +34,35 @@ def session(run: Path, number: int, size: int, first: int, stop: int, *, behind:
 
     `behind` ranks, the last ones, were killed before they wrote their last line.
     """
-    users = EpochOrder(np.array([4, 4, 4, 4, 4, 3]), 0, 2)
-    texts = EpochOrder(np.array(TEXT_SIZES), 0, 2)
+    users = EpochSampler(np.array([4, 4, 4, 4, 4, 3]), 0, 2)
+    texts = EpochSampler(np.array(TEXT_SIZES), 0, 2)
     (run / "audit").mkdir(parents=True, exist_ok=True)
     for rank in range(size):
-        lines: list[dict[str, Any]] = [{
-            "session": number, "world_size": size, "first_step": first, "num_users": NUM_USERS,
-            "batch_users": BATCH_USERS, "text_record_sizes": [[4, 4], [1, 1]], "batch_texts": BATCH_TEXTS,
-        }]  # fmt: skip
+        lines: list[dict[str, Any]] = [
+            {
+                "session": number,
+                "world_size": size,
+                "first_step": first,
+                "num_users": NUM_USERS,
+                "batch_users": BATCH_USERS,
+                "text_record_sizes": [[4, 4], [1, 1]],
+                "batch_texts": BATCH_TEXTS,
+            }
+        ]
         for step in range(first, stop - (rank >= size - behind)):
             # Every rank's part is scattered over the batch, as it is where ranks are balanced by tokens.
             read = users.range(*batch_range(step, NUM_USERS, BATCH_USERS)).take(slice(rank, None, size))
             words = texts.range(step * BATCH_TEXTS, (step + 1) * BATCH_TEXTS).take(slice(rank, None, size))
-            lines.append({
-                "session": number, "step": step, "epoch": step // steps_per_epoch(NUM_USERS, BATCH_USERS),
-                "accepted": True, "users": (4 * read.records + read.indexes).tolist(),
-                "texts": np.stack([words.epochs, words.records, words.indexes], 1).tolist(),
-            })  # fmt: skip
+            lines.append(
+                {
+                    "session": number,
+                    "step": step,
+                    "epoch": step // steps_per_epoch(NUM_USERS, BATCH_USERS),
+                    "accepted": True,
+                    "users": (4 * read["records"] + read["indexes"]).tolist(),
+                    "texts": np.stack([words["epochs"], words["records"], words["indexes"]], 1).tolist(),
+                }
+            )
         with file(run, rank, size).open("a") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -76,9 +88,19 @@ def test_an_uninterrupted_run_passes(tmp_path: Path) -> None:
     session(tmp_path, 100, 2, 0, 10)
     found = check(tmp_path, 10)
     assert found == Audit(
-        first_step=0, steps=10, steps_per_epoch=3, users=3 * 23 + 9, texts=70, num_users=23, num_texts=17, sessions=1,
-        world_sizes=(2,), replayed_steps=0, left_out_steps=0, torn_lines=0,
-    )  # fmt: skip
+        first_step=0,
+        steps=10,
+        steps_per_epoch=3,
+        users=3 * 23 + 9,
+        texts=70,
+        num_users=23,
+        num_texts=17,
+        sessions=1,
+        world_sizes=(2,),
+        replayed_steps=0,
+        left_out_steps=0,
+        torn_lines=0,
+    )
     assert "3 and 1 of 3 steps" in found.table()
 
 

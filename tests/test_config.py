@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from cllm4rec_dist.cli import main
 from cllm4rec_dist.config import BackboneConfig, RunConfig, StrictModel, load_config, validate
-from cllm4rec_dist.engine import DEFAULT_SETTINGS, resolve_settings
+from cllm4rec_dist.config.renames import BACKBONE_SETTINGS, RUN_SETTINGS
+from cllm4rec_dist.distributed.engine import DEFAULT_SETTINGS, resolve_settings
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
-from cllm4rec_dist.renames import BACKBONE_SETTINGS, RUN_SETTINGS
 from cllm4rec_dist.system import with_deepspeed_at_hand
 
 ROOT = Path(__file__).parents[1]

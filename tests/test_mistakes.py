@@ -180,14 +180,22 @@ def write_files(folder: Path) -> None:
         files=entries,
     )
     contents: dict[str, str] = {
-        "recipe.yaml": RECIPE, "run.yaml": RUN, "orders.csv": ORDERS, "users.txt": "a\n",
-        "tab.yaml": "corpus: c\n\tbackbone: b\n", "bracket.yaml": "corpus: [a\nbackbone: b\n",
-        "bare.csv": ORDERS.partition("\n")[2], "empty.csv": "", "header.csv": "customer,sku,bought_at\n",
+        "recipe.yaml": RECIPE,
+        "run.yaml": RUN,
+        "orders.csv": ORDERS,
+        "users.txt": "a\n",
+        "tab.yaml": "corpus: c\n\tbackbone: b\n",
+        "bracket.yaml": "corpus: [a\nbackbone: b\n",
+        "bare.csv": ORDERS.partition("\n")[2],
+        "empty.csv": "",
+        "header.csv": "customer,sku,bought_at\n",
         "odd.csv": "a,b\n" + "".join(f"{number % 9},{number % 7}\n" for number in range(60)),
         "dates.csv": "customer,sku,bought_at\n" + "c1,s1,03/04/2025\nc2,s2,05/06/2025\nc1,s2,07/08/2025\n" * 5,
-        "corpus/manifest.json": manifest.to_bytes().decode(), "backbones/demo/config.json": "{}",
-        "backbones/demo/tokenizer.json": "{}", "runs/done/config.yaml": RUN,
-    } | {f"project/{name}": text for name, text in PROJECT.items()}  # fmt: skip
+        "corpus/manifest.json": manifest.to_bytes().decode(),
+        "backbones/demo/config.json": "{}",
+        "backbones/demo/tokenizer.json": "{}",
+        "runs/done/config.yaml": RUN,
+    } | {f"project/{name}": text for name, text in PROJECT.items()}
     for name, text in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,9 +212,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     arguments = {name: given for name, (given, _) in MISTAKES.items()}
     found = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps(arguments), cwd=folder, capture_output=True, text=True,
-        check=False, env=os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "0"},
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(arguments),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "0"},
+    )
     assert found.returncode == 0, found.stderr
     answers: dict[str, Any] = json.loads(found.stdout)
     after = sorted(path.relative_to(folder) for path in folder.rglob("*"))

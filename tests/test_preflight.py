@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from cllm4rec_dist import cli, preflight
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
 from cllm4rec_dist.corpus.recipe import NoSplit, Preparation
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError, DataError
-from cllm4rec_dist.store import Store
 from tests.harness import make_backbone, make_catalog, make_corpus
 
 FIELDS = "stage=finetune", "corpus=c", "backbone=b", "output=runs/x"

@@ -11,20 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from cllm4rec_dist import checkpoint
 from cllm4rec_dist import step as step_module
-from cllm4rec_dist.checkpoint import STEP, Checkpoint, RunState
+from cllm4rec_dist.checkpointing import checkpoint
+from cllm4rec_dist.checkpointing.async_saver import Saver
+from cllm4rec_dist.checkpointing.checkpoint import STEP, Checkpoint, RunState
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.corpus.batches import BatchSource
-from cllm4rec_dist.corpus.prompts import Composer
+from cllm4rec_dist.corpus.loader import BatchLoader
+from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.backbone import load_backbone, load_words
-from cllm4rec_dist.saver import Saver
 from cllm4rec_dist.step import learning_rate_factor, train_step
-from cllm4rec_dist.store import Store
-from cllm4rec_dist.system import System, assemble, start_rows
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.system import System, assemble, init_embeddings
+from tests.documents import documents_of_step
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks
 from tests.reference import DenseRun
 
@@ -42,7 +43,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def make_config(made: tuple[str, str], stage: str, **changes: Any) -> RunConfig:
     tree = {
-        "stage": stage, "corpus": made[0], "backbone": made[1], "output": "unused",
+        "stage": stage,
+        "corpus": made[0],
+        "backbone": made[1],
+        "output": "unused",
         "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2},
         "adapter": {"kind": "lora", "rank": 4},
         "embeddings": {"init": "prior", "lambda_l": 0.3, "lambda_c": 0.7},
@@ -50,23 +54,25 @@ def make_config(made: tuple[str, str], stage: str, **changes: Any) -> RunConfig:
         "method": {"max_history": 100},
         "optimizer": {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2, "max_grad_norm": 0.5},
         "shuffle_window": 3,
-    } | changes  # fmt: skip
+    } | changes
     return validate(RunConfig, tree, "test")
 
 
 def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
     """Four steps; losses, norms, whole gradients of the first step, and parameters as a checkpoint has them."""
     system = assemble(config, world)
-    start_rows(system)
+    init_embeddings(system)
     torch.manual_seed(3)
-    source = BatchSource(system.corpus, system.composer, config, world)
+    source = BatchLoader(system.corpus, system.prompts, config, world)
     gradients: dict[str, Tensor] = {}
     complete = step_module._complete_gradients
 
     def spy(system: System) -> Tensor:
         square = complete(system)
         if not gradients:
-            for name, parameter in zip(system.table_optimizer.names, system.table_optimizer.parameters, strict=True):
+            for name, parameter in zip(
+                system.embedding_optimizer.names, system.embedding_optimizer.parameters, strict=True
+            ):
                 assert parameter.grad is not None
                 gradients[name] = parameter.grad.to_dense().clone()
             gradients.update({f"adapter:{name}": g.clone() for name, g in system.engine.gradients().items()})
@@ -82,8 +88,10 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
     saver.save(RunState(STEPS), STEP)
     saver.finish()
     return {
-        "losses": [r.losses for r in results], "norms": [r.grad_norm for r in results], "gradients": gradients,
-    }  # fmt: skip
+        "losses": [r.losses for r in results],
+        "norms": [r.grad_norm for r in results],
+        "gradients": gradients,
+    }
 
 
 def dense(config: RunConfig, rows_of: dict[str, Tensor]) -> tuple[DenseRun, list[dict[str, Any]]]:
@@ -92,18 +100,18 @@ def dense(config: RunConfig, rows_of: dict[str, Tensor]) -> tuple[DenseRun, list
     words = load_words(folder, torch.float32, torch.device("cpu"))
     corpus = Corpus.open(config.corpus)
     space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
-    composer = Composer(WordTokenizer.load(folder), space, config.method, config.seed)
-    run, source = DenseRun(config, backbone, words, space, rows_of), BatchSource(corpus, composer, config, alone())
+    prompts = PromptBuilder(WordTokenizer.load(folder), space, config.method, config.seed)
+    run, source = DenseRun(config, backbone, words, space, rows_of), BatchLoader(corpus, prompts, config, alone())
     results = []
     for number in range(STEPS):
-        users, texts = source.documents(number)
+        users, texts = documents_of_step(source, number)
         results.append(run.step(users, texts, learning_rate_factor(number, STEPS, config.optimizer)))
     return run, results
 
 
 def start_of(world: World, config: RunConfig) -> dict[str, Tensor]:
     system = assemble(config, world)
-    start_rows(system)
+    init_embeddings(system)
     return {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters() if "head" not in name}
 
 
@@ -225,8 +233,8 @@ def losses_by_option(world: World, config: RunConfig) -> dict[str, list[dict[str
             tree[section] |= values
         changed = validate(RunConfig, tree, "test")
         system = assemble(changed, world)
-        start_rows(system)
-        source = BatchSource(system.corpus, system.composer, changed, world)
+        init_embeddings(system)
+        source = BatchLoader(system.corpus, system.prompts, changed, world)
         system.train(True)
         found[name] = [train_step(system, source.make(n).micro_batches, 1.0).losses for n in range(STEPS)]
     return found

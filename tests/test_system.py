@@ -15,12 +15,12 @@ from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.prompts import largest_prompt_id
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.planning.hardware import find_gpu
 from cllm4rec_dist.planning.plan import Place, make_plan
 from cllm4rec_dist.system import require_embeddings
-from cllm4rec_dist.topology import World
 from cllm4rec_dist.train import train
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.model.backbones import changed, copied

@@ -18,21 +18,23 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-import cllm4rec_dist.step as step_module
 import cllm4rec_dist.train as train_module
-from cllm4rec_dist import checkpoint, inference, preflight
-from cllm4rec_dist.checkpoint import About, Checkpoint, RunState
+from cllm4rec_dist import preflight
+from cllm4rec_dist.checkpointing import checkpoint
+from cllm4rec_dist.checkpointing.checkpoint import About, Checkpoint, RunState
+from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
+from cllm4rec_dist.checkpointing.store import FileEntry, Store
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.corpus.manifest import Manifest
-from cllm4rec_dist.corpus.prompts import MicroBatch
 from cllm4rec_dist.corpus.recipe import Preparation
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, DataError
-from cllm4rec_dist.inference import evaluate_run
-from cllm4rec_dist.run_folder import METRICS_FILE
+from cllm4rec_dist.evaluation import inference
+from cllm4rec_dist.evaluation.inference import evaluate_run
+from cllm4rec_dist.model import recommender as recommender_module
 from cllm4rec_dist.step import StepResult
-from cllm4rec_dist.store import FileEntry, Store
 from cllm4rec_dist.system import System
-from cllm4rec_dist.topology import World
 from cllm4rec_dist.train import train
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks, with_messages
 
@@ -49,7 +51,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def make_config(made: Made, output: Path, stage: str = "pretrain", **changes: Any) -> RunConfig:
     tree = {
-        "stage": stage, "corpus": made[1], "backbone": made[2], "output": str(output), "epochs": 3,
+        "stage": stage,
+        "corpus": made[1],
+        "backbone": made[2],
+        "output": str(output),
+        "epochs": 3,
         "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2},
         "adapter": {"kind": "lora", "rank": 4},
         "embeddings": {"init": "spectral", "dropout": 0.3, "lambda_l": 0.01, "lambda_c": 0.1},
@@ -57,7 +63,7 @@ def make_config(made: Made, output: Path, stage: str = "pretrain", **changes: An
         "optimizer": {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2},
         "checkpoint": {"every_steps": 3, "keep": 10},
         "validation": {"metrics": ["recall@5", "ndcg@10"], "batch_users": 5},
-    } | changes  # fmt: skip
+    } | changes
     return validate(RunConfig, tree, "test")
 
 
@@ -310,8 +316,13 @@ def test_the_best_checkpoint_that_is_kept_is_the_one_that_the_state_names(made: 
     run_ranks(1, run, config)
     store = Store(f"{tmp_path}/run/checkpoints")
     (tmp_path / "run/checkpoints/best-00000003").rename(tmp_path / "run/checkpoints/best-00000099")
-    run_ranks(1, run, config.model_copy(update={"max_steps": 4, "validation": config.validation.model_copy(
-        update={"metrics": ("ndcg@10",)})}))  # fmt: skip
+    run_ranks(
+        1,
+        run,
+        config.model_copy(
+            update={"max_steps": 4, "validation": config.validation.model_copy(update={"metrics": ("ndcg@10",)})}
+        ),
+    )
     assert store.names("best-") == ["best-00000004"]
 
 
@@ -411,12 +422,12 @@ def bad_batch(world: World, config: RunConfig, bad: int, value: float) -> str:
 
     def spoiled(system: System, batches: list[MicroBatch], factor: float, largest: float) -> StepResult:
         if next(steps) == bad and world.rank == 0:
-            likelihood = step_module.objectives.item_likelihood
-            step_module.objectives.item_likelihood = lambda *a: (likelihood(*a)[0] * value, 0)
+            item_loss = recommender_module.item_loss
+            recommender_module.item_loss = lambda *a: item_loss(*a) * value
             try:
                 return genuine(system, batches, factor, largest)
             finally:
-                step_module.objectives.item_likelihood = likelihood
+                recommender_module.item_loss = item_loss
         return genuine(system, batches, factor, largest)
 
     train_module.train_step = spoiled
@@ -439,8 +450,10 @@ def test_a_bad_loss_stops_the_run_and_names_the_batch(made: Made, tmp_path: Path
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_skipped_step_changes_nothing_but_the_position(made: Made, tmp_path: Path, precision: str) -> None:
     changes: dict[str, Any] = {
-        "precision": precision, "faults": {"on_bad_step": "skip"}, "checkpoint": {"every_steps": 1, "keep": 10},
-    }  # fmt: skip
+        "precision": precision,
+        "faults": {"on_bad_step": "skip"},
+        "checkpoint": {"every_steps": 1, "keep": 10},
+    }
     assert run_ranks(2, bad_batch, make_config(made, tmp_path / "run", **changes, max_steps=6), 4, math.nan) == ["", ""]
     store = Store(str(tmp_path / "run" / "checkpoints"))
     before, after, later = (Checkpoint.open(store, f"step-0000000{step}") for step in (4, 5, 6))
@@ -542,7 +555,7 @@ def _in_memory(world: World, config: RunConfig) -> list[str]:
     assert checkpoint.find(config.output)[1][0] == "step-00000008"
     marker = memory.marker("step-00000008")
     memory._fs.pipe_file("/run/step-00000008/state.json", b"{}")
-    found = checkpoint.first_good(memory, ["step-00000008", "step-00000006"], world, lambda c: c.about.run.step)
+    found = checkpoint.load_first_valid(memory, ["step-00000008", "step-00000006"], world, lambda c: c.about.run.step)
     assert marker.files
     assert found is None or found[1] == 6
     return memory.names("step-")

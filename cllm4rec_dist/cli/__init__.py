@@ -1,6 +1,6 @@
 """The `cllm4rec` command: thin entry points over the package, a module for each group of commands.
 
-Every command that computes runs under any launcher (see `launchers.py`). An error that input caused ends with its one
+Every command that computes runs under any launcher (see `launch.py`). An error that input caused ends with its one
 message and exit status 2, one that a fault caused with status 1; a run that was told to stop and has saved, with 75.
 """
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from cllm4rec_dist.checkpointing.find_run import newest_step
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import expanded, find_trained
-from cllm4rec_dist.find_run import newest_step
 
 
 @app.command()

@@ -82,7 +82,7 @@ def make_backbone(recipe: PrepareConfig, config: BackboneConfig, output: Path) -
     from transformers.utils.logging import disable_progress_bar
 
     from cllm4rec_dist.corpus.sources import read_source
-    from cllm4rec_dist.model.tiny import build_backbone
+    from cllm4rec_dist.model.build_backbone import build_backbone
 
     disable_progress_bar()  # of the one file that is written
     return build_backbone(config, read_source(recipe.source).texts(), output)

@@ -27,8 +27,8 @@ from cllm4rec_dist.cli.options import (
     output_problems,
 )
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.launchers import is_main, require_launchable
-from cllm4rec_dist.short_jobs import launch_short
+from cllm4rec_dist.launchers.launch import is_main, require_launchable
+from cllm4rec_dist.launchers.short_jobs import launch_short
 from cllm4rec_dist.suggestions import did_you_mean
 
 METRICS = "recall@20,recall@40,ndcg@100"
@@ -68,15 +68,22 @@ def evaluate(
     preflight.require_none(problems, "evaluate")
     folder, found, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
     announce(f"evaluate: reading {run}, importing torch", launcher)
-    from cllm4rec_dist.inference import evaluate_run
+    from cllm4rec_dist.evaluation.inference import evaluate_run
 
     started = time.monotonic()
     launch_short(
-        evaluate_run, launcher, workers,
-        run=found, split=split, metrics=names, batch_users=batch_users, output=str(folder),
-        baselines=baselines, without_rows=without_rows,
+        evaluate_run,
+        launcher,
+        workers,
+        run=found,
+        split=split,
+        metrics=names,
+        batch_users=batch_users,
+        output=str(folder),
+        baselines=baselines,
+        without_rows=without_rows,
         **moved,
-    )  # fmt: skip
+    )
     if is_main(launcher, os.environ):
         from cllm4rec_dist.evaluation.comparison import compare
 

@@ -10,8 +10,8 @@ import typer
 import typer.core
 
 from cllm4rec_dist.cli.setting_flags import require_no_setting_flags, takes_settings
+from cllm4rec_dist.config.renames import COMMANDS
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
-from cllm4rec_dist.renames import COMMANDS
 
 app = typer.Typer(
     no_args_is_help=True,

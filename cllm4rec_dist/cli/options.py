@@ -11,14 +11,14 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cllm4rec_dist import preflight
+from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import expand_path, is_url
-from cllm4rec_dist.find_run import find
-from cllm4rec_dist.launchers import is_main, ranks_are_elsewhere
+from cllm4rec_dist.launchers.launch import is_main, ranks_are_elsewhere
+from cllm4rec_dist.launchers.short_jobs import LAUNCHER_HELP
 from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
 from cllm4rec_dist.project.layout import is_project, run_of
-from cllm4rec_dist.short_jobs import LAUNCHER_HELP
 from cllm4rec_dist.suggestions import decimal_hint
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import typer
 
 from cllm4rec_dist.cli.formats import Format
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def show(table: pd.DataFrame, file_format: Format | None) -> None:
     """Print columns rank, item, title and score as a table for people, as CSV or as JSON lines."""
     table = table[["rank", "item", "title", "score"]]
     if file_format is Format.CSV:
-        from cllm4rec_dist.recommendations import FORMULA_START, PLAIN_START  # imports torch
+        from cllm4rec_dist.serving.recommendations import FORMULA_START, PLAIN_START  # imports torch
 
         titles = table["title"].astype(str).str.replace(FORMULA_START, PLAIN_START, regex=True)
         typer.echo(table.assign(title=titles).to_csv(index=False), nl=False)

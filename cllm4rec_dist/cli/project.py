@@ -19,7 +19,7 @@ from cllm4rec_dist.cli.corpus import make_backbone, make_corpus
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import LIST_LENGTH, Workers, expanded, parse_number
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.launchers import joins, require_launchable
+from cllm4rec_dist.launchers.launch import joins, require_launchable
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.pipeline import load_settings, require_project, run_stages, split_overrides
 from cllm4rec_dist.project.sample import Role

@@ -38,8 +38,9 @@ from cllm4rec_dist.cli.printed import (
     tell_unknown,
 )
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.id_list import read_ids
-from cllm4rec_dist.launchers import ranks_are_elsewhere, require_launchable
+from cllm4rec_dist.launchers.launch import ranks_are_elsewhere, require_launchable
+from cllm4rec_dist.launchers.short_jobs import launch_short, runs_here
+from cllm4rec_dist.serving.id_list import read_ids
 from cllm4rec_dist.serving.known_ids import (
     LATER_ORDERS,
     KnownIds,
@@ -48,7 +49,6 @@ from cllm4rec_dist.serving.known_ids import (
     require_joined_items,
     unknown_error,
 )
-from cllm4rec_dist.short_jobs import launch_short, runs_here
 
 
 class KnownItems(StrEnum):

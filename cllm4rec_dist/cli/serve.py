@@ -11,7 +11,7 @@ import typer
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import BackboneOption, CorpusOption, RunArgument, find_trained, log_alone, moved_paths
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.launchers import require_launchable
+from cllm4rec_dist.launchers.launch import require_launchable
 from cllm4rec_dist.serving.address import listen
 from cllm4rec_dist.serving.options import ServiceOptions
 

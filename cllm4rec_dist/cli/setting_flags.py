@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 from pydantic import BaseModel
 
+from cllm4rec_dist.cli.settings_reference import setting_names
 from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.settings_reference import setting_names
 from cllm4rec_dist.suggestions import closest
 
 _SETTINGS: dict[str, dict[str, type[BaseModel]]] = {

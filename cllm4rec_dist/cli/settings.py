@@ -19,6 +19,6 @@ def settings(
     ] = None,
 ) -> None:
     """Print every setting with its type, default and meaning: of runs, recipes and the small backbone."""
-    from cllm4rec_dist.settings_reference import describe_settings
+    from cllm4rec_dist.cli.settings_reference import describe_settings
 
     typer.echo(describe_settings(section))

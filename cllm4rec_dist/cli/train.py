@@ -27,13 +27,13 @@ from cllm4rec_dist.cli.options import (
 from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CorpusError
-from cllm4rec_dist.interruption import EXIT_STATUS
-from cllm4rec_dist.launchers import is_main, launch, ranks_are_elsewhere, require_launchable
-from cllm4rec_dist.next_steps import next_commands
+from cllm4rec_dist.launchers.launch import is_main, launch, ranks_are_elsewhere, require_launchable
+from cllm4rec_dist.monitoring.next_steps import next_commands
+from cllm4rec_dist.signals import EXIT_STATUS
 
 if TYPE_CHECKING:
+    from cllm4rec_dist.distributed.topology import World
     from cllm4rec_dist.log import ReportMetrics
-    from cllm4rec_dist.topology import World
     from cllm4rec_dist.train import TrainResult
 
 
@@ -111,16 +111,16 @@ def plan(
         cure = f"{error.cure} If it has moved, say where: --corpus PATH."
         raise CorpusError(error.field, error.value, error.constraint, cure) from None
     announce(f"plan: reading {config}")
-    from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
+    from cllm4rec_dist.evaluation.trained_run import relocated
+    from cllm4rec_dist.planning.plan import Place, make_plan, suggest_changes
     from cllm4rec_dist.planning.table import as_json, tell, tell_changes
-    from cllm4rec_dist.trained_run import relocated
 
     read = relocated(read, str(config), backbone, corpus)
     if stage is None and read.init_from is not None:
         read = read.model_copy(update={"stage": "finetune"})
     made = make_plan(read, Place(*place), samples)
     typer.echo(tell(made))
-    changes = list(ways_to_fit(read, made, samples))
+    changes = list(suggest_changes(read, made, samples))
     if changes:
         typer.echo("\n" + tell_changes(changes, made.place.gpu.memory))
     if json_file is not None:
@@ -130,9 +130,17 @@ def plan(
 
 
 def _train(
-    stage: str, path: Path, overrides: list[str] | None, launcher: str, workers: str, resume: str | None,
-    max_failures: int, allow_leak: bool, *, says_next: bool,
-) -> None:  # fmt: skip
+    stage: str,
+    path: Path,
+    overrides: list[str] | None,
+    launcher: str,
+    workers: str,
+    resume: str | None,
+    max_failures: int,
+    allow_leak: bool,
+    *,
+    says_next: bool,
+) -> None:
     require_launchable(launcher, workers, os.environ)
     announce(f"{stage}: reading {path}", launcher)
     more = [f"stage={stage}", *([f"resume={resume}"] if resume else []), *(["allow_leak=true"] if allow_leak else [])]
@@ -145,9 +153,13 @@ def _train(
     )
     config = preflight.resolve_resume(loaded, os.environ)
     result = launch(
-        train_on_rank, launcher, workers,
-        collective_timeout_seconds=config.faults.collective_timeout_seconds, max_failures=max_failures, config=config,
-    )  # fmt: skip
+        train_on_rank,
+        launcher,
+        workers,
+        collective_timeout_seconds=config.faults.collective_timeout_seconds,
+        max_failures=max_failures,
+        config=config,
+    )
     if getattr(result, "interrupted", False):
         raise typer.Exit(EXIT_STATUS)
     if is_main(launcher, os.environ):

@@ -27,6 +27,7 @@ from cllm4rec_dist.corpus.raw import RawData
 from cllm4rec_dist.corpus.recipe import GivenSplit, NoSplit, PrepareConfig, RandomSplit, UsersSplit
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.stateless_rng import mix
 from cllm4rec_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -260,13 +261,6 @@ def _hashes(seed: int, kind: str, names: Sequence[str] | pl.Series) -> np.ndarra
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele et al., 2014): uint64 to well-mixed uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 def _part(
     frame: pl.DataFrame,
     users: np.ndarray,
@@ -378,7 +372,7 @@ def _given_part(frame: pl.DataFrame, config: PrepareConfig) -> np.ndarray:
 def _drawn_order(users: np.ndarray, items: np.ndarray, ids: dict[str, pl.Series], seed: int) -> np.ndarray:
     """Each user's interactions in random order, user by user; int64 [N]."""
     user_keys, item_keys = _hashes(seed, "user", ids["user"]), _hashes(seed, "item", ids["item"])
-    keys = pl.DataFrame({"user": users, "key": _mix(_mix(user_keys)[users] + item_keys[items])})
+    keys = pl.DataFrame({"user": users, "key": mix(mix(user_keys)[users] + item_keys[items])})
     return keys.select(pl.arg_sort_by("user", "key", maintain_order=True)).to_series().to_numpy().astype(np.int64)
 
 

@@ -178,9 +178,11 @@ class Manifest(StrictModel):
             raise CorpusError(origin, str(error), "is not a corpus manifest", "Build the corpus again.") from None
         if version != SCHEMA_VERSION:
             raise CorpusError(
-                f"{origin} schema_version", version, f"is not {SCHEMA_VERSION}, which this cllm4rec_dist reads",
+                f"{origin} schema_version",
+                version,
+                f"is not {SCHEMA_VERSION}, which this cllm4rec_dist reads",
                 "Use the version of cllm4rec_dist that built the corpus, or build it again with this one.",
-            )  # fmt: skip
+            )
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
@@ -211,7 +213,9 @@ def load_manifest(url: str) -> tuple[Manifest, str]:
             content = fs.cat_file(f"{root}/{MANIFEST_NAME}")
     except OSError as error:
         raise CorpusError(
-            "corpus", url, f"has no readable {MANIFEST_NAME} ({error})",
+            "corpus",
+            url,
+            f"has no readable {MANIFEST_NAME} ({error})",
             f"Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.{_meant(url)}",
-        ) from error  # fmt: skip
+        ) from error
     return Manifest.from_bytes(content, f"{url}/{MANIFEST_NAME}"), hashlib.sha256(content).hexdigest()

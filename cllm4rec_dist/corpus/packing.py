@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,29 +23,12 @@ _STRIDE = 1.05
 """How much longer than the last length that was tried the next one is at least: trying takes time."""
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where the documents of two groups stand.
-
-    Attributes:
-        shape: rows R and their length L.
-        starts: for each group int64 [n] flat position of each document's first token.
-        boundary: flat place before which the first group stands, and behind which the second one does.
-    """
-
-    shape: tuple[int, int]
-    starts: tuple[np.ndarray, np.ndarray]
-    boundary: int
-
-    @property
-    def num_places(self) -> int:
-        """R * L."""
-        return self.shape[0] * self.shape[1]
+Packing = tuple[tuple[int, int], tuple[np.ndarray, np.ndarray], int]
+"""Rows R and their length L; for each group int64 [n] flat position of each document's first token; the flat position
+before which the first group is, and behind which the second one is."""
 
 
-def balance(
-    lengths: np.ndarray, num_parts: int, loads: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def balance(lengths: np.ndarray, num_parts: int, loads: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Share documents out so that the parts are about equally long: the longest first, each to the shortest part.
 
     Args:
@@ -57,7 +39,7 @@ def balance(
         The part of each document, and what stands before it in its part; both int64 [n].
     """
     part, before, known = [0] * len(lengths), [0] * len(lengths), lengths.tolist()
-    heap = [(0, number) for number in range(num_parts)]
+    heap = [(0, index) for index in range(num_parts)]
     if loads is not None:
         heap = sorted(zip(loads.tolist(), range(num_parts), strict=True))
     for document in np.argsort(-lengths, kind="stable").tolist():
@@ -79,10 +61,11 @@ def pack(first: np.ndarray, second: np.ndarray) -> Packing:
     total = int(first.sum() + second.sum())
     longest = max(int(lengths.max(initial=1)) for lengths in (first, second))
     tried = 0
-    for width in (longest, *(math.ceil(_ROOM * total / rows) for rows in range(total // longest, 1, -1))):
+    for width in (longest, *(math.ceil(_ROOM * total / count) for count in range(total // longest, 1, -1))):
         if width >= _STRIDE * tried:
             found, tried = _best_fit(first, second, width), width
-            if total >= FULL * found.num_places:
+            (rows, length), _, _ = found
+            if total >= FULL * rows * length:
                 return found
     return _best_fit(first, second, max(1, total))
 
@@ -99,7 +82,7 @@ def _best_fit(first: np.ndarray, second: np.ndarray, width: int) -> Packing:
     shared = num_rows - (room > 0)
     more, rooms = _fit(second, width, [room] if room else [])
     shape = max(1, shared + len(rooms)), width
-    return Packing(shape, (starts, shared * width + more), num_rows * width - room)
+    return shape, (starts, shared * width + more), num_rows * width - room
 
 
 def _fit(lengths: np.ndarray, width: int, rooms: list[int]) -> tuple[np.ndarray, list[int]]:

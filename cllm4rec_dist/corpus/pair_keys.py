@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cllm4rec_dist.corpus.keyed import keyed_bits
 from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.corpus.stateless_rng import keyed_bits
 
 _BLOCK = 1 << 22
 """Interactions hashed at a time, which bounds the memory of what is computed on the way."""

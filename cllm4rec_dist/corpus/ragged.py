@@ -91,7 +91,7 @@ class Ragged:
         return cls.from_lengths(lengths, np.concatenate([part.values for part in parts]))
 
     @classmethod
-    def beside(cls, parts: Sequence[Ragged]) -> Ragged:
+    def hstack(cls, parts: Sequence[Ragged]) -> Ragged:
         """Row n of all parts one behind the other, for each n; at least one part, all with as many rows."""
         lengths = np.stack([part.lengths for part in parts])
         joined = cls.from_lengths(lengths.sum(0), np.empty(lengths.sum(), parts[0].values.dtype))

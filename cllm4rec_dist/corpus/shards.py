@@ -247,7 +247,7 @@ class Corpus:
         Training items come first, then validation, then test, each in stored order. That is the order of time where the
         last items are held out; where items are drawn at random, only the order within each part is known.
         """
-        return Ragged.beside([self.split(name) for name in SPLITS])
+        return Ragged.hstack([self.split(name) for name in SPLITS])
 
     def new_users(self) -> pa.Table:
         """Users who are held out whole: column user string (external id), sorted; no row where there are none."""
@@ -266,7 +266,7 @@ class Corpus:
 
     def new_user_history(self) -> Ragged:
         """Everything that each of them has, in the order of `history`."""
-        return Ragged.beside([self.new_user_split(name) for name in NEW_USER_SPLITS])
+        return Ragged.hstack([self.new_user_split(name) for name in NEW_USER_SPLITS])
 
     def _new_users(self) -> pa.Table:
         lists = dict.fromkeys(NEW_USER_SPLITS, pa.large_list(pa.int32()))

@@ -5,10 +5,10 @@ in a row are mixed with each other. A global batch is a range of positions in th
 number of steps, every example comes exactly once an epoch (the last batch of an epoch may be short), and the position
 is known from the number of completed optimizer steps: it resumes anywhere, at any world size, with no state of its own.
 WebDataset's own splitting of shards over ranks gives unequal steps, on which ZeRO-3 hangs. Who reads which examples of
-a global batch is left to `batches.py`.
+a global batch is left to `loader.py`.
 
 Records are read a window at a time and laid end to end, so that a batch is cut out of them by operations on whole
-arrays; it is made ahead of the step by `ahead`.
+arrays; it is made ahead of the step by `prefetch`.
 
 Legend: R records, n examples.
 """
@@ -27,39 +27,42 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ShardSet
 
 T = TypeVar("T")
+_FIRST_ROW = "first_row"
+"""Column of a window with a value for each of its records: the row of the record's first example."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Places in the corpus, in the order of the stream; all int64 [n].
+    """n examples in the order of the stream, as columns with a value for each.
 
     Attributes:
-        records: index of each one's record.
-        indexes: of each in its record.
-        epochs: visit, from 0.
-        windows: window of the stream, counted on through the epochs.
+        columns: [n] by name: `records` and `indexes` (where an example is: its record, and its index in that), `epochs`
+            (visit, from 0), `windows` (of the stream, counted on through the epochs), and what was read or drawn since.
     """
 
-    records: np.ndarray
-    indexes: np.ndarray
-    epochs: np.ndarray
-    windows: np.ndarray
+    columns: dict[str, np.ndarray]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self["records"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
 
     def take(self, which: np.ndarray | slice) -> Examples:
         """Some of them, by index or mask."""
-        return Examples(self.records[which], self.indexes[which], self.epochs[which], self.windows[which])
+        return Examples({name: column[which] for name, column in self.columns.items()})
+
+    def with_columns(self, **columns: np.ndarray) -> Examples:
+        """Add columns."""
+        return Examples(self.columns | columns)
 
     @classmethod
     def concat(cls, parts: Sequence[Examples]) -> Examples:
-        """All parts, one behind the other; none at all is fine."""
-        empty = np.empty((4, 0), np.int64)
-        return cls(*np.concatenate([empty, *([p.records, p.indexes, p.epochs, p.windows] for p in parts)], axis=1))
+        """All parts, one behind the other; at least one part, all with the same columns."""
+        return cls({name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns})
 
 
-class EpochOrder:
+class EpochSampler:
     """The order of all examples in each epoch.
 
     Args:
@@ -110,28 +113,16 @@ class EpochOrder:
             epoch, within = divmod(window, self._num_windows)
             lists = Ragged.from_lists([np.arange(self._sizes[record]) for record in self.records(window)])
             order = np.random.default_rng([self._seed, 11, epoch, within]).permutation(len(lists.values))
-            records, same = self.records(window)[lists.rows], np.ones_like(order)
-            self._kept_window = window, Examples(records, lists.values, epoch * same, window * same).take(order)
+            examples = Examples(
+                {
+                    "records": self.records(window)[lists.rows],
+                    "indexes": lists.values,
+                    "epochs": np.full_like(order, epoch),
+                    "windows": np.full_like(order, window),
+                }
+            )
+            self._kept_window = window, examples.take(order)
         return self._kept_window[1]
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Records of a window, laid end to end.
-
-    Attributes:
-        records, firsts: int64 [r] each record and the row of its first example.
-        columns: a value for each example, by name.
-        lists: a list for each example.
-    """
-
-    records: np.ndarray
-    firsts: np.ndarray
-    columns: dict[str, np.ndarray]
-    lists: Ragged
-
-    def rows(self, examples: Examples) -> np.ndarray:
-        return self.firsts[np.searchsorted(self.records, examples.records)] + examples.indexes
 
 
 class WindowCache:
@@ -139,48 +130,50 @@ class WindowCache:
 
     Args:
         shards: what is read.
-        order: the stream's.
+        sampler: the stream's order.
         columns: names of arrays that have a value for each example.
         lists: names of the arrays that hold offsets and values of a list for each example.
     """
 
-    def __init__(self, shards: ShardSet, order: EpochOrder, columns: Sequence[str], lists: tuple[str, str]) -> None:
-        self._shards, self._order, self._columns, self._lists = shards, order, columns, lists
-        self._windows: OrderedDict[bytes, _Window] = OrderedDict()
+    def __init__(self, shards: ShardSet, sampler: EpochSampler, columns: Sequence[str], lists: tuple[str, str]) -> None:
+        self._shards, self._sampler, self._columns, self._lists = shards, sampler, columns, lists
+        self._windows: OrderedDict[bytes, tuple[dict[str, np.ndarray], Ragged]] = OrderedDict()
         self._capacity = 1
 
     def columns(self, examples: Examples) -> dict[str, np.ndarray]:
-        """A value of each example by the name of its column, and int64 `length`s of their lists."""
-        found: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int64)] for name in (*self._columns, "length")}
-        for window, rows in self._located(examples):
-            for name, column in window.columns.items():
-                found[name].append(column[rows])
-            found["length"].append(window.lists.lengths[rows])
+        """A value of each example by the name of its column, and int64 `counts` of the values in their lists."""
+        found: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int64)] for name in (*self._columns, "counts")}
+        for columns, lists, rows in self._located(examples):
+            for name in self._columns:
+                found[name].append(columns[name][rows])
+            found["counts"].append(lists.lengths[rows])
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def lists(self, examples: Examples) -> Ragged:
         """The list of each example."""
-        return Ragged.concat([Ragged.from_lists([]), *(w.lists.take(rows) for w, rows in self._located(examples))])
+        parts = [lists.take(rows) for _, lists, rows in self._located(examples)]
+        return Ragged.concat([Ragged.from_lists([]), *parts])
 
-    def _located(self, examples: Examples) -> Iterator[tuple[_Window, np.ndarray]]:
-        """The windows that examples lie in, in their order, and the rows of their examples."""
-        numbers = np.unique(examples.windows).tolist()
-        self._capacity = max(self._capacity, len(numbers))
-        for number in numbers:
-            window = self._read(self._order.records(number))
-            yield window, window.rows(examples.take(examples.windows == number))
+    def _located(self, examples: Examples) -> Iterator[tuple[dict[str, np.ndarray], Ragged, np.ndarray]]:
+        """Columns and lists of each window that examples lie in, in their order, and the rows of its examples."""
+        windows = np.unique(examples["windows"]).tolist()
+        self._capacity = max(self._capacity, len(windows))
+        for window in windows:
+            records = self._sampler.records(window)
+            columns, lists = self._read(records)
+            mine = examples.take(examples["windows"] == window)
+            yield columns, lists, columns[_FIRST_ROW][np.searchsorted(records, mine["records"])] + mine["indexes"]
 
-    def _read(self, records: np.ndarray) -> _Window:
+    def _read(self, records: np.ndarray) -> tuple[dict[str, np.ndarray], Ragged]:
+        """A window's columns and lists, laid end to end, and the row at which each of its records begins."""
         key = records.tobytes()
         if key not in self._windows:
             offsets, values = self._lists
             found = [self._shards.read_record(int(r), {*self._columns, offsets, values}) for r in records]
             sizes = np.array([len(record[offsets]) - 1 for record in found])
-            self._windows[key] = _Window(
-                records, np.cumsum(sizes) - sizes,
-                {name: np.concatenate([record[name] for record in found]) for name in self._columns},
-                Ragged.concat([Ragged(record[offsets], record[values]) for record in found]),
-            )  # fmt: skip
+            columns = {name: np.concatenate([record[name] for record in found]) for name in self._columns}
+            lists = Ragged.concat([Ragged(record[offsets], record[values]) for record in found])
+            self._windows[key] = columns | {_FIRST_ROW: np.cumsum(sizes) - sizes}, lists
             if len(self._windows) > self._capacity:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(key)
@@ -199,7 +192,7 @@ def batch_range(step: int, num_examples: int, batch_size: int) -> tuple[int, int
     return start, min(start + batch_size, (epoch + 1) * num_examples)
 
 
-def ahead(make: Callable[[int], T], start: int, stop: int) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], start: int, stop: int) -> Iterator[T]:
     """make(start), ..., make(stop - 1), each made by a thread while its predecessor is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
         pending = pool.submit(make, start) if start < stop else None

@@ -40,7 +40,7 @@ _TOPICS: dict[str, tuple[str, str]] = {
     "woodwork": ("chisel plane joint oak bench mallet dovetail", "lathe bowl turning maple gouge sandpaper finish"),
     "aquarium": ("reef coral clownfish saltwater pump anemone skimmer", "tetra plant driftwood freshwater moss gravel"),
     "tea": ("green matcha whisk leaf sencha bamboo ceremony", "black assam pot lemon earl saucer biscuit"),
-}  # fmt: skip
+}
 _QUALITIES = ("classic", "compact", "deluxe", "everyday", "light", "modern", "sturdy", "vintage")
 _OPINIONS = (
     "better than I hoped",

@@ -146,22 +146,5 @@ class WordTokenizer:
             end = match.end()
         return token_ids + self._words(template[end:])
 
-    def decode(self, token_ids: Sequence[int], space: TokenSpace) -> str:
-        """Text in bracket notation, the reverse of `encode`."""
-        parts: list[str] = []
-        words: list[int] = []
-        for token_id in [*token_ids, None]:
-            if token_id is not None and token_id < space.first_user:
-                words.append(token_id)
-                continue
-            if words:
-                parts.append(str(self._tokenizer.decode(words)))
-                words = []
-            if token_id is not None:
-                is_item = token_id >= space.first_item
-                row = token_id - (space.first_item if is_item else space.first_user)
-                parts.append(f"<{'item' if is_item else 'user'}_{row}>")
-        return "".join(parts)
-
     def _words(self, text: str) -> list[int]:
         return self.encode_batch([text])[0] if text else []

@@ -43,6 +43,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cllm4rec_dist.config import StrictModel
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation.metrics import (
     LIST_LENGTH,
@@ -54,7 +55,6 @@ from cllm4rec_dist.evaluation.metrics import (
     user_metrics,
 )
 from cllm4rec_dist.log import ProgressBar, progress_bar
-from cllm4rec_dist.topology import World
 
 logger = logging.getLogger(__name__)
 

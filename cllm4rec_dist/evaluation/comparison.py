@@ -12,12 +12,13 @@ import numpy as np
 import polars as pl
 import scipy.sparse as sp
 
+from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE, METRICS_FILE
 from cllm4rec_dist.corpus.heldout import KNOWN, NEW, Group, HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.baselines import BaselineConfig, BaselineResult, SplitData, run_baselines
-from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE, EVALUATION_FILE
+from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.report import Background, write_report
 from cllm4rec_dist.evaluation.results import (
@@ -28,7 +29,6 @@ from cllm4rec_dist.evaluation.results import (
     Results,
     markdown_table,
 )
-from cllm4rec_dist.log import METRICS_FILE
 from cllm4rec_dist.system import interaction_matrix
 
 MODEL = "CLLM4Rec"

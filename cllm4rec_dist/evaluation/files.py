@@ -1,7 +1,5 @@
 """Names of the files that an evaluation writes into its folder."""
 
-EVALUATION_FILE = "evaluation.json"
-"""Means over users, examples, notes, configuration and fingerprints."""
 USERS_FILE = "users.parquet"
 """Per-user metrics of the model: user, group (known or new), history_length, one column for each metric."""
 BASELINES_FILE = "baselines.parquet"

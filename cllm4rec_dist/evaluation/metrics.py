@@ -10,7 +10,7 @@ Why a value for each user: blocks of users (or ranks) are counted apart and join
 own, and two models are compared by the differences over the same users. It takes 8 bytes a user and metric. A user with
 nothing held out has no defined metric and is left out of the mean, but counted.
 
-What it leaves to others: making the ranking and leaving seen items out of it (`ranking.py`, `baselines.py`).
+What it leaves to others: making the ranking and leaving seen items out of it (`topk.py`, `baselines.py`).
 
 Shapes: U users, K ranked items, I items, M metrics, N held-out interactions.
 """

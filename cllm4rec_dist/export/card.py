@@ -17,9 +17,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.errors import CLLM4RecError
-from cllm4rec_dist.evaluation.files import EVALUATION_FILE
 from cllm4rec_dist.evaluation.results import Results, markdown_table
 from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.export.scoring import BACKBONE_FOLDER

@@ -1,6 +1,7 @@
 """How scores are computed from an exported run, for a program that has only the exported files and the backbone.
 
-`scoring.json` says what `Composer.prediction`, `Recommender.item_queries` and `ItemHead` do, with the run's settings:
+`scoring.json` says what `PromptBuilder.prediction`, `Recommender.item_queries` and `ItemHead` do, with the run's
+settings:
 
     prompt      tokens in order: a number is a word id of the backbone's tokenizer, "user" the user, "history" the items
     history     which items: the last `longest` of the user's, oldest first
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cllm4rec_dist.corpus.prompts import Composer
+from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.export.source import SHARED_USER, Source
@@ -68,8 +69,8 @@ def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_pa
 
 def _prompt(source: Source) -> list[int | str]:
     space = TokenSpace(source.decoder.vocab_size, 1, 1)
-    composer = Composer(source.tokenizer, space, source.config.method, source.config.seed)
-    documents = composer.prediction(np.zeros(1, np.int64), Ragged.from_lists([[0]]))
+    prompts = PromptBuilder(source.tokenizer, space, source.config.method, source.config.seed)
+    documents = prompts.prediction(np.zeros(1, np.int64), Ragged.from_lists([[0]]))
     slots = {space.first_user: "user", space.first_item: "history"}
     return [slots.get(token, token) for token in documents.tokens[0].tolist()]
 

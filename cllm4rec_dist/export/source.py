@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from cllm4rec_dist import checkpoint
-from cllm4rec_dist.checkpoint import ADAPTER, Checkpoint
+from cllm4rec_dist.checkpointing import checkpoint
+from cllm4rec_dist.checkpointing.checkpoint import ADAPTER, Checkpoint
+from cllm4rec_dist.checkpointing.find_run import corpus_in_project
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, CorpusError
-from cllm4rec_dist.find_run import corpus_in_project
+from cllm4rec_dist.evaluation.trained_run import log_choice, recorded_config
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, fingerprint, load_config, local_folder
-from cllm4rec_dist.topology import World
-from cllm4rec_dist.trained_run import log_choice, recorded_config
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def open_source(
     """
     store, names = checkpoint.find(run)
     world = World(0, 1, 0, torch.device("cpu"))
-    found = checkpoint.first_good(store, names, world, lambda opened: (_tensors(opened), read_tables(opened)))
+    found = checkpoint.load_first_valid(store, names, world, lambda opened: (_tensors(opened), read_tables(opened)))
     if found is None:
         raise checkpoint.none_whole(run, store, names)
     opened, (tensors, tables) = found

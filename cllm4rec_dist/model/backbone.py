@@ -242,9 +242,11 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
                     inject_adapter_in_model(settings, decoder, name)
             except ValueError as error:
                 raise ConfigError(
-                    "adapter.targets", settings.target_modules, f"do not fit the backbone ({error})",
+                    "adapter.targets",
+                    settings.target_modules,
+                    f"do not fit the backbone ({error})",
                     "Name linear layers that it has, or leave them out.",
-                ) from error  # fmt: skip
+                ) from error
         for name, parameter in decoder.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(True)
@@ -293,9 +295,12 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
             "quantization", "nf4", "needs bitsandbytes, which is not installed", "pip install -e '.[qlora]'"
         )
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
-    )  # fmt: skip
+    )
 
 
 def _attention(dtype: torch.dtype) -> str:

@@ -1,69 +1,62 @@
-"""Everything of the model that lives outside the engine: rows, head, words, and how documents become embeddings.
+"""The model: user, item and word embeddings, the item head, and one forward over a micro-batch.
 
-The engine runs the backbone between `embed` and the queries:
+    ids --route--> --embed--> tokens [R, L, D] --backbone--> hidden [R, L, D] --queries--> losses
 
-    token ids --route--> rows --embedded--> [engine] --> hidden --> queries --> objectives
+The backbone is an argument of the forward, because ZeRO-3 wraps it; everything else is here.
 
-Legend: R rows, L their length, D hidden, Q query positions, V words, U users, I items.
+Legend: R rows, L their length, D hidden size, Q positions that predict, U users, I items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cllm4rec_dist.config import HeadConfig
-from cllm4rec_dist.corpus.prompts import MicroBatch
+from cllm4rec_dist.corpus.collate import MicroBatch
+from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.backbone import Words
-from cllm4rec_dist.model.heads import ItemHead, Sampling
-from cllm4rec_dist.model.tables import Fetch, Route, ShardedTable, fetch, lookup, route_ids, touched_rows
-from cllm4rec_dist.topology import RowPartition, World
+from cllm4rec_dist.model.item_head import ItemHead
+from cllm4rec_dist.model.losses import item_loss, mutual_regularization, text_loss
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries
+from cllm4rec_dist.model.sharded_embedding import (
+    PendingLookup,
+    Route,
+    RowShardedEmbedding,
+    route_ids,
+    start_lookup,
+    touched_rows,
+)
+
+Backbone = Callable[[Tensor, Tensor, int], Tensor]
+"""Embeddings [R, L, D], positions [R, L] and where the content LLM's begin -> hidden states [R, L, D]."""
 
 
-@dataclass(frozen=True)
-class RoutedBatch:
-    """A micro-batch on the device that computes, and the route of its user and item tokens: one for both LLMs."""
+class UserItemEmbeddings(nn.Module):
+    """User and item embeddings of one LLM."""
 
-    batch: MicroBatch
-    route: Route
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """What the backbone reads of a micro-batch.
-
-    Attributes:
-        tokens: [R, L, D] in the words' dtype.
-        item_rows: [item tokens of the documents over items, D] in fp32, as they were put in.
-    """
-
-    tokens: Tensor
-    item_rows: Tensor
-
-
-class TokenRows(nn.Module):
-    """User and item rows of one LLM."""
-
-    def __init__(self, num_users: int, num_items: int, width: int, world: World, *, lazy: bool) -> None:
+    def __init__(self, num_users: int, num_items: int, width: int, world: World, *, sparse_gradients: bool) -> None:
         super().__init__()
-        self.users = ShardedTable(num_users, width, world, sparse_gradients=lazy)
-        self.items = ShardedTable(num_items, width, world, sparse_gradients=lazy)
+        self.users = RowShardedEmbedding(num_users, width, world, sparse_gradients=sparse_gradients)
+        self.items = RowShardedEmbedding(num_items, width, world, sparse_gradients=sparse_gradients)
 
 
 class Recommender(nn.Module):
-    """Collaborative rows (which finetuning turns into z_rec), content rows, item head and frozen words.
+    """Both LLMs' user and item embeddings, the item head and the frozen words, around a backbone.
+
+    Pretraining trains the collaborative rows as the paper's z_l, finetuning as its z_rec; the content rows are z_c.
 
     Args:
         num_users, num_items: U, I; U counts a shared user row too.
         words: frozen word embeddings and head; D is theirs.
         dropout: of user and item embeddings at the input.
-        wire: what rows and their gradients are rounded to between ranks.
-        lazy: sparse gradients for tables that are only looked up.
+        comm_dtype: what rows and their gradients are rounded to between ranks.
+        sparse_gradients: of tables that are only looked up.
         content: False leaves the content LLM out.
+        max_logits: logits that a head holds at a time; the device's default if None.
     """
 
     def __init__(
@@ -75,17 +68,18 @@ class Recommender(nn.Module):
         world: World,
         *,
         dropout: float,
-        wire: torch.dtype,
-        lazy: bool,
+        comm_dtype: torch.dtype,
+        sparse_gradients: bool,
         content: bool,
+        max_logits: int | None = None,
     ) -> None:
         super().__init__()
-        width = words.embedding.shape[1]
-        self.words, self.world, self.dropout, self.wire = words, world, dropout, wire
-        self.num_negatives = head.num_negatives
-        # The collaborative items are the operand of the item softmax too, which makes their whole gradient dense.
-        self.collaborative = TokenRows(num_users, num_items, width, world, lazy=lazy)
-        self.content = TokenRows(num_users, num_items, width, world, lazy=lazy) if content else None
+        sizes = num_users, num_items, words.embedding.shape[1]
+        self.words, self.world, self.dropout, self.comm_dtype = words, world, dropout, comm_dtype
+        self.num_negatives, self.max_logits = head.num_negatives, max_logits
+        # The collaborative items are the weight of the item softmax too, which makes their whole gradient dense.
+        self.collaborative = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients)
+        self.content = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients) if content else None
         self.head = ItemHead(
             self.item_partition.num_local(world.rank),
             world,
@@ -97,100 +91,155 @@ class Recommender(nn.Module):
 
     @property
     def item_partition(self) -> RowPartition:
-        """Who holds which item rows."""
+        """Who owns which item rows."""
         return self.collaborative.items.partition
 
     @property
-    def tables(self) -> list[ShardedTable]:
-        """Users and items of the collaborative LLM, then those of the content LLM."""
-        return [table for rows in (self.collaborative, self.content) if rows for table in (rows.users, rows.items)]
+    def tables(self) -> dict[str, RowShardedEmbedding]:
+        """User and item tables by name (`corpus/collate.py`)."""
+        llms = {"collaborative": self.collaborative, "content": self.content}
+        return {
+            f"{name}.{kind}": table
+            for name, llm in llms.items()
+            if llm is not None
+            for kind, table in (("users", llm.users), ("items", llm.items))
+        }
 
     def sharded_parameters(self) -> Iterator[tuple[str, nn.Parameter, RowPartition]]:
         """Parameters that are blocks of rows, with the partition that says of which rows."""
-        for prefix, rows in (("collaborative", self.collaborative), ("content", self.content)):
-            if rows is not None:
-                yield f"{prefix}.users", rows.users.local_rows, rows.users.partition
-                yield f"{prefix}.items", rows.items.local_rows, rows.items.partition
+        for name, table in self.tables.items():
+            yield name, table.local_rows, table.partition
         if self.head.local_bias is not None:
             yield "head.bias", self.head.local_bias, self.item_partition
 
     def replicated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of which every rank holds the same whole copy; their gradients must be summed over the ranks."""
+        """Parameters of which every rank holds the whole copy; their gradients must be summed over the ranks."""
         if self.head.log_temperature is not None:
             yield "head.log_temperature", self.head.log_temperature
 
-    def route(self, batches: Sequence[MicroBatch]) -> list[RoutedBatch]:
-        """Tell the owners of the users and items of a step's micro-batches which rows are wanted. Two all-to-alls.
+    def route(self, batches: Sequence[MicroBatch]) -> list[Route]:
+        """Send the ids of a step's users and items to the owners of their rows. Two all-to-alls.
 
         Args:
             batches: on the host; equally many on all ranks, with or without texts alike.
         """
-        wanted = [[ids for d in batch.documents for ids in (d.user_ids, d.item_ids)] for batch in batches]
-        partitions = [table.partition for table in self.tables[: len(wanted[0])]]
-        routes = route_ids(wanted, partitions, self.world)
-        return [RoutedBatch(b.to(self.world.device), route) for b, route in zip(batches, routes, strict=True)]
+        partitions = {name: self.tables[name].partition for name in batches[0].ids}
+        return route_ids([batch.ids for batch in batches], partitions, self.world)
 
-    def touched(self, routed: Sequence[RoutedBatch]) -> tuple[Tensor, Tensor]:
-        """Local users and items that stand in any document of `routed` on any rank. No collective."""
-        index = [batch.route.local_index for batch in routed]
-        users, items = (touched_rows([rows for tables in index for rows in tables[kind::2]]) for kind in (0, 1))
-        return users, items
+    def touched(self, routes: Sequence[Route]) -> dict[str, Tensor]:
+        """Local rows of `users` and `items` that are in any document of a step, on any rank. No collective."""
+        return {
+            kind: touched_rows(
+                [rows for route in routes for name, rows in route.local_index.items() if name.endswith(kind)]
+            )
+            for kind in ("users", "items")
+        }
 
-    def embedded(self, routed: Sequence[RoutedBatch]) -> Iterator[Embedded]:
-        """Embeddings of one micro-batch after the other; the rows of the next are on their way meanwhile.
+    def embed(self, batches: Sequence[MicroBatch], routes: Sequence[Route]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and item rows (`place`) of one micro-batch after the other; the next one's rows travel meanwhile.
 
-        Collectives: one all-to-all for each, its reverse in backward. Rows must not change before the iterator's end.
+        Collectives: one all-to-all for each, its reverse in backward. Tables must not change before the iterator's end.
         """
-        coming = self._fetch(routed[0])
-        for number, batch in enumerate(routed):
-            fetched = coming
-            if number + 1 < len(routed):
-                coming = self._fetch(routed[number + 1])
-            yield self.embed(batch.batch, lookup(fetched))
+        pending = self._start_lookup(routes[0])
+        for index, batch in enumerate(batches):
+            lookup = pending
+            if index + 1 < len(batches):
+                pending = self._start_lookup(routes[index + 1])
+            yield self.place(batch, lookup.wait())
 
-    def _fetch(self, routed: RoutedBatch) -> Fetch:
-        return fetch(self.tables[: len(routed.route.lengths)], routed.route, self.wire)
+    def _start_lookup(self, route: Route) -> PendingLookup:
+        return start_lookup({name: self.tables[name] for name in route.num_ids}, route, self.comm_dtype)
 
-    def embed(self, batch: MicroBatch, rows: list[Tensor]) -> Embedded:
-        """Words from the backbone, users and items from their `rows`, with dropout."""
-        places = torch.cat([p for d in batch.documents for p in (d.user_places, d.item_places)])
-        values = torch.cat(rows)
+    def place(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Word embeddings of the backbone with user and item rows put in, after dropout.
+
+        Args:
+            rows: by table, fp32 [its ids, D].
+
+        Returns:
+            Tokens [R, L, D] in the words' dtype, and the rows of the items read, fp32 [items, D].
+        """
+        where = torch.cat([batch.id_positions[name] for name in rows])
+        values = torch.cat([*rows.values()])
         if self.training and self.dropout > 0:
-            keys, positions = batch.keys.flatten()[places], batch.positions.flatten()[places]
+            keys, positions = batch.keys.flatten()[where], batch.positions.flatten()[where]
             values = keyed_dropout(values, keys, positions, self.dropout)
         embedded = F.embedding(batch.word_ids, self.words.embedding)
-        flat = embedded.flatten(0, 1).index_copy(0, places, values.to(embedded.dtype))
-        if batch.no_user_places is not None:
-            flat = flat.index_fill(0, batch.no_user_places, 0.0)
-        tokens = flat.view_as(embedded)
-        item_rows = values[len(rows[0]) : len(rows[0]) + len(rows[1])]
-        return Embedded(tokens, item_rows)
+        flat = embedded.flatten(0, 1).index_copy(0, where, values.to(embedded.dtype))
+        if batch.no_user_positions is not None:
+            flat = flat.index_fill(0, batch.no_user_positions, 0.0)
+        by_table = dict(zip(rows, values.split([len(part) for part in rows.values()]), strict=True))
+        return flat.view_as(embedded), by_table["collaborative.items"]
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        tokens: Tensor,
+        item_rows: Tensor,
+        backbone: Backbone,
+        gather: Callable[..., GatheringQueries] = GatheringQueries,
+    ) -> dict[str, Tensor]:
+        """This rank's sums of the losses of a micro-batch: `items`, and `text` where there is a content LLM.
+
+        Args:
+            tokens, item_rows: of `embed`.
+            gather: brings queries to the owners of item rows; the planner has its own.
+
+        Collectives: those of `GatheringQueries`, whose all-gathers are hidden by the text loss, and the backbone's.
+        """
+        hidden = backbone(tokens, batch.positions, batch.content_start)
+        gathering = gather(
+            self.item_queries(hidden, item_rows, batch),
+            batch.target_query["items"],
+            batch.targets["items"],
+            self.item_partition,
+            self.world,
+        )
+        losses = {}
+        if "text" in batch.targets:
+            queries = hidden.flatten(0, 1)[batch.query_positions["text"]]
+            targets = batch.target_query["text"], batch.targets["text"]
+            losses["text"] = text_loss(queries, self.words.head, *targets, self.max_logits)
+        # A sampled softmax draws by the keys of the documents, so that a resumed run draws the same items.
+        key = batch.keys.sum() if self.num_negatives else None
+        losses["items"] = item_loss(gathering, self.output_weight(), self.num_negatives, key, self.max_logits)
+        return losses
 
     def item_queries(self, hidden: Tensor, item_rows: Tensor, batch: MicroBatch) -> Tensor:
-        """Hidden states [R, L, D] -> what the item head multiplies with its operand, [Q, D or D+1]."""
-        queries = hidden.flatten(0, 1)[batch.items.query_places]
+        """Hidden states [R, L, D] -> what the item head multiplies with its weight, [Q, D or D+1]."""
+        queries = hidden.flatten(0, 1)[batch.query_positions["items"]]
         pooled = torch.zeros_like(queries, dtype=item_rows.dtype)
         if self.head.pool_residual:
-            pooled = _sums_of_document(item_rows, batch)
+            pooled = _sum_of_items_so_far(item_rows, batch)
         return self.head.queries(queries, pooled)
 
-    def item_operand(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """This rank's rows of the item softmax, [rows, D or D+1]."""
-        return self.head.operand(self.collaborative.items.local_rows)
+        return self.head.output_weight(self.collaborative.items.local_rows)
 
-    def item_sampling(self, batch: MicroBatch) -> Sampling | None:
-        """Items of a sampled softmax, drawn by the keys of the documents, so that a resumed run draws the same ones."""
-        return Sampling(self.num_negatives, int(batch.keys.sum())) if self.num_negatives else None
+    def mutual_loss(self, touched: Mapping[str, Tensor], lambda_l: float, lambda_c: float) -> Tensor:
+        """The mutual regularizer over the rows of this rank that a step has touched. No collective."""
+        return mutual_regularization(
+            _touched_embeddings(self.collaborative, touched),
+            None if self.content is None else _touched_embeddings(self.content, touched),
+            lambda_l,
+            lambda_c,
+        )
 
 
-def _sums_of_document(item_rows: Tensor, batch: MicroBatch) -> Tensor:
-    """For each query the sum of the item rows from its document's start up to itself: [item tokens, D] -> [Q, D]."""
-    # Item tokens before each place, and so before each document, as numbers of the item rows, which stand in order.
-    num_before = batch.items.item_places.new_zeros(batch.word_ids.numel() + 1)
-    num_before[1:].index_fill_(0, batch.items.item_places, 1)
+def _touched_embeddings(llm: UserItemEmbeddings, touched: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([llm.users.local_lookup(touched["users"]), llm.items.local_lookup(touched["items"])])
+
+
+def _sum_of_items_so_far(item_rows: Tensor, batch: MicroBatch) -> Tensor:
+    """For each query the sum of the item rows from its document's start to itself: [items, D] -> [Q, D]."""
+    # Item tokens before each position, and so before each document: indexes of item rows, which are in this order.
+    item_positions = batch.id_positions["collaborative.items"]
+    num_before = item_positions.new_zeros(batch.word_ids.numel() + 1)
+    num_before[1:].index_fill_(0, item_positions, 1)
     num_before = num_before.cumsum(0)
-    places = batch.items.query_places
-    first, stop = num_before[places - batch.positions.flatten()[places]], num_before[places + 1]
+    queries = batch.query_positions["items"]
+    first, stop = num_before[queries - batch.positions.flatten()[queries]], num_before[queries + 1]
     sums = F.pad(item_rows.cumsum(dim=0), (0, 0, 1, 0))
     # The direction of an empty sum has a gradient of 1e12, which would cancel only on paper.
     return torch.where((stop > first)[:, None], sums[stop] - sums[first], 0.0)

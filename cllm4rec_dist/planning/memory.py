@@ -13,9 +13,9 @@ from collections import Counter
 import torch
 from torch import nn
 
-from cllm4rec_dist.planning.gathering import Gathers
-from cllm4rec_dist.planning.outline import Outline
-from cllm4rec_dist.planning.rehearsal import ATTENTION, BACKBONE, GRADIENTS, HEAD, LOOKUP, WORD_HEAD, Rehearsal
+from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, GRADIENTS, HEAD, LOOKUP, WORD_HEAD, DryRun
+from cllm4rec_dist.planning.meta_run import MetaRun
+from cllm4rec_dist.planning.zero3_simulation import Gathers
 from cllm4rec_dist.step import PIECE
 
 Memory = Counter[str]
@@ -41,44 +41,44 @@ PARTS = {
 """What is counted as what."""
 
 
-def resident(outline: Outline) -> Memory:
+def resident(meta_run: MetaRun) -> Memory:
     """What is there all the time."""
-    zero, element = outline.zero, outline.dtype.itemsize
+    zero, element = meta_run.zero, meta_run.dtype.itemsize
     frozen = [p for p in zero.parameters if not p.requires_grad]
     held: Memory = Counter()
-    held["weights"] = _parts(outline, frozen, element) * (not outline.offload_weights) + _scales(outline)
-    held["adapters"] = _parts(outline, outline.trained, element) * (not outline.offload_weights)
-    if outline.num_ranks > 1:  # one rank alone copies nothing
+    held["weights"] = _parts(meta_run, frozen, element) * (not meta_run.offload_weights) + _scales(meta_run)
+    held["adapters"] = _parts(meta_run, meta_run.trained, element) * (not meta_run.offload_weights)
+    if meta_run.num_ranks > 1:  # one rank alone copies nothing
         held["weights"] += zero.padded(p for p in zero.persistent if not p.requires_grad) * element
         held["adapters"] += zero.padded(p for p in zero.persistent if p.requires_grad) * element
-    words = outline.model.words
+    words = meta_run.model.words
     held["words"] = _bytes(words.embedding) + (0 if words.head is words.embedding else _bytes(words.head))
-    held["tables"] = sum(map(_bytes, outline.model.parameters()))
-    if not outline.offload_optimizer:
-        held["optimizer"] = (1 + MOMENTS) * _parts(outline, outline.trained, FLOAT)
-        held[GRADIENTS] = _parts(outline, outline.trained, element)
-    held["optimizer"] += sum(_moments(outline, parameter) for parameter in outline.model.parameters())
-    held["buffers"] = zero.settings.reduce_bucket * element * outline.contiguous_gradients
+    held["tables"] = sum(map(_bytes, meta_run.model.parameters()))
+    if not meta_run.offload_optimizer:
+        held["optimizer"] = (1 + MOMENTS) * _parts(meta_run, meta_run.trained, FLOAT)
+        held[GRADIENTS] = _parts(meta_run, meta_run.trained, element)
+    held["optimizer"] += sum(_moments(meta_run, parameter) for parameter in meta_run.model.parameters())
+    held["buffers"] = zero.settings.reduce_bucket * element * meta_run.contiguous_gradients
     return held
 
 
-def _parts(outline: Outline, parameters: list[nn.Parameter], element: int) -> int:
-    return sum(map(outline.zero.part, parameters)) * element
+def _parts(meta_run: MetaRun, parameters: list[nn.Parameter], element: int) -> int:
+    return sum(map(meta_run.zero.part, parameters)) * element
 
 
 def _bytes(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _scales(outline: Outline) -> int:
+def _scales(meta_run: MetaRun) -> int:
     """Of 4-bit weights, not sharded: 8 bits for 64 entries, and one fp32 for 256 of those."""
-    entries = sum(p.numel() for p in outline.zero.packed)
+    entries = sum(p.numel() for p in meta_run.zero.packed)
     return entries // 64 + entries // (64 * 256) * FLOAT
 
 
-def _moments(outline: Outline, parameter: nn.Parameter) -> int:
-    """`table_optimizer._make_moments`."""
-    storage = outline.config.optimizer.embeddings_state
+def _moments(meta_run: MetaRun, parameter: nn.Parameter) -> int:
+    """`embedding_optimizer._make_moments`."""
+    storage = meta_run.config.optimizer.embeddings_state
     if storage == "cpu":
         return 0
     if storage == "int8" and parameter.dim() == 2 and parameter.shape[1] > 1:
@@ -86,21 +86,23 @@ def _moments(outline: Outline, parameter: nn.Parameter) -> int:
     return MOMENTS * _bytes(parameter)
 
 
-def in_passes(outline: Outline, rehearsal: Rehearsal, gathers: Gathers) -> Memory:
+def in_passes(meta_run: MetaRun, traced: DryRun, gathers: Gathers) -> Memory:
     """On top of `resident`, at the fullest moment of forward and backward."""
-    element = outline.dtype.itemsize * (outline.num_ranks > 1)
+    element = meta_run.dtype.itemsize * (meta_run.num_ranks > 1)
     whole = [0, *gathers.whole]
     moments = [
         Counter(stretch) + Counter({"gathered": numel * element})
-        for stretch, numel in zip(rehearsal.stretches, whole, strict=True)
+        for stretch, numel in zip(traced.stretches, whole, strict=True)
     ]
     moments += [
         Counter(alive) + Counter({"gathered": (numel + copied) * element})
-        for alive, numel, copied in zip(rehearsal.at_events, gathers.whole, gathers.copied, strict=True)
+        for alive, numel, copied in zip(traced.at_events, gathers.whole, gathers.copied, strict=True)
     ]
     # What is reduced at the end of backward is copied into one piece once more.
-    reduced = min(outline.zero.padded(outline.trained), outline.zero.settings.reduce_bucket) * outline.dtype.itemsize
-    moments.append(Counter(rehearsal.left) + Counter({"buffers": reduced}))
+    reduced = (
+        min(meta_run.zero.padded(meta_run.trained), meta_run.zero.settings.reduce_bucket) * meta_run.dtype.itemsize
+    )
+    moments.append(Counter(traced.left) + Counter({"buffers": reduced}))
     fullest = max(moments, key=lambda parts: parts.total())
     renamed = {BACKBONE: "activations", ATTENTION: "activations", HEAD: "heads", WORD_HEAD: "heads"}
     found: Memory = Counter()
@@ -109,9 +111,9 @@ def in_passes(outline: Outline, rehearsal: Rehearsal, gathers: Gathers) -> Memor
     return found
 
 
-def in_step(outline: Outline, rehearsal: Rehearsal) -> Memory:
+def in_step(meta_run: MetaRun, traced: DryRun) -> Memory:
     """On top of `resident`, when norms are taken and the optimizers step."""
-    trained = _parts(outline, outline.trained, FLOAT) * (not outline.offload_optimizer)
-    dense = rehearsal.left[GRADIENTS]
+    trained = _parts(meta_run, meta_run.trained, FLOAT) * (not meta_run.offload_optimizer)
+    dense = traced.left[GRADIENTS]
     squared = min(dense // FLOAT, PIECE) * 2 * DOUBLE
     return Counter({GRADIENTS: dense, "buffers": max(squared, 3 * trained)})

@@ -1,7 +1,7 @@
 """What a run will need, before anything starts: memory by part, bytes on the wire, FLOPs, time, and what to change.
 
-Real steps of the corpus are counted (`sampling.py`), the run is put together on the meta device (`outline.py`) and its
-fullest micro-batch is run there (`rehearsal.py`); ZeRO-3's rules say what is gathered (`gathering.py`). Memory and
+Real steps of the corpus are counted (`sampling.py`), the run is put together on the meta device (`meta_run.py`) and its
+fullest micro-batch is run there (`dry_run.py`); ZeRO-3's rules say what is gathered (`zero3_simulation.py`). Memory and
 traffic are sums over these and are held to measurements by tests; time is a simple model of a GPU that nobody has
 measured yet:
 
@@ -19,22 +19,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.corpus.batches import BatchSource
-from cllm4rec_dist.corpus.prompts import Composer
+from cllm4rec_dist.corpus.loader import BatchLoader
+from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model import backbone
-from cllm4rec_dist.model.heads import logits_within
+from cllm4rec_dist.model.sharded_cross_entropy import max_logits_within
 from cllm4rec_dist.planning import memory
-from cllm4rec_dist.planning.gathering import Gathers
+from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, HEAD, LOOKUP, META, WORD_HEAD, DryRun, dry_run
 from cllm4rec_dist.planning.hardware import GIB, Gpu
 from cllm4rec_dist.planning.memory import Memory
-from cllm4rec_dist.planning.outline import Outline, outline_run
-from cllm4rec_dist.planning.rehearsal import ATTENTION, BACKBONE, HEAD, LOOKUP, META, WORD_HEAD, Rehearsal, rehearse
+from cllm4rec_dist.planning.meta_run import MetaRun, make_meta_run
 from cllm4rec_dist.planning.sampling import MicroBatchSample, StepSample, sample_step
 from cllm4rec_dist.planning.traffic import Model, Traffic, loop_traffic, step_traffic
+from cllm4rec_dist.planning.zero3_simulation import Gathers
 from cllm4rec_dist.system import open_backbone, require_embeddings, uses_content
-from cllm4rec_dist.topology import World
 
 RESERVED = 2 * GIB
 """Assumed for the driver, NCCL's and cuBLAS's workspaces and what the allocator cannot use."""
@@ -114,77 +114,92 @@ def make_plan(config: RunConfig, place: Place, num_samples: int = 2) -> Plan:
         ConfigError, CorpusError: as the run would.
     """
     corpus = Corpus.open(config.corpus, verify=False)
-    composer = composer_of(config, corpus)
-    source = BatchSource(corpus, composer, config, World(0, 1, 0, META))
+    prompts = prompt_builder_of(config, corpus)
+    source = BatchLoader(corpus, prompts, config, World(0, 1, 0, META))
     steps = source.steps_per_epoch
     chosen = sorted({number * steps // num_samples for number in range(num_samples)})
-    samples = [sample_step(corpus, composer, config, place.num_ranks, step) for step in chosen]
-    outline = outline_run(config, corpus.num_users, corpus.num_items, source.has_texts, place.num_ranks)
-    rehearsal, unit = rehearse_fullest(outline, samples, logits_within(place.gpu.memory))
-    gathers = outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps)
-    model = traffic_model(outline, gathers)
+    samples = [sample_step(corpus, prompts, config, place.num_ranks, step) for step in chosen]
+    meta_run = make_meta_run(
+        config,
+        corpus.num_users,
+        corpus.num_items,
+        source.has_texts,
+        place.num_ranks,
+        max_logits_within(place.gpu.memory),
+    )
+    traced, unit = dry_run_fullest(meta_run, samples)
+    gathers = meta_run.zero.simulate(traced.events, config.batch.gradient_accumulation_steps)
+    model = traffic_model(meta_run, gathers)
     sent = (step_traffic(model, config, s, rank) for s in samples for rank in range(place.num_ranks))
     traffic = max(sent, key=Counter.total) + loop_traffic(place.num_ranks)
-    flops = max((step_flops(s, rehearsal, unit) for s in samples), key=Counter.total)
+    flops = max((step_flops(s, traced, unit) for s in samples), key=Counter.total)
     batches = [batch for s in samples for sample in s.micro_batches for batch in sample.batches]
     tokens = sum(batch.num_tokens for batch in batches)
     return Plan(
-        place, config.stage, needed_memory(outline, rehearsal, gathers), traffic, flops,
-        step_seconds(outline, place, rehearsal, flops, traffic), tokens / len(samples),
-        tokens / sum(batch.word_ids.numel() for batch in batches), steps, outline.left_out,
-    )  # fmt: skip
+        place,
+        config.stage,
+        needed_memory(meta_run, traced, gathers),
+        traffic,
+        flops,
+        step_seconds(meta_run, place, traced, flops, traffic),
+        tokens / len(samples),
+        tokens / sum(batch.word_ids.numel() for batch in batches),
+        steps,
+        meta_run.left_out,
+    )
 
 
-def composer_of(config: RunConfig, corpus: Corpus) -> Composer:
+def prompt_builder_of(config: RunConfig, corpus: Corpus) -> PromptBuilder:
     """What makes a run's documents. ConfigError and CorpusError as the run has them, without a look at weights."""
     folder, decoder, tokenizer = open_backbone(config, corpus, weights=False)
     if uses_content(config, corpus):
         backbone.require_head(folder, decoder, None)
     require_embeddings(corpus, tokenizer, decoder.vocab_size)
     space = TokenSpace(decoder.vocab_size, config.method.num_user_rows(corpus.num_users), corpus.num_items)
-    return Composer(tokenizer, space, config.method, config.seed)
+    return PromptBuilder(tokenizer, space, config.method, config.seed)
 
 
-def rehearse_fullest(
-    outline: Outline, samples: list[StepSample], max_logits: int
-) -> tuple[Rehearsal, tuple[MicroBatchSample, int]]:
-    """Rehearse the micro-batch that computes most places, and which one it is: the micro-batch and the rank."""
-    all_of = lambda s: ((number, rank) for number in range(len(s.micro_batches)) for rank in range(s.num_ranks))  # noqa: E731
-    batches = [(s, number, rank) for s in samples for number, rank in all_of(s)]
-    sample, number, rank = max(batches, key=lambda b: b[0].micro_batches[b[1]].places[b[2]])
-    share = sample.share(number, rank)
+def dry_run_fullest(meta_run: MetaRun, samples: list[StepSample]) -> tuple[DryRun, tuple[MicroBatchSample, int]]:
+    """Dry-run the micro-batch that computes most positions, and say which one it is: the micro-batch and the rank."""
+    batches = [
+        (sample, index, rank)
+        for sample in samples
+        for index in range(len(sample.micro_batches))
+        for rank in range(sample.num_ranks)
+    ]
+    sample, index, rank = max(batches, key=lambda b: b[0].micro_batches[b[1]].num_positions[b[2]])
+    share = sample.share(index, rank)
     # Another one before it, whose gradients are there already, where there is one.
     shares = [share] * min(2, len(sample.micro_batches))
-    rehearsal = rehearse(outline.dual, outline.model, outline.config, shares, max_logits)
-    return rehearsal, (sample.micro_batches[number], rank)
+    return dry_run(meta_run.dual, meta_run.model, meta_run.config, shares), (sample.micro_batches[index], rank)
 
 
-def needed_memory(outline: Outline, rehearsal: Rehearsal, gathers: Gathers) -> Memory:
+def needed_memory(meta_run: MetaRun, traced: DryRun, gathers: Gathers) -> Memory:
     """Bytes of a rank by part at its fullest moment."""
-    moments = memory.in_passes(outline, rehearsal, gathers), memory.in_step(outline, rehearsal)
-    return memory.resident(outline) + max(moments, key=Counter.total)
+    moments = memory.in_passes(meta_run, traced, gathers), memory.in_step(meta_run, traced)
+    return memory.resident(meta_run) + max(moments, key=Counter.total)
 
 
-def traffic_model(outline: Outline, gathers: Gathers) -> Model:
+def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
     """What the traffic of a run is computed from."""
-    reduced = [p for p in outline.trained if p is not getattr(outline.dual, "anchor", None)]  # it has no gradient
+    reduced = [p for p in meta_run.trained if p is not getattr(meta_run.dual, "anchor", None)]  # it has no gradient
     return Model(
-        outline.model.words.embedding.shape[1],
+        meta_run.model.words.embedding.shape[1],
         gathers,
-        outline.zero.padded(reduced),
-        outline.dtype.itemsize,
-        outline.num_groups,
+        meta_run.zero.padded(reduced),
+        meta_run.dtype.itemsize,
+        meta_run.num_groups,
     )
 
 
-def step_flops(sample: StepSample, rehearsal: Rehearsal, unit: tuple[MicroBatchSample, int]) -> Counter[str]:
-    """FLOPs of a step's slowest ranks: those of the rehearsed micro-batch, by what each part grows with."""
+def step_flops(sample: StepSample, traced: DryRun, unit: tuple[MicroBatchSample, int]) -> Counter[str]:
+    """FLOPs of a step's slowest ranks: those of the dry-run micro-batch, by what each part grows with."""
     total: Counter[str] = Counter()
     one = _work(*unit)
     for batch in sample.micro_batches:
         most: Counter[str] = max((_work(batch, rank) for rank in range(sample.num_ranks)), key=lambda w: w[BACKBONE])
         for part, size in one.items():
-            total[part] += rehearsal.flops[part] * most[part] // max(1, size)
+            total[part] += traced.flops[part] * most[part] // max(1, size)
     return total
 
 
@@ -192,23 +207,27 @@ def _work(batch: MicroBatchSample, rank: int) -> Counter[str]:
     """What the FLOPs of each part are proportional to."""
     own = batch.batches[rank]
     rows, length = own.word_ids.shape
-    return Counter({
-        BACKBONE: rows * length, ATTENTION: rows * length * length, HEAD: sum(batch.queries),
-        WORD_HEAD: 0 if own.words is None else len(own.words.query_places),
-    })  # fmt: skip
+    return Counter(
+        {
+            BACKBONE: rows * length,
+            ATTENTION: rows * length * length,
+            HEAD: sum(batch.queries),
+            WORD_HEAD: len(own.query_positions.get("text", ())),
+        }
+    )
 
 
 def step_seconds(
-    outline: Outline, place: Place, rehearsal: Rehearsal, flops: Mapping[str, int], traffic: Traffic
+    meta_run: MetaRun, place: Place, traced: DryRun, flops: Mapping[str, int], traffic: Traffic
 ) -> dict[str, float]:
     """The model of the module's docstring."""
     gpu = place.gpu
-    dtype_peak = gpu.bf16 if outline.config.precision == "bf16" else gpu.fp32
+    dtype_peak = gpu.bf16 if meta_run.config.precision == "bf16" else gpu.fp32
     reached = dict.fromkeys(flops, dtype_peak * place.efficiency) | {HEAD: gpu.fp32 * place.efficiency}
     compute = {part: count / reached[part] for part, count in flops.items()}
     launches = {
-        part: n * LAUNCH_SECONDS * outline.config.batch.gradient_accumulation_steps
-        for part, n in rehearsal.operators.items()
+        part: n * LAUNCH_SECONDS * meta_run.config.batch.gradient_accumulation_steps
+        for part, n in traced.operators.items()
     }
     body = max(compute[BACKBONE] + compute[ATTENTION], launches[BACKBONE])
     link = WIRE_SHARE * (gpu.link if place.num_ranks <= place.ranks_per_host else gpu.network)
@@ -216,14 +235,20 @@ def step_seconds(
     exposed = max(0.0, float(hidden) - body)
     others = (traffic.total() - traffic["weights"] - traffic["weight gradients"]) / link
     # The operand of the item softmax has a dense gradient, whatever lookups give.
-    tables = {outline.model.collaborative.items, *(t for t in outline.model.tables if not t.sparse_gradients)}
+    tables = {
+        meta_run.model.collaborative.items,
+        *(t for t in meta_run.model.tables.values() if not t.sparse_gradients),
+    }
     entries = sum(table.local_rows.numel() for table in tables)
     return {
-        "backbone": body, "item head": max(compute[HEAD], launches[HEAD]),
-        "word head": max(compute[WORD_HEAD], launches.get(WORD_HEAD, 0.0)), "lookup": launches[LOOKUP],
+        "backbone": body,
+        "item head": max(compute[HEAD], launches[HEAD]),
+        "word head": max(compute[WORD_HEAD], launches.get(WORD_HEAD, 0.0)),
+        "lookup": launches[LOOKUP],
         "optimizer": entries * _ADAM_PASSES * 4 / gpu.bandwidth,
-        "weights on the wire": exposed, "rest of the wire": float(others),
-    }  # fmt: skip
+        "weights on the wire": exposed,
+        "rest of the wire": float(others),
+    }
 
 
 _MOST_TIMES = 64
@@ -256,7 +281,7 @@ class Change:
     needed: int
 
 
-def ways_to_fit(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Change]:
+def suggest_changes(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Change]:
     """Settings to change, the one that costs least first, each on top of those before, until the run fits."""
     place = plan.place
     for settings, cost in _CHANGES:

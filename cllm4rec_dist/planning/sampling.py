@@ -8,43 +8,48 @@ Legend: W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.corpus.batches import BatchSource
-from cllm4rec_dist.corpus.prompts import Composer, MicroBatch
+from cllm4rec_dist.corpus.collate import MicroBatch
+from cllm4rec_dist.corpus.loader import BatchLoader
+from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.planning.rehearsal import META, Exchange, Share
-from cllm4rec_dist.topology import RowPartition, World
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.planning.dry_run import META, Exchange, Share
 
 
 @dataclass(frozen=True)
-class Wants:
+class TableLookup:
     """A lookup in one table on all ranks.
 
     Attributes:
-        ids: wanted ids of each rank, repeated ones included.
-        distinct: int64 [W, W] distinct ids that a rank (row) wants from each owner (column).
+        ids: ids that each rank looks up, repeated ones included.
+        distinct: int64 [W, W] distinct ids that a rank (row) looks up on each owner (column).
     """
 
     ids: list[int]
     distinct: np.ndarray
 
     @classmethod
-    def of(cls, ids: Sequence[torch.Tensor], partition: RowPartition) -> Wants:
+    def of(cls, ids: Sequence[torch.Tensor], partition: RowPartition) -> TableLookup:
         """Count the ids of each rank."""
         distinct = [np.bincount(np.unique(x.numpy()) // partition.block, minlength=len(ids)) for x in ids]
         return cls([len(x) for x in ids], np.stack(distinct))
+
+    def exchange(self, rank: int) -> Exchange:
+        """What one rank looks up and sends."""
+        return Exchange(self.ids[rank], int(self.distinct[rank].sum()), int(self.distinct[:, rank].sum()))
 
     def sent_by(self, rank: int) -> int:
         """Rows that a rank sends to others."""
         return int(self.distinct[:, rank].sum() - self.distinct[rank, rank])
 
-    def fetched_by(self, rank: int) -> int:
+    def received_by(self, rank: int) -> int:
         """Rows that a rank gets from others; as many ids and row gradients go the other way."""
         return int(self.distinct[rank].sum() - self.distinct[rank, rank])
 
@@ -55,28 +60,28 @@ class MicroBatchSample:
 
     Attributes:
         batches: themselves, on the meta device.
-        wants: lookups of users and items of the collaborative, then of the content LLM.
+        lookups: by table.
         owned_targets: item targets, of whatever rank, whose row a rank holds.
     """
 
     batches: list[MicroBatch]
-    wants: list[Wants]
+    lookups: dict[str, TableLookup]
     owned_targets: list[int]
 
     @property
-    def places(self) -> list[int]:
+    def num_positions(self) -> list[int]:
         """Positions that the backbone computes."""
         return [batch.word_ids.numel() for batch in self.batches]
 
     @property
     def queries(self) -> list[int]:
-        """Places that predict items."""
-        return [len(batch.items.query_places) for batch in self.batches]
+        """Positions that predict items."""
+        return [len(batch.query_positions["items"]) for batch in self.batches]
 
     @property
     def targets(self) -> list[int]:
         """Items that are predicted."""
-        return [len(batch.items.targets) for batch in self.batches]
+        return [len(batch.targets["items"]) for batch in self.batches]
 
 
 @dataclass(frozen=True)
@@ -97,23 +102,21 @@ class StepSample:
         return len(self.touched_users)
 
     def share(self, index: int, rank: int) -> Share:
-        """A micro-batch of one rank, for a rehearsal."""
+        """A micro-batch of one rank, for a dry run."""
         sample = self.micro_batches[index]
-        exchanges = [
-            Exchange(wants.ids[rank], int(wants.distinct[rank].sum()), int(wants.distinct[:, rank].sum()))
-            for wants in sample.wants
-        ]
-        counts = tuple(np.roll(sample.queries, -rank).tolist())
         return Share(
-            sample.batches[rank], exchanges, self.touched_users[rank], self.touched_items[rank], counts,
-            sample.owned_targets[rank],
-        )  # fmt: skip
+            batch=sample.batches[rank],
+            exchanges={name: lookup.exchange(rank) for name, lookup in sample.lookups.items()},
+            touched={"users": self.touched_users[rank], "items": self.touched_items[rank]},
+            item_queries=tuple(np.roll(sample.queries, -rank).tolist()),
+            owned_targets=sample.owned_targets[rank],
+        )
 
 
-def sample_step(corpus: Corpus, composer: Composer, config: RunConfig, num_ranks: int, step: int) -> StepSample:
+def sample_step(corpus: Corpus, prompts: PromptBuilder, config: RunConfig, num_ranks: int, step: int) -> StepSample:
     """Compose optimizer step `step` as `num_ranks` ranks would, and count."""
     cpu = torch.device("cpu")
-    sources = [BatchSource(corpus, composer, config, World(rank, num_ranks, 0, cpu)) for rank in range(num_ranks)]
+    sources = [BatchLoader(corpus, prompts, config, World(rank, num_ranks, 0, cpu)) for rank in range(num_ranks)]
     by_rank = [source.make(step).micro_batches for source in sources]
     num_user_rows = config.method.num_user_rows(corpus.num_users)
     return count_step([*zip(*by_rank, strict=True)], num_user_rows, corpus.num_items)
@@ -127,24 +130,27 @@ def count_step(micro_batches: Sequence[Sequence[MicroBatch]], num_users: int, nu
         micro_batches: for each micro-batch, that of every rank.
     """
     num_ranks = len(micro_batches[0])
-    users, items = RowPartition(num_users, num_ranks), RowPartition(num_items, num_ranks)
-    documents = [d for batches in micro_batches for b in batches for d in b.documents]
-    return StepSample(
-        [_count(batches, users, items) for batches in micro_batches],
-        _owned([d.user_ids for d in documents], users), _owned([d.item_ids for d in documents], items),
-    )  # fmt: skip
+    partitions = {"users": RowPartition(num_users, num_ranks), "items": RowPartition(num_items, num_ranks)}
+    batches = [batch for by_rank in micro_batches for batch in by_rank]
+    touched = {
+        kind: _count_owned(
+            [ids for batch in batches for name, ids in batch.ids.items() if name.endswith(kind)], partition
+        )
+        for kind, partition in partitions.items()
+    }
+    return StepSample([_count(by_rank, partitions) for by_rank in micro_batches], touched["users"], touched["items"])
 
 
-def _count(batches: Sequence[MicroBatch], users: RowPartition, items: RowPartition) -> MicroBatchSample:
-    wants = []
-    for documents in zip(*(batch.documents for batch in batches), strict=True):
-        wants.append(Wants.of([d.user_ids for d in documents], users))
-        wants.append(Wants.of([d.item_ids for d in documents], items))
-    targets = torch.cat([batch.items.targets for batch in batches]).numpy()
-    owned = np.bincount(targets // items.block, minlength=len(batches)).tolist()
-    return MicroBatchSample([batch.to(META) for batch in batches], wants, owned)
+def _count(batches: Sequence[MicroBatch], partitions: Mapping[str, RowPartition]) -> MicroBatchSample:
+    lookups = {
+        name: TableLookup.of([batch.ids[name] for batch in batches], partitions[name.rpartition(".")[2]])
+        for name in batches[0].ids
+    }
+    targets = torch.cat([batch.targets["items"] for batch in batches]).numpy()
+    owned = np.bincount(targets // partitions["items"].block, minlength=len(batches)).tolist()
+    return MicroBatchSample([batch.to(META) for batch in batches], lookups, owned)
 
 
-def _owned(ids: Sequence[torch.Tensor], partition: RowPartition) -> list[int]:
+def _count_owned(ids: Sequence[torch.Tensor], partition: RowPartition) -> list[int]:
     distinct = np.unique(torch.cat([*ids]).numpy())
     return np.bincount(distinct // partition.block, minlength=partition.world_size).tolist()

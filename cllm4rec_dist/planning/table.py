@@ -24,21 +24,31 @@ def tell(plan: Plan) -> str:
             [
                 *((part, _bytes(plan.memory[part]), what) for part, what in PARTS.items()),
                 ("reserved", _bytes(RESERVED), "assumed: driver, libraries' workspaces, pieces of the allocator"),
-                ("needed", _bytes(plan.needed), f"of {_bytes(place.gpu.memory)}: "
-                 + (f"fits, {_bytes(room)} left" if plan.fits else f"does NOT fit, {_bytes(-room)} too much")),
+                (
+                    "needed",
+                    _bytes(plan.needed),
+                    f"of {_bytes(place.gpu.memory)}: "
+                    + (f"fits, {_bytes(room)} left" if plan.fits else f"does NOT fit, {_bytes(-room)} too much"),
+                ),
             ],
         ),
         "",
         *_table(
             ("sent by the busiest GPU in a step", "bytes", "share"),
-            [(what, _short(size), f"{float(size / max(1, plan.traffic.total())):.1%}")
-             for what, size in plan.traffic.most_common()] + [("total", _short(plan.traffic.total()), "")],
+            [
+                (what, _short(size), f"{float(size / max(1, plan.traffic.total())):.1%}")
+                for what, size in plan.traffic.most_common()
+            ]
+            + [("total", _short(plan.traffic.total()), "")],
         ),
         "",
         *_table(
             ("computed by the busiest GPU in a step", "FLOPs", "share"),
-            [(what, _short(size), f"{size / max(1, plan.flops.total()):.1%}")
-             for what, size in plan.flops.most_common()] + [("total", _short(plan.flops.total()), "")],
+            [
+                (what, _short(size), f"{size / max(1, plan.flops.total()):.1%}")
+                for what, size in plan.flops.most_common()
+            ]
+            + [("total", _short(plan.flops.total()), "")],
         ),
         "",
         *_table(
@@ -51,7 +61,7 @@ def tell(plan: Plan) -> str:
         f" {plan.tokens:,.0f} real tokens a step, {plan.packing_efficiency:.1%} of the places computed,"
         f" {plan.tokens / plan.step_seconds:,.0f} tokens/s.",
         "Memory and bytes are sums that tests hold to measurements on CPUs; times are a model that no GPU has checked.",
-    ]  # fmt: skip
+    ]
     if plan.left_out:
         lines.append(f"Not in these figures: {', '.join(plan.left_out)}.")
     return "\n".join(lines)
@@ -59,9 +69,7 @@ def tell(plan: Plan) -> str:
 
 def tell_changes(changes: Iterable[Change], gpu_memory: int) -> str:
     """Markdown table of what to change, each on top of those before."""
-    rows = [
-        (c.settings, _bytes(c.needed), "fits" if c.needed <= gpu_memory else "", c.cost) for c in changes
-    ]  # fmt: skip
+    rows = [(c.settings, _bytes(c.needed), "fits" if c.needed <= gpu_memory else "", c.cost) for c in changes]
     return "\n".join(_table(("change, on top of those before", "needs", "", "costs"), rows))
 
 

@@ -16,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.planning.gathering import Gathers
 from cllm4rec_dist.planning.sampling import MicroBatchSample, StepSample
+from cllm4rec_dist.planning.zero3_simulation import Gathers
 
 INTEGER, INDEX, HALF, FLOAT, DOUBLE = 8, 4, 2, 4, 8
 """Bytes of int64, int32, bf16, fp32 and fp64."""
@@ -68,20 +68,22 @@ def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int)
 
 
 def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
-    """`Recommender.route` and `embedded`: all-to-alls of counts, ids and rows, and of row gradients in backward."""
-    wants = [wants for batch in sample.micro_batches for wants in batch.wants]
+    """`Recommender.route` and `embed`: all-to-alls of counts, ids and rows, and of row gradients in backward."""
+    lookups = [lookup for batch in sample.micro_batches for lookup in batch.lookups.values()]
     row = model.width * (HALF if config.embeddings.comm_dtype == "bf16" else FLOAT)
-    fetched = sum(w.fetched_by(rank) for w in wants)
-    return Counter({
-        "counts": (sample.num_ranks - 1) * len(wants) * INTEGER,
-        "row ids": fetched * INDEX,
-        "rows": sum(w.sent_by(rank) for w in wants) * row,
-        "row gradients": fetched * row,
-    })  # fmt: skip
+    received = sum(lookup.received_by(rank) for lookup in lookups)
+    return Counter(
+        {
+            "counts": (sample.num_ranks - 1) * len(lookups) * INTEGER,
+            "row ids": received * INDEX,
+            "rows": sum(lookup.sent_by(rank) for lookup in lookups) * row,
+            "row gradients": received * row,
+        }
+    )
 
 
 def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, rank: int) -> Traffic:
-    """`heads.ask` and `sharded_nll`: queries and targets gathered, log-sum-exps combined, scores and gradients back."""
+    """`GatheringQueries`: queries and targets gathered, log-sum-exps combined, scores and gradients back."""
     queries, targets = batch.queries, batch.targets
     num_ranks = len(queries)
     query = (model.width + config.head.item_bias) * FLOAT
@@ -120,5 +122,5 @@ def bookkeeping_traffic(config: RunConfig, num_ranks: int) -> Traffic:
 
 
 def loop_traffic(num_ranks: int) -> Traffic:
-    """`train._agree`, once a step beside `train_step`."""
+    """`train._sync_control_flags`, once a step beside `train_step`."""
     return Counter({"agreement": 2 * all_gather(2 * INTEGER, num_ranks)})

@@ -16,10 +16,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from cllm4rec_dist import preflight
+from cllm4rec_dist.checkpointing.find_run import newest_step
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.find_run import newest_step
 from cllm4rec_dist.project.layout import Project, is_project
 from cllm4rec_dist.project.stages import (
     Record,

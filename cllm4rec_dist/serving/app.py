@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DamagedCheckpointError, FaultError
-from cllm4rec_dist.find_run import find
+from cllm4rec_dist.launchers.ray_launcher import ray_address, start_ray
 from cllm4rec_dist.log import setup_logging
-from cllm4rec_dist.ray_launcher import ray_address, start_ray
 from cllm4rec_dist.serving.address import url
 from cllm4rec_dist.serving.live import LiveRecommender
 from cllm4rec_dist.serving.options import ServiceOptions

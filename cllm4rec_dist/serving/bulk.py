@@ -11,16 +11,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cllm4rec_dist import ranking
-from cllm4rec_dist.collectives import all_reduce_sum
+from cllm4rec_dist.distributed.collectives import all_reduce_sum
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.evaluation import topk
+from cllm4rec_dist.evaluation.topk import Ranking
+from cllm4rec_dist.evaluation.trained_run import load
 from cllm4rec_dist.log import ReportMetrics, progress_bar
-from cllm4rec_dist.ranking import Ranking
-from cllm4rec_dist.recommendations import FileFormat, list_schema, make_folder, write_recommendations
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.people import KnownItems, People, gather_people
+from cllm4rec_dist.serving.recommendations import FileFormat, list_schema, make_folder, write_recommendations
 from cllm4rec_dist.system import InferenceSystem
-from cllm4rec_dist.topology import World
-from cllm4rec_dist.trained_run import load
 
 logger = logging.getLogger(__name__)
 
@@ -140,10 +140,16 @@ def _lists(
     popular = order[: request.top] if request.min_score is None else order[:0]
     nobody = (people.rows < 0) & (people.histories.lengths == 0)
     seen = None if request.include_seen else people.histories
-    rankings = ranking.rank_users(
-        system, people.rows, people.histories, request.top, request.batch_users, progress, seen=seen,
+    rankings = topk.rank_users(
+        system,
+        people.rows,
+        people.histories,
+        request.top,
+        request.batch_users,
+        progress,
+        seen=seen,
         candidates=candidates,
-    )  # fmt: skip
+    )
     for ranked in rankings:
         yield _kept(ranked, nobody[ranked.index], popular, request.min_score)
 

@@ -29,7 +29,7 @@ from cllm4rec_dist.corpus.sources.tables import find_kind, read_batches, read_ta
 from cllm4rec_dist.corpus.times import read_times
 from cllm4rec_dist.corpus.values import MISSING_WORDS
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.serving.id_list import similar_ids
 
 logger = logging.getLogger(__name__)
 

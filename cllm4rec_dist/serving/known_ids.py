@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find
 from cllm4rec_dist.corpus.manifest import OrderColumns, load_manifest
 from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
-from cllm4rec_dist.find_run import corpus_in_project, find
-from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 
 logger = logging.getLogger(__name__)

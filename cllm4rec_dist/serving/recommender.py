@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.distributed.topology import find_device
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.evaluation.topk import encode_histories, sharded_topk
+from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.project.layout import run_of
-from cllm4rec_dist.ranking import encode_histories, sharded_topk
+from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.people import CorpusPeople
 from cllm4rec_dist.serving.queries import (
@@ -43,8 +45,6 @@ from cllm4rec_dist.serving.queries import (
 )
 from cllm4rec_dist.serving.run_info import RunInfo, describe_run
 from cllm4rec_dist.system import InferenceSystem
-from cllm4rec_dist.topology import find_device
-from cllm4rec_dist.trained_run import load_local
 
 __all__ = ["Answer", "ItemCatalog", "Query", "Recommendation", "Recommender", "RunInfo"]
 
@@ -88,7 +88,7 @@ class Recommender:
         self.users = self._people.names[: self._people.num_known]
         system.train(False)
         with torch.no_grad():
-            self._operand = system.recommender.item_operand()
+            self._operand = system.recommender.output_weight()
         self._forward = threading.Lock()  # a forward keeps state in the backbone
 
     @classmethod

@@ -154,14 +154,20 @@ class Service:
                 yield
         except OverloadError as error:
             raise request_error(
-                "service", f"has {error.value} requests to answer already", "Send the request again later.", 503,
+                "service",
+                f"has {error.value} requests to answer already",
+                "Send the request again later.",
+                503,
                 retry_after="1",
-            ) from None  # fmt: skip
+            ) from None
         except TimeoutError:
             raise request_error(
-                "service", f"did not answer within {seconds:g} seconds", "Send the request again later.", 503,
+                "service",
+                f"did not answer within {seconds:g} seconds",
+                "Send the request again later.",
+                503,
                 retry_after="5",
-            ) from None  # fmt: skip
+            ) from None
 
 
 def _name(run: str, stage: str) -> str:

@@ -50,9 +50,10 @@ def amazon(folder: Path) -> dict[str, Any]:
     ]
     metadata = [{"asin": i, "title": f"Title {i}", "description": ["one", i]} for i in ITEMS]
     return {
-        "edition": "2018", "reviews": write(folder / "r.json.gz", reviews),
+        "edition": "2018",
+        "reviews": write(folder / "r.json.gz", reviews),
         "metadata": write(folder / "m.json", metadata),
-    }  # fmt: skip
+    }
 
 
 def yelp(folder: Path) -> dict[str, Any]:
@@ -62,9 +63,10 @@ def yelp(folder: Path) -> dict[str, Any]:
     ]
     places = [{"business_id": i, "name": f"Café {i}", "categories": None, "city": "Łódź"} for i in ITEMS]
     return {
-        "reviews": write(folder / "review.json", reviews), "businesses": write(folder / "b.json", places),
+        "reviews": write(folder / "review.json", reviews),
+        "businesses": write(folder / "b.json", places),
         "users": write(folder / "u.json", [{"user_id": "u1", "yelping_since": "2009-01-01", "elite": ""}]),
-    }  # fmt: skip
+    }
 
 
 def sequences(folder: Path) -> dict[str, Any]:
@@ -89,10 +91,15 @@ def table(folder: Path, kind: str) -> dict[str, Any]:
 
 
 FORMATS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
-    "recbole": ("recbole", recbole), "grouplens": ("grouplens", grouplens), "amazon": ("amazon", amazon),
-    "yelp": ("yelp", yelp), "sequences": ("sequences", sequences), "csv": ("table", lambda f: table(f, "csv")),
-    "jsonl": ("table", lambda f: table(f, "jsonl")), "parquet": ("table", lambda f: table(f, "parquet")),
-}  # fmt: skip
+    "recbole": ("recbole", recbole),
+    "grouplens": ("grouplens", grouplens),
+    "amazon": ("amazon", amazon),
+    "yelp": ("yelp", yelp),
+    "sequences": ("sequences", sequences),
+    "csv": ("table", lambda f: table(f, "csv")),
+    "jsonl": ("table", lambda f: table(f, "jsonl")),
+    "parquet": ("table", lambda f: table(f, "parquet")),
+}
 
 
 def test_damaged_raw_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

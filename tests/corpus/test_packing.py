@@ -18,21 +18,21 @@ GROUP = st.just(np.empty(0, np.int64)) | LENGTHS
 @patient
 @given(first=GROUP, second=GROUP)
 def test_documents_stand_whole_in_full_rows(first: np.ndarray, second: np.ndarray) -> None:
-    packing = pack(first, second)
-    width, groups = packing.shape[1], (first, second)
-    placed = [ranges(starts, lengths) for starts, lengths in zip(packing.starts, groups, strict=True)]
-    places = np.concatenate(placed)
-    assert len(np.unique(places)) == len(places) == first.sum() + second.sum()
-    assert len(places) >= FULL * packing.num_places or packing.shape == (1, 1)
-    assert places.max(initial=0) < packing.num_places
-    assert placed[0].max(initial=-1) < packing.boundary
-    assert placed[1].min(initial=packing.num_places) >= packing.boundary
-    for starts, lengths in zip(packing.starts, groups, strict=True):
+    (rows, width), all_starts, content_start = pack(first, second)
+    groups = first, second
+    placed = [ranges(starts, lengths) for starts, lengths in zip(all_starts, groups, strict=True)]
+    positions = np.concatenate(placed)
+    assert len(np.unique(positions)) == len(positions) == first.sum() + second.sum()
+    assert len(positions) >= FULL * rows * width or (rows, width) == (1, 1)
+    assert positions.max(initial=0) < rows * width
+    assert placed[0].max(initial=-1) < content_start
+    assert placed[1].min(initial=rows * width) >= content_start
+    for starts, lengths in zip(all_starts, groups, strict=True):
         assert (starts // width == (starts + lengths - 1) // width).all(), "cut by the end of a row"
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "shape", "boundary"),
+    ("first", "second", "shape", "content_start"),
     [
         ([], [], (1, 1), 0),
         ([7], [], (1, 7), 7),
@@ -43,9 +43,9 @@ def test_documents_stand_whole_in_full_rows(first: np.ndarray, second: np.ndarra
         ([4, 2], [2, 4], (3, 4), 6),  # they share the second row
     ],
 )
-def test_shapes_of_two_groups(first: list[int], second: list[int], shape: tuple[int, int], boundary: int) -> None:
-    packing = pack(np.array(first, np.int64), np.array(second, np.int64))
-    assert (packing.shape, packing.boundary) == (shape, boundary)
+def test_shapes_of_two_groups(first: list[int], second: list[int], shape: tuple[int, int], content_start: int) -> None:
+    found, _, start = pack(np.array(first, np.int64), np.array(second, np.int64))
+    assert (found, start) == (shape, content_start)
 
 
 @patient
@@ -76,6 +76,6 @@ def test_rows_stay_near_the_longest_document(num_users: int, num_texts: int) -> 
     for seed in range(5):
         random = np.random.default_rng(seed)
         users = np.clip(random.lognormal(2.5, 1.0, num_users), 1, 200).astype(np.int64)
-        packing = pack(users, random.integers(10, 70, num_texts))
-        assert packing.shape[1] < 1.3 * users.max()
-        assert packing.num_places < num_users * users.max() + num_texts * 70
+        (rows, length), _, _ = pack(users, random.integers(10, 70, num_texts))
+        assert length < 1.3 * users.max()
+        assert rows * length < num_users * users.max() + num_texts * 70

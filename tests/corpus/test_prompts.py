@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from cllm4rec_dist.config import MethodConfig
-from cllm4rec_dist.corpus.prompts import Composer, Document, Documents, collate
+from cllm4rec_dist.corpus.collate import TABLES, collate
+from cllm4rec_dist.corpus.documents import Documents
+from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import ContentKind
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
-from cllm4rec_dist.model.tiny import train_tokenizer
+from cllm4rec_dist.model.build_backbone import train_tokenizer
+from tests.documents import Document, collate_each, decode, each
 
 TOKENIZER = WordTokenizer(train_tokenizer(["the quiet trail", "blue espresso"], 320))
 SPACE = TokenSpace(num_words=len(TOKENIZER), num_users=30, num_items=100)
@@ -23,28 +26,39 @@ ITEMS = np.array([7, 3, 99, 12, 41, 0, 25, 64], dtype=np.int32)
 class Single:
     """Documents one at a time, each as a batch of its own."""
 
-    def __init__(self, made: Composer) -> None:
+    def __init__(self, made: PromptBuilder) -> None:
         self.all = made
 
     def collaborative(self, user: int, items: np.ndarray, epoch: int) -> Document:
-        return one(self.all.collaborative(array(user), Ragged.from_lists([items]), array(epoch)))
+        return one(plan_and_make(self.all, "collaborative", array(user), Ragged.from_lists([items]), array(epoch)))
 
     def recommendation(self, user: int, items: np.ndarray, epoch: int) -> Document:
-        return one(self.all.recommendation(array(user), Ragged.from_lists([items]), array(epoch)))
+        return one(plan_and_make(self.all, "recommendation", array(user), Ragged.from_lists([items]), array(epoch)))
 
     def prediction(self, user: int, items: np.ndarray) -> Document:
         return one(self.all.prediction(array(user), Ragged.from_lists([items])))
 
     def content(self, kind: int, user: int, item: int, words: np.ndarray, epoch: int, example: int) -> Document:
-        return one(
-            self.all.content(
-                array(kind), array(user), array(item), Ragged.from_lists([words]), array(epoch), array(example)
-            )
-        )
+        plan = self.all.plan_content(array(kind), array(len(words)), array(epoch), array(example))
+        texts = Ragged.from_lists([words])
+        document = one(self.all.content(array(kind), array(user), array(item), texts, plan["keys"]))
+        assert len(document.token_ids) == plan["num_tokens"]
+        return document
+
+
+def plan_and_make(
+    prompts: PromptBuilder, kind: str, users: np.ndarray, histories: Ragged, epochs: np.ndarray
+) -> Documents:
+    """Documents of histories, as long as they were planned to be."""
+    plan = getattr(prompts, f"plan_{kind}")(users, histories.lengths, epochs)
+    num_tokens = plan.pop("num_tokens")
+    documents: Documents = getattr(prompts, kind)(users, histories, **plan)
+    assert documents.tokens.lengths.tolist() == num_tokens.tolist()
+    return documents
 
 
 def one(documents: Documents) -> Document:
-    (document,) = documents
+    (document,) = each(documents)
     return document
 
 
@@ -52,13 +66,13 @@ def array(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def composer(seed: int = 0, **method: Any) -> Single:
-    return Single(Composer(TOKENIZER, SPACE, MethodConfig(**method), seed))
+def prompts(seed: int = 0, **method: Any) -> Single:
+    return Single(PromptBuilder(TOKENIZER, SPACE, MethodConfig(**method), seed))
 
 
 def text_of(document: Document) -> str:
     """The document in bracket notation; a slot takes the blanks beside it (`with<item_3>`)."""
-    return TOKENIZER.decode(document.token_ids.tolist(), SPACE)
+    return decode(TOKENIZER, document.token_ids.tolist(), SPACE)
 
 
 def brackets(items: Any) -> str:
@@ -70,13 +84,13 @@ def shown_items(document: Document) -> list[int]:
 
 
 def test_the_collaborative_document_is_the_papers() -> None:
-    document = composer(order="fixed").collaborative(4, ITEMS, epoch=0)
+    document = prompts(order="fixed").collaborative(4, ITEMS, epoch=0)
     assert text_of(document) == f"<user_4> has interacted with{brackets(ITEMS)}"
 
 
 def test_every_item_is_predicted_from_the_token_before_it() -> None:
     for order in ("fixed", "shuffled"):
-        document = composer(order=order).collaborative(4, ITEMS, epoch=0)
+        document = prompts(order=order).collaborative(4, ITEMS, epoch=0)
         assert sorted(document.targets.tolist()) == sorted(ITEMS.tolist())
         assert document.target_query.tolist() == list(range(len(ITEMS)))
         predicted = document.token_ids[document.queries + 1] - SPACE.first_item
@@ -90,7 +104,7 @@ def test_every_item_is_predicted_from_the_token_before_it() -> None:
 @pytest.mark.parametrize("make", ["collaborative", "recommendation"])
 def test_shuffled_orders_differ_between_visits_and_users_and_are_repeatable(make: str) -> None:
     def order(epoch: int, user: int = 4, seed: int = 0, **method: Any) -> list[int]:
-        return shown_items(getattr(composer(seed, **method), make)(user, ITEMS, epoch))
+        return shown_items(getattr(prompts(seed, **method), make)(user, ITEMS, epoch))
 
     assert order(0) == order(0)
     visits = [order(epoch) for epoch in range(5)]
@@ -100,7 +114,7 @@ def test_shuffled_orders_differ_between_visits_and_users_and_are_repeatable(make
 
 
 def test_a_fixed_order_is_the_stored_one_at_every_visit() -> None:
-    fixed = composer(order="fixed")
+    fixed = prompts(order="fixed")
     for epoch in range(3):
         assert shown_items(fixed.collaborative(4, ITEMS, epoch)) == ITEMS.tolist()
         shown = shown_items(fixed.recommendation(4, ITEMS, epoch))
@@ -108,7 +122,7 @@ def test_a_fixed_order_is_the_stored_one_at_every_visit() -> None:
 
 
 def test_the_recommendation_document_is_the_papers() -> None:
-    document = composer().recommendation(4, ITEMS, epoch=1)
+    document = prompts().recommendation(4, ITEMS, epoch=1)
     shown = shown_items(document)
     assert text_of(document) == f"<user_4> has interacted with{brackets(shown)},<user_4> will interact with"
     assert document.queries.tolist() == [len(document.token_ids) - 1], "read from the last position"
@@ -117,20 +131,20 @@ def test_the_recommendation_document_is_the_papers() -> None:
 
 def test_held_out_targets_are_those_that_are_not_shown() -> None:
     for epoch in range(20):
-        document = composer(target="held_out").recommendation(4, ITEMS, epoch)
+        document = prompts(target="held_out").recommendation(4, ITEMS, epoch)
         assert sorted([*shown_items(document), *document.targets.tolist()]) == sorted(ITEMS.tolist())
 
 
 def test_all_targets_are_all_items_though_some_are_masked() -> None:
     for epoch in range(20):
-        document = composer(target="all").recommendation(4, ITEMS, epoch)
+        document = prompts(target="all").recommendation(4, ITEMS, epoch)
         assert sorted(document.targets.tolist()) == sorted(ITEMS.tolist())
         assert 0 < len(shown_items(document)) < len(ITEMS)
 
 
 def test_masked_shares_fill_their_range() -> None:
     items = np.arange(100)
-    made = composer(mask_ratio=(0.3, 0.6))
+    made = prompts(mask_ratio=(0.3, 0.6))
     masked = [len(made.recommendation(4, items, epoch).targets) for epoch in range(200)]
     assert 30 <= min(masked) <= 35
     assert 55 <= max(masked) <= 60
@@ -142,7 +156,7 @@ def test_masked_shares_fill_their_range() -> None:
 
 def test_one_item_at_least_is_masked_and_one_shown() -> None:
     for share in (0.01, 0.99):
-        made = composer(mask_ratio=(share, share))
+        made = prompts(mask_ratio=(share, share))
         for count in (2, 3, 8):
             document = made.recommendation(4, ITEMS[:count], epoch=0)
             assert len(document.targets) == (1 if share < 0.5 else count - 1)
@@ -151,7 +165,7 @@ def test_one_item_at_least_is_masked_and_one_shown() -> None:
 
 @pytest.mark.parametrize("target", ["held_out", "all"])
 def test_the_only_item_of_a_user_is_masked(target: str) -> None:
-    document = composer(target=target).recommendation(4, ITEMS[:1], epoch=0)
+    document = prompts(target=target).recommendation(4, ITEMS[:1], epoch=0)
     assert text_of(document) == "<user_4> has interacted with,<user_4> will interact with"
     assert document.targets.tolist() == [7]
 
@@ -159,18 +173,18 @@ def test_the_only_item_of_a_user_is_masked(target: str) -> None:
 def test_a_long_history_is_cut_to_random_items_or_to_the_last_ones() -> None:
     seen: set[int] = set()
     for epoch in range(20):
-        items = shown_items(composer(max_history=3).collaborative(4, ITEMS, epoch))
+        items = shown_items(prompts(max_history=3).collaborative(4, ITEMS, epoch))
         assert len(items) == len(set(items)) == 3
         seen |= set(items)
     assert seen == set(ITEMS.tolist())
-    fixed = composer(max_history=3, order="fixed")
+    fixed = prompts(max_history=3, order="fixed")
     assert fixed.collaborative(4, ITEMS, 0).targets.tolist() == [0, 25, 64]
-    document = composer(max_history=3, target="all").recommendation(4, ITEMS, 0)
+    document = prompts(max_history=3, target="all").recommendation(4, ITEMS, 0)
     assert len(document.targets) == 3
 
 
 def test_a_prediction_shows_the_last_items_in_stored_order() -> None:
-    document = composer(max_history=5).prediction(4, ITEMS)
+    document = prompts(max_history=5).prediction(4, ITEMS)
     assert text_of(document) == f"<user_4> has interacted with{brackets(ITEMS[-5:])},<user_4> will interact with"
     assert document.queries.tolist() == [len(document.token_ids) - 1]
     assert len(document.targets) == 0
@@ -187,7 +201,7 @@ CONTENT = {
 @pytest.mark.parametrize("kind", CONTENT)
 def test_content_documents_are_the_papers_and_every_word_is_predicted(kind: ContentKind) -> None:
     words = np.array(TOKENIZER.encode_batch([" quiet trail <item_3>"])[0], dtype=np.int32)
-    document = composer().content(int(kind), 4, 9, words, epoch=0, example=17)
+    document = prompts().content(int(kind), 4, 9, words, epoch=0, example=17)
     assert text_of(document) == f"{CONTENT[kind]} quiet trail <item_3>"
     assert (document.token_ids >= SPACE.first_user).sum() == CONTENT[kind].count("<"), "a text's bracket is no token"
     assert document.targets.tolist() == words.tolist()
@@ -197,7 +211,7 @@ def test_content_documents_are_the_papers_and_every_word_is_predicted(kind: Cont
 
 
 def test_dropout_keys_differ_between_visits_documents_and_kinds() -> None:
-    made = composer()
+    made = prompts()
     words = np.array([1, 2], dtype=np.int32)
     keys = [
         document.key
@@ -221,7 +235,7 @@ def some_histories(count: int = 60) -> Ragged:
 @pytest.mark.parametrize("order", ["fixed", "shuffled"])
 @pytest.mark.parametrize("target", ["held_out", "all"])
 def test_documents_of_a_batch_are_those_made_alone(order: str, target: str) -> None:
-    made = composer(order=order, target=target, max_history=30)
+    made = prompts(order=order, target=target, max_history=30)
     histories, random = some_histories(), np.random.default_rng(1)
     users, items, epochs = (random.integers(0, 30, 60) for _ in range(3))
     kinds = random.integers(0, 4, 60)
@@ -235,33 +249,27 @@ def test_documents_of_a_batch_are_those_made_alone(order: str, target: str) -> N
             for n, ((u, h, e), k, i) in enumerate(zip(alone, kinds, items, strict=True))
         ],
     }
+    plan = made.all.plan_content(kinds, histories.lengths, epochs, 7 * np.arange(60))
     together = {
-        "collaborative": made.all.collaborative(users, histories, epochs),
-        "recommendation": made.all.recommendation(users, histories, epochs),
+        "collaborative": plan_and_make(made.all, "collaborative", users, histories, epochs),
+        "recommendation": plan_and_make(made.all, "recommendation", users, histories, epochs),
         "prediction": made.all.prediction(users, histories),
-        "content": made.all.content(kinds, users, items, histories, epochs, 7 * np.arange(60)),
+        "content": made.all.content(kinds, users, items, histories, plan["keys"]),
     }
     for name, documents in together.items():
         assert len(documents) == 60
-        for got, wanted in zip(documents, batches[name], strict=True):
+        for got, wanted in zip(each(documents), batches[name], strict=True):
             for field, value in vars(wanted).items():
                 np.testing.assert_array_equal(getattr(got, field), value, err_msg=f"{name} {field}")
-    counts = histories.lengths
-    lengths = {
-        "collaborative": made.all.collaborative_lengths(users, counts, epochs),
-        "recommendation": made.all.recommendation_lengths(users, counts, epochs),
-        "content": made.all.content_lengths(kinds, counts),
-    }
-    for name, known in lengths.items():
-        assert known.tolist() == together[name].tokens.lengths.tolist(), name
+    assert plan["num_tokens"].tolist() == together["content"].tokens.lengths.tolist()
 
 
 def test_every_order_and_every_mask_is_equally_likely() -> None:
     count = 24_000
     histories = Ragged.from_lengths(np.full(count, 4), np.tile(np.arange(4), count))
     users, epochs = np.arange(count) % 30, np.arange(count) // 30
-    made = composer(mask_ratio=0.5).all
-    orders = made.collaborative(users, histories, epochs).targets.values.reshape(count, 4)
+    made = prompts(mask_ratio=0.5).all
+    orders = plan_and_make(made, "collaborative", users, histories, epochs).targets.values.reshape(count, 4)
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24
     expected = count / 24
@@ -270,11 +278,16 @@ def test_every_order_and_every_mask_is_equally_likely() -> None:
     again = orders[:-30] == orders[30:]  # a user's next visit
     assert again.mean() == pytest.approx(1 / 4, abs=5 * (3 / 16 / again.size) ** 0.5)
 
-    masks = np.sort(made.recommendation(users, histories, epochs).targets.values.reshape(count, 2), axis=1)
+    masks = np.sort(
+        plan_and_make(made, "recommendation", users, histories, epochs).targets.values.reshape(count, 2), axis=1
+    )
     _, counts = np.unique(masks, axis=0, return_counts=True)
     assert len(counts) == 6
     assert abs(counts - count / 6).max() < 5 * (count / 6) ** 0.5
-    shown = made.recommendation(users, histories, epochs).tokens.values.reshape(count, -1) - SPACE.first_item
+    shown = (
+        plan_and_make(made, "recommendation", users, histories, epochs).tokens.values.reshape(count, -1)
+        - SPACE.first_item
+    )
     shown = shown[shown >= 0].reshape(count, 2)
     assert (shown[:, 0] < shown[:, 1]).mean() == pytest.approx(0.5, abs=5 * (0.25 / count) ** 0.5)
 
@@ -282,8 +295,11 @@ def test_every_order_and_every_mask_is_equally_likely() -> None:
 def test_masked_shares_are_uniform() -> None:
     count = 20_000
     histories = Ragged.from_lengths(np.full(count, 100), np.tile(np.arange(100), count))
-    made = composer(mask_ratio=(0.2, 0.6)).all
-    share = made.recommendation(np.zeros(count, np.int64), histories, np.arange(count)).targets.lengths / 100
+    made = prompts(mask_ratio=(0.2, 0.6)).all
+    share = (
+        plan_and_make(made, "recommendation", np.zeros(count, np.int64), histories, np.arange(count)).targets.lengths
+        / 100
+    )
     assert share.mean() == pytest.approx(0.4, abs=5 * 0.4 / (12 * count) ** 0.5)
     assert share.std() == pytest.approx(0.4 / 12**0.5, rel=0.03)
 
@@ -291,8 +307,8 @@ def test_masked_shares_are_uniform() -> None:
 def test_a_prefix_that_the_backbone_expects_comes_first() -> None:
     tokenizer = WordTokenizer(train_tokenizer(["the quiet trail", "blue espresso"], 320))
     tokenizer.prefix = [0]
-    made = Single(Composer(tokenizer, SPACE, MethodConfig(order="fixed"), 0))
-    bare = composer(order="fixed")
+    made = Single(PromptBuilder(tokenizer, SPACE, MethodConfig(order="fixed"), 0))
+    bare = prompts(order="fixed")
     for name in ("collaborative", "recommendation"):
         document, without = getattr(made, name)(4, ITEMS, 0), getattr(bare, name)(4, ITEMS, 0)
         assert document.token_ids.tolist() == [0, *without.token_ids.tolist()]
@@ -300,68 +316,70 @@ def test_a_prefix_that_the_backbone_expects_comes_first() -> None:
 
 
 def test_collate_holds_uneven_documents_unchanged() -> None:
-    made = composer(order="fixed")
+    made = prompts(order="fixed")
     words = np.array(TOKENIZER.encode_batch([" quiet trail"])[0], dtype=np.int32)
     documents = [
-        made.collaborative(4, ITEMS[:2], 0), made.recommendation(29, ITEMS, 0),
+        made.collaborative(4, ITEMS[:2], 0),
+        made.recommendation(29, ITEMS, 0),
         made.content(int(ContentKind.USER_ITEM), 1, 99, words, 0, 5),
-    ]  # fmt: skip
-    batch = collate(documents[:2], SPACE, documents[2:])
+    ]
+    batch = collate_each(documents[:2], SPACE, documents[2:])
     assert batch.num_tokens == sum(len(d.token_ids) for d in documents)
     assert batch.word_ids.shape == batch.positions.shape == batch.keys.shape
 
     tokens = batch.word_ids.flatten().clone()
-    for asked in batch.documents:
-        for places in (asked.user_places, asked.item_places):
-            assert not tokens[places].any()
-            assert places.tolist() == sorted(places.tolist())
-            assert ((places < batch.boundary) == (asked is batch.items)).all()
-        tokens[asked.user_places] = asked.user_ids + SPACE.first_user
-        tokens[asked.item_places] = asked.item_ids + SPACE.first_item
+    for loss, (users, items) in TABLES.items():
+        for table, first in ((users, SPACE.first_user), (items, SPACE.first_item)):
+            positions = batch.id_positions[table]
+            assert not tokens[positions].any()
+            assert positions.tolist() == sorted(positions.tolist())
+            assert ((positions < batch.content_start) == (loss == "items")).all()
+            tokens[positions] = batch.ids[table] + first
     positions, keys = batch.positions.flatten(), batch.keys.flatten()
     left = torch.ones(len(tokens), dtype=torch.bool)
-    for number, document in enumerate(documents):
-        asked = batch.documents[number // 2]
-        places = asked.query_places[asked.target_query]
+    for index, document in enumerate(documents):
+        loss = ("items", "text")[index // 2]
+        queries = batch.query_positions[loss][batch.target_query[loss]]
         (start,) = torch.nonzero((keys == document.key) & (positions == 0)).flatten().tolist()
         stop = start + len(document.token_ids)
         assert tokens[start:stop].tolist() == document.token_ids.tolist()
         assert positions[start:stop].tolist() == list(range(stop - start))
         assert (keys[start:stop] == document.key).all()
         assert start // batch.word_ids.shape[1] == (stop - 1) // batch.word_ids.shape[1], "cut by the end of a row"
-        # Each target's place and value.
-        own = (places >= start) & (places < stop)
-        assert (places[own] - start).tolist() == document.queries[document.target_query].tolist()
-        assert asked.targets[own].tolist() == document.targets.tolist()
+        # Each target's query and value.
+        mine = (queries >= start) & (queries < stop)
+        assert (queries[mine] - start).tolist() == document.queries[document.target_query].tolist()
+        assert batch.targets[loss][mine].tolist() == document.targets.tolist()
         left[start:stop] = False
     assert not tokens[left].any()
     assert not positions[left].any()
-    assert sum(len(d.query_places) for d in batch.documents) == sum(len(d.queries) for d in documents)
+    assert sum(map(len, batch.query_positions.values())) == sum(len(d.queries) for d in documents)
 
 
 def test_collate_of_no_document_is_one_padding_token_that_predicts_nothing() -> None:
-    batch = collate([], SPACE)
+    batch = collate_each([], SPACE)
     assert batch.word_ids.tolist() == [[0]]
     assert batch.num_tokens == 0
-    assert batch.words is None
-    for asked in [batch.items, *collate([], SPACE, []).documents]:
-        assert all(len(value) == 0 for value in vars(asked).values())
+    assert [*batch.targets] == ["items"]
+    assert [*batch.ids] == [*TABLES["items"]]
+    for empty in (batch, collate_each([], SPACE, [])):
+        for tensors in (empty.ids, empty.id_positions, empty.query_positions, empty.target_query, empty.targets):
+            assert all(len(tensor) == 0 for tensor in tensors.values())
     assert batch.keys.tolist() == batch.positions.tolist() == [[0]]
 
 
 def test_a_batch_moves_with_every_tensor() -> None:
-    batch = collate([composer().collaborative(4, ITEMS, 0)], SPACE, []).to(torch.device("meta"))
-    assert batch.words is not None
-    values = [value for part in (batch, batch.items, batch.words) for value in vars(part).values()]
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 3 + 2 * 7
+    batch = collate_each([prompts().collaborative(4, ITEMS, 0)], SPACE, []).to(torch.device("meta"))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    tensors += [tensor for value in vars(batch).values() if isinstance(value, dict) for tensor in value.values()]
+    assert len(tensors) == 3 + 2 * 4 + 3 * 2
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert batch.num_tokens > 0
 
 
 def named(documents: Documents) -> np.ndarray:
     """The user row of each document's first user token."""
-    return np.array([document.token_ids[document.token_ids >= SPACE.first_user][0] for document in documents])
+    return np.array([tokens[tokens >= SPACE.first_user][0] for tokens in documents.tokens])
 
 
 @pytest.mark.parametrize("make", ["collaborative", "recommendation"])
@@ -371,8 +389,8 @@ def test_a_share_of_prompts_names_the_shared_user_and_nothing_else_changes(make:
     epochs = np.arange(count) // 29
 
     def documents(ratio: float) -> Documents:
-        made = Composer(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=ratio), 0)
-        return getattr(made, make)(users, histories, epochs)
+        prompts = PromptBuilder(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=ratio), 0)
+        return plan_and_make(prompts, make, users, histories, epochs)
 
     own, some, everybody = (documents(ratio) for ratio in (0.0, 0.3, 1.0))
     shared = SPACE.first_user + SPACE.num_users - 1
@@ -383,9 +401,9 @@ def test_a_share_of_prompts_names_the_shared_user_and_nothing_else_changes(make:
     assert (named(some)[~drawn] == named(own)[~drawn]).all()
     # One user is named in different ways at different visits, and never in two ways in one document.
     assert 0 < drawn[users == 3].mean() < 1
-    users_of = [{t for t in d.token_ids.tolist() if SPACE.first_user <= t < SPACE.first_item} for d in some]
+    users_of = [{t for t in d.token_ids.tolist() if SPACE.first_user <= t < SPACE.first_item} for d in each(some)]
     assert {len(found) for found in users_of} == {1}
-    for one_, other in zip(some, own, strict=True):
+    for one_, other in zip(each(some), each(own), strict=True):
         is_user = (other.token_ids >= SPACE.first_user) & (other.token_ids < SPACE.first_item)
         assert (one_.token_ids[~is_user] == other.token_ids[~is_user]).all()
         assert (one_.targets == other.targets).all()
@@ -393,24 +411,24 @@ def test_a_share_of_prompts_names_the_shared_user_and_nothing_else_changes(make:
 
 
 def test_texts_keep_the_users_they_are_about() -> None:
-    made = Composer(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=1.0), 0)
+    prompts = PromptBuilder(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=1.0), 0)
     kinds = array(ContentKind.USER_ITEM, ContentKind.USER_PROFILE)
     words = Ragged.from_lists([[1, 2], [3]])
-    documents = made.content(kinds, array(4, 5), array(0, 0), words, array(0, 0), array(0, 1))
+    documents = prompts.content(kinds, array(4, 5), array(0, 0), words, array(0, 1).astype(np.uint64))
     assert named(documents).tolist() == [SPACE.first_user + 4, SPACE.first_user + 5]
 
 
 def test_somebody_without_a_row_is_the_shared_user_or_nobody() -> None:
     users, histories = array(-1, 4), Ragged.from_lists([ITEMS, ITEMS])
-    shared = Composer(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=0.1), 0).prediction(users, histories)
+    shared = PromptBuilder(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=0.1), 0).prediction(users, histories)
     assert named(shared).tolist() == [SPACE.first_item - 1, SPACE.first_user + 4]
-    nobody = Composer(TOKENIZER, SPACE, MethodConfig(), 0).prediction(users, histories)
+    nobody = PromptBuilder(TOKENIZER, SPACE, MethodConfig(), 0).prediction(users, histories)
     assert named(nobody)[1] == SPACE.first_user + 4
     batch = collate(nobody, SPACE)
     assert (nobody.tokens[0] == SPACE.no_user).sum() == 2, "the prompt names its user twice"
-    assert batch.no_user_places is not None
-    assert len(batch.no_user_places) == 2
-    assert batch.items.user_ids.tolist() == [4, 4]
-    assert batch.items.item_ids.tolist() == [*ITEMS.tolist(), *ITEMS.tolist()]
+    assert batch.no_user_positions is not None
+    assert len(batch.no_user_positions) == 2
+    assert batch.ids["collaborative.users"].tolist() == [4, 4]
+    assert batch.ids["collaborative.items"].tolist() == [*ITEMS.tolist(), *ITEMS.tolist()]
     assert int(batch.word_ids.max()) < SPACE.num_words
-    assert collate(shared, SPACE).no_user_places is None
+    assert collate(shared, SPACE).no_user_positions is None

@@ -22,8 +22,8 @@ def test_rows_are_taken_cut_and_joined_as_lists_are(lists: list[list[int]], coun
     assert as_lists(ragged.last(count)) == [row[max(0, len(row) - count) :] for row in lists]
     assert as_lists(ragged.keep(ragged.values > 0)) == [[v for v in row if v > 0] for row in lists]
     others = [data.draw(st.lists(st.integers(-9, 9), max_size=3)) for _ in lists]
-    beside = Ragged.beside([ragged, Ragged.from_lists(others), ragged])
-    assert as_lists(beside) == [row + other + row for row, other in zip(lists, others, strict=True)]
+    joined = Ragged.hstack([ragged, Ragged.from_lists(others), ragged])
+    assert as_lists(joined) == [row + other + row for row, other in zip(lists, others, strict=True)]
     assert as_lists(Ragged.concat([ragged, Ragged.from_lists(others)])) == lists + others
     rows = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=8)) if lists else []
     assert as_lists(ragged.take(rows)) == [lists[row] for row in rows]

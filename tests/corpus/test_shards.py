@@ -78,8 +78,12 @@ def test_types_on_disk(catalog: Catalog, tmp_path: Path) -> None:
     offsets, items = {f"{s}_offsets": "int64" for s in SPLITS}, {f"{s}_items": "int32" for s in SPLITS}
     assert types == {"users": "int64"} | offsets | items
     assert {name: array.dtype.name for name, array in corpus.content.read_record(3).items()} == {
-        "kind": "uint8", "users": "int64", "items": "int64", "offsets": "int64", "tokens": "int32",
-    }  # fmt: skip
+        "kind": "uint8",
+        "users": "int64",
+        "items": "int64",
+        "offsets": "int64",
+        "tokens": "int32",
+    }
 
 
 def test_content_holds_every_text_once(catalog: Catalog, tmp_path: Path) -> None:

@@ -330,9 +330,13 @@ def test_missing_values_are_counted(tmp_path: Path) -> None:
 
 def test_json_values_of_wrong_types_are_bad_lines(tmp_path: Path) -> None:
     entries = [
-        {"u": ["a"], "i": "b", "r": 1}, {"u": "a", "i": True, "r": 1}, {"u": "a", "i": "b", "r": {"x": 1}},
-        {"u": "\ud800", "i": "b", "r": 1}, {"u": None, "i": "b", "r": 1}, {"u": 5, "i": "b", "r": 1},
-    ]  # fmt: skip
+        {"u": ["a"], "i": "b", "r": 1},
+        {"u": "a", "i": True, "r": 1},
+        {"u": "a", "i": "b", "r": {"x": 1}},
+        {"u": "\ud800", "i": "b", "r": 1},
+        {"u": None, "i": "b", "r": 1},
+        {"u": 5, "i": "b", "r": 1},
+    ]
     lines = "".join(json.dumps(entry) + "\n" for entry in entries) + "[1]\nnot json\n"
     table = {"path": write(tmp_path / "x.jsonl", lines), "kind": "jsonl", "user": "u", "item": "i", "rating": "r"}
     raw = read_source(source(format="table", interactions=table, max_lost=0.9))

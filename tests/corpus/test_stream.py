@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cllm4rec_dist.corpus.stream import EpochOrder, Examples, WindowCache, ahead, batch_range, steps_per_epoch
+from cllm4rec_dist.corpus.stream import EpochSampler, Examples, WindowCache, batch_range, prefetch, steps_per_epoch
 
 patient = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 """A loaded machine is no failure."""
@@ -23,16 +23,16 @@ SEEDS = st.integers(0, 5)
 BATCHES = st.integers(1, 17)
 
 
-def order(sizes: list[int], seed: int, window: int) -> EpochOrder:
-    return EpochOrder(np.array(sizes, dtype=np.int64), seed, window)
+def order(sizes: list[int], seed: int, window: int) -> EpochSampler:
+    return EpochSampler(np.array(sizes, dtype=np.int64), seed, window)
 
 
 def places(examples: Examples) -> list[tuple[int, int]]:
-    return list(zip(examples.records.tolist(), examples.indexes.tolist(), strict=True))
+    return list(zip(examples["records"].tolist(), examples["indexes"].tolist(), strict=True))
 
 
 def visits(examples: Examples) -> list[tuple[int, int, int]]:
-    return [(epoch, *place) for epoch, place in zip(examples.epochs.tolist(), places(examples), strict=True)]
+    return [(epoch, *place) for epoch, place in zip(examples["epochs"].tolist(), places(examples), strict=True)]
 
 
 @patient
@@ -44,10 +44,10 @@ def test_every_epoch_visits_each_example_exactly_once(sizes: list[int], seed: in
     for epoch in range(3):
         examples = stream.range(epoch * len(everything), (epoch + 1) * len(everything))
         assert Counter(places(examples)) == Counter(everything)
-        assert set(examples.epochs.tolist()) == {epoch}
-        for number in np.unique(examples.windows):
-            inside = examples.take(examples.windows == number)
-            assert np.unique(inside.records).tolist() == stream.records(number).tolist()
+        assert set(examples["epochs"].tolist()) == {epoch}
+        for number in np.unique(examples["windows"]):
+            inside = examples.take(examples["windows"] == number)
+            assert np.unique(inside["records"]).tolist() == stream.records(number).tolist()
 
 
 @patient
@@ -121,11 +121,13 @@ class Shards:
         assert set(names) == {"users", "offsets", "values"}
         self.reads.append(index)
         return {
-            "users": 10 * index + np.arange(2), "offsets": np.array([0, 1, 3]), "values": 100 * index + np.arange(3),
-        }  # fmt: skip
+            "users": 10 * index + np.arange(2),
+            "offsets": np.array([0, 1, 3]),
+            "values": 100 * index + np.arange(3),
+        }
 
 
-def cache(num_records: int, window: int) -> tuple[WindowCache, EpochOrder, Shards]:
+def cache(num_records: int, window: int) -> tuple[WindowCache, EpochSampler, Shards]:
     stream, shards = order([2] * num_records, 0, window), Shards()
     return WindowCache(shards, stream, ["users"], ("offsets", "values")), stream, shards  # type: ignore[arg-type]
 
@@ -138,7 +140,7 @@ def test_a_batch_has_the_data_of_its_examples_and_reads_each_record_once_an_epoc
         columns, lists = made.columns(examples), made.lists(examples)
         expected = [100 * r + np.arange(3)[i : 2 * i + 1] for r, i in places(examples)]
         assert columns["users"].tolist() == [10 * r + i for r, i in places(examples)]
-        assert columns["length"].tolist() == lists.lengths.tolist() == [len(values) for values in expected]
+        assert columns["counts"].tolist() == lists.lengths.tolist() == [len(values) for values in expected]
         assert lists.values.tolist() == np.concatenate(expected).tolist()
     assert Counter(shards.reads) == dict.fromkeys(range(7), 3)
     assert len(made.columns(examples.take(slice(0)))["users"]) == len(made.lists(examples.take(slice(0)))) == 0
@@ -161,7 +163,7 @@ def test_ahead_yields_in_order_and_makes_one_in_advance() -> None:
             second.set()
         return 10 * step
 
-    stream = ahead(make, 3, 7)
+    stream = prefetch(make, 3, 7)
     assert next(stream) == 30
     assert second.wait(60), "the next one is made while this one is used"
     assert list(stream) == [40, 50, 60]
@@ -172,7 +174,7 @@ def test_ahead_of_nothing_makes_nothing() -> None:
     def make(step: int) -> int:
         raise AssertionError(step)
 
-    assert list(ahead(make, 5, 5)) == []
+    assert list(prefetch(make, 5, 5)) == []
 
 
 def test_an_exception_comes_out_at_the_step_that_caused_it() -> None:
@@ -181,14 +183,14 @@ def test_an_exception_comes_out_at_the_step_that_caused_it() -> None:
             raise ValueError("record 2 is damaged")
         return step
 
-    stream: Iterator[int] = ahead(make, 0, 5)
+    stream: Iterator[int] = prefetch(make, 0, 5)
     assert [next(stream), next(stream)] == [0, 1]
     with pytest.raises(ValueError, match="record 2 is damaged"):
         next(stream)
 
 
 def test_a_stream_that_is_left_early_leaves_no_thread_behind() -> None:
-    stream = ahead(lambda step: step, 0, 100)
+    stream = prefetch(lambda step: step, 0, 100)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]

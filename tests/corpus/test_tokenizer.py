@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.model.tiny import train_tokenizer
+from cllm4rec_dist.model.build_backbone import train_tokenizer
+from tests.documents import decode
 
 patient = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 """A loaded machine is no failure."""
@@ -54,7 +55,7 @@ PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"
 @given(parts=st.lists(st.one_of(BRACKETS, PLAIN), max_size=8))
 def test_decode_reverses_encode(parts: list[str]) -> None:
     text = "".join(parts)
-    assert TOKENIZER.decode(TOKENIZER.encode(text, SPACE), SPACE) == text
+    assert decode(TOKENIZER, TOKENIZER.encode(text, SPACE), SPACE) == text
 
 
 @pytest.mark.parametrize("text", ["<user_1> is me", "I love <item_3>!", "<user_99999>", "<item_-1>"])
@@ -62,7 +63,7 @@ def test_brackets_in_peoples_texts_stay_words(text: str) -> None:
     (ids,) = TOKENIZER.encode_batch([text])
     assert len(ids) > 1
     assert max(ids) < len(TOKENIZER) <= SPACE.first_user
-    assert TOKENIZER.decode(ids, SPACE) == text
+    assert decode(TOKENIZER, ids, SPACE) == text
 
 
 @pytest.mark.parametrize(("bracket", "count"), [("<user_50>", "50 users"), ("<item_1200>", "1200 items")])
@@ -74,7 +75,7 @@ def test_a_row_out_of_range_is_refused_by_name(bracket: str, count: str) -> None
 def test_texts_get_no_special_tokens_and_are_not_cut() -> None:
     long = "the quiet trail " * 5000
     ids, empty = TOKENIZER.encode_batch([long, ""])
-    assert TOKENIZER.decode(ids, SPACE) == long
+    assert decode(TOKENIZER, ids, SPACE) == long
     assert empty == []
     assert TOKENIZER.encode_batch([]) == []
     assert TOKENIZER.encode("", SPACE) == []
@@ -129,7 +130,7 @@ def test_control_tokens_in_peoples_texts_are_words() -> None:
     for text in ("the <|end|> quiet", "<|im_end|>", "a<tool_call>b"):
         (ids,) = tokenizer.encode_batch([text])
         assert not control & set(ids)
-        assert tokenizer.decode(ids, SPACE) == text
+        assert decode(tokenizer, ids, SPACE) == text
     (blank,) = tokenizer.encode_batch(["quiet\n\ntrail"])
     assert raw.convert_tokens_to_ids("\n\n") in blank, "what is no markup stays a token"
 

@@ -36,8 +36,10 @@ def catalog(raw: RawData) -> Catalog:
 def everything(catalog: Catalog) -> dict[str, list[str]]:
     """All items of every user, in order of their ids."""
     names = catalog.item_ids.to_numpy()
-    known = {user: np.concatenate([getattr(catalog, part)[row] for part in ("train", "valid", "test")])
-             for row, user in enumerate(catalog.user_ids)}  # fmt: skip
+    known = {
+        user: np.concatenate([getattr(catalog, part)[row] for part in ("train", "valid", "test")])
+        for row, user in enumerate(catalog.user_ids)
+    }
     new = catalog.new_users
     known |= {
         user: np.concatenate([new.history[row], new.valid[row], new.test[row]]) for row, user in enumerate(new.ids)
@@ -132,8 +134,12 @@ def test_other_corpora_say_nothing_of_new_users(raw: RawData, tmp_path: Path) ->
     assert corpus.new_users().num_rows == 0
     assert len(corpus.new_user_split("history")) == 0
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
-        "content", "interactions", "items.parquet", "manifest.json", "users.parquet",
-    ]  # fmt: skip
+        "content",
+        "interactions",
+        "items.parquet",
+        "manifest.json",
+        "users.parquet",
+    ]
 
 
 def test_evaluation_sees_known_users_first_and_then_new_ones(catalog: Catalog, tmp_path: Path) -> None:

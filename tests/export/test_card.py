@@ -19,18 +19,18 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from cllm4rec_dist import checkpoint
+from cllm4rec_dist.checkpointing import checkpoint
 from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.evaluation.comparison import compare
+from cllm4rec_dist.evaluation.inference import evaluate_run, load
+from cllm4rec_dist.evaluation.topk import rank_users
 from cllm4rec_dist.export import hub
 from cllm4rec_dist.export.card import escape_markdown, score_lines
 from cllm4rec_dist.export.folder import export
 from cllm4rec_dist.export.options import ExportOptions
-from cllm4rec_dist.inference import evaluate_run, load
-from cllm4rec_dist.ranking import rank_users
 from cllm4rec_dist.serving.recommender import Recommender
-from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.test_train import make_config, run
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.export import embeddings
-from cllm4rec_dist.model.heads import ItemHead
+from cllm4rec_dist.model.item_head import ItemHead
 from tests.harness import alone
 
 NUM_ITEMS, D = 23, 8
@@ -32,7 +32,7 @@ def head_scores(similarity: str, bias: Tensor | None, hidden: Tensor) -> tuple[T
         assert head.local_bias is not None
         head.local_bias.data.copy_(bias[:, None])
     queries = head.queries(hidden, torch.zeros_like(hidden)).detach()
-    return queries, queries @ head.operand(ROWS).detach().T
+    return queries, queries @ head.output_weight(ROWS).detach().T
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, ConfigError
+from cllm4rec_dist.evaluation.topk import rank_users
+from cllm4rec_dist.evaluation.trained_run import load_sharded
 from cllm4rec_dist.export.folder import SCORING_FILE, TABLES_FILE, export
 from cllm4rec_dist.export.models import CAUSAL_LM
 from cllm4rec_dist.export.options import ExportOptions
-from cllm4rec_dist.ranking import rank_users
-from cllm4rec_dist.topology import World
-from cllm4rec_dist.trained_run import load_sharded
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.test_train import Made, make_config, run
 

@@ -23,9 +23,12 @@ def ray_head(num_cpus: int) -> Iterator[tuple[str, str]]:
     """A cluster of one node; the addresses for drivers and nodes, and for jobs."""
     port, dashboard = free_port(), free_port()
     head = _start(
-        "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
+        "--head",
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}",
         f"--num-cpus={num_cpus}",
-    )  # fmt: skip
+    )
     address = f"http://127.0.0.1:{dashboard}"
     try:
         _wait_for(address)
@@ -47,8 +50,11 @@ def ray_node(address: str) -> Iterator[subprocess.Popen[bytes]]:
 def _start(*options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *options],
-        cwd=ROOT, env=os.environ | TOKEN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | TOKEN,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def kill_tree(node: subprocess.Popen[bytes]) -> None:

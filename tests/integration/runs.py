@@ -85,8 +85,13 @@ def losses(config: Path, *command: str, environment: dict[str, str] | None = Non
         workers = everything.index("--workers")
         everything = everything[:workers] + everything[workers + 2 :] + everything[workers : workers + 2]
     found = subprocess.run(
-        everything, cwd=ROOT, env=clean_environment(**(environment or {})),
-        capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+        everything,
+        cwd=ROOT,
+        env=clean_environment(**(environment or {})),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     return losses_of(output)

@@ -94,10 +94,18 @@ def test_a_used_port_of_deepspeed_is_one_message(config: Path) -> None:
 def test_torchrun_on_two_nodes_of_one_host(config: Path, wanted: list[float]) -> None:
     output = config.parent / "two-nodes"
     command = [
-        str(BIN / "torchrun"), "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test", "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1",
-        "launch/pretrain.py", "--config", str(config), f"output={output}",
-    ]  # fmt: skip
+        str(BIN / "torchrun"),
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_id=test",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        "--local_addr=127.0.0.1",
+        "launch/pretrain.py",
+        "--config",
+        str(config),
+        f"output={output}",
+    ]
     nodes = [
         subprocess.Popen(
             command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -162,9 +170,13 @@ def test_a_signal_to_the_launcher_saves_and_stops(config: Path, launcher: str) -
     output = config.parent / f"signal-{launcher}"
     started = subprocess.Popen(
         [*commands[launcher], "launch/pretrain.py", "--config", str(config), f"output={output}", "epochs=100000"],
-        cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     wait_for_step(output, 20, started)
     os.killpg(started.pid, signal.SIGTERM)
     told = finish(started, 120)

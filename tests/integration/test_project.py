@@ -20,9 +20,13 @@ SMALL = ["epochs=2", "backbone.hidden_size=32"]
 def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(BIN / "cllm4rec"), *arguments],
-        cwd=folder, env=clean_environment(PYTHONPATH=str(ROOT)), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=folder,
+        env=clean_environment(PYTHONPATH=str(ROOT)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def told(started: subprocess.Popen[str], status: int = 0) -> str:

@@ -41,8 +41,12 @@ def start(config: Path, output: Path, *more: str, **environment: str) -> subproc
     command = [sys.executable, "launch/pretrain.py", "--config", str(config), f"output={output}", f"epochs={EPOCHS}"]
     return subprocess.Popen(
         [*command, "--launcher", "ray", *more],
-        cwd=ROOT, env=clean_environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=clean_environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,11 @@ def wanted(config: Path) -> list[float]:
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
     subprocess.run(
         [*torchrun, "launch/pretrain.py", "--config", str(config), f"output={output}", f"epochs={EPOCHS}"],
-        cwd=ROOT, env=clean_environment(), check=True, capture_output=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=clean_environment(),
+        check=True,
+        capture_output=True,
+    )
     return losses_of(output)
 
 

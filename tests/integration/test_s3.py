@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.store import Store
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.s3 import BUCKET, get, put, serve_s3
 from tests.test_train import Made, make_config, metrics, refused, run

@@ -49,9 +49,16 @@ def wanted(config: Path) -> list[float]:
 def submit(slurm: dict[str, str], script: str, output: Path, tasks: int, *arguments: str) -> str:
     """The number of a job of `tasks` tasks on one node."""
     command = [
-        "sbatch", "--parsable", "--nodes=1", f"--ntasks-per-node={tasks}", "--cpus-per-task=1",
-        f"--output={output}.log", f"launch/slurm/{script}", *arguments, f"output={output}",
-    ]  # fmt: skip
+        "sbatch",
+        "--parsable",
+        "--nodes=1",
+        f"--ntasks-per-node={tasks}",
+        "--cpus-per-task=1",
+        f"--output={output}.log",
+        f"launch/slurm/{script}",
+        *arguments,
+        f"output={output}",
+    ]
     found = subprocess.run(command, cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 0, found.stderr
     return found.stdout.strip()

@@ -93,10 +93,24 @@ def test_run_ends_with_a_table_and_what_is_next(project: Project) -> None:
 def test_later_and_new_customers_get_lists_without_what_they_have(project: Project) -> None:
     shop, output = project.shop, project.folder / "later"
     told = cllm4rec(
-        project.folder, "recommend", "shop", str(output), "--history", str(shop.later_orders),
-        "--user-column", "Kundennummer", "--item-column", "Artikelnummer", "--time-column", "Bestelldatum",
-        "--top", "5", "--titles", "--format", "csv",
-    )  # fmt: skip
+        project.folder,
+        "recommend",
+        "shop",
+        str(output),
+        "--history",
+        str(shop.later_orders),
+        "--user-column",
+        "Kundennummer",
+        "--item-column",
+        "Artikelnummer",
+        "--time-column",
+        "Bestelldatum",
+        "--top",
+        "5",
+        "--titles",
+        "--format",
+        "csv",
+    )
     orders = [*rows(shop.orders, ";"), *rows(shop.later_orders, ";")]
     bought = {(row["Kundennummer"], row["Artikelnummer"]) for row in orders}
     later = {row["Kundennummer"] for row in rows(shop.later_orders, ";")}
@@ -120,9 +134,13 @@ def service(project: Project) -> Iterator[str]:
     """The URL of `cllm4rec serve`, which must end in order when it is interrupted."""
     command = [str(BIN / "cllm4rec"), "serve", "shop", "--port", "0"]
     started = subprocess.Popen(
-        command, cwd=project.folder, env=clean_environment(PYTHONPATH=str(ROOT)), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command,
+        cwd=project.folder,
+        env=clean_environment(PYTHONPATH=str(ROOT)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert started.stdout is not None
     printed: list[str] = []
     try:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cllm4rec_dist.config import AdapterConfig, RunConfig, validate
-from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading
+from cllm4rec_dist.distributed.engine import Engine, resolve_settings, sharded_loading
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, DualBackbone, load_backbone
-from cllm4rec_dist.topology import World
 from tests.harness import run_ranks
 from tests.model.backbones import FAMILIES, WIDTH
 
@@ -75,9 +75,12 @@ def engine_runs(world: World, folders: dict[str, str]) -> dict[str, Any]:
         norms = {name: float(gradient.norm()) for name, gradient in engine.gradients().items()}
         engine.step(1e-3)
         found[family] = {
-            "hidden": hidden.detach(), "content": content.detach(), "boundary": at_boundary, "norms": norms,
+            "hidden": hidden.detach(),
+            "content": content.detach(),
+            "boundary": at_boundary,
+            "norms": norms,
             "input": [float(x.grad.norm()) for x in inputs if x.grad is not None],
-        }  # fmt: skip
+        }
     return found
 
 

@@ -203,16 +203,46 @@ ROTARY: list[tuple[dict[str, Any], int | None]] = [
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 16),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 16),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 16),
-    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 7.0, 9.0],
-                       "original_max_position_embeddings": 6, "factor": 2.0}}, 6),
-    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 2.0},
-      "original_max_position_embeddings": 5}, 5),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0, 5.0, 7.0, 9.0],
+                "original_max_position_embeddings": 6,
+                "factor": 2.0,
+            }
+        },
+        6,
+    ),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4,
+                "factor": 2.0,
+            },
+            "original_max_position_embeddings": 5,
+        },
+        5,
+    ),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, None),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                       "original_max_position_embeddings": 6}}, None),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 6,
+            }
+        },
+        None,
+    ),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6}}, None),
     ({}, None),
-]  # fmt: skip
+]
 
 
 def hidden(folder: Path, lengths: list[int]) -> list[torch.Tensor]:

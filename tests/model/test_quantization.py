@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from cllm4rec_dist.config import AdapterConfig, RunConfig, validate
-from cllm4rec_dist.engine import Engine, resolve_settings, sharded_loading
+from cllm4rec_dist.distributed.engine import Engine, resolve_settings, sharded_loading
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model.backbone import DualBackbone, load_backbone
-from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, run_ranks
 from tests.model.test_backbone import DEEPSPEED
 

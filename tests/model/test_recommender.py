@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.config import HeadConfig
-from cllm4rec_dist.corpus.prompts import Document, MicroBatch, collate
+from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.model.backbone import Words
 from cllm4rec_dist.model.recommender import Recommender, keyed_dropout
+from tests.documents import Document, collate_each
 from tests.harness import alone
 
 WIDTH = 8
@@ -66,8 +67,8 @@ def test_the_gradient_of_dropout_passes_where_the_value_does() -> None:
 
 def embed(model: Recommender, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Embeddings, and the item rows in them."""
-    (embedded,) = model.embedded(model.route([batch]))
-    return embedded.tokens, embedded.item_rows
+    ((tokens, item_rows),) = model.embed([batch], model.route([batch]))
+    return tokens, item_rows
 
 
 def document(token_ids: list[int], queries: list[int], key: int) -> Document:
@@ -81,22 +82,33 @@ SECOND = document([13, 7, 16], [0, 2], key=77)
 
 
 def batch() -> MicroBatch:
-    return collate([FIRST, SECOND], SPACE)
+    return collate_each([FIRST, SECOND], SPACE)
 
 
 def recommender(
-    *, dropout: float = 0.0, dtype: torch.dtype = torch.float32, pool: bool = True, wire: torch.dtype = torch.float32
+    *,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    pool: bool = True,
+    comm_dtype: torch.dtype = torch.float32,
 ) -> Recommender:
     random = torch.Generator().manual_seed(0)
     embedding = torch.randn(SPACE.num_words, WIDTH, generator=random).to(dtype)
     head = HeadConfig(similarity="dot", item_bias=False, pool_residual=pool)
     words = Words(embedding, embedding)
-    model = Recommender(4, 6, words, head, alone(), dropout=dropout, wire=wire, lazy=False, content=True)
+    model = Recommender(
+        4, 6, words, head, alone(), dropout=dropout, comm_dtype=comm_dtype, sparse_gradients=False, content=True
+    )
     assert model.content is not None
     for rows in (model.collaborative, model.content):
         for table in (rows.users, rows.items):
             table.local_rows.data = torch.randn(table.local_rows.shape, generator=random)
     return model
+
+
+def with_sparse_gradients() -> Recommender:
+    words, options = Words(*torch.zeros(2, SPACE.num_words, WIDTH)), {"dropout": 0.0, "comm_dtype": torch.float32}
+    return Recommender(4, 6, words, HeadConfig(), alone(), **options, sparse_gradients=True, content=True)
 
 
 def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
@@ -112,7 +124,7 @@ def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
 @pytest.mark.parametrize("which", ["collaborative", "content"])
 def test_embeddings_stand_where_their_tokens_stand(which: str) -> None:
     model = recommender()
-    documents = batch() if which == "collaborative" else collate([], SPACE, [FIRST, SECOND])
+    documents = batch() if which == "collaborative" else collate_each([], SPACE, [FIRST, SECOND])
     embedded, item_rows = embed(model, documents)
     assert embedded.shape == (1, 9, WIDTH), "both in one row"
     token_ids = [*FIRST.token_ids.tolist(), *SECOND.token_ids.tolist()]
@@ -143,19 +155,19 @@ def test_embeddings_have_the_dtype_of_the_words_and_item_rows_stay_fp32() -> Non
 
 
 def test_a_bf16_wire_rounds_the_rows_of_tokens_and_nothing_else() -> None:
-    exact, rounded = recommender(), recommender(wire=torch.bfloat16)
+    exact, rounded = recommender(), recommender(comm_dtype=torch.bfloat16)
     (wanted, wanted_rows), (embedded, item_rows) = embed(exact, batch()), embed(rounded, batch())
     assert torch.equal(item_rows, wanted_rows.bfloat16().float())
-    places = torch.cat([batch().items.user_places, batch().items.item_places])
+    places = torch.cat([*batch().id_positions.values()])
     wanted.flatten(0, 1)[places] = wanted.flatten(0, 1)[places].bfloat16().float()
     assert torch.equal(embedded, wanted)
-    assert torch.equal(rounded.item_operand(), exact.item_operand())
+    assert torch.equal(rounded.output_weight(), exact.output_weight())
 
 
 def test_rows_of_the_next_micro_batch_are_on_their_way_while_one_is_read() -> None:
     model = recommender()
-    batches = [collate([document], SPACE) for document in (FIRST, SECOND)]
-    found = model.embedded(model.route(batches))
+    batches = [collate_each([document], SPACE) for document in (FIRST, SECOND)]
+    found = model.embed(batches, model.route(batches))
     next(found)
     with torch.no_grad():
         model.collaborative.users.local_rows.add_(1)
@@ -168,15 +180,14 @@ def test_dropout_touches_users_and_items_alone_and_only_in_training() -> None:
     wanted, _ = embed(plain, batch())
     embedded, item_rows = embed(model, batch())
     words = torch.ones(9, dtype=torch.bool)
-    documents = batch().items
-    words[documents.user_places] = False
-    words[documents.item_places] = False
+    users, items = batch().id_positions.values()
+    words[torch.cat([users, items])] = False
     assert torch.equal(embedded.flatten(0, 1)[words], wanted.flatten(0, 1)[words])
-    for positions in (documents.user_places, documents.item_places):
+    for positions in (users, items):
         rows, exact = embedded.flatten(0, 1)[positions], wanted.flatten(0, 1)[positions]
         assert (rows == 0).any()
         assert torch.equal(rows[rows != 0], 2 * exact[rows != 0])
-    assert torch.equal(embedded.flatten(0, 1)[documents.item_places], item_rows)
+    assert torch.equal(embedded.flatten(0, 1)[items], item_rows)
     # Two visits of an item in one document have masks of their own.
     assert not torch.equal(embedded[0, 3], embedded[0, 5])
     model.eval()
@@ -186,7 +197,7 @@ def test_dropout_touches_users_and_items_alone_and_only_in_training() -> None:
 def test_dropout_does_not_depend_on_the_batch_a_document_is_in() -> None:
     model = recommender(dropout=0.5)
     together, _ = embed(model, batch())
-    alone_, _ = embed(model, collate([SECOND], SPACE))
+    alone_, _ = embed(model, collate_each([SECOND], SPACE))
     assert torch.equal(together[0, 6:], alone_[0])
 
 
@@ -209,7 +220,7 @@ def test_queries_pool_the_item_rows_up_to_their_position() -> None:
 def test_somebody_without_a_row_is_embedded_as_zeros(dtype: torch.dtype) -> None:
     model = recommender(dtype=dtype)
     nobody = document([3, SPACE.no_user, 5, 14, SPACE.no_user], [4], key=1)
-    embedded, item_rows = embed(model, collate([FIRST, nobody], SPACE))
+    embedded, item_rows = embed(model, collate_each([FIRST, nobody], SPACE))
     assert torch.equal(embedded[0, [7, 10]], torch.zeros(2, WIDTH, dtype=dtype))
     for place, token_id in ((6, 3), (8, 5), (9, 14), *enumerate(FIRST.token_ids.tolist())):
         assert torch.equal(embedded[0, place], row_of(model, "collaborative", token_id).to(dtype)), place
@@ -218,19 +229,22 @@ def test_somebody_without_a_row_is_embedded_as_zeros(dtype: torch.dtype) -> None
 
 def test_a_batch_without_documents_passes_through() -> None:
     model = recommender(dropout=0.5)
-    nothing = collate([], SPACE)
+    nothing = collate_each([], SPACE)
     embedded, item_rows = embed(model, nothing)
     assert embedded.shape == (1, 1, WIDTH)
     assert model.item_queries(embedded, item_rows, nothing).shape == (0, WIDTH)
 
 
 def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
-    words, wire = Words(*torch.zeros(2, SPACE.num_words, WIDTH)), torch.float32
-    model = Recommender(4, 6, words, HeadConfig(), alone(), dropout=0.0, wire=wire, lazy=True, content=True)
+    model = with_sparse_gradients()
     sharded = {name: partition.num_rows for name, _, partition in model.sharded_parameters()}
     assert sharded == {
-        "collaborative.users": 4, "collaborative.items": 6, "content.users": 4, "content.items": 6, "head.bias": 6,
-    }  # fmt: skip
+        "collaborative.users": 4,
+        "collaborative.items": 6,
+        "content.users": 4,
+        "content.items": 6,
+        "head.bias": 6,
+    }
     assert [name for name, _ in model.replicated_parameters()] == ["head.log_temperature"]
     named = {id(p) for _, p, _ in model.sharded_parameters()} | {id(p) for _, p in model.replicated_parameters()}
     assert named == {id(p) for p in model.parameters()}
@@ -238,13 +252,18 @@ def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
 
 
 def test_the_gradient_of_the_softmax_operand_alone_is_dense() -> None:
-    words, wire = Words(*torch.zeros(2, SPACE.num_words, WIDTH)), torch.float32
-    model = Recommender(4, 6, words, HeadConfig(), alone(), dropout=0.0, wire=wire, lazy=True, content=True)
+    model = with_sparse_gradients()
     for number in range(2):  # micro-batches
-        embedded, _ = embed(model, collate([FIRST, SECOND], SPACE, [FIRST, SECOND]))
-        loss = embedded.sum() + model.item_operand().sum()
+        embedded, _ = embed(model, collate_each([FIRST, SECOND], SPACE, [FIRST, SECOND]))
+        loss = embedded.sum() + model.output_weight().sum()
         if number == 1:
-            loss = loss + sum(table.own(torch.tensor([0, 2])).sum() for table in model.tables)
+            loss = loss + sum(table.local_lookup(torch.tensor([0, 2])).sum() for table in model.tables.values())
         loss.backward()
-    layouts = [table.local_rows.grad.is_sparse for table in model.tables if table.local_rows.grad is not None]
-    assert layouts == [True, False, True, True]
+    gradients = {name: table.local_rows.grad for name, table in model.tables.items()}
+    layouts = {name: gradient.is_sparse for name, gradient in gradients.items() if gradient is not None}
+    assert layouts == {
+        "collaborative.users": True,
+        "collaborative.items": False,
+        "content.users": True,
+        "content.items": True,
+    }

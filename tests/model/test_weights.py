@@ -171,7 +171,7 @@ def change_index(change: Callable[[dict], None]) -> Callable[[Path], None]:  # t
         (lambda f: (f / INDEX).unlink(), "no .safetensors file that transformers would read.*model-00001-of"),
         (lambda f: (f / "shard-00000-model-00001-of-00002.safetensors").touch(), "distributed checkpoint"),
     ],
-)  # fmt: skip
+)
 def test_an_incomplete_download_is_refused_by_name(
     folders: dict[str, Path], tmp_path: Path, damage: Callable[[Path], None], named: str
 ) -> None:

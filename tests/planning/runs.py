@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from cllm4rec_dist.config import RunConfig, validate
-from cllm4rec_dist.corpus.batches import BatchSource
+from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.planning.outline import Outline, outline_run
-from cllm4rec_dist.planning.plan import composer_of
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.planning.meta_run import MetaRun, make_meta_run
+from cllm4rec_dist.planning.plan import prompt_builder_of
 from cllm4rec_dist.planning.sampling import StepSample, sample_step
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.system import System, assemble, start_rows
-from cllm4rec_dist.topology import World
+from cllm4rec_dist.system import System, assemble, init_embeddings
+
+MAX_LOGITS = 1 << 20
 
 
 def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], zero: dict[str, Any]) -> RunConfig:
@@ -23,25 +25,30 @@ def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], ze
     settings["zero_optimization"] |= zero
     (folder / "ds.json").write_text(json.dumps(settings))
     tree = {
-        "stage": "pretrain", "corpus": made[0], "backbone": made[1], "output": "unused",
-        "deepspeed": str(folder / "ds.json"), "embeddings": {"init": "prior"},
-        "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2}, "shuffle_window": 3,
-    } | changes  # fmt: skip
+        "stage": "pretrain",
+        "corpus": made[0],
+        "backbone": made[1],
+        "output": "unused",
+        "deepspeed": str(folder / "ds.json"),
+        "embeddings": {"init": "prior"},
+        "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2},
+        "shuffle_window": 3,
+    } | changes
     return validate(RunConfig, tree, "test")
 
 
-def outlined(config: RunConfig, num_ranks: int, step: int) -> tuple[Outline, StepSample]:
-    """The run's outline and one step of its corpus."""
+def meta_run_of(config: RunConfig, num_ranks: int, step: int) -> tuple[MetaRun, StepSample]:
+    """The run on the meta device and one step of its corpus."""
     corpus = Corpus.open(config.corpus)
-    outline = outline_run(config, corpus.num_users, corpus.num_items, True, num_ranks)
-    return outline, sample_step(corpus, composer_of(config, corpus), config, num_ranks, step)
+    meta_run = make_meta_run(config, corpus.num_users, corpus.num_items, True, num_ranks, MAX_LOGITS)
+    return meta_run, sample_step(corpus, prompt_builder_of(config, corpus), config, num_ranks, step)
 
 
-def trained(world: World, config: RunConfig, steps: int) -> tuple[System, BatchSource]:
+def trained(world: World, config: RunConfig, steps: int) -> tuple[System, BatchLoader]:
     """A run after so many steps."""
     system = assemble(config, world)
-    start_rows(system)
-    source = BatchSource(system.corpus, system.composer, config, world)
+    init_embeddings(system)
+    source = BatchLoader(system.corpus, system.prompts, config, world)
     for step in range(steps):
         system.train(True)
         train_step(system, source.make(step).micro_batches, 1.0)

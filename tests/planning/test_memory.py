@@ -11,20 +11,22 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.measured import Held
 from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.planning import memory
-from cllm4rec_dist.planning.plan import needed_memory, rehearse_fullest, step_flops
-from cllm4rec_dist.planning.rehearsal import ATTENTION
+from cllm4rec_dist.planning.dry_run import ATTENTION
+from cllm4rec_dist.planning.plan import dry_run_fullest, needed_memory, step_flops
 from cllm4rec_dist.planning.tracing import Trace, as_run
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.planning.runs import make_config, outlined, trained
+from tests.planning.runs import make_config, meta_run_of, trained
 
 STEP = 2
 ZERO = {
-    "reduce_bucket_size": 500_000, "stage3_param_persistence_threshold": 1_000,
-    "stage3_prefetch_bucket_size": 100_000, "stage3_max_reuse_distance": 200_000,
-}  # fmt: skip
+    "reduce_bucket_size": 500_000,
+    "stage3_param_persistence_threshold": 1_000,
+    "stage3_prefetch_bucket_size": 100_000,
+    "stage3_max_reuse_distance": 200_000,
+}
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "lora": (1, "llama", {}),
     "checkpointed": (2, "llama", {"activation_checkpointing": True}),
@@ -73,12 +75,12 @@ def test_a_plan_knows_memory_and_flops(corpora: dict[str, tuple[str, str]], tmp_
     batch = {"batch": {"users": 64, "texts": 32, "gradient_accumulation_steps": 2}, "shuffle_window": 16}
     config = make_config(corpora[family], tmp_path, batch | changes, ZERO)
     measured = run_ranks(size, held, config)
-    outline, sample = outlined(config, size, STEP)
-    rehearsal, unit = rehearse_fullest(outline, [sample], 1 << 20)
-    gathers = outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps)
-    needed = needed_memory(outline, rehearsal, gathers)
-    flops = step_flops(sample, rehearsal, unit)
-    assert memory.resident(outline).total() == pytest.approx(measured[0]["before"], rel=0.05)
+    meta_run, sample = meta_run_of(config, size, STEP)
+    traced, unit = dry_run_fullest(meta_run, [sample])
+    gathers = meta_run.zero.simulate(traced.events, config.batch.gradient_accumulation_steps)
+    needed = needed_memory(meta_run, traced, gathers)
+    flops = step_flops(sample, traced, unit)
+    assert memory.resident(meta_run).total() == pytest.approx(measured[0]["before"], rel=0.05)
     assert needed.total() == pytest.approx(max(m["highest"] for m in measured), rel=0.10)
     # torch does not count its attention on CPUs; below it is held to torch's formulas. A plan takes the slowest rank of
     # each micro-batch, which is not the same in all of them.

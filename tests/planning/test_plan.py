@@ -13,7 +13,7 @@ from cllm4rec_dist import cli
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
-from cllm4rec_dist.planning.plan import Place, make_plan, ways_to_fit
+from cllm4rec_dist.planning.plan import Place, make_plan, suggest_changes
 from cllm4rec_dist.planning.table import as_json, tell
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.planning.runs import make_config
@@ -52,7 +52,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(config: RunConfig) -> No
     gpu = replace(PLACE.gpu, memory=2 * GIB + (1 << 20))
     plan = make_plan(config, replace(PLACE, gpu=gpu))
     assert not plan.fits
-    changes = list(ways_to_fit(config, plan, 2))
+    changes = list(suggest_changes(config, plan, 2))
     assert changes[0].settings == "precision=bf16"
     needed = [plan.needed, *(change.needed for change in changes)]
     assert needed[-1] < needed[0]

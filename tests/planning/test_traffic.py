@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks.measured import Wire
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.planning.plan import rehearse_fullest, traffic_model
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.planning.plan import dry_run_fullest, traffic_model
 from cllm4rec_dist.planning.traffic import step_traffic
 from cllm4rec_dist.step import train_step
-from cllm4rec_dist.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.planning.runs import make_config, outlined, trained
+from tests.planning.runs import make_config, meta_run_of, trained
 
 STEP = 3
 """The first steps teach ZeRO-3 the order of the modules and send more."""
@@ -39,9 +39,12 @@ def sent(world: World, config: RunConfig) -> dict[str, int]:
 
 
 EAGER = {
-    "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_size": 4_000, "stage3_max_live_parameters": 30_000,
-    "stage3_param_persistence_threshold": 40, "reduce_bucket_size": 6_000,
-}  # fmt: skip
+    "stage3_max_reuse_distance": 20_000,
+    "stage3_prefetch_bucket_size": 4_000,
+    "stage3_max_live_parameters": 30_000,
+    "stage3_param_persistence_threshold": 40,
+    "reduce_bucket_size": 6_000,
+}
 """Thresholds between which weights of so small a backbone go and come as those of a large one do."""
 FAR = EAGER | {
     "stage3_max_reuse_distance": 0,
@@ -57,13 +60,20 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
         {"adapter": {"kind": "lora", "rank": 4}, "method": {"shared_user_ratio": 0.4}},
         EAGER,
     ),
-    "checkpointed": (2, "llama", {
-        "adapter": {"kind": "lora", "rank": 4}, "activation_checkpointing": True, "precision": "bf16",
-        "embeddings": {"init": "prior", "comm_dtype": "bf16"},
-    }, EAGER),
+    "checkpointed": (
+        2,
+        "llama",
+        {
+            "adapter": {"kind": "lora", "rank": 4},
+            "activation_checkpointing": True,
+            "precision": "bf16",
+            "embeddings": {"init": "prior", "comm_dtype": "bf16"},
+        },
+        EAGER,
+    ),
     "full": (3, "gpt2", {"adapter": {"kind": "full"}, "head": {"similarity": "dot", "item_bias": False}}, EAGER),
     "rows only": (2, "gpt2", {"adapter": {"kind": "none"}, "batch": {"users": 9, "texts": 0}}, EAGER),
-}  # fmt: skip
+}
 """Ranks, family, settings, settings of ZeRO-3."""
 
 
@@ -73,9 +83,9 @@ def test_a_plan_knows_every_byte(corpora: dict[str, tuple[str, str]], tmp_path: 
     size, family, changes, zero = CASES[case]
     config = make_config(corpora[family], tmp_path, changes, zero)
     ranks = run_ranks(size, sent, config)
-    outline, sample = outlined(config, size, STEP)
-    rehearsal, _ = rehearse_fullest(outline, [sample], 1 << 20)
-    model = traffic_model(outline, outline.zero.play(rehearsal.events, config.batch.gradient_accumulation_steps))
+    meta_run, sample = meta_run_of(config, size, STEP)
+    traced, _ = dry_run_fullest(meta_run, [sample])
+    model = traffic_model(meta_run, meta_run.zero.simulate(traced.events, config.batch.gradient_accumulation_steps))
     for rank, measured in enumerate(ranks):
         planned = step_traffic(model, config, sample, rank)
         assert planned.total() == sum(measured.values()), (planned, measured)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.errors import ConfigError, FaultError
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.pipeline import duration, load_settings, run_stages, split_overrides
 from cllm4rec_dist.project.summary import summarize
-from cllm4rec_dist.store import Store
 
 RECIPE = "{name: shop, source: {format: table, interactions: {path: %s, user: u, item: i}}}\n"
 RUN = "{corpus: c, backbone: b, output: o, epochs: %d}\n"

@@ -24,7 +24,7 @@ import pytest
 import yaml
 from fastapi.testclient import TestClient
 
-from cllm4rec_dist.find_run import find
+from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.serving.app import create_app, open_run
 from cllm4rec_dist.serving.options import ServiceOptions
 from cllm4rec_dist.serving.recommender import Recommender

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cllm4rec_dist import ranking
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.evaluation import topk
 from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
-from cllm4rec_dist.topology import World
 from tests.harness import alone, make_catalog, run_ranks
 
 ORDERS = {
@@ -125,7 +125,7 @@ def test_windows_and_batches_change_nothing(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(alone(), str(runs["paper"]), BulkRequest(top=5), str(tmp_path / "whole"))
-    monkeypatch.setattr(ranking, "_WINDOW", 2)
+    monkeypatch.setattr(topk, "_WINDOW", 2)
     write(alone(), str(runs["paper"]), BulkRequest(top=5, batch_users=3), str(tmp_path / "parts"))
     whole, parts = written(tmp_path / "whole"), written(tmp_path / "parts")
     assert whole["user"].drop_duplicates().tolist() == [f"user-{row:03d}" for row in range(23)]

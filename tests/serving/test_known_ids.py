@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cllm4rec_dist.errors import CheckpointError, DataError
-from cllm4rec_dist.id_list import similar_ids
+from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.known_ids import find_item, read_known_ids, require_joined_items
 from tests.integration.runs import clean_environment

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.distributed.local_engine import LocalEngine
 from cllm4rec_dist.errors import CheckpointError, ConfigError, DataError
-from cllm4rec_dist.local_engine import LocalEngine
 from cllm4rec_dist.model.backbone import load_backbone
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
@@ -56,9 +56,9 @@ class Dense:
     @torch.no_grad()
     def scores(self, items: list[int], user: int) -> Tensor:
         """[I] of a history that is complete."""
-        config, space = self.system.config, self.system.composer.space
+        config, space = self.system.config, self.system.prompts.space
         shown = items[-config.method.max_history :]
-        documents = self.system.composer.prediction(np.array([0]), Ragged.from_lists([shown]))
+        documents = self.system.prompts.prediction(np.array([0]), Ragged.from_lists([shown]))
         row = user
         if user < 0:
             row = space.num_users - 1 if config.method.shared_user_ratio > 0 else -1

@@ -1,0 +1,258 @@
+"""Writing checkpoints behind the training loop.
+
+What a checkpoint is and how it is read is in `checkpoint.py`; that it appears as a whole or not at all, in `store.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cllm4rec_dist.checkpointing.checkpoint import (
+    ADAPTER,
+    BEST,
+    REPLICATED_FILE,
+    SEEN_FILE,
+    STATE_FILE,
+    STEP,
+    About,
+    Kind,
+    RunState,
+    shard_file,
+)
+from cllm4rec_dist.checkpointing.lineage import TrainedOn
+from cllm4rec_dist.checkpointing.store import FileEntry, Store
+from cllm4rec_dist.distributed.adam import MOMENTS
+from cllm4rec_dist.distributed.collectives import barrier, gather_integers
+from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.system import System
+
+logger = logging.getLogger(__name__)
+
+_REMINDER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A checkpoint in memory.
+
+    Attributes:
+        files: writes each file of this rank to a path.
+        best: name of the best checkpoint so far, if there is one.
+        copied_seconds: that the loop has waited for it.
+    """
+
+    name: str
+    files: dict[str, Callable[[Path], object]]
+    best: str | None
+    copied_seconds: float
+
+
+class Saver:
+    """Writes checkpoints behind the training loop.
+
+    `save` copies what is to be kept into host memory and returns; a thread writes it, the ranks agree over a process
+    group of the thread's own, and rank 0 commits and then removes what is too old. One checkpoint is written at a time:
+    a `save` that comes too early waits. A checkpoint that cannot be written is told loudly and harms no earlier one;
+    training goes on, and the next one is tried.
+
+    Args:
+        store: where to.
+        system: what is saved.
+        keep: newest checkpoints that stay, beside the best.
+        trained_on: goes into every checkpoint; rank 0's counts.
+    """
+
+    def __init__(self, store: Store, system: System, keep: int, trained_on: TrainedOn | None = None) -> None:
+        self._store, self._system, self._keep, self._world = store, system, keep, system.world
+        self._trained_on = trained_on
+        self._group = dist.new_group(backend="gloo") if self._world.size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        if self._world.is_main:
+            store.sweep((STEP, BEST))
+        barrier(self._world, "leftovers to be swept")  # or what another rank has begun to write would go with them
+
+    def save(self, state: RunState, kind: Kind) -> None:
+        """Start a checkpoint of this step. Collective; waits for the one before it."""
+        self.wait()
+        started = time.perf_counter()
+        name = f"{kind}{state.step:08d}"
+        if self._store.is_committed(name):
+            return  # a resumed run comes by the best step of the run before it once more
+        best = None if state.best_step is None else f"{BEST}{state.best_step:08d}"
+        files = _snapshot(self._system, state, self._trained_on, moments=kind == STEP)
+        snapshot = _Snapshot(name, files, best, time.perf_counter() - started)
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was started is written or has failed; a store may be slow, but not silently."""
+        if self._thread is None:
+            return
+        started = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(_REMINDER_SECONDS)
+            if self._thread.is_alive():
+                waited = time.monotonic() - started
+                logger.warning("waiting since %.0f s for a checkpoint to be written to %s", waited, self._store.url)
+        self._thread = None
+
+    def finish(self) -> None:
+        """Wait, and refuse to end a run whose last checkpoint could not be written. Collective."""
+        self.wait()
+        if self._problem is not None:
+            raise CheckpointError(
+                "checkpoint.dir",
+                self._store.url,
+                f"could not take the last checkpoint ({self._problem})",
+                "Mend the storage and give the same command again; earlier checkpoints are as they were.",
+            )
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        try:
+            self._problem = self._try_to_write(snapshot)
+        except Exception as error:
+            # A rank that dies takes the group with it; the loop meets that in its own collectives.
+            self._problem = f"{type(error).__name__}: {error}"
+        if self._problem is not None:
+            logger.error("CHECKPOINT %s NOT WRITTEN: %s", self._store.path(snapshot.name), self._problem)
+
+    def _try_to_write(self, snapshot: _Snapshot) -> str | None:
+        """Write, agree, commit, prune; what went wrong, or None."""
+        started = time.perf_counter()
+        files: dict[str, FileEntry] = {}
+        problem = None
+        try:
+            for file, write in snapshot.files.items():
+                files[file] = self._store.write(snapshot.name, file, write)
+        except Exception as error:
+            problem = f"rank {self._world.rank}: {type(error).__name__}: {error}"
+        entry = files.get(shard_file(self._world.rank, self._world.size))
+        told = gather_integers([int(problem is not None), *_as_integers(entry)], self._world, self._group)
+        failed = [rank for rank, (bad, *_) in enumerate(told) if bad]
+        if self._world.is_main:
+            if not failed:
+                shards = {shard_file(rank, self._world.size): _from_integers(e) for rank, (_, *e) in enumerate(told)}
+                problem = self._commit(snapshot, files | shards, started)
+            if failed or problem:
+                self._discard(snapshot.name)
+        ((bad,), *_) = gather_integers([int(problem is not None)], self._world, self._group)
+        return problem or (f"ranks {failed or [0]} failed" if failed or bad else None)
+
+    def _commit(self, snapshot: _Snapshot, files: dict[str, FileEntry], started: float) -> str | None:
+        name = snapshot.name
+        try:
+            unseen = self._store.unseen(name, files)
+            if unseen:
+                return f"rank 0 does not see {unseen}: checkpoint.dir must be storage that all hosts share"
+            self._store.commit(name, files)
+        except Exception as error:
+            return f"rank 0: {type(error).__name__}: {error}"
+        self._prune(snapshot.best)
+        megabytes = sum(entry.num_bytes for entry in files.values()) / 1e6
+        logger.info(
+            "checkpoint %s: copied in %.2f s, %.1f MB written in %.1f s",
+            name,
+            snapshot.copied_seconds,
+            megabytes,
+            time.perf_counter() - started,
+        )
+        return None
+
+    def _prune(self, best: str | None) -> None:
+        """Remove what is too old. What fails here must not be taken for a failure of what is committed.
+
+        The best checkpoint need not be the newest one of its kind: a run that died and goes on from an earlier step may
+        choose by another metric.
+        """
+        try:
+            bests = self._store.names(BEST)
+            too_old = self._store.names(STEP)[: -self._keep]
+            too_old += [name for name in bests if name != best] if best in bests else bests[:-1]
+        except Exception as error:
+            logger.warning("old checkpoints at %s stay: %s", self._store.url, error)
+            return
+        for name in too_old:
+            self._discard(name)
+
+    def _discard(self, name: str) -> None:
+        """Make room; what cannot be removed now is removed after a later save or at the next start."""
+        try:
+            self._store.remove(name)
+        except Exception as error:
+            logger.warning("leftovers of %s stay: %s", self._store.path(name), error)
+
+
+def _snapshot(
+    system: System, state: RunState, trained_on: TrainedOn | None, *, moments: bool
+) -> dict[str, Callable[[Path], object]]:
+    """Copies of what this rank keeps, as writers of its files."""
+    world, model = system.world, system.recommender
+    tables = system.embedding_optimizer.state() if moments else {}
+    adapters = {ADAPTER + name: found for name, found in system.engine.moments().items()} if moments else {}
+    sharded = {name: p.detach() for name, p, _ in model.sharded_parameters()}
+    sharded |= {ADAPTER + name: value for name, value in system.engine.weights().items()}
+    whole = {name: p.detach() for name, p in model.replicated_parameters()}
+    for name, found in (tables | adapters).items():
+        kept = sharded if name in sharded else whole
+        kept |= {f"{name}.{key}": found[key] for key in MOMENTS}
+        if "step" in found:
+            whole[f"{name}.step"] = found["step"]
+    shard = _copies(sharded)
+    files: dict[str, Callable[[Path], object]] = {
+        shard_file(world.rank, world.size): lambda path: save_file(shard, path)
+    }
+    if world.is_main:
+        replicated = _copies(whole)
+        about = _describe(system, state, trained_on).model_dump_json(indent=1)
+        files |= {
+            REPLICATED_FILE: lambda path: save_file(replicated, path),
+            STATE_FILE: lambda path: path.write_text(about, encoding="utf-8"),
+            "users.parquet": lambda path: pq.write_table(system.corpus.users().select(["user"]), path),
+            "items.parquet": lambda path: pq.write_table(system.corpus.items().select(["item"]), path),
+        }
+        if trained_on is not None:
+            files[SEEN_FILE] = trained_on.seen.save
+    return files
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def _describe(system: System, state: RunState, trained_on: TrainedOn | None) -> About:
+    return About(
+        run=state,
+        world_size=system.world.size,
+        num_users=system.corpus.num_users,
+        num_items=system.corpus.num_items,
+        steps_taken=system.engine.steps_taken(),
+        shapes=system.engine.shapes(),
+        fingerprints=system.fingerprints,
+        config=system.config.model_dump(mode="json"),
+        lineage=None if trained_on is None else trained_on.lineage,
+        has_shared_user=system.config.method.shared_user_ratio > 0,
+    )
+
+
+def _as_integers(entry: FileEntry | None) -> list[int]:
+    """A file's size and digest as five int64, which any process group can carry."""
+    if entry is None:
+        return [0] * 5
+    digest = bytes.fromhex(entry.sha256)
+    return [entry.num_bytes, *(int.from_bytes(digest[i : i + 8], signed=True) for i in range(0, 32, 8))]
+
+
+def _from_integers(told: Sequence[int]) -> FileEntry:
+    num_bytes, *digest = told
+    return FileEntry(num_bytes=num_bytes, sha256=b"".join(i.to_bytes(8, signed=True) for i in digest).hex())

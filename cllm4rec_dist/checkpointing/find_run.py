@@ -1,0 +1,112 @@
+"""Finding a run's checkpoints without torch, so that a wrong path is answered at once, with what it is instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, STEP, Kind, store_of_run
+from cllm4rec_dist.checkpointing.store import Store
+from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, load_manifest
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
+from cllm4rec_dist.filesystems import is_url
+from cllm4rec_dist.suggestions import did_you_mean_path
+
+_MOST_RUNS = 3
+
+
+def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[str]]:
+    """The checkpoints that a path means, the one to use first.
+
+    Args:
+        path: a checkpoint, a run's folder, or a folder of checkpoints.
+        kinds: of a run or folder: all of the first kind, newest first, then all of the second.
+
+    Raises:
+        CheckpointError: where there is none; it says what is there instead.
+    """
+    if not is_url(path) and Path(path).is_file():
+        raise CheckpointError("checkpoint", path, "is neither a checkpoint nor a run: it is a file", "Give a folder.")
+    parent, _, name = path.rstrip("/").rpartition("/")
+    store = Store(parent or ".")
+    if name and store.is_committed(name):
+        return store, [name]
+    for store in (Store(store_of_run(path)), Store(path)):
+        names = [name for kind in kinds for name in reversed(store.names(kind))]
+        if names:
+            return store, names
+    what, cure = _instead(path)
+    raise CheckpointError("checkpoint", path, f"is neither a checkpoint nor a run with a finished one{what}", cure)
+
+
+def newest_step(run: Path) -> int:
+    """Completed steps of a run's newest checkpoint; 0 where there is none yet."""
+    names = Store(store_of_run(str(run))).names(STEP)
+    return int(names[-1].removeprefix(STEP)) if names else 0
+
+
+def corpus_in_project(store: Store, fingerprint: str | None) -> str | None:
+    """The corpus with a fingerprint in the project that a run is of; None where there is none.
+
+    A checkpoint records absolute paths. In a copy of a project these are of the original, which may have changed or be
+    gone; and a corpus that was set aside has another path than the run that was trained on it knows.
+
+    Args:
+        store: of the run's checkpoints.
+    """
+    return next((str(f) for f in folders_in_project(store, "corpus") if _fingerprint(f) == fingerprint), None)
+
+
+def folders_in_project(store: Store, kind: Literal["corpus", "backbone"]) -> list[Path]:
+    """The corpus or backbone of the project that a run is of, then those that were set aside; none outside of one.
+
+    Args:
+        store: of the run's checkpoints.
+    """
+    if is_url(store.url):
+        return []
+    checkpoints = Path(store.url).absolute()
+    project = checkpoints.parents[2] if len(checkpoints.parents) > 2 else checkpoints
+    if checkpoints.parent.parent.name != "runs" or not (project / "recipe.yaml").is_file():
+        return []
+    return [folder for folder in (project / kind, *sorted(project.glob(f"{kind}-earlier-*"))) if folder.is_dir()]
+
+
+def _fingerprint(corpus: Path) -> str | None:
+    """That of a corpus; None for what is none."""
+    try:
+        return load_manifest(str(corpus))[1]
+    except CLLM4RecError:
+        return None
+
+
+def _instead(path: str) -> tuple[str, str]:
+    """What a path without checkpoints is, and what to do about it."""
+    folder = Path(path)
+    where = f" in {store_of_run(path)}"
+    if is_url(path):
+        return where, "Give a run that trained, or the folder of its checkpoints."
+    if not folder.exists():
+        return f"{where}: it does not exist", f"Give a run that trained.{did_you_mean_path(path) or _runs_here()}"
+    if (folder / MANIFEST_NAME).is_file():
+        return ": it is a corpus", f"Give a run that was trained on it.{_runs_here()}"
+    if (folder / CONFIG_FILE).is_file():
+        return where, "It has not come to its first checkpoint: start it again, or give another run."
+    if (folder / "config.json").is_file():
+        return ": it is a backbone", f"Give a run that was trained with it.{_runs_here()}"
+    inside = [str(run) for run in _runs_below(folder)]
+    hint = f" There are {', '.join(inside)}." if inside else ""
+    return where, f"Give a run that trained, or the folder of its checkpoints.{hint}"
+
+
+def _runs_here() -> str:
+    """Runs in the folder `runs` of the current one, for the end of a cure."""
+    found = [str(run) for run in _runs_below(Path("runs"))]
+    return f" There are {', '.join(found)}." if found else ""
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    """Some runs in a folder or a folder of it."""
+    found = sorted({file.parent for pattern in ("*", "*/*") for file in folder.glob(f"{pattern}/{CONFIG_FILE}")})
+    yield from found[:_MOST_RUNS]

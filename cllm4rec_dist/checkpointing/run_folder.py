@@ -1,0 +1,136 @@
+"""The files of a run, for those who write them and those who only look: nothing here imports torch.
+
+config.yaml      resolved configuration
+status.json      stage, steps, machine and state of the run (`RunRecord`)
+metrics.jsonl    a line for each step and each validation
+checkpoints/     unless `checkpoint.dir` puts them elsewhere
+tensorboard/, wandb/, mlflow.db    of the trackers
+.lock            held while a run writes here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cllm4rec_dist.config import RunConfig, StrictModel
+from cllm4rec_dist.config.renames import RUN_SETTINGS, require_new_keys
+from cllm4rec_dist.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+STATUS_FILE = "status.json"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+EVALUATION_FILE = "evaluation.json"
+"""In the folder of an evaluation: means over users, examples, notes, configuration and fingerprints."""
+
+Kind = Literal["step-", "best-"]
+STEP: Kind = "step-"
+BEST: Kind = "best-"
+"""Prefixes of the names of checkpoints; completed steps follow."""
+
+State = Literal["starting", "running", "done", "interrupted", "failed"]
+
+
+class RunRecord(StrictModel):
+    """Contents of `status.json`."""
+
+    schema_version: int = 1
+    """Of this file."""
+    stage: Literal["pretrain", "finetune"]
+    state: State
+    """`interrupted`: a signal ended the run, which has saved. Of a run that was killed it stays `running`."""
+    started: float
+    """Unix time of the start or the latest resumption."""
+    ended: float | None = None
+    """Unix time of the end."""
+    message: str = ""
+    """Why the run failed, or the signal that ended it."""
+    host: str
+    """Of rank 0."""
+    num_ranks: int
+    device: str
+    """`CPU`, or the GPU's name."""
+    first_step: int = 0
+    """Completed steps at the start."""
+    total_steps: int = 0
+    """Steps of the whole run; 0 until the corpus has been opened."""
+    steps_per_epoch: int = 0
+
+
+def store_url(config: RunConfig) -> str:
+    """Where a run keeps its checkpoints."""
+    return config.checkpoint.dir or f"{config.output}/checkpoints"
+
+
+def store_of_run(path: str) -> str:
+    """Folder or URL of a run's checkpoints; its configuration may say that they are elsewhere.
+
+    Raises:
+        ConfigError: for a configuration that cannot be read, or with settings of an earlier version.
+    """
+    tree = read_config(Path(path))
+    require_new_keys(tree, RUN_SETTINGS, f"{path}/{CONFIG_FILE}")
+    checkpoint = tree.get("checkpoint")
+    folder = checkpoint.get("dir") if isinstance(checkpoint, dict) else None
+    return str(folder or f"{path}/checkpoints")
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The run's configuration as plain values; empty where there is none.
+
+    Raises:
+        ConfigError: for a file that cannot be read.
+    """
+    file = run / CONFIG_FILE
+    if not file.is_file():
+        return {}
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            "configuration of the run", str(file), f"is not readable YAML ({reason})", "Bring it back from a copy."
+        ) from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def write_record(run: Path, record: RunRecord) -> None:
+    """Replace `status.json` at once, so that a reader sees the old file or the new one."""
+    part = run / f".{STATUS_FILE}.part"
+    part.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    part.replace(run / STATUS_FILE)
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """Lines of `metrics.jsonl` in order. A line that a dying process wrote in part is left out."""
+    path = run / METRICS_FILE
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line
+
+
+def is_locked(run: Path) -> bool | None:
+    """True while a process writes to the run's folder; None where that cannot be known from here."""
+    try:
+        with (run / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False  # closing the file lets go of the lock
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None

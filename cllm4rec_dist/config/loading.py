@@ -1,0 +1,161 @@
+"""Configuration: frozen, validated once, every field documented, an unknown key is an error.
+
+`StrictModel` is the base of every configuration of the project (runs here, recipes in `corpus/recipe.py`). A file is
+YAML; `key.sub=value` overrides are applied on top before validation, so that no value changes after it is checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cllm4rec_dist.config.errors import config_error
+from cllm4rec_dist.config.renames import require_new_keys
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.suggestions import did_you_mean_path
+
+
+class StrictModel(BaseModel):
+    """A frozen configuration node that refuses unknown keys and implicit type changes of numbers to strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    """Dotted keys that are refused with their new name, old to new."""
+    file_kind: ClassVar[str | None] = None
+    """What a file of it is, where it has files of its own."""
+
+
+ModelT = TypeVar("ModelT", bound=StrictModel)
+"""The metrics that a ranking can be judged by: kind and cutoff."""
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Plain values.
+
+    Raises:
+        ValueError: for anything that is not YAML, an impossible date and endless nesting included.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_on_one_line(error)) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _on_one_line(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark
+    where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+    hint = "; YAML indents by blanks and not by tabs" if "'\\t'" in str(error.problem) else ""
+    return f"{error.problem}{where}{hint}"
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        key, colon, value = override.partition(":")
+        example = f"{key.strip()}={value.strip()}" if colon and key.strip() else "for example optimizer.lr=1e-3"
+        raise ConfigError("override", override, "must look like section.key=value", f"Write {example}.")
+    *sections, leaf = dotted.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(
+                "override", override, f"goes below {section!r}, which is a value", "Name an existing section."
+            )
+        node = child
+    try:
+        value = _parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(
+            "override", override, f"has a value that is not YAML ({error})", "Quote the value."
+        ) from error
+    # YAML 1.1 reads 1e-3 as text; people mean the number.
+    node[leaf] = float(text) if _SCIENTIFIC.fullmatch(text) else value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        hint = did_you_mean_path(str(path))
+        raise ConfigError("configuration file", str(path), what, f"Give the path of a YAML file.{hint}")
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "configuration file", str(path), f"is not readable YAML ({error})", "Mend the file."
+        ) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            "configuration file", str(path), "must hold key: value pairs", "Start from a committed example."
+        )
+    return tree
+
+
+def _require_kind(model: type[StrictModel], tree: Mapping[str, Any], source: str) -> None:
+    """Refuse a file of another kind than the one that is wanted: a recipe for a run, a run for a recipe."""
+    found = next((kind for kind, key in _KEY_OF_KIND.items() if key in tree), None)
+    if found is not None and model.file_kind is not None and found != model.file_kind:
+        raise ConfigError(source, found, f"is not {model.file_kind}", f"Give {model.file_kind} instead: {_EXAMPLES}.")
+
+
+_KEY_OF_KIND = {"a recipe": "source", "a run configuration": "output", "settings of a small backbone": "vocab_size"}
+"""Kinds of files, with a key that no other kind has."""
+_EXAMPLES = "recipes are in shards/, run configurations in launch/configs/"
+
+
+def load_config(model: type[ModelT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ModelT:
+    """Read a YAML file, apply dotted overrides and validate once.
+
+    Args:
+        model: the configuration class.
+        path: YAML file, or None to start from the defaults.
+        overrides: `section.key=value` texts; the value is read as YAML.
+
+    Raises:
+        ConfigError: for an unreadable file, an unknown key, a wrong type or range; names every offending field.
+    """
+    tree = {} if path is None else _read_yaml(Path(path))
+    if path is not None:
+        _require_kind(model, tree, str(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(model, tree, source=str(path) if path is not None else "configuration")
+
+
+def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
+    """Validate a plain tree as `model`; every violation is named in one ConfigError."""
+    require_new_keys(tree, model.renamed_keys, source)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise config_error(model, error, source) from None
+
+
+def dotted_items(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of nested settings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from dotted_items(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value

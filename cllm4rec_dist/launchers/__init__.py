@@ -1,0 +1,1 @@
+"""One function on every rank, under Ray, torchrun, deepspeed, Slurm or in this process."""

@@ -1,0 +1,340 @@
+"""Ray as a launcher: a local or a running cluster, one Train worker for each rank, and nothing of Ray on the screen.
+
+Ray starts, watches and restarts the workers; checkpoints are ours. What Ray writes of itself is turned off by its own
+settings, each explained where it is set. What a rank writes is shown as it is, and what it raises is raised here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cllm4rec_dist import errors
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError, FaultError
+from cllm4rec_dist.launchers.run_rank import RankFunction, run_rank
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0
+_REMINDER_SECONDS = 10.0
+_RAY_ADDRESS_CURE = "Start that cluster, or unset RAY_ADDRESS to have one started on this host."
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # Our lines name the rank themselves.
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    # An actor that asks a cloud for preemption notices, which nothing here reads, and whose start logs an error.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+"""Variables that Ray reads in the driver and in its workers."""
+
+
+def run_on_ray(
+    function: RankFunction,
+    workers: int | tuple[int, int],
+    collective_timeout_seconds: float,
+    max_failures: int,
+    arguments: dict[str, Any],
+) -> None:
+    """Run `function` on that many Train workers, with a GPU each where the cluster has any, and wait for the end.
+
+    Args:
+        workers: ranks, or the fewest and the most of an elastic run.
+        max_failures: how often Ray starts all ranks again after one was lost.
+        arguments: picklable keyword arguments of `function`.
+
+    Raises:
+        CLLM4RecError: what a rank raised.
+    """
+    _quiet_ray()
+    address = ray_address(os.environ)
+    place = "starting Ray" if address == "local" else f"joining the Ray cluster at {address}"
+    logger.info("%s with %s (takes about 10 s)", place, _describe_workers(workers))
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    start_ray()
+    gpu = bool(ray.cluster_resources().get("GPU"))
+    unit = "GPU" if gpu else "CPU"
+    _require_room(workers, unit, ray.cluster_resources().get(unit, 0.0), ray.available_resources().get(unit, 0.0))
+    refusals = _start_refusals()
+    logger.info("waiting for the ranks to import torch and join (takes about 15 s)")
+    settings = _WorkerSettings(function, collective_timeout_seconds, arguments, sys.stderr.isatty(), refusals)
+    # Ray's records of a run are of no use after it (checkpoints are ours), and are written by this host alone.
+    with tempfile.TemporaryDirectory(prefix="cllm4rec-ray-", ignore_cleanup_errors=True) as records:
+        trainer = TorchTrainer(
+            _ray_worker,
+            train_loop_config={"settings": settings},
+            scaling_config=ScalingConfig(
+                num_workers=workers,  # type: ignore[arg-type]  # typed as an older class
+                use_gpu=gpu,
+                resources_per_worker={} if gpu else {"CPU": 1},
+            ),
+            # What fails is raised below; Ray's own account of it, and of its tidying up, is only noise beside it.
+            run_config=RunConfig(  # type: ignore[call-arg]  # typed as an older class
+                name=function.__name__,
+                storage_path=records,
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+                failure_config=FailureConfig(max_failures=max_failures),
+            ),
+        )
+        try:
+            _wait_for(trainer.fit)
+        except ray.train.TrainingFailedError as error:
+            raise _original(error) from error
+    refusal = ray.get(refusals.first.remote())
+    if refusal is not None:
+        raise _as_error(*refusal)
+
+
+def _describe_workers(workers: int | tuple[int, int]) -> str:
+    if isinstance(workers, int):
+        return f"{workers} worker{'s' * (workers > 1)}"
+    return f"{workers[0]} to {workers[1]} workers"
+
+
+def ray_address(environ: Mapping[str, str]) -> str:
+    """`local`, or the cluster that a job or RAY_ADDRESS names; never one that somebody left behind on this host."""
+    return environ.get("RAY_ADDRESS") or "local"
+
+
+def _quiet_ray() -> None:
+    """Set what keeps Ray quiet; before it is imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def start_ray() -> None:
+    """Start Ray on this host, or join the cluster that RAY_ADDRESS names.
+
+    Raises:
+        ConfigError: for an address at which no cluster can be joined.
+    """
+    _quiet_ray()
+    import ray
+
+    address = ray_address(os.environ)
+    if ray.is_initialized():
+        return
+    reminder = threading.Timer(_REMINDER_SECONDS, logger.warning, ("waiting for the Ray cluster at %s", address))
+    reminder.daemon = True
+    if address != "local":
+        reminder.start()
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,  # a warning about token authentication at every start
+            runtime_env={"worker_process_setup_hook": _know_the_cluster},
+        )
+    except Exception as error:  # of many kinds: Ray's, grpc's, ValueError, ConnectionError
+        if address == "local":
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            "RAY_ADDRESS", address, f"is no cluster that can be joined ({reason})", _RAY_ADDRESS_CURE
+        ) from error
+    finally:
+        reminder.cancel()
+
+
+def _know_the_cluster() -> None:
+    """Let a worker process know its own cluster.
+
+    Ray Train's guard of placement groups asks for the state of its controller at the address in RAY_ADDRESS or, without
+    it, at any cluster that runs on this host: it then fails with a traceback or delays the end of a run by 12 s.
+    """
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+def require_ray_address(address: str) -> None:
+    """Refuse an address at which nobody answers: Ray itself would ask for a minute and tell of it in many lines.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            "RAY_ADDRESS", address, "is an address for `ray job submit`", "A driver joins the cluster's GCS: HOST:6379."
+        )
+    found = address
+    with suppress(OSError):
+        if address == "auto":  # where `ray start` has written down the cluster that it started last on this host
+            found = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster").read_text().strip()
+    host, _, port = found.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # local, or nothing to ask: Ray says so itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        where = "does not answer" if found == address else f"is {found}, which does not answer"
+        raise ConfigError("RAY_ADDRESS", address, f"{where} ({error})", _RAY_ADDRESS_CURE) from None
+
+
+def _require_room(workers: int | tuple[int, int], unit: str, total: float, free: float) -> None:
+    """Refuse more workers than the cluster can ever start, and say if it must free some first.
+
+    Raises:
+        ConfigError: gives both numbers. Ray itself would wait without end.
+    """
+    fewest, most = (workers, workers) if isinstance(workers, int) else workers
+    if fewest > total:
+        asked = str(most) if fewest == most else f"{fewest}:{most}"
+        cure = f"Give --workers 1:{most} for as many as there are" + (f", or {int(total)}." if total >= 1 else ".")
+        raise ConfigError("--workers", asked, f"takes {fewest} {unit}s, but the cluster has {total:g}", cure)
+    if fewest > free:
+        logger.warning("waiting for the cluster: %d workers take as many %ss, %g are free", fewest, unit, free)
+
+
+def _wait_for(work: Callable[[], object]) -> None:
+    """Run `work` in a thread, so that SIGINT and SIGTERM end the wait.
+
+    In the main thread Ray would handle SIGINT by asking its controller, which does not answer while workers have no
+    room, and SIGTERM by aborting the process.
+
+    Raises:
+        FaultError: for a signal.
+        Exception: what `work` raised.
+    """
+    import ray
+
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if is_main_thread else ()
+    before = {number: signal.signal(number, _raise_fault) for number in signals}
+    try:
+        thread.start()
+        thread.join()
+    except FaultError:
+        ray.shutdown()  # ends the thread, too, which would crash the interpreter at its end
+        thread.join(_CONNECT_SECONDS)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if raised:
+        raise raised[0]
+
+
+def _raise_fault(number: int, frame: FrameType | None) -> None:
+    raise FaultError(
+        "signal",
+        signal.Signals(number).name,
+        "ended the run before it was done",
+        "The same command runs it again; training goes on from the newest checkpoint.",
+    )
+
+
+@dataclass(frozen=True)
+class _WorkerSettings:
+    """What a Ray worker is sent.
+
+    Attributes:
+        has_terminal: of the driver.
+        refusals: handle of the run's `_Refusals`.
+    """
+
+    function: RankFunction
+    collective_timeout_seconds: float
+    arguments: dict[str, Any]
+    has_terminal: bool
+    refusals: Any
+
+
+class _Refusals:
+    """An actor that keeps the first refusal of a rank's input: raised, it would be retried, and shown amid traces."""
+
+    def __init__(self) -> None:
+        self._first: list[Any] | None = None
+
+    def add(self, refusal: list[Any]) -> None:
+        """Keep it if it is the first."""
+        self._first = self._first or refusal
+
+    def first(self) -> list[Any] | None:
+        """The first one, as `_as_error` takes it."""
+        return self._first
+
+
+def _start_refusals() -> Any:
+    """The actor, on the driver's host: it must not be lost with a host of workers."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Refusals).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _ray_worker(config: dict[str, _WorkerSettings]) -> None:
+    import ray
+    import ray.train
+
+    settings = config["settings"]
+    # Ray Train logs each report with the root logger, as information.
+    logging.getLogger().setLevel(logging.WARNING)
+
+    def report(metrics: dict[str, float]) -> None:
+        ray.train.report(metrics)
+
+    if ray.get(settings.refusals.first.remote()) is not None:
+        return  # Ray tries again, but what was wrong with the input still is
+    try:
+        run_rank(
+            settings.function,
+            report,
+            settings.collective_timeout_seconds,
+            settings.arguments,
+            has_terminal=settings.has_terminal,
+        )
+    except CLLM4RecError as error:
+        if error.exit_status != CLLM4RecError.exit_status:
+            raise
+        value = json.loads(json.dumps(error.value, default=str))
+        ray.get(settings.refusals.add.remote([type(error).__name__, error.field, value, error.constraint, error.cure]))
+
+
+def _as_error(kind: str, field: str, value: object, constraint: str, cure: str) -> CLLM4RecError:
+    """The error of a worker, made again."""
+    found = getattr(errors, kind, None)
+    if not (isinstance(found, type) and issubclass(found, CLLM4RecError)):
+        found = CLLM4RecError
+    return found(field, value, constraint, cure)
+
+
+def _original(error: BaseException) -> BaseException:
+    """Our own error inside what Ray made of it, or Ray's."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, CLLM4RecError):
+            return found
+        for failure in getattr(found, "worker_failures", {}).values():
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, CLLM4RecError):
+                return cause
+        found = found.__cause__
+    return error

@@ -1,0 +1,50 @@
+"""One rank: joins the others, logs, and runs its function under the watchdog."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
+
+logger = logging.getLogger(__name__)
+
+RankFunction = Callable[..., object]
+"""`function(world, report, **arguments)`; importable, because Ray carries it to its workers by name."""
+
+
+def run_rank(
+    function: RankFunction,
+    report: Callable[[dict[str, float]], None],
+    collective_timeout_seconds: float,
+    arguments: Mapping[str, Any],
+    *,
+    has_terminal: bool,
+    notes: Sequence[tuple[int, str]] = (),
+) -> object:
+    """Run `function` as the rank that the environment says. Returns what it returned. Collective.
+
+    Args:
+        notes: levels and texts that rank 0 logs first.
+    """
+    hide_accelerator_notice()
+    if "torch" not in sys.modules:
+        logger.info("importing torch and DeepSpeed")
+    import torch.distributed as dist  # after the launcher's choice: a Ray driver needs neither torch nor DeepSpeed
+
+    from cllm4rec_dist.distributed.engine import start_world
+
+    ours = not dist.is_initialized()
+    world = replace(start_world(collective_timeout_seconds), has_terminal=has_terminal)
+    setup_logging(world)
+    for level, note in notes if world.is_main else ():
+        logger.log(level, note)
+    try:
+        with world.watch:
+            return function(world, report, **arguments)
+    finally:
+        if ours:
+            dist.destroy_process_group()

@@ -1,0 +1,52 @@
+"""Jobs that one process does in less time than Ray or DeepSpeed take to start: evaluation and lists of small runs.
+
+`auto` means this process where one worker is asked for and there is nothing to join; else it means what it means to
+`launchers.launch`. A rank that is alone needs no process group, and DeepSpeed is not imported for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from cllm4rec_dist.launchers.launch import (
+    RankFunction,
+    joins,
+    launch,
+    parse_workers,
+    ranks_are_elsewhere,
+    require_launchable,
+)
+
+LAUNCHER_HELP = (
+    "auto: join torchrun, deepspeed or srun; else this process for one worker, and Ray for more or where RAY_ADDRESS"
+    " names a cluster. Or ray, or process."
+)
+
+
+def runs_here(launcher: str, workers: str, environ: Mapping[str, str]) -> bool:
+    """True where this process does a short job alone."""
+    if launcher == "auto" and not joins(launcher, environ):
+        return parse_workers(workers) == 1 and not ranks_are_elsewhere(launcher, environ)
+    return launcher == "process"
+
+
+def launch_short(function: RankFunction, launcher: str, workers: str, **arguments: Any) -> None:
+    """Run `function(world, report, **arguments)` as `launchers.launch` does, or in this process if that will do.
+
+    Raises:
+        CLLM4RecError: what a rank raised.
+    """
+    require_launchable(launcher, workers, os.environ)
+    if not runs_here(launcher, workers, os.environ):
+        launch(function, launcher, workers, **arguments)
+        return
+    from cllm4rec_dist.distributed.topology import lone_world
+    from cllm4rec_dist.log import setup_logging
+
+    world = replace(lone_world(), has_terminal=sys.stderr.isatty())
+    setup_logging(world)
+    function(world, lambda metrics: None, **arguments)

@@ -1,0 +1,58 @@
+"""The losses of the method, pure. Each is the sum over this rank's part, in nats.
+
+A step divides the sum over all ranks by the number of predictions (or rows) of the whole optimizer step, so that every
+term is a mean and means the same at any batch size, accumulation and world size.
+
+Legend: n positions, M targets, D width, k distinct user and item rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, linear_cross_entropy, sharded_cross_entropy
+
+
+def item_loss(
+    gathering: GatheringQueries,
+    local_weight: Tensor,
+    num_negatives: int = 0,
+    key: Tensor | None = None,
+    max_logits: int | None = None,
+) -> Tensor:
+    """Negative log-likelihood over the catalog.
+
+    With one target per position it is item language modeling (the paper's collaborative LLM); with a user's held-out
+    items at one position it is the multinomial likelihood of its finetuning.
+
+    Args:
+        gathering: queries [n, D], and for each of M targets its query and its global item row.
+        local_weight: [rows of this rank, D].
+        num_negatives, key: of a sampled softmax (`sharded_cross_entropy`).
+
+    Collectives: those of `sharded_cross_entropy`.
+    """
+    return sharded_cross_entropy(gathering, local_weight, num_negatives, key, max_logits).sum()
+
+
+def text_loss(
+    queries: Tensor, word_head: Tensor, target_query: Tensor, targets: Tensor, max_logits: int | None = None
+) -> Tensor:
+    """Negative log-likelihood of the words of the main texts (the paper's content LLM).
+
+    Args:
+        queries: [n, D] hidden states. word_head: [V, D], frozen.
+    """
+    return linear_cross_entropy(queries, word_head, target_query, targets, max_logits).sum()
+
+
+def mutual_regularization(collaborative: Tensor, content: Tensor | None, lambda_l: float, lambda_c: float) -> Tensor:
+    """lambda_c/2 |z_c - z_l|^2 + lambda_l/2 |z_l|^2 over distinct rows (the paper's priors).
+
+    Args:
+        collaborative, content: [k, D] rows of the same tokens; without content rows only the prior term is left.
+    """
+    loss = lambda_l / 2 * collaborative.square().sum()
+    if content is not None:
+        loss = loss + lambda_c / 2 * (content - collaborative).square().sum()
+    return loss

@@ -1,0 +1,260 @@
+"""Cross-entropies over many classes that never store [positions, classes].
+
+All that a loss over items or words needs is a log-sum-exp over the classes and the scores of the few targets:
+
+    nll_p = N_p * logsumexp_c(q_p . w_c) - sum over p's N_p targets t of q_p . w_t
+
+`chunked_logsumexp_and_scores` computes both on one device, in chunks of classes, and recomputes in backward.
+`sharded_cross_entropy` computes them over row shards: queries are all-gathered, each rank scores its own rows, and a
+maximum and two sums are reduced. One target per position is language modeling (the paper's pretraining), several are
+its multinomial likelihood.
+
+Legend: n positions of this rank, N of all ranks, C classes, D width, M targets of this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cllm4rec_dist.distributed.collectives import (
+    all_gather_rows,
+    combine_logsumexp,
+    gather_integers,
+    reduce_scatter_rows,
+    start_all_gather_rows,
+)
+from cllm4rec_dist.distributed.topology import RowPartition, World
+
+_CPU_LOGITS = 1 << 20
+"""4 MiB in fp32: a chunk stays in a core's cache between the product that makes it and the one that uses it."""
+_GPU_SHARE = 64
+
+
+def max_logits_for(device: torch.device) -> int:
+    """How many logits a head holds at once: a cacheful on a CPU, a 64th of the memory of a GPU."""
+    if device.type != "cuda":
+        return _CPU_LOGITS
+    return max_logits_within(torch.cuda.get_device_properties(device).total_memory)
+
+
+def max_logits_within(memory: int) -> int:
+    """The same for a GPU with `memory` bytes."""
+    return memory // _GPU_SHARE // 4
+
+
+def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right of half-precision matrices with the sums as they come, in `dtype`: torch's own are rounded again.
+
+    A logit of 20 rounded to bf16 is off by 0.06.
+    """
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)  # a CPU has no such product
+
+
+def _logits(queries: Tensor, rows: Tensor, shift: Tensor | None, buffer: Tensor) -> Tensor:
+    """queries @ rows.T (+ shift), as wide as the buffer and in its memory: fresh pages for each chunk cost time."""
+    out = buffer[: len(queries) * len(rows)].view(len(queries), len(rows))
+    if queries.dtype != out.dtype:
+        out = _wide_product(queries, rows.T, out.dtype)
+        return out if shift is None else out.add_(shift)
+    return torch.mm(queries, rows.T, out=out) if shift is None else torch.addmm(shift, queries, rows.T, out=out)
+
+
+class _ChunkedLogSumExpAndScores(torch.autograd.Function):
+    """Log-sum-exp over all classes and scores of the targets; one gradient of the classes for both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.chunk = chunk = max(1, max_logits // max(1, len(queries)))
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        highest = queries.new_full((len(queries),), -math.inf, dtype=wide)
+        total = torch.zeros_like(highest)
+        buffer = highest.new_empty(min(chunk, len(weight)) * len(queries))
+        for rows in weight.split(chunk) if len(weight) else ():
+            logits = _logits(queries, rows.to(queries.dtype), None, buffer)
+            raised = torch.maximum(highest, logits.amax(dim=1))
+            total.mul_((highest - raised).exp_()).add_(logits.sub_(raised[:, None]).exp_().sum(dim=1))
+            highest = raised
+        lse = highest + total.log_()
+        # Round target rows to the dtype of the logits, so that score and log-sum-exp see the same values.
+        targets = weight[target_row].to(queries.dtype).to(wide)
+        products = (queries[target_query].to(wide) * targets).sum(dim=1)
+        scores = torch.zeros_like(lse).index_add_(0, target_query, products)
+        ctx.save_for_backward(queries, weight, target_query, target_row, lse)
+        return lse, scores
+
+    @staticmethod
+    def backward(ctx: Any, grad_lse: Tensor, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
+        queries, weight, target_query, target_row, lse = ctx.saved_tensors
+        grad_queries = torch.zeros_like(queries, dtype=lse.dtype)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        # Rows of the probabilities are scaled by scaling what they are multiplied with, which is smaller.
+        scaled, shift = (queries * grad_lse[:, None]).to(queries.dtype), -lse[:, None]
+        buffer = lse.new_empty(min(ctx.chunk, len(weight)) * len(queries))
+        for start in range(0, len(weight), ctx.chunk):
+            rows = weight[start : start + ctx.chunk].to(queries.dtype)
+            logits = _logits(queries, rows, shift, buffer)
+            probabilities = logits.exp_().to(queries.dtype)
+            if rows.dtype == lse.dtype:
+                grad_queries.addmm_(probabilities, rows)
+            else:
+                grad_queries += _wide_product(probabilities, rows, lse.dtype)
+            if grad_weight is not None and grad_weight.dtype == rows.dtype == lse.dtype:
+                torch.mm(probabilities.T, scaled, out=grad_weight[start : start + ctx.chunk])
+            elif grad_weight is not None:
+                grad_weight[start : start + ctx.chunk] = _wide_product(probabilities.T, scaled, lse.dtype)
+        grad_queries *= grad_lse[:, None]
+        share = grad_scores[target_query, None]
+        grad_queries.index_add_(0, target_query, share * weight[target_row].to(queries.dtype))
+        if grad_weight is not None:
+            grad_weight.index_add_(0, target_row, (share * queries[target_query]).to(weight.dtype))
+        return grad_queries.to(queries.dtype), grad_weight, None, None, None
+
+
+def chunked_logsumexp_and_scores(
+    queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log sum over c of exp(q . w_c), and the sum of q . w_t over each query's targets; in chunks of classes.
+
+    Backward recomputes each chunk. Nothing of size [n, C] is stored.
+
+    Args:
+        queries: [n, D]; its dtype is that of what is multiplied, sums are fp32 or wider and never rounded to it.
+        weight: [C, D], C may be 0 (the log-sum-exp is -inf); gets a gradient only where it asks for one.
+        target_query, target_row: int64 [M] pairs of a query and a row of `weight`.
+        max_logits: logits held at a time; `max_logits_for` if left out.
+
+    Returns:
+        Twice [n], fp32 (fp64 for fp64 queries). No collective.
+    """
+    if max_logits is None:
+        max_logits = max_logits_for(queries.device)
+    lse, scores = _ChunkedLogSumExpAndScores.apply(queries, weight, target_query, target_row, max_logits)
+    return lse, scores
+
+
+def linear_cross_entropy(
+    queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int | None = None
+) -> Tensor:
+    """Negative log-likelihood of each query's targets under a softmax over the local `weight`: [n]. No collective."""
+    lse, scores = chunked_logsumexp_and_scores(queries, weight, target_query, target_row, max_logits)
+    return count_targets(target_query, len(queries)) * lse - scores
+
+
+def count_targets(target_query: Tensor, num_queries: int) -> Tensor:
+    """Targets of each query, int64 [n]. Unlike `bincount`, waits for no GPU, and knows meta tensors."""
+    return target_query.new_zeros(num_queries).index_add_(0, target_query, torch.ones_like(target_query))
+
+
+class GatheringQueries:
+    """Queries and targets on their way to the ranks that own item rows, and what these compute on its way back.
+
+    What is computed between construction and `wait` hides the all-gathers. The planner puts another one in its place,
+    which makes tensors of the same sizes (`planning/dry_run.py`).
+
+    Args:
+        queries: [n, D] of this rank; n may differ between ranks and be 0.
+        target_query, target_row: int64 [M]; queries of this rank and global rows.
+        partition: who owns which rows.
+
+    Collectives: all-gathers two integers, and starts to all-gather queries and target pairs.
+    """
+
+    def __init__(
+        self, queries: Tensor, target_query: Tensor, target_row: Tensor, partition: RowPartition, world: World
+    ) -> None:
+        self.queries, self.partition, self.world = queries, partition, world
+        # Both counts at once, because a GPU is waited for at each.
+        everyones = gather_integers([len(queries), len(target_query)], world, what="counts of queries and targets")
+        self.counts, target_counts = ([*counts] for counts in zip(*everyones, strict=True))
+        pairs = torch.stack([target_query + sum(self.counts[: world.rank]), target_row], dim=1)
+        self._pending_queries = start_all_gather_rows(queries.detach(), self.counts, world, "queries")
+        self._pending_pairs = start_all_gather_rows(pairs, target_counts, world, "targets")
+        self.num_targets = count_targets(target_query, len(queries))
+
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of all ranks [N, D]; int64 [m] pairs of a query and a local row, of the targets that live here."""
+        queries = all_gather_rows(self.queries, self.counts, self.world, self._pending_queries)
+        pairs = self._pending_pairs.wait()
+        start, stop = self.partition.range(self.world.rank)
+        local = pairs[(pairs[:, 1] >= start) & (pairs[:, 1] < stop)]
+        return queries, local[:, 0], local[:, 1] - start
+
+    def sample(self, num_negatives: int, key: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor]:
+        """Local rows of a sampled softmax (`sample_rows`)."""
+        return sample_rows(self.partition.num_local(self.world.rank), num_negatives, int(key), target_row, self.world)
+
+    def reduce(self, lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] log-sum-exp over this rank's rows and scores of its targets -> those over all rows, [n] of this rank.
+
+        Collectives: all-reduces a maximum and a sum of [N]; reduce-scatters [N].
+        """
+        lse = combine_logsumexp(lse, self.counts, self.world)
+        return lse, reduce_scatter_rows(scores, self.counts, self.world)
+
+
+def sharded_cross_entropy(
+    gathering: GatheringQueries,
+    local_weight: Tensor,
+    num_negatives: int = 0,
+    key: Tensor | None = None,
+    max_logits: int | None = None,
+) -> Tensor:
+    """`linear_cross_entropy` over rows that are sharded over the ranks.
+
+    Args:
+        local_weight: [rows of this rank, D].
+        num_negatives: rows, over all ranks, of a sampled softmax; 0 for the exact one.
+        key: int64 [] seed of the sample; the same one draws the same rows. May differ between ranks.
+
+    Returns:
+        [n] of this rank. Its gradients are those of the sum over all ranks.
+
+    Collectives: those of `GatheringQueries`.
+    """
+    queries, target_query, target_row = gathering.wait()
+    if num_negatives:
+        assert key is not None
+        rows, log_weight = gathering.sample(num_negatives, key, target_row)
+        target_row = torch.searchsorted(rows, target_row)
+        # One more column adds the logarithms to the logits, as a bias would be.
+        local_weight = torch.cat([local_weight[rows], log_weight[:, None].to(local_weight.dtype)], dim=1)
+        queries = F.pad(queries, (0, 1), value=1.0)
+    parts = chunked_logsumexp_and_scores(queries, local_weight, target_query, target_row, max_logits)
+    lse, scores = gathering.reduce(*parts)
+    return gathering.num_targets * lse - scores
+
+
+def sample_rows(num_local: int, num_negatives: int, key: int, targets: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """Rows that stand for all others in a sampled softmax, and the logarithm of how many each stands for.
+
+    Targets stand for themselves, so they are scored as in the exact softmax. The others are drawn uniformly, and stand
+    for all that are no target: the estimate of the sum of exponentials has no bias (its logarithm has one).
+
+    Args:
+        num_local: rows of this rank.
+        num_negatives: rows that are drawn over all ranks, evenly; one that is drawn again counts once.
+        key: seed of the draw.
+        targets: int64 [m], local rows of all ranks' targets that live here.
+
+    Returns:
+        int64 [c] distinct local rows, rising, and fp32 [c]. No collective.
+    """
+    generator = np.random.default_rng([key & 0xFFFFFFFFFFFFFFFF, world.rank])
+    count = -(-num_negatives // world.size)
+    targets = targets.unique()
+    drawn = torch.from_numpy(generator.integers(num_local, size=count)) if num_local else targets.new_empty(0).cpu()
+    rows, index = torch.cat([targets, drawn.to(targets.device)]).unique(return_inverse=True)
+    others = len(rows) - len(targets)
+    log_weight = torch.full(rows.shape, math.log((num_local - len(targets)) / others) if others else 0.0)
+    log_weight = log_weight.to(rows.device).index_fill_(0, index[: len(targets)], 0.0)
+    return rows, log_weight

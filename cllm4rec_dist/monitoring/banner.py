@@ -1,0 +1,137 @@
+"""What a training run says of itself before its first step: data, model, machine, steps, and what it starts from."""
+
+from __future__ import annotations
+
+import platform
+import zlib
+
+import torch
+
+from cllm4rec_dist.config import OptimizerConfig, RunConfig
+from cllm4rec_dist.corpus.manifest import Manifest
+from cllm4rec_dist.distributed.collectives import gather_integers
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.model import backbone
+from cllm4rec_dist.monitoring.progress import Schedule
+from cllm4rec_dist.system import InferenceSystem, System
+
+_DTYPES = {"fp32": "fp32", "bf16": "bf16 (embeddings, optimizer and losses fp32)"}
+
+
+def banner_rows(system: System, schedule: Schedule, ranks: str, origin: str) -> list[tuple[str, str]]:
+    """Return labels and texts of a run's banner.
+
+    Args:
+        ranks: from `describe_ranks`.
+        origin: the checkpoint that it resumes from or the run that it starts from, in words.
+    """
+    config, manifest = system.config, system.corpus.manifest
+    trained, frozen = parameter_counts(system)
+    rows = [
+        ("data", describe_data(manifest)),
+        ("backbone", _backbone(config)),
+        ("trained", _counts(trained)),
+        ("frozen", _counts(frozen)),
+        ("precision", _precision(config)),
+        ("ranks", ranks),
+        ("batch", describe_batch(config, system.world.size)),
+        ("steps", describe_steps(schedule)),
+        ("rate", describe_rates(config.optimizer)),
+        ("validation", describe_validation(config, manifest)),
+        ("start", origin),
+    ]
+    if config.trackers:
+        rows.append(("trackers", ", ".join(config.trackers)))
+    return rows
+
+
+def describe_data(manifest: Manifest) -> str:
+    """`demo: 600 users, 400 items, 9,570 interactions to train on, 10,970 texts`."""
+    interactions, texts = manifest.num_interactions.get("train", 0), sum(manifest.num_content.values())
+    return (
+        f"{manifest.name}: {manifest.num_users:,} users, {manifest.num_items:,} items,"
+        f" {interactions:,} training interactions, {texts:,} texts"
+    )
+
+
+def parameter_counts(system: InferenceSystem) -> tuple[dict[str, int], dict[str, int]]:
+    """Return numbers of trained and of frozen parameters by part, over all ranks together."""
+    model, config = system.recommender, system.config
+    in_engine, frozen = system.engine.num_parameters()
+    embeddings = sum(table.partition.num_rows * table.local_rows.shape[1] for table in model.tables.values())
+    bias = model.item_partition.num_rows if model.head.local_bias is not None else 0
+    head = bias + sum(parameter.numel() for _, parameter in model.replicated_parameters())
+    words = model.words.embedding.numel()
+    if model.words.head is not None and model.words.head.data_ptr() != model.words.embedding.data_ptr():
+        words += model.words.head.numel()
+    name = "backbone" if config.adapter.kind == "full" else "adapters"
+    return {name: in_engine, "embeddings": embeddings, "head": head}, {"backbone": frozen, "words": words}
+
+
+def _counts(counts: dict[str, int]) -> str:
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    return f"{sum(counts.values()):,} parameters ({parts})"
+
+
+def _backbone(config: RunConfig) -> str:
+    decoder = backbone.load_config(backbone.local_folder(config.backbone, weights=False))
+    return (
+        f"{config.backbone}: {decoder.model_type}, {decoder.num_hidden_layers} layers of width {decoder.hidden_size},"
+        f" {decoder.vocab_size:,} words"
+    )
+
+
+def _precision(config: RunConfig) -> str:
+    quantized = "" if config.quantization == "none" else f", frozen weights in {config.quantization}"
+    return _DTYPES[config.precision] + quantized
+
+
+def describe_ranks(world: World) -> str:
+    """`2 on 1 host, CPU`. Collective: gathers a hash of each rank's host name."""
+    hosts = len({name for (name,) in gather_integers([zlib.crc32(platform.node().encode())], world)})
+    return f"{world.size} on {hosts} host{'s' * (hosts > 1)}, {device_name(world)}"
+
+
+def device_name(world: World) -> str:
+    """The kind of GPU of this rank, or `CPU`."""
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+
+
+def describe_batch(config: RunConfig, num_ranks: int) -> str:
+    """`64 users and 64 texts a step, 32 and 32 on each rank in 2 micro-batches`."""
+    batch = config.batch
+    parts = [(batch.users, "users"), *([(batch.texts, "texts")] if batch.texts else [])]
+    text = f"{' and '.join(f'{size:,} {name}' for size, name in parts)} a step"
+    if num_ranks > 1:
+        text += f", {' and '.join(f'{size / num_ranks:,.4g}' for size, _ in parts)} on each rank"
+    if batch.gradient_accumulation_steps > 1:
+        text += f", in {batch.gradient_accumulation_steps} micro-batches"
+    return text
+
+
+def describe_steps(schedule: Schedule) -> str:
+    """`120 in 12 epochs of 10`, and where it resumes."""
+    text = f"{schedule.total_steps:,} in {schedule.num_epochs:,} epochs of {schedule.steps_per_epoch:,}"
+    return f"{text}, from step {schedule.first_step:,}" if schedule.first_step else text
+
+
+def describe_rates(optimizer: OptimizerConfig) -> str:
+    """Learning rates and their schedule."""
+    falls = "" if optimizer.schedule == "constant" else f" to {optimizer.min_lr_ratio:g} of it"
+    return (
+        f"{optimizer.lr:g} (embeddings {optimizer.embeddings_lr:g}), {optimizer.schedule}{falls} after"
+        f" {optimizer.warmup_steps:,} steps of warm-up"
+    )
+
+
+def describe_validation(config: RunConfig, manifest: Manifest) -> str:
+    """When and by what the run is validated, or why it is not."""
+    validation = config.validation
+    if config.stage == "pretrain":
+        return "none in pretraining; finetune validates"
+    if validation.every_epochs == 0:
+        return "none (validation.every_epochs=0); the last checkpoint is the result"
+    every = "every epoch" if validation.every_epochs == 1 else f"every {validation.every_epochs} epochs"
+    chosen, *others = validation.metrics
+    also = f", also {', '.join(others)}" if others else ""
+    return f"{every} on {manifest.num_held_out('valid'):,} interactions; best by {chosen}{also}"

@@ -1,0 +1,67 @@
+"""Metrics of a run as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.monitoring.trackers import BackgroundTracker
+
+
+class MetricsLog:
+    """Metrics of a run, appended to `metrics.jsonl` and given to trackers on rank 0.
+
+    Args:
+        run: folder of the run.
+        world: only rank 0 writes.
+        first_step: lines of later steps, which a run wrote that then died before its next checkpoint, are dropped, so
+            that the file tells one history.
+        trackers: take the numbers of each line under their names.
+    """
+
+    def __init__(self, run: Path, world: World, first_step: int, trackers: Sequence[BackgroundTracker] = ()) -> None:
+        self._file = None
+        self._trackers = trackers
+        if world.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            path = run / METRICS_FILE
+            part = path.with_suffix(".part")
+            part.write_text("".join(_lines_until(path, first_step)), encoding="utf-8")
+            part.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.flush()
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _lines_until(path: Path, last_step: int) -> Iterator[str]:
+    """Lines of steps up to `last_step`; what a dying process wrote in part is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    for line in lines:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                yield line
+        except ValueError:
+            continue

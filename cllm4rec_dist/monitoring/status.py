@@ -1,0 +1,446 @@
+"""What can be said of a run from its folder: for `cllm4rec status`, without torch and without disturbing the run.
+
+The record (`status.json`) says what the run last knew of itself, the lock whether it still lives, `metrics.jsonl` how
+far it is, the store which checkpoints there are. Each may be missing or damaged: that is said, and the rest is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from cllm4rec_dist.checkpointing.run_folder import (
+    BEST,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    STATUS_FILE,
+    STEP,
+    RunRecord,
+    is_locked,
+    read_config,
+    read_metrics,
+    store_of_run,
+)
+from cllm4rec_dist.checkpointing.store import COMMIT, Store
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
+from cllm4rec_dist.filesystems import is_url
+from cllm4rec_dist.monitoring.next_steps import next_commands, resume_command
+from cllm4rec_dist.monitoring.progress import (
+    Schedule,
+    format_best,
+    format_duration,
+    format_losses,
+    format_metrics,
+    format_rows,
+)
+
+Condition = Literal["starting", "running", "silent", "done", "interrupted", "failed", "killed", "unknown"]
+"""`silent`: alive, but without a line for longer than its steps take. `killed`: gone without a word."""
+_SHORTEST_SILENCE = 60.0
+_LINES_OF_SILENCE = 20
+"""A run is silent after so many times the usual time between two lines, and never before `_SHORTEST_SILENCE`."""
+_STARTING_SECONDS = 900.0
+"""What loading a large backbone may take."""
+_RECENT_LINES = 200
+_STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Newest:
+    """A checkpoint that is whole by its marker and the sizes of its files; its age in seconds where that is known."""
+
+    name: str
+    age: float | None
+
+
+@dataclass
+class RunStatus:
+    """What is known of a run; None and empty values are not known.
+
+    Attributes:
+        updated: seconds since the last line of metrics.
+        losses, tokens_per_second: of the last lines.
+        eta: seconds to the end, of a run that lives.
+        validation: metrics of the last one, at `validated_step`.
+        damaged: newer checkpoints than these, or all, that cannot be used.
+        problems: files that are missing or cannot be read.
+        next: commands that go on.
+    """
+
+    run: str
+    stage: str | None = None
+    condition: Condition = "unknown"
+    message: str = ""
+    host: str | None = None
+    num_ranks: int | None = None
+    device: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    updated: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    eta: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+    validated_step: int | None = None
+    best_metric: str | None = None
+    best: float | None = None
+    best_step: int | None = None
+    checkpoint: Newest | None = None
+    best_checkpoint: Newest | None = None
+    checkpoints: str | None = None
+    damaged: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The run's steps, once they are known."""
+        if not self.total_steps or not self.steps_per_epoch:
+            return None
+        return Schedule(0, self.total_steps, self.steps_per_epoch)
+
+    @property
+    def lives(self) -> bool:
+        """True while a process works on it."""
+        return self.condition in ("starting", "running", "silent")
+
+
+def read_statuses(path: str, now: float) -> list[RunStatus]:
+    """Return the status of a run, or of each run of a project folder, pretraining first.
+
+    Args:
+        path: a run, one of its checkpoints, a folder of runs or of checkpoints, or a URL of checkpoints.
+        now: Unix time.
+
+    Raises:
+        ConfigError: for a path at which there is no run.
+    """
+    if is_url(path):
+        return [_read_store(path, now)]
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise ConfigError("RUN", path, "is not a folder", "Give the output of a run, or a folder of runs.")
+    if (folder / COMMIT).is_file() and folder.parent.name == "checkpoints":
+        folder = folder.parents[1]
+    if _is_run(folder):
+        return [_read_run(folder, now)]
+    for parent in (folder / "runs", folder):
+        runs = [child for child in sorted(parent.glob("*")) if child.is_dir() and _is_run(child)]
+        if runs:
+            return sorted((_read_run(run, now) for run in runs), key=lambda status: status.stage != "pretrain")
+    if Store(str(folder)).names(STEP) or Store(str(folder)).names(BEST):
+        return [_read_store(str(folder), now)]
+    raise ConfigError(
+        "RUN",
+        path,
+        f"holds no run: neither {STATUS_FILE}, {CONFIG_FILE}, {METRICS_FILE} nor checkpoints",
+        "Give the output of a run, or a folder of runs.",
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (STATUS_FILE, METRICS_FILE, CONFIG_FILE, "checkpoints")) and not (
+        (folder / COMMIT).exists() or (folder / "manifest.json").exists()
+    )
+
+
+def _read_run(run: Path, now: float) -> RunStatus:
+    status = RunStatus(str(run))
+    config = _read_settings(run, status)
+    record = _read_record(run, status)
+    if record is not None:
+        status.stage, status.message, status.host = record.stage, record.message, record.host
+        status.num_ranks, status.device = record.num_ranks, record.device
+        status.total_steps, status.steps_per_epoch = record.total_steps or None, record.steps_per_epoch or None
+    elif config.get("stage") in ("pretrain", "finetune"):
+        status.stage = config["stage"]
+    num_lines = _count_lines(run / METRICS_FILE)
+    pace, num_read = _add_metrics(run, status, config, now)
+    try:
+        _add_checkpoints(Store(store_of_run(str(run))), status, now)
+    except CLLM4RecError as error:
+        if str(error) not in status.problems:  # the configuration is read for its settings and for the store
+            status.problems.append(str(error))
+    status.condition = _condition(record, is_locked(run), status, pace, now)
+    status.problems += _problems_of_metrics(status, num_lines, num_read)
+    if not status.lives:
+        status.eta = None
+    status.next = _next(status, run, has_config=bool(config))
+    return status
+
+
+def _read_store(url: str, now: float) -> RunStatus:
+    """Read checkpoints alone, as they are in an object store: whether the run lives is not known there."""
+    status = RunStatus(url)
+    store = Store(url)
+    _add_checkpoints(store, status, now)
+    newest = status.checkpoint or status.best_checkpoint
+    if newest is None:
+        what = (
+            f"holds damaged checkpoints alone: {', '.join(status.damaged)}" if status.damaged else "holds no checkpoint"
+        )
+        raise ConfigError("RUN", url, what, "Give the folder or URL that checkpoint.dir names.")
+    files = store.marker(newest.name).files
+    if _STATE_FILE not in files:
+        status.problems.append(f"{newest.name} holds no {_STATE_FILE}")
+        return status
+    state = json.loads(store.fetch(newest.name, _STATE_FILE, files[_STATE_FILE]).read_bytes())
+    run = state["run"]
+    status.stage = state["config"].get("stage")
+    status.best, status.best_metric, status.best_step = (run.get(key) for key in ("best", "best_metric", "best_step"))
+    return status
+
+
+def _read_settings(run: Path, status: RunStatus) -> dict[str, Any]:
+    try:
+        config = read_config(run)
+    except ConfigError as error:
+        status.problems.append(str(error))
+        return {}
+    if not config:
+        status.problems.append(f"{CONFIG_FILE} is missing or empty")
+    return config
+
+
+def _read_record(run: Path, status: RunStatus) -> RunRecord | None:
+    try:
+        return RunRecord.model_validate_json((run / STATUS_FILE).read_bytes())
+    except FileNotFoundError:
+        status.problems.append(f"{STATUS_FILE} is missing: the run did not come so far, or an earlier version wrote it")
+    except (OSError, ValidationError) as error:
+        status.problems.append(f"{STATUS_FILE} cannot be read: {str(error).splitlines()[0]}")
+    return None
+
+
+def _count_lines(file: Path) -> int | None:
+    """Finished lines that are not blank; None where there is no file."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as lines:
+        return sum(line.endswith(b"\n") and not line.isspace() for line in lines)
+
+
+def _problems_of_metrics(status: RunStatus, num_lines: int | None, num_read: int) -> Iterator[str]:
+    """What is wrong with lines of which `num_lines` were there and `num_read` could be read."""
+    if num_lines and num_read < num_lines:
+        share = "none can" if num_read == 0 else f"{num_lines - num_read} cannot"
+        yield f"{METRICS_FILE} is damaged: of {num_lines} lines {share} be read"
+    elif not num_read and (status.step or status.condition == "done"):
+        yield f"{METRICS_FILE} {'is missing' if num_lines is None else 'is empty'}, although steps have been taken"
+    elif not num_read:
+        yield f"{METRICS_FILE} holds no line: no step has been taken yet"
+
+
+def _add_metrics(run: Path, status: RunStatus, config: Mapping[str, Any], now: float) -> tuple[float | None, int]:
+    """Fill in what the lines say. Returns the usual seconds between two lines of steps, and how many could be read."""
+    validation = config.get("validation")
+    chosen = validation.get("metrics") if isinstance(validation, dict) else None
+    metric = str(chosen[0]) if isinstance(chosen, list) and chosen else None
+    steps: deque[dict[str, Any]] = deque(maxlen=_RECENT_LINES)
+    last: dict[str, Any] = {}
+    num_read = 0
+    for line in read_metrics(run):
+        last, num_read = line, num_read + 1
+        if "loss" in line:
+            steps.append(line)
+        found = {key.removeprefix("valid/"): value for key, value in _numbers(line, "valid/")}
+        if not found:
+            continue
+        status.validation, status.validated_step = found, line["step"]
+        value = found.get(metric or next(iter(found)))
+        if value is not None and (status.best is None or value > status.best):
+            status.best, status.best_metric, status.best_step = value, metric or next(iter(found)), line["step"]
+    if not last:
+        return None, 0
+    status.step = last["step"]
+    if isinstance(last.get("time"), int | float):
+        status.updated = max(0.0, now - last["time"])
+    if not steps:
+        return None, num_read
+    status.losses = {key.removeprefix("loss/"): value for key, value in _numbers(steps[-1], "loss/")}
+    speeds = [line["tokens_per_second"] for line in steps if isinstance(line.get("tokens_per_second"), int | float)]
+    status.tokens_per_second = statistics.median(speeds) if speeds else None
+    timed = [line for line in steps if isinstance(line.get("time"), int | float)]
+    gaps = [later["time"] - earlier["time"] for earlier, later in zip(timed, list(timed)[1:], strict=False)]
+    if not gaps:
+        return None, num_read
+    by_step = (timed[-1]["time"] - timed[0]["time"]) / max(1, timed[-1]["step"] - timed[0]["step"])
+    if status.total_steps is not None:
+        status.eta = max(0, status.total_steps - status.step) * by_step
+    return statistics.median(gaps), num_read
+
+
+def _numbers(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in line.items():
+        if key.startswith(prefix) and isinstance(value, int | float):
+            yield key, float(value)
+
+
+def _add_checkpoints(store: Store, status: RunStatus, now: float) -> None:
+    status.checkpoints = store.url
+    status.checkpoint = _newest_whole(store, STEP, status, now)
+    status.best_checkpoint = _newest_whole(store, BEST, status, now)
+    if status.checkpoint is None:
+        status.damaged += store.set_aside_names(STEP)
+    steps = [name.removeprefix(STEP) for name in store.names(STEP)]
+    status.step = max(status.step, *(int(step) for step in steps if step.isdecimal()), 0)
+
+
+def _newest_whole(store: Store, prefix: str, status: RunStatus, now: float) -> Newest | None:
+    for name in reversed(store.names(prefix)):
+        problem = _damage(store, name)
+        if problem is None:
+            written = store.modified(name)
+            age = None if written is None else max(0.0, now - written.astimezone(UTC).timestamp())
+            return Newest(name, age)
+        if store.is_committed(name):  # else the run has removed it meanwhile
+            status.damaged.append(name)
+            status.problems.append(f"{name} is damaged: {problem}")
+    return None
+
+
+def _damage(store: Store, name: str) -> str | None:
+    """Why a checkpoint cannot be used, as far as that is seen without reading its files; None where it can."""
+    try:
+        unseen = store.unseen(name, store.marker(name).files)
+    except CheckpointError as error:
+        return f"{COMMIT} {error.constraint}"
+    return f"{', '.join(unseen)} missing or cut off" if unseen else None
+
+
+def _condition(
+    record: RunRecord | None, is_held: bool | None, status: RunStatus, pace: float | None, now: float
+) -> Condition:
+    """How the run is, from what it last said of itself and whether its lock is held."""
+    if is_held is False or is_held is None:
+        if record is None:
+            return "unknown"
+        if record.state in ("starting", "running"):
+            return "killed" if is_held is False else record.state
+        return record.state
+    if record is None or record.state == "starting" or status.updated is None:
+        began = now if record is None else record.started
+        return "silent" if now - began > _STARTING_SECONDS else "starting"
+    quiet = min(status.updated, now - record.started)  # the last line may be one of the process before
+    patience = max(_SHORTEST_SILENCE, _LINES_OF_SILENCE * (pace or 0.0))
+    return "silent" if quiet > patience else "running"
+
+
+def _next(status: RunStatus, run: Path, *, has_config: bool) -> list[str]:
+    """Commands that go on; none where they would be refused."""
+    if status.stage is None or status.lives or status.checkpoints is None:
+        return []
+    if status.condition == "done":
+        is_usable = status.checkpoint is not None or status.best_checkpoint is not None
+        if not is_usable or not (has_config or status.stage == "finetune") or _is_gone_on_with(run):
+            return []
+        return next_commands(status.stage, run, is_evaluated=_is_evaluated(run, status))
+    only_damaged = status.checkpoint is None and any(name.startswith(STEP) for name in status.damaged)
+    return [resume_command(status.stage, run, status.num_ranks or 1)] if has_config and not only_damaged else []
+
+
+def _is_gone_on_with(run: Path) -> bool:
+    """True where a run beside it started from this one, by name: the paths in a copied folder are the original's."""
+    for file in run.parent.glob(f"*/{CONFIG_FILE}"):
+        try:
+            start = read_config(file.parent).get("init_from")
+        except ConfigError:
+            continue
+        if start is not None and file.parent != run and Path(str(start)).name == run.name:
+            return True
+    return False
+
+
+def _is_evaluated(run: Path, status: RunStatus) -> bool:
+    """True where the evaluation in the run's folder is of the checkpoint that other commands use."""
+    used = status.best_checkpoint or status.checkpoint
+    try:
+        checkpoint = json.loads((run / "evaluation" / EVALUATION_FILE).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return used is not None and str(checkpoint).rpartition("/")[2] == used.name
+
+
+_SENTENCES: dict[Condition, str] = {
+    "starting": "is starting",
+    "running": "is running",
+    "silent": "is running, but has been silent for longer than its steps take",
+    "done": "is done",
+    "interrupted": "was interrupted and has saved",
+    "failed": "has failed",
+    "killed": "ended without a word (killed, out of memory, machine gone)",
+    "unknown": "does not say how it ended",
+}
+
+
+def format_status(status: RunStatus) -> str:
+    """A headline and a line for each thing that is known."""
+    rows: list[tuple[str, str]] = []
+    schedule = status.schedule
+    if status.message:
+        rows.append(("message", status.message))
+    if status.num_ranks is not None:
+        ranks = f"{status.num_ranks} rank{'s' * (status.num_ranks > 1)} on {status.device}, rank 0 on {status.host}"
+        rows.append(("machine", ranks))
+    if schedule is not None:
+        share = status.step / schedule.total_steps
+        epoch = f"epoch {schedule.epoch(status.step)} of {schedule.num_epochs}"
+        rows.append(("progress", f"{epoch}, step {status.step:,} of {schedule.total_steps:,} ({share:.0%})"))
+    elif status.step:
+        rows.append(("progress", f"step {status.step:,}"))
+    if status.tokens_per_second is not None:
+        left = "" if status.eta is None else f", {format_duration(status.eta)} to go"
+        rows.append(("speed", f"{status.tokens_per_second:,.0f} tokens/s{left}"))
+    if status.losses:
+        rows.append(("loss", format_losses(status.losses)))
+    if status.validation:
+        rows.append(("validation", f"{format_metrics(status.validation)} at step {status.validated_step:,}"))
+    if status.best is not None:
+        rows.append(("best", _best(status)))
+    for label, newest in (("checkpoint", status.checkpoint), ("", status.best_checkpoint)):
+        if newest is not None:
+            age = "" if newest.age is None else f", {format_duration(newest.age)} old"
+            rows.append((label, f"{newest.name}{age}"))
+    if status.checkpoints is not None and status.checkpoint is None and status.best_checkpoint is None:
+        is_early = status.lives or not status.step
+        none = "none that is whole" if status.damaged else "none yet" if is_early else "none"
+        rows.append(("checkpoint", f"{none} in {status.checkpoints}"))
+    if status.updated is not None:
+        rows.append(("updated", f"{format_duration(status.updated)} ago"))
+    rows += [("note", problem) for problem in status.problems]
+    rows += [("next" if status.condition == "done" else "resume", command) for command in status.next]
+    return f"{status.run}: {status.stage or 'run'} {_SENTENCES[status.condition]}\n{format_rows(rows)}"
+
+
+def _best(status: RunStatus) -> str:
+    assert status.best is not None
+    metric, step = status.best_metric or "validation result", status.best_step or 0
+    if status.schedule is None:
+        return f"{metric} {status.best:.4f} at step {step:,}"
+    return format_best(metric, status.best, step, status.schedule).removeprefix("best ")
+
+
+def format_brief(status: RunStatus) -> str:
+    """One line, for a run that is followed."""
+    parts = [f"{status.stage or 'run'} {status.condition}"]
+    schedule = status.schedule
+    if schedule is not None:
+        parts.append(f"epoch {schedule.epoch(status.step)}/{schedule.num_epochs}")
+        parts.append(f"step {status.step:,}/{schedule.total_steps:,}")
+    if status.losses:
+        parts.append(f"loss {format_losses(status.losses)}")
+    if status.validation:
+        parts.append(format_metrics(status.validation))
+    if status.eta is not None:
+        parts.append(f"ETA {format_duration(status.eta)}")
+    return "  ".join(parts)

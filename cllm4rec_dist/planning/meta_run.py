@@ -1,0 +1,149 @@
+"""A run as it would be on one of its ranks, on the meta device: shapes, parts and rules, and nothing started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.distributed import engine
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.model import backbone
+from cllm4rec_dist.model.backbone import DualBackbone, Words
+from cllm4rec_dist.model.dtypes import DTYPES
+from cllm4rec_dist.model.recommender import Recommender
+from cllm4rec_dist.planning.dry_run import META
+from cllm4rec_dist.planning.zero3_simulation import Zero3, Zero3Settings
+
+_LEFT_OUT = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "zero_quantized_nontrainable_weights": False,
+    "use_all_reduce_for_fetch_params": False,
+}
+"""Settings of ZeRO that change what goes over the wire in ways that a plan does not know, and their usual values."""
+
+
+@dataclass(frozen=True)
+class MetaRun:
+    """The parts of a run on the fullest rank.
+
+    Attributes:
+        dual: what the engine would train.
+        model: rows, head and words; its tables hold the rows of rank 0, which no rank has more of.
+        zero: how ZeRO-3 gathers `dual`.
+        num_groups: flat groups of ZeRO-3's optimizer.
+        offload_optimizer, offload_weights: whether these live in the host's memory.
+        left_out: settings of ZeRO that are not in the figures.
+    """
+
+    config: RunConfig
+    num_ranks: int
+    dual: DualBackbone
+    model: Recommender
+    zero: Zero3
+    num_groups: int
+    contiguous_gradients: bool
+    offload_optimizer: bool
+    offload_weights: bool
+    left_out: list[str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone."""
+        return DTYPES[self.config.precision]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What the engine trains."""
+        return [p for p in self.zero.parameters if p.requires_grad]
+
+
+def make_meta_run(
+    config: RunConfig, num_users: int, num_items: int, has_texts: bool, num_ranks: int, max_logits: int
+) -> MetaRun:
+    """Build a run on the meta device from its configuration and the sizes of its corpus.
+
+    Args:
+        max_logits: logits that a head holds at a time.
+
+    Raises:
+        ConfigError: as a run would, for a backbone or a DeepSpeed file that does not fit.
+    """
+    decoder = backbone.load_config(backbone.local_folder(config.backbone, weights=False))
+    dtype = DTYPES[config.precision]
+    dual = backbone.outline_backbone(decoder, config.adapter, dtype)
+    dual.train()
+    if config.activation_checkpointing:
+        dual.enable_activation_checkpointing()
+    content = config.batch.texts > 0 and has_texts
+    model = Recommender(
+        RowPartition(config.method.num_user_rows(num_users), num_ranks).block,
+        RowPartition(num_items, num_ranks).block,
+        _words(decoder, dtype, content),
+        config.head,
+        World(0, 1, 0, META),
+        dropout=config.embeddings.dropout,
+        comm_dtype=DTYPES[config.embeddings.comm_dtype],
+        sparse_gradients=config.optimizer.sparse_embedding_updates,
+        content=content,
+        max_logits=max_logits,
+    )
+    rules = engine.zero_config(engine.resolve_settings(config))
+    settings = Zero3Settings(
+        int(rules.prefetch_bucket_size),
+        int(rules.max_reuse_distance),
+        int(rules.max_live_parameters),
+        int(rules.param_persistence_threshold),
+        int(rules.model_persistence_threshold),
+        int(rules.reduce_bucket_size),
+        int(rules.sub_group_size),
+    )
+    zero = Zero3(dual, dual.layers, num_ranks, settings, _packed(dual, config, dtype))
+    return MetaRun(
+        config,
+        num_ranks,
+        dual,
+        model,
+        zero,
+        _num_groups(zero),
+        bool(rules.contiguous_gradients),
+        _is_offloaded(rules.offload_optimizer),
+        _is_offloaded(rules.offload_param),
+        [name for name, usual in _LEFT_OUT.items() if getattr(rules, name) != usual],
+    )
+
+
+def _words(decoder: PretrainedConfig, dtype: torch.dtype, content: bool) -> Words:
+    embedding = torch.empty(decoder.vocab_size, decoder.hidden_size, dtype=dtype, device=META)
+    if not content:
+        return Words(embedding, embedding[:0])
+    return Words(embedding, embedding if decoder.tie_word_embeddings else torch.empty_like(embedding))
+
+
+def _packed(dual: DualBackbone, config: RunConfig, dtype: torch.dtype) -> dict[nn.Parameter, int]:
+    """Elements of `dtype` that hold the 4-bit weights, two of which stand in a byte."""
+    if config.quantization == "none":
+        return {}
+    matrices = (p for p in dual.parameters() if p.dim() == 2 and not p.requires_grad)
+    tables = {id(m.weight) for m in dual.modules() if isinstance(m, nn.Embedding)}
+    return {p: p.numel() // (2 * dtype.itemsize) for p in matrices if id(p) not in tables}
+
+
+def _num_groups(zero: Zero3) -> int:
+    """How many flat groups ZeRO-3 makes of what is trained."""
+    groups, numel = 0, 0
+    trained = [parameter for parameter in zero.parameters if parameter.requires_grad]
+    for number, parameter in enumerate(trained):
+        numel += zero.part(parameter)
+        if numel >= zero.settings.sub_group or number == len(trained) - 1:
+            groups, numel = groups + 1, 0
+    return groups
+
+
+def _is_offloaded(section: object) -> bool:
+    return section is not None and str(getattr(section, "device", "none")).rsplit(".", 1)[-1] != "none"

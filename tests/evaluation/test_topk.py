@@ -1,0 +1,154 @@
+"""Exact top-K over row shards equals a stable sort of the whole score matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.evaluation.topk import sharded_topk
+from tests.harness import alone, run_ranks
+
+WIDTH, NUM_ITEMS = 4, 37
+WORLDS = [1, 2, 3, 4]
+USERS = {1: [5], 2: [4, 0], 3: [2, 0, 5], 4: [1, 3, 0, 2]}
+CUTOFFS = [1, 7, 20, NUM_ITEMS]  # 20 and 37 are more than a shard of 2 or more ranks holds
+MAX_LOGITS = [1, 60, 1 << 20]
+KINDS = ["distinct", "ties", "equal"]
+
+
+def case(size: int, kind: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Every rank's queries, all rows, and every rank's seen pairs.
+
+    `ties`: scores are small whole numbers, so that most of them come several times. `equal`: all scores are equal.
+    """
+    random = torch.Generator().manual_seed(size)
+    counts = USERS[size]
+    queries = torch.randn(sum(counts), WIDTH, generator=random, dtype=torch.float64)
+    rows = torch.randn(NUM_ITEMS, WIDTH, generator=random, dtype=torch.float64)
+    if kind != "distinct":  # products of whole numbers are exact in any order of summation
+        queries, rows = queries.round().clamp(-1, 1), rows.round().clamp(-1, 1)
+    if kind == "equal":
+        rows = rows[:1].expand(NUM_ITEMS, -1).contiguous()
+    seen = []
+    for rank, count in enumerate(counts):
+        # The first user has seen much, the second one nothing.
+        pairs = [(user, row) for user in range(count) for row in range(rank, NUM_ITEMS, 2 + user) if user != 1]
+        seen.append(torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
+    return list(queries.split(counts)), rows, seen
+
+
+def ranked(world: World) -> dict[str, tuple[Tensor, Tensor]]:
+    partition = RowPartition(NUM_ITEMS, world.size)
+    start, stop = partition.range(world.rank)
+    found = {}
+    for kind in KINDS:
+        queries, rows, seen = case(world.size, kind)
+        for cutoff in CUTOFFS:
+            for max_logits in MAX_LOGITS:
+                found[f"{kind}-{cutoff}-{max_logits}"] = sharded_topk(
+                    queries[world.rank], rows[start:stop], cutoff, seen[world.rank], partition, world, max_logits
+                )
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[dict[str, tuple[Tensor, Tensor]]]]:
+    return {size: run_ranks(size, ranked) for size in WORLDS}
+
+
+def wanted(queries: Tensor, rows: Tensor, seen: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
+    """Highest scores first, equal ones by row."""
+    scores = queries @ rows.T
+    scores[seen[:, 0], seen[:, 1]] = -torch.inf
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :cutoff]
+    return scores.gather(1, order), order
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_logits", MAX_LOGITS)
+@pytest.mark.parametrize("cutoff", CUTOFFS)
+@pytest.mark.parametrize("size", WORLDS)
+def test_ranking_equals_a_stable_sort_of_all_scores(
+    ranks: Any, size: int, cutoff: int, max_logits: int, kind: str
+) -> None:
+    queries, rows, seen = case(size, kind)
+    for rank in range(size):
+        scores, items = ranks[size][rank][f"{kind}-{cutoff}-{max_logits}"]
+        exact_scores, exact_items = wanted(queries[rank], rows, seen[rank], cutoff)
+        assert scores.shape == items.shape == (USERS[size][rank], cutoff)
+        torch.testing.assert_close(scores, exact_scores)
+        # Which of the items that are left out fills the end does not matter, as long as each comes once.
+        kept = exact_scores > -torch.inf
+        assert items[kept].tolist() == exact_items[kept].tolist()
+        for row in items.tolist():
+            assert len(set(row)) == cutoff
+            assert set(row) <= set(range(NUM_ITEMS))
+
+
+CANDIDATES = {"few": range(30, 34), "every third": range(1, NUM_ITEMS, 3), "all": range(NUM_ITEMS)}
+
+
+def ranked_candidates(world: World) -> dict[str, tuple[Tensor, Tensor]]:
+    partition = RowPartition(NUM_ITEMS, world.size)
+    start, stop = partition.range(world.rank)
+    queries, rows, seen = case(world.size, "ties")
+    found = {}
+    for name, chosen in CANDIDATES.items():
+        mask = torch.zeros(NUM_ITEMS, dtype=torch.bool)
+        mask[list(chosen)] = True
+        for cutoff in {1, len(chosen)}:
+            found[f"{name}-{cutoff}"] = sharded_topk(
+                queries[world.rank], rows[start:stop], cutoff, seen[world.rank], partition, world, candidates=mask
+            )
+    return found
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_candidates_alone_are_ranked_as_in_the_whole_catalog(size: int) -> None:
+    queries, rows, seen = case(size, "ties")
+    for rank, found in enumerate(run_ranks(size, ranked_candidates)):
+        for name, chosen in CANDIDATES.items():
+            for cutoff in {1, len(chosen)}:
+                scores, items = found[f"{name}-{cutoff}"]
+                whole_scores, whole_items = wanted(queries[rank], rows, seen[rank], NUM_ITEMS)
+                for query, (got, order) in enumerate(zip(items.tolist(), whole_items.tolist(), strict=True)):
+                    exact = [item for item in order if item in chosen]
+                    left = int(torch.isfinite(scores[query]).sum())
+                    exact_scores = whole_scores[query][[order.index(item) for item in exact]]
+                    assert left == min(cutoff, int(torch.isfinite(exact_scores).sum()))
+                    assert got[:left] == exact[:left]
+                    assert set(got) <= set(chosen)
+                    torch.testing.assert_close(scores[query, :left], exact_scores[:left])
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_seen_items_come_behind_everything_else(ranks: Any, size: int) -> None:
+    _, _, seen = case(size, "distinct")
+    for rank in range(size):
+        scores, items = ranks[size][rank][f"distinct-{NUM_ITEMS}-{MAX_LOGITS[0]}"]
+        for user in range(USERS[size][rank]):
+            left_out = set(seen[rank][seen[rank][:, 0] == user, 1].tolist())
+            hidden = items[user][scores[user] == -torch.inf].tolist()
+            assert set(hidden) == left_out
+            assert set(items[user].tolist()[: NUM_ITEMS - len(left_out)]).isdisjoint(left_out)
+
+
+@pytest.mark.parametrize("num_items", [64, 640, 1000])  # 1,000: the last chunk and the last block are short
+@pytest.mark.parametrize("num_best", [1, 3, 9, 50])  # fewer and more than a chunk of 400 has blocks
+@pytest.mark.parametrize("rising", [False, True])
+def test_blocks_of_neighbouring_scores_change_nothing(num_items: int, num_best: int, rising: bool) -> None:
+    random = torch.Generator().manual_seed(num_items)
+    queries = torch.randint(-1, 2, (5, WIDTH), generator=random).double()
+    rows = torch.randint(-2, 3, (num_items, WIDTH), generator=random).double()
+    if rising:  # every chunk beats the ones before it
+        rows += torch.arange(num_items)[:, None] // 100 * queries[0]
+    seen = torch.stack([torch.arange(5).repeat_interleave(60), torch.randint(num_items, (300,), generator=random)], 1)
+    found = sharded_topk(queries, rows, num_best, seen, RowPartition(num_items, 1), alone(), 5 * 400)
+    exact_scores, exact_items = wanted(queries, rows, seen, num_best)
+    torch.testing.assert_close(found[0], exact_scores)
+    kept = exact_scores > -torch.inf
+    assert found[1][kept].tolist() == exact_items[kept].tolist()

@@ -1,0 +1,192 @@
+"""Adam over rows: dense, lazy, packed and on the host, against torch's own AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cllm4rec_dist.config import HeadConfig
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model import embedding_optimizer
+from cllm4rec_dist.model.backbone import Words
+from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer, Storage
+from cllm4rec_dist.model.recommender import Recommender
+from tests.harness import alone
+
+USERS, ITEMS, WIDTH = 30, 20, 64
+LAZY = ("collaborative.users", "content.users", "content.items")
+BETAS = (0.9, 0.99)
+STORAGES: list[Storage] = ["fp32", "int8", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense parameters are stepped in several blocks, the last one shorter."""
+    monkeypatch.setattr(embedding_optimizer, "_BLOCK_ENTRIES", 7 * WIDTH)
+
+
+def make(storage: Storage, width: int = WIDTH) -> tuple[Recommender, EmbeddingOptimizer]:
+    random = torch.Generator().manual_seed(0)
+    words = Words(*torch.zeros(2, 5, width))
+    model = Recommender(
+        USERS,
+        ITEMS,
+        words,
+        HeadConfig(),
+        alone(),
+        dropout=0.0,
+        comm_dtype=torch.float32,
+        sparse_gradients=True,
+        content=True,
+    )
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random)
+    return model, EmbeddingOptimizer(model, BETAS, storage)
+
+
+def give_gradients(optimizer: EmbeddingOptimizer, number: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """Gradients of step `number`; of lazy tables for some rows, another few at each step. Returns those rows."""
+    random = torch.Generator().manual_seed(number)
+    touched = {}
+    for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
+        if name in LAZY:
+            rows = torch.randperm(len(parameter), generator=random)[: 5 + number].sort().values
+            values = scale * torch.randn(len(rows), parameter.shape[1], generator=random)
+            parameter.grad = torch.sparse_coo_tensor(
+                rows[None], values, parameter.shape, is_coalesced=True, check_invariants=True
+            )
+            touched[name] = rows
+        else:
+            parameter.grad = scale * torch.randn(parameter.shape, generator=random)
+    return touched
+
+
+def weights_of(optimizer: EmbeddingOptimizer) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in zip(optimizer.names, optimizer.parameters, strict=True)}
+
+
+def adam(optimizer: EmbeddingOptimizer, steps: int, lr: float) -> dict[str, Tensor]:
+    """The formula, in fp64; a row that is not touched keeps its weights and its moments."""
+    found = {name: value.double() for name, value in weights_of(optimizer).items()}
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in found.items()}
+    for number in range(steps):
+        touched = give_gradients(optimizer, number)
+        for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
+            assert parameter.grad is not None
+            gradient, (first, second) = parameter.grad.to_dense().double(), moments[name]
+            rows: Any = touched.get(name, ...)
+            first[rows] = BETAS[0] * first[rows] + (1 - BETAS[0]) * gradient[rows]
+            second[rows] = BETAS[1] * second[rows] + (1 - BETAS[1]) * gradient[rows] ** 2
+            correct = 1 - BETAS[0] ** (number + 1), 1 - BETAS[1] ** (number + 1)
+            found[name][rows] -= lr * (first[rows] / correct[0]) / ((second[rows] / correct[1]).sqrt() + 1e-8)
+    return found
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_steps_are_adams_and_leave_other_rows_alone(storage: Storage) -> None:
+    _, optimizer = make(storage)
+    wanted = adam(optimizer, 4, 1e-2)
+    for number in range(4):
+        give_gradients(optimizer, number)
+        optimizer.step(1e-2)
+        assert all(parameter.grad is None for parameter in optimizer.parameters)
+    # In 8 bits a moment is off by 1 %, and so is a move of at most 4 x 1e-2 x its size.
+    tolerance = 2e-3 if storage == "int8" else 1e-6
+    for name, value in weights_of(optimizer).items():
+        torch.testing.assert_close(value.double(), wanted[name], rtol=0, atol=tolerance, msg=name)
+
+
+def test_a_lazy_step_touches_the_rows_of_the_step_alone_in_8_bits_too() -> None:
+    for storage in STORAGES:
+        _, optimizer = make(storage)
+        give_gradients(optimizer, 0)
+        optimizer.step(1e-2)
+        weights, state = weights_of(optimizer), {k: dict(v) for k, v in optimizer.state().items()}
+        before = {name: {key: v.clone() for key, v in found.items()} for name, found in state.items()}
+        touched = give_gradients(optimizer, 1)
+        optimizer.step(1e-2)
+        after, now = optimizer.state(), weights_of(optimizer)
+        for name, rows in touched.items():
+            others = torch.ones(len(now[name]), dtype=torch.bool)
+            others[rows] = False
+            assert torch.equal(now[name][others], weights[name][others])
+            assert (now[name][rows] != weights[name][rows]).any(dim=1).all()
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(after[name][key][others], before[name][key][others])
+
+
+def test_moments_on_the_host_give_the_same_numbers_as_beside_the_rows() -> None:
+    found = {}
+    for storage in ("fp32", "cpu"):
+        _, optimizer = make(storage)
+        for number in range(3):
+            give_gradients(optimizer, number)
+            optimizer.step(1e-2)
+        found[storage] = weights_of(optimizer), optimizer.state()
+        assert {value.device.type for state in found[storage][1].values() for value in state.values()} == {"cpu"}
+    for name, value in found["fp32"][0].items():
+        assert torch.equal(value, found["cpu"][0][name])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_resumed_optimizer_steps_as_the_one_that_was_saved(storage: Storage) -> None:
+    model, optimizer = make(storage)
+    for number in range(3):
+        give_gradients(optimizer, number)
+        optimizer.step(1e-2)
+    saved = {name: {key: v.clone() for key, v in found.items()} for name, found in optimizer.state().items()}
+    assert {v.dtype for found in saved.values() for v in found.values()} == {torch.float32}
+    other, resumed = make(storage)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state(saved)
+    for one in (optimizer, resumed):
+        give_gradients(one, 3)
+        one.step(1e-2)
+    tolerance = 1e-5 if storage == "int8" else 0.0
+    for name, value in weights_of(optimizer).items():
+        torch.testing.assert_close(weights_of(resumed)[name], value, rtol=0, atol=tolerance, msg=name)
+    resumed.load_state(saved)
+    for name, found in resumed.state().items():
+        for key, value in found.items():
+            near = 1e-4 * value.abs().max().item() if storage == "int8" else 0.0
+            torch.testing.assert_close(value, saved[name][key], rtol=0, atol=near, msg=f"{name}.{key}")
+
+
+def test_8_bits_take_a_quarter_of_the_memory_and_go_down_as_fast() -> None:
+    sizes, losses = {}, {}
+    for storage in ("fp32", "int8"):
+        model, optimizer = make(storage)
+        rows = model.collaborative.items.local_rows
+        target = torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
+        weight = torch.logspace(-2, 2, WIDTH)  # gradients of a row from small to large
+        for _ in range(300):
+            ((rows - target).square() * weight).sum().backward()
+            optimizer.step(1e-2)
+        losses[storage] = (rows - target).square().mean().item()
+        moments = optimizer._moments["collaborative.items"]
+        held = [t for v in vars(moments).values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+        sizes[storage] = sum(t.nbytes for t in held if t.shape[0] == len(rows))
+    assert sizes["int8"] < 0.27 * sizes["fp32"]
+    assert losses["int8"] < 1.25 * losses["fp32"]
+
+
+def test_a_width_that_cannot_be_packed_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="multiple of 64"):
+        make("int8", width=48)
+
+
+def test_a_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(embedding_optimizer.importlib.sys.modules, "bitsandbytes.functional", None)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="qlora"):
+        make("int8")
+
+
+def test_a_step_is_seen_by_whoever_holds_rows_of_before() -> None:
+    _, optimizer = make("fp32")
+    versions = [parameter._version for parameter in optimizer.parameters]
+    give_gradients(optimizer, 0)
+    optimizer.step(1e-2)
+    assert all(p._version > before for p, before in zip(optimizer.parameters, versions, strict=True))

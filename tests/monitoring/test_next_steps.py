@@ -1,0 +1,70 @@
+"""The command that comes after a run, and the first line of one, before anything slow is imported."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cllm4rec_dist.monitoring.next_steps import next_commands, resume_command
+
+CONFIG = "corpus: c\nbackbone: b\noutput: o\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my shop" / "runs" / "pretrain"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_after_pretraining_comes_the_configuration_beside_its_own(run: Path) -> None:
+    config = Path("launch/shop-pretrain.yaml")
+    config.parent.mkdir()
+    beside = config.with_name("shop-finetune.yaml")
+    beside.write_text(CONFIG + "init_from: my shop/runs/pretrain\n")
+    assert next_commands("pretrain", run, config) == ["cllm4rec finetune -c launch/shop-finetune.yaml"]
+    beside.write_text(CONFIG + "init_from: another\n")
+    wanted = "cllm4rec finetune -c launch/shop-finetune.yaml init_from='my shop/runs/pretrain'"
+    assert next_commands("pretrain", run, config) == [wanted]
+
+
+def test_after_pretraining_in_a_project_comes_its_finetuning(run: Path) -> None:
+    (run.parents[1] / "finetune.yaml").write_text(CONFIG + f"init_from: {run}\n")
+    assert next_commands("pretrain", run) == ["cllm4rec finetune -c 'my shop/finetune.yaml'"]
+
+
+def test_without_another_configuration_the_same_one_finetunes(run: Path) -> None:
+    more = "init_from='my shop/runs/pretrain' output='my shop/runs/pretrain-finetune'"
+    assert next_commands("pretrain", run, Path("run.yaml")) == [f"cllm4rec finetune -c run.yaml {more}"]
+    assert next_commands("pretrain", run) == [f"cllm4rec finetune -c 'my shop/runs/pretrain/config.yaml' {more}"]
+
+
+def test_after_finetuning_the_run_is_used(run: Path) -> None:
+    tuned = run.with_name("finetune")
+    assert next_commands("finetune", tuned) == [
+        "cllm4rec evaluate 'my shop/runs/finetune'",
+        "cllm4rec serve 'my shop/runs/finetune'",
+    ]
+
+
+def test_a_run_goes_on_from_its_own_configuration(run: Path) -> None:
+    assert resume_command("pretrain", run, 4) == "cllm4rec pretrain -c 'my shop/runs/pretrain/config.yaml' --workers 4"
+
+
+def test_the_first_line_comes_before_torch_is_imported(run: Path) -> None:
+    Path("run.yaml").write_text(CONFIG)
+    code = """
+import sys
+from cllm4rec_dist.cli import main, train
+train.preflight.require_ready = lambda *arguments, **options: None
+train.launch = lambda *arguments, **options: print("torch" in sys.modules)
+main(["pretrain", "-c", "run.yaml", "--workers", "2"])
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d pretrain: reading run.yaml\n", told.stderr)
+    assert told.stdout.splitlines()[:2] == ["False", f"pretrain done: {Path('o').absolute()}"]
