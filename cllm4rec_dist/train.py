@@ -26,10 +26,11 @@ from filelock import FileLock, Timeout
 from cllm4rec_dist import preflight
 from cllm4rec_dist.audit import AuditLog
 from cllm4rec_dist.checkpointing import checkpoint, leaks, warm_start
-from cllm4rec_dist.checkpointing.async_saver import Saver
-from cllm4rec_dist.checkpointing.checkpoint import BEST, STEP, Checkpoint, RunState
+from cllm4rec_dist.checkpointing.async_saver import AsyncSaver
+from cllm4rec_dist.checkpointing.find_run import find
+from cllm4rec_dist.checkpointing.format import Checkpoint, RunState
 from cllm4rec_dist.checkpointing.lineage import TrainedOn
-from cllm4rec_dist.checkpointing.run_folder import CONFIG_FILE, LOCK_FILE, store_url
+from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, LOCK_FILE, STEP, store_url
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import FaultsConfig, RunConfig, dotted_items, validate
 from cllm4rec_dist.config.resume_rules import may_change
@@ -153,9 +154,9 @@ def _claim(run: Path, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def _saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterator[Saver]:
+def _saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterator[AsyncSaver]:
     """A saver that has written what it was given before the run ends, also where the run fails."""
-    saver = Saver(store, system, system.config.checkpoint.keep, trained_on)
+    saver = AsyncSaver(store, system, system.config.checkpoint.keep, trained_on)
     try:
         yield saver
     except BaseException:
@@ -173,7 +174,7 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
     names = [*reversed(store.names(STEP))]
     source = store
     if config.resume != "auto":
-        source, wanted = checkpoint.find(config.resume, (STEP,))
+        source, wanted = find(config.resume, (STEP,))
         if names and source.url == store.url and wanted[0] != names[0]:
             raise CheckpointError(
                 "resume",
@@ -185,9 +186,9 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
     resumed = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
     if resumed is not None:
         _warn_of_ignored_start(resumed, system)
-        trained_on = leaks.of_resumed(resumed, system.corpus) if system.world.is_main else None
+        trained_on = leaks.trained_on_by_resumed_run(resumed, system.corpus) if system.world.is_main else None
         return resumed.about.run, trained_on, f"resumes {resumed.path}"
-    damaged = store.set_aside_names(STEP)
+    damaged = store.quarantined_names(STEP)
     if names or damaged:
         raise CheckpointError(
             "checkpoint.dir",
@@ -195,7 +196,7 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
             f"holds no whole checkpoint, but damaged ones ({damaged or names})",
             "Bring one back from a copy, or choose another output to start anew.",
         )
-    trained_on = leaks.of_new_run(system, config.init_from)
+    trained_on = leaks.trained_on_by_new_run(system, config.init_from)
     init_embeddings(system)
     origin = "from scratch" if config.init_from is None else f"weights of {_start_from(system, config.init_from)}"
     return RunState(), trained_on, origin
@@ -218,14 +219,14 @@ def _start_from(system: System, path: str) -> str:
     own = dict(system.fingerprints)
     corpus = own.pop("corpus")
 
-    def read(candidate: Checkpoint) -> checkpoint.Contents | warm_start.WarmStart:
-        checkpoint.require_same(candidate, own)
+    def read(candidate: Checkpoint) -> checkpoint.CheckpointShard | warm_start.WarmStart:
+        checkpoint.require_same_fingerprints(candidate, own)
         same_rows = candidate.about.has_shared_user == (system.config.method.shared_user_ratio > 0)
         if same_rows and candidate.about.fingerprints.get("corpus") == corpus:
             return checkpoint.read(system, candidate, moments=False)
         return warm_start.read(system, candidate)
 
-    store, names = checkpoint.find(path)
+    store, names = find(path)
     found = checkpoint.load_first_valid(store, names, system.world, read)
     if found is None:
         raise CheckpointError("init_from", path, "holds no whole checkpoint", "Use another one.")
@@ -347,7 +348,7 @@ def _comparable(state: RunState, config: RunConfig, world: World) -> RunState:
     return replace(state, best=None, best_metric=None, best_step=None, validations_since_best=0)
 
 
-def _validate(system: System, state: RunState, saver: Saver, reporter: RunReporter) -> RunState:
+def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunReporter) -> RunState:
     """Rank the validation items; a better result than any before is kept as the `best` checkpoint."""
     config = system.config.validation
     found = topk.evaluate(system, "valid", config.metrics, config.batch_users).result().mean

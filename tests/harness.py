@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 
 import cllm4rec_dist.distributed.engine
 import cllm4rec_dist.train
-from cllm4rec_dist.checkpointing.async_saver import Saver
-from cllm4rec_dist.checkpointing.checkpoint import RunState
+from cllm4rec_dist.checkpointing.async_saver import AsyncSaver
+from cllm4rec_dist.checkpointing.format import RunState
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import BackboneConfig, RunConfig, validate
 from cllm4rec_dist.corpus.catalog import Catalog, NewUsers, Reviews
@@ -172,7 +172,7 @@ def make_run(folder: Path, corpus: str, backbone: Path | str, seed: int = 0, ste
             parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
     weights = {name: torch.randn(w.shape, generator=random) * 0.2 for name, w in system.engine.weights().items()}
     system.engine.set_weights(weights)
-    saver = Saver(Store(f"{folder}/checkpoints"), system, keep=2)  # type: ignore[arg-type]
+    saver = AsyncSaver(Store(f"{folder}/checkpoints"), system, keep=2)  # type: ignore[arg-type]
     saver.save(RunState(step=step, best=0.25, best_step=step, best_metric="recall@5", validated_step=step), "best-")
     saver.finish()
     return folder

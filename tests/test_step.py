@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist import step as step_module
-from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.async_saver import Saver
-from cllm4rec_dist.checkpointing.checkpoint import STEP, Checkpoint, RunState
+from cllm4rec_dist.checkpointing.async_saver import AsyncSaver
+from cllm4rec_dist.checkpointing.format import ADAPTER, Checkpoint, RunState
+from cllm4rec_dist.checkpointing.run_folder import STEP
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.loader import BatchLoader
@@ -84,7 +84,7 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
         system.train(True)
         batches = source.make(number).micro_batches
         results.append(train_step(system, batches, learning_rate_factor(number, STEPS, config.optimizer)))
-    saver = Saver(Store(out), system, keep=1)
+    saver = AsyncSaver(Store(out), system, keep=1)
     saver.save(RunState(STEPS), STEP)
     saver.finish()
     return {
@@ -164,7 +164,7 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
         assert_same_gradient(name, whole, first[name])
 
     saved = Checkpoint.open(Store(str(tmp_path)), f"step-{STEPS:08d}")
-    parameters = run.rows | {checkpoint.ADAPTER + name: value.flatten() for name, value in run.adapters.items()}
+    parameters = run.rows | {ADAPTER + name: value.flatten() for name, value in run.adapters.items()}
     assert saved.about.shapes.keys() - {"anchor"} == run.adapters.keys() - {"anchor"}
     for name, value in parameters.items():
         torch.testing.assert_close(saved.rows(name, len(value), 0, len(value)), value.detach(), rtol=0, atol=2e-5)
@@ -205,7 +205,7 @@ def test_every_deepspeed_file_gives_the_same_run(made: tuple[str, str], tmp_path
             assert got == pytest.approx(exact, rel=1e-6), name
         assert norms == pytest.approx(wanted[1], rel=1e-5), name
         for parameter, shape in wanted[2].about.shapes.items():
-            key, count = checkpoint.ADAPTER + parameter, math.prod(shape)
+            key, count = ADAPTER + parameter, math.prod(shape)
             torch.testing.assert_close(
                 saved.rows(key, count, 0, count), wanted[2].rows(key, count, 0, count), rtol=0, atol=1e-6
             )

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 import cllm4rec_dist.train as train_module
 from cllm4rec_dist import preflight
 from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.checkpoint import About, Checkpoint, RunState
-from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
+from cllm4rec_dist.checkpointing.find_run import find
+from cllm4rec_dist.checkpointing.format import ADAPTER, Checkpoint, CheckpointMetadata, RunState
+from cllm4rec_dist.checkpointing.run_folder import BEST, METRICS_FILE
 from cllm4rec_dist.checkpointing.store import FileEntry, Store
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.collate import MicroBatch
@@ -190,7 +191,7 @@ def test_another_backbone_corpus_or_tokenizer_is_refused_with_both_fingerprints(
     assert saved["tokenizer"] in message
 
 
-def about(run: Path, name: str | None = None) -> About:
+def about(run: Path, name: str | None = None) -> CheckpointMetadata:
     return Checkpoint.open(Store(f"{run}/checkpoints"), name or names(run)[-1]).about
 
 
@@ -291,7 +292,7 @@ def test_a_best_value_is_compared_with_values_of_its_own_metric_only(made: Made,
     assert "ndcg@3" in message
     state = about(output).run
     assert (state.best_metric, state.best_step) == ("ndcg@3", 9)
-    _, (best, *_) = checkpoint.find(str(output))
+    _, (best, *_) = find(str(output))
     assert best == "best-00000009"
     assert state.best == metrics(output)[-1]["valid/ndcg@3"] < 1
 
@@ -331,8 +332,8 @@ def test_finetuning_goes_on_from_pretraining_and_its_best_checkpoint_is_evaluate
     pretrained, tuned = tmp_path / "pretrain", tmp_path / "finetune"
     run_ranks(2, run, make_config(made, pretrained))
     run_ranks(3, run, make_config(made, tuned, "finetune", init_from=str(pretrained)))
-    _, (best, *_) = checkpoint.find(str(tuned))
-    assert best.startswith(checkpoint.BEST)
+    _, (best, *_) = find(str(tuned))
+    assert best.startswith(BEST)
     recorded = about(tuned, best).run
 
     for size in (1, 2):
@@ -367,7 +368,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(made: M
     assert_equal_checkpoints(broken, whole)
     assert not unfinished.exists()
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
-        checkpoint.find(str(tmp_path / "nothing"))
+        find(str(tmp_path / "nothing"))
 
 
 @pytest.mark.slow
@@ -410,7 +411,7 @@ def test_adapters_of_pretraining_survive_the_first_steps_of_finetuning(made: Mad
     run_ranks(1, run, make_config(made, tuned, "finetune", init_from=str(pretrained), optimizer=optimizer, max_steps=2))
     start, end = newest(pretrained), newest(tuned)
     for name, shape in about(tuned).shapes.items():
-        spans = (f"{checkpoint.ADAPTER}{name}", math.prod(shape), 0, math.prod(shape))
+        spans = (f"{ADAPTER}{name}", math.prod(shape), 0, math.prod(shape))
         before, after = (Checkpoint.open(Store(str(f.parent)), f.name).rows(*spans) for f in (start, end))
         torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
         assert "lora_B" not in name or before.abs().max() > 1e-4  # it had moved from its start, zero
@@ -515,7 +516,7 @@ def test_a_full_disk_harms_no_earlier_checkpoint_and_stops_no_step(made: Made, t
     assert metrics(output)[-1]["step"] == 9
     # The last checkpoint of a run is not optional.
     messages = run_ranks(2, on_a_failing_store, make_config(made, output, epochs=4), ["step-00000012"])
-    assert all("could not take the last checkpoint" in message for message in messages)
+    assert all("could not store the last checkpoint" in message for message in messages)
     assert names(output) == ["step-00000003", "step-00000009"]
     assert not (output / "checkpoints" / "step-00000012").exists()
     run_ranks(2, run, make_config(made, output, epochs=4))
@@ -552,7 +553,7 @@ def _in_memory(world: World, config: RunConfig) -> list[str]:
     run(world, config.model_copy(update={"max_steps": 3}))
     memory = Store("memory://run")
     run(world, config.model_copy(update={"max_steps": 8}))
-    assert checkpoint.find(config.output)[1][0] == "step-00000008"
+    assert find(config.output)[1][0] == "step-00000008"
     marker = memory.marker("step-00000008")
     memory._fs.pipe_file("/run/step-00000008/state.json", b"{}")
     found = checkpoint.load_first_valid(memory, ["step-00000008", "step-00000006"], world, lambda c: c.about.run.step)

@@ -1,1 +1,1 @@
-"""What a run keeps on disk: its folder, checkpoints that survive kills, and starting from another run."""
+"""Files of a run: its folder, checkpoints that survive kills, and starting from another run."""

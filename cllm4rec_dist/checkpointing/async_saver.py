@@ -1,6 +1,6 @@
-"""Writing checkpoints behind the training loop.
+"""Writing checkpoints in a background thread while training continues.
 
-What a checkpoint is and how it is read is in `checkpoint.py`; that it appears as a whole or not at all, in `store.py`.
+`format.py` describes the files; `store.py` commits a checkpoint as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cllm4rec_dist.checkpointing.checkpoint import (
+from cllm4rec_dist.checkpointing.format import (
     ADAPTER,
-    BEST,
     REPLICATED_FILE,
     SEEN_FILE,
     STATE_FILE,
-    STEP,
-    About,
-    Kind,
+    CheckpointMetadata,
     RunState,
     shard_file,
 )
 from cllm4rec_dist.checkpointing.lineage import TrainedOn
+from cllm4rec_dist.checkpointing.run_folder import BEST, STEP, CheckpointKind
 from cllm4rec_dist.checkpointing.store import FileEntry, Store
 from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.collectives import barrier, gather_integers
@@ -46,30 +44,30 @@ class _Snapshot:
     """A checkpoint in memory.
 
     Attributes:
-        files: writes each file of this rank to a path.
+        files: functions that write each file of this rank to a path.
         best: name of the best checkpoint so far, if there is one.
-        copied_seconds: that the loop has waited for it.
+        copy_seconds: time that the training loop waited for the copy.
     """
 
     name: str
     files: dict[str, Callable[[Path], object]]
     best: str | None
-    copied_seconds: float
+    copy_seconds: float
 
 
-class Saver:
-    """Writes checkpoints behind the training loop.
+class AsyncSaver:
+    """Writes checkpoints in a background thread.
 
-    `save` copies what is to be kept into host memory and returns; a thread writes it, the ranks agree over a process
-    group of the thread's own, and rank 0 commits and then removes what is too old. One checkpoint is written at a time:
-    a `save` that comes too early waits. A checkpoint that cannot be written is told loudly and harms no earlier one;
-    training goes on, and the next one is tried.
+    `save` copies the state into host memory and returns. A thread writes the files, the ranks compare the outcome over
+    a process group of this object, and rank 0 commits and then removes old checkpoints. One checkpoint is written at a
+    time: `save` waits for the one before. A checkpoint that cannot be written is logged as an error and leaves earlier
+    ones intact; training continues, and the next one is tried.
 
     Args:
-        store: where to.
-        system: what is saved.
-        keep: newest checkpoints that stay, beside the best.
-        trained_on: goes into every checkpoint; rank 0's counts.
+        store: destination.
+        system: the system to save.
+        keep: number of newest checkpoints to keep, in addition to the best.
+        trained_on: stored in every checkpoint; only rank 0's is used.
     """
 
     def __init__(self, store: Store, system: System, keep: int, trained_on: TrainedOn | None = None) -> None:
@@ -80,15 +78,16 @@ class Saver:
         self._problem: str | None = None
         if self._world.is_main:
             store.sweep((STEP, BEST))
-        barrier(self._world, "leftovers to be swept")  # or what another rank has begun to write would go with them
+        # Without it the sweep could remove files that another rank has begun to write.
+        barrier(self._world, "leftovers to be swept")
 
-    def save(self, state: RunState, kind: Kind) -> None:
+    def save(self, state: RunState, kind: CheckpointKind) -> None:
         """Start a checkpoint of this step. Collective; waits for the one before it."""
         self.wait()
         started = time.perf_counter()
         name = f"{kind}{state.step:08d}"
         if self._store.is_committed(name):
-            return  # a resumed run comes by the best step of the run before it once more
+            return  # a resumed run may reach the best step of the run before it again
         best = None if state.best_step is None else f"{BEST}{state.best_step:08d}"
         files = _snapshot(self._system, state, self._trained_on, moments=kind == STEP)
         snapshot = _Snapshot(name, files, best, time.perf_counter() - started)
@@ -96,7 +95,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what was started is written or has failed; a store may be slow, but not silently."""
+        """Wait until the last checkpoint is written or has failed; log a reminder every minute."""
         if self._thread is None:
             return
         started = time.monotonic()
@@ -108,27 +107,31 @@ class Saver:
         self._thread = None
 
     def finish(self) -> None:
-        """Wait, and refuse to end a run whose last checkpoint could not be written. Collective."""
+        """Wait for the last checkpoint. Collective.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
         self.wait()
         if self._problem is not None:
             raise CheckpointError(
                 "checkpoint.dir",
                 self._store.url,
-                f"could not take the last checkpoint ({self._problem})",
-                "Mend the storage and give the same command again; earlier checkpoints are as they were.",
+                f"could not store the last checkpoint ({self._problem})",
+                "Repair the storage and run the same command again; earlier checkpoints are intact.",
             )
 
     def _write(self, snapshot: _Snapshot) -> None:
         try:
             self._problem = self._try_to_write(snapshot)
         except Exception as error:
-            # A rank that dies takes the group with it; the loop meets that in its own collectives.
+            # A rank that died broke the group; the training loop's collectives will report that.
             self._problem = f"{type(error).__name__}: {error}"
         if self._problem is not None:
             logger.error("CHECKPOINT %s NOT WRITTEN: %s", self._store.path(snapshot.name), self._problem)
 
     def _try_to_write(self, snapshot: _Snapshot) -> str | None:
-        """Write, agree, commit, prune; what went wrong, or None."""
+        """Write, compare the outcome with other ranks, commit and prune. Return the problem, or None."""
         started = time.perf_counter()
         files: dict[str, FileEntry] = {}
         problem = None
@@ -138,11 +141,13 @@ class Saver:
         except Exception as error:
             problem = f"rank {self._world.rank}: {type(error).__name__}: {error}"
         entry = files.get(shard_file(self._world.rank, self._world.size))
-        told = gather_integers([int(problem is not None), *_as_integers(entry)], self._world, self._group)
-        failed = [rank for rank, (bad, *_) in enumerate(told) if bad]
+        outcomes = gather_integers([int(problem is not None), *_as_integers(entry)], self._world, self._group)
+        failed = [rank for rank, (bad, *_) in enumerate(outcomes) if bad]
         if self._world.is_main:
             if not failed:
-                shards = {shard_file(rank, self._world.size): _from_integers(e) for rank, (_, *e) in enumerate(told)}
+                shards = {
+                    shard_file(rank, self._world.size): _from_integers(e) for rank, (_, *e) in enumerate(outcomes)
+                }
                 problem = self._commit(snapshot, files | shards, started)
             if failed or problem:
                 self._discard(snapshot.name)
@@ -154,7 +159,7 @@ class Saver:
         try:
             unseen = self._store.unseen(name, files)
             if unseen:
-                return f"rank 0 does not see {unseen}: checkpoint.dir must be storage that all hosts share"
+                return f"rank 0 cannot see {unseen}: checkpoint.dir must be storage that all hosts share"
             self._store.commit(name, files)
         except Exception as error:
             return f"rank 0: {type(error).__name__}: {error}"
@@ -163,61 +168,61 @@ class Saver:
         logger.info(
             "checkpoint %s: copied in %.2f s, %.1f MB written in %.1f s",
             name,
-            snapshot.copied_seconds,
+            snapshot.copy_seconds,
             megabytes,
             time.perf_counter() - started,
         )
         return None
 
     def _prune(self, best: str | None) -> None:
-        """Remove what is too old. What fails here must not be taken for a failure of what is committed.
+        """Remove old checkpoints. A failure is only logged, because the new checkpoint is committed already.
 
-        The best checkpoint need not be the newest one of its kind: a run that died and goes on from an earlier step may
-        choose by another metric.
+        The best checkpoint need not be the newest of its kind: a run that resumes from an earlier step may select by
+        another metric.
         """
         try:
             bests = self._store.names(BEST)
             too_old = self._store.names(STEP)[: -self._keep]
             too_old += [name for name in bests if name != best] if best in bests else bests[:-1]
         except Exception as error:
-            logger.warning("old checkpoints at %s stay: %s", self._store.url, error)
+            logger.warning("old checkpoints at %s are not removed: %s", self._store.url, error)
             return
         for name in too_old:
             self._discard(name)
 
     def _discard(self, name: str) -> None:
-        """Make room; what cannot be removed now is removed after a later save or at the next start."""
+        """Remove a folder. If that fails, a later save or the next start removes it."""
         try:
             self._store.remove(name)
         except Exception as error:
-            logger.warning("leftovers of %s stay: %s", self._store.path(name), error)
+            logger.warning("leftovers of %s are not removed: %s", self._store.path(name), error)
 
 
 def _snapshot(
     system: System, state: RunState, trained_on: TrainedOn | None, *, moments: bool
 ) -> dict[str, Callable[[Path], object]]:
-    """Copies of what this rank keeps, as writers of its files."""
+    """Copy this rank's state into host memory. Return a function for each file that writes it to a path."""
     world, model = system.world, system.recommender
     tables = system.embedding_optimizer.state() if moments else {}
-    adapters = {ADAPTER + name: found for name, found in system.engine.moments().items()} if moments else {}
+    adapters = {ADAPTER + name: adam for name, adam in system.engine.moments().items()} if moments else {}
     sharded = {name: p.detach() for name, p, _ in model.sharded_parameters()}
     sharded |= {ADAPTER + name: value for name, value in system.engine.weights().items()}
     whole = {name: p.detach() for name, p in model.replicated_parameters()}
-    for name, found in (tables | adapters).items():
-        kept = sharded if name in sharded else whole
-        kept |= {f"{name}.{key}": found[key] for key in MOMENTS}
-        if "step" in found:
-            whole[f"{name}.step"] = found["step"]
+    for name, adam in (tables | adapters).items():
+        destination = sharded if name in sharded else whole
+        destination |= {f"{name}.{key}": adam[key] for key in MOMENTS}
+        if "step" in adam:
+            whole[f"{name}.step"] = adam["step"]
     shard = _copies(sharded)
     files: dict[str, Callable[[Path], object]] = {
         shard_file(world.rank, world.size): lambda path: save_file(shard, path)
     }
     if world.is_main:
         replicated = _copies(whole)
-        about = _describe(system, state, trained_on).model_dump_json(indent=1)
+        metadata = _metadata(system, state, trained_on).model_dump_json(indent=1)
         files |= {
             REPLICATED_FILE: lambda path: save_file(replicated, path),
-            STATE_FILE: lambda path: path.write_text(about, encoding="utf-8"),
+            STATE_FILE: lambda path: path.write_text(metadata, encoding="utf-8"),
             "users.parquet": lambda path: pq.write_table(system.corpus.users().select(["user"]), path),
             "items.parquet": lambda path: pq.write_table(system.corpus.items().select(["item"]), path),
         }
@@ -230,8 +235,8 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def _describe(system: System, state: RunState, trained_on: TrainedOn | None) -> About:
-    return About(
+def _metadata(system: System, state: RunState, trained_on: TrainedOn | None) -> CheckpointMetadata:
+    return CheckpointMetadata(
         run=state,
         world_size=system.world.size,
         num_users=system.corpus.num_users,
@@ -246,13 +251,13 @@ def _describe(system: System, state: RunState, trained_on: TrainedOn | None) -> 
 
 
 def _as_integers(entry: FileEntry | None) -> list[int]:
-    """A file's size and digest as five int64, which any process group can carry."""
+    """Encode a file's size and digest as five int64, which any process group can send."""
     if entry is None:
         return [0] * 5
     digest = bytes.fromhex(entry.sha256)
     return [entry.num_bytes, *(int.from_bytes(digest[i : i + 8], signed=True) for i in range(0, 32, 8))]
 
 
-def _from_integers(told: Sequence[int]) -> FileEntry:
-    num_bytes, *digest = told
+def _from_integers(values: Sequence[int]) -> FileEntry:
+    num_bytes, *digest = values
     return FileEntry(num_bytes=num_bytes, sha256=b"".join(i.to_bytes(8, signed=True) for i in digest).hex())

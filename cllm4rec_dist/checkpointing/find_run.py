@@ -1,4 +1,4 @@
-"""Finding a run's checkpoints without torch, so that a wrong path is answered at once, with what it is instead."""
+"""Finding a run's checkpoints without importing torch, so that a wrong path is reported at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, STEP, Kind, store_of_run
+from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, STEP, CheckpointKind, store_of_run
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
@@ -16,15 +16,15 @@ from cllm4rec_dist.suggestions import did_you_mean_path
 _MOST_RUNS = 3
 
 
-def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[str]]:
-    """The checkpoints that a path means, the one to use first.
+def find(path: str, kinds: Sequence[CheckpointKind] = (BEST, STEP)) -> tuple[Store, list[str]]:
+    """Return the checkpoints at a path, the preferred one first.
 
     Args:
         path: a checkpoint, a run's folder, or a folder of checkpoints.
-        kinds: of a run or folder: all of the first kind, newest first, then all of the second.
+        kinds: order in a run or folder: all of the first kind, newest first, then all of the second.
 
     Raises:
-        CheckpointError: where there is none; it says what is there instead.
+        CheckpointError: if there is none; it says what the path is instead.
     """
     if not is_url(path) and Path(path).is_file():
         raise CheckpointError("checkpoint", path, "is neither a checkpoint nor a run: it is a file", "Give a folder.")
@@ -41,7 +41,7 @@ def find(path: str, kinds: Sequence[Kind] = (BEST, STEP)) -> tuple[Store, list[s
 
 
 def newest_step(run: Path) -> int:
-    """Completed steps of a run's newest checkpoint; 0 where there is none yet."""
+    """Return the completed steps of a run's newest checkpoint; 0 if there is none yet."""
     names = Store(store_of_run(str(run))).names(STEP)
     return int(names[-1].removeprefix(STEP)) if names else 0
 
@@ -82,7 +82,7 @@ def _fingerprint(corpus: Path) -> str | None:
 
 
 def _instead(path: str) -> tuple[str, str]:
-    """What a path without checkpoints is, and what to do about it."""
+    """Return the constraint and the cure for a path without checkpoints."""
     folder = Path(path)
     where = f" in {store_of_run(path)}"
     if is_url(path):
@@ -92,7 +92,7 @@ def _instead(path: str) -> tuple[str, str]:
     if (folder / MANIFEST_NAME).is_file():
         return ": it is a corpus", f"Give a run that was trained on it.{_runs_here()}"
     if (folder / CONFIG_FILE).is_file():
-        return where, "It has not come to its first checkpoint: start it again, or give another run."
+        return where, "It has not written its first checkpoint: start it again, or give another run."
     if (folder / "config.json").is_file():
         return ": it is a backbone", f"Give a run that was trained with it.{_runs_here()}"
     inside = [str(run) for run in _runs_below(folder)]
@@ -101,12 +101,12 @@ def _instead(path: str) -> tuple[str, str]:
 
 
 def _runs_here() -> str:
-    """Runs in the folder `runs` of the current one, for the end of a cure."""
-    found = [str(run) for run in _runs_below(Path("runs"))]
-    return f" There are {', '.join(found)}." if found else ""
+    """Name some runs in `./runs`, as the end of a cure."""
+    runs = [str(run) for run in _runs_below(Path("runs"))]
+    return f" There are {', '.join(runs)}." if runs else ""
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
-    """Some runs in a folder or a folder of it."""
-    found = sorted({file.parent for pattern in ("*", "*/*") for file in folder.glob(f"{pattern}/{CONFIG_FILE}")})
-    yield from found[:_MOST_RUNS]
+    """Yield up to `_MOST_RUNS` runs at one or two levels below a folder."""
+    runs = sorted({file.parent for pattern in ("*", "*/*") for file in folder.glob(f"{pattern}/{CONFIG_FILE}")})
+    yield from runs[:_MOST_RUNS]

@@ -1,8 +1,8 @@
-"""What a model has been trained on, by its run and by the runs that this one started from.
+"""Lineage of a model: the corpora and interactions that its run and the runs before it were trained on.
 
-Each checkpoint carries it, so that a later run on another corpus or split can tell whether what that one holds out has
-been seen (`leaks.py`). Interactions are known by their keys (`corpus/pair_keys.py`), of which the smallest are kept:
-all of them up to 2^20, a uniform sample beyond, as keys are hashes. Samples of two runs join to the sample of both.
+Each checkpoint stores it, so that a later run on another corpus or split can check whether its held-out interactions
+were trained on (`leaks.py`). Interactions are identified by their keys (`corpus/pair_keys.py`), of which the smallest
+are kept: all up to 2^20, beyond that a uniform sample, because keys are hashes. The samples of two runs can be merged.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Leak(StrictModel):
     """Held-out interactions of a run's corpus that the run, or one that it started from, was trained on."""
 
     num_interactions: int = Field(ge=1)
-    """How many, validation and test together."""
+    """Number of them, validation and test together."""
     is_exact: bool
-    """False where they are estimated from a sample."""
+    """False if the number is estimated from a sample."""
     num_held_out: int = Field(ge=1)
-    """All held-out interactions of the corpus."""
+    """Number of all held-out interactions of the corpus."""
 
     @property
     def count(self) -> str:
-        """For people: `12`, or `about 12` where it is estimated."""
+        """The number for messages: `12`, or `about 12` if it is estimated."""
         return f"{'' if self.is_exact else 'about '}{self.num_interactions:,}"
 
 
@@ -44,14 +44,14 @@ class Lineage(StrictModel):
     """The corpora that a model was trained on, as recorded in `state.json`."""
 
     train_digests: tuple[str, ...]
-    """Digest of the training split of each corpus, the run's own first (see `Manifest.split_digests`)."""
+    """Digest of the training split of each corpus, that of the latest run first (see `Manifest.split_digests`)."""
     unknown: tuple[str, ...] = ()
     """Checkpoints that a run started from and that do not record what they were trained on."""
     leak: Leak | None = None
-    """Held-out interactions of the run's corpus that the model has seen, where that was allowed."""
+    """Held-out interactions of the run's corpus that the model was trained on, if `allow_leak` was set."""
 
     def notes(self) -> list[str]:
-        """What a reader of this model's figures must know."""
+        """Return caveats that must be reported with this model's metrics."""
         notes = []
         if self.leak is not None:
             notes.append(f"trained on {self.leak.count} held-out interactions: the figures are not comparable")
@@ -68,8 +68,8 @@ class SeenInteractions:
     """A sample of the keys of training interactions.
 
     Attributes:
-        keys: uint64 [n], distinct, rising.
-        bound: every interaction whose key is not larger is in the sample; 2^64 - 1 where that is all of them.
+        keys: uint64 [n], distinct, ascending.
+        bound: every interaction with a key up to this one is in the sample; 2^64 - 1 if the sample is complete.
     """
 
     keys: np.ndarray
@@ -77,7 +77,7 @@ class SeenInteractions:
 
     @classmethod
     def of(cls, keys: np.ndarray, bound: int = _LARGEST, size: int = SAMPLE_SIZE) -> SeenInteractions:
-        """The `size` smallest of some keys, which are complete up to `bound`."""
+        """Keep the `size` smallest of `keys`, which are complete up to `bound`."""
         keys = np.unique(keys[keys <= np.uint64(bound)])
         if len(keys) > size:
             keys = keys[:size]
@@ -85,7 +85,7 @@ class SeenInteractions:
         return cls(keys, bound)
 
     def __or__(self, other: SeenInteractions) -> SeenInteractions:
-        """The sample of what either has seen."""
+        """Merge two samples into the sample of their union."""
         return self.of(np.concatenate([self.keys, other.keys]), min(self.bound, other.bound))
 
     @property
@@ -94,15 +94,15 @@ class SeenInteractions:
         return self.bound == _LARGEST
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
-        """bool [n], which of `keys` are in the sample."""
+        """Return bool [n], True for each of `keys` that is in the sample."""
         if not len(self.keys):
             return np.zeros(len(keys), dtype=bool)
-        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return self.keys[place] == keys
+        index = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return self.keys[index] == keys
 
-    def estimate(self, num_found: int) -> int:
-        """How many keys have been seen, of some of which `num_found` are in the sample."""
-        return round(num_found * ((_LARGEST + 1) / (self.bound + 1)))
+    def estimate(self, num_hits: int) -> int:
+        """Estimate how many keys of a set were seen if `num_hits` of them are in the sample."""
+        return round(num_hits * ((_LARGEST + 1) / (self.bound + 1)))
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
@@ -110,53 +110,53 @@ class SeenInteractions:
 
     @classmethod
     def load(cls, path: Path) -> SeenInteractions:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: for any other file.
         """
         try:
-            found: dict[str, Any] = load_file(path)
-            keys, bound = found["keys"], found["bound"]
+            arrays: dict[str, Any] = load_file(path)
+            keys, bound = arrays["keys"], arrays["bound"]
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"is no sample of interactions ({error})") from error
         if not all(array.dtype == np.uint64 and array.ndim == 1 for array in (keys, bound)) or len(bound) != 1:
             raise ValueError("has arrays of other types or shapes than a sample of interactions")
         if (keys[1:] <= keys[:-1]).any() or (len(keys) and keys[-1] > bound[0]):
-            raise ValueError("has keys that do not rise up to its bound")
+            raise ValueError("has keys that are not ascending up to its bound")
         return cls(keys, int(bound[0]))
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a model has been trained on: which corpora, and a sample of their interactions."""
+    """Corpora that a model was trained on, and a sample of their interactions."""
 
     lineage: Lineage
     seen: SeenInteractions
 
     @classmethod
     def of_corpus(cls, corpus: Corpus) -> TrainedOn:
-        """What a run is trained on that starts from no other one. Reads the training split."""
+        """Return the lineage of a run that starts from no other run. Reads the training split."""
         (keys,) = corpus_keys(corpus, "train")
-        known = corpus.manifest.split_digests.get("train") or digest(keys)
-        return cls(Lineage(train_digests=(known,)), SeenInteractions.of(keys))
+        train_digest = corpus.manifest.split_digests.get("train") or digest(keys)
+        return cls(Lineage(train_digests=(train_digest,)), SeenInteractions.of(keys))
 
     def __or__(self, other: TrainedOn) -> TrainedOn:
-        """What a model has seen that was trained on both; `leak`, which is about one corpus, is left out."""
+        """Merge the lineages of two runs; `leak`, which is about one corpus, is dropped."""
         digests = dict.fromkeys((*self.lineage.train_digests, *other.lineage.train_digests))
         unknown = dict.fromkeys((*self.lineage.unknown, *other.lineage.unknown))
         return TrainedOn(Lineage(train_digests=tuple(digests), unknown=tuple(unknown)), self.seen | other.seen)
 
 
 def corpus_keys(corpus: Corpus, *splits: str) -> list[np.ndarray]:
-    """For each split uint64 [N], the key of every interaction, users in the order of their rows."""
+    """Return for each split the keys of its interactions, uint64 [N], users in the order of their rows."""
     users = id_hashes("user", corpus.users()["user"].to_pylist())
     items = id_hashes("item", corpus.items()["item"].to_pylist())
     return [pair_keys(users, items, corpus.split(split)) for split in splits]
 
 
 def new_user_keys(corpus: Corpus) -> list[np.ndarray]:
-    """The same for each part of the items of users who are held out whole, histories included."""
+    """Return the keys of each split of the new users, who are held out whole: histories, validation and test items."""
     users = id_hashes("user", corpus.new_users()["user"].to_pylist())
     items = id_hashes("item", corpus.items()["item"].to_pylist())
     return [pair_keys(users, items, corpus.new_user_split(name)) for name in NEW_USER_SPLITS]

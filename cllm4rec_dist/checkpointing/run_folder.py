@@ -1,11 +1,11 @@
-"""The files of a run, for those who write them and those who only look: nothing here imports torch.
+"""Files of a run's folder and how to read them. Does not import torch.
 
 config.yaml      resolved configuration
 status.json      stage, steps, machine and state of the run (`RunRecord`)
-metrics.jsonl    a line for each step and each validation
-checkpoints/     unless `checkpoint.dir` puts them elsewhere
-tensorboard/, wandb/, mlflow.db    of the trackers
-.lock            held while a run writes here
+metrics.jsonl    one line for each step and each validation
+checkpoints/     unless `checkpoint.dir` names another folder
+tensorboard/, wandb/, mlflow.db    written by the trackers
+.lock            locked while a run writes here
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LOCK_FILE = ".lock"
 EVALUATION_FILE = "evaluation.json"
 """In the folder of an evaluation: means over users, examples, notes, configuration and fingerprints."""
 
-Kind = Literal["step-", "best-"]
-STEP: Kind = "step-"
-BEST: Kind = "best-"
-"""Prefixes of the names of checkpoints; completed steps follow."""
+CheckpointKind = Literal["step-", "best-"]
+STEP: CheckpointKind = "step-"
+BEST: CheckpointKind = "best-"
+"""Prefixes of checkpoint names; the number of completed steps follows."""
 
 State = Literal["starting", "running", "done", "interrupted", "failed"]
 
@@ -41,18 +41,18 @@ class RunRecord(StrictModel):
     """Contents of `status.json`."""
 
     schema_version: int = 1
-    """Of this file."""
+    """Version of this file's format."""
     stage: Literal["pretrain", "finetune"]
     state: State
-    """`interrupted`: a signal ended the run, which has saved. Of a run that was killed it stays `running`."""
+    """`interrupted`: a signal ended the run after it saved. It stays `running` if the run was killed."""
     started: float
-    """Unix time of the start or the latest resumption."""
+    """Unix time of the start, or of the latest resumption."""
     ended: float | None = None
     """Unix time of the end."""
     message: str = ""
     """Why the run failed, or the signal that ended it."""
     host: str
-    """Of rank 0."""
+    """Host of rank 0."""
     num_ranks: int
     device: str
     """`CPU`, or the GPU's name."""
@@ -64,15 +64,15 @@ class RunRecord(StrictModel):
 
 
 def store_url(config: RunConfig) -> str:
-    """Where a run keeps its checkpoints."""
+    """Return the folder or URL of a run's checkpoints."""
     return config.checkpoint.dir or f"{config.output}/checkpoints"
 
 
 def store_of_run(path: str) -> str:
-    """Folder or URL of a run's checkpoints; its configuration may say that they are elsewhere.
+    """Return the folder or URL of the checkpoints of the run at `path`, as its configuration says.
 
     Raises:
-        ConfigError: for a configuration that cannot be read, or with settings of an earlier version.
+        ConfigError: for a configuration that cannot be read or has settings of an earlier version.
     """
     tree = read_config(Path(path))
     require_new_keys(tree, RUN_SETTINGS, f"{path}/{CONFIG_FILE}")
@@ -82,7 +82,7 @@ def store_of_run(path: str) -> str:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The run's configuration as plain values; empty where there is none.
+    """Read the run's configuration as plain values; empty if there is none.
 
     Raises:
         ConfigError: for a file that cannot be read.
@@ -95,20 +95,20 @@ def read_config(run: Path) -> dict[str, Any]:
     except (yaml.YAMLError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            "configuration of the run", str(file), f"is not readable YAML ({reason})", "Bring it back from a copy."
+            "configuration of the run", str(file), f"is not readable YAML ({reason})", "Restore it from a copy."
         ) from None
     return tree if isinstance(tree, dict) else {}
 
 
 def write_record(run: Path, record: RunRecord) -> None:
-    """Replace `status.json` at once, so that a reader sees the old file or the new one."""
+    """Replace `status.json` atomically: a reader sees the old file or the new one."""
     part = run / f".{STATUS_FILE}.part"
     part.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     part.replace(run / STATUS_FILE)
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Lines of `metrics.jsonl` in order. A line that a dying process wrote in part is left out."""
+    """Yield the lines of `metrics.jsonl` in order, without those that a dying process wrote in part."""
     path = run / METRICS_FILE
     if not path.is_file():
         return
@@ -123,11 +123,11 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def is_locked(run: Path) -> bool | None:
-    """True while a process writes to the run's folder; None where that cannot be known from here."""
+    """Return True while a process writes to the run's folder; None if this host cannot determine that."""
     try:
         with (run / LOCK_FILE).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False  # closing the file lets go of the lock
+            return False  # closing the file releases the lock
     except FileNotFoundError:
         return False
     except BlockingIOError:

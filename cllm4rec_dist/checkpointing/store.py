@@ -1,11 +1,11 @@
-"""Folders of files that exist as a whole or not at all, on any file system that fsspec knows.
+"""Folders that are committed as a whole or not at all, on any file system of fsspec.
 
     URL/NAME/FILE...        the files, flat
-    URL/NAME/COMMIT.json    size and sha256 of each; written last
+    URL/NAME/COMMIT.json    size and sha256 of each file (the marker); written last
 
-To a reader a folder without its marker is not there. So nothing is renamed (an object store cannot), a writer that dies
-leaves only leftovers that `sweep` removes, and what is read is first held against the marker. What the files mean is
-left to `checkpoint.py`. No function here is a collective.
+Readers ignore a folder without its marker. So no file is renamed (an object store cannot), a writer that dies leaves
+only uncommitted files that `sweep` removes, and every file is verified against the marker before it is read. What the
+files contain is described in `format.py`. No function here is a collective.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 COMMIT = "COMMIT.json"
 DAMAGED = "DAMAGED.json"
-"""What becomes of the marker of a folder that was found damaged."""
+"""New name of the marker of a damaged folder."""
+USE_ANOTHER = "Use another checkpoint."
+"""Cure for damage."""
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
 class FileEntry(StrictModel):
-    """What a committed file must be."""
+    """Size and digest of a committed file."""
 
     num_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -64,7 +66,7 @@ class Store:
     """Committed folders below a URL.
 
     Args:
-        url: folder or fsspec URL; need not exist yet.
+        url: folder or fsspec URL, which need not exist yet.
     """
 
     def __init__(self, url: str) -> None:
@@ -75,27 +77,27 @@ class Store:
         self._copies: tempfile.TemporaryDirectory[str] | None = None
 
     def path(self, name: str) -> str:
-        """The URL of a folder, for people."""
+        """Return the URL of a folder, for messages."""
         return f"{self.url}/{name}"
 
     def names(self, prefix: str) -> list[str]:
-        """Committed folders whose names start with `prefix`, sorted."""
+        """Return the names of committed folders that start with `prefix`, sorted."""
         return [name for name in self._folders() if name.startswith(prefix) and self.is_committed(name)]
 
     def is_committed(self, name: str) -> bool:
-        """Whether a folder is there as a whole."""
-        with self._asking():
+        """Return True if a folder has its marker."""
+        with self._fresh_listing():
             return self._info(f"{name}/{COMMIT}") is not None
 
     def _folders(self) -> list[str]:
-        with self._asking():
+        with self._fresh_listing():
             if self._info("") is None:
                 return []
-            found = self._fs.ls(self._root, detail=True)
-        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory")
+            entries = self._fs.ls(self._root, detail=True)
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
 
     def write(self, name: str, file: str, write: Callable[[Path], object]) -> FileEntry:
-        """Have `write` make a file at a local path, bring it to its folder, and say what it is.
+        """Create a file of a folder with `write`, which takes a local path. Return its size and digest.
 
         Raises:
             Exception: whatever the file system raises; the folder is then not committed.
@@ -112,13 +114,13 @@ class Store:
         return entry
 
     def unseen(self, name: str, files: dict[str, FileEntry]) -> list[str]:
-        """Those of `files` that are not there in their size, as seen from this host."""
-        with self._asking():
-            found = {file: self._info(f"{name}/{file}") or {"size": None} for file in files}
-        return [file for file, info in found.items() if info["size"] != files[file].num_bytes]
+        """Return those of `files` that this host does not see, or sees with another size."""
+        with self._fresh_listing():
+            infos = {file: self._info(f"{name}/{file}") or {"size": None} for file in files}
+        return [file for file, info in infos.items() if info["size"] != files[file].num_bytes]
 
     def commit(self, name: str, files: dict[str, FileEntry]) -> None:
-        """Write the marker: from now on the folder is there."""
+        """Write the marker, which makes the folder visible to readers."""
         content = Marker(files=files).model_dump_json(indent=1).encode()
         if not self._is_local:
             self._fs.pipe_file(f"{self._root}/{name}/{COMMIT}", content)
@@ -131,31 +133,31 @@ class Store:
             _sync(changed)
 
     def remove(self, name: str) -> None:
-        """Remove a folder; its marker first, so that it never looks whole."""
+        """Remove a folder, its marker first, so that a part of it never looks committed."""
         if self.is_committed(name):
             self._fs.rm_file(f"{self._root}/{name}/{COMMIT}")
         if self._info(name) is not None:
             self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def sweep(self, prefixes: tuple[str, ...]) -> None:
-        """Remove what writers that died have left; folders that were set aside stay for a look."""
+        """Remove uncommitted folders of writers that died. Quarantined folders stay for inspection."""
         for name in self._folders():
-            if name.startswith(prefixes) and not self.is_committed(name) and not self._is_set_aside(name):
+            if name.startswith(prefixes) and not self.is_committed(name) and not self._is_quarantined(name):
                 logger.warning("removing %s, which was never finished", self.path(name))
                 self.remove(name)
 
-    def set_aside_names(self, prefix: str) -> list[str]:
-        """Damaged folders, sorted."""
-        return [name for name in self._folders() if name.startswith(prefix) and self._is_set_aside(name)]
+    def quarantined_names(self, prefix: str) -> list[str]:
+        """Return the names of quarantined folders that start with `prefix`, sorted."""
+        return [name for name in self._folders() if name.startswith(prefix) and self._is_quarantined(name)]
 
-    def _is_set_aside(self, name: str) -> bool:
-        with self._asking():
+    def _is_quarantined(self, name: str) -> bool:
+        with self._fresh_listing():
             return self._info(f"{name}/{DAMAGED}") is not None
 
     def _info(self, path: str) -> dict[str, Any] | None:
-        """What is at a path below the root; None for nothing.
+        """Return fsspec's info of a path below the root; None if nothing is there.
 
-        Not `isfile` and `isdir`: to them a store that does not answer has no files, and what is not there is swept.
+        Not `isfile` or `isdir`: they return False if the store does not answer, and `sweep` would remove the folder.
         """
         try:
             return dict(self._fs.info(f"{self._root}/{path}".rstrip("/")))
@@ -163,8 +165,8 @@ class Store:
             return None
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Inside, the file system is asked anew what there is; CheckpointError where it does not answer."""
+    def _fresh_listing(self) -> Iterator[None]:
+        """Drop cached listings; inside, an OSError of the file system becomes a CheckpointError."""
         self._fs.invalidate_cache()
         try:
             with as_os_errors():
@@ -173,41 +175,41 @@ class Store:
             raise _unreadable(self.url, error) from error
 
     def modified(self, name: str) -> datetime | None:
-        """When a folder was committed, in UTC; None where the file system does not say."""
+        """Return when a folder was committed, in UTC; None if the file system does not record it."""
         try:
-            with self._asking():
-                found: datetime = self._fs.modified(f"{self._root}/{name}/{COMMIT}")
+            with self._fresh_listing():
+                time: datetime = self._fs.modified(f"{self._root}/{name}/{COMMIT}")
         except (CheckpointError, NotImplementedError):
             return None
-        return found.astimezone(UTC)
+        return time.astimezone(UTC)
 
     def quarantine(self, name: str) -> None:
-        """Take a damaged folder out of the committed ones, without losing it."""
+        """Mark a folder as damaged: it is no longer committed, but not removed."""
         self._fs.mv(f"{self._root}/{name}/{COMMIT}", f"{self._root}/{name}/{DAMAGED}")
 
     def marker(self, name: str) -> Marker:
-        """The marker of a folder.
+        """Read the marker of a folder.
 
         Raises:
-            DamagedCheckpointError: where it cannot be understood.
-            CheckpointError: for another schema version.
+            DamagedCheckpointError: if it is missing or malformed.
+            CheckpointError: for another schema version, or if the store cannot be read.
         """
         origin = f"{self.path(name)}/{COMMIT}"
         try:
             with as_os_errors():
                 content = self._fs.cat_file(f"{self._root}/{name}/{COMMIT}")
         except FileNotFoundError as error:
-            raise DamagedCheckpointError(origin, "missing", "is not there", "Use another checkpoint.") from error
+            raise DamagedCheckpointError(origin, "missing", "is not there", USE_ANOTHER) from error
         except OSError as error:
             raise _unreadable(origin, error) from error
         return parse(Marker, content, origin)
 
     def fetch(self, name: str, file: str, entry: FileEntry) -> Path:
-        """A local path of a file that is what was committed; hashes it once, copies it first from a remote store.
+        """Return the local path of a file after verifying its digest, once; copies it first from a remote store.
 
         Raises:
-            DamagedCheckpointError: where it is missing or has changed.
-            CheckpointError: where the store cannot be read.
+            DamagedCheckpointError: if it is missing or has changed.
+            CheckpointError: if the store cannot be read.
         """
         if (name, file) not in self._fetched:
             self._fetched[name, file] = self._verified(name, file, entry)
@@ -222,31 +224,28 @@ class Store:
                 path = Path(self._copies.name) / f"{name}-{file}"
                 with as_os_errors():
                     self._fs.get_file(f"{self._root}/{name}/{file}", str(path))
-            found = FileEntry(num_bytes=path.stat().st_size, sha256=_sha256(path))
+            actual = FileEntry(num_bytes=path.stat().st_size, sha256=_sha256(path))
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise DamagedCheckpointError(origin, "missing", "was committed but is not there", _OTHER) from error
+            raise DamagedCheckpointError(origin, "missing", "was committed but is not there", USE_ANOTHER) from error
         except OSError as error:
             raise _unreadable(origin, error) from error
-        if found != entry:
-            what = f"{found.num_bytes} bytes" if found.num_bytes != entry.num_bytes else f"sha256 {found.sha256}"
-            raise DamagedCheckpointError(origin, what, f"is not what was committed ({entry})", _OTHER)
+        if actual != entry:
+            what = f"{actual.num_bytes} bytes" if actual.num_bytes != entry.num_bytes else f"sha256 {actual.sha256}"
+            raise DamagedCheckpointError(origin, what, f"is not what was committed ({entry})", USE_ANOTHER)
         return path
 
 
-_OTHER = "Use another checkpoint."
-
-
 def parse(model: type[ModelT], content: bytes, origin: str) -> ModelT:
-    """A JSON file of a committed folder, validated. The version is looked at first: a newer file may have new fields.
+    """Validate a JSON file of a committed folder. Checks the version first, because a newer file may have new fields.
 
     Raises:
         CheckpointError: for another schema version.
-        DamagedCheckpointError: for anything else that is wrong.
+        DamagedCheckpointError: for any other invalid content.
     """
     try:
         version = _Versioned.model_validate_json(content).schema_version
     except ValidationError as error:
-        raise DamagedCheckpointError(origin, _first(error), "is not readable", _OTHER) from None
+        raise DamagedCheckpointError(origin, _first(error), "is not readable", USE_ANOTHER) from None
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{origin}: schema_version",
@@ -257,7 +256,7 @@ def parse(model: type[ModelT], content: bytes, origin: str) -> ModelT:
     try:
         return model.model_validate_json(content)
     except ValidationError as error:
-        raise DamagedCheckpointError(origin, _first(error), "is not readable", _OTHER) from None
+        raise DamagedCheckpointError(origin, _first(error), "is not readable", USE_ANOTHER) from None
 
 
 class _Versioned(StrictModel, extra="ignore"):
@@ -265,12 +264,12 @@ class _Versioned(StrictModel, extra="ignore"):
 
 
 def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    return f"{'.'.join(map(str, found['loc'])) or 'content'}: {found['msg']}"
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
 
 
 def _unreadable(origin: str, error: OSError) -> CheckpointError:
-    return CheckpointError(origin, str(error), "cannot be read", "Mend the storage and start again; nothing is lost.")
+    return CheckpointError(origin, str(error), "cannot be read", "Repair the storage and start again; nothing is lost.")
 
 
 def _write_through(path: Path, write: Callable[[Path], object]) -> FileEntry:
@@ -285,7 +284,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the file system keep a file or folder even if the power fails now."""
+    """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

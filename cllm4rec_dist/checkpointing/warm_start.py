@@ -1,20 +1,19 @@
-"""A new run that starts from a run on another catalog: more users and items, fewer, or both.
+"""Warm start: a new run that starts from a run on another catalog with more users and items, fewer, or both.
 
-Rows are matched by external id, so neither their number nor their order has to be the same. A matched row is the
-trained one. A new one starts where a fresh run would start it, moved to where training has taken its like:
+Rows are matched by external id, so that neither their number nor their order has to be the same. A matched row takes
+the trained values. A new row takes its fresh initialization, mapped as training moved the matched rows:
 
-    collaborative item      A x its fresh start, with A the [D, D] map that best takes the fresh starts of the matched
-                            items to their trained rows (ridge regression); drawn from the prior with
-                            embeddings.init=prior
+    collaborative item      fresh row x A, with A the [D, D] map from the fresh rows of the matched items to their
+                            trained rows (ridge regression); drawn from the prior if embeddings.init=prior
     collaborative user      drawn from the prior
-    shared user             that of the checkpoint, moved behind the new users; without one, as a new user
+    shared user             that of the checkpoint, moved after the new users; as a new user if it has none
     content row             drawn around the collaborative row, as in a fresh run
     item bias               mean of the matched ones
 
-The map is needed because a spectral start is known up to a rotation only: that of the new catalog does not lie in the
-coordinates of the old one.
+The map is needed because spectral initialization is unique only up to a rotation: that of the new catalog has other
+coordinates than that of the old one.
 
-Optimizer moments and the position in the data are not carried over: the data are other ones.
+Optimizer moments and the position in the data are not carried over, because the data differ.
 
 Legend: I items, D width, n matched items.
 """
@@ -34,7 +33,8 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.checkpoint import Checkpoint, Contents
+from cllm4rec_dist.checkpointing.checkpoint import CheckpointShard
+from cllm4rec_dist.checkpointing.format import Checkpoint
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
 from cllm4rec_dist.distributed.topology import RowPartition
 from cllm4rec_dist.errors import CheckpointError
@@ -44,19 +44,19 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["users", "items"]
 GROWTH_FILE = "growth.json"
-"""In a run's folder: counts of matched and new rows, and the external ids of removed ones."""
+"""File in a run's folder: counts of matched and new rows, and the external ids of removed ones."""
 _RIDGE = 1e-2
-"""Of the map, in units of the mean eigenvalue of the fresh starts' second moments."""
+"""Ridge weight of the map, in units of the mean eigenvalue of the fresh rows' second moments."""
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Where a checkpoint has the rows of one kind.
+    """Rows of a checkpoint that match this rank's users or items.
 
     Attributes:
-        rows: int64 [this rank's rows], row in the checkpoint; -1 for a new one. That of a shared user is the last.
+        rows: int64 [local rows], row in the checkpoint; -1 for a new one. A shared user comes last.
         num_matched, num_new: over all ranks; a shared user is not counted.
-        removed: external ids that the checkpoint has and the catalog has not.
+        removed: external ids that the checkpoint has and the catalog lacks.
     """
 
     rows: Tensor
@@ -66,43 +66,43 @@ class Matches:
 
     @classmethod
     def of(
-        cls, wanted: pa.ChunkedArray, known: pa.ChunkedArray, partition: RowPartition, rank: int, shared: int = -1
+        cls, new_ids: pa.ChunkedArray, saved_ids: pa.ChunkedArray, partition: RowPartition, rank: int, shared: int = -1
     ) -> Matches:
-        """Match the external ids `wanted` with those that a checkpoint knows.
+        """Match the external ids of this run with those of a checkpoint.
 
         Args:
-            partition: of the run's rows; it has one row more than there are ids where there is a shared user.
-            shared: the checkpoint's row of the shared user; -1 where it has none.
+            partition: partition of the run's rows, which has one row more than `new_ids` if there is a shared user.
+            shared: the checkpoint's row of the shared user; -1 if it has none.
         """
-        found = pc.fill_null(pc.index_in(wanted, value_set=known), -1).to_numpy().astype(np.int64)
-        removed = known.filter(pc.invert(pc.is_in(known, value_set=wanted))).to_pylist()
-        num_matched, num_new = int((found >= 0).sum()), int((found < 0).sum())
+        saved_rows = pc.fill_null(pc.index_in(new_ids, value_set=saved_ids), -1).to_numpy().astype(np.int64)
+        removed = saved_ids.filter(pc.invert(pc.is_in(saved_ids, value_set=new_ids))).to_pylist()
+        num_matched, num_new = int((saved_rows >= 0).sum()), int((saved_rows < 0).sum())
         start, stop = partition.range(rank)
-        rows = np.append(found, shared)[: partition.num_rows][start:stop]
+        rows = np.append(saved_rows, shared)[: partition.num_rows][start:stop]
         return cls(torch.from_numpy(rows.copy()), num_matched, num_new, removed)
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What a rank takes from a checkpoint of another catalog.
+    """This rank's part of a checkpoint of another catalog.
 
     Attributes:
-        contents: what does not belong to rows.
-        matches: of users and items.
-        trained: by table, the checkpoint's rows of this rank's matched rows, in their order.
+        shard: everything but the tables.
+        matches: matched rows of users and of items.
+        trained: by table, the trained values of this rank's matched rows, in their order.
     """
 
-    contents: Contents
+    shard: CheckpointShard
     matches: dict[Kind, Matches]
     trained: dict[str, Tensor]
 
 
 def read(system: System, candidate: Checkpoint) -> WarmStart:
-    """This rank's part. Changes nothing yet; no collective.
+    """Read this rank's part of a checkpoint. Changes nothing; no collective.
 
     Raises:
         DamagedCheckpointError: for damage.
-        CheckpointError: where no item is known, or adapters have other settings.
+        CheckpointError: if no item matches, or for other adapter settings.
     """
     corpus, about, model = system.corpus, candidate.about, system.recommender
     tables: dict[Kind, tuple[str, pa.Table, RowPartition]] = {
@@ -117,96 +117,98 @@ def read(system: System, candidate: Checkpoint) -> WarmStart:
     if matches["items"].num_matched == 0:
         raise CheckpointError(
             f"{candidate.path}: items",
-            f"{about.num_items} other ones",
-            f"are not in the corpus {system.config.corpus}: no row could be kept",
-            "Start from a run on an earlier form of this corpus, or without init_from.",
+            f"{about.num_items} items",
+            f"are not in the corpus {system.config.corpus}: no row matches",
+            "Start from a run on an earlier version of this corpus, or without init_from.",
         )
     trained = {}
     for name, kind in _kinds(system).items():
         size = about.num_user_rows if kind == "users" else about.num_items
-        own = matches[kind].rows
-        rows = candidate.take(name, size, own[own >= 0])
+        local = matches[kind].rows
+        rows = candidate.take(name, size, local[local >= 0])
         if rows is not None:
             trained[name] = rows
     return WarmStart(checkpoint.read(system, candidate, moments=False, tables=False), matches, trained)
 
 
-def restore(system: System, grown: WarmStart) -> None:
-    """Put weights in place, over rows that have been started as for a new run, and tell what is new. Collective."""
+def restore(system: System, warm: WarmStart) -> None:
+    """Load weights over tables that are initialized as for a new run, and log what is new. Collective."""
     fresh = {name: p.detach() for name, p, _ in system.recommender.sharded_parameters()}
     weights: dict[str, Tensor] = {}
     for name, kind in _kinds(system).items():
-        start = fresh[name]
+        table = fresh[name]
         if name == "collaborative.items" and system.config.embeddings.init == "spectral":
-            start = _moved(system, start, grown)
+            table = _mapped(system, table, warm)
         elif name.startswith("content."):
-            own = name.replace("content.", "collaborative.")
-            start = start + (weights[own] - fresh[own])
+            collaborative = name.replace("content.", "collaborative.")
+            table = table + (weights[collaborative] - fresh[collaborative])
         elif name == "head.bias":
-            start = _mean_bias(system, start, grown)
-        weights[name] = _with_trained(start, name, kind, grown)
-    checkpoint.restore_weights(system, Contents(grown.contents.weights | weights, {}, grown.contents.replicated))
+            table = _mean_bias(system, table, warm)
+        weights[name] = _with_trained(table, name, kind, warm)
+    checkpoint.restore_weights(system, CheckpointShard(warm.shard.weights | weights, {}, warm.shard.replicated))
     if system.world.is_main:
-        _tell(system, grown)
+        _log_warm_start(system, warm)
 
 
 def _kinds(system: System) -> dict[str, Kind]:
-    """Of every sharded table, collaborative ones first, whether its rows are users or items."""
+    """Return the kind of rows, users or items, of every sharded table, collaborative ones first."""
     names = (name for name, _, _ in system.recommender.sharded_parameters())
     return {name: "users" if name.endswith(".users") else "items" for name in names}
 
 
-def _with_trained(start: Tensor, name: str, kind: Kind, grown: WarmStart) -> Tensor:
-    if name not in grown.trained:
-        return start
-    known = (grown.matches[kind].rows >= 0).to(start.device)
-    full = start.clone()
-    full[known] = grown.trained[name].to(start.device)
-    return full
+def _with_trained(fresh: Tensor, name: str, kind: Kind, warm: WarmStart) -> Tensor:
+    if name not in warm.trained:
+        return fresh
+    matched = (warm.matches[kind].rows >= 0).to(fresh.device)
+    table = fresh.clone()
+    table[matched] = warm.trained[name].to(fresh.device)
+    return table
 
 
-def _moved(system: System, start: Tensor, grown: WarmStart) -> Tensor:
-    """`start` A, [local items, D], with the root mean square of the trained rows. All-reduces two [D, D] in fp64.
+def _mapped(system: System, fresh: Tensor, warm: WarmStart) -> Tensor:
+    """Return `fresh` A, [local items, D], scaled to the root mean square of the trained rows.
 
-    A minimizes |S A - T|^2 + r |A|^2 over the matched rows, S their fresh starts and T their trained rows.
+    A minimizes |S A - T|^2 + r |A|^2 over the matched rows, S fresh and T trained. All-reduces two [D, D] in fp64.
     """
-    matched = (grown.matches["items"].rows >= 0).to(start.device)
-    inputs, targets = start[matched].double(), grown.trained["collaborative.items"].to(start.device).double()
+    matched = (warm.matches["items"].rows >= 0).to(fresh.device)
+    inputs, targets = fresh[matched].double(), warm.trained["collaborative.items"].to(fresh.device).double()
     moments = torch.stack([inputs.T @ inputs, inputs.T @ targets])
     gram, cross = all_reduce_sum(moments, system.world, "moments of matched items")
     width = gram.shape[0]
     ridge = _RIDGE * gram.trace() / width
-    move = torch.linalg.solve(gram + ridge * torch.eye(width, dtype=gram.dtype, device=gram.device), cross)
-    # Ridge shrinks; new rows should be as long as their like.
-    shrunk = ((move.T @ gram) * move.T).sum()
-    (length,) = all_reduce_sum(targets.square().sum()[None], system.world, "squares of matched items")
-    return (start.double() @ (move * (length / shrunk.clamp_min(1e-30)).sqrt())).to(start.dtype)
+    linear_map = torch.linalg.solve(gram + ridge * torch.eye(width, dtype=gram.dtype, device=gram.device), cross)
+    # Ridge regression shrinks; new rows should have the norm of trained ones.
+    mapped_squares = ((linear_map.T @ gram) * linear_map.T).sum()
+    (trained_squares,) = all_reduce_sum(targets.square().sum()[None], system.world, "squares of matched items")
+    scale = (trained_squares / mapped_squares.clamp_min(1e-30)).sqrt()
+    return (fresh.double() @ (linear_map * scale)).to(fresh.dtype)
 
 
-def _mean_bias(system: System, start: Tensor, grown: WarmStart) -> Tensor:
-    trained = grown.trained.get("head.bias")
+def _mean_bias(system: System, fresh: Tensor, warm: WarmStart) -> Tensor:
+    trained = warm.trained.get("head.bias")
     if trained is None:
-        return start
-    (total,) = all_reduce_sum(trained.sum()[None].to(start.device), system.world, "biases of matched items")
-    return torch.full_like(start, float(total) / grown.matches["items"].num_matched)
+        return fresh
+    (total,) = all_reduce_sum(trained.sum()[None].to(fresh.device), system.world, "biases of matched items")
+    return torch.full_like(fresh, float(total) / warm.matches["items"].num_matched)
 
 
-def _tell(system: System, grown: WarmStart) -> None:
-    told = {
-        kind: {"matched": found.num_matched, "new": found.num_new, "removed": found.removed}
-        for kind, found in grown.matches.items()
+def _log_warm_start(system: System, warm: WarmStart) -> None:
+    """Write counts and removed ids to `GROWTH_FILE` and log the counts."""
+    counts = {
+        kind: {"matched": matches.num_matched, "new": matches.num_new, "removed": matches.removed}
+        for kind, matches in warm.matches.items()
     }
     path = Path(system.config.output) / GROWTH_FILE
-    path.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    if not any(found.num_new or found.removed for found in grown.matches.values()):
+    path.write_text(json.dumps(counts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    if not any(matches.num_new or matches.removed for matches in warm.matches.values()):
         logger.info("the same users and items as in the run that this one starts from, in another corpus")
         return
-    for kind, found in grown.matches.items():
+    for kind, matches in warm.matches.items():
         logger.warning(
-            "ANOTHER CATALOG: %d %s go on from their trained rows, %d are new, %d are gone (%s)",
-            found.num_matched,
+            "ANOTHER CATALOG: %d %s keep their trained rows, %d are new, %d are gone (%s)",
+            matches.num_matched,
             kind,
-            found.num_new,
-            len(found.removed),
+            matches.num_new,
+            len(matches.removed),
             path,
         )

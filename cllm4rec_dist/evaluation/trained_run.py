@@ -2,8 +2,8 @@
 
 A run is loaded in this process alone where that will do (`load_local`), else on all ranks (`load_sharded`). Checkpoints
 record the paths of their corpus and backbone; when a run has moved to another machine, other paths may be given, and
-the fingerprints in the checkpoint decide whether they are the right ones (`checkpoint.require_same`). A run of a
-project finds them in that project first, so that a copy of a project does not read what the original has become.
+the fingerprints in the checkpoint decide whether they are the right ones (`checkpoint.require_same_fingerprints`). A run
+of a project finds them in that project first, so that a copy of a project does not read what the original has become.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.checkpoint import BEST, STEP, Checkpoint, RunState
-from cllm4rec_dist.checkpointing.find_run import corpus_in_project, folders_in_project
+from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find, folders_in_project
+from cllm4rec_dist.checkpointing.format import Checkpoint, RunState
+from cllm4rec_dist.checkpointing.run_folder import BEST, STEP
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
@@ -82,18 +83,18 @@ def load_local(
 def _load(
     run: str, world: World, build: Callable[[RunConfig], SystemT], backbone: str | None, corpus: str | None
 ) -> tuple[SystemT, Checkpoint]:
-    store, names = checkpoint.find(run)
+    store, names = find(run)
     opened = checkpoint.load_first_valid(store, names, world, lambda found: recorded_config(found, backbone, corpus))
     if opened is not None:
         system = build(opened[1])
-        checkpoint.require_same(opened[0], system.fingerprints)
+        checkpoint.require_same_fingerprints(opened[0], system.fingerprints)
         found = checkpoint.load_first_valid(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
         if found is not None:
             checkpoint.restore_weights(system, found[1])
             if world.is_main:
                 log_choice(store, names, found[0])
             return system, found[0]
-    raise checkpoint.none_whole(run, store, names)
+    raise checkpoint.all_damaged(run, store, names)
 
 
 def _offloads_parameters(config: RunConfig) -> bool:
@@ -111,7 +112,7 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
     """Log which checkpoint is read and what it was chosen by, and warn of newer weights that nobody has validated.
 
     Args:
-        names: checkpoints among which `used` was chosen, as `checkpoint.find` gives them.
+        names: checkpoints among which `used` was chosen, as `find` gives them.
     """
     logger.info("reading %s: %s", used.path, _describe(used))
     newest = max((name for name in names if name.startswith(STEP)), default=None)

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.checkpoint import ADAPTER, Checkpoint
-from cllm4rec_dist.checkpointing.find_run import corpus_in_project
+from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find
+from cllm4rec_dist.checkpointing.format import ADAPTER, Checkpoint
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
@@ -83,11 +83,11 @@ def open_source(
         ConfigError: where the backbone is gone.
         CorpusError: where a needed corpus is gone.
     """
-    store, names = checkpoint.find(run)
+    store, names = find(run)
     world = World(0, 1, 0, torch.device("cpu"))
     found = checkpoint.load_first_valid(store, names, world, lambda opened: (_tensors(opened), read_tables(opened)))
     if found is None:
-        raise checkpoint.none_whole(run, store, names)
+        raise checkpoint.all_damaged(run, store, names)
     opened, (tensors, tables) = found
     in_project = corpus_in_project(opened.store, opened.about.fingerprints.get("corpus"))
     # The recorded path even if it is gone: a corpus is not needed for everything.
@@ -95,7 +95,7 @@ def open_source(
     folder = local_folder(config.backbone)
     decoder = load_config(folder)  # refuses a backbone that cannot be used
     tokenizer = WordTokenizer.load(folder)
-    checkpoint.require_same(opened, {"backbone": fingerprint(folder), "tokenizer": tokenizer.fingerprint})
+    checkpoint.require_same_fingerprints(opened, {"backbone": fingerprint(folder), "tokenizer": tokenizer.fingerprint})
     found_corpus = _open_corpus(opened, config.corpus, required=needs_corpus or corpus is not None)
     log_choice(store, names, opened)
     candidates = (base_model, config.backbone, str(opened.about.config["backbone"]))
@@ -116,7 +116,7 @@ def open_source(
 def _open_corpus(opened: Checkpoint, url: str, *, required: bool) -> Corpus | None:
     try:
         corpus = Corpus.open(url, verify=False)
-        checkpoint.require_same(opened, {"corpus": corpus.fingerprint})
+        checkpoint.require_same_fingerprints(opened, {"corpus": corpus.fingerprint})
     except (CorpusError, CheckpointError) as error:
         if required:
             raise

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from cllm4rec_dist import preflight
-from cllm4rec_dist.checkpointing.checkpoint import RunState
+from cllm4rec_dist.checkpointing.format import RunState
 from cllm4rec_dist.checkpointing.run_folder import RunRecord, store_url, write_record
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed.topology import World

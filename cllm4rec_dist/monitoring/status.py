@@ -291,7 +291,7 @@ def _add_checkpoints(store: Store, status: RunStatus, now: float) -> None:
     status.checkpoint = _newest_whole(store, STEP, status, now)
     status.best_checkpoint = _newest_whole(store, BEST, status, now)
     if status.checkpoint is None:
-        status.damaged += store.set_aside_names(STEP)
+        status.damaged += store.quarantined_names(STEP)
     steps = [name.removeprefix(STEP) for name in store.names(STEP)]
     status.step = max(status.step, *(int(step) for step in steps if step.isdecimal()), 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cllm4rec_dist.checkpointing.checkpoint import Checkpoint
+from cllm4rec_dist.checkpointing.format import Checkpoint
 from cllm4rec_dist.system import InferenceSystem
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that were spoilt in every way: refused clearly or passed over for the one before, and never used."""
+"""Checkpoints damaged in many ways: refused with a clear error or skipped for an older one, and never used."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cllm4rec_dist.checkpointing import checkpoint
+from cllm4rec_dist.checkpointing.format import REPLICATED_FILE, SEEN_FILE, STATE_FILE
+from cllm4rec_dist.checkpointing.run_folder import STEP
 from cllm4rec_dist.checkpointing.store import COMMIT, Store
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed.topology import World
@@ -62,7 +64,7 @@ def key(tensors: dict[str, Tensor], part: str) -> str:
     return next(name for name in sorted(tensors) if part in name)
 
 
-SHARD, STATE = "shard-00000-of-00002.safetensors", checkpoint.STATE_FILE
+SHARD, STATE = "shard-00000-of-00002.safetensors", STATE_FILE
 PARTS = ("collaborative.items", "collaborative.users.exp_avg", "content.users", "lora_A", "lora_B", "bias.exp_avg_sq")
 FORGED: list[tuple[str, Spoil]] = [
     *((SHARD, retensor(lambda t, p=p: t.pop(key(t, p)))) for p in PARTS),
@@ -72,14 +74,14 @@ FORGED: list[tuple[str, Spoil]] = [
     *((SHARD, retensor(lambda t, p=p: t.update({key(t, p): t[key(t, p)][..., None]}))) for p in PARTS),
     *((SHARD, retensor(lambda t, p=p: t.update({f"x.{p}": t.pop(key(t, p))}))) for p in PARTS),
     *((SHARD, lying_header) for _ in range(5)),
-    *((file, DAMAGE["pickled"][0]) for file in (SHARD, STATE, checkpoint.REPLICATED_FILE)),
-    (checkpoint.SEEN_FILE, DAMAGE["pickled"][0]),
-    (checkpoint.SEEN_FILE, retensor(lambda t: t.pop("keys"))),
-    (checkpoint.SEEN_FILE, retensor(lambda t: t.update(keys=t["keys"].to(torch.int64)))),
-    (checkpoint.SEEN_FILE, retensor(lambda t: t.update(bound=t["keys"][:1].clone()))),
-    (checkpoint.REPLICATED_FILE, retensor(lambda t: t.pop("head.log_temperature"))),
-    (checkpoint.REPLICATED_FILE, retensor(lambda t: t.pop("collaborative.users.step"))),
-    (checkpoint.REPLICATED_FILE, retensor(lambda t: t.update({"head.log_temperature": torch.ones(5)}))),
+    *((file, DAMAGE["pickled"][0]) for file in (SHARD, STATE, REPLICATED_FILE)),
+    (SEEN_FILE, DAMAGE["pickled"][0]),
+    (SEEN_FILE, retensor(lambda t: t.pop("keys"))),
+    (SEEN_FILE, retensor(lambda t: t.update(keys=t["keys"].to(torch.int64)))),
+    (SEEN_FILE, retensor(lambda t: t.update(bound=t["keys"][:1].clone()))),
+    (REPLICATED_FILE, retensor(lambda t: t.pop("head.log_temperature"))),
+    (REPLICATED_FILE, retensor(lambda t: t.pop("collaborative.users.step"))),
+    (REPLICATED_FILE, retensor(lambda t: t.update({"head.log_temperature": torch.ones(5)}))),
     *((STATE, restate(lambda s, k=k: s.pop(k))) for k in ("run", "world_size", "shapes", "fingerprints", "config")),
     *((STATE, restate(lambda s, v=v: s.update(world_size=v))) for v in (0, -1, 1, 3, 1 << 40, "two", None, 2.5, [2])),
     *((STATE, restate(lambda s, v=v: s.update(shapes=v))) for v in (None, {}, {"a": "b"}, {"a": [-1]}, [1])),
@@ -88,7 +90,7 @@ FORGED: list[tuple[str, Spoil]] = [
     *((STATE, restate(lambda s, v=v: s.update(schema_version=v))) for v in (0, 1, 3, "2x", None)),
     *((STATE, restate(lambda s, v=v: s.update(steps_taken=v))) for v in (-1, "six", None)),
 ]
-"""Spoilt by somebody who then mended the marker."""
+"""Damage by somebody who then updated the marker."""
 
 
 def forge_marker(newer: Path) -> None:
@@ -100,7 +102,7 @@ def forge_marker(newer: Path) -> None:
 
 
 def void(*results: object) -> None:
-    """Of several calls in one lambda."""
+    """Discard the results of several calls in a lambda."""
 
 
 def cases(clean: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
@@ -112,46 +114,46 @@ def cases(clean: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
 
     for path in sorted(clean.iterdir()):
         for kind, (spoil, times) in (DAMAGE | {"swapped": (swap, 1)}).items():
-            for number in range(times):
-                yield f"{path.name} {kind} {number}", damaged(path.name, spoil, f"{path.name}{kind}{number}")
-    for number, (file, spoil) in enumerate(FORGED):
-        yield f"{file} forged {number}", forged(file, spoil, number)
+            for index in range(times):
+                yield f"{path.name} {kind} {index}", damaged(path.name, spoil, f"{path.name}{kind}{index}")
+    for index, (file, spoil) in enumerate(FORGED):
+        yield f"{file} forged {index}", forged(file, spoil, index)
 
 
 def state_of(system: System) -> dict[str, Tensor]:
     rows = {name: p.detach() for name, p, _ in system.recommender.sharded_parameters()}
-    moments = {f"{n}.{k}": v for n, found in system.engine.moments().items() for k, v in found.items()}
-    tables = {f"{n}.{k}": v for n, found in system.embedding_optimizer.state().items() for k, v in found.items()}
+    moments = {f"{n}.{k}": v for n, adam in system.engine.moments().items() for k, v in adam.items()}
+    tables = {f"{n}.{k}": v for n, adam in system.embedding_optimizer.state().items() for k, v in adam.items()}
     whole = dict(system.recommender.replicated_parameters())
     return {n: v.detach().clone() for n, v in (rows | system.engine.weights() | moments | tables | whole).items()}
 
 
 def try_all(world: World, config: RunConfig, saved: str, scratch: str) -> dict[str, int]:
-    """Resume from every spoilt copy; how often it was refused, passed over or harmless."""
+    """Resume from every damaged copy. Return how often it was refused, skipped or harmless."""
     system = assemble(config, world)
     os.chdir(scratch)
-    clean, wanted = Path(saved), {}
+    clean, expected = Path(saved), {}
     for step, name in ((3, OLDER), (6, NEWER)):
-        found = checkpoint.resume(system, Store(str(clean)), [name], lambda c: None)
-        assert found is not None
-        assert found.about.run.step == step
-        wanted[step] = state_of(system)
+        resumed = checkpoint.resume(system, Store(str(clean)), [name], lambda c: None)
+        assert resumed is not None
+        assert resumed.about.run.step == step
+        expected[step] = state_of(system)
     outcomes: Counter[str] = Counter()
-    for number, (name, spoil) in enumerate(cases(clean / NEWER)):
-        copy = Path(scratch) / str(number)
+    for index, (name, spoil) in enumerate(cases(clean / NEWER)):
+        copy = Path(scratch) / str(index)
         shutil.copytree(clean, copy)
         spoil(copy / NEWER)
         before = state_of(system)
         try:
             store = Store(str(copy))
-            found = checkpoint.resume(system, store, [*reversed(store.names(checkpoint.STEP))], lambda c: None)
+            resumed = checkpoint.resume(system, store, [*reversed(store.names(STEP))], lambda c: None)
         except CLLM4RecError:
             assert same(state_of(system), before), name
             outcomes["refused with a clear error"] += 1
         else:
-            assert found is not None, name
-            assert same(state_of(system), wanted[found.about.run.step]), name
-            outcomes["harmless" if found.about.run.step == 6 else "passed over for the one before"] += 1
+            assert resumed is not None, name
+            assert same(state_of(system), expected[resumed.about.run.step]), name
+            outcomes["harmless" if resumed.about.run.step == 6 else "skipped for the one before"] += 1
         shutil.rmtree(copy)
     assert not Path("exploded").exists()
     return dict(outcomes)
@@ -162,7 +164,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.slow
-def test_spoilt_checkpoints_are_never_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_never_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     catalog = make_catalog()
     backbone = make_backbone(tmp_path / "backbone", catalog)
     made = tmp_path, make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)
@@ -171,7 +173,7 @@ def test_spoilt_checkpoints_are_never_used(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "scratch").mkdir()
     (outcomes,) = run_ranks(1, try_all, config, str(tmp_path / "run" / "checkpoints"), str(tmp_path / "scratch"))
     with capsys.disabled():
-        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-        os.write(1, f"\nspoilt checkpoints: {sum(outcomes.values())} tried: {told}\n".encode())
+        summary = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+        os.write(1, f"\ndamaged checkpoints: {sum(outcomes.values())} tried: {summary}\n".encode())
     assert sum(outcomes.values()) >= 200
     assert outcomes["harmless"] < 60  # external ids are not read to resume; nothing else may be

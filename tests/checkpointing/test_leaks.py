@@ -1,4 +1,4 @@
-"""Held-out interactions that an earlier run was trained on: refused, or reported beside every figure."""
+"""Held-out interactions that an earlier run was trained on: refused, or reported with every metric."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.checkpoint import SEEN_FILE, STATE_FILE, Checkpoint
+from cllm4rec_dist.checkpointing.find_run import find
+from cllm4rec_dist.checkpointing.format import SEEN_FILE, STATE_FILE, Checkpoint
 from cllm4rec_dist.checkpointing.leaks import find_leak
 from cllm4rec_dist.checkpointing.lineage import Leak, SeenInteractions, TrainedOn, corpus_keys, new_user_keys
+from cllm4rec_dist.checkpointing.run_folder import STEP
 from cllm4rec_dist.checkpointing.store import COMMIT, Store
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.catalog import Catalog
@@ -28,7 +29,7 @@ SWAPPED = 5
 
 
 def split_again(catalog: Catalog, num_users: int = SWAPPED) -> Catalog:
-    """The same interactions, in which some users' last training item and their test item have changed places."""
+    """Swap some users' last training item and their test item."""
     train, test = [list(row) for row in catalog.train], [list(row) for row in catalog.test]
     for user in range(len(train) - num_users, len(train)):
         train[user][-1], test[user][0] = test[user][0], train[user][-1]
@@ -37,7 +38,7 @@ def split_again(catalog: Catalog, num_users: int = SWAPPED) -> Catalog:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    """`first` and `again`, which is the same split in another way, and `first` renamed, with a run on `first`."""
+    """Make `first`, `again` (split in another way) and `renamed` (`first` by another name), and a run on `first`."""
     folder = tmp_path_factory.mktemp("leaks")
     catalog = make_catalog()
     backbone = make_backbone(folder / "backbone", catalog)
@@ -50,7 +51,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 def opened(run: Path) -> Checkpoint:
     """The newest checkpoint, which need not be the best one."""
-    store, names = checkpoint.find(str(run), (checkpoint.STEP,))
+    store, names = find(str(run), (STEP,))
     return Checkpoint.open(store, names[0])
 
 
@@ -84,7 +85,7 @@ def test_a_leak_is_estimated_from_a_sample(corpora: dict[str, Made]) -> None:
     assert 1 <= leak.num_interactions <= 46
 
 
-def test_what_stands_in_two_splits_of_a_corpus_is_no_leak(tmp_path: Path) -> None:
+def test_an_interaction_in_two_splits_of_a_corpus_is_no_leak(tmp_path: Path) -> None:
     catalog = make_catalog()
     twice = dataclasses.replace(catalog, test=Ragged.from_lists([list(row)[:1] for row in catalog.train]))
     backbone = make_backbone(tmp_path / "backbone", catalog)
@@ -119,7 +120,7 @@ def evaluated(world: World, folder: str, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_allowed_leak_is_recorded_inherited_and_told_beside_every_figure(
+def test_an_allowed_leak_is_recorded_inherited_and_reported_with_every_metric(
     corpora: dict[str, Made], tmp_path: Path
 ) -> None:
     source = corpora["first"][0] / "pretrained"
@@ -127,7 +128,7 @@ def test_an_allowed_leak_is_recorded_inherited_and_told_beside_every_figure(
     (_, messages), _ = run_ranks(2, with_messages, run, allowed)
     assert any(message.startswith("LEAK: ") for message in messages)
     note = f"trained on {SWAPPED} held-out interactions: the figures are not comparable"
-    # Not even by a run on the same corpus in between, or by going on.
+    # A run on the same corpus in between, or resuming, does not clear it.
     assert (
         "was trained on 5 of" in run_ranks(1, refused, tuned(corpora["again"], tmp_path / "x", tmp_path / "leaky"))[0]
     )
@@ -146,7 +147,7 @@ def test_an_allowed_leak_is_recorded_inherited_and_told_beside_every_figure(
 
 
 @pytest.mark.slow
-def test_a_leak_by_way_of_a_run_on_a_third_corpus_is_seen(corpora: dict[str, Made], tmp_path: Path) -> None:
+def test_a_leak_through_a_run_on_a_third_corpus_is_detected(corpora: dict[str, Made], tmp_path: Path) -> None:
     folder, _, backbone = corpora["first"]
     catalog = make_catalog()
     nothing = Ragged.from_lists([list(row)[:1] for row in catalog.valid])  # trains on the former validation items
@@ -160,7 +161,7 @@ def test_a_leak_by_way_of_a_run_on_a_third_corpus_is_seen(corpora: dict[str, Mad
 
 
 def as_an_earlier_version_wrote_it(run: Path) -> None:
-    """Every checkpoint without its record of what was trained on."""
+    """Remove the lineage from every checkpoint."""
     for folder in (run / "checkpoints").iterdir():
         tree = json.loads((folder / STATE_FILE).read_text())
         del tree["lineage"]
@@ -174,7 +175,7 @@ def as_an_earlier_version_wrote_it(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_a_checkpoint_of_an_earlier_version_it_is_said_that_nothing_can_be_checked(
+def test_a_checkpoint_of_an_earlier_version_gives_a_warning_that_leaks_cannot_be_checked(
     corpora: dict[str, Made], tmp_path: Path
 ) -> None:
     old = tmp_path / "old"
@@ -184,13 +185,13 @@ def test_of_a_checkpoint_of_an_earlier_version_it_is_said_that_nothing_can_be_ch
     assert any("LEAKS CANNOT BE CHECKED" in message for message in messages)
     ((_, messages),) = run_ranks(1, with_messages, run, tuned(corpora["first"], tmp_path / "same", old))
     assert not any("LEAK" in message for message in messages)
-    # What is not known stays so, also by way of a run in between.
+    # It stays unknown through a run in between.
     config = tuned(corpora["first"], tmp_path / "next", tmp_path / "other", allow_leak=True)
     ((_, messages),) = run_ranks(1, with_messages, run, config)
     assert any("LEAKS CANNOT BE CHECKED" in message for message in messages)
     ((_, messages),) = run_ranks(1, with_messages, evaluated, str(tmp_path / "next"), str(tmp_path / "evaluation"))
     assert any("is not known" in message for message in messages)
-    # A run of that version goes on, and says from now on what it has seen.
+    # A run of that version that resumes records its lineage from then on.
     run_ranks(1, run, make_config(corpora["first"], old, max_steps=2))
     assert opened(old).about.lineage is not None
 
@@ -201,10 +202,10 @@ def test_a_checkpoint_that_lost_its_record_is_damaged(corpora: dict[str, Made], 
     folder = tmp_path / "run" / "checkpoints" / "step-00000002"
     (folder / SEEN_FILE).unlink()
     message = run_ranks(1, refused, tuned(corpora["again"], tmp_path / "x", tmp_path / "run"))[0]
-    assert "holds no whole checkpoint" in message
+    assert "has no valid checkpoint" in message
 
 
-def test_everything_that_a_held_out_user_has_is_held_out(tmp_path: Path) -> None:
+def test_all_interactions_of_a_held_out_user_are_held_out(tmp_path: Path) -> None:
     catalog = make_catalog()
     backbone = make_backbone(tmp_path / "backbone", catalog)
     corpus = Corpus.open(make_corpus(tmp_path / "corpus", with_new_users(catalog), backbone))

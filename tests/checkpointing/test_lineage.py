@@ -1,4 +1,4 @@
-"""Samples of what was trained on: exact while they are small, uniform beyond, joined without loss."""
+"""Samples of training interactions: complete while small, uniform beyond, merged without loss."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ RANDOM = np.random.default_rng(0)
 LARGEST = (1 << 64) - 1
 
 
-def draw(number: int) -> np.ndarray:
-    return RANDOM.integers(0, LARGEST, number, dtype=np.uint64, endpoint=True)
+def draw(count: int) -> np.ndarray:
+    return RANDOM.integers(0, LARGEST, count, dtype=np.uint64, endpoint=True)
 
 
 def test_a_small_sample_is_everything() -> None:
     keys = draw(1000)
-    found = SeenInteractions.of(np.concatenate([keys, keys[:5]]), size=1000)
-    assert found.is_complete
-    assert found.keys.tolist() == sorted(keys.tolist())
-    assert found.contains(keys).all()
-    assert not found.contains(draw(1000)).any()
-    assert found.estimate(7) == 7
+    sample = SeenInteractions.of(np.concatenate([keys, keys[:5]]), size=1000)
+    assert sample.is_complete
+    assert sample.keys.tolist() == sorted(keys.tolist())
+    assert sample.contains(keys).all()
+    assert not sample.contains(draw(1000)).any()
+    assert sample.estimate(7) == 7
 
 
 def test_of_more_the_smallest_are_kept_and_counts_are_estimated() -> None:
     keys = draw(200_000)
-    found = SeenInteractions.of(keys, size=10_000)
-    assert not found.is_complete
-    assert found.keys.tolist() == sorted(keys.tolist())[:10_000]
-    assert found.bound == int(found.keys[-1])
+    sample = SeenInteractions.of(keys, size=10_000)
+    assert not sample.is_complete
+    assert sample.keys.tolist() == sorted(keys.tolist())[:10_000]
+    assert sample.bound == int(sample.keys[-1])
     held_out = np.concatenate([keys[:40_000], draw(60_000)])
-    estimate = found.estimate(int(found.contains(held_out).sum()))
+    estimate = sample.estimate(int(sample.contains(held_out).sum()))
     assert estimate == pytest.approx(40_000, rel=0.08)  # 2,000 of them are in the sample: four standard errors
 
 
@@ -50,16 +50,16 @@ def test_samples_join_to_the_sample_of_both(first: int, second: int) -> None:
     both = np.unique(np.concatenate([one, other]))
     assert joined.keys.tolist() == both[both <= np.uint64(joined.bound)].tolist()
     # Cut to the size of a sample, it is that of everything at once.
-    cut, wanted = SeenInteractions.of(joined.keys, joined.bound, 1000), SeenInteractions.of(both, size=1000)
-    assert (cut.keys.tolist(), cut.bound) == (wanted.keys.tolist(), wanted.bound)
+    cut, expected = SeenInteractions.of(joined.keys, joined.bound, 1000), SeenInteractions.of(both, size=1000)
+    assert (cut.keys.tolist(), cut.bound) == (expected.keys.tolist(), expected.bound)
 
 
 def test_a_sample_comes_back_from_its_file(tmp_path: Path) -> None:
     for keys in (draw(0), draw(5), draw(50)):
         sample = SeenInteractions.of(keys, size=20)
         sample.save(tmp_path / "sample.safetensors")
-        found = SeenInteractions.load(tmp_path / "sample.safetensors")
-        assert (found.keys.tolist(), found.bound) == (sample.keys.tolist(), sample.bound)
+        loaded = SeenInteractions.load(tmp_path / "sample.safetensors")
+        assert (loaded.keys.tolist(), loaded.bound) == (sample.keys.tolist(), sample.bound)
 
 
 GOOD = {"keys": np.array([1, 2, 9], np.uint64), "bound": np.array([9], np.uint64)}

@@ -1,4 +1,4 @@
-"""Folders that exist as a whole or not at all, on local disks and elsewhere."""
+"""Folders that are committed as a whole or not at all, on local disks and elsewhere."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_a_folder_is_there_from_its_marker_on(store: Store) -> None:
     assert store.fetch("step-2", "a.bin", files["a.bin"]).read_bytes() == b"content"
 
 
-def test_leftovers_are_swept_and_damaged_folders_stay_for_a_look(store: Store) -> None:
+def test_uncommitted_folders_are_swept_and_quarantined_ones_stay(store: Store) -> None:
     for name in ("step-1", "step-2"):
         store.commit(name, write(store, name))
     write(store, "step-3")
     store.quarantine("step-2")
     store.sweep(("step-", "best-"))
     assert store.names("step-") == ["step-1"]
-    assert store.set_aside_names("step-") == ["step-2"]
+    assert store.quarantined_names("step-") == ["step-2"]
     assert store._folders() == ["step-1", "step-2"]
     store.remove("step-1")
     assert store._folders() == ["step-2"]
@@ -129,7 +129,7 @@ def test_an_unknown_file_system_is_refused() -> None:
 
 
 class Broken(MemoryFileSystem):
-    """What a driver raises is its own affair."""
+    """A file system that raises something else than OSError."""
 
     protocol = "broken"
     cachable = False
@@ -147,23 +147,25 @@ def broken() -> Store:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "call",
     [
         lambda store: store.names("step-"),
-        lambda store: store.set_aside_names("step-"),
+        lambda store: store.quarantined_names("step-"),
         lambda store: store.marker("a"),
         lambda store: store.unseen("a", {"a": FileEntry(num_bytes=1, sha256="0" * 64)}),
         lambda store: store.fetch("a", "a", FileEntry(num_bytes=1, sha256="0" * 64)),
     ],
 )
-def test_a_store_that_does_not_answer_is_told_and_is_no_damage(broken: Store, ask: Callable[[Store], object]) -> None:
+def test_a_store_that_does_not_answer_is_reported_and_is_no_damage(
+    broken: Store, call: Callable[[Store], object]
+) -> None:
     with pytest.raises(CheckpointError, match=r"LookupError: no credentials.* cannot be read") as refused:
-        ask(broken)
+        call(broken)
     assert not isinstance(refused.value, DamagedCheckpointError)
 
 
 class Watched:
-    """A file system, with `look` called before everything that is asked of it."""
+    """A file system that calls `look` before every attribute access."""
 
     def __init__(self, genuine: fsspec.AbstractFileSystem, look: Callable[[], object]) -> None:
         self._genuine, self._look = genuine, look
@@ -173,19 +175,19 @@ class Watched:
         return getattr(self._genuine, name)
 
 
-@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("kind", ["local", "memory"])
 def test_a_writer_killed_at_any_moment_leaves_whole_folders_only(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every state that the storage goes through while folders are written and removed is one to recover from."""
-    root = str(tmp_path / "runs") if place == "local" else f"/{secrets.token_hex(8)}"
-    url = root if place == "local" else f"memory:/{root}"
+    """A reader can recover from every state of the storage while folders are written and removed."""
+    root = str(tmp_path / "runs") if kind == "local" else f"/{secrets.token_hex(8)}"
+    url = root if kind == "local" else f"memory:/{root}"
     states: list[dict[str, bytes]] = []
     genuine = Store(url)._fs
 
     def look() -> None:
-        found = genuine.find(root) if genuine.exists(root) else []
-        state = {path: genuine.cat_file(path) for path in found}
+        paths = genuine.find(root) if genuine.exists(root) else []
+        state = {path: genuine.cat_file(path) for path in paths}
         if not states or state != states[-1]:
             states.append(state)
 
@@ -203,14 +205,14 @@ def test_a_writer_killed_at_any_moment_leaves_whole_folders_only(
     look()
     assert len(states) >= 3 * 3 + 2 * 2  # two files and a marker each; a marker and files removed
     recovered = []
-    for number, state in enumerate(states):
+    for index, state in enumerate(states):
         copy = Store(f"memory://{secrets.token_hex(8)}")
         for path, content in state.items():
             copy._fs.pipe_file(f"{copy._root}/{path.removeprefix(root).lstrip('/')}", content)
         names = copy.names("step-")
         for name in names:
             for file, entry in copy.marker(name).files.items():
-                assert copy.fetch(name, file, entry).read_bytes() == b"content of " + name.encode(), (number, file)
+                assert copy.fetch(name, file, entry).read_bytes() == b"content of " + name.encode(), (index, file)
         recovered.append(names[-1] if names else "")
         copy.sweep(("step-",))
         assert copy._folders() == names

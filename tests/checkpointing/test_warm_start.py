@@ -1,4 +1,4 @@
-"""A run that starts from one on another catalog: rows follow their external ids, new ones start among their like."""
+"""Warm start from a run on another catalog: rows follow their external ids, new rows are initialized like them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist import train as train_module
-from cllm4rec_dist.checkpointing.checkpoint import Checkpoint, find
+from cllm4rec_dist.checkpointing.find_run import find
+from cllm4rec_dist.checkpointing.format import Checkpoint
 from cllm4rec_dist.checkpointing.run_folder import store_url
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.checkpointing.warm_start import GROWTH_FILE
@@ -59,10 +60,10 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Made]:
     return made, (folder, make_corpus(folder / "other", other, backbone), str(backbone))
 
 
-def tables(world: World, config: RunConfig, *, begin: bool) -> dict[str, Tensor]:
-    """This rank's rows as a run begins, or as a fresh one would."""
+def tables(world: World, config: RunConfig, *, load: bool) -> dict[str, Tensor]:
+    """Return this rank's rows as a run starts, with or without the weights of `init_from`."""
     system = assemble(config, world)
-    if begin:
+    if load:
         Path(config.output).mkdir(parents=True, exist_ok=True)
         train_module._resume_or_init(system, Store(store_url(config)))
     else:
@@ -70,12 +71,12 @@ def tables(world: World, config: RunConfig, *, begin: bool) -> dict[str, Tensor]
     return {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
 
 
-def begun(world: World, config: RunConfig) -> dict[str, Tensor]:
-    return tables(world, config, begin=True)
+def loaded_tables(world: World, config: RunConfig) -> dict[str, Tensor]:
+    return tables(world, config, load=True)
 
 
 def fresh(world: World, config: RunConfig) -> dict[str, Tensor]:
-    return tables(world, config, begin=False)
+    return tables(world, config, load=False)
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
@@ -83,10 +84,10 @@ def trained(folder: Path) -> dict[str, Tensor]:
     opened = Checkpoint.open(store, names[0])
     sizes = {"users": opened.about.num_users, "items": opened.about.num_items, "bias": opened.about.num_items}
     kinds = ("collaborative.users", "collaborative.items", "content.users", "content.items", "head.bias")
-    found = {
+    saved = {
         name: opened.rows(name, sizes[name.rpartition(".")[2]], 0, sizes[name.rpartition(".")[2]]) for name in kinds
     }
-    return {name: rows for name, rows in found.items() if rows is not None}
+    return {name: rows for name, rows in saved.items() if rows is not None}
 
 
 @pytest.mark.slow
@@ -94,36 +95,36 @@ def trained(folder: Path) -> dict[str, Tensor]:
 def test_rows_follow_their_external_ids_at_any_world_size(grown: tuple[Made, Made], tmp_path: Path, size: int) -> None:
     (folder, *_), other = grown
     config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True)
-    parts = run_ranks(size, begun, config)
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    (start,) = run_ranks(1, fresh, config)
+    parts = run_ranks(size, loaded_tables, config)
+    loaded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    (fresh_tables,) = run_ranks(1, fresh, config)
     old = trained(folder / "old")
 
     users = torch.tensor([u + 2 if u + 2 < 23 else -1 for u in range(29)])
     items = torch.tensor([i + 3 if i + 3 < 17 else -1 for i in reversed(range(21))])
     rows = {"users": users, "items": items, "bias": items}
-    assert found.keys() == old.keys()
-    for name, table in found.items():
+    assert loaded.keys() == old.keys()
+    for name, table in loaded.items():
         ids = rows[name.rpartition(".")[2]]
         assert torch.equal(table[ids >= 0], old[name][ids[ids >= 0]]), name
 
     # A dense reference of the map for new items: ridge regression, then the length of the trained rows.
-    inputs, targets = start["collaborative.items"].double(), old["collaborative.items"].double()
+    inputs, targets = fresh_tables["collaborative.items"].double(), old["collaborative.items"].double()
     seen = inputs[items >= 0]
     ridge = 1e-2 * seen.square().sum() / seen.shape[1] * torch.eye(seen.shape[1])
-    move = torch.linalg.lstsq(
+    linear_map = torch.linalg.lstsq(
         torch.cat([seen, ridge.sqrt()]), torch.cat([targets[items[items >= 0]], torch.zeros_like(ridge)])
     ).solution
-    wanted = inputs @ move * (targets[items[items >= 0]].norm() / (seen @ move).norm())
+    expected = inputs @ linear_map * (targets[items[items >= 0]].norm() / (seen @ linear_map).norm())
     new = items < 0
-    torch.testing.assert_close(found["collaborative.items"][new], wanted[new].float(), rtol=1e-4, atol=1e-6)
-    assert torch.equal(found["collaborative.users"][users < 0], start["collaborative.users"][users < 0])
+    torch.testing.assert_close(loaded["collaborative.items"][new], expected[new].float(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(loaded["collaborative.users"][users < 0], fresh_tables["collaborative.users"][users < 0])
     for kind, ids in (("users", users), ("items", items)):
-        drawn = start[f"content.{kind}"] - start[f"collaborative.{kind}"]
-        around = found[f"content.{kind}"] - found[f"collaborative.{kind}"]
+        drawn = fresh_tables[f"content.{kind}"] - fresh_tables[f"collaborative.{kind}"]
+        around = loaded[f"content.{kind}"] - loaded[f"collaborative.{kind}"]
         torch.testing.assert_close(around[ids < 0], drawn[ids < 0], rtol=1e-4, atol=1e-6)
     bias = old["head.bias"][items[~new]].mean()
-    torch.testing.assert_close(found["head.bias"][new], bias.expand(int(new.sum()), 1))
+    torch.testing.assert_close(loaded["head.bias"][new], bias.expand(int(new.sum()), 1))
 
     assert json.loads((tmp_path / "new" / GROWTH_FILE).read_text()) == {
         "users": {"matched": 21, "new": 8, "removed": ["user-000", "user-001"]},
@@ -142,23 +143,23 @@ def test_a_shared_user_row_moves_behind_the_new_users(grown: tuple[Made, Made], 
     }
 
     config = make_config(other, tmp_path / "new", init_from=str(tmp_path / "old"), allow_leak=True, method=method)
-    parts = run_ranks(2, begun, config)
+    parts = run_ranks(2, loaded_tables, config)
     for table, rows in old.items():
-        found = torch.cat([part[table] for part in parts])
-        assert found.shape == (30, 16)
-        assert torch.equal(found[29], rows[23])
-        assert torch.equal(found[:21], rows[2:23])
-    told = json.loads((tmp_path / "new" / GROWTH_FILE).read_text())
-    assert told["users"] == {"matched": 21, "new": 8, "removed": ["user-000", "user-001"]}
+        loaded = torch.cat([part[table] for part in parts])
+        assert loaded.shape == (30, 16)
+        assert torch.equal(loaded[29], rows[23])
+        assert torch.equal(loaded[:21], rows[2:23])
+    counts = json.loads((tmp_path / "new" / GROWTH_FILE).read_text())
+    assert counts["users"] == {"matched": 21, "new": 8, "removed": ["user-000", "user-001"]}
 
-    # A run that has none takes the users' rows alone; one that starts from such a run draws the shared row.
+    # A run without a shared user loads the users' rows alone; one that starts from such a run draws the shared row.
     config = make_config(made, tmp_path / "plain", init_from=str(tmp_path / "old"))
-    (found,) = run_ranks(1, begun, config)
-    assert torch.equal(found["collaborative.users"], old["collaborative.users"][:23])
+    (loaded,) = run_ranks(1, loaded_tables, config)
+    assert torch.equal(loaded["collaborative.users"], old["collaborative.users"][:23])
     config = make_config(made, tmp_path / "shared", init_from=str(made[0] / "old"), method=method)
-    (found,), (start,) = run_ranks(1, begun, config), run_ranks(1, fresh, config)
-    assert torch.equal(found["collaborative.users"][23], start["collaborative.users"][23])
-    assert torch.equal(found["collaborative.users"][:23], trained(made[0] / "old")["collaborative.users"])
+    (loaded,), (fresh_tables,) = run_ranks(1, loaded_tables, config), run_ranks(1, fresh, config)
+    assert torch.equal(loaded["collaborative.users"][23], fresh_tables["collaborative.users"][23])
+    assert torch.equal(loaded["collaborative.users"][:23], trained(made[0] / "old")["collaborative.users"])
 
 
 @pytest.mark.slow
@@ -181,35 +182,35 @@ def test_a_grown_run_trains_and_resumes_as_any_other(grown: tuple[Made, Made], t
 
 
 @pytest.mark.slow
-def test_a_start_from_the_prior_keeps_new_rows_there(grown: tuple[Made, Made], tmp_path: Path) -> None:
+def test_new_rows_are_drawn_from_the_prior(grown: tuple[Made, Made], tmp_path: Path) -> None:
     (folder, *_), other = grown
     embeddings = {"init": "prior", "lambda_l": 0.01, "lambda_c": 0.1}
     config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True, embeddings=embeddings)
-    (found,), (start,) = run_ranks(1, begun, config), run_ranks(1, fresh, config)
+    (loaded,), (fresh_tables,) = run_ranks(1, loaded_tables, config), run_ranks(1, fresh, config)
     new = torch.arange(21) < 7
-    assert torch.equal(found["collaborative.items"][new], start["collaborative.items"][new])
-    assert not torch.equal(found["collaborative.items"], start["collaborative.items"])
+    assert torch.equal(loaded["collaborative.items"][new], fresh_tables["collaborative.items"][new])
+    assert not torch.equal(loaded["collaborative.items"], fresh_tables["collaborative.items"])
 
 
 @pytest.mark.slow
-def test_texts_that_are_new_start_their_rows_around_trained_ones(grown: tuple[Made, Made], tmp_path: Path) -> None:
+def test_new_content_rows_are_drawn_around_trained_collaborative_ones(grown: tuple[Made, Made], tmp_path: Path) -> None:
     made, other = grown
     run_ranks(2, run, make_config(made, tmp_path / "silent", max_steps=2, batch={"users": 9, "texts": 0}))
     config = make_config(other, tmp_path / "new", init_from=str(tmp_path / "silent"), allow_leak=True)
-    (found,), (start,) = run_ranks(1, begun, config), run_ranks(1, fresh, config)
+    (loaded,), (fresh_tables,) = run_ranks(1, loaded_tables, config), run_ranks(1, fresh, config)
     for kind in _KINDS:
-        drawn = start[f"content.{kind}"] - start[f"collaborative.{kind}"]
-        around = found[f"content.{kind}"] - found[f"collaborative.{kind}"]
+        drawn = fresh_tables[f"content.{kind}"] - fresh_tables[f"collaborative.{kind}"]
+        around = loaded[f"content.{kind}"] - loaded[f"collaborative.{kind}"]
         torch.testing.assert_close(around, drawn, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_what_cannot_go_on_is_refused_or_passed_over(grown: tuple[Made, Made], tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_matched_is_refused_or_skipped(grown: tuple[Made, Made], tmp_path: Path) -> None:
     made, other = grown
     strange = dataclasses.replace(make_catalog(), item_ids=pl.Series([f"thing-{i}" for i in range(17)]))
     corpus = make_corpus(tmp_path / "strange", strange, Path(made[2]))
     config = make_config((made[0], corpus, made[2]), tmp_path / "run", init_from=str(made[0] / "old"))
-    assert "no row could be kept" in run_ranks(2, refused, config)[1]
+    assert "no row matches" in run_ranks(2, refused, config)[1]
 
     # Ids that do not fit the rows are damage, whatever the checksums say: the checkpoint before it is used.
     run_ranks(1, run, make_config(made, tmp_path / "old", max_steps=4))
@@ -220,9 +221,9 @@ def test_what_cannot_go_on_is_refused_or_passed_over(grown: tuple[Made, Made], t
     entries["items.parquet"] = store.write(newest, "items.parquet", lambda path: pq.write_table(shorter, path))
     store.commit(newest, entries)
     config = make_config(other, tmp_path / "next", init_from=str(tmp_path / "old"), allow_leak=True)
-    (found,) = run_ranks(1, begun, config)
+    (loaded,) = run_ranks(1, loaded_tables, config)
     opened = Checkpoint.open(store, before)
-    assert torch.equal(found["collaborative.items"][-1:], opened.rows("collaborative.items", 17, 3, 4))
+    assert torch.equal(loaded["collaborative.items"][-1:], opened.rows("collaborative.items", 17, 3, 4))
 
 
 CONFIG = {
@@ -239,7 +240,7 @@ CONFIG = {
 
 @pytest.mark.integration
 @pytest.mark.skipif(not (DATA / "ml-100k").is_dir(), reason="the data set is not on this machine")
-def test_movielens_goes_on_with_the_users_and_items_of_its_last_weeks(
+def test_movielens_continues_with_the_users_and_items_of_its_last_weeks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CLLM4REC_DATA", str(DATA))
@@ -268,14 +269,14 @@ def test_movielens_goes_on_with_the_users_and_items_of_its_last_weeks(
     run_ranks(2, run, config("early", "first"))
     run_ranks(2, run, config("late", "grown", init_from=str(tmp_path / "first"), epochs=1))
     run_ranks(2, run, config("late", "fresh", epochs=1))
-    told = json.loads((tmp_path / "grown" / GROWTH_FILE).read_text())
-    for place, kind in enumerate(("users", "items")):
-        assert told[kind]["matched"] + told[kind]["new"] == sizes["late"][place]
-        assert told[kind]["matched"] + len(told[kind]["removed"]) == sizes["early"][place]
-        assert told[kind]["new"] > 0
-    # The fresh run has the same spectral start, which knows most of what there is to know of this data set.
-    lines = {name: metrics(tmp_path / name) for name in ("grown", "fresh")}
-    loss = {name: mean(line["loss"] for line in found if "loss" in line) for name, found in lines.items()}
-    recall = {name: found[-1]["valid/recall@20"] for name, found in lines.items()}
+    counts = json.loads((tmp_path / "grown" / GROWTH_FILE).read_text())
+    for index, kind in enumerate(("users", "items")):
+        assert counts[kind]["matched"] + counts[kind]["new"] == sizes["late"][index]
+        assert counts[kind]["matched"] + len(counts[kind]["removed"]) == sizes["early"][index]
+        assert counts[kind]["new"] > 0
+    # The fresh run has the same spectral initialization, which already captures most of this data set.
+    logs = {name: metrics(tmp_path / name) for name in ("grown", "fresh")}
+    loss = {name: mean(line["loss"] for line in lines if "loss" in line) for name, lines in logs.items()}
+    recall = {name: lines[-1]["valid/recall@20"] for name, lines in logs.items()}
     assert loss["grown"] < loss["fresh"] - 0.1
     assert recall["grown"] > recall["fresh"]

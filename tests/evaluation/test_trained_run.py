@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.checkpoint import Checkpoint
+from cllm4rec_dist.checkpointing.find_run import find
+from cllm4rec_dist.checkpointing.format import Checkpoint
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.distributed.topology import World
@@ -33,7 +33,7 @@ def made(tmp_path: Path) -> Made:
 
 def said_of(path: str, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What is logged of the checkpoint that a path means."""
-    store, names = checkpoint.find(path)
+    store, names = find(path)
     caplog.clear()
     with caplog.at_level("INFO", logger="cllm4rec_dist"):
         log_choice(store, names, Checkpoint.open(store, names[0]))
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_told_of_alone_and_a_run_of_damaged_ones_as_such
 ) -> None:
     folder = Path(shutil.copytree(runs["paper"], tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard")))
     shutil.copytree(folder / "checkpoints/best-00000007", folder / "checkpoints/step-00000007")
-    store, names = checkpoint.find(str(folder))
+    store, names = find(str(folder))
     first, second = names
     cpu = torch.device("cpu")
     (folder / "checkpoints" / first / "state.json").write_text("{")

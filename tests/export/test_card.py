@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from cllm4rec_dist.checkpointing import checkpoint
+from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError
@@ -248,7 +248,7 @@ def test_results_of_another_checkpoint_are_not_shown(
 ) -> None:
     run_folder = tmp_path / "run"
     shutil.copytree(cases[EVALUATED].run, run_folder)
-    _, names = checkpoint.find(str(run_folder))
+    _, names = find(str(run_folder))
     assert names[0].startswith("best-")
     file = run_folder / "evaluation" / "evaluation.json"
     file.write_text(file.read_text().replace(names[0], "best-00000099"))

@@ -45,7 +45,7 @@ def test_a_run_on_s3_goes_on_at_other_world_sizes_and_passes_over_damage(made: M
     content[-1] ^= 1
     put(shard, bytes(content))
     run_ranks(3, run, config.model_copy(update={"max_steps": 9}))
-    assert store.set_aside_names("step-") == ["step-00000006"]
+    assert store.quarantined_names("step-") == ["step-00000006"]
     run_ranks(1, run, config)
     assert store.names("step-")[-1] == "step-00000012"
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,233 @@
+"""Files of a checkpoint, their metadata, and reading them at any number of ranks.
+
+    checkpoints/step-00000500/
+        shard-00000-of-00002.safetensors   one rank's rows of every table, its slice of every adapter weight,
+                                           and Adam's moments of both
+        replicated.safetensors             tensors that every rank holds whole, and Adam's step counts
+        users.parquet, items.parquet       external ids of the rows, by which a later corpus matches them
+        trained-on.safetensors             a sample of the interactions that were trained on (`lineage.py`)
+        state.json                         position, best result, fingerprints, configuration (`CheckpointMetadata`)
+        COMMIT.json                        size and sha256 of every file; written last (`store.py`)
+
+Rows and slices are partitioned by one rule, `RowPartition`, which is also how ZeRO-3 cuts a flattened parameter. So
+each rank of a run of any size reads its range from the files that hold it: nothing is converted, gathered or unpickled
+(DeepSpeed's checkpoint files and torch.distributed.checkpoint's index are pickles). The position in the data is the
+number of completed steps, from which all randomness follows.
+
+`best-00000500` is the same without moments: enough to evaluate, to recommend and to start another run, not to resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cllm4rec_dist.checkpointing.lineage import Lineage, SeenInteractions, TrainedOn
+from cllm4rec_dist.checkpointing.store import SCHEMA_VERSION, USE_ANOTHER, Marker, Store, parse
+from cllm4rec_dist.config import StrictModel
+from cllm4rec_dist.distributed.topology import RowPartition
+from cllm4rec_dist.errors import DamagedCheckpointError
+
+STATE_FILE, REPLICATED_FILE = "state.json", "replicated.safetensors"
+SEEN_FILE = "trained-on.safetensors"
+ADAPTER = "adapter."
+"""Prefix of the names of the parameters that the engine trains."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Progress of a run.
+
+    Attributes:
+        step: completed optimizer steps, skipped ones included; it fixes the position in the data.
+        best, best_metric, best_step: best validation result so far, its metric and its step.
+        validations_since_best: for early stopping.
+        mean_loss: running mean, against which loss spikes are detected.
+        skipped_in_a_row: steps skipped since the last accepted one.
+        validated_step: step of the last validation.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    validations_since_best: int = 0
+    mean_loss: float | None = None
+    skipped_in_a_row: int = 0
+    best_metric: str | None = None
+    validated_step: int | None = None
+
+
+class CheckpointMetadata(StrictModel):
+    """Contents of `state.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: RunState
+    world_size: int = Field(ge=1)
+    """Number of ranks that wrote the checkpoint."""
+    num_users: int = Field(ge=1)
+    num_items: int = Field(ge=1)
+    steps_taken: float = Field(ge=0)
+    """Adam's step count of the adapters."""
+    shapes: dict[str, tuple[int, ...]]
+    """Whole shapes of the adapter parameters, which are stored flat."""
+    fingerprints: dict[str, str]
+    """Fingerprints of backbone, corpus and tokenizer."""
+    config: dict[str, Any]
+    """Resolved configuration of the run."""
+    lineage: Lineage | None = None
+    """Corpora that the model was trained on; None if an earlier version wrote the checkpoint."""
+    has_shared_user: bool = False
+    """True if the user tables have a shared row after those of the users."""
+
+    @property
+    def num_user_rows(self) -> int:
+        """Rows of the user tables."""
+        return self.num_users + self.has_shared_user
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened, committed checkpoint."""
+
+    store: Store
+    name: str
+    marker: Marker
+    about: CheckpointMetadata
+
+    @classmethod
+    def open(cls, store: Store, name: str) -> Self:
+        """Read marker and metadata.
+
+        Raises:
+            DamagedCheckpointError: if either is damaged; another checkpoint may be valid.
+        """
+        marker = store.marker(name)
+        content = _fetch(store, name, marker, STATE_FILE).read_bytes()
+        about = parse(CheckpointMetadata, content, f"{store.path(name)}/{STATE_FILE}")
+        if not name.endswith(f"-{about.run.step:08d}"):
+            raise DamagedCheckpointError(
+                f"{store.path(name)}/{STATE_FILE}: step", about.run.step, f"is not that of {name}", USE_ANOTHER
+            )
+        return cls(store, name, marker, about)
+
+    @property
+    def path(self) -> str:
+        """URL for messages."""
+        return self.store.path(self.name)
+
+    def file(self, name: str) -> Path:
+        """Return the path of a verified local copy of a file."""
+        return _fetch(self.store, self.name, self.marker, name)
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Read all tensors that are stored whole, by name."""
+        with _reading(self, REPLICATED_FILE) as path:
+            return load_file(path)
+
+    def trained_on(self) -> TrainedOn | None:
+        """Read what the model was trained on; None if an earlier version wrote the checkpoint."""
+        if self.about.lineage is None:
+            return None
+        try:
+            return TrainedOn(self.about.lineage, SeenInteractions.load(self.file(SEEN_FILE)))
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{self.path}/{SEEN_FILE}", "content", str(error), USE_ANOTHER) from error
+
+    def rows(self, name: str, num_rows: int, start: int, stop: int) -> Tensor | None:
+        """Read rows [start, stop) of a sharded tensor of `num_rows` rows from the files that hold them.
+
+        Returns None if no such tensor was saved. Every file is verified before it is read.
+        """
+        partition = RowPartition(num_rows, self.about.world_size)
+        parts: list[Tensor] = []
+        for rank in range(partition.world_size):
+            first, last = partition.range(rank)
+            low, high = max(start, first), min(stop, last)
+            if low >= high and (parts or rank + 1 < partition.world_size):
+                continue  # no row here; for an empty range the last file gives the width
+            file = shard_file(rank, partition.world_size)
+            with _reading(self, file) as path, safe_open(path, framework="pt") as tensors:
+                if name not in tensors.keys():  # noqa: SIM118 - not a dict
+                    return None
+                block = tensors.get_slice(name)
+                dtype, num_saved = block.get_dtype(), block.get_shape()[:1]
+                if (dtype, num_saved) != ("F32", [last - first]):
+                    raise DamagedCheckpointError(
+                        f"{self.path}/{file}: {name}",
+                        (dtype, num_saved),
+                        f"should be {last - first} rows of F32",
+                        USE_ANOTHER,
+                    )
+                parts.append(block[max(low - first, 0) : max(high - first, 0)])
+        widths = {tuple(part.shape[1:]) for part in parts}
+        if len(widths) > 1:
+            raise DamagedCheckpointError(f"{self.path}: {name}", widths, "should be one shape of rows", USE_ANOTHER)
+        return torch.cat(parts)
+
+    def take(self, name: str, num_rows: int, ids: Tensor) -> Tensor | None:
+        """Read rows `ids` (int64, any order) of a sharded tensor of `num_rows` rows: [len(ids), ...].
+
+        Returns None if no such tensor was saved. Memory: the span of `ids` in one file at a time.
+        """
+        partition = RowPartition(num_rows, self.about.world_size)
+        no_rows = self.rows(name, num_rows, 0, 0)
+        if no_rows is None:
+            return None
+        result = no_rows.new_empty((len(ids), *no_rows.shape[1:]))
+        for rank in range(partition.world_size):
+            first, last = partition.range(rank)
+            in_file = (ids >= first) & (ids < last)
+            if in_file.any():
+                low = int(ids[in_file].min())
+                block = self.rows(name, num_rows, low, int(ids[in_file].max()) + 1)
+                assert block is not None
+                result[in_file] = block[ids[in_file] - low]
+        return result
+
+    def external_ids(self, kind: Literal["users", "items"]) -> pa.ChunkedArray:
+        """Read the external ids of the rows, in their order."""
+        size = self.about.num_users if kind == "users" else self.about.num_items
+        path = self.file(f"{kind}.parquet")
+        try:
+            ids = pq.read_table(path, columns=[kind.removesuffix("s")]).column(0).cast(pa.string())
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise DamagedCheckpointError(
+                f"{self.path}/{kind}.parquet", str(error), "cannot be read", USE_ANOTHER
+            ) from error
+        if len(ids) != size or pc.count_distinct(ids).as_py() != size:
+            raise DamagedCheckpointError(
+                f"{self.path}/{kind}.parquet", len(ids), f"should be {size} different ids", USE_ANOTHER
+            )
+        return ids
+
+
+def shard_file(rank: int, size: int) -> str:
+    """Return the name of the shard that `rank` of `size` ranks writes."""
+    return f"shard-{rank:05d}-of-{size:05d}.safetensors"
+
+
+@contextmanager
+def _reading(checkpoint: Checkpoint, file: str) -> Iterator[Path]:
+    """Yield the path of a verified file; turn a safetensors error inside into damage."""
+    try:
+        yield checkpoint.file(file)
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f"{checkpoint.path}/{file}", str(error), "cannot be read", USE_ANOTHER) from error
+
+
+def _fetch(store: Store, name: str, marker: Marker, file: str) -> Path:
+    if file not in marker.files:
+        raise DamagedCheckpointError(f"{store.path(name)}/{file}", "missing", "was never committed", USE_ANOTHER)
+    return store.fetch(name, file, marker.files[file])
