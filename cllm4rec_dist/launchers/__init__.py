@@ -1,1 +1,1 @@
-"""One function on every rank, under Ray, torchrun, deepspeed, Slurm or in this process."""
+"""Launchers: run one function on every rank, under Ray, torchrun, deepspeed, Slurm or in this process."""

@@ -1,12 +1,12 @@
-"""The same function under every launcher.
+"""Choosing a launcher and running a function on all ranks.
 
-`launch` runs `function(world, report, **arguments)` on all ranks:
+`launch` runs `function(world, report, **arguments)`:
 
     torchrun, deepspeed, srun   this process is one rank already: join the others
-    ray                         start (or join) Ray and run as many Train workers as asked for
-    process                     one rank, here, whatever another launcher has left in the environment
+    ray                         start (or join) Ray and run `--workers` Train workers
+    process                     one rank in this process; variables of other launchers are ignored
 
-`auto` joins where a launcher has set the ranks, and starts Ray otherwise.
+`auto` joins if a launcher has set the variables of a rank, and starts Ray otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAUNCHERS = ("auto", "ray", "process")
 
 
 def parse_workers(text: str) -> int | tuple[int, int]:
-    """`8` -> 8; `4:8` -> (4, 8), as many as there are between the two.
+    """Parse `8` -> 8 and `4:8` -> (4, 8), an elastic number of workers.
 
     Raises:
         ConfigError: for anything else.
@@ -42,17 +42,17 @@ def parse_workers(text: str) -> int | tuple[int, int]:
 
 
 def joins(launcher: str, environ: Mapping[str, str]) -> bool:
-    """True if this process is a rank already, as `auto` reads from the variables of torchrun, deepspeed or srun."""
+    """Return True if `launcher` is auto and torchrun, deepspeed or srun has made this process a rank."""
     return launcher == "auto" and ("RANK" in environ or {"SLURM_PROCID", "MASTER_ADDR"} <= set(environ))
 
 
 def is_main(launcher: str, environ: Mapping[str, str]) -> bool:
-    """True if this process reports to the user: rank 0 where it joins other ranks, else always."""
+    """Return True if this process reports to the user: rank 0 if it joins other ranks, otherwise always."""
     return not joins(launcher, environ) or environ.get("RANK", environ.get("SLURM_PROCID")) == "0"
 
 
 def ranks_are_elsewhere(launcher: str, environ: Mapping[str, str]) -> bool:
-    """True if the ranks are on a Ray cluster, whose hosts need not have the file systems of this one."""
+    """Return True if the ranks run on a Ray cluster, whose hosts may have other file systems than this one."""
     return _uses_ray(launcher, environ) and ray_address(environ) != "local"
 
 
@@ -61,7 +61,7 @@ def _uses_ray(launcher: str, environ: Mapping[str, str]) -> bool:
 
 
 def require_launchable(launcher: str, workers: str, environ: Mapping[str, str]) -> int | tuple[int, int]:
-    """Refuse options and variables under which no rank could start; what `parse_workers` makes of `workers`.
+    """Refuse options and variables with which no rank could start. Returns the parsed `workers`.
 
     Raises:
         ConfigError: names the option or variable.
@@ -79,8 +79,8 @@ def require_launchable(launcher: str, workers: str, environ: Mapping[str, str]) 
             "MASTER_ADDR",
             None,
             f"is not set: each of {tasks} tasks would train alone",
-            "Export MASTER_ADDR and MASTER_PORT before srun, as launch/slurm/srun.sbatch does. In a shell that srun has"
-            " left its variables to, choose --launcher ray or process.",
+            "Export MASTER_ADDR and MASTER_PORT before srun, as launch/slurm/srun.sbatch does. In a shell that srun"
+            " started, choose --launcher ray or process.",
         )
     if joins(launcher, environ):
         read_ranks(environ)
@@ -100,17 +100,17 @@ def launch(
     max_failures: int = 0,
     **arguments: Any,
 ) -> object:
-    """Run `function` on all ranks and wait for its end. Returns what it returned on this rank; None under Ray.
+    """Run `function` on all ranks and wait for it. Returns its result on this rank; None under Ray.
 
     Args:
         launcher: auto, ray or process.
-        workers: ranks that Ray starts, as `parse_workers` reads it.
-        collective_timeout_seconds: the longest that ranks may wait for one; its name then ends the run.
-        max_failures: how often Ray starts all ranks again after one was lost.
+        workers: ranks that Ray starts, in the syntax of `parse_workers`.
+        collective_timeout_seconds: longest wait for a rank in a collective; then the run ends and names that rank.
+        max_failures: how often Ray restarts all ranks after one was lost.
         arguments: picklable keyword arguments of `function`.
 
     Raises:
-        CLLM4RecError: what a rank raised, also from a Ray worker.
+        CLLM4RecError: error of a rank, also of a Ray worker.
     """
     num_workers = require_launchable(launcher, workers, os.environ)
     joined = joins(launcher, os.environ)

@@ -1,7 +1,7 @@
-"""Ray as a launcher: a local or a running cluster, one Train worker for each rank, and nothing of Ray on the screen.
+"""Ray launcher: one Train worker for each rank, on a local or a running cluster, without Ray's log output.
 
-Ray starts, watches and restarts the workers; checkpoints are ours. What Ray writes of itself is turned off by its own
-settings, each explained where it is set. What a rank writes is shown as it is, and what it raises is raised here.
+Ray starts, watches and restarts the workers; checkpoints are written by this package. Ray's log output is turned off by
+its settings, each explained where it is set. The output of a rank is shown unchanged, and its error is raised here.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DEDUP_LOGS": "0",
-    # Our lines name the rank themselves.
+    # This package's log lines name the rank.
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-    # An actor that asks a cloud for preemption notices, which nothing here reads, and whose start logs an error.
+    # An actor that polls a cloud for preemption notices, which are not used here; starting it logs an error.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
@@ -51,20 +51,20 @@ def run_on_ray(
     max_failures: int,
     arguments: dict[str, Any],
 ) -> None:
-    """Run `function` on that many Train workers, with a GPU each where the cluster has any, and wait for the end.
+    """Run `function` on Train workers, with one GPU each if the cluster has GPUs, and wait for the end.
 
     Args:
-        workers: ranks, or the fewest and the most of an elastic run.
-        max_failures: how often Ray starts all ranks again after one was lost.
+        workers: number of ranks, or the minimum and maximum of an elastic run.
+        max_failures: how often Ray restarts all ranks after one was lost.
         arguments: picklable keyword arguments of `function`.
 
     Raises:
-        CLLM4RecError: what a rank raised.
+        CLLM4RecError: error of a rank.
     """
     _quiet_ray()
     address = ray_address(os.environ)
-    place = "starting Ray" if address == "local" else f"joining the Ray cluster at {address}"
-    logger.info("%s with %s (takes about 10 s)", place, _describe_workers(workers))
+    action = "starting Ray" if address == "local" else f"joining the Ray cluster at {address}"
+    logger.info("%s with %s (takes about 10 s)", action, _describe_workers(workers))
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -76,7 +76,7 @@ def run_on_ray(
     refusals = _start_refusals()
     logger.info("waiting for the ranks to import torch and join (takes about 15 s)")
     settings = _WorkerSettings(function, collective_timeout_seconds, arguments, sys.stderr.isatty(), refusals)
-    # Ray's records of a run are of no use after it (checkpoints are ours), and are written by this host alone.
+    # Ray's records of a run are not needed after it, and only this host writes them.
     with tempfile.TemporaryDirectory(prefix="cllm4rec-ray-", ignore_cleanup_errors=True) as records:
         trainer = TorchTrainer(
             _ray_worker,
@@ -86,7 +86,7 @@ def run_on_ray(
                 use_gpu=gpu,
                 resources_per_worker={} if gpu else {"CPU": 1},
             ),
-            # What fails is raised below; Ray's own account of it, and of its tidying up, is only noise beside it.
+            # The error is raised below; Ray's logs of it and of its cleanup would only be noise.
             run_config=RunConfig(  # type: ignore[call-arg]  # typed as an older class
                 name=function.__name__,
                 storage_path=records,
@@ -110,12 +110,12 @@ def _describe_workers(workers: int | tuple[int, int]) -> str:
 
 
 def ray_address(environ: Mapping[str, str]) -> str:
-    """`local`, or the cluster that a job or RAY_ADDRESS names; never one that somebody left behind on this host."""
+    """Return RAY_ADDRESS, which a Ray job sets, too, or `local`; never join another cluster on this host."""
     return environ.get("RAY_ADDRESS") or "local"
 
 
 def _quiet_ray() -> None:
-    """Set what keeps Ray quiet; before it is imported."""
+    """Set the variables that turn off Ray's log output. Must be called before Ray is imported."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
@@ -124,7 +124,7 @@ def start_ray() -> None:
     """Start Ray on this host, or join the cluster that RAY_ADDRESS names.
 
     Raises:
-        ConfigError: for an address at which no cluster can be joined.
+        ConfigError: if no cluster can be joined at that address.
     """
     _quiet_ray()
     import ray
@@ -140,9 +140,9 @@ def start_ray() -> None:
         ray.init(
             address=address,
             logging_level=logging.ERROR,  # a warning about token authentication at every start
-            runtime_env={"worker_process_setup_hook": _know_the_cluster},
+            runtime_env={"worker_process_setup_hook": _set_ray_address},
         )
-    except Exception as error:  # of many kinds: Ray's, grpc's, ValueError, ConnectionError
+    except Exception as error:  # many types: Ray's, grpc's, ValueError, ConnectionError
         if address == "local":
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -153,11 +153,11 @@ def start_ray() -> None:
         reminder.cancel()
 
 
-def _know_the_cluster() -> None:
-    """Let a worker process know its own cluster.
+def _set_ray_address() -> None:
+    """Set RAY_ADDRESS in a worker process to its cluster.
 
-    Ray Train's guard of placement groups asks for the state of its controller at the address in RAY_ADDRESS or, without
-    it, at any cluster that runs on this host: it then fails with a traceback or delays the end of a run by 12 s.
+    Ray Train's placement group cleaner queries the state of its controller at the address in RAY_ADDRESS or, without
+    it, at any cluster that runs on this host. It then fails with a traceback or delays the end of a run by 12 s.
     """
     import ray
 
@@ -165,40 +165,40 @@ def _know_the_cluster() -> None:
 
 
 def require_ray_address(address: str) -> None:
-    """Refuse an address at which nobody answers: Ray itself would ask for a minute and tell of it in many lines.
+    """Refuse an address that does not answer: Ray itself would retry for a minute and log many lines.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: names the address.
     """
     if address.startswith(("http://", "https://")):
         raise ConfigError(
             "RAY_ADDRESS", address, "is an address for `ray job submit`", "A driver joins the cluster's GCS: HOST:6379."
         )
-    found = address
+    resolved = address
     with suppress(OSError):
-        if address == "auto":  # where `ray start` has written down the cluster that it started last on this host
-            found = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster").read_text().strip()
-    host, _, port = found.removeprefix("ray://").rpartition(":")
+        if address == "auto":  # `ray start` records the cluster that it started last on this host
+            resolved = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster").read_text().strip()
+    host, _, port = resolved.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
-        return  # local, or nothing to ask: Ray says so itself
+        return  # local, or not an address: Ray reports that itself
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
-        where = "does not answer" if found == address else f"is {found}, which does not answer"
-        raise ConfigError("RAY_ADDRESS", address, f"{where} ({error})", _RAY_ADDRESS_CURE) from None
+        constraint = "does not answer" if resolved == address else f"is {resolved}, which does not answer"
+        raise ConfigError("RAY_ADDRESS", address, f"{constraint} ({error})", _RAY_ADDRESS_CURE) from None
 
 
 def _require_room(workers: int | tuple[int, int], unit: str, total: float, free: float) -> None:
-    """Refuse more workers than the cluster can ever start, and say if it must free some first.
+    """Refuse more workers than the cluster can ever start; warn if it must free resources first.
 
     Raises:
-        ConfigError: gives both numbers. Ray itself would wait without end.
+        ConfigError: gives both numbers. Ray itself would wait forever.
     """
     fewest, most = (workers, workers) if isinstance(workers, int) else workers
     if fewest > total:
-        asked = str(most) if fewest == most else f"{fewest}:{most}"
+        requested = str(most) if fewest == most else f"{fewest}:{most}"
         cure = f"Give --workers 1:{most} for as many as there are" + (f", or {int(total)}." if total >= 1 else ".")
-        raise ConfigError("--workers", asked, f"takes {fewest} {unit}s, but the cluster has {total:g}", cure)
+        raise ConfigError("--workers", requested, f"takes {fewest} {unit}s, but the cluster has {total:g}", cure)
     if fewest > free:
         logger.warning("waiting for the cluster: %d workers take as many %ss, %g are free", fewest, unit, free)
 
@@ -206,12 +206,12 @@ def _require_room(workers: int | tuple[int, int], unit: str, total: float, free:
 def _wait_for(work: Callable[[], object]) -> None:
     """Run `work` in a thread, so that SIGINT and SIGTERM end the wait.
 
-    In the main thread Ray would handle SIGINT by asking its controller, which does not answer while workers have no
-    room, and SIGTERM by aborting the process.
+    In the main thread Ray would handle SIGINT by calling its controller, which does not answer while workers wait for
+    resources, and SIGTERM by aborting the process.
 
     Raises:
         FaultError: for a signal.
-        Exception: what `work` raised.
+        Exception: any error of `work`.
     """
     import ray
 
@@ -226,36 +226,36 @@ def _wait_for(work: Callable[[], object]) -> None:
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     is_main_thread = threading.current_thread() is threading.main_thread()
     signals = (signal.SIGINT, signal.SIGTERM) if is_main_thread else ()
-    before = {number: signal.signal(number, _raise_fault) for number in signals}
+    handlers = {signum: signal.signal(signum, _raise_fault) for signum in signals}
     try:
         thread.start()
         thread.join()
     except FaultError:
-        ray.shutdown()  # ends the thread, too, which would crash the interpreter at its end
+        ray.shutdown()  # also ends the thread, which would crash the interpreter at exit
         thread.join(_CONNECT_SECONDS)
         raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     if raised:
         raise raised[0]
 
 
-def _raise_fault(number: int, frame: FrameType | None) -> None:
+def _raise_fault(signum: int, frame: FrameType | None) -> None:
     raise FaultError(
         "signal",
-        signal.Signals(number).name,
+        signal.Signals(signum).name,
         "ended the run before it was done",
-        "The same command runs it again; training goes on from the newest checkpoint.",
+        "Run the same command again; training resumes from the newest checkpoint.",
     )
 
 
 @dataclass(frozen=True)
 class _WorkerSettings:
-    """What a Ray worker is sent.
+    """Arguments of a Ray worker.
 
     Attributes:
-        has_terminal: of the driver.
+        has_terminal: True if the driver has a terminal.
         refusals: handle of the run's `_Refusals`.
     """
 
@@ -267,22 +267,22 @@ class _WorkerSettings:
 
 
 class _Refusals:
-    """An actor that keeps the first refusal of a rank's input: raised, it would be retried, and shown amid traces."""
+    """Actor that stores the first input error of a rank. If it were raised, Ray would retry and log tracebacks."""
 
     def __init__(self) -> None:
         self._first: list[Any] | None = None
 
     def add(self, refusal: list[Any]) -> None:
-        """Keep it if it is the first."""
+        """Store an error if it is the first."""
         self._first = self._first or refusal
 
     def first(self) -> list[Any] | None:
-        """The first one, as `_as_error` takes it."""
+        """Return the first error as arguments of `_as_error`; None if there is none."""
         return self._first
 
 
 def _start_refusals() -> Any:
-    """The actor, on the driver's host: it must not be lost with a host of workers."""
+    """Start the actor on the driver's host, so that it survives the loss of a worker's host."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -295,14 +295,14 @@ def _ray_worker(config: dict[str, _WorkerSettings]) -> None:
     import ray.train
 
     settings = config["settings"]
-    # Ray Train logs each report with the root logger, as information.
+    # Ray Train logs each report to the root logger at level INFO.
     logging.getLogger().setLevel(logging.WARNING)
 
     def report(metrics: dict[str, float]) -> None:
         ray.train.report(metrics)
 
     if ray.get(settings.refusals.first.remote()) is not None:
-        return  # Ray tries again, but what was wrong with the input still is
+        return  # Ray retries, but the input is still wrong
     try:
         run_rank(
             settings.function,
@@ -319,22 +319,22 @@ def _ray_worker(config: dict[str, _WorkerSettings]) -> None:
 
 
 def _as_error(kind: str, field: str, value: object, constraint: str, cure: str) -> CLLM4RecError:
-    """The error of a worker, made again."""
-    found = getattr(errors, kind, None)
-    if not (isinstance(found, type) and issubclass(found, CLLM4RecError)):
-        found = CLLM4RecError
-    return found(field, value, constraint, cure)
+    """Recreate the error of a worker."""
+    error_type = getattr(errors, kind, None)
+    if not (isinstance(error_type, type) and issubclass(error_type, CLLM4RecError)):
+        error_type = CLLM4RecError
+    return error_type(field, value, constraint, cure)
 
 
 def _original(error: BaseException) -> BaseException:
-    """Our own error inside what Ray made of it, or Ray's."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, CLLM4RecError):
-            return found
-        for failure in getattr(found, "worker_failures", {}).values():
+    """Return the CLLM4RecError that Ray wrapped, or Ray's error if there is none."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, CLLM4RecError):
+            return current
+        for failure in getattr(current, "worker_failures", {}).values():
             cause = getattr(failure, "_base_exc", failure)
             if isinstance(cause, CLLM4RecError):
                 return cause
-        found = found.__cause__
+        current = current.__cause__
     return error

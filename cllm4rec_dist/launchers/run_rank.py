@@ -1,4 +1,4 @@
-"""One rank: joins the others, logs, and runs its function under the watchdog."""
+"""One rank: join the others, set up logging, and run a function under the watchdog."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
 logger = logging.getLogger(__name__)
 
 RankFunction = Callable[..., object]
-"""`function(world, report, **arguments)`; importable, because Ray carries it to its workers by name."""
+"""`function(world, report, **arguments)`; importable, because Ray pickles it by name."""
 
 
 def run_rank(
@@ -25,7 +25,7 @@ def run_rank(
     has_terminal: bool,
     notes: Sequence[tuple[int, str]] = (),
 ) -> object:
-    """Run `function` as the rank that the environment says. Returns what it returned. Collective.
+    """Run `function` as the rank that the environment defines. Returns its result. Collective.
 
     Args:
         notes: levels and texts that rank 0 logs first.
@@ -37,7 +37,7 @@ def run_rank(
 
     from cllm4rec_dist.distributed.engine import start_world
 
-    ours = not dist.is_initialized()
+    owns_group = not dist.is_initialized()
     world = replace(start_world(collective_timeout_seconds), has_terminal=has_terminal)
     setup_logging(world)
     for level, note in notes if world.is_main else ():
@@ -46,5 +46,5 @@ def run_rank(
         with world.watch:
             return function(world, report, **arguments)
     finally:
-        if ours:
+        if owns_group:
             dist.destroy_process_group()

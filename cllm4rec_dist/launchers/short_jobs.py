@@ -1,7 +1,7 @@
-"""Jobs that one process does in less time than Ray or DeepSpeed take to start: evaluation and lists of small runs.
+"""Jobs that take one process less time than starting Ray or DeepSpeed: evaluation and recommendations of small runs.
 
-`auto` means this process where one worker is asked for and there is nothing to join; else it means what it means to
-`launchers.launch`. A rank that is alone needs no process group, and DeepSpeed is not imported for it.
+`auto` means this process if one worker is requested and there are no ranks to join; otherwise it means the same as for
+`launchers.launch`. A single rank needs no process group and does not import DeepSpeed.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ LAUNCHER_HELP = (
 
 
 def runs_here(launcher: str, workers: str, environ: Mapping[str, str]) -> bool:
-    """True where this process does a short job alone."""
+    """Return True if a short job runs in this process alone."""
     if launcher == "auto" and not joins(launcher, environ):
         return parse_workers(workers) == 1 and not ranks_are_elsewhere(launcher, environ)
     return launcher == "process"
 
 
 def launch_short(function: RankFunction, launcher: str, workers: str, **arguments: Any) -> None:
-    """Run `function(world, report, **arguments)` as `launchers.launch` does, or in this process if that will do.
+    """Run `function(world, report, **arguments)` in this process if `runs_here`, otherwise as `launchers.launch` does.
 
     Raises:
-        CLLM4RecError: what a rank raised.
+        CLLM4RecError: error of a rank.
     """
     require_launchable(launcher, workers, os.environ)
     if not runs_here(launcher, workers, os.environ):

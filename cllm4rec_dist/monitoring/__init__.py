@@ -1,1 +1,1 @@
-"""What a run says of itself while it trains, and what can be seen of it from elsewhere."""
+"""Progress reports of a run: banner, metrics, trackers and status."""

@@ -1,4 +1,4 @@
-"""What a training run says of itself before its first step: data, model, machine, steps, and what it starts from."""
+"""Banner of a training run, logged before its first step: data, model, machine, steps and initial weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _DTYPES = {"fp32": "fp32", "bf16": "bf16 (embeddings, optimizer and losses fp32)
 
 
 def banner_rows(system: System, schedule: Schedule, ranks: str, origin: str) -> list[tuple[str, str]]:
-    """Return labels and texts of a run's banner.
+    """Return the labels and texts of a run's banner.
 
     Args:
-        ranks: from `describe_ranks`.
-        origin: the checkpoint that it resumes from or the run that it starts from, in words.
+        ranks: result of `describe_ranks`.
+        origin: text that names the checkpoint it resumes from or the run it starts from.
     """
     config, manifest = system.config, system.corpus.manifest
     trained, frozen = parameter_counts(system)
@@ -46,7 +46,7 @@ def banner_rows(system: System, schedule: Schedule, ranks: str, origin: str) -> 
 
 
 def describe_data(manifest: Manifest) -> str:
-    """`demo: 600 users, 400 items, 9,570 interactions to train on, 10,970 texts`."""
+    """Return e.g. `demo: 600 users, 400 items, 9,570 training interactions, 10,970 texts`."""
     interactions, texts = manifest.num_interactions.get("train", 0), sum(manifest.num_content.values())
     return (
         f"{manifest.name}: {manifest.num_users:,} users, {manifest.num_items:,} items,"
@@ -55,7 +55,7 @@ def describe_data(manifest: Manifest) -> str:
 
 
 def parameter_counts(system: InferenceSystem) -> tuple[dict[str, int], dict[str, int]]:
-    """Return numbers of trained and of frozen parameters by part, over all ranks together."""
+    """Return the numbers of trained and of frozen parameters by part, summed over all ranks."""
     model, config = system.recommender, system.config
     in_engine, frozen = system.engine.num_parameters()
     embeddings = sum(table.partition.num_rows * table.local_rows.shape[1] for table in model.tables.values())
@@ -87,18 +87,18 @@ def _precision(config: RunConfig) -> str:
 
 
 def describe_ranks(world: World) -> str:
-    """`2 on 1 host, CPU`. Collective: gathers a hash of each rank's host name."""
+    """Return e.g. `2 on 1 host, CPU`. Collective: gathers a hash of each rank's host name."""
     hosts = len({name for (name,) in gather_integers([zlib.crc32(platform.node().encode())], world)})
     return f"{world.size} on {hosts} host{'s' * (hosts > 1)}, {device_name(world)}"
 
 
 def device_name(world: World) -> str:
-    """The kind of GPU of this rank, or `CPU`."""
+    """Return the name of this rank's GPU, or `CPU`."""
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
 
 
 def describe_batch(config: RunConfig, num_ranks: int) -> str:
-    """`64 users and 64 texts a step, 32 and 32 on each rank in 2 micro-batches`."""
+    """Return e.g. `64 users and 64 texts a step, 32 and 32 on each rank, in 2 micro-batches`."""
     batch = config.batch
     parts = [(batch.users, "users"), *([(batch.texts, "texts")] if batch.texts else [])]
     text = f"{' and '.join(f'{size:,} {name}' for size, name in parts)} a step"
@@ -110,22 +110,22 @@ def describe_batch(config: RunConfig, num_ranks: int) -> str:
 
 
 def describe_steps(schedule: Schedule) -> str:
-    """`120 in 12 epochs of 10`, and where it resumes."""
+    """Return e.g. `120 in 12 epochs of 10, from step 40`."""
     text = f"{schedule.total_steps:,} in {schedule.num_epochs:,} epochs of {schedule.steps_per_epoch:,}"
     return f"{text}, from step {schedule.first_step:,}" if schedule.first_step else text
 
 
 def describe_rates(optimizer: OptimizerConfig) -> str:
-    """Learning rates and their schedule."""
-    falls = "" if optimizer.schedule == "constant" else f" to {optimizer.min_lr_ratio:g} of it"
+    """Describe the learning rates and their schedule."""
+    decay = "" if optimizer.schedule == "constant" else f" to {optimizer.min_lr_ratio:g} of it"
     return (
-        f"{optimizer.lr:g} (embeddings {optimizer.embeddings_lr:g}), {optimizer.schedule}{falls} after"
+        f"{optimizer.lr:g} (embeddings {optimizer.embeddings_lr:g}), {optimizer.schedule}{decay} after"
         f" {optimizer.warmup_steps:,} steps of warm-up"
     )
 
 
 def describe_validation(config: RunConfig, manifest: Manifest) -> str:
-    """When and by what the run is validated, or why it is not."""
+    """Describe when the run is validated and by which metric, or why it is not."""
     validation = config.validation
     if config.stage == "pretrain":
         return "none in pretraining; finetune validates"

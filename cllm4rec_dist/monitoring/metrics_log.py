@@ -15,14 +15,14 @@ from cllm4rec_dist.monitoring.trackers import BackgroundTracker
 
 
 class MetricsLog:
-    """Metrics of a run, appended to `metrics.jsonl` and given to trackers on rank 0.
+    """Appends metrics of a run to `metrics.jsonl` and sends them to trackers, on rank 0.
 
     Args:
         run: folder of the run.
         world: only rank 0 writes.
-        first_step: lines of later steps, which a run wrote that then died before its next checkpoint, are dropped, so
-            that the file tells one history.
-        trackers: take the numbers of each line under their names.
+        first_step: completed steps at the start. Lines of later steps, written by a process that died before its next
+            checkpoint, are removed, so that each step is logged once.
+        trackers: receive the numbers of each line.
     """
 
     def __init__(self, run: Path, world: World, first_step: int, trackers: Sequence[BackgroundTracker] = ()) -> None:
@@ -57,7 +57,7 @@ class MetricsLog:
 
 
 def _lines_until(path: Path, last_step: int) -> Iterator[str]:
-    """Lines of steps up to `last_step`; what a dying process wrote in part is left out."""
+    """Yield lines of steps up to `last_step`, without those that a dying process wrote in part."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
     for line in lines:
         try:

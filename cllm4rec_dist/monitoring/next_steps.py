@@ -1,4 +1,4 @@
-"""Which command comes after a run: lines that can be pasted into a shell."""
+"""Commands to run after a stage, ready to paste into a shell."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from cllm4rec_dist.preflight import resolve_paths
 
 
 def next_commands(stage: str, run: Path, config_file: Path | None = None, *, is_evaluated: bool = False) -> list[str]:
-    """Return what to run after a stage is done.
+    """Return the commands to run after a stage is done.
 
     Args:
-        run: its folder, absolute.
-        config_file: with which it was run; None where that is not known.
-        is_evaluated: it has been evaluated as it is.
+        run: folder of the run, absolute.
+        config_file: configuration file of the run; None if unknown.
+        is_evaluated: True if the run has been evaluated since its last step.
     """
     if stage == "finetune":
         return [f"cllm4rec {command} {_short(run)}" for command in ("evaluate", "serve")[is_evaluated:]]
-    beside = _finetune_config(run, config_file)
-    if beside is None:
+    finetune_config = _finetune_config(run, config_file)
+    if finetune_config is None:
         config = config_file or run / CONFIG_FILE
-        more = f"init_from={_short(run)} output={_short(run.with_name(f'{run.name}-finetune'))}"
-        return [f"cllm4rec finetune -c {_short(config)} {more}"]
-    start = "" if _starts_from(beside, run) else f" init_from={_short(run)}"
-    return [f"cllm4rec finetune -c {_short(beside)}{start}"]
+        overrides = f"init_from={_short(run)} output={_short(run.with_name(f'{run.name}-finetune'))}"
+        return [f"cllm4rec finetune -c {_short(config)} {overrides}"]
+    override = "" if _starts_from(finetune_config, run) else f" init_from={_short(run)}"
+    return [f"cllm4rec finetune -c {_short(finetune_config)}{override}"]
 
 
 def resume_command(stage: str, run: Path, num_ranks: int = 1) -> str:
-    """Return a command that goes on with a run, from the configuration that it has written down."""
+    """Return a command that resumes a run from the configuration in its folder."""
     workers = f" --workers {num_ranks}" if num_ranks > 1 else ""
     return f"cllm4rec {stage} -c {_short(run / CONFIG_FILE)}{workers}"
 
 
 def _finetune_config(run: Path, config_file: Path | None) -> Path | None:
-    """The configuration of the next stage: that of a project folder, or one named like the pretraining's."""
+    """Find the configuration of the next stage: that of a project folder, or one named like the pretraining's."""
     candidates = [run.parents[1] / "finetune.yaml"] if run.parent.name == "runs" else []
     if config_file is not None and "pretrain" in config_file.name:
         candidates.insert(0, config_file.with_name(config_file.name.replace("pretrain", "finetune")))
@@ -54,6 +54,6 @@ def _starts_from(config_file: Path, run: Path) -> bool:
 
 
 def _short(path: Path) -> str:
-    """Relative to the working folder where the path is below it; quoted for a shell."""
+    """Quote a path for a shell, relative to the working folder if it is below it."""
     relative = os.path.relpath(path)
     return shlex.quote(str(path) if relative.startswith("..") else relative)

@@ -1,6 +1,6 @@
-"""How the progress of a run is written for people: pure functions of numbers to lines, without torch.
+"""Progress of a run as text: pure functions, without torch.
 
-Used by the run itself (`run_reporter.py`) and by `cllm4rec status`, which looks at it from elsewhere.
+Used by the run itself (`run_reporter.py`) and by `cllm4rec status`, which reads the run's files.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class Schedule:
         return -(-self.total_steps // self.steps_per_epoch)
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 1, that the step with this number (from 1) belongs to."""
+        """Return the epoch, from 1, of a step, from 1."""
         return max(0, step - 1) // self.steps_per_epoch + 1
 
     def ends_epoch(self, step: int) -> bool:
-        """True if an epoch is complete after this step, or the run is."""
+        """Return True if this step completes an epoch or the run."""
         return step % self.steps_per_epoch == 0 or step == self.total_steps
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch's figures.
+    """Values reported for one epoch.
 
     Attributes:
         losses: mean over its steps by term, in nats.
         lr: learning rate of its last step.
-        metrics: of the validation at its end; empty without one.
+        metrics: validation metrics at its end; empty without a validation.
         is_best: True if that validation is the best so far.
         tokens_per_second: over its steps, without validation and saving.
-        eta: seconds to the end of the run; None where nothing is left.
+        eta: estimated seconds to the end of the run; None after the last step.
     """
 
     epoch: int
@@ -61,13 +61,13 @@ class EpochReport:
 
 
 class EpochMeter:
-    """Means and speed over the steps of the epoch under way."""
+    """Accumulates mean losses and speed over the steps of the current epoch."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Begin an epoch."""
+        """Start a new epoch."""
         self._sums: dict[str, float] = {}
         self._steps = self._tokens = 0
         self._seconds = 0.0
@@ -82,17 +82,17 @@ class EpochMeter:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Mean over the steps, by term."""
+        """Mean loss over the steps, by term."""
         return {term: value / max(1, self._steps) for term, value in self._sums.items()}
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all ranks by the time that the steps took."""
+        """Tokens of all ranks per second of step time."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
 
 def format_duration(seconds: float) -> str:
-    """`8 s`, `2 min 05 s`, `3 h 07 min`, `2 d 04 h`."""
+    """Format as `8 s`, `2 min 05 s`, `3 h 07 min` or `2 d 04 h`."""
     whole = max(0, round(seconds))
     for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
@@ -101,28 +101,28 @@ def format_duration(seconds: float) -> str:
 
 
 def format_rows(rows: Sequence[tuple[str, str]], indent: str = "  ") -> str:
-    """Labels in one column and texts in another, a line each."""
+    """Format labels and texts as two columns, one line each."""
     width = max((len(label) for label, _ in rows), default=0)
     return "\n".join(f"{indent}{label:<{width}}  {text}" for label, text in rows)
 
 
 def format_losses(losses: Mapping[str, float]) -> str:
-    """`9.605 (items 4.624, text 4.981, mutual 5.1e-05)`."""
+    """Format as `9.605 (items 4.624, text 4.981, mutual 5.1e-05)`."""
     return f"{sum(losses.values()):.3f} ({', '.join(f'{term} {format_loss(value)}' for term, value in losses.items())})"
 
 
 def format_loss(value: float) -> str:
-    """Three decimals, or two digits of what is too small for them."""
+    """Format with three decimals, or two significant digits if the value is below 0.001."""
     return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
-    """`recall@20 0.6603, ndcg@100 0.4414`."""
+    """Format as `recall@20 0.6603, ndcg@100 0.4414`."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def format_epoch(report: EpochReport) -> str:
-    """One line for an epoch; `*` marks a validation that is the best so far."""
+    """Format one line for an epoch; `* best` marks the best validation so far."""
     width = len(str(report.num_epochs))
     parts = [
         f"epoch {report.epoch:>{width}}/{report.num_epochs}",
@@ -138,7 +138,7 @@ def format_epoch(report: EpochReport) -> str:
 
 
 def format_best(metric: str, value: float, step: int, schedule: Schedule) -> str:
-    """`best recall@20 0.6742 at epoch 1 of 12 (step 10)`."""
+    """Format as `best recall@20 0.6742 at epoch 1 of 12 (step 10)`."""
     return f"best {metric} {value:.4f} at epoch {schedule.epoch(step)} of {schedule.num_epochs} (step {step})"
 
 
@@ -152,21 +152,21 @@ def format_end(
     signal_name: str | None = None,
     stopped_early: bool = False,
 ) -> str:
-    """The closing line of a run.
+    """Format the last line of a run.
 
     Args:
         step: completed steps.
-        seconds: that this process took.
-        result: best validation or last losses, in words.
-        signal_name: that ended the run before its last step.
-        stopped_early: True where validation did not improve for long enough.
+        seconds: run time of this process.
+        result: text with the best validation or the last losses.
+        signal_name: signal that ended the run before its last step.
+        stopped_early: True if validation had stopped improving.
     """
     if signal_name is not None:
         return (
             f"{stage} interrupted by {signal_name} after {format_duration(seconds)}: saved at step {step:,} of"
-            f" {schedule.total_steps:,}; the same command goes on"
+            f" {schedule.total_steps:,}; run the same command to continue"
         )
     if schedule.first_step >= step:
-        return f"{stage} was done before: {result}; for more, raise epochs"
+        return f"{stage} is already done: {result}; raise epochs to train longer"
     early = f", stopped early after epoch {schedule.epoch(step)} of {schedule.num_epochs}" if stopped_early else ""
     return f"{stage} done in {format_duration(seconds)}{early}: {result}"

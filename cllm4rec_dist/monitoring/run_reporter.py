@@ -1,8 +1,8 @@
-"""What people and programs see of a run while it trains, in one object that the loop calls.
+"""All reports of a training run, in one object that the training loop calls.
 
-Banner, progress bar, a line an epoch, closing lines (`progress.py` writes them); `metrics.jsonl` and trackers; and the
-record in `status.json` from which `cllm4rec status` knows how far a run elsewhere is. All of it on rank 0; the metrics
-for Ray Train are reported on every rank, as it wants them.
+It logs the banner, the progress bar, a line for each epoch and the last lines (formatted by `progress.py`), writes
+`metrics.jsonl`, feeds the trackers, and keeps `status.json`, which `cllm4rec status` reads. All of this happens on rank
+0; only metrics for Ray Train are reported on every rank, as it requires.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunReporter:
-    """Reports one run. A context manager around all of it, so that an error is in the record.
+    """Reports one run. A context manager around the whole run, so that `status.json` records an error.
 
     Args:
         run: folder of the run, which exists on rank 0.
@@ -55,7 +55,7 @@ class RunReporter:
     _bar: ProgressBar
     _metrics: MetricsLog
     _schedule: Schedule
-    _loop_began: float
+    _loop_started: float
     _lr: float
 
     def __init__(self, run: Path, world: World, config: RunConfig, report: ReportMetrics) -> None:
@@ -64,7 +64,7 @@ class RunReporter:
         self._meter = EpochMeter()
         self._validation: tuple[Mapping[str, float], bool] = {}, False
         self._end: End = "failed"
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._record = RunRecord(
             stage=config.stage,
             state="starting",
@@ -76,10 +76,10 @@ class RunReporter:
         self._update_record()
 
     def start(self, system: System, schedule: Schedule, origin: str) -> None:
-        """Show the banner and open what metrics are written to. Collective: gathers the hosts.
+        """Log the banner, open the metrics file and start the trackers. Collective: gathers the host names.
 
         Args:
-            origin: the checkpoint or run that the weights come from, in words.
+            origin: text that names the checkpoint or run that the weights come from.
         """
         config, world = self._config, self._world
         self._schedule = schedule
@@ -103,14 +103,14 @@ class RunReporter:
         self._metrics = self._open.enter_context(MetricsLog(self._run, world, schedule.first_step, trackers))
         self._bar = progress_bar(world, schedule.total_steps, config.stage, "step", schedule.first_step)
         self._open.callback(self._bar.close)
-        self._loop_began = time.monotonic()
+        self._loop_started = time.monotonic()
 
     def step(self, state: RunState, result: StepResult, lr_factor: float, seconds: float) -> None:
-        """Report a step: a line of metrics, the bar.
+        """Report a step: a line of metrics and the progress bar.
 
         Args:
-            state: after it.
-            seconds: that it took.
+            state: state after the step.
+            seconds: duration of the step.
         """
         config, schedule = self._config, self._schedule
         epoch = schedule.epoch(state.step)
@@ -142,21 +142,21 @@ class RunReporter:
         )
         self._bar.update()
 
-    def validation(self, state: RunState, found: Mapping[str, float], *, is_best: bool) -> None:
+    def validation(self, state: RunState, metrics: Mapping[str, float], *, is_best: bool) -> None:
         """Report a validation."""
-        named = {f"valid/{name}": value for name, value in found.items()}
-        self._metrics.write(state.step, {"epoch": self._schedule.epoch(state.step) - 1, **named})
-        self._report(named)
-        self._validation = found, is_best
+        logged = {f"valid/{name}": value for name, value in metrics.items()}
+        self._metrics.write(state.step, {"epoch": self._schedule.epoch(state.step) - 1, **logged})
+        self._report(logged)
+        self._validation = metrics, is_best
 
     def finish_step(self, state: RunState) -> None:
-        """After a step and its validation: the epoch's line, if the step ends one."""
+        """Log the epoch's line if the step, of which validation is done, ends an epoch."""
         schedule, meter = self._schedule, self._meter
         if not schedule.ends_epoch(state.step):
             return
         metrics, is_best = self._validation
-        left = schedule.total_steps - state.step
-        by_step = (time.monotonic() - self._loop_began) / (state.step - schedule.first_step)
+        steps_left = schedule.total_steps - state.step
+        seconds_per_step = (time.monotonic() - self._loop_started) / (state.step - schedule.first_step)
         line = EpochReport(
             schedule.epoch(state.step),
             schedule.num_epochs,
@@ -165,7 +165,7 @@ class RunReporter:
             metrics,
             is_best,
             meter.tokens_per_second,
-            left * by_step if left else None,
+            steps_left * seconds_per_step if steps_left else None,
         )
         logger.info(format_epoch(line))
         meter.reset()
@@ -174,7 +174,7 @@ class RunReporter:
     def finish(
         self, state: RunState, losses: Mapping[str, float], *, signal_name: str | None, stopped_early: bool
     ) -> None:
-        """Report the end: all that was to be saved is saved."""
+        """Report the end of a run, after its last checkpoint is written."""
         self._report({f"loss/{term}": value for term, value in losses.items()})
         self._end = "done" if signal_name is None else "interrupted"
         self._record = self._record.model_copy(update={"message": signal_name or ""})
@@ -184,7 +184,7 @@ class RunReporter:
             result = format_best(metric, state.best, state.best_step, self._schedule)
         else:
             result = f"step {state.step:,}" + (f", loss {format_losses(losses)}" if losses else "")
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._started
         line = format_end(
             self._config.stage,
             state.step,
@@ -205,14 +205,14 @@ class RunReporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.close()
-        message = self._record.message if error is None else _in_one_line(error)
+        message = self._record.message if error is None else _one_line(error)
         self._update_record(state=self._end, ended=time.time(), message=message)
 
     def _close_tracker(self, tracker: BackgroundTracker, *error: object) -> None:
         tracker.close(self._end)
 
     def _update_record(self, **changes: object) -> None:
-        """Write the record on rank 0; a disk that is full does not end the run."""
+        """Write `status.json` on rank 0. A failure, such as a full disk, is only logged."""
         if not self._world.is_main:
             return
         self._record = self._record.model_copy(update=changes)
@@ -222,6 +222,6 @@ class RunReporter:
             logger.warning("the state of the run cannot be written to %s: %s", self._run, error)
 
 
-def _in_one_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     text = str(error) if isinstance(error, CLLM4RecError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())

@@ -1,10 +1,9 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, MLflow, each through its own client on rank 0.
+"""Experiment trackers: TensorBoard, Weights & Biases and MLflow, each through its client library, on rank 0.
 
-A tracker that fails must neither end a run nor slow it: each works in a thread of its own (`BackgroundTracker`), which
-opens it, too, and after its first failure is silent but for one warning. Where a tracker sends its data, with which
-credentials and under which project is decided by the library's own variables (WANDB_PROJECT, WANDB_MODE,
-MLFLOW_TRACKING_URI, ...). A run that is resumed goes on in the tracker's run of before, whose id is a file in the run's
-folder. Libraries are imported only where they are used.
+A tracker must neither end a run nor slow it down: each runs in a separate thread (`BackgroundTracker`), which also
+opens it and which logs one warning at the first failure and then stops. The environment variables of the libraries
+(WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI, ...) choose destination, credentials and project. A resumed run
+continues the tracker's run, whose id is kept in a file in the run's folder. Libraries are imported only if used.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ logger = logging.getLogger(__name__)
 End = Literal["done", "interrupted", "failed"]
 """How a run ended."""
 _LONGEST_QUEUE = 10_000
-"""Lines of metrics that wait for a tracker at most; what comes while so many wait is dropped."""
+"""Most lines of metrics that may wait for a tracker; further ones are dropped."""
 _CLOSE_SECONDS = 30.0
-"""How long the end of a run waits for what a tracker has not sent yet."""
+"""Longest wait at the end of a run for a tracker to send the remaining lines."""
 _MLFLOW_STATUS = {"done": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
 class Tracker(Protocol):
-    """Takes the metrics of one run."""
+    """Receiver of the metrics of one run."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
     def close(self, end: End) -> None: ...
 
 
 class TensorBoardTracker:
-    """Event files in `RUN/tensorboard`. Steps after `first_step` of an earlier process are purged."""
+    """Writes event files to `RUN/tensorboard`. Purges steps after `first_step`, written by an earlier process."""
 
     def __init__(self, run: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -56,15 +55,15 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases; its local files are in `RUN/wandb`.
+    """Logs to a run of Weights & Biases, with local files in `RUN/wandb`.
 
-    Metrics have the axis `step` instead of wandb's own counter, which refuses the steps that a resumed run repeats.
+    Metrics are plotted against `step` instead of wandb's counter, which rejects the steps that a resumed run repeats.
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))  # else it would ask for a key on a terminal
+        wandb.setup(wandb.Settings(silent=True))  # or it would prompt for a key on a terminal
         self._run = wandb.init(
             id=_kept_id(run, "wandb", lambda: secrets.token_hex(4)),
             resume="allow",
@@ -84,13 +83,13 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of MLflow, in `RUN/mlflow.db` where MLFLOW_TRACKING_URI names no other place.
+    """Logs to a run of MLflow, in `RUN/mlflow.db` unless MLFLOW_TRACKING_URI is set.
 
-    Settings become parameters when the run is made; MLflow lets none be changed later.
+    Settings become parameters when the run is created; MLflow does not allow changing them later.
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any]) -> None:
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its store tells of each table that it makes
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its store logs each table that it creates
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
@@ -101,23 +100,23 @@ class MlflowTracker:
         def create() -> str:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cllm4rec")
             experiment = self._client.get_experiment_by_name(name)
-            number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
-            created = str(self._client.create_run(number, run_name=_run_name(run)).info.run_id)
+            experiment_id = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+            run_id = str(self._client.create_run(experiment_id, run_name=_run_name(run)).info.run_id)
             parameters = [Param(key, str(value)) for key, value in dotted_items(settings)]
-            self._client.log_batch(created, params=parameters)
-            return created
+            self._client.log_batch(run_id, params=parameters)
+            return run_id
 
         self._metric = Metric
         self._id = _kept_id(run, "mlflow", create)
         try:
             self._client.update_run(self._id, status="RUNNING")
-        except MlflowException:  # made at another place, or deleted there
+        except MlflowException:  # the run was created on another server, or deleted
             _id_file(run, "mlflow").unlink()
             self._id = _kept_id(run, "mlflow", create)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        # MLflow refuses the @ of recall@20.
+        # MLflow rejects the @ of recall@20.
         metrics = [self._metric(name.replace("@", "_at_"), value, now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
@@ -126,11 +125,11 @@ class MlflowTracker:
 
 
 class BackgroundTracker:
-    """Runs a tracker in a thread, so that the training loop neither waits for it nor meets its errors.
+    """Runs a tracker in a thread, so that the training loop neither waits for it nor sees its errors.
 
     Args:
-        name: for the warning.
-        start: opens the tracker, in the thread.
+        name: name in the warning.
+        start: opens the tracker; called in the thread.
     """
 
     def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
@@ -141,7 +140,7 @@ class BackgroundTracker:
         self._thread.start()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand over one line of metrics; dropped where the tracker has failed or is far behind."""
+        """Queue one line of metrics; it is dropped if the queue is full or the tracker has failed."""
         try:
             self._lines.put_nowait((step, values))
         except queue.Full:
@@ -150,9 +149,9 @@ class BackgroundTracker:
             self._dropped = True
 
     def close(self, end: End) -> None:
-        """Let the tracker send what it has, for `_CLOSE_SECONDS` at most."""
+        """Let the tracker send the queued lines, for `_CLOSE_SECONDS` at most."""
         deadline = time.monotonic() + _CLOSE_SECONDS
-        while self._thread.is_alive():  # a full queue is emptied by a thread that lives
+        while self._thread.is_alive():  # a running thread drains a full queue
             try:
                 self._lines.put(end, timeout=0.2)
                 break
@@ -172,7 +171,7 @@ class BackgroundTracker:
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "")
             logger.warning(
-                "tracker %s failed and gets no more metrics; the run goes on (%s: %s)",
+                "tracker %s failed and gets no more metrics; the run continues (%s: %s)",
                 self._name,
                 type(error).__name__,
                 reason,
@@ -180,7 +179,7 @@ class BackgroundTracker:
 
 
 def open_trackers(config: RunConfig, run: Path, first_step: int) -> list[BackgroundTracker]:
-    """Start the trackers of a run. Called on rank 0 alone.
+    """Start the trackers of a run. Called on rank 0 only.
 
     Args:
         run: the run's folder.
@@ -196,7 +195,7 @@ def open_trackers(config: RunConfig, run: Path, first_step: int) -> list[Backgro
 
 
 def _run_name(run: Path) -> str:
-    """`demo/finetune` for `runs/demo/finetune`."""
+    """Return `demo/finetune` for `runs/demo/finetune`."""
     return f"{run.parent.name}/{run.name}"
 
 
@@ -205,10 +204,10 @@ def _id_file(run: Path, name: str) -> Path:
 
 
 def _kept_id(run: Path, name: str, create: Callable[[], str]) -> str:
-    """The id of the run at a tracker, made at the first start and kept for those that resume it."""
+    """Return the tracker's run id, created at the first start and kept in a file for resumed runs."""
     file = _id_file(run, name)
-    if file.is_file() and (kept := file.read_text(encoding="utf-8").strip()):
-        return kept
-    created = create()
-    file.write_text(created + "\n", encoding="utf-8")
-    return created
+    if file.is_file() and (run_id := file.read_text(encoding="utf-8").strip()):
+        return run_id
+    run_id = create()
+    file.write_text(run_id + "\n", encoding="utf-8")
+    return run_id

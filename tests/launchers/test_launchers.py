@@ -1,4 +1,4 @@
-"""Which launcher runs a command, and what is refused before any rank starts. (Whole runs: tests/integration.)"""
+"""Choice of the launcher, and errors before any rank starts. (Whole runs: tests/integration.)"""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def test_a_ray_address_that_does_not_answer_is_refused(tmp_path: Path, monkeypat
 
 
 def test_more_workers_than_there_is_room_for_are_refused(caplog: pytest.LogCaptureFixture) -> None:
-    for workers, asked, cure in ((4, "'4' takes 4 GPUs", "1:4"), ((3, 8), "'3:8' takes 3 GPUs", "1:8")):
+    for workers, requested, cure in ((4, "'4' takes 4 GPUs", "1:4"), ((3, 8), "'3:8' takes 3 GPUs", "1:8")):
         with pytest.raises(ConfigError) as caught:
             ray_launcher._require_room(workers, "GPU", 2.0, 2.0)
-        assert f"--workers: {asked}, but the cluster has 2." in str(caught.value)
+        assert f"--workers: {requested}, but the cluster has 2." in str(caught.value)
         assert f"--workers {cure} " in caught.value.cure
     ray_launcher._require_room((1, 8), "CPU", 2.0, 1.0)
     assert not caplog.records
@@ -102,17 +102,17 @@ def test_a_cluster_that_is_busy_is_waited_for_aloud(
     assert "waiting for the cluster: 2 workers take as many CPUs, 1 are free" in caplog.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_wait_for_ray(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_ray(monkeypatch: pytest.MonkeyPatch, signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
     ended = threading.Event()
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=ended.set))  # type: ignore[arg-type]
-    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    threading.Timer(0.3, os.kill, (os.getpid(), signum)).start()
     started = time.monotonic()
-    with pytest.raises(FaultError, match=number.name):
+    with pytest.raises(FaultError, match=signum.name):
         ray_launcher._wait_for(lambda: ended.wait(30))
     assert ended.is_set()
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(signum) is before
     assert time.monotonic() - started < 10
 
 

@@ -1,4 +1,4 @@
-"""When a short job runs in this process, and that it does so without Ray, DeepSpeed or a process group."""
+"""Short jobs run in this process without Ray, DeepSpeed or a process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.runs import clean_environment
 
 
 @pytest.mark.parametrize(
-    ("launcher", "workers", "environ", "wanted"),
+    ("launcher", "workers", "environ", "expected"),
     [
         ("auto", "1", {}, True),
         ("auto", "1", {"RAY_ADDRESS": ""}, True),
@@ -30,16 +30,16 @@ from tests.integration.runs import clean_environment
     ],
 )
 def test_one_worker_without_anything_to_join_runs_here(
-    launcher: str, workers: str, environ: dict[str, str], wanted: bool
+    launcher: str, workers: str, environ: dict[str, str], expected: bool
 ) -> None:
-    assert runs_here(launcher, workers, environ) == wanted
+    assert runs_here(launcher, workers, environ) == expected
 
 
 def test_other_jobs_are_launched_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[object] = []
-    monkeypatch.setattr(short_jobs, "launch", lambda *args, **kwargs: found.append((args, kwargs)))
+    calls: list[object] = []
+    monkeypatch.setattr(short_jobs, "launch", lambda *args, **kwargs: calls.append((args, kwargs)))
     launch_short(print, "ray", "2", x=1)
-    assert found == [((print, "ray", "2"), {"x": 1})]
+    assert calls == [((print, "ray", "2"), {"x": 1})]
     with pytest.raises(ConfigError, match="--launcher"):
         launch_short(print, "mpi", "1")
 
@@ -52,7 +52,7 @@ def test_a_job_here_imports_neither_ray_nor_deepspeed() -> None:
         "launch_short(job, 'auto', '1', text='a')\n"
         "print(*sorted({'ray', 'deepspeed'} & sys.modules.keys()))"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment()
     )
-    assert found.stdout == "a 1 False\n\n"
+    assert result.stdout == "a 1 False\n\n"

@@ -1,4 +1,4 @@
-"""The command that comes after a run, and the first line of one, before anything slow is imported."""
+"""Commands to run after a stage, and the first log line, before any slow import."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_after_pretraining_comes_the_configuration_beside_its_own(run: Path) -> None:
     config = Path("launch/shop-pretrain.yaml")
     config.parent.mkdir()
-    beside = config.with_name("shop-finetune.yaml")
-    beside.write_text(CONFIG + "init_from: my shop/runs/pretrain\n")
+    finetune = config.with_name("shop-finetune.yaml")
+    finetune.write_text(CONFIG + "init_from: my shop/runs/pretrain\n")
     assert next_commands("pretrain", run, config) == ["cllm4rec finetune -c launch/shop-finetune.yaml"]
-    beside.write_text(CONFIG + "init_from: another\n")
-    wanted = "cllm4rec finetune -c launch/shop-finetune.yaml init_from='my shop/runs/pretrain'"
-    assert next_commands("pretrain", run, config) == [wanted]
+    finetune.write_text(CONFIG + "init_from: another\n")
+    expected = "cllm4rec finetune -c launch/shop-finetune.yaml init_from='my shop/runs/pretrain'"
+    assert next_commands("pretrain", run, config) == [expected]
 
 
 def test_after_pretraining_in_a_project_comes_its_finetuning(run: Path) -> None:
@@ -65,6 +65,6 @@ train.preflight.require_ready = lambda *arguments, **options: None
 train.launch = lambda *arguments, **options: print("torch" in sys.modules)
 main(["pretrain", "-c", "run.yaml", "--workers", "2"])
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d pretrain: reading run.yaml\n", told.stderr)
-    assert told.stdout.splitlines()[:2] == ["False", f"pretrain done: {Path('o').absolute()}"]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d pretrain: reading run.yaml\n", result.stderr)
+    assert result.stdout.splitlines()[:2] == ["False", f"pretrain done: {Path('o').absolute()}"]

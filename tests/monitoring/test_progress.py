@@ -1,4 +1,4 @@
-"""The lines in which a run tells how far it is."""
+"""Progress of a run as text."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_the_closing_line() -> None:
         f"finetune done in 1 min 20 s, stopped early after epoch 7 of 12: {best}"
     )
     assert format_end("pretrain", 46, SCHEDULE, 9, result="", signal_name="SIGTERM") == (
-        "pretrain interrupted by SIGTERM after 9 s: saved at step 46 of 118; the same command goes on"
+        "pretrain interrupted by SIGTERM after 9 s: saved at step 46 of 118; run the same command to continue"
     )
     again = Schedule(118, 118, 10)
     assert format_end("finetune", 118, again, 3, result=best) == (
-        f"finetune was done before: {best}; for more, raise epochs"
+        f"finetune is already done: {best}; raise epochs to train longer"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run says and writes of itself while it trains."""
+"""Reports that a run logs and writes while it trains."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_run_says_what_it_is_how_far_it_is_and_how_it_ended(tmp_path: Path) ->
     (banner,) = [message for message in messages if message.startswith("finetune of")]
     assert f"resumes {output}/checkpoints/step-00000008" in banner
     assert "8 in 3 epochs of 3, from step 8" in banner
-    assert messages[-2].startswith("finetune was done before: best recall@5 ")
+    assert messages[-2].startswith("finetune is already done: best recall@5 ")
     (status,) = read_statuses(str(output), 2e9)
     assert (status.condition, status.step, status.best_metric) == ("done", 8, "recall@5")
 

@@ -66,18 +66,18 @@ def test_mlflow_goes_on_in_its_run_and_knows_how_it_ended(run: Path, caplog: pyt
     client = MlflowClient(f"sqlite:///{run}/mlflow.db")
     experiment = client.get_experiment_by_name("cllm4rec")
     assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert (found.info.run_name, found.info.status) == ("shop/finetune", "KILLED")
-    assert (found.data.params["epochs"], found.data.params["optimizer.lr"]) == ("5", "0.001")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert (logged.info.run_name, logged.info.status) == ("shop/finetune", "KILLED")
+    assert (logged.data.params["epochs"], logged.data.params["optimizer.lr"]) == ("5", "0.001")
 
     # A parameter cannot be changed in MLflow; raised epochs must not break what follows.
     track(make_config(run, "mlflow", epochs=7), run, LINES[2:], "done", first_step=2)
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.status == "FINISHED"
-    for name, wanted in (("loss", [9.0, 8.0, 7.0]), ("valid/recall_at_20", [0.1, 0.2, 0.3])):
-        history = client.get_metric_history(found.info.run_id, name)
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FINISHED"
+    for name, expected in (("loss", [9.0, 8.0, 7.0]), ("valid/recall_at_20", [0.1, 0.2, 0.3])):
+        history = client.get_metric_history(logged.info.run_id, name)
         assert [metric.step for metric in history] == [1, 2, 3]
-        assert [metric.value for metric in history] == pytest.approx(wanted)
+        assert [metric.value for metric in history] == pytest.approx(expected)
 
     (run / "mlflow.run-id").write_text("deleted there\n")
     track(config, run, LINES, "done")
@@ -86,7 +86,7 @@ def test_mlflow_goes_on_in_its_run_and_knows_how_it_ended(run: Path, caplog: pyt
 
 
 def wandb_history(file: Path) -> list[dict[str, str]]:
-    """The rows of metrics in a file that `wandb sync` would send: protobuf in the records of a LevelDB log."""
+    """Read the metrics from a file that `wandb sync` would send: protobuf in the records of a LevelDB log."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = file.read_bytes()
@@ -119,7 +119,7 @@ def test_wandb_writes_offline_and_goes_on_under_one_id(run: Path, caplog: pytest
     files = sorted(run.glob(f"wandb/offline-run-*-{kept}/run-{kept}.wandb"))
     assert len(files) == 2
 
-    deadline = time.monotonic() + 20  # wandb's own process may write the last bytes after `finish`
+    deadline = time.monotonic() + 20  # the process of wandb may write the last bytes after `finish`
     while len(rows := [row for file in files for row in wandb_history(file)]) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [(int(row["step"]), float(row["loss"])) for row in rows] == [(1, 9.0), (2, 8.0), (3, 7.0)]
@@ -142,7 +142,7 @@ def test_a_tracker_that_fails_is_told_once_and_ends_nothing(run: Path, caplog: p
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
-        "tracker wandb failed and gets no more metrics; the run goes on (OSError: no route to host)"
+        "tracker wandb failed and gets no more metrics; the run continues (OSError: no route to host)"
     )
 
 
@@ -171,9 +171,9 @@ def test_a_tracker_that_hangs_slows_nothing(
 
 
 def test_a_missing_library_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     missing = ("wandb", "sqlalchemy")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracker_problems(["tensorboard"]) == []
     with pytest.raises(ConfigError) as caught:
@@ -188,8 +188,8 @@ def test_a_missing_library_is_refused_with_the_command_that_installs_it(monkeypa
 
 
 def test_a_run_is_refused_for_it_before_it_starts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     with pytest.raises(ConfigError, match=r"pip install 'cllm4rec_dist\[wandb\]'"):
         require_ready(make_config(run, "wandb"))
 
