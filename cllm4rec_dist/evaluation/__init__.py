@@ -1,0 +1,1 @@
+"""Evaluation of trained models and baselines: ranking, metrics, statistical tests and the report."""

@@ -1,4 +1,4 @@
-"""An evaluated model beside the baselines on the same split, as one report."""
+"""Comparison of an evaluated model with the baselines on the same split, as one report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cllm4rec_dist.corpus.heldout import KNOWN, NEW, Group, HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.baselines import BaselineConfig, BaselineResult, SplitData, run_baselines
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData
+from cllm4rec_dist.evaluation.baselines import BaselineResult, run_baselines
 from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.report import Background, write_report
@@ -32,18 +33,18 @@ from cllm4rec_dist.evaluation.results import (
 from cllm4rec_dist.system import interaction_matrix
 
 MODEL = "CLLM4Rec"
-"""Name of the evaluated model in a table."""
+"""Name of the evaluated model in tables."""
 
 
 def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, seconds: float) -> str:
-    """Fit the baselines, write results, pictures and page into `folder`, and return the table as Markdown.
+    """Fit the baselines, write results, plots and report into `folder`, and return the table as Markdown.
 
     Args:
-        folder: holds `evaluation.json`, written by `inference.evaluate_run`.
-        seconds: that the evaluation took.
+        folder: folder with `evaluation.json`, written by `inference.evaluate_run`.
+        seconds: duration of the evaluation.
 
     Raises:
-        DataError: where `folder` has no evaluation.
+        DataError: if `folder` has no evaluation.
     """
     try:
         evaluated: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
@@ -67,10 +68,10 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         fingerprints=evaluated["fingerprints"],
         provenance=evaluated.get("provenance"),
         notes=tuple(evaluated["notes"]),
-        skipped={reason: found.count for reason, found in corpus.manifest.skipped.items()},
+        skipped={reason: entry.count for reason, entry in corpus.manifest.skipped.items()},
     )
     background = Background(
-        run=_as_seen_from_here(evaluated["run"]),
+        run=_relative_path(evaluated["run"]),
         split=evaluated["split"],
         manifest=corpus.manifest,
         items=_items(corpus),
@@ -82,24 +83,24 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
     return markdown_table(results) + f"\n\nReport: {os.path.relpath(folder / 'report.html')}"
 
 
-def _as_seen_from_here(path: str) -> str:
-    """A relative path for what is below the current folder; others, and URLs, as they are."""
+def _relative_path(path: str) -> str:
+    """Return a path relative to the current folder if it is below it; other paths and URLs unchanged."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _logs(evaluated: dict[str, Any]) -> list[Path]:
-    """Training logs of the run that this one started from, and of this one, where it is or where it was written."""
+    """Find the training logs of the run that this one started from and of this one, which may have been moved."""
     config = evaluated["config"]
-    before, own, written = (
+    initial, current, original = (
         Path(run) / METRICS_FILE if run else None for run in (config["init_from"], evaluated["run"], config["output"])
     )
-    here = own if own is not None and own.is_file() else written
-    return [log for log in (before, here) if log is not None and log.is_file()]
+    latest = current if current is not None and current.is_file() else original
+    return [log for log in (initial, latest) if log is not None and log.is_file()]
 
 
 def _items(corpus: Corpus) -> pl.DataFrame:
-    """Item, title (its id where it has none) and training interactions of the whole catalog, by row."""
+    """Return item, title (or its id) and number of training interactions of the whole catalog, by row."""
     table = corpus.items()
     popularity = np.bincount(corpus.split("train").values, minlength=corpus.num_items)
     items = pl.DataFrame({"item": table["item"].to_pylist(), "title": table["title"].to_pylist()})
@@ -108,7 +109,7 @@ def _items(corpus: Corpus) -> pl.DataFrame:
 
 
 def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[BaselineResult]:
-    """Fit the baselines on the training items and rank known and new users with them."""
+    """Fit the baselines on the training items and rank the catalog for known and new users."""
     items = corpus.items()
     titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
 
@@ -126,38 +127,38 @@ def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[Basel
     return run_baselines(data, metrics, BaselineConfig())
 
 
-def _baseline_row(found: BaselineResult, metrics: Sequence[str], chosen: np.ndarray | None = None) -> ResultRow:
-    """A baseline over all users, or over the chosen ones; bool [n]."""
-    result = mean_metrics(found.values if chosen is None else found.values[chosen], metrics)
+def _baseline_row(baseline: BaselineResult, metrics: Sequence[str], chosen: np.ndarray | None = None) -> ResultRow:
+    """Return the row of a baseline over all users, or over the chosen ones; bool [n]."""
+    result = mean_metrics(baseline.values if chosen is None else baseline.values[chosen], metrics)
     return ResultRow(
-        name=found.label, metrics=result.mean, stderr=result.stderr, chosen=dict(found.chosen), baseline=True
+        name=baseline.label, metrics=result.mean, stderr=result.stderr, chosen=dict(baseline.chosen), baseline=True
     )
 
 
 def _groups(
     evaluated: dict[str, Any], baselines: Sequence[BaselineResult], users: HeldOutUsers, metrics: Sequence[str]
 ) -> tuple[GroupResults, ...]:
-    """The table for known and for new users; none where there is one group alone."""
+    """Return the tables for known and for new users; empty if there is only one group."""
     groups: dict[str, Any] = evaluated["groups"]
     if len(groups) < 2:
         return ()
-    found = []
-    parts: list[tuple[Group, np.ndarray]] = [(KNOWN, ~users.is_new), (NEW, users.is_new)]
-    for name, chosen in parts:
-        own = groups[name]
-        rows = [ResultRow(name=MODEL, metrics=own["mean"], stderr=own["stderr"])]
+    results = []
+    masks: list[tuple[Group, np.ndarray]] = [(KNOWN, ~users.is_new), (NEW, users.is_new)]
+    for name, chosen in masks:
+        model = groups[name]
+        rows = [ResultRow(name=MODEL, metrics=model["mean"], stderr=model["stderr"])]
         rows += [_baseline_row(baseline, metrics, chosen) for baseline in baselines]
-        found.append(GroupResults(group=name, num_users=own["num_users"], rows=tuple(rows)))
-    return tuple(found)
+        results.append(GroupResults(group=name, num_users=model["num_users"], rows=tuple(rows)))
+    return tuple(results)
 
 
 def _write_values(
     baselines: Sequence[BaselineResult], users: HeldOutUsers, corpus: Corpus, metrics: Sequence[str], folder: Path
 ) -> None:
-    """The metrics of every user under each baseline, with which those of the model can be paired, and their lists."""
-    who = {"user": users.ids(corpus), "group": users.groups}
+    """Write each baseline's metrics by user, for paired tests, and its counts of recommended items."""
+    columns = {"user": users.ids(corpus), "group": users.groups}
     tables = [
-        pl.DataFrame(who | {name: baseline.values[:, index] for index, name in enumerate(metrics)}).select(
+        pl.DataFrame(columns | {name: baseline.values[:, index] for index, name in enumerate(metrics)}).select(
             pl.lit(baseline.label).alias("model"), pl.all()
         )
         for baseline in baselines

@@ -1,4 +1,4 @@
-"""How a catalog is used by recommendation lists: coverage, popularity and concentration.
+"""Use of the catalog by recommendation lists: coverage, popularity and concentration.
 
 Legend: I items.
 """
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.integer]
 
 POPULAR_SHARE = 0.1
-"""Share of the catalog that counts as popular: the most popular tenth."""
+"""Fraction of the catalog that counts as popular."""
 
 
 @dataclass(frozen=True)
 class CatalogUse:
-    """What a set of lists does with the catalog.
+    """Use of the catalog by a set of lists.
 
     Attributes:
-        num_recommended: distinct items in any list.
-        coverage: that as a share of the catalog.
-        popular_share: share of all list places that items of the most popular tenth take.
-        gini: 0 where every item is listed equally often, close to 1 where few items take all places.
+        num_recommended: number of distinct items in the lists.
+        coverage: fraction of the catalog that is in at least one list.
+        popular_share: fraction of all list entries that are items of the most popular tenth.
+        gini: 0 if every item is listed equally often, close to 1 if few items fill all lists.
     """
 
     num_recommended: int
@@ -34,10 +34,10 @@ class CatalogUse:
 
 
 def most_popular(popularity: IntArray) -> NDArray[np.bool_]:
-    """Mark the most popular tenth of a catalog, rounded up; equal counts in the order of the rows.
+    """Return bool [I], True for the most popular tenth of a catalog, rounded up; ties in the order of the rows.
 
     Args:
-        popularity: [I] training interactions.
+        popularity: [I] numbers of training interactions.
     """
     num_popular = int(np.ceil(POPULAR_SHARE * len(popularity)))
     marks = np.zeros(len(popularity), dtype=np.bool_)
@@ -46,7 +46,7 @@ def most_popular(popularity: IntArray) -> NDArray[np.bool_]:
 
 
 def gini(counts: IntArray) -> float:
-    """Gini coefficient of non-negative counts [I]: 0 for equal counts or none at all, (I - 1) / I for a single item."""
+    """Return the Gini coefficient of counts [I]: 0 for equal or no counts, (I - 1) / I if one item has all of them."""
     total = counts.sum()
     if total == 0:
         return 0.0
@@ -56,17 +56,17 @@ def gini(counts: IntArray) -> float:
 
 
 def share_of_popular(counts: IntArray, popularity: IntArray) -> float:
-    """Share of `counts` [I] that the most popular tenth has; 0 where there are no counts."""
+    """Return the fraction of `counts` [I] that belongs to the most popular tenth; 0 if there are no counts."""
     total = counts.sum()
     return float(counts[most_popular(popularity)].sum() / total) if total else 0.0
 
 
 def catalog_use(counts: IntArray, popularity: IntArray) -> CatalogUse:
-    """Measure lists by how often each item is in them.
+    """Compute the use of the catalog from how often each item is listed.
 
     Args:
-        counts: [I] lists that an item is in.
-        popularity: [I] training interactions.
+        counts: [I] numbers of lists that contain an item.
+        popularity: [I] numbers of training interactions.
     """
     assert counts.shape == popularity.shape
     num_recommended = int(np.count_nonzero(counts))

@@ -1,10 +1,10 @@
-"""Names of the files that an evaluation writes into its folder."""
+"""Names of the files that an evaluation writes."""
 
 USERS_FILE = "users.parquet"
 """Per-user metrics of the model: user, group (known or new), history_length, one column for each metric."""
 BASELINES_FILE = "baselines.parquet"
 """Per-user metrics of the baselines: model, user, group, one column for each metric."""
 RECOMMENDED_FILE = "recommended.parquet"
-"""How many lists of the model each item is in: item, count."""
+"""Number of the model's lists that contain each item: item, count."""
 BASELINES_RECOMMENDED_FILE = "baselines_recommended.parquet"
-"""The same of the baselines: model, item, count."""
+"""Number of each baseline's lists that contain each item: model, item, count."""

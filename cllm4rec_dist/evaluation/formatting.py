@@ -1,4 +1,4 @@
-"""Numbers, times and terms as the report page writes them."""
+"""Formatting of numbers, times and terms on the report page."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cllm4rec_dist.evaluation.metrics import parse_metric
 from cllm4rec_dist.evaluation.results import metric_label
 
 _BASELINES = {
-    "Popularity": "The same list for everyone: the items with the most interactions, without those a user has.",
-    "EASE": "A linear model that learns from interactions alone how much an item speaks for each other one.",
-    "EASE + titles": "The same with the words of titles and descriptions, so that it sees the texts as the model does.",
+    "Popularity": "The items with the most interactions, the same for everyone, without those a user already has.",
+    "EASE": "A linear model that learns from interactions how strongly each item predicts each other item.",
+    "EASE + titles": "EASE that also uses the words of titles and descriptions, as the model does.",
     "iALS": "Matrix factorization: each user and each item is a short vector, fitted to the interactions.",
 }
 
 
 def share(value: float) -> str:
-    """0.659 -> `65.9%`."""
+    """Format 0.659 as `65.9%`."""
     return f"{value:.1%}"
 
 
 def signed(value: float) -> str:
-    """-0.0412 -> `−0.0412`, with a sign in any case but zero."""
+    """Format -0.0412 as `−0.0412`, with a sign unless it is zero."""
     shown = f"{abs(value):.4f}"
     if float(shown) == 0:
         return shown
@@ -34,17 +34,17 @@ def signed(value: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """`p = 0.012`, `p < 0.001`."""
+    """Format as `p = 0.012` or `p < 0.001`."""
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 rank`, `2 ranks`."""
+    """Format as `1 rank` or `2 ranks`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def short_count(count: int) -> str:
-    """1234 -> `1.23K`, 7_000_000_000 -> `7B`."""
+    """Format 1234 as `1.23K` and 7_000_000_000 as `7B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -52,7 +52,7 @@ def short_count(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`48 s`, `3 min 5 s`, `2 h 10 min`, `3 d 4 h`."""
+    """Format as `48 s`, `3 min 5 s`, `2 h 10 min` or `3 d 4 h`."""
     whole = round(seconds)
     for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
@@ -62,39 +62,39 @@ def duration(seconds: float) -> str:
 
 
 def backbone_name(backbone: str) -> str:
-    """A hub id as it is, of a folder the last part."""
+    """Return a hub id unchanged, and the last part of a folder's path."""
     is_folder = backbone.count("/") != 1 or backbone.startswith(("/", ".", "~"))
     return PurePosixPath(backbone).name if is_folder else backbone
 
 
 def date(iso: str) -> str:
-    """`2026-11-26T03:20:11+00:00` -> `26 November 2026, 03:20 UTC`."""
+    """Format `2026-11-26T03:20:11+00:00` as `26 November 2026, 03:20 UTC`."""
     moment = datetime.fromisoformat(iso)
     return f"{moment.day} {moment:%B %Y, %H:%M} UTC"
 
 
 def setting(value: float | str) -> str:
-    """200.0 -> `200`."""
+    """Format 200.0 as `200`."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def meaning(metric: str) -> str:
-    """A metric for somebody who runs a business and not an experiment."""
+    """Explain a metric to readers who do not know it."""
     parsed = parse_metric(metric)
     if parsed.kind == "recall":
         return (
-            f"Of the items that a user took and the model was not shown, the share that is in the list of "
-            f"{parsed.cutoff} recommendations; the mean over users. A user with more than {parsed.cutoff} such items "
-            f"counts as if there were {parsed.cutoff}, so that a perfect list has 100%."
+            f"Of a user's items that were hidden from the model, the fraction that is in the list of {parsed.cutoff} "
+            f"recommendations; the mean over users. A user with more than {parsed.cutoff} such items counts as if "
+            f"there were {parsed.cutoff}, so that a perfect list has 100%."
         )
     return (
-        f"As recall, but the place counts: an item that a user took is worth most at the top of the list and less "
-        f"further down, to place {parsed.cutoff}. 1 means that all of them are at the top."
+        f"As recall, but the rank counts: a hidden item is worth most at the top of the list and less further down, to "
+        f"rank {parsed.cutoff}. 1 means that all of them are at the top."
     )
 
 
 def short_meaning(metric: str) -> str:
-    """A metric in a few words."""
+    """Explain a metric in a few words."""
     parsed = parse_metric(metric)
     if parsed.kind == "recall":
         return f"of what users took was in the list of {parsed.cutoff}"
@@ -102,12 +102,12 @@ def short_meaning(metric: str) -> str:
 
 
 def meanings_of_baselines(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and meaning of the baselines that are known, of the models in a table."""
+    """Return names and explanations of the baselines among the models of a table."""
     return [(name, _BASELINES[name]) for name in names if name in _BASELINES]
 
 
 def split_text(split: object) -> str:
-    """How the held-out items were chosen."""
+    """Describe how the held-out items were chosen."""
     if isinstance(split, LastSplit):
         return f"last in time: {plural(split.num_test, 'item')} for the test, {split.num_valid:,} for validation"
     if isinstance(split, RandomSplit):
@@ -122,7 +122,7 @@ def split_text(split: object) -> str:
 
 
 def hidden_items(manifest: Manifest | None) -> str:
-    """What the held-out items are, in words that follow `of`."""
+    """Describe the held-out items, as a phrase that follows `of`."""
     if manifest is not None and isinstance(manifest.preparation.split, LastSplit):
         return "the items that a user took next"
     return "the items that a user took and the model was not shown"

@@ -1,16 +1,14 @@
-"""Ranking metrics as the paper counts them, vectorised over users.
+"""Recall@K and NDCG@K of ranked items, as defined in the paper, for the trained model and the baselines.
 
-What it is for: turning ranked item rows into Recall@K and NDCG@K, once for the trained model and the baselines, so
-that their numbers can be put side by side. The definitions are those of Mult-VAE (Liang et al., "Variational
-Autoencoders for Collaborative Filtering", WWW 2018), which the CLLM4Rec paper takes over: Recall@K divides by
-min(K, number of held-out items), so that a perfect ranking scores 1 at every K, and NDCG@K has binary gains with a
-log2 discount and the ideal DCG of min(K, number of held-out items) hits.
+The definitions are those of Mult-VAE (Liang et al., "Variational Autoencoders for Collaborative Filtering", WWW 2018),
+which the CLLM4Rec paper uses: Recall@K divides by min(K, number of held-out items), so that a perfect ranking scores 1
+at every K, and NDCG@K has binary gains with a log2 discount and the ideal DCG of min(K, number of held-out items) hits.
 
-Why a value for each user: blocks of users (or ranks) are counted apart and joined, groups of users have means of their
-own, and two models are compared by the differences over the same users. It takes 8 bytes a user and metric. A user with
-nothing held out has no defined metric and is left out of the mean, but counted.
+Metrics are computed by user, so that blocks of users (or ranks) can be evaluated separately and concatenated, groups of
+users have separate means, and two models can be compared over the same users. It takes 8 bytes for each user and
+metric. A user without held-out items has no metric and is excluded from the mean, but counted.
 
-What it leaves to others: making the ranking and leaving seen items out of it (`topk.py`, `baselines.py`).
+`topk.py` and `baselines.py` make the rankings and exclude seen items.
 
 Shapes: U users, K ranked items, I items, M metrics, N held-out interactions.
 """
@@ -29,14 +27,14 @@ from cllm4rec_dist.config import METRIC_NAME
 from cllm4rec_dist.errors import ConfigError, DataError
 
 LIST_LENGTH = 20
-"""Items of a list whose coverage of the catalog is counted."""
+"""Length of the lists by which coverage of the catalog is counted."""
 
 IntArray = NDArray[np.integer]
 FloatArray = NDArray[np.float64]
 
 
 class RaggedLike(Protocol):
-    """Rows of unequal length: row u holds `values[offsets[u]:offsets[u + 1]]`."""
+    """Rows of unequal length: row u is `values[offsets[u]:offsets[u + 1]]`."""
 
     @property
     def offsets(self) -> IntArray: ...
@@ -50,7 +48,7 @@ HeldOut: TypeAlias = sp.csr_matrix | sp.csr_array | RaggedLike
 
 @dataclass(frozen=True)
 class Metric:
-    """A parsed metric name: `recall@20` is Metric("recall", 20)."""
+    """Parsed metric name: `recall@20` is Metric("recall", 20)."""
 
     kind: str
     cutoff: int
@@ -64,7 +62,7 @@ class Metric:
 class MetricResult:
     """Means over users: `mean[name]` and `stderr[name]` (standard deviation / sqrt(users), as Mult-VAE reports it).
 
-    `num_users` were evaluated; `num_skipped` had nothing held out.
+    `num_users` were evaluated; `num_skipped` had no held-out items.
     """
 
     mean: dict[str, float]
@@ -74,7 +72,7 @@ class MetricResult:
 
 
 def parse_metric(name: str) -> Metric:
-    """Read `recall@K` or `ndcg@K`, any K from 1.
+    """Parse `recall@K` or `ndcg@K`, any K from 1.
 
     Raises:
         ConfigError: for any other text.
@@ -86,7 +84,7 @@ def parse_metric(name: str) -> Metric:
 
 
 def largest_cutoff(metrics: Sequence[str]) -> int:
-    """The number of ranked items that `metrics` need.
+    """Return the number of ranked items that `metrics` need.
 
     Raises:
         ConfigError: for an empty list or a name that is not a metric.
@@ -117,22 +115,22 @@ def _check(topk: IntArray, num_rows: int, items: IntArray) -> None:
 
 
 def hits(topk: IntArray, heldout: HeldOut) -> tuple[NDArray[np.bool_], IntArray]:
-    """Which ranked items are held out.
+    """Mark the ranked items that are held out.
 
     Args:
         topk: item rows [U, K], best first, no item twice in a row.
-        heldout: CSR [U, I] or ragged rows of item rows; an item that stands there twice counts once.
+        heldout: CSR [U, I] or ragged rows of item rows; a repeated item counts once.
 
     Returns:
         hit [U, K] and the number of distinct held-out items [U].
 
     Raises:
-        DataError: when the shapes do not agree or a row is negative.
+        DataError: if the shapes do not agree or an item row is negative.
     """
     offsets, items = _offsets_and_items(heldout)
     num_rows = len(offsets) - 1
     _check(topk, num_rows, items)
-    # One sorted key per (user, item) makes membership a single binary search for all users.
+    # With one sorted key for each (user, item), membership is a single binary search for all users.
     stride = 1 + max((int(values.max()) for values in (topk, items) if values.size), default=0)
     item_users = np.repeat(np.arange(num_rows, dtype=np.int64), np.diff(offsets))
     held_keys = np.unique(item_users * stride + items)
@@ -159,7 +157,7 @@ _METRICS: dict[str, Callable[[NDArray[np.bool_], IntArray, int], FloatArray]] = 
 
 
 def user_metrics(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None) -> FloatArray:
-    """The metrics of each user: float64 [U, M], NaN for one with nothing held out.
+    """Return the metrics of each user: float64 [U, M], NaN for a user without held-out items.
 
     Args:
         topk: item rows [U, K], best first, no item twice in a row; K is at least the largest cutoff, or the ranking
@@ -170,7 +168,7 @@ def user_metrics(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_i
 
     Raises:
         ConfigError: for a name that is not a metric.
-        DataError: when the shapes do not agree, a row is negative or K is too small.
+        DataError: if the shapes do not agree, an item row is negative or K is too small.
     """
     parsed = [parse_metric(name) for name in metrics]
     needed = largest_cutoff(metrics)
@@ -196,14 +194,14 @@ def user_metrics(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_i
 
 
 def mean_metrics(values: FloatArray, metrics: Sequence[str]) -> MetricResult:
-    """Means and standard errors over users.
+    """Return means and standard errors over users.
 
     Args:
         values: float64 [U, M] of `user_metrics`; users whose values are NaN are skipped and counted.
         metrics: names of the M columns.
 
     Raises:
-        DataError: when no user has a held-out item.
+        DataError: if no user has a held-out item.
     """
     kept = values[~np.isnan(values).any(axis=1)]
     if not len(kept):
@@ -211,7 +209,7 @@ def mean_metrics(values: FloatArray, metrics: Sequence[str]) -> MetricResult:
             "held-out items",
             f"0 of {len(values)} users",
             "must exist for at least one user",
-            "Check the split: keep users with enough interactions, or raise the held-out share.",
+            "Check the split: keep users with enough interactions, or raise the held-out fraction.",
         )
     names = [parse_metric(name).name for name in metrics]
     stderr = kept.std(axis=0) / np.sqrt(len(kept))
@@ -226,11 +224,11 @@ def mean_metrics(values: FloatArray, metrics: Sequence[str]) -> MetricResult:
 def count_listed(
     topk: IntArray, scores: NDArray[np.floating], num_items: int, list_length: int = LIST_LENGTH
 ) -> NDArray[np.int64]:
-    """How many lists each item is in: int64 [I].
+    """Count the lists that contain each item: int64 [I].
 
     Args:
         topk: item rows [U, K], best first; a list is the first `list_length` of them.
-        scores: [U, K]; an item with -inf is not recommended.
+        scores: [U, K]; an item with score -inf is not recommended.
     """
     shown = np.isfinite(scores[:, :list_length])
     return np.bincount(topk[:, :list_length][shown], minlength=num_items).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Per-user metrics of a model and its baselines, paired by user.
+"""Metrics by user of a model and its baselines, paired by user.
 
 Legend: M metrics, n users.
 """
@@ -21,7 +21,7 @@ _PAIR = ["user", "group"]
 
 @dataclass(frozen=True)
 class Rival:
-    """A model against one baseline in one metric, over users that both have.
+    """Comparison of a model with one baseline in one metric, over users that both have.
 
     Attributes:
         model, baseline: means over these users.
@@ -45,16 +45,16 @@ class LengthBin:
 
 
 def read_users(folder: Path) -> pl.DataFrame | None:
-    """`users.parquet`: user, group, history_length and a column for each metric; None where the file is absent.
+    """Read `users.parquet`: user, group, history_length and a column for each metric; None if there is no file.
 
     Raises:
-        DataError: for a file that cannot be read, lacks a column or has a user twice.
+        DataError: for a file that cannot be read, lacks a column or repeats a user.
     """
     return _read(folder / USERS_FILE, {"user", "group", "history_length"}, _PAIR)
 
 
 def read_baselines(folder: Path) -> pl.DataFrame | None:
-    """`baselines.parquet`: model, user, group and a column for each metric; None where the file is absent.
+    """Read `baselines.parquet`: model, user, group and a column for each metric; None if there is no file.
 
     Raises:
         DataError: as `read_users`.
@@ -63,7 +63,7 @@ def read_baselines(folder: Path) -> pl.DataFrame | None:
 
 
 def read_recommended(folder: Path) -> pl.DataFrame | None:
-    """`recommended.parquet`: item and the count of lists that it is in; None where the file is absent.
+    """Read `recommended.parquet`: item and the number of lists that contain it; None if there is no file.
 
     Raises:
         DataError: as `read_users`.
@@ -72,7 +72,7 @@ def read_recommended(folder: Path) -> pl.DataFrame | None:
 
 
 def read_baselines_recommended(folder: Path) -> dict[str, pl.DataFrame]:
-    """`baselines_recommended.parquet`: name of a baseline -> item and count; empty where the file is absent.
+    """Read `baselines_recommended.parquet`: name of a baseline -> item and count; empty if there is no file.
 
     Raises:
         DataError: as `read_users`.
@@ -101,24 +101,24 @@ def _read(path: Path, columns: Collection[str], key: Sequence[str]) -> pl.DataFr
 
 
 def group_of(frame: pl.DataFrame, group: str) -> pl.DataFrame:
-    """The rows of known or of new users."""
+    """Return the rows of known or of new users."""
     return frame.filter(pl.col("group") == group)
 
 
 def means(frame: pl.DataFrame, metrics: Sequence[str]) -> dict[str, Mean]:
-    """Mean and standard error of each metric that `frame` has, over its users."""
-    found = {name: mean_of(_values(frame, name)) for name in metrics if name in frame.columns}
-    return {name: mean for name, mean in found.items() if mean is not None}
+    """Return mean and standard error over users of each metric that `frame` has."""
+    result = {name: mean_of(_values(frame, name)) for name in metrics if name in frame.columns}
+    return {name: mean for name, mean in result.items() if mean is not None}
 
 
 def paired_with(users: pl.DataFrame, baselines: pl.DataFrame, name: str) -> pl.DataFrame:
-    """Users that the model and the baseline `name` both have, with the baseline's metrics as `METRIC:baseline`."""
+    """Join the model's and the baseline's metrics by user, the baseline's as columns `METRIC:baseline`."""
     rows = baselines.filter(pl.col("model") == name)
     return users.join(rows, on=_PAIR, how="inner", suffix=":baseline", maintain_order="left")
 
 
 def compare_with(users: pl.DataFrame, baselines: pl.DataFrame, name: str, metric: str) -> Rival | None:
-    """Test the model against the baseline `name` in one metric; None where they share no user with a value."""
+    """Test the model against the baseline `name` in one metric; None if no user has a value in both."""
     paired = paired_with(users, baselines, name)
     if metric not in users.columns or f"{metric}:baseline" not in paired.columns:
         return None
@@ -130,7 +130,7 @@ def compare_with(users: pl.DataFrame, baselines: pl.DataFrame, name: str, metric
 
 
 def best_rival(users: pl.DataFrame, baselines: pl.DataFrame, metric: str) -> Rival | None:
-    """The test against the baseline with the highest mean in a metric; the first of equals."""
+    """Test the model against the baseline with the highest mean in a metric, the first of equals."""
     names = baselines["model"].unique(maintain_order=True).to_list()
     rivals = [rival for name in names if (rival := compare_with(users, baselines, name, metric)) is not None]
     return max(rivals, key=lambda rival: rival.baseline, default=None)
@@ -139,9 +139,9 @@ def best_rival(users: pl.DataFrame, baselines: pl.DataFrame, metric: str) -> Riv
 def by_history_length(
     users: pl.DataFrame, baselines: pl.DataFrame | None, name: str | None, metric: str
 ) -> list[LengthBin]:
-    """A metric of the model and of the baseline `name` by the length of the users' histories.
+    """Return means of a metric of the model and of the baseline `name`, in bins of history length.
 
-    Both means of a bin are over the same users where there is a baseline.
+    With a baseline, both means of a bin are over the same users.
     """
     paired = users if baselines is None or name is None else paired_with(users, baselines, name)
     bins = []

@@ -1,9 +1,9 @@
-"""Pictures of a run: loss and validation curves from its training log, and bars against the baselines.
+"""Plots of a run: loss and validation curves from its training log, and bars of the model and the baselines.
 
 Curves are small multiples with a scale for each panel, because the loss terms differ by orders of magnitude. The report
-page shows each panel as a picture of its own, so that letters stay readable on a phone, drawn for a light and for a
-dark page; the folder gets whole sheets. Figures are made without pyplot, which keeps state for the whole process, and
-labels are never read as formulas, since names come from outside.
+page shows each panel as a separate picture, so that text is readable on a phone, in a light and a dark version; the
+folder gets whole sheets. Figures are made without pyplot, which has global state, and labels are never parsed as
+formulas, because they contain user input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cllm4rec_dist.evaluation.training_log import Curve, Curves
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as PNG bytes, for a light and a dark page, with the text that stands for it."""
+    """One picture as PNG bytes, for a light and a dark page, with its alternative text."""
 
     caption: str
     light: bytes
@@ -44,13 +44,13 @@ class _Theme:
 
 
 _WIDTH = 11.0  # inches of a sheet
-_PANEL = (3.6, 2.3)  # inches of a panel: at most a phone is wide, so that letters are not scaled down
+_PANEL = (3.6, 2.3)  # inches of a panel: not wider than a phone, so that text is not scaled down
 _LIGHT = _Theme("light", "#ffffff", "#1c1c22", "#6b6b76", "#e7e7ec", "#5450d6", "#b9bac6")
 _DARK = _Theme("dark", "#1a1b21", "#ececf1", "#9a9aa8", "#2c2d36", "#9a97ff", "#565866")
 
 
-def _select(curves: Curves, wanted: Callable[[str], bool]) -> Curves:
-    selected = {stage: {name: c for name, c in named.items() if wanted(name)} for stage, named in curves.items()}
+def _select(curves: Curves, matches: Callable[[str], bool]) -> Curves:
+    selected = {stage: {name: c for name, c in named.items() if matches(name)} for stage, named in curves.items()}
     return {stage: named for stage, named in selected.items() if named}
 
 
@@ -89,21 +89,21 @@ def _style(theme: _Theme) -> Any:
 
 
 def _draw_bars(rows: Sequence[ResultRow], theme: _Theme) -> Figure:
-    """One panel a metric: horizontal bars in the order of the table, models in the accent colour."""
+    """Draw one panel for each metric: horizontal bars in the order of the table, models in the accent colour."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.42 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        shown = [(place, row) for place, row in enumerate(rows) if name in row.metrics]
-        places = [place for place, _ in shown]
+        shown = [(index, row) for index, row in enumerate(rows) if name in row.metrics]
+        positions = [index for index, _ in shown]
         values = np.array([row.metrics[name] for _, row in shown])
         errors = np.array([row.stderr.get(name, 0.0) for _, row in shown])
         colors = [theme.neutral if row.baseline else theme.accent for _, row in shown]
-        axes.barh(places, values, height=0.62, color=colors)
-        axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=theme.text, elinewidth=1.1, capsize=2.5)
+        axes.barh(positions, values, height=0.62, color=colors)
+        axes.errorbar(values, positions, xerr=errors, fmt="none", ecolor=theme.text, elinewidth=1.1, capsize=2.5)
         reach = float((values + errors).max())
-        for place, value, error in zip(places, values, errors, strict=True):
-            axes.text(value + error + 0.02 * reach, place, f"{value:.3f}", va="center", fontsize=8.5)
+        for position, value, error in zip(positions, values, errors, strict=True):
+            axes.text(value + error + 0.02 * reach, position, f"{value:.3f}", va="center", fontsize=8.5)
         axes.set(title=metric_label(name), xlim=(0, reach * 1.18 or 1.0), xticks=[])
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
@@ -114,7 +114,7 @@ def _draw_bars(rows: Sequence[ResultRow], theme: _Theme) -> Figure:
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Centred moving average over a twentieth of the points; the window shrinks at the ends."""
+    """Return the centred moving average over a twentieth of the points; the window shrinks at the ends."""
     window = np.ones(1 + 2 * (len(values) // 40))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
@@ -142,7 +142,7 @@ def _draw_validation(axes: Axes, curve: Curve, theme: _Theme) -> None:
 
 
 def _label(name: str) -> str:
-    """`loss/items` -> `items`, `valid/recall@20` -> `Recall@20`."""
+    """Return `items` for `loss/items` and `Recall@20` for `valid/recall@20`."""
     return metric_label(name.rpartition("/")[2]) if "/" in name else "all terms"
 
 
@@ -157,7 +157,7 @@ def _draw_panel(axes: Axes, curve: Curve, draw: Draw, title: str, xlabel: str, t
 
 
 def _draw_sheet(curves: Curves, draw: Draw, theme: _Theme) -> Figure:
-    """A row of panels for each stage, a column for each logged value, a scale for each panel."""
+    """Draw a row of panels for each stage and a column for each logged value, each panel with its scale."""
     columns = list(dict.fromkeys(name for named in curves.values() for name in named))
     figure = Figure(figsize=(_WIDTH, 2.4 * len(curves)), layout="constrained")
     panels = figure.subplots(len(curves), len(columns), squeeze=False)
@@ -177,7 +177,7 @@ def _draw_single(curve: Curve, draw: Draw, title: str, stage: str, theme: _Theme
 
 
 def _png(theme: _Theme, draw: Callable[..., Figure], *arguments: Any) -> bytes:
-    """The picture that `draw(*arguments, theme)` makes."""
+    """Return the figure of `draw(*arguments, theme)` as PNG bytes."""
     buffer = BytesIO()
     with mpl.rc_context(_style(theme)):
         draw(*arguments, theme).savefig(buffer, format="png", dpi=160, facecolor=theme.surface)
@@ -185,7 +185,7 @@ def _png(theme: _Theme, draw: Callable[..., Figure], *arguments: Any) -> bytes:
 
 
 def _kinds(curves: Curves) -> list[tuple[str, Curves, Draw]]:
-    """The curves that are drawn, by kind."""
+    """Return the curves to draw, by kind."""
     return [
         ("validation", _select(curves, lambda name: name.startswith("valid/")), _draw_validation),
         ("loss", _select(curves, lambda name: name == "loss" or name.startswith("loss/")), _draw_loss),
@@ -193,7 +193,7 @@ def _kinds(curves: Curves) -> list[tuple[str, Curves, Draw]]:
 
 
 def draw_sheets(rows: Sequence[ResultRow], curves: Curves) -> dict[str, bytes]:
-    """Whole pictures for the folder of a report: `metrics`, and `loss` and `validation` where there are any."""
+    """Return PNG sheets for the folder of a report: `metrics`, and `loss` and `validation` if there are curves."""
     sheets = {"metrics": _png(_LIGHT, _draw_bars, rows)}
     for kind, selected, draw in _kinds(curves):
         if selected:
@@ -202,7 +202,7 @@ def draw_sheets(rows: Sequence[ResultRow], curves: Curves) -> dict[str, bytes]:
 
 
 def draw_panels(curves: Curves) -> list[Picture]:
-    """One picture for each validation metric and loss term of each stage."""
+    """Return one picture for each validation metric and loss term of each stage."""
     pictures = []
     for kind, selected, draw in _kinds(curves):
         for stage, named in selected.items():

@@ -1,10 +1,9 @@
-"""One self-contained HTML page that tells how good a model is, against what, and from which run.
+"""Report of an evaluation as one self-contained HTML page: metrics of a model, comparison with baselines, provenance.
 
-The page holds everything in itself, so that it can be mailed, archived or opened offline: its policy
-(Content-Security-Policy) lets it load nothing, and run no script but its own, by hash. Titles, user names and
-configuration values come from outside; the template escapes every text.
+The page can be mailed, archived or opened offline: its Content-Security-Policy forbids loading anything and allows one
+script, by hash. Titles, user names and configuration values are untrusted; the template escapes every text.
 
-What is said is worked out in `page.py`; the words and the look are in `report.html.j2`, `report.css` and `report.js`.
+`page.py` computes the content; `report.html.j2`, `report.css` and `report.js` have the text and the design.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ _TEMPLATE, _SCRIPT = "report.html.j2", "report.js"
 
 @dataclass(frozen=True)
 class Background:
-    """What a report says beside the results; a section whose part is absent is left out.
+    """Input of a report in addition to the results; a section without its data is left out.
 
     Attributes:
         run: folder or URL of the run.
-        split: that was evaluated.
-        manifest: of the corpus.
+        split: the evaluated split.
+        manifest: manifest of the corpus.
         items: item, title and popularity (training interactions) of the whole catalog, by row.
         examples: of lists.
         share_with_hit: share of all users whose lists, as long as those of the examples, hold a held-out item.
@@ -57,18 +56,18 @@ class Background:
 
 
 def write_report(folder: Path, results: Results, background: Background) -> Path:
-    """Write `results.json`, `results.md`, the pictures (PNG, light) and `report.html` into `folder`.
+    """Write `results.json`, `results.md`, the plots (PNG, light) and `report.html` into `folder`.
 
-    Values per user are read from `folder`, where the evaluation and the baselines have written them (`files.py`).
+    Metrics by user are read from `folder`, where the evaluation and the baselines wrote them (`files.py`).
 
     Args:
-        folder: made when absent; files of an earlier report are replaced.
+        folder: created if absent; files of an earlier report are replaced.
 
     Returns:
         the path of `report.html`.
 
     Raises:
-        DataError: when a training log or a file of values per user cannot be read; nothing is written then.
+        DataError: if a training log or a file of metrics by user cannot be read; nothing is written then.
     """
     curves = read_curves(background.metrics_files)
     html = _render(folder, results, background, draw_panels(curves))
@@ -113,10 +112,10 @@ def _render(folder: Path, results: Results, background: Background, pictures: Se
 
 
 def _groups(folder: Path, results: Results, background: Background) -> tuple[tuple[Group, ...], str, list[str]]:
-    """The groups of users; why there are none; and why there is no verdict."""
+    """Return the groups of users, the reason if there are none, and the reasons if there is no verdict."""
     users = per_user.read_users(folder)
     has_baselines = any(row.baseline for row in results.rows)
-    # A file that an earlier evaluation left behind says nothing about this one.
+    # A file left over from an earlier evaluation must not be used.
     baselines = per_user.read_baselines(folder) if has_baselines else None
     if users is not None and not page.is_of_evaluation(users, results.rows[0]):
         users, no_users = None, f"{per_user.USERS_FILE} is of another evaluation than these results: evaluate again."
@@ -137,39 +136,39 @@ def _groups(folder: Path, results: Results, background: Background) -> tuple[tup
 
 
 def _match(baselines: pl.DataFrame, results: Results) -> bool:
-    """True if the values per user of every baseline have the means of the table."""
+    """Return True if the metrics by user of every baseline have the means of the table."""
     rows = [row for row in results.rows if row.baseline]
     return all(page.is_of_evaluation(baselines.filter(pl.col("model") == row.name), row) for row in rows)
 
 
 def _catalog(folder: Path, results: Results, background: Background) -> tuple[CatalogSection | None, str]:
-    """The section about the catalog, or why there is none."""
+    """Return the section about the catalog, or the reason if there is none."""
     recommended = per_user.read_recommended(folder)
     if recommended is None or background.items is None or recommended["count"].sum() == 0:
         return None, f"Left out: there is no count of recommended items ({per_user.RECOMMENDED_FILE})."
     lists = {results.rows[0].name: recommended}
     names = [row.name for row in results.rows if row.baseline]
-    lists |= {name: found for name, found in per_user.read_baselines_recommended(folder).items() if name in names}
+    lists |= {name: counts for name, counts in per_user.read_baselines_recommended(folder).items() if name in names}
     return page.make_catalog(lists, background.items, results.num_users), ""
 
 
 def _left_out(results: Results, manifest: Manifest | None) -> dict[str, dict[str, str]]:
-    """Reason -> count, share and first place, as shown."""
-    found = {} if manifest is None else manifest.skipped
-    left = {}
+    """Return for each reason the count, fraction and first example as text."""
+    recorded = {} if manifest is None else manifest.skipped
+    rows = {}
     for reason, count in results.skipped.items():
-        entry = found.get(reason, LeftOut(count=count) if isinstance(count, int) else None)
+        entry = recorded.get(reason, LeftOut(count=count) if isinstance(count, int) else None)
         if entry is None:
-            left[reason] = {"count": str(count), "share": "–", "first": ""}
+            rows[reason] = {"count": str(count), "share": "–", "first": ""}
             continue
         share = f"{100 * entry.share:.3g}%" if entry.share else "–"
         first = entry.model_copy(update={"share": 0.0}).describe().strip().removeprefix("(").removesuffix(")")
-        left[reason] = {"count": f"{entry.count:,}", "share": share, "first": first}
-    return left
+        rows[reason] = {"count": f"{entry.count:,}", "share": share, "first": first}
+    return rows
 
 
 def _facts(results: Results, background: Background) -> list[tuple[str, str, str]]:
-    """Label, value and small print of what was evaluated."""
+    """Return labels, values and details of the evaluated run."""
     origin, config = results.provenance, results.config
     facts = [("Run", background.run, "")] if background.run else []
     if origin is not None:
@@ -216,18 +215,18 @@ def _commands(results: Results, background: Background) -> list[str]:
 
 
 def _best_shown(rows: Sequence[ResultRow]) -> dict[str, str]:
-    """The best of each metric as it is shown: rows that look equal are equally best."""
+    """Return the best value of each metric as text; rows that look equal are equally best."""
     names = dict.fromkeys(name for row in rows for name in row.metrics)
     return {name: f"{max(row.metrics[name] for row in rows if name in row.metrics):.4f}" for name in names}
 
 
 def _bins_reach(bins: Sequence[LengthBin]) -> float:
-    """The longest bar of a group of bins."""
+    """Return the value of the longest bar in a group of bins."""
     return max([bin.model.value for bin in bins] + [bin.baseline.value for bin in bins if bin.baseline]) or 1.0
 
 
 def _tests_reach(rivals: Sequence[Rival]) -> float:
-    """The largest distance of an interval's end from zero."""
+    """Return the largest distance of an interval's end from zero."""
     ends = [abs(end) for rival in rivals for end in (rival.test.low, rival.test.high) if end is not None]
     return max(ends, default=0.0) or 1.0
 
@@ -248,7 +247,7 @@ def _environment() -> Environment:
 
 
 def _script_hash(environment: Environment) -> str:
-    """What the page's policy knows its one script by."""
+    """Return the hash of the page's script for its Content-Security-Policy."""
     assert environment.loader is not None
     script = environment.get_template(_SCRIPT).render()
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""What one evaluation found: `results.json`, and the same as a Markdown table."""
+"""Results of one evaluation: `results.json` and a Markdown table."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cllm4rec_dist.config import StrictModel
 
 
 def metric_label(name: str) -> str:
-    """`recall@20` -> `Recall@20`, `ndcg@100` -> `NDCG@100`."""
+    """Return `Recall@20` for `recall@20` and `NDCG@100` for `ndcg@100`."""
     return name.replace("recall", "Recall").replace("ndcg", "NDCG")
 
 
 class Provenance(StrictModel):
-    """Which model was evaluated, when and on what."""
+    """The evaluated model, and time and hardware of the evaluation."""
 
     date: str
     """When the evaluation ended, ISO 8601 in UTC, to the second."""
@@ -28,74 +28,74 @@ class Provenance(StrictModel):
     stage: str
     """pretrain or finetune."""
     best_metric: str | None = None
-    """Validation metric that the best checkpoint was chosen by; None where the run never validated."""
+    """Validation metric that selected the best checkpoint; None if the run never validated."""
     best_value: FiniteFloat | None = None
-    """Its value."""
+    """Best value of that metric."""
     best_step: int | None = None
-    """The step that it was reached at; another one than `step` where a checkpoint was chosen by hand."""
+    """Step of the best value; differs from `step` if another checkpoint was given."""
     num_trained: int
     """Trained parameters: embeddings, adapters or the whole backbone, head."""
     num_frozen: int
     """Frozen parameters."""
     device: str
-    """The kind of GPU, or `CPU`, of the evaluation."""
+    """Name of the GPU, or `CPU`, of the evaluation."""
     num_ranks: PositiveInt
-    """Ranks of the evaluation."""
+    """Number of ranks of the evaluation."""
     num_training_ranks: PositiveInt
-    """Ranks that wrote the checkpoint."""
+    """Number of ranks that wrote the checkpoint."""
 
 
 class ResultRow(StrictModel):
     """One line of the table: a model or a baseline."""
 
     name: str
-    """Name as it is shown."""
+    """Name shown in tables."""
     metrics: dict[str, FiniteFloat]
     """Mean of every metric over users."""
     stderr: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Standard error of every metric."""
     chosen: dict[str, float | str] = Field(default_factory=dict)
-    """Hyper-parameters that validation chose."""
+    """Hyper-parameters that validation selected."""
     baseline: bool = False
-    """Whether this is what the model is compared against."""
+    """True for a baseline."""
 
 
 class GroupResults(StrictModel):
-    """The same table over a group of users."""
+    """Results over one group of users."""
 
     group: Literal["known", "new"]
-    """Users who have a row, or who have none."""
+    """Users with a row, or without one."""
     num_users: PositiveInt
-    """Users evaluated."""
+    """Number of evaluated users."""
     rows: tuple[ResultRow, ...] = Field(min_length=1)
-    """Models and baselines in the order of the whole table."""
+    """Models and baselines, in the order of `Results.rows`."""
 
 
 class Results(StrictModel):
-    """What one evaluation found; `results.json` is this, as JSON."""
+    """Contents of `results.json`."""
 
     schema_version: Literal[1] = 1
-    """Version of this layout."""
+    """Version of this file's format."""
     dataset: str
     """Name of the data set."""
     rows: tuple[ResultRow, ...] = Field(min_length=1)
     """Models and baselines over all users; the first row gives the order of the metrics."""
     groups: tuple[GroupResults, ...] = ()
-    """The same for known and for new users, where there are both."""
+    """Results for known and for new users, if there are both."""
     num_users: PositiveInt
-    """Users evaluated."""
+    """Number of evaluated users."""
     seconds: NonNegativeFloat
     """Wall time of the evaluation."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Resolved configuration of the run."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
-    """Name -> fingerprint of the checkpoint, corpus and tokenizer."""
+    """Name -> fingerprint of backbone, corpus and tokenizer."""
     skipped: dict[str, int | str] = Field(default_factory=dict)
-    """Reason -> how much data was left out for it."""
+    """Reason -> amount of data that was left out for it."""
     provenance: Provenance | None = None
-    """Which model this is about; None where an earlier version wrote the evaluation."""
+    """The evaluated model; None if an earlier version wrote the evaluation."""
     notes: tuple[str, ...] = ()
-    """What a reader must know before comparing the model's figures, such as a leak."""
+    """Caveats for comparing the model's metrics, such as a leak."""
 
     @property
     def metric_names(self) -> list[str]:
@@ -104,7 +104,7 @@ class Results(StrictModel):
 
 @dataclass(frozen=True)
 class RecommendedItem:
-    """A recommended title and whether the user took the item in the held-out data."""
+    """Title of a recommended item; `hit` is True if it is a held-out item of the user."""
 
     title: str
     hit: bool = False
@@ -112,7 +112,7 @@ class RecommendedItem:
 
 @dataclass(frozen=True)
 class ExampleRecommendation:
-    """What a user had (titles), what the model recommends, best first, and how many items were held out."""
+    """Titles of a user's history, the model's recommendations, best first, and the number of held-out items."""
 
     user: str
     history: Sequence[str]
@@ -121,21 +121,21 @@ class ExampleRecommendation:
 
 
 def _best_values(rows: Sequence[ResultRow], metric_names: Sequence[str]) -> dict[str, float]:
-    """The best of each metric, rounded as shown: rows that look equal are equally best."""
+    """Return the best value of each metric, rounded as shown: rows that look equal are equally best."""
     return {name: max(round(row.metrics[name], 4) for row in rows if name in row.metrics) for name in metric_names}
 
 
 def markdown_table(results: Results) -> str:
-    """Models as rows, metrics as columns, `mean ± standard error`, the best of each column in bold; notes below.
+    """Format a table with models as rows and metrics as columns, `mean ± standard error`, the best in bold; then notes.
 
-    Where there are groups of users, a table of each follows that of all.
+    If there are groups of users, their tables follow that of all users.
     """
     table = _table(results.rows, results.metric_names)
     if results.groups:
         table = f"**All users** ({results.num_users:,})\n\n{table}"
-    for found in results.groups:
-        table += f"\n**{found.group.capitalize()} users** ({found.num_users:,})\n\n"
-        table += _table(found.rows, results.metric_names)
+    for group in results.groups:
+        table += f"\n**{group.group.capitalize()} users** ({group.num_users:,})\n\n"
+        table += _table(group.rows, results.metric_names)
     return table + "".join(f"\n**{note}**\n" for note in results.notes)
 
 

@@ -15,19 +15,19 @@ Verdict = Literal["ahead", "level", "behind", "too few users"]
 
 CONFIDENCE = 0.95
 MIN_USERS = 20
-"""With fewer users no verdict is given: a t interval of a handful of skewed differences promises more than it holds."""
+"""Fewer users give no verdict, because a t interval of a few skewed differences is unreliable."""
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A paired t-test of two models over the same users.
+    """Paired t-test of two models over the same users.
 
     Attributes:
         num_users: n pairs.
-        difference: mean of the differences, the first model minus the second; None for n = 0.
+        difference: mean of the differences, first model minus second; None for n = 0.
         low, high: confidence interval of the mean difference at `CONFIDENCE`; None for n < 2.
         p_value: two-sided; None for n < 2.
-        verdict: ahead or behind where the interval excludes zero, level where it does not.
+        verdict: ahead or behind if the interval excludes zero, level if it does not.
     """
 
     num_users: int
@@ -39,9 +39,9 @@ class PairedTest:
 
 
 def paired_test(first: FloatArray, second: FloatArray) -> PairedTest:
-    """Compare two models by their values [n] for the same users, in the same order.
+    """Test two models by their values [n] for the same users, in the same order.
 
-    A pair with a value that is not finite is left out.
+    A pair with a value that is not finite is excluded.
     """
     assert first.shape == second.shape, "both models need one value for each user"
     both = np.isfinite(first) & np.isfinite(second)
@@ -72,7 +72,7 @@ def _verdict(num_users: int, low: float, high: float) -> Verdict:
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of `num_users` values and its standard error (standard deviation / sqrt(n), as `metrics.py` has it)."""
+    """Mean of `num_users` values and its standard error (standard deviation / sqrt(n), as in `metrics.py`)."""
 
     num_users: int
     value: float
@@ -80,7 +80,7 @@ class Mean:
 
 
 def mean_of(values: FloatArray) -> Mean | None:
-    """Mean of the finite values [n]; None where there is none."""
+    """Return the mean of the finite values of `values` [n]; None if there are none."""
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return None
@@ -88,14 +88,14 @@ def mean_of(values: FloatArray) -> Mean | None:
 
 
 def length_bins(lengths: IntArray, num_bins: int = 5) -> list[tuple[int, int]]:
-    """Ranges (first, last) of history lengths, both inclusive, of about equally many users each.
+    """Split history lengths into ranges (first, last), both inclusive, with about the same number of users.
 
     Args:
         lengths: [n] history lengths.
-        num_bins: at most so many ranges; fewer where many users have the same length.
+        num_bins: maximum number of ranges; there are fewer if many users have the same length.
 
     Returns:
-        ranges in rising order that cover every length once; empty for n = 0.
+        ascending ranges that cover every length once; empty for n = 0.
     """
     if len(lengths) == 0:
         return []

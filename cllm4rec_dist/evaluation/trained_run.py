@@ -2,8 +2,8 @@
 
 A run is loaded in this process alone where that will do (`load_local`), else on all ranks (`load_sharded`). Checkpoints
 record the paths of their corpus and backbone; when a run has moved to another machine, other paths may be given, and
-the fingerprints in the checkpoint decide whether they are the right ones (`checkpoint.require_same_fingerprints`). A run
-of a project finds them in that project first, so that a copy of a project does not read what the original has become.
+the fingerprints in the checkpoint decide whether they are the right ones (`require_same_fingerprints`). A run of a
+project finds them in that project first, so that a copy of a project does not read what the original has become.
 """
 
 from __future__ import annotations

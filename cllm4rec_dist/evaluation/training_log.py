@@ -1,4 +1,4 @@
-"""What a run's `metrics.jsonl` tells afterwards: curves and how long the training took."""
+"""Curves and training time from a run's `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cllm4rec_dist.errors import DataError
 
 Curve = tuple[list[int], list[float]]
 Curves = dict[str, dict[str, Curve]]
-"""stage -> name of the logged value -> (steps, values), steps ascending."""
+"""Stage -> name of the logged value -> (steps, values), steps ascending."""
 
 PAUSE_SECONDS = 3600.0
-"""A longer gap between two lines is a run that was interrupted and resumed later, not training."""
+"""A longer gap between two lines is not training: the run was interrupted and resumed later."""
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -26,15 +26,15 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError("metrics file", str(path), f"cannot be read ({error})", "Give the log of a run.") from error
     lines = text.split("\n")
-    # A run that is killed while it writes leaves a last line without its end: it was never logged.
+    # A run that is killed while it writes leaves an incomplete last line, which is ignored.
     entries = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for line_number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
             int(entry["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"{path} line {number}", line[:80], "must be a JSON object with a step", "Remove the line."
+                f"{path} line {line_number}", line[:80], "must be a JSON object with a step", "Remove the line."
             ) from error
         entries.append(entry)
     return entries
@@ -43,8 +43,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def read_curves(metrics_files: Sequence[Path]) -> Curves:
     """Read JSON-lines training logs into curves.
 
-    A line without a `stage` belongs to the stage before it. A step that was logged twice (a resumed run repeats the
-    steps after its checkpoint) keeps the later value. Values that are not finite numbers are left out.
+    A line without a `stage` belongs to the stage of the line before. A step that was logged twice (a resumed run
+    repeats the steps after its checkpoint) keeps the later value. Values that are not finite numbers are ignored.
 
     Raises:
         DataError: names the file and line that cannot be read.
@@ -64,9 +64,9 @@ def read_curves(metrics_files: Sequence[Path]) -> Curves:
 
 
 def training_seconds(metrics_files: Sequence[Path]) -> dict[str, float]:
-    """Seconds between the first and the last line of each stage, without gaps longer than `PAUSE_SECONDS`.
+    """Return the seconds from the first to the last line of each stage, without gaps longer than `PAUSE_SECONDS`.
 
-    A stage whose lines carry no time, or that has a single line, is left out.
+    A stage with fewer than two lines that have a time is left out.
 
     Raises:
         DataError: as `read_curves`.

@@ -1,4 +1,4 @@
-"""A small evaluation on disk: per-user values of a model and two baselines, and the results that they have."""
+"""A small evaluation on disk: metrics by user of a model and two baselines, and their results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cllm4rec_dist.evaluation.results import ResultRow, Results
 
 METRICS = ["recall@20", "ndcg@100"]
 OFFSETS: Mapping[str, float] = {"CLLM4Rec": 0.1, "Popularity": -0.3, "EASE": 0.0}
-"""Name -> how much better than EASE for every user, but for noise."""
+"""Name -> difference from EASE for every user, without noise."""
 
 
 def make_values(
     num_users: int = 60, num_new: int = 0, offsets: Mapping[str, float] = OFFSETS
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """`users.parquet` and `baselines.parquet`; the last `num_new` users are new."""
+    """Make the tables of `users.parquet` and `baselines.parquet`; the last `num_new` users are new."""
     rng = np.random.default_rng(0)
     ease = rng.uniform(0.3, 0.9, num_users)
     values = {
@@ -39,18 +39,18 @@ def make_values(
 
 
 def results_of(users: pl.DataFrame, baselines: pl.DataFrame | None) -> Results:
-    """The table of these values."""
+    """Compute the results of these values."""
     frames = {"CLLM4Rec": users}
     if baselines is not None:
         frames |= {str(name): frame for (name,), frame in baselines.group_by("model", maintain_order=True)}
     rows = []
     for name, frame in frames.items():
-        found = means(frame, METRICS)
+        averages = means(frame, METRICS)
         rows.append(
             ResultRow(
                 name=name,
-                metrics={metric: mean.value for metric, mean in found.items()},
-                stderr={metric: mean.stderr for metric, mean in found.items()},
+                metrics={metric: mean.value for metric, mean in averages.items()},
+                stderr={metric: mean.stderr for metric, mean in averages.items()},
                 baseline=name != "CLLM4Rec",
             )
         )
@@ -58,7 +58,7 @@ def results_of(users: pl.DataFrame, baselines: pl.DataFrame | None) -> Results:
 
 
 def write_values(folder: Path, users: pl.DataFrame, baselines: pl.DataFrame | None) -> None:
-    """Into the folder of an evaluation, with counts of recommended items."""
+    """Write the values into the folder of an evaluation, with counts of recommended items."""
     folder.mkdir(parents=True, exist_ok=True)
     users.write_parquet(folder / USERS_FILE)
     if baselines is not None:
@@ -67,6 +67,6 @@ def write_values(folder: Path, users: pl.DataFrame, baselines: pl.DataFrame | No
 
 
 def make_items() -> pl.DataFrame:
-    """A catalog of twenty items."""
+    """Make a catalog of twenty items."""
     titles = [f"Title {row}" for row in range(20)]
     return pl.DataFrame({"item": [f"i{row}" for row in range(20)], "title": titles, "popularity": range(20, 0, -1)})

@@ -1,4 +1,4 @@
-"""Baselines against dense formulas, and the rules of tuning and ranking."""
+"""Baselines compared with dense formulas; tuning and ranking."""
 
 import logging
 import re
@@ -10,8 +10,9 @@ from implicit.cpu.als import AlternatingLeastSquares
 
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.evaluation import baselines
-from cllm4rec_dist.evaluation.baselines import BaselineConfig, SplitData, run_baselines, top_rows
+from cllm4rec_dist.evaluation import baselines, ease
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData
+from cllm4rec_dist.evaluation.baselines import run_baselines, top_items
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
 
 METRICS = ["recall@5", "ndcg@10"]
@@ -31,7 +32,7 @@ def data() -> SplitData:
     interactions = rng.random((num_users, num_items)) < np.where(same_group, 0.5, 0.05)
     part = rng.choice(3, p=[0.7, 0.15, 0.15], size=interactions.shape)
     texts = [f"{'even' if item % 2 == 0 else 'odd'} thing {item}" for item in range(num_items)]
-    return SplitData(*(csr(interactions & (part == number)) for number in range(3)), texts)
+    return SplitData(*(csr(interactions & (part == index)) for index in range(3)), texts)
 
 
 def slow_ranking(scores: np.ndarray, num_ranked: int) -> np.ndarray:
@@ -39,11 +40,11 @@ def slow_ranking(scores: np.ndarray, num_ranked: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_ranked", [1, 7, 50])
-def test_top_rows_breaks_ties_by_the_lower_row(num_ranked):
+def test_top_items_breaks_ties_by_the_lower_row(num_ranked):
     scores = np.random.default_rng(0).integers(0, 4, size=(20, 50)).astype(np.float32)
     scores[3] = -np.inf
     scores[4, 5:] = -np.inf
-    np.testing.assert_array_equal(top_rows(scores, num_ranked), slow_ranking(scores, num_ranked))
+    np.testing.assert_array_equal(top_items(scores, num_ranked), slow_ranking(scores, num_ranked))
 
 
 def expected_metrics(data: SplitData, scores: np.ndarray) -> dict[str, float]:
@@ -60,11 +61,11 @@ def dense_ease(gram: np.ndarray, l2: float) -> np.ndarray:
 
 @pytest.mark.parametrize("block_rows", [7, 1024])
 def test_ease_weights_equal_the_closed_form(data, monkeypatch, block_rows):
-    monkeypatch.setattr(baselines, "_GRAM_BLOCK_ROWS", block_rows)
-    gram = baselines._gram(data.train)
+    monkeypatch.setattr(ease, "_BLOCK_ROWS", block_rows)
+    gram = ease.gram_matrix(data.train)
     dense = data.train.toarray()
     np.testing.assert_array_equal(gram, dense.T @ dense)
-    np.testing.assert_allclose(baselines._ease_weights(gram.copy(), 3.0), dense_ease(gram, 3.0), rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(ease.ease_weights(gram.copy(), 3.0), dense_ease(gram, 3.0), rtol=2e-4, atol=1e-5)
 
 
 def test_results_equal_dense_formulas(data, monkeypatch):
@@ -75,14 +76,14 @@ def test_results_equal_dense_formulas(data, monkeypatch):
         title_ease_lambdas=(5.0,),
         title_ease_alphas=(2.0,),
     )
-    popularity, ease, titles = run_baselines(data, METRICS, config)
+    popularity, linear, titles = run_baselines(data, METRICS, config)
     train = data.train.toarray()
-    features = baselines._text_features(data.item_texts).toarray()
+    features = ease.text_features(data.item_texts).toarray()
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, rtol=1e-6)
     counts = np.tile(train.sum(axis=0), (80, 1))
     assert popularity.metrics == pytest.approx(expected_metrics(data, counts))
     gram = train.T @ train
-    assert ease.metrics == pytest.approx(expected_metrics(data, train @ dense_ease(gram, 5.0)))
+    assert linear.metrics == pytest.approx(expected_metrics(data, train @ dense_ease(gram, 5.0)))
     stacked = dense_ease(gram + 2.0 * features @ features.T, 5.0)
     assert titles.metrics == pytest.approx(expected_metrics(data, train @ stacked))
     assert titles.chosen == {"alpha": 2.0, "lambda": 5.0}
@@ -91,7 +92,7 @@ def test_results_equal_dense_formulas(data, monkeypatch):
 
 @pytest.fixture(scope="module")
 def with_new(data: SplitData) -> SplitData:
-    """The first 60 users are trained on, the last 20 are new: half of them for validation, half for the test."""
+    """Make a split of 60 trained users and 20 new ones, of whom half are for validation and half for test."""
     known, new = np.arange(60), np.arange(60, 80)
     valid, test = data.valid + data.test, data.valid + data.test
     is_valid = sp.diags(np.where(np.arange(80) < 60, 1.0, np.arange(80) < 70)).astype(np.float32)
@@ -111,7 +112,7 @@ def test_new_users_are_ranked_from_their_histories_and_nothing_is_fitted_on_them
         ials_alphas=(alpha,),
         num_threads=1,
     )
-    popularity, ease, ials = run_baselines(with_new, METRICS, config)
+    popularity, linear, ials = run_baselines(with_new, METRICS, config)
     train, histories = with_new.train.toarray(), with_new.histories.toarray()
     assert histories.shape == (80, 30)
     model = AlternatingLeastSquares(
@@ -132,12 +133,12 @@ def test_new_users_are_ranked_from_their_histories_and_nothing_is_fitted_on_them
     }
     tested = np.flatnonzero(with_new.test.getnnz(axis=1))
     assert (tested >= 60).sum() > 5
-    for found in (popularity, ease, ials):
-        left = np.where(histories > 0, -np.inf, scores[found.name])
-        wanted = user_metrics(slow_ranking(left, 10), with_new.test, METRICS)[tested]
-        np.testing.assert_allclose(found.values, wanted, atol=1e-6)
-        assert found.num_users == len(tested)
-        assert found.metrics == pytest.approx(dict(zip(METRICS, wanted.mean(axis=0), strict=True)))
+    for result in (popularity, linear, ials):
+        unseen = np.where(histories > 0, -np.inf, scores[result.name])
+        expected = user_metrics(slow_ranking(unseen, 10), with_new.test, METRICS)[tested]
+        np.testing.assert_allclose(result.values, expected, atol=1e-6)
+        assert result.num_users == len(tested)
+        assert result.metrics == pytest.approx(dict(zip(METRICS, expected.mean(axis=0), strict=True)))
 
 
 def test_new_users_take_part_in_the_choice_of_settings(with_new: SplitData) -> None:
@@ -147,10 +148,10 @@ def test_new_users_take_part_in_the_choice_of_settings(with_new: SplitData) -> N
     train, histories = with_new.train.toarray(), with_new.histories.toarray()
     values = []
     for l2 in grid:
-        left = np.where(histories > 0, -np.inf, histories @ dense_ease(train.T @ train, l2))
-        found = user_metrics(slow_ranking(left, 30), with_new.valid, ["ndcg@100"])
-        assert np.isfinite(found[60:70]).any()
-        values.append(mean_metrics(found, ["ndcg@100"]).mean["ndcg@100"])
+        unseen = np.where(histories > 0, -np.inf, histories @ dense_ease(train.T @ train, l2))
+        metrics = user_metrics(slow_ranking(unseen, 30), with_new.valid, ["ndcg@100"])
+        assert np.isfinite(metrics[60:70]).any()
+        values.append(mean_metrics(metrics, ["ndcg@100"]).mean["ndcg@100"])
     assert tuned.chosen == {"lambda": grid[int(np.argmax(values))]}
 
 
@@ -192,10 +193,10 @@ def test_validation_chooses_the_lambda(data):
 def test_each_baseline_is_one_line_with_its_settings_and_seconds(data, caplog):
     config = BaselineConfig(names=("popularity", "ease"), ease_lambdas=(1.0, 20.0, 1e4))
     with caplog.at_level(logging.INFO):
-        _, ease = run_baselines(data, METRICS, config)
+        _, linear = run_baselines(data, METRICS, config)
     first, second = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(r"baseline Popularity: validation ndcg@100 0\.\d{4}; settings tried: 1, in \d+\.\d s", first)
-    assert second.startswith(f"baseline EASE (lambda {ease.chosen['lambda']:g}): validation ndcg@100 0.")
+    assert second.startswith(f"baseline EASE (lambda {linear.chosen['lambda']:g}): validation ndcg@100 0.")
     assert "; settings tried: 3, in " in second
 
 
@@ -209,7 +210,7 @@ def test_items_without_words_leave_the_title_baseline_out(data, caplog):
 
 def test_a_catalog_too_large_is_refused_with_the_memory_it_needs(data):
     config = BaselineConfig(names=("ease",), max_dense_gib=1e-6)
-    with pytest.raises(ConfigError, match=r"max_dense_gib.*must be at least .* 30 x 30 .*take ease and title_ease out"):
+    with pytest.raises(ConfigError, match=r"max_dense_gib.*must be at least .* 30 x 30 .*remove ease and title_ease"):
         run_baselines(data, METRICS, config)
 
 

@@ -1,4 +1,4 @@
-"""From the files of an evaluation to the report beside baselines."""
+"""Reports with baselines from the files of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation import comparison
-from cllm4rec_dist.evaluation.baselines import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.per_user import read_baselines, read_baselines_recommended
@@ -30,7 +30,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def write_evaluation(folder: Path, corpus: Corpus, url: str) -> int:
-    """What the ranks of `evaluate` would have written, with made-up values; returns the number of users."""
+    """Write the files of `evaluate` with made-up values. Returns the number of users."""
     users = HeldOutUsers.of(corpus, "test")
     values = np.random.default_rng(0).random((len(users), 2))
     result = vars(mean_metrics(values, METRICS))
@@ -83,9 +83,9 @@ def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus
 
 def test_a_run_below_the_current_folder_is_named_by_its_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert comparison._as_seen_from_here(str(tmp_path / "runs" / "a")) == "runs/a"
-    assert comparison._as_seen_from_here("/elsewhere/a") == "/elsewhere/a"
-    assert comparison._as_seen_from_here("s3://bucket/a") == "s3://bucket/a"
+    assert comparison._relative_path(str(tmp_path / "runs" / "a")) == "runs/a"
+    assert comparison._relative_path("/elsewhere/a") == "/elsewhere/a"
+    assert comparison._relative_path("s3://bucket/a") == "s3://bucket/a"
 
 
 def test_a_folder_without_an_evaluation_is_refused(tmp_path):

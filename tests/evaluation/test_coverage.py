@@ -1,4 +1,4 @@
-"""Coverage, popularity and concentration of lists, by hand."""
+"""Coverage, popularity and concentration of lists, compared with values computed by hand."""
 
 import numpy as np
 import pytest

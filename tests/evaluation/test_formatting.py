@@ -49,9 +49,9 @@ def test_backbones_are_named_by_hub_id_or_folder():
     assert {given: formatting.backbone_name(given) for given in names} == names
 
 
-def test_metrics_and_splits_in_plain_words():
+def test_explanations_of_metrics_and_splits():
     assert "in the list of 20" in formatting.meaning("recall@20")
-    assert "to place 100" in formatting.meaning("ndcg@100")
+    assert "to rank 100" in formatting.meaning("ndcg@100")
     assert formatting.split_text(LastSplit(kind="last")) == "last in time: 1 item for the test, 1 for validation"
     random = formatting.split_text(RandomSplit(test=0.2))
     assert random == "random: 20% of a user's items for the test, 10% for validation"

@@ -1,4 +1,4 @@
-"""An evaluation of known and new users: the same on any number of ranks, and what its files say."""
+"""Evaluation of known and new users: the same on any number of ranks, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def evaluated(world: World, folder: str, output: str, split: str, options: dict[
 
 
 def lists(world: World, folder: str, split: str, without_rows: bool) -> dict[str, list[int]]:
-    """The list of every user, ranked one at a time."""
+    """Rank the catalog for each user separately; returns the list of each."""
     system, _ = load(folder, world)
     users = HeldOutUsers.of(system.corpus, split)
-    found = []
+    ranked = []
     for index in range(len(users)):
         row = np.array([-1 if without_rows else users.rows[index]])
         history = users.histories.take([index])
         (ranking,) = rank_users(system, row, history, 60, 1, seen=history)
-        found.append(ranking.items[0][np.isfinite(ranking.scores[0])].tolist())
-    return dict(zip(users.ids(system.corpus), found, strict=True))
+        ranked.append(ranking.items[0][np.isfinite(ranking.scores[0])].tolist())
+    return dict(zip(users.ids(system.corpus), ranked, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_values_of_users_are_those_of_their_lists_on_any_number_of_ranks(
 ) -> None:
     folder, corpus = str(trained[0] / "run"), Corpus.open(trained[1])
     users = HeldOutUsers.of(corpus, "test")
-    (wanted,) = run_ranks(1, lists, folder, "test", without_rows)
+    (expected,) = run_ranks(1, lists, folder, "test", without_rows)
     counts = np.zeros(corpus.num_items, int)
     for size in (1, 3):
         output = tmp_path / str(size)
@@ -85,7 +85,7 @@ def test_values_of_users_are_those_of_their_lists_on_any_number_of_ranks(
         assert table["user"].to_list() == users.ids(corpus)
         counts[:] = 0
         for index, (user, _, length, *values) in enumerate(table.iter_rows()):
-            items = wanted[user]
+            items = expected[user]
             assert length == len(users.histories[index])
             assert set(users.histories[index]).isdisjoint(items)
             exact = user_metrics(np.array([items]), users.held_out.take([index]), METRICS)[0]
@@ -95,19 +95,19 @@ def test_values_of_users_are_those_of_their_lists_on_any_number_of_ranks(
         names = corpus.items()["item"].to_pylist()
         assert dict(recommended.iter_rows()) == {names[i]: int(n) for i, n in enumerate(counts) if n}
 
-        told = json.loads((output / "evaluation.json").read_text())
-        assert told["num_users"] == 28
+        content = json.loads((output / "evaluation.json").read_text())
+        assert content["num_users"] == 28
         for name in METRICS:
-            assert told["mean"][name] == pytest.approx(table[name].mean())
+            assert content["mean"][name] == pytest.approx(table[name].mean())
             for group in ("known", "new"):
                 part = table.filter(pl.col("group") == group)
-                assert told["groups"][group]["mean"][name] == pytest.approx(part[name].mean())
-                assert told["groups"][group]["num_users"] == len(part)
-        assert any("without their rows" in note for note in told["notes"]) == without_rows
+                assert content["groups"][group]["mean"][name] == pytest.approx(part[name].mean())
+                assert content["groups"][group]["num_users"] == len(part)
+        assert any("without their rows" in note for note in content["notes"]) == without_rows
 
 
 @pytest.mark.slow
-def test_rows_matter_to_known_users_alone(trained: Made) -> None:
+def test_rows_matter_only_to_known_users(trained: Made) -> None:
     folder = str(trained[0] / "run")
     ((with_rows, without),) = run_ranks(1, both_lists, folder)
     differs = {user for user, items in with_rows.items() if items != without[user]}
@@ -123,16 +123,16 @@ def both_lists(world: World, folder: str) -> tuple[dict[str, list[int]], dict[st
 def test_validation_while_training_counts_known_and_new_users_once_each(trained: Made, tmp_path: Path) -> None:
     folder = trained[0] / "run"
     run_ranks(2, evaluated, str(folder), str(tmp_path), "valid", {})
-    told = json.loads((tmp_path / "evaluation.json").read_text())
-    assert told["num_users"] == 28
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["num_users"] == 28
     logged = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     (validated,) = [line for line in logged if "valid/recall@5" in line]
     for name in METRICS:
-        assert validated[f"valid/{name}"] == pytest.approx(told["mean"][name], abs=1e-6)
+        assert validated[f"valid/{name}"] == pytest.approx(content["mean"][name], abs=1e-6)
 
 
 @pytest.mark.slow
-def test_the_table_shows_known_and_new_users_beside_baselines(trained: Made, tmp_path: Path) -> None:
+def test_the_table_compares_known_and_new_users_with_baselines(trained: Made, tmp_path: Path) -> None:
     run_ranks(1, evaluated, str(trained[0] / "run"), str(tmp_path), "test", {"baselines": True})
     text = compare(tmp_path, METRICS, with_baselines=True, seconds=1.0)
     for title in ("**All users** (28)", "**Known users** (23)", "**New users** (5)"):
@@ -143,10 +143,10 @@ def test_the_table_shows_known_and_new_users_beside_baselines(trained: Made, tmp
     users = pl.read_parquet(tmp_path / "users.parquet")
     assert values.columns == ["model", "user", "group", *METRICS]
     for row in results["rows"][1:]:
-        own = values.filter(pl.col("model") == row["name"])
-        assert own.select("user", "group").equals(users.select("user", "group"))
+        table = values.filter(pl.col("model") == row["name"])
+        assert table.select("user", "group").equals(users.select("user", "group"))
         for name in METRICS:
-            assert row["metrics"][name] == pytest.approx(own[name].mean())
+            assert row["metrics"][name] == pytest.approx(table[name].mean())
     assert [group["group"] for group in results["groups"]] == ["known", "new"]
     for group in results["groups"]:
         for row in group["rows"]:
@@ -154,6 +154,6 @@ def test_the_table_shows_known_and_new_users_beside_baselines(trained: Made, tmp
             part = table.filter(pl.col("group") == group["group"])
             assert group["num_users"] == len(part)
             assert row["metrics"]["ndcg@10"] == pytest.approx(part["ndcg@10"].mean())
-    # Values of baselines of another evaluation are not left beside this one.
+    # Baseline files of an earlier evaluation are removed.
     run_ranks(1, evaluated, str(trained[0] / "run"), str(tmp_path), "valid", {})
     assert not (tmp_path / "baselines.parquet").exists()

@@ -1,4 +1,4 @@
-"""Metrics against hand-written loops over users."""
+"""Metrics compared with plain loops over users."""
 
 import math
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ def loop_metric(name: str, ranked: list[int], held: set[int]) -> float:
     best = min(cutoff, len(held))
     if kind == "recall":
         return sum(item in held for item in ranked[:cutoff]) / best
-    gain = sum(1 / math.log2(place + 2) for place, item in enumerate(ranked[:cutoff]) if item in held)
-    return gain / sum(1 / math.log2(place + 2) for place in range(best))
+    gain = sum(1 / math.log2(rank + 2) for rank, item in enumerate(ranked[:cutoff]) if item in held)
+    return gain / sum(1 / math.log2(rank + 2) for rank in range(best))
 
 
 def evaluate_topk(topk, heldout, metrics, **options) -> MetricResult:

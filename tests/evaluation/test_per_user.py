@@ -1,4 +1,4 @@
-"""Pairing of per-user values, by hand."""
+"""Pairing of metrics by user, compared with values computed by hand."""
 
 import numpy as np
 import polars as pl
@@ -27,7 +27,7 @@ def users() -> pl.DataFrame:
 
 @pytest.fixture
 def baselines() -> pl.DataFrame:
-    """In another order than the users, with one whom the model does not have and one of whom it has another group."""
+    """Make baselines with users in another order, one that the model lacks and one in another group."""
     return pl.DataFrame(
         {
             "model": ["EASE"] * 4 + ["iALS"] * 2,

@@ -1,4 +1,4 @@
-"""The table and the page, from small hand-made results."""
+"""The Markdown table and the report page of small made-up results."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def make_manifest(skipped: dict[str, LeftOut]) -> Manifest:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, one line a text, without scripts and styles."""
+    """Return the visible text of a page, one line for each element, without scripts and styles."""
 
     class Reader(HTMLParser):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Paired tests and bins against numbers worked out by hand and against scipy."""
+"""Paired tests and bins compared with values computed by hand and with scipy."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Exact top-K over row shards equals a stable sort of the whole score matrix."""
+"""Exact top-K over row shards compared with a stable sort of the whole score matrix."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ KINDS = ["distinct", "ties", "equal"]
 
 
 def case(size: int, kind: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Every rank's queries, all rows, and every rank's seen pairs.
+    """Return every rank's queries, all rows, and every rank's seen pairs.
 
-    `ties`: scores are small whole numbers, so that most of them come several times. `equal`: all scores are equal.
+    `ties`: scores are small integers, so that most of them are repeated. `equal`: all scores are equal.
     """
     random = torch.Generator().manual_seed(size)
     counts = USERS[size]
     queries = torch.randn(sum(counts), WIDTH, generator=random, dtype=torch.float64)
     rows = torch.randn(NUM_ITEMS, WIDTH, generator=random, dtype=torch.float64)
-    if kind != "distinct":  # products of whole numbers are exact in any order of summation
+    if kind != "distinct":  # sums of integers are exact in any order
         queries, rows = queries.round().clamp(-1, 1), rows.round().clamp(-1, 1)
     if kind == "equal":
         rows = rows[:1].expand(NUM_ITEMS, -1).contiguous()
     seen = []
     for rank, count in enumerate(counts):
-        # The first user has seen much, the second one nothing.
+        # The first user has seen many items, the second one none.
         pairs = [(user, row) for user in range(count) for row in range(rank, NUM_ITEMS, 2 + user) if user != 1]
         seen.append(torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
     return list(queries.split(counts)), rows, seen
@@ -44,15 +44,15 @@ def case(size: int, kind: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
 def ranked(world: World) -> dict[str, tuple[Tensor, Tensor]]:
     partition = RowPartition(NUM_ITEMS, world.size)
     start, stop = partition.range(world.rank)
-    found = {}
+    results = {}
     for kind in KINDS:
         queries, rows, seen = case(world.size, kind)
         for cutoff in CUTOFFS:
             for max_logits in MAX_LOGITS:
-                found[f"{kind}-{cutoff}-{max_logits}"] = sharded_topk(
+                results[f"{kind}-{cutoff}-{max_logits}"] = sharded_topk(
                     queries[world.rank], rows[start:stop], cutoff, seen[world.rank], partition, world, max_logits
                 )
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def ranks() -> dict[int, list[dict[str, tuple[Tensor, Tensor]]]]:
     return {size: run_ranks(size, ranked) for size in WORLDS}
 
 
-def wanted(queries: Tensor, rows: Tensor, seen: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
-    """Highest scores first, equal ones by row."""
+def expected(queries: Tensor, rows: Tensor, seen: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
+    """Sort by score, highest first, equal ones by row."""
     scores = queries @ rows.T
     scores[seen[:, 0], seen[:, 1]] = -torch.inf
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :cutoff]
@@ -78,10 +78,10 @@ def test_ranking_equals_a_stable_sort_of_all_scores(
     queries, rows, seen = case(size, kind)
     for rank in range(size):
         scores, items = ranks[size][rank][f"{kind}-{cutoff}-{max_logits}"]
-        exact_scores, exact_items = wanted(queries[rank], rows, seen[rank], cutoff)
+        exact_scores, exact_items = expected(queries[rank], rows, seen[rank], cutoff)
         assert scores.shape == items.shape == (USERS[size][rank], cutoff)
         torch.testing.assert_close(scores, exact_scores)
-        # Which of the items that are left out fills the end does not matter, as long as each comes once.
+        # The order of excluded items at the end does not matter, as long as each is listed once.
         kept = exact_scores > -torch.inf
         assert items[kept].tolist() == exact_items[kept].tolist()
         for row in items.tolist():
@@ -96,25 +96,25 @@ def ranked_candidates(world: World) -> dict[str, tuple[Tensor, Tensor]]:
     partition = RowPartition(NUM_ITEMS, world.size)
     start, stop = partition.range(world.rank)
     queries, rows, seen = case(world.size, "ties")
-    found = {}
+    results = {}
     for name, chosen in CANDIDATES.items():
         mask = torch.zeros(NUM_ITEMS, dtype=torch.bool)
         mask[list(chosen)] = True
         for cutoff in {1, len(chosen)}:
-            found[f"{name}-{cutoff}"] = sharded_topk(
+            results[f"{name}-{cutoff}"] = sharded_topk(
                 queries[world.rank], rows[start:stop], cutoff, seen[world.rank], partition, world, candidates=mask
             )
-    return found
+    return results
 
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_candidates_alone_are_ranked_as_in_the_whole_catalog(size: int) -> None:
     queries, rows, seen = case(size, "ties")
-    for rank, found in enumerate(run_ranks(size, ranked_candidates)):
+    for rank, results in enumerate(run_ranks(size, ranked_candidates)):
         for name, chosen in CANDIDATES.items():
             for cutoff in {1, len(chosen)}:
-                scores, items = found[f"{name}-{cutoff}"]
-                whole_scores, whole_items = wanted(queries[rank], rows, seen[rank], NUM_ITEMS)
+                scores, items = results[f"{name}-{cutoff}"]
+                whole_scores, whole_items = expected(queries[rank], rows, seen[rank], NUM_ITEMS)
                 for query, (got, order) in enumerate(zip(items.tolist(), whole_items.tolist(), strict=True)):
                     exact = [item for item in order if item in chosen]
                     left = int(torch.isfinite(scores[query]).sum())
@@ -126,7 +126,7 @@ def test_candidates_alone_are_ranked_as_in_the_whole_catalog(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", WORLDS)
-def test_seen_items_come_behind_everything_else(ranks: Any, size: int) -> None:
+def test_seen_items_are_ranked_last(ranks: Any, size: int) -> None:
     _, _, seen = case(size, "distinct")
     for rank in range(size):
         scores, items = ranks[size][rank][f"distinct-{NUM_ITEMS}-{MAX_LOGITS[0]}"]
@@ -137,18 +137,18 @@ def test_seen_items_come_behind_everything_else(ranks: Any, size: int) -> None:
             assert set(items[user].tolist()[: NUM_ITEMS - len(left_out)]).isdisjoint(left_out)
 
 
-@pytest.mark.parametrize("num_items", [64, 640, 1000])  # 1,000: the last chunk and the last block are short
-@pytest.mark.parametrize("num_best", [1, 3, 9, 50])  # fewer and more than a chunk of 400 has blocks
+@pytest.mark.parametrize("num_items", [64, 640, 1000])  # 1,000: the last chunk and the last group are short
+@pytest.mark.parametrize("num_best", [1, 3, 9, 50])  # fewer and more than a chunk of 400 has groups
 @pytest.mark.parametrize("rising", [False, True])
-def test_blocks_of_neighbouring_scores_change_nothing(num_items: int, num_best: int, rising: bool) -> None:
+def test_groups_of_neighbouring_rows_do_not_change_the_ranking(num_items: int, num_best: int, rising: bool) -> None:
     random = torch.Generator().manual_seed(num_items)
     queries = torch.randint(-1, 2, (5, WIDTH), generator=random).double()
     rows = torch.randint(-2, 3, (num_items, WIDTH), generator=random).double()
     if rising:  # every chunk beats the ones before it
         rows += torch.arange(num_items)[:, None] // 100 * queries[0]
     seen = torch.stack([torch.arange(5).repeat_interleave(60), torch.randint(num_items, (300,), generator=random)], 1)
-    found = sharded_topk(queries, rows, num_best, seen, RowPartition(num_items, 1), alone(), 5 * 400)
-    exact_scores, exact_items = wanted(queries, rows, seen, num_best)
-    torch.testing.assert_close(found[0], exact_scores)
+    scores, items = sharded_topk(queries, rows, num_best, seen, RowPartition(num_items, 1), alone(), 5 * 400)
+    exact_scores, exact_items = expected(queries, rows, seen, num_best)
+    torch.testing.assert_close(scores, exact_scores)
     kept = exact_scores > -torch.inf
-    assert found[1][kept].tolist() == exact_items[kept].tolist()
+    assert items[kept].tolist() == exact_items[kept].tolist()
