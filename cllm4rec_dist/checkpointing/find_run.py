@@ -47,22 +47,22 @@ def newest_step(run: Path) -> int:
 
 
 def corpus_in_project(store: Store, fingerprint: str | None) -> str | None:
-    """The corpus with a fingerprint in the project that a run is of; None where there is none.
+    """Return the corpus with a fingerprint in the project of a run; None if there is none.
 
-    A checkpoint records absolute paths. In a copy of a project these are of the original, which may have changed or be
-    gone; and a corpus that was set aside has another path than the run that was trained on it knows.
+    A checkpoint records absolute paths. In a copy of a project they refer to the original, which may have changed or
+    been removed. A corpus that was moved aside has another path than the recorded one.
 
     Args:
-        store: of the run's checkpoints.
+        store: store of the run's checkpoints.
     """
     return next((str(f) for f in folders_in_project(store, "corpus") if _fingerprint(f) == fingerprint), None)
 
 
 def folders_in_project(store: Store, kind: Literal["corpus", "backbone"]) -> list[Path]:
-    """The corpus or backbone of the project that a run is of, then those that were set aside; none outside of one.
+    """Return the corpus or backbone of a run's project, then those that were moved aside; empty outside a project.
 
     Args:
-        store: of the run's checkpoints.
+        store: store of the run's checkpoints.
     """
     if is_url(store.url):
         return []
@@ -74,7 +74,7 @@ def folders_in_project(store: Store, kind: Literal["corpus", "backbone"]) -> lis
 
 
 def _fingerprint(corpus: Path) -> str | None:
-    """That of a corpus; None for what is none."""
+    """Return the fingerprint of a corpus; None if the folder is not a corpus."""
     try:
         return load_manifest(str(corpus))[1]
     except CLLM4RecError:

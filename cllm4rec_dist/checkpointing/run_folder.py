@@ -27,7 +27,7 @@ STATUS_FILE = "status.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
 EVALUATION_FILE = "evaluation.json"
-"""In the folder of an evaluation: means over users, examples, notes, configuration and fingerprints."""
+"""File in the folder of an evaluation: means over users, examples, notes, configuration and fingerprints."""
 
 CheckpointKind = Literal["step-", "best-"]
 STEP: CheckpointKind = "step-"

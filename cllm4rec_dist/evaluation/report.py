@@ -41,8 +41,8 @@ class Background:
         split: the evaluated split.
         manifest: manifest of the corpus.
         items: item, title and popularity (training interactions) of the whole catalog, by row.
-        examples: of lists.
-        share_with_hit: share of all users whose lists, as long as those of the examples, hold a held-out item.
+        examples: histories and lists of some users.
+        share_with_hit: fraction of all users with a held-out item in a list as long as those of `examples`.
         metrics_files: JSON-lines training logs.
     """
 

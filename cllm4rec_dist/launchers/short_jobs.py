@@ -22,7 +22,7 @@ from cllm4rec_dist.launchers.launch import (
 )
 
 LAUNCHER_HELP = (
-    "auto: join torchrun, deepspeed or srun; else this process for one worker, and Ray for more or where RAY_ADDRESS"
+    "auto: join torchrun, deepspeed or srun; else this process for one worker, and Ray for more or if RAY_ADDRESS"
     " names a cluster. Or ray, or process."
 )
 

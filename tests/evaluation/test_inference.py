@@ -56,7 +56,7 @@ def lists(world: World, folder: str, split: str, without_rows: bool) -> dict[str
 @pytest.mark.parametrize(
     ("num_hits", "num_misses", "shown"), [(500, 500, (18, 18)), (3, 500, (3, 33)), (500, 5, (31, 5)), (2, 1, (2, 1))]
 )
-def test_examples_show_hits_and_misses_as_far_as_there_are_any(
+def test_examples_have_both_hits_and_misses_if_there_are_any(
     num_hits: int, num_misses: int, shown: tuple[int, int]
 ) -> None:
     has_hit = np.arange(num_hits + num_misses) < num_hits
