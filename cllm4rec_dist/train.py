@@ -187,7 +187,7 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
     if resumed is not None:
         _warn_of_ignored_start(resumed, system)
         trained_on = leaks.trained_on_by_resumed_run(resumed, system.corpus) if system.world.is_main else None
-        return resumed.about.run, trained_on, f"resumes {resumed.path}"
+        return resumed.metadata.run, trained_on, f"resumes {resumed.path}"
     damaged = store.quarantined_names(STEP)
     if names or damaged:
         raise CheckpointError(
@@ -204,7 +204,7 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
 
 def _warn_of_ignored_start(resumed: Checkpoint, system: System) -> None:
     """Say so where the run that goes on has started from other weights than `init_from` now names."""
-    started_from, named = resumed.about.config.get("init_from"), system.config.init_from
+    started_from, named = resumed.metadata.config.get("init_from"), system.config.init_from
     if named != started_from and system.world.is_main:
         logger.warning(
             "init_from=%s is ignored: the run goes on from its own checkpoint, and it started from %s; to start from"
@@ -221,8 +221,8 @@ def _start_from(system: System, path: str) -> str:
 
     def read(candidate: Checkpoint) -> checkpoint.CheckpointShard | warm_start.WarmStart:
         checkpoint.require_same_fingerprints(candidate, own)
-        same_rows = candidate.about.has_shared_user == (system.config.method.shared_user_ratio > 0)
-        if same_rows and candidate.about.fingerprints.get("corpus") == corpus:
+        same_rows = candidate.metadata.has_shared_user == (system.config.method.shared_user_ratio > 0)
+        if same_rows and candidate.metadata.fingerprints.get("corpus") == corpus:
             return checkpoint.read(system, candidate, moments=False)
         return warm_start.read(system, candidate)
 
@@ -240,7 +240,7 @@ def _start_from(system: System, path: str) -> str:
 
 def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
     # Read as a configuration, so that a setting that came later has its default in an older checkpoint.
-    saved = dict(dotted_items(validate(RunConfig, candidate.about.config, candidate.path).model_dump(mode="json")))
+    saved = dict(dotted_items(validate(RunConfig, candidate.metadata.config, candidate.path).model_dump(mode="json")))
     own = dotted_items(config.model_dump(mode="json"))
     changed = {key: (saved[key], value) for key, value in own if saved[key] != value and not may_change(key)}
     if changed:

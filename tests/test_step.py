@@ -165,7 +165,7 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
 
     saved = Checkpoint.open(Store(str(tmp_path)), f"step-{STEPS:08d}")
     parameters = run.rows | {ADAPTER + name: value.flatten() for name, value in run.adapters.items()}
-    assert saved.about.shapes.keys() - {"anchor"} == run.adapters.keys() - {"anchor"}
+    assert saved.metadata.shapes.keys() - {"anchor"} == run.adapters.keys() - {"anchor"}
     for name, value in parameters.items():
         torch.testing.assert_close(saved.rows(name, len(value), 0, len(value)), value.detach(), rtol=0, atol=2e-5)
     return first
@@ -204,7 +204,7 @@ def test_every_deepspeed_file_gives_the_same_run(made: tuple[str, str], tmp_path
         for got, exact in zip(losses, wanted[0], strict=True):
             assert got == pytest.approx(exact, rel=1e-6), name
         assert norms == pytest.approx(wanted[1], rel=1e-5), name
-        for parameter, shape in wanted[2].about.shapes.items():
+        for parameter, shape in wanted[2].metadata.shapes.items():
             key, count = ADAPTER + parameter, math.prod(shape)
             torch.testing.assert_close(
                 saved.rows(key, count, 0, count), wanted[2].rows(key, count, 0, count), rtol=0, atol=1e-6

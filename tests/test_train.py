@@ -192,7 +192,7 @@ def test_another_backbone_corpus_or_tokenizer_is_refused_with_both_fingerprints(
 
 
 def about(run: Path, name: str | None = None) -> CheckpointMetadata:
-    return Checkpoint.open(Store(f"{run}/checkpoints"), name or names(run)[-1]).about
+    return Checkpoint.open(Store(f"{run}/checkpoints"), name or names(run)[-1]).metadata
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
@@ -458,8 +458,8 @@ def test_a_skipped_step_changes_nothing_but_the_position(made: Made, tmp_path: P
     assert run_ranks(2, bad_batch, make_config(made, tmp_path / "run", **changes, max_steps=6), 4, math.nan) == ["", ""]
     store = Store(str(tmp_path / "run" / "checkpoints"))
     before, after, later = (Checkpoint.open(store, f"step-0000000{step}") for step in (4, 5, 6))
-    assert (after.about.run.step, after.about.run.skipped_in_a_row) == (5, 1)
-    assert later.about.run.skipped_in_a_row == 0
+    assert (after.metadata.run.step, after.metadata.run.skipped_in_a_row) == (5, 1)
+    assert later.metadata.run.skipped_in_a_row == 0
     for file in ("shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors", "replicated.safetensors"):
         one, other, third = (load_file(c.file(file)) for c in (before, after, later))
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -556,7 +556,9 @@ def _in_memory(world: World, config: RunConfig) -> list[str]:
     assert find(config.output)[1][0] == "step-00000008"
     marker = memory.marker("step-00000008")
     memory._fs.pipe_file("/run/step-00000008/state.json", b"{}")
-    found = checkpoint.load_first_valid(memory, ["step-00000008", "step-00000006"], world, lambda c: c.about.run.step)
+    found = checkpoint.load_first_valid(
+        memory, ["step-00000008", "step-00000006"], world, lambda c: c.metadata.run.step
+    )
     assert marker.files
     assert found is None or found[1] == 6
     return memory.names("step-")

@@ -94,7 +94,7 @@ def require_same_fingerprints(checkpoint: Checkpoint, fingerprints: dict[str, st
     Raises:
         CheckpointError: names both fingerprints.
     """
-    saved = checkpoint.about.fingerprints
+    saved = checkpoint.metadata.fingerprints
     for name, fingerprint in fingerprints.items():
         if saved.get(name) != fingerprint:
             raise CheckpointError(
@@ -137,7 +137,7 @@ def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tabl
 
 
 def _require_same_shapes(system: InferenceSystem, checkpoint: Checkpoint) -> None:
-    saved = {name: tuple(shape) for name, shape in checkpoint.about.shapes.items()}
+    saved = {name: tuple(shape) for name, shape in checkpoint.metadata.shapes.items()}
     current = system.engine.shapes()
     if saved != current:
         different = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
@@ -245,12 +245,12 @@ def resume(
         return None
     checkpoint, shard = valid
     restore_weights(system, shard)
-    _restore_moments(system, shard, checkpoint.about.steps_taken)
+    _restore_moments(system, shard, checkpoint.metadata.steps_taken)
     if system.world.is_main:
         logger.info(
             "resumed %s (written by %d ranks) at step %d",
             checkpoint.path,
-            checkpoint.about.world_size,
-            checkpoint.about.run.step,
+            checkpoint.metadata.world_size,
+            checkpoint.metadata.run.step,
         )
     return checkpoint

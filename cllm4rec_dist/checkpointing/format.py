@@ -104,7 +104,7 @@ class Checkpoint:
     store: Store
     name: str
     marker: Marker
-    about: CheckpointMetadata
+    metadata: CheckpointMetadata
 
     @classmethod
     def open(cls, store: Store, name: str) -> Self:
@@ -115,12 +115,12 @@ class Checkpoint:
         """
         marker = store.marker(name)
         content = _fetch(store, name, marker, STATE_FILE).read_bytes()
-        about = parse(CheckpointMetadata, content, f"{store.path(name)}/{STATE_FILE}")
-        if not name.endswith(f"-{about.run.step:08d}"):
+        metadata = parse(CheckpointMetadata, content, f"{store.path(name)}/{STATE_FILE}")
+        if not name.endswith(f"-{metadata.run.step:08d}"):
             raise DamagedCheckpointError(
-                f"{store.path(name)}/{STATE_FILE}: step", about.run.step, f"is not that of {name}", USE_ANOTHER
+                f"{store.path(name)}/{STATE_FILE}: step", metadata.run.step, f"is not that of {name}", USE_ANOTHER
             )
-        return cls(store, name, marker, about)
+        return cls(store, name, marker, metadata)
 
     @property
     def path(self) -> str:
@@ -138,10 +138,10 @@ class Checkpoint:
 
     def trained_on(self) -> TrainedOn | None:
         """Read what the model was trained on; None if an earlier version wrote the checkpoint."""
-        if self.about.lineage is None:
+        if self.metadata.lineage is None:
             return None
         try:
-            return TrainedOn(self.about.lineage, SeenInteractions.load(self.file(SEEN_FILE)))
+            return TrainedOn(self.metadata.lineage, SeenInteractions.load(self.file(SEEN_FILE)))
         except ValueError as error:
             raise DamagedCheckpointError(f"{self.path}/{SEEN_FILE}", "content", str(error), USE_ANOTHER) from error
 
@@ -150,7 +150,7 @@ class Checkpoint:
 
         Returns None if no such tensor was saved. Every file is verified before it is read.
         """
-        partition = RowPartition(num_rows, self.about.world_size)
+        partition = RowPartition(num_rows, self.metadata.world_size)
         parts: list[Tensor] = []
         for rank in range(partition.world_size):
             first, last = partition.range(rank)
@@ -181,7 +181,7 @@ class Checkpoint:
 
         Returns None if no such tensor was saved. Memory: the span of `ids` in one file at a time.
         """
-        partition = RowPartition(num_rows, self.about.world_size)
+        partition = RowPartition(num_rows, self.metadata.world_size)
         no_rows = self.rows(name, num_rows, 0, 0)
         if no_rows is None:
             return None
@@ -198,7 +198,7 @@ class Checkpoint:
 
     def external_ids(self, kind: Literal["users", "items"]) -> pa.ChunkedArray:
         """Read the external ids of the rows, in their order."""
-        size = self.about.num_users if kind == "users" else self.about.num_items
+        size = self.metadata.num_users if kind == "users" else self.metadata.num_items
         path = self.file(f"{kind}.parquet")
         try:
             ids = pq.read_table(path, columns=[kind.removesuffix("s")]).column(0).cast(pa.string())

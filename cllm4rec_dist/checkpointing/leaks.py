@@ -68,7 +68,7 @@ def _read_initial(system: System, init_from: str) -> tuple[Checkpoint, TrainedOn
         if recorded is not None:
             return recorded
         # A run of an earlier version does not record it, but its corpus may be this one.
-        same = candidate.about.fingerprints.get("corpus") == system.corpus.fingerprint
+        same = candidate.metadata.fingerprints.get("corpus") == system.corpus.fingerprint
         lineage = Lineage(train_digests=(), unknown=() if same else (candidate.path,))
         return TrainedOn(lineage, SeenInteractions.of(np.empty(0, np.uint64)))
 
@@ -91,7 +91,7 @@ def trained_on_by_resumed_run(resumed: Checkpoint, corpus: Corpus) -> TrainedOn:
     if recorded is not None:
         return recorded
     current = TrainedOn.of_corpus(corpus)
-    started_from = resumed.about.config.get("init_from")
+    started_from = resumed.metadata.config.get("init_from")
     unknown = () if started_from is None else (str(started_from),)
     return TrainedOn(current.lineage.model_copy(update={"unknown": unknown}), current.seen)
 

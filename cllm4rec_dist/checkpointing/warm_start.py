@@ -104,12 +104,12 @@ def read(system: System, candidate: Checkpoint) -> WarmStart:
         DamagedCheckpointError: for damage.
         CheckpointError: if no item matches, or for other adapter settings.
     """
-    corpus, about, model = system.corpus, candidate.about, system.recommender
+    corpus, metadata, model = system.corpus, candidate.metadata, system.recommender
     tables: dict[Kind, tuple[str, pa.Table, RowPartition]] = {
         "users": ("user", corpus.users(), model.collaborative.users.partition),
         "items": ("item", corpus.items(), model.item_partition),
     }
-    shared = {"users": about.num_users if about.has_shared_user else -1, "items": -1}
+    shared = {"users": metadata.num_users if metadata.has_shared_user else -1, "items": -1}
     matches = {
         kind: Matches.of(table[column], candidate.external_ids(kind), partition, system.world.rank, shared[kind])
         for kind, (column, table, partition) in tables.items()
@@ -117,13 +117,13 @@ def read(system: System, candidate: Checkpoint) -> WarmStart:
     if matches["items"].num_matched == 0:
         raise CheckpointError(
             f"{candidate.path}: items",
-            f"{about.num_items} items",
+            f"{metadata.num_items} items",
             f"are not in the corpus {system.config.corpus}: no row matches",
             "Start from a run on an earlier version of this corpus, or without init_from.",
         )
     trained = {}
     for name, kind in _kinds(system).items():
-        size = about.num_user_rows if kind == "users" else about.num_items
+        size = metadata.num_user_rows if kind == "users" else metadata.num_items
         local = matches[kind].rows
         rows = candidate.take(name, size, local[local >= 0])
         if rows is not None:

@@ -71,7 +71,7 @@ def evaluate_run(
     result = evaluation.result()
     examples = _examples(system, evaluation.users, has_hit, without_rows=without_rows)
     if world.is_main:
-        lineage = opened.about.lineage
+        lineage = opened.metadata.lineage
         notes = [] if lineage is None else lineage.notes()
         for note in notes:
             logger.warning("%s: %s", opened.path, note)

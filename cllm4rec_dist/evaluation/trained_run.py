@@ -122,19 +122,19 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
         latest = Checkpoint.open(store, newest)
     except CLLM4RecError:
         return  # damaged: nothing that could have been read instead
-    validated = _last_validation(latest.about.run)
-    if validated is not None and latest.about.run.step > max(validated, used.about.run.step):
+    validated = _last_validation(latest.metadata.run)
+    if validated is not None and latest.metadata.run.step > max(validated, used.metadata.run.step):
         logger.warning(
             "NEWER CHECKPOINT NOT VALIDATED: %s went on to step %d, the last validation was at step %d; to use it, give"
             " its path instead of the run's, or let the run go on with validation",
             latest.path,
-            latest.about.run.step,
+            latest.metadata.run.step,
             validated,
         )
 
 
 def _describe(used: Checkpoint) -> str:
-    state = used.about.run
+    state = used.metadata.run
     if state.best is None:
         return f"step {state.step}, never validated"
     best = f"best {state.best_metric or 'validation result'}={state.best:.4f}"
@@ -152,7 +152,7 @@ def _last_validation(state: RunState) -> int | None:
 
 def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
     """What an evaluation that ends now says of its model."""
-    state = used.about.run
+    state = used.metadata.run
     trained, frozen = parameter_counts(system)
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -166,7 +166,7 @@ def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
         num_frozen=sum(frozen.values()),
         device=device_name(system.world),
         num_ranks=system.world.size,
-        num_training_ranks=used.about.world_size,
+        num_training_ranks=used.metadata.world_size,
     )
 
 
@@ -179,14 +179,14 @@ def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str |
     Raises:
         ConfigError: where a recorded path is no longer there and no other one is given or found.
     """
-    config = validate(RunConfig, used.about.config, f"{used.path}: configuration")
-    corpus = corpus or corpus_in_project(used.store, used.about.fingerprints.get("corpus"))
+    config = validate(RunConfig, used.metadata.config, f"{used.path}: configuration")
+    corpus = corpus or corpus_in_project(used.store, used.metadata.fingerprints.get("corpus"))
     return relocated(config, used.path, backbone or _backbone_in_project(used), corpus)
 
 
 def _backbone_in_project(used: Checkpoint) -> str | None:
     """The backbone of a checkpoint in the project that its run is of; None where there is none."""
-    wanted = used.about.fingerprints.get("backbone")
+    wanted = used.metadata.fingerprints.get("backbone")
     folders = [folder for folder in folders_in_project(used.store, "backbone") if (folder / "config.json").is_file()]
     for folder in folders:
         try:

@@ -173,7 +173,7 @@ def _read_evaluation(source: Source) -> tuple[Results | None, str]:
 
 def _is_of(evaluated: dict[str, Any], source: Source) -> bool:
     """True where an evaluation is of the checkpoint that is exported, wherever both were then."""
-    about, settings = source.opened.about, evaluated.get("config", {})
+    about, settings = source.opened.metadata, evaluated.get("config", {})
     return (
         Path(str(evaluated.get("checkpoint"))).name == source.opened.name
         and evaluated.get("fingerprints") == about.fingerprints
@@ -217,7 +217,7 @@ def _user_row(options: ExportOptions) -> str:
 
 
 def _without_row(source: Source) -> str:
-    if source.opened.about.has_shared_user:
+    if source.opened.metadata.has_shared_user:
         return "`collaborative.shared_user` was trained in the place of users' rows, for people who have none."
     return "`collaborative.shared_user` is zero: nothing was trained for people without a row of their own."
 
@@ -245,7 +245,7 @@ def _split(manifest: Manifest) -> str:
 
 def _notes(source: Source) -> list[str]:
     """What a reader of the figures must know, without the names of runs."""
-    lineage, notes = source.opened.about.lineage, []
+    lineage, notes = source.opened.metadata.lineage, []
     if lineage is not None and lineage.leak is not None:
         notes.append(f"trained on {lineage.leak.count} held-out interactions: the figures are not comparable")
     if lineage is not None and lineage.unknown:
@@ -256,7 +256,7 @@ def _notes(source: Source) -> list[str]:
 
 
 def _best(source: Source) -> str:
-    state = source.opened.about.run
+    state = source.opened.metadata.run
     if state.best is None or state.best_step != state.step:
         return ""
     return f"{state.best_metric or 'validation result'} {state.best:.4f}"

@@ -139,7 +139,7 @@ def _write_ids_and_embeddings(source: Source, options: ExportOptions, output: Pa
 def _titles(source: Source) -> pa.ChunkedArray:
     """Titles of the items; null where there is none, or no corpus to read it from."""
     if source.corpus is None:
-        return pa.chunked_array([pa.nulls(source.opened.about.num_items, pa.string())])
+        return pa.chunked_array([pa.nulls(source.opened.metadata.num_items, pa.string())])
     titles = source.corpus.items()["title"].cast(pa.string())
     return pc.if_else(pc.equal(titles, ""), None, titles)
 

@@ -39,12 +39,12 @@ def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_pa
     """
     opened, config, temperature = source.opened, source.config, source.tables.get("head.temperature")
     folders = {"lora": COLLABORATIVE, "full": BACKBONE_FOLDER, "none": None}
-    checkpoint = {"name": opened.name, "step": opened.about.run.step, "stage": config.stage}
+    checkpoint = {"name": opened.name, "step": opened.metadata.run.step, "stage": config.stage}
     corpus = source.corpus.manifest.name if source.corpus is not None else None
     return {
         "schema_version": SCHEMA_VERSION,
         "checkpoint": checkpoint | ({"path": opened.path} if with_paths else {}),
-        "fingerprints": opened.about.fingerprints,
+        "fingerprints": opened.metadata.fingerprints,
         "corpus": config.corpus if with_paths else corpus,
         "backbone": backbone,
         "precision": config.precision,

@@ -89,16 +89,16 @@ def open_source(
     if found is None:
         raise checkpoint.all_damaged(run, store, names)
     opened, (tensors, tables) = found
-    in_project = corpus_in_project(opened.store, opened.about.fingerprints.get("corpus"))
+    in_project = corpus_in_project(opened.store, opened.metadata.fingerprints.get("corpus"))
     # The recorded path even if it is gone: a corpus is not needed for everything.
-    config = recorded_config(opened, backbone, corpus or in_project or str(opened.about.config["corpus"]))
+    config = recorded_config(opened, backbone, corpus or in_project or str(opened.metadata.config["corpus"]))
     folder = local_folder(config.backbone)
     decoder = load_config(folder)  # refuses a backbone that cannot be used
     tokenizer = WordTokenizer.load(folder)
     checkpoint.require_same_fingerprints(opened, {"backbone": fingerprint(folder), "tokenizer": tokenizer.fingerprint})
     found_corpus = _open_corpus(opened, config.corpus, required=needs_corpus or corpus is not None)
     log_choice(store, names, opened)
-    candidates = (base_model, config.backbone, str(opened.about.config["backbone"]))
+    candidates = (base_model, config.backbone, str(opened.metadata.config["backbone"]))
     return Source(
         run=run,
         opened=opened,
@@ -133,7 +133,7 @@ def _is_hub_id(name: str) -> bool:
 def _tensors(opened: Checkpoint) -> dict[str, Tensor]:
     """What the engine trains, whole, under the names that it has there."""
     found: dict[str, Tensor] = {}
-    for name, shape in opened.about.shapes.items():
+    for name, shape in opened.metadata.shapes.items():
         flat = opened.rows(ADAPTER + name, math.prod(shape), 0, math.prod(shape))
         if flat is None:
             raise CheckpointError(opened.path, name, "is missing", "Use another checkpoint.")
@@ -151,7 +151,7 @@ def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
             has trained no such row.
         head.bias [I], head.temperature []: where the run has them.
     """
-    about = opened.about
+    about = opened.metadata
     found: dict[str, Tensor] = {}
     for llm in (COLLABORATIVE, CONTENT):
         users = opened.rows(f"{llm}.users", about.num_user_rows, 0, about.num_user_rows)

@@ -46,7 +46,7 @@ class RunInfo:
 
 def describe_run(run: str, system: InferenceSystem, checkpoint: Checkpoint) -> RunInfo:
     """Of a checkpoint and the system that its weights are in; `run` is what the run is called."""
-    config, state, model = system.config, checkpoint.about.run, system.recommender
+    config, state, model = system.config, checkpoint.metadata.run, system.recommender
     written = checkpoint.store.modified(checkpoint.name)
     tables = [parameter for parameter in model.parameters() if parameter.requires_grad]
     in_tables = sum(parameter.numel() for parameter in tables)

@@ -136,7 +136,7 @@ def try_all(world: World, config: RunConfig, saved: str, scratch: str) -> dict[s
     for step, name in ((3, OLDER), (6, NEWER)):
         resumed = checkpoint.resume(system, Store(str(clean)), [name], lambda c: None)
         assert resumed is not None
-        assert resumed.about.run.step == step
+        assert resumed.metadata.run.step == step
         expected[step] = state_of(system)
     outcomes: Counter[str] = Counter()
     for index, (name, spoil) in enumerate(cases(clean / NEWER)):
@@ -152,8 +152,8 @@ def try_all(world: World, config: RunConfig, saved: str, scratch: str) -> dict[s
             outcomes["refused with a clear error"] += 1
         else:
             assert resumed is not None, name
-            assert same(state_of(system), expected[resumed.about.run.step]), name
-            outcomes["harmless" if resumed.about.run.step == 6 else "skipped for the one before"] += 1
+            assert same(state_of(system), expected[resumed.metadata.run.step]), name
+            outcomes["harmless" if resumed.metadata.run.step == 6 else "skipped for the one before"] += 1
         shutil.rmtree(copy)
     assert not Path("exploded").exists()
     return dict(outcomes)

@@ -56,7 +56,7 @@ def opened(run: Path) -> Checkpoint:
 
 
 def leak_of(run: Path) -> Leak | None:
-    lineage = opened(run).about.lineage
+    lineage = opened(run).metadata.lineage
     assert lineage is not None
     return lineage.leak
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_an_earlier_version_gives_a_warning_that_leaks_cannot_be
     assert any("is not known" in message for message in messages)
     # A run of that version that resumes records its lineage from then on.
     run_ranks(1, run, make_config(corpora["first"], old, max_steps=2))
-    assert opened(old).about.lineage is not None
+    assert opened(old).metadata.lineage is not None
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def fresh(world: World, config: RunConfig) -> dict[str, Tensor]:
 def trained(folder: Path) -> dict[str, Tensor]:
     store, names = find(str(folder))
     opened = Checkpoint.open(store, names[0])
-    sizes = {"users": opened.about.num_users, "items": opened.about.num_items, "bias": opened.about.num_items}
+    sizes = {"users": opened.metadata.num_users, "items": opened.metadata.num_items, "bias": opened.metadata.num_items}
     kinds = ("collaborative.users", "collaborative.items", "content.users", "content.items", "head.bias")
     saved = {
         name: opened.rows(name, sizes[name.rpartition(".")[2]], 0, sizes[name.rpartition(".")[2]]) for name in kinds
