@@ -1,4 +1,4 @@
-"""Documents of both LLMs -> the tensors of one forward.
+"""Collate documents of both LLMs into the tensors of one forward.
 
 Legend: n documents, R rows, L their length, Q positions that predict, M targets.
 """
@@ -22,28 +22,28 @@ TABLES = {
     "items": ("collaborative.users", "collaborative.items"),
     "text": ("content.users", "content.items"),
 }
-"""User and item tables that the documents of a loss read their embeddings from, by the name of the loss."""
+"""User and item tables that the documents of each loss look up."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents over items, and over words where there is a content LLM, packed into R rows (`packing.py`).
+    """Documents over items, and over words if there is a content LLM, packed into R rows (`packing.py`).
 
-    A position is flat: row * L + column. Dictionaries are keyed by table (`TABLES`) or by loss, `items` or `text`.
+    A flat position is row * L + column. Dictionaries are keyed by table (`TABLES`) or by loss, `items` or `text`.
 
     Attributes:
-        word_ids: int64 [R, L]; 0 where no word is.
-        positions: int64 [R, L] of each token in its own document.
+        word_ids: int64 [R, L]; 0 where the token is no word.
+        positions: int64 [R, L] position of each token in its document.
         keys: int64 [R, L] dropout key of each token's document.
-        content_start: flat position before which the collaborative LLM's documents are, and behind which the content
-            LLM's are.
-        num_tokens: real tokens, padding not counted.
-        ids: by table, int64 rows that its tokens name.
-        id_positions: by table, int64 positions of these tokens, rising.
-        query_positions: by loss, int64 [Q].
+        content_start: flat position at which the content LLM's documents start; those of the collaborative LLM come
+            before it.
+        num_tokens: tokens without padding.
+        ids: by table, int64 rows to look up.
+        id_positions: by table, int64 flat positions of these rows' tokens, ascending.
+        query_positions: by loss, int64 [Q] flat positions whose hidden states predict.
         target_query: by loss, int64 [M] index into `query_positions`.
         targets: by loss, int64 [M] item rows or word ids.
-        no_user_positions: int64 positions of people without a row; None where there are none.
+        no_user_positions: int64 flat positions of users without a row; None if there are none.
     """
 
     word_ids: Tensor
@@ -59,7 +59,7 @@ class MicroBatch:
     no_user_positions: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy to `device`, without waiting where the memory is pinned."""
+        """Copy to `device`, asynchronously if the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> MicroBatch:
@@ -79,15 +79,15 @@ class MicroBatch:
 def collate(items: Documents, space: TokenSpace, texts: Documents | None = None) -> MicroBatch:
     """Pack documents over items and documents over words into one batch.
 
-    No document at all gives one position of padding that predicts nothing, because every rank must run every forward.
+    Without any document the batch is one position of padding that predicts nothing: every rank must run every forward.
 
     Args:
-        texts: None without content LLM.
+        texts: None without a content LLM.
     """
     groups = {"items": items} if texts is None else {"items": items, "text": texts}
     lengths = [documents.tokens.lengths for documents in groups.values()]
     shape, starts, content_start = pack(lengths[0], lengths[1] if len(lengths) > 1 else np.empty(0, np.int64))
-    # Each position of padding is a document of one token, which nothing reads.
+    # Each padding token is a document by itself, which nothing reads.
     tokens, positions, keys = np.zeros((3, shape[0] * shape[1]), np.int64)
     for documents, first, length in zip(groups.values(), starts, lengths, strict=False):
         index = ranges(first, length)
@@ -100,8 +100,8 @@ def collate(items: Documents, space: TokenSpace, texts: Documents | None = None)
         for table, (start, stop) in zip(
             TABLES[loss], ((space.first_user, space.first_item), (space.first_item, space.size)), strict=True
         ):
-            found = np.flatnonzero((tokens[part] >= start) & (tokens[part] < stop)) + part.start
-            ids[table], id_positions[table] = _tensor(tokens[found] - start), _tensor(found)
+            at = np.flatnonzero((tokens[part] >= start) & (tokens[part] < stop)) + part.start
+            ids[table], id_positions[table] = _tensor(tokens[at] - start), _tensor(at)
     no_user = np.flatnonzero(tokens == space.no_user)
     return MicroBatch(
         word_ids=_tensor(np.where(tokens < space.first_user, tokens, 0).reshape(shape)),
@@ -129,5 +129,5 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def _shifted(lists: Ragged, shifts: np.ndarray) -> np.ndarray:
-    """Values of all lists, those of each list increased by its shift."""
+    """Add to the values of each list its shift."""
     return lists.values + np.repeat(shifts, lists.lengths)

@@ -1,4 +1,4 @@
-"""Documents: sequences of tokens, and what is predicted in them."""
+"""Documents: token sequences and their prediction targets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cllm4rec_dist.corpus.ragged import Ragged
 
 @dataclass(frozen=True)
 class Documents:
-    """n documents of one LLM, as lists laid end to end.
+    """n documents of one LLM, as ragged arrays with a row for each document.
 
     Attributes:
-        tokens: ids of the common id space.
+        tokens: token ids (`tokenizer.TokenSpace`).
         queries: positions in the document whose hidden states predict.
-        target_query: for each target the index of its query in the document's `queries`.
-        targets: item rows, or word ids.
-        keys: int64 [n] seeds of the dropout of embeddings.
+        target_query: for each target, the index of its query in the document's `queries`.
+        targets: item rows or word ids.
+        keys: int64 [n] seeds of the embedding dropout.
     """
 
     tokens: Ragged

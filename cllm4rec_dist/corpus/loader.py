@@ -1,13 +1,12 @@
-"""From corpus and step number to this rank's micro-batches.
+"""Load this rank's micro-batches of an optimizer step.
 
-A stage is data: which documents are made of a user's items. Texts come from a stream of their own, which goes on
-through its epochs while users go through theirs, so that both LLMs are trained in lockstep.
+The stage decides which documents are built from a user's items. Texts come from a separate stream with epochs of its
+own, so that both LLMs are trained at every step.
 
-A global batch is dealt out by tokens: every rank knows how long each of its documents will be, without making it. Its
-longest documents are the first micro-batch of all ranks and its shortest ones the last, because attention is paid by
-the length of a row, and rows are as long as the longest document in them. Within a micro-batch documents are shared out
-over the ranks by the one rule of `packing.balance`: ranks wait for each other in every layer, so the longest part is
-what a step costs.
+A global batch is split by tokens: every rank computes the length of each document without building it. The longest
+documents are in the first micro-batch and the shortest in the last, because the cost of attention grows with the length
+of a row, and a row is at least as long as its longest document. Within a micro-batch `packing.balance` distributes
+documents over the ranks: ranks wait for each other in every layer, so the rank with the most tokens sets the step time.
 
 Legend: n examples, A micro-batches of a rank, W ranks.
 """
@@ -34,10 +33,10 @@ class StepBatch:
     """This rank's part of a global batch.
 
     Attributes:
-        micro_batches: `gradient_accumulation_steps` of them, some perhaps without documents.
-        epoch: pass over the users.
-        users: rows of the users that were read.
-        texts: epoch, record and index of the texts that were read.
+        micro_batches: `gradient_accumulation_steps` of them; some may have no documents.
+        epoch: epoch of the users.
+        users: user rows in this part.
+        texts: epoch, record and index of the texts in this part.
     """
 
     micro_batches: list[MicroBatch]
@@ -47,17 +46,17 @@ class StepBatch:
 
 
 class _Stream(Protocol):
-    """Examples of one LLM, and the documents that are made of them."""
+    """Examples of one LLM, and their documents."""
 
     def read(self, step: int) -> Examples:
-        """The global batch of a step, with what is drawn for each example; `num_tokens` is one of its columns."""
+        """Read the global batch of a step, with each example's random draws and `num_tokens`."""
 
     def documents(self, examples: Examples) -> Documents:
-        """Documents of some of these."""
+        """Build the documents of some examples of a global batch."""
 
 
 class _Users:
-    """The stream of users, and the documents that a stage makes of them."""
+    """The stream of users, and the documents of a stage."""
 
     def __init__(self, shards: ShardSet, prompts: PromptBuilder, config: RunConfig) -> None:
         self.sampler = EpochSampler(shards.record_sizes, config.seed, config.shuffle_window)
@@ -65,7 +64,7 @@ class _Users:
         self._batch_size, self._prompts, self._pretrains = config.batch.users, prompts, config.stage == "pretrain"
 
     def read(self, step: int) -> Examples:
-        """The global batch of a step; it does not cross the end of an epoch."""
+        """Read the global batch of a step; it ends at the end of an epoch."""
         examples = self.sampler.range(*batch_range(step, self.sampler.num_examples, self._batch_size))
         data = self._data.columns(examples)
         plan = self._prompts.plan_collaborative if self._pretrains else self._prompts.plan_recommendation
@@ -87,7 +86,7 @@ class _Texts:
         self._batch_size, self._prompts = config.batch.texts, prompts
 
     def read(self, step: int) -> Examples:
-        """The global batch of a step; it goes on into the next epoch."""
+        """Read the global batch of a step; it may cross the end of an epoch."""
         examples = self._sampler.range(step * self._batch_size, (step + 1) * self._batch_size)
         data = self._data.columns(examples)
         counts = data.pop("counts")
@@ -101,19 +100,19 @@ class _Texts:
 
 
 class BatchLoader:
-    """This rank's part of every global batch.
+    """Loads this rank's part of every global batch.
 
     Args:
         corpus: interactions and content.
-        prompts: makes documents.
-        config: batch sizes, seed, window, stage.
-        world: decides the part.
+        prompts: builds documents.
+        config: batch sizes, seed, shuffle window, stage.
+        world: rank and number of ranks.
 
     Attributes:
-        steps_per_epoch: optimizer steps in which every user comes once.
-        has_texts: whether the content LLM has anything to read.
+        steps_per_epoch: optimizer steps of an epoch of users.
+        has_texts: True if the content LLM is trained.
         num_users: users of an epoch.
-        text_record_sizes: int64 [R] texts of each record; empty where no texts are read.
+        text_record_sizes: int64 [R] texts of each record; empty without texts.
     """
 
     def __init__(self, corpus: Corpus, prompts: PromptBuilder, config: RunConfig, world: World) -> None:
@@ -128,40 +127,40 @@ class BatchLoader:
         self.steps_per_epoch = steps_per_epoch(self.num_users, config.batch.users)
 
     def examples(self, step: int) -> list[list[Examples]]:
-        """Of the users, and of the texts if there are any, what each micro-batch of this rank reads at a step.
+        """Return this rank's examples of a step: for users, and for texts if there are any, a list of A micro-batches.
 
-        The one rule of who reads what: parts of about equally many tokens, users and texts together. It is a function
-        of the global batch, of A and of W, so each example of the batch is in one part of one rank.
+        Parts have about equally many tokens, users and texts together. They are a function of the global batch, A and
+        W, so each example of the batch is in exactly one micro-batch of one rank.
         """
         loads = np.zeros((self._batch.gradient_accumulation_steps, self._world.size), np.int64)
-        found = []
+        streams = []
         for stream in self._streams:
-            whole = stream.read(step)
-            num_tokens = whole["num_tokens"]
-            mine = []
+            batch = stream.read(step)
+            num_tokens = batch["num_tokens"]
+            micro_batches = []
             for members, load in zip(_by_length(num_tokens, len(loads)), loads, strict=True):
                 rank, _ = balance(num_tokens[members], self._world.size, load)
                 np.add.at(load, rank, num_tokens[members])
-                mine.append(whole.take(np.sort(members[rank == self._world.rank])))
-            found.append(mine)
-        return found
+                micro_batches.append(batch.take(np.sort(members[rank == self._world.rank])))
+            streams.append(micro_batches)
+        return streams
 
     def documents(self, parts: list[Examples]) -> list[Documents]:
-        """Documents of a micro-batch: over items, and over words if there are texts.
+        """Build the documents of a micro-batch: over items, and over words if there are texts.
 
         Args:
-            parts: examples of each stream, as `examples` gives them.
+            parts: examples of each stream, from `examples`.
         """
         return [stream.documents(part) for stream, part in zip(self._streams, parts, strict=True)]
 
     def describe(self, step: int) -> str:
-        """Which examples a step reads on all ranks, for people."""
+        """Describe the users of a step on all ranks, for log lines and errors."""
         start, stop = batch_range(step, self.num_users, self._batch.users)
         epoch, first = divmod(start, self.num_users)
         return f"epoch {epoch}, users at positions {first} to {first + stop - start - 1} of its order"
 
     def make(self, step: int) -> StepBatch:
-        """What this rank reads at optimizer step `step`, and what it read it from. For one thread at a time."""
+        """Make this rank's part of optimizer step `step`. Not safe to call from several threads at once."""
         users, *texts = self.examples(step)
         return StepBatch(
             micro_batches=[self._micro_batch([*parts]) for parts in zip(users, *texts, strict=True)],
@@ -181,7 +180,7 @@ def _text_ids(texts: Examples) -> list[tuple[int, int, int]]:
 
 
 def _by_length(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """Examples in parts of about equally many tokens, from the longest ones to the shortest."""
+    """Split examples, longest first, into parts of about equally many tokens; each an index array."""
     order = np.argsort(-lengths, kind="stable")
     middle = np.cumsum(lengths[order]) - lengths[order] / 2
     cuts = np.searchsorted(middle, lengths.sum() * np.arange(1, num_parts) / num_parts)

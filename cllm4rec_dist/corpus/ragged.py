@@ -1,4 +1,4 @@
-"""Lists of different lengths in two arrays: the form of every list of items or words in memory and on disk.
+"""Ragged arrays: rows of different lengths as offsets and values, for all lists of items or words.
 
 Legend: N rows, M values in all rows together.
 """
@@ -16,8 +16,8 @@ class Ragged:
     """N rows of different lengths; row n is values[offsets[n] : offsets[n + 1]].
 
     Attributes:
-        offsets: int64 [N + 1], from 0 to M, never falling.
-        values: [M], any one type.
+        offsets: int64 [N + 1], from 0 to M, not decreasing.
+        values: [M], any dtype.
     """
 
     offsets: np.ndarray
@@ -31,7 +31,7 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """Values of a row as a view; IndexError outside of [0, N)."""
+        """Return a view of a row's values; IndexError outside of [0, N)."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         return self.values[self.offsets[row] : self.offsets[row + 1]]
@@ -41,7 +41,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [N] values in each row."""
+        """int64 [N] number of values in each row."""
         return np.diff(self.offsets)
 
     @property
@@ -51,48 +51,48 @@ class Ragged:
 
     @classmethod
     def from_lengths(cls, lengths: np.ndarray, values: np.ndarray) -> Ragged:
-        """Of values that lie row by row, and the length of each row."""
+        """Build from the length of each row and the values of all rows in order."""
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return cls(offsets, values)
 
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[int] | np.ndarray], dtype: np.typing.DTypeLike = np.int32) -> Ragged:
-        """Of one sequence for each row; no row at all is fine."""
+        """Build from a sequence for each row; there may be no row."""
         parts = [np.asarray(part, dtype=dtype) for part in lists]
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
         return cls.from_lengths(lengths, np.concatenate([np.empty(0, dtype), *parts]))
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Ragged:
-        """The given rows in the given order; a row may come more than once."""
+        """Select rows in the given order; a row may be repeated."""
         rows = np.asarray(rows, dtype=np.int64)
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         return self.from_lengths(lengths, self.values[ranges(starts, lengths)])
 
-    def keep(self, wanted: np.ndarray) -> Ragged:
-        """The same rows with only the wanted values in them; bool [M]."""
-        return self.from_lengths(np.bincount(self.rows[wanted], minlength=len(self)), self.values[wanted])
+    def keep(self, mask: np.ndarray) -> Ragged:
+        """Keep all rows, but only the values where `mask`, bool [M], is true."""
+        return self.from_lengths(np.bincount(self.rows[mask], minlength=len(self)), self.values[mask])
 
     def last(self, count: int) -> Ragged:
-        """The last `count` values of each row, or all it has."""
+        """Keep at most the last `count` values of each row."""
         lengths = np.minimum(self.lengths, count)
         return self.from_lengths(lengths, self.values[ranges(self.offsets[1:] - lengths, lengths)])
 
     def slice(self, start: int, stop: int) -> Ragged:
-        """Rows [start, stop) without a copy of the values; `stop` may lie behind the end."""
+        """Return rows [start, stop) without copying the values; `stop` may exceed N."""
         offsets = self.offsets[start : stop + 1]
         return Ragged(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
 
     @classmethod
     def concat(cls, parts: Sequence[Ragged]) -> Ragged:
-        """The rows of all parts, one part after the other; at least one part."""
+        """Concatenate the rows of one or more parts."""
         lengths = np.concatenate([part.lengths for part in parts])
         return cls.from_lengths(lengths, np.concatenate([part.values for part in parts]))
 
     @classmethod
     def hstack(cls, parts: Sequence[Ragged]) -> Ragged:
-        """Row n of all parts one behind the other, for each n; at least one part, all with as many rows."""
+        """Join row n of all parts into one row, for each n; one or more parts with the same number of rows."""
         lengths = np.stack([part.lengths for part in parts])
         joined = cls.from_lengths(lengths.sum(0), np.empty(lengths.sum(), parts[0].values.dtype))
         starts = joined.offsets[:-1] + np.cumsum(lengths, axis=0) - lengths
@@ -102,6 +102,6 @@ class Ragged:
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each start, `length` of them: int64 [sum of lengths]."""
+    """Concatenate arange(start, start + length) for each start and length: int64 [sum of lengths]."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)

@@ -1,14 +1,14 @@
-"""Which example comes when, and where its data are.
+"""The order of examples, and reading them from shards.
 
-The order of an epoch is a function of (seed, epoch) alone: records are permuted, and the examples of `window` records
-in a row are mixed with each other. A global batch is a range of positions in that order. So every rank makes the same
-number of steps, every example comes exactly once an epoch (the last batch of an epoch may be short), and the position
-is known from the number of completed optimizer steps: it resumes anywhere, at any world size, with no state of its own.
-WebDataset's own splitting of shards over ranks gives unequal steps, on which ZeRO-3 hangs. Who reads which examples of
-a global batch is left to `loader.py`.
+The order of an epoch is a function of (seed, epoch) alone: records are permuted, and the examples of `window`
+consecutive records are shuffled together. A global batch is a range of positions in that order. So every rank makes the
+same number of steps, every example comes exactly once an epoch (the last batch of an epoch may be short), and the
+position follows from the number of completed optimizer steps: a run resumes at any step and world size without a saved
+sampler state. WebDataset splits shards over ranks into unequal numbers of steps, on which ZeRO-3 hangs. `loader.py`
+decides which rank reads which examples of a global batch.
 
-Records are read a window at a time and laid end to end, so that a batch is cut out of them by operations on whole
-arrays; it is made ahead of the step by `prefetch`.
+Records are read and concatenated a window at a time, so that a batch is made with operations on whole arrays.
+`prefetch` makes the next batch while a step runs.
 
 Legend: R records, n examples.
 """
@@ -28,16 +28,16 @@ from cllm4rec_dist.corpus.shards import ShardSet
 
 T = TypeVar("T")
 _FIRST_ROW = "first_row"
-"""Column of a window with a value for each of its records: the row of the record's first example."""
+"""Column of a window with a value for each of its records: the index of the record's first example."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """n examples in the order of the stream, as columns with a value for each.
+    """n examples in the order of the stream, as named columns.
 
     Attributes:
-        columns: [n] by name: `records` and `indexes` (where an example is: its record, and its index in that), `epochs`
-            (visit, from 0), `windows` (of the stream, counted on through the epochs), and what was read or drawn since.
+        columns: [n] by name: `records` and `indexes` (of an example in its record), `epochs`, `windows` (numbered
+            through all epochs), and those added with `with_columns`.
     """
 
     columns: dict[str, np.ndarray]
@@ -49,7 +49,7 @@ class Examples:
         return self.columns[name]
 
     def take(self, which: np.ndarray | slice) -> Examples:
-        """Some of them, by index or mask."""
+        """Select examples by index, mask or slice."""
         return Examples({name: column[which] for name, column in self.columns.items()})
 
     def with_columns(self, **columns: np.ndarray) -> Examples:
@@ -58,7 +58,7 @@ class Examples:
 
     @classmethod
     def concat(cls, parts: Sequence[Examples]) -> Examples:
-        """All parts, one behind the other; at least one part, all with the same columns."""
+        """Concatenate one or more parts, all with the same columns."""
         return cls({name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns})
 
 
@@ -67,8 +67,8 @@ class EpochSampler:
 
     Args:
         record_sizes: int64 [R] examples of each record.
-        seed: of the permutations.
-        window: records that are mixed with each other.
+        seed: seed of the permutations.
+        window: number of records that are shuffled together.
     """
 
     def __init__(self, record_sizes: np.ndarray, seed: int, window: int) -> None:
@@ -77,39 +77,39 @@ class EpochSampler:
         self._sizes, self._seed, self._window = record_sizes, seed, window
         self._num_windows = -(-len(record_sizes) // window)
         self.num_examples = int(record_sizes.sum())
-        self._kept_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._kept_window: tuple[int, Examples] | None = None
+        self._cached_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._cached_window: tuple[int, Examples] | None = None
 
     def records(self, window: int) -> np.ndarray:
-        """Records of a window of the stream, in the order of the corpus."""
+        """Return the records of a window of the stream, ascending."""
         epoch, within = divmod(window, self._num_windows)
         return np.sort(self._epoch(epoch)[0][within * self._window : (within + 1) * self._window])
 
     def range(self, start: int, stop: int) -> Examples:
-        """Examples at positions [start, stop); positions go on through the epochs."""
-        found: list[Examples] = []
+        """Return the examples at positions [start, stop), which are numbered through all epochs."""
+        parts: list[Examples] = []
         while start < stop:
             epoch, offset = divmod(start, self.num_examples)
             _, starts = self._epoch(epoch)
             within = int(np.searchsorted(starts, offset, side="right")) - 1
             first = offset - int(starts[within])
-            taken = self._mixed(epoch * self._num_windows + within).take(slice(first, first + stop - start))
-            found.append(taken)
-            start += len(taken)
-        return Examples.concat(found)
+            part = self._shuffled(epoch * self._num_windows + within).take(slice(first, first + stop - start))
+            parts.append(part)
+            start += len(part)
+        return Examples.concat(parts)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Records in the epoch's order [R], and the position at which each window starts."""
-        if self._kept_epoch is None or self._kept_epoch[0] != epoch:
+        """Return the records in the epoch's order, [R], and the position of each window's first example."""
+        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
             records = np.random.default_rng([self._seed, 10, epoch]).permutation(len(self._sizes))
             ends = np.cumsum(self._sizes[records])
             starts = np.concatenate([[0], ends[self._window - 1 :: self._window], ends[-1:]])
-            self._kept_epoch = (epoch, records, starts)
-        return self._kept_epoch[1:]
+            self._cached_epoch = (epoch, records, starts)
+        return self._cached_epoch[1:]
 
-    def _mixed(self, window: int) -> Examples:
-        """All examples of a window, in the epoch's order."""
-        if self._kept_window is None or self._kept_window[0] != window:
+    def _shuffled(self, window: int) -> Examples:
+        """Return all examples of a window, in the epoch's order."""
+        if self._cached_window is None or self._cached_window[0] != window:
             epoch, within = divmod(window, self._num_windows)
             lists = Ragged.from_lists([np.arange(self._sizes[record]) for record in self.records(window)])
             order = np.random.default_rng([self._seed, 11, epoch, within]).permutation(len(lists.values))
@@ -121,18 +121,18 @@ class EpochSampler:
                     "windows": np.full_like(order, window),
                 }
             )
-            self._kept_window = window, examples.take(order)
-        return self._kept_window[1]
+            self._cached_window = window, examples.take(order)
+        return self._cached_window[1]
 
 
 class WindowCache:
-    """The data of examples, read a window at a time. As many windows are kept decoded as a batch was seen to lie in.
+    """Reads the data of examples, a window at a time, and caches as many windows as the widest batch so far spans.
 
     Args:
-        shards: what is read.
-        sampler: the stream's order.
-        columns: names of arrays that have a value for each example.
-        lists: names of the arrays that hold offsets and values of a list for each example.
+        shards: shards to read.
+        sampler: order of the stream.
+        columns: names of arrays with a value for each example.
+        lists: names of the arrays with the offsets and values of a list for each example.
     """
 
     def __init__(self, shards: ShardSet, sampler: EpochSampler, columns: Sequence[str], lists: tuple[str, str]) -> None:
@@ -141,38 +141,38 @@ class WindowCache:
         self._capacity = 1
 
     def columns(self, examples: Examples) -> dict[str, np.ndarray]:
-        """A value of each example by the name of its column, and int64 `counts` of the values in their lists."""
-        found: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int64)] for name in (*self._columns, "counts")}
-        for columns, lists, rows in self._located(examples):
+        """Return the columns of the examples by name, and as int64 `counts` the lengths of their lists."""
+        chunks: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int64)] for name in (*self._columns, "counts")}
+        for columns, lists, rows in self._by_window(examples):
             for name in self._columns:
-                found[name].append(columns[name][rows])
-            found["counts"].append(lists.lengths[rows])
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+                chunks[name].append(columns[name][rows])
+            chunks["counts"].append(lists.lengths[rows])
+        return {name: np.concatenate(parts) for name, parts in chunks.items()}
 
     def lists(self, examples: Examples) -> Ragged:
-        """The list of each example."""
-        parts = [lists.take(rows) for _, lists, rows in self._located(examples)]
+        """Return the list of each example."""
+        parts = [lists.take(rows) for _, lists, rows in self._by_window(examples)]
         return Ragged.concat([Ragged.from_lists([]), *parts])
 
-    def _located(self, examples: Examples) -> Iterator[tuple[dict[str, np.ndarray], Ragged, np.ndarray]]:
-        """Columns and lists of each window that examples lie in, in their order, and the rows of its examples."""
+    def _by_window(self, examples: Examples) -> Iterator[tuple[dict[str, np.ndarray], Ragged, np.ndarray]]:
+        """Yield, for each window of the examples, its columns and lists, and the rows of the examples in them."""
         windows = np.unique(examples["windows"]).tolist()
         self._capacity = max(self._capacity, len(windows))
         for window in windows:
             records = self._sampler.records(window)
             columns, lists = self._read(records)
-            mine = examples.take(examples["windows"] == window)
-            yield columns, lists, columns[_FIRST_ROW][np.searchsorted(records, mine["records"])] + mine["indexes"]
+            members = examples.take(examples["windows"] == window)
+            yield columns, lists, columns[_FIRST_ROW][np.searchsorted(records, members["records"])] + members["indexes"]
 
     def _read(self, records: np.ndarray) -> tuple[dict[str, np.ndarray], Ragged]:
-        """A window's columns and lists, laid end to end, and the row at which each of its records begins."""
+        """Return the concatenated columns, `_FIRST_ROW` among them, and lists of a window's records."""
         key = records.tobytes()
         if key not in self._windows:
             offsets, values = self._lists
-            found = [self._shards.read_record(int(r), {*self._columns, offsets, values}) for r in records]
-            sizes = np.array([len(record[offsets]) - 1 for record in found])
-            columns = {name: np.concatenate([record[name] for record in found]) for name in self._columns}
-            lists = Ragged.concat([Ragged(record[offsets], record[values]) for record in found])
+            arrays = [self._shards.read_record(int(r), {*self._columns, offsets, values}) for r in records]
+            sizes = np.array([len(record[offsets]) - 1 for record in arrays])
+            columns = {name: np.concatenate([record[name] for record in arrays]) for name in self._columns}
+            lists = Ragged.concat([Ragged(record[offsets], record[values]) for record in arrays])
             self._windows[key] = columns | {_FIRST_ROW: np.cumsum(sizes) - sizes}, lists
             if len(self._windows) > self._capacity:
                 self._windows.popitem(last=False)
@@ -181,19 +181,19 @@ class WindowCache:
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Optimizer steps that see every example once; the last one may be short."""
+    """Return the number of optimizer steps of an epoch; the last one may be short."""
     return -(-num_examples // batch_size)
 
 
 def batch_range(step: int, num_examples: int, batch_size: int) -> tuple[int, int]:
-    """Positions of a global batch that does not cross the end of its epoch."""
+    """Return the positions [start, stop) of the global batch of a step that ends at the end of its epoch."""
     epoch, within = divmod(step, steps_per_epoch(num_examples, batch_size))
     start = epoch * num_examples + within * batch_size
     return start, min(start + batch_size, (epoch + 1) * num_examples)
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int) -> Iterator[T]:
-    """make(start), ..., make(stop - 1), each made by a thread while its predecessor is used."""
+    """Yield make(start), ..., make(stop - 1); a thread makes the next one while the caller uses the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as pool:
         pending = pool.submit(make, start) if start < stop else None
         for step in range(start, stop):
