@@ -1,6 +1,6 @@
-"""Who is evaluated on a split, from what history, and against what.
+"""The users of an evaluation: their histories and held-out items.
 
-Known users have a row; new users, who are held out whole, have none. Both stand in one list, known ones first.
+Known users have a row; new users, who are held out whole, have none. One list has both, known users first.
 
 Legend: n users.
 """
@@ -18,18 +18,18 @@ from cllm4rec_dist.corpus.shards import Corpus
 Group = Literal["known", "new"]
 KNOWN: Group = "known"
 NEW: Group = "new"
-"""Groups of users: those who have a row, and those who have none."""
+"""Groups of users: those with a row, and those without one."""
 
 
 @dataclass(frozen=True)
 class HeldOutUsers:
-    """The users of whom a split holds out items.
+    """The users with held-out items in a split.
 
     Attributes:
-        known: int64, rows of the known ones among the corpus's users.
-        new: int64, positions of the new ones among the corpus's new users.
-        histories: n rows of items that a prediction is made from, in time order.
-        held_out: n rows of items that it is held against.
+        known: int64 user rows of the known users.
+        new: int64 positions of the new users among the corpus's new users.
+        histories: n lists of item rows, in time order: the input of the prediction.
+        held_out: n lists of item rows to predict.
     """
 
     known: np.ndarray
@@ -39,7 +39,7 @@ class HeldOutUsers:
 
     @classmethod
     def of(cls, corpus: Corpus, split: str) -> Self:
-        """Read those of a corpus.
+        """Read the users with held-out items from a corpus.
 
         Args:
             split: valid or test.
@@ -55,20 +55,20 @@ class HeldOutUsers:
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 [n], the row of each; -1 for a new user."""
+        """int64 [n] user rows; -1 for a new user."""
         return np.concatenate([self.known, np.full(len(self.new), -1, np.int64)])
 
     @property
     def is_new(self) -> np.ndarray:
-        """bool [n]."""
+        """bool [n] mask of the new users."""
         return self.rows < 0
 
     @property
     def groups(self) -> list[Group]:
-        """Group of each."""
+        """Group of each user."""
         return [KNOWN] * len(self.known) + [NEW] * len(self.new)
 
     def ids(self, corpus: Corpus) -> list[str]:
-        """External id of each."""
+        """Return the external id of each user."""
         known, new = corpus.users()["user"].take(self.known), corpus.new_users()["user"].take(self.new)
         return [*known.to_pylist(), *new.to_pylist()]

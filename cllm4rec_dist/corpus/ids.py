@@ -1,4 +1,4 @@
-"""Codes for ids, and the ids of float columns."""
+"""Codes for external ids, and ids that were stored as floats."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ _ROUNDED = r"^\d(\.\d+)?[eE]\+\d+$"
 
 
 class IdCodes:
-    """Gives each different text a code, from 0 on, in the order of their first use."""
+    """Assigns each unique text a code, from 0, in the order of first use."""
 
     def __init__(self) -> None:
         self._categories = pl.Categories.random()
-        self._alive: pl.Series | None = None
+        self._category_owner: pl.Series | None = None
         self.size = 0
 
     def encode(self, ids: pl.Series) -> np.ndarray:
-        """uint32 code of each id; none may be null."""
+        """Return the uint32 code of each id; none may be null."""
         categorical = ids.cast(pl.Categorical(self._categories))
-        self._alive = categorical.head(1)  # Polars forgets categories that no series has
+        self._category_owner = categorical.head(1)  # Polars drops categories without a series
         codes = categorical.to_physical().to_numpy()
         self.size = max(self.size, int(codes.max()) + 1 if len(codes) else 0)
         return codes.astype(np.uint32)
 
     def ids(self) -> pl.Series:
-        """Id of each code."""
+        """Return the id of each code."""
         codes = pl.Series("id", np.arange(self.size, dtype=np.uint32))
         return codes.cat.to(pl.Categorical(self._categories)).cast(pl.String)
 
 
 def canonical_ids(ids: pl.Series, codes: np.ndarray, kind: str) -> tuple[pl.Series, np.ndarray]:
-    """Ids of a float column without `.0`, with the codes of those that then are one; other ids as they are.
+    """Remove `.0` from the ids of a float column and merge the codes of equal ids; leave other ids unchanged.
 
     Args:
         ids: id of each code.
-        codes: of the interactions.
+        codes: code of each interaction.
         kind: `user` or `item`, for messages.
     """
     rounded = ids.filter(ids.str.contains(_ROUNDED))
     if len(rounded):
         logger.warning(
-            "%s %s ids look like numbers that a spreadsheet has rounded, such as %r: different ones may be one now",
+            "%s %s ids look like numbers rounded by a spreadsheet, such as %r: different ids may have become equal",
             f"{len(rounded):,}",
             kind,
             rounded[0],

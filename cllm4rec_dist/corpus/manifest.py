@@ -1,10 +1,10 @@
-"""What a corpus on disk says about itself: `manifest.json`.
+"""The manifest of a corpus, `manifest.json`.
 
-It is written last, so that its presence means a complete corpus, and holds the size and sha256 of every file, so that
-damage is found before training and not in it. It names no path outside of the corpus and no time: the same input gives
-the same bytes wherever and whenever it is built, and the sha256 of the manifest identifies the corpus.
+It is written last, so that its presence means a complete corpus, and contains the size and sha256 of every file, so
+that damage is detected before training starts. It contains no path outside of the corpus and no time: the same input
+gives the same bytes on every machine, and the sha256 of the manifest identifies the corpus.
 
-Reading and writing of the files is left to `shards.py` and `writer.py`.
+`shards.py` reads the other files and `writer.py` writes them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "valid", "test")
 NEW_USER_SPLITS = ("history", "valid", "test")
-"""Parts of the items of users who are held out whole: what a prediction is made from, and what it is held against."""
+"""Parts of the items of users who are held out whole: input of the prediction, and held-out items."""
 _RELATIVE_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 
 
 class ContentKind(IntEnum):
-    """What a text of the content corpus is about; stored as uint8."""
+    """Subject of a text in the content corpus; stored as uint8."""
 
     USER_ITEM = 0
-    """A review: the text of a user about an item."""
+    """A review by a user about an item."""
     ITEM_TITLE = 1
     ITEM_DESCRIPTION = 2
     USER_PROFILE = 3
@@ -48,13 +48,13 @@ class FileEntry(StrictModel):
     path: str
     """Relative to the manifest, with forward slashes."""
     kind: Literal["users", "items", "new_users", "interactions", "content"]
-    """A table of users, items or users who are held out whole, or a shard of one of the two corpora."""
+    """A table of users, items or users who are held out whole, or a shard of interactions or texts."""
     num_bytes: int
     """Size of the file."""
     sha256: str
-    """Of the whole file, hexadecimal."""
+    """Hexadecimal sha256 of the file."""
     record_sizes: tuple[int, ...] = ()
-    """Shards only: number of examples in each record, in file order."""
+    """Number of examples in each record, in file order; shards only."""
 
     @field_validator("path")
     @classmethod
@@ -68,18 +68,18 @@ class LeftOut(StrictModel):
     """What was left out of the corpus for one reason."""
 
     count: int
-    """How many."""
+    """Number of rows, texts or users."""
     share: float = 0.0
-    """Share of all of these in the raw data; 0 where unknown."""
+    """Fraction of their total in the raw data; 0 if unknown."""
     file: str | None = None
-    """Name of the raw file of the first one, without its folder."""
+    """Name of the raw file with the first one, without its folder."""
     line: int | None = None
     """Line (row of a Parquet file, position in a JSON document) of the first one."""
     value: str | None = None
-    """What was there, shortened."""
+    """Value of the first one, shortened."""
 
     def describe(self) -> str:
-        """Share and first place in brackets, for a log line; empty where neither is known."""
+        """Format the fraction and the first one for a log line, in brackets; empty if neither is known."""
         parts = [f"{100 * self.share:.3g} %"] if self.share else []
         line = "" if self.line is None else f" line {self.line}"
         value = "" if self.value is None else f" {self.value!r}"
@@ -105,43 +105,42 @@ class Manifest(StrictModel):
     """Contents of `manifest.json`."""
 
     schema_version: int = SCHEMA_VERSION
-    """Of the files' layout."""
+    """Version of the file layout."""
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     num_users: int
-    """Rows of users.parquet; every one has at least one training item."""
+    """Rows of users.parquet; each user has at least one training item."""
     num_items: int
     """Rows of items.parquet."""
     num_interactions: dict[str, int]
-    """By split: train, valid, test."""
+    """Number of interactions by split: train, valid, test."""
     num_new_users: int = Field(default=0, ge=0)
-    """Rows of new_users.parquet: users who are held out whole, and have no row in users.parquet."""
+    """Rows of new_users.parquet: users who are held out whole and are not in users.parquet."""
     num_new_interactions: dict[str, int] = Field(default_factory=dict)
-    """Of these users, by part: history, valid, test."""
+    """Interactions of these users by part: history, valid, test."""
     num_content: dict[str, int]
-    """Texts by kind, in lower case: user_item, item_title, item_description, user_profile."""
+    """Number of texts by kind: user_item, item_title, item_description, user_profile."""
     tokenizer_fingerprint: str
-    """Of the tokenizer that made the words; a run with another one is refused."""
+    """Fingerprint of the tokenizer that encoded the texts; a run with another one is refused."""
     preparation: Preparation
-    """Filters, split, seed and texts that the recipe chose."""
+    """Filters, split, seed and texts of the recipe."""
     order_columns: OrderColumns | None = None
-    """Of a table; None for other formats and in a corpus that an earlier version built."""
+    """Columns of a table; None for other formats and in a corpus built by an earlier version."""
     split_digests: dict[str, str] = Field(default_factory=dict)
     """sha256 by split over the keys of its interactions (`pair_keys.py`), which do not depend on order, tokenizer or
-    numbering; those of new users are counted in, with `history` as a split of its own. Empty in a corpus that an
-    earlier version built."""
+    rows; includes new users, whose `history` is a separate split. Empty in a corpus built by an earlier version."""
     skipped: dict[str, LeftOut]
-    """Everything of the raw data that is not in the corpus, by reason."""
+    """Raw data left out of the corpus, by reason."""
     files: tuple[FileEntry, ...]
     """Every other file of the corpus, shards in order."""
 
     @field_validator("skipped", mode="before")
     @classmethod
     def _plain_counts(cls, skipped: object) -> object:
-        """Older corpora have counts alone."""
+        """Accept older corpora, which have only counts."""
         if not isinstance(skipped, dict):
             return skipped
-        return {reason: {"count": found} if isinstance(found, int) else found for reason, found in skipped.items()}
+        return {reason: {"count": entry} if isinstance(entry, int) else entry for reason, entry in skipped.items()}
 
     @model_validator(mode="after")
     def _has_tables(self) -> Manifest:
@@ -152,25 +151,25 @@ class Manifest(StrictModel):
         return self
 
     def num_held_out(self, split: str) -> int:
-        """Items that are held out for `split`, of users with and without a row."""
+        """Return the number of items held out for `split`, of users with and without a row."""
         return self.num_interactions.get(split, 0) + self.num_new_interactions.get(split, 0)
 
     def of_kind(self, kind: str) -> tuple[FileEntry, ...]:
-        """The files of one kind, in order."""
+        """Return the files of one kind, in order."""
         return tuple(entry for entry in self.files if entry.kind == kind)
 
     def to_bytes(self) -> bytes:
-        """The file's bytes: the same manifest gives the same ones."""
+        """Serialize; equal manifests give equal bytes."""
         absent = set() if self.num_new_users else {"num_new_users", "num_new_interactions"}
         absent |= set() if self.order_columns else {"order_columns"}
         return (self.model_dump_json(indent=1, exclude=absent) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, content: bytes, origin: str) -> Manifest:
-        """Parse and check; `origin` is named in errors.
+        """Parse and check; errors name `origin`.
 
         Raises:
-            CorpusError: for anything but a manifest of this schema version.
+            CorpusError: unless `content` is a manifest of this schema version.
         """
         try:
             version = json.loads(content)["schema_version"]
@@ -193,8 +192,8 @@ class Manifest(StrictModel):
             ) from None
 
 
-def _meant(url: str) -> str:
-    """The corpus that a wrong path is nearest to, for the end of a cure."""
+def _suggest_corpus(url: str) -> str:
+    """Return a sentence with the corpus closest to a wrong path, for the end of a cure."""
     inside = Path(url, "corpus")
     if not is_url(url) and (inside / MANIFEST_NAME).is_file():
         return f" Did you mean {str(inside)!r}?"
@@ -202,10 +201,10 @@ def _meant(url: str) -> str:
 
 
 def load_manifest(url: str) -> tuple[Manifest, str]:
-    """The manifest of a corpus, a folder or fsspec URL, and its sha256. No other file is looked at.
+    """Read the manifest of a corpus, a folder or fsspec URL, and its sha256; no other file is read.
 
     Raises:
-        CorpusError: for a corpus that is absent, incomplete or of another schema version.
+        CorpusError: if the corpus is absent, incomplete or of another schema version.
     """
     fs, root = locate("corpus", url, CorpusError)
     try:
@@ -216,6 +215,6 @@ def load_manifest(url: str) -> tuple[Manifest, str]:
             "corpus",
             url,
             f"has no readable {MANIFEST_NAME} ({error})",
-            f"Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.{_meant(url)}",
+            f"Build it with `cllm4rec prepare`; a build that was interrupted leaves no manifest.{_suggest_corpus(url)}",
         ) from error
     return Manifest.from_bytes(content, f"{url}/{MANIFEST_NAME}"), hashlib.sha256(content).hexdigest()

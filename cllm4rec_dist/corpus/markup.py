@@ -1,8 +1,8 @@
-"""HTML out of texts that were scraped from pages, as Amazon's titles, descriptions and reviews were.
+"""Remove HTML from texts scraped from web pages, such as Amazon's titles, descriptions and reviews.
 
-Tags go, with the content of scripts and styles; entities become letters. Only what is a tag of HTML counts as one, so
-`5 < 6` and `a <b and c> d` stay as they are. A few titles of the collection of 2018 are remains of the page's scripts
-and hold no title at all: those have no text.
+Tags are removed, scripts and styles with their content; entities become characters. Only HTML's tags count, so `5 < 6`
+and `a <b and c> d` stay unchanged. A few titles of the 2018 collection are fragments of the page's scripts; they are
+treated as missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SCRIPT = r"(?is)<(?:script|style)\b[^>]*>.*?(?:</(?:script|style)\s*>|$)"
 _TAG = rf"(?is)</?(?:{_TAGS}){_ATTRIBUTES}\s*/?>"
 _CDATA = r"<!\[CDATA\[|\]\]>"
 _CUT_TAG = rf"(?is)<(?:{_TAGS})\s+[\w:-]+=[^<>]*$|</?(?:br|p|div|span)\s*/?$"
-"""A tag at the end of a text that was cut off."""
+"""A tag at the end of a truncated text."""
 _SCRIPT_REMAINS = (
     r"(?s)\(new Date\(\)\)\.getTime\(\)|\baPageStart\b|\bue_t0\b|\bP\.when\(['\"]|"
     r"^\s*var\s+[\w$]+\s*=.*;|^\s*\(?function\s*[\w$]*\s*\([\w$,\s]*\)\s*\{|"
@@ -36,10 +36,10 @@ _SCRIPT_REMAINS = (
 
 
 def strip_html(texts: pl.Series) -> pl.Series:
-    """Texts without tags, comments, scripts and entities; null for remains of scripts."""
+    """Remove tags, comments, scripts and entities; null for fragments of scripts."""
     if texts.str.contains("<", literal=True).any():
         texts = _without(texts, _COMMENT, _SCRIPT, _CDATA, _TAG, _CUT_TAG)
-    # A page that escapes what another page escaped holds `&amp;lt;br /&amp;gt;`.
+    # Text that was escaped twice contains `&amp;lt;br /&amp;gt;`.
     texts = unescape_entities(unescape_entities(texts))
     texts = _without(texts, _SCRIPT, _TAG)
     texts = texts.str.replace_all(r"[ \t\u{a0}]*\s[\s\u{a0}]*|\u{a0}", " ").str.strip_chars()

@@ -1,8 +1,8 @@
-"""Keys of interactions, by which two corpora are compared without their users and items being numbered alike.
+"""Keys of interactions, to compare corpora that number their users and items differently.
 
-A key is 64 bits of a user's and an item's external id. It does not depend on rows, the order of a file, the tokenizer
-or the catalog, so an interaction has the same key in every corpus that holds it. Two interactions of a corpus share a
-key by chance about once in 2^64 pairs of them.
+A key is a 64-bit hash of a user's and an item's external id. It does not depend on rows, the order of a file, the
+tokenizer or the catalog, so an interaction has the same key in every corpus. Two different interactions collide with a
+probability of about 2^-64.
 
 Legend: N interactions, U users, I items.
 """
@@ -18,17 +18,17 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.stateless_rng import keyed_bits
 
 _BLOCK = 1 << 22
-"""Interactions hashed at a time, which bounds the memory of what is computed on the way."""
+"""Interactions hashed at a time; bounds the memory of intermediate results."""
 
 
 def id_hashes(kind: str, ids: Sequence[str]) -> np.ndarray:
-    """uint64 for each external id, the same on every machine: 8 bytes of BLAKE2b over the kind and the id."""
+    """Hash external ids to uint64, 8 bytes of BLAKE2b over kind and id; equal on every machine."""
     digests = b"".join(hashlib.blake2b(f"{kind}/{name}".encode(), digest_size=8).digest() for name in ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def pair_keys(user_hashes: np.ndarray, item_hashes: np.ndarray, items: Ragged) -> np.ndarray:
-    """uint64 [N], a key for each interaction, in the order of `items.values`.
+    """Return the key of each interaction, uint64 [N], in the order of `items.values`.
 
     Args:
         user_hashes: uint64 [U], from `id_hashes`.
@@ -44,16 +44,16 @@ def pair_keys(user_hashes: np.ndarray, item_hashes: np.ndarray, items: Ragged) -
 
 
 def digest(keys: np.ndarray) -> str:
-    """sha256, hexadecimal, over the sorted keys as little-endian bytes: that of the set of interactions."""
+    """Return the hexadecimal sha256 of a set of interactions: of their sorted keys as little-endian bytes."""
     return hashlib.sha256(np.sort(keys).astype("<u8", copy=False).tobytes()).hexdigest()
 
 
 def split_digests(item_ids: Sequence[str], *groups: tuple[Sequence[str], dict[str, Ragged]]) -> dict[str, str]:
-    """The digest of each split, by its name.
+    """Return the digest of each split by its name.
 
     Args:
-        item_ids: external ids by row.
-        groups: external ids of some users, and by split the item rows of each.
+        item_ids: external id of each item row.
+        groups: for each group of users, their external ids, and by split the item rows of each user.
     """
     items = id_hashes("item", item_ids)
     keys: dict[str, list[np.ndarray]] = {}

@@ -1,4 +1,4 @@
-"""From a recipe to a corpus on disk: read, number and split, write."""
+"""Build a corpus from a recipe: read, index and split, write."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def prepare(
 
     Args:
         config: the recipe.
-        tokenizer: of the backbone that will be trained.
+        tokenizer: tokenizer of the backbone to train.
         out: folder or fsspec URL of the corpus.
-        overwrite: replace a corpus that is there.
+        overwrite: replace an existing corpus.
         progress: show a progress bar.
-        num_workers: Ray tasks that write shards at a time; 1 writes them here. The bytes are the same.
+        num_workers: concurrent Ray tasks that write shards; 1 writes them in this process. The bytes are equal.
 
     Raises:
-        DataError: for raw data that cannot be read or filters that leave nothing.
+        DataError: if raw data cannot be read or filters leave nothing.
         CorpusError: if `out` is in use.
     """
     check_room(out, overwrite=overwrite)
@@ -50,8 +50,8 @@ def prepare(
             )
     else:
         manifest = write_corpus(catalog, tokenizer, out, config, overwrite=overwrite, progress=progress)
-    for reason, found in manifest.skipped.items():
-        logger.info("left out: %s x %s%s", f"{found.count:,}", reason, found.describe())
+    for reason, skip in manifest.skipped.items():
+        logger.info("left out: %s x %s%s", f"{skip.count:,}", reason, skip.describe())
     logger.info(
         "corpus %s at %s: %d users, %d items, interactions %s, texts %s",
         manifest.name,

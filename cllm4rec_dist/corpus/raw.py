@@ -1,11 +1,9 @@
-"""Raw interactions and texts, collected from batches of any reader.
+"""Collect raw interactions and reviews from the batches of any reader.
 
-Readers (`sources/`) say which columns mean what. This module decides what a row must have to be used, and what is kept
-of it: ids become codes, ratings and times numbers, and reviews go to a file in a temporary folder, because the reviews
-of a large shop are many times larger than everything else. What cannot be used is counted (`skips.py`). Texts about
-users and items are collected in `about.py`.
-
-Filters by rating and count, and the split, are left to `catalog.py`.
+Readers (`sources/`) assign the columns. This module decides which rows can be used, and converts them: ids become
+codes, ratings and times become numbers, and reviews go to a temporary folder, because those of a large shop are many
+times larger than everything else. Unusable rows are counted (`skips.py`). `about.py` collects texts about users and
+items; `catalog.py` filters by rating and count, and splits.
 
 Legend: N interactions, U users, I items.
 """
@@ -42,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for the values of a source.
+    """How to read the values of a source.
 
     Attributes:
-        missing: words that stand for a missing value.
+        missing: words for a missing value.
         has_rating: an interaction without a rating cannot be used.
         has_text: interactions have reviews.
         has_html: texts come from web pages.
         decimal: decimal mark of numbers in texts.
-        time_format: format of `strptime` for times, or None.
-        allow_unmatched: texts about none of the users or items are no error.
+        time_format: `strptime` format of times, or None.
+        allow_unmatched: accept texts of which none is about a user or item with interactions.
     """
 
     missing: Sequence[str] = MISSING_WORDS
@@ -65,19 +63,19 @@ class Rules:
 
 @dataclass(frozen=True)
 class RawData:
-    """What a source holds.
+    """The contents of a source.
 
     Attributes:
-        interactions: columns user and item uint32 (codes), rating and timestamp float64 (NaN where there is none),
-            has_text bool, position uint32 (order in the files), and part uint8 where the data set comes with a split
-            (0 train, 1 valid, 2 test); sorted by position.
+        interactions: columns user and item uint32 (codes), rating and timestamp float64 (NaN if missing), has_text
+            bool, position uint32 (order in the files), and part uint8 (0 train, 1 valid, 2 test) if the data set comes
+            with a split; sorted by position.
         user_ids, item_ids: external id of each code.
-        items: columns item, title, description (null if none) and, where the source has them, category; items that have
+        items: columns item, title, description (null if none) and, if the source has it, category; items that have
             interactions and a text.
         users: columns user, text; users that have interactions and a text.
-        reviews: texts of interactions, by their position.
-        has_reviews: whether the source has a column of them.
-        log: what was left out.
+        reviews: reviews by position of their interaction.
+        has_reviews: True if the source has a column of reviews.
+        log: counts of what was left out.
         origins: file and line of each interaction.
     """
 
@@ -92,7 +90,7 @@ class RawData:
     origins: Origins
 
     def texts(self) -> Iterator[str]:
-        """Every text, reviews first."""
+        """Yield every text, reviews first."""
         yield from self.reviews
         for table, columns in ((self.items, ("title", "description")), (self.users, ("text",))):
             for column in columns:
@@ -107,14 +105,15 @@ class Origins:
         self._batches: list[tuple[str, np.ndarray | range]] = []
 
     def add(self, start: int, path: str, lines: np.ndarray) -> None:
-        """Interactions from position `start` on are on these lines."""
+        """Add the lines of the interactions at positions `start`, `start + 1`, ..."""
         if len(lines):
-            whole = int(lines[-1]) - int(lines[0]) + 1 == len(lines)
+            first, last = int(lines[0]), int(lines[-1])
+            is_range = last - first + 1 == len(lines)
             self._starts.append(start)
-            self._batches.append((path, range(int(lines[0]), int(lines[-1]) + 1) if whole else lines.astype(np.int32)))
+            self._batches.append((path, range(first, last + 1) if is_range else lines.astype(np.int32)))
 
     def find(self, position: int) -> dict[str, Any]:
-        """`file` and `line` of an interaction, as `SkipLog.skip` takes them; empty where unknown."""
+        """Return `file` and `line` of an interaction, as arguments of `SkipLog.skip`; empty if unknown."""
         index = bisect_right(self._starts, position) - 1
         if index < 0:
             return {}
@@ -135,15 +134,15 @@ class _Columns:
 def read_texts(
     batch: Batch, column: str, where: str, rules: Rules, log: SkipLog, *, one_line: bool = False
 ) -> pl.Series:
-    """Cleaned texts of a column, null where there is none; remains of a page's script are counted.
+    """Return the cleaned texts of a column, null if missing or a fragment of a page's script.
 
     Args:
-        batch: the rows.
+        batch: rows of a file.
         column: name of the column.
-        where: names file and column, for errors.
-        rules: of the source.
-        log: counts remains of scripts.
-        one_line: make each run of blanks one blank, as in a title.
+        where: file and column, for errors.
+        rules: how to read the source.
+        log: counts fragments of scripts.
+        one_line: collapse white space into single spaces, as in a title.
     """
     texts = column_text(batch.columns[column], where)
     if rules.has_html:
@@ -157,12 +156,12 @@ def read_texts(
 
 
 class InteractionCollector:
-    """Collects interactions of batches whose columns are user, item, rating, timestamp and text.
+    """Collects interactions from batches with the columns user, item, rating, timestamp and text.
 
     Args:
         log: counts what is left out.
-        rules: of the source.
-        names: of the columns as the user knows them, for errors.
+        rules: how to read the source.
+        names: names of the columns in the files, for errors.
     """
 
     def __init__(self, log: SkipLog, rules: Rules, names: Mapping[str, str] | None = None) -> None:
@@ -174,12 +173,12 @@ class InteractionCollector:
         self._paths: list[str] = []
 
     def add_file(self, path: str, batches: Iterable[Batch], part: int | None = None) -> None:
-        """All rows of a file.
+        """Add all rows of a file.
 
         Args:
-            path: of the file.
-            batches: its rows, counted as read in the log.
-            part: of the split that the file is, or None.
+            path: path of the file.
+            batches: rows of the file; the reader has counted them in the log.
+            part: part of the split that the file is (0 train, 1 valid, 2 test), or None.
         """
         self._paths.append(path)
         for batch in batches:
@@ -214,8 +213,8 @@ class InteractionCollector:
             self._lose(reason, batch, rows & keep, is_gap=reason.startswith("has no "))
             keep &= ~rows
         self._keep_undecided(times, keep, batch)
-        for kind, found in ids.items():
-            getattr(self._columns, kind).append(self._codes[kind].encode(found.filter(keep)))
+        for kind, texts in ids.items():
+            getattr(self._columns, kind).append(self._codes[kind].encode(texts.filter(keep)))
         self._columns.rating.append(ratings[keep])
         self._columns.timestamp.append(times.seconds[keep])
         self._columns.has_text.append(self._add_reviews(batch, keep))
@@ -225,7 +224,7 @@ class InteractionCollector:
         self._size += int(keep.sum())
 
     def _add_reviews(self, batch: Batch, keep: np.ndarray) -> np.ndarray:
-        """Store the reviews of the rows that are kept; bool [kept], which of them have one."""
+        """Store the reviews of the kept rows; return a bool mask of the kept rows with a review."""
         if not self._rules.has_text or "text" not in batch.columns.columns:
             return np.zeros(int(keep.sum()), bool)
         texts = read_texts(batch.keep(keep), "text", self._where(batch, "text"), self._rules, self._log)
@@ -250,12 +249,13 @@ class InteractionCollector:
             self._undecided.setdefault(batch.path, []).append(part)
 
     def _decide_dates(self, times: np.ndarray) -> None:
-        """Put times of dates like 3/4/2024 in place.
+        """Set the times of ambiguous dates such as 3/4/2024.
 
-        Each file decides its own order. One that leaves it open follows the others, if these are at one.
+        The dates of each file decide its order of day and month. A file whose dates are all ambiguous follows the other
+        files if these agree.
 
         Raises:
-            DataError: for a file whose order cannot be told.
+            DataError: if the order of a file cannot be decided.
         """
         files = {path: UndecidedDates.join(parts) for path, parts in self._undecided.items()}
         decided = {dates.order for dates in files.values()} - {None}
@@ -292,10 +292,10 @@ class InteractionCollector:
         )
 
     def finish(self) -> RawData:
-        """What was collected, without texts about users and items.
+        """Return what was collected, without texts about users and items.
 
         Raises:
-            DataError: if no interaction is left.
+            DataError: if there is no interaction.
         """
         values = {name: np.concatenate(parts) for name, parts in vars(self._columns).items() if parts}
         self._columns = _Columns()
@@ -327,5 +327,5 @@ class InteractionCollector:
 
 
 def no_texts(kind: str, columns: Sequence[str]) -> pl.DataFrame:
-    """The table of texts of a source that has none."""
+    """Return an empty table of texts."""
     return pl.DataFrame(schema=dict.fromkeys([kind, *columns], pl.String))

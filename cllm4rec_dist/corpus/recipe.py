@@ -1,10 +1,10 @@
-"""Recipes: how raw data becomes a corpus. One YAML file a data set, in `shards/` of the repository.
+"""Recipes: how to build a corpus from raw data. One YAML file per data set, in `shards/` of the repository.
 
-`source` says where the raw files are and in which format (a model for each, told apart by `format`); the rest says what
-is kept of them and how it is split. A path may be any fsspec URL, compressed or not; a relative one starts from the
-current directory; `~`, `$NAME`, `${NAME}` and `${NAME:-default}` are replaced (`filesystems.expand_path`).
+`source` says where the raw files are and how to read them (one model for each `format`); the other settings say what to
+keep and how to split it. A path may be any fsspec URL, compressed or not; a relative one starts from the current
+directory; `~`, `$NAME`, `${NAME}` and `${NAME:-default}` are replaced (`filesystems.expand_path`).
 
-Reading is left to `sources/`, filtering and splitting to `catalog.py`.
+`sources/` reads the files; `catalog.py` filters and splits.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ DataPaths = Annotated[tuple[DataPath, ...], Field(min_length=1), BeforeValidator
 them; compressed (gz, bz2, xz, zst, zip) or not."""
 
 
-def _known_encoding(name: str) -> str:
+def _check_encoding(name: str) -> str:
     if name != "auto":
         try:
-            b"x".decode(name, errors="replace")  # refuses codecs that are no encodings of text, such as hex
+            b"x".decode(name, errors="replace")  # refuses codecs that are not text encodings, such as hex
         except (LookupError, UnicodeError):
-            raise ValueError(f"{name!r} is no encoding; write for example utf-8, cp1252 or shift_jis") from None
+            raise ValueError(f"{name!r} is not an encoding; write for example utf-8, cp1252 or shift_jis") from None
     return name
 
 
-Encoding = Annotated[str, AfterValidator(_known_encoding)]
+Encoding = Annotated[str, AfterValidator(_check_encoding)]
 
 
 class FileSource(StrictModel):
-    """What all sources that read files share."""
+    """Settings of all sources that read files."""
 
     on_bad_line: Literal["skip", "error"] = "skip"
-    """A row that cannot be used: leave it out and count it, or stop with its line."""
+    """What to do with an unusable row: `skip` leaves it out and counts it, `error` stops and names its line."""
     max_lost: float = Field(default=0.5, ge=0, le=1)
-    """Largest share of a file's rows that may be left out because they cannot be used."""
+    """Largest fraction of a file's rows that may be unusable."""
     missing: tuple[str, ...] = MISSING_WORDS
-    """Words that stand for a missing id, rating, time or text, beside the empty one."""
+    """Words for a missing id, rating, time or text, in addition to the empty one."""
     allow_unmatched: bool = False
-    """Go on where a file of texts knows none of the users or items of the interactions."""
+    """Continue if no text of a file is about a user or item with interactions."""
     encoding: Encoding = "auto"
-    """Encoding of text files, by Python's name. `auto`: UTF-8, UTF-16 by its mark, or a legacy encoding that can hardly
-    be another one."""
+    """Encoding of text files, by Python's name. `auto`: UTF-8, UTF-16 with a byte order mark, or a legacy encoding if
+    it is clear which."""
 
 
 class RecboleSource(FileSource):
@@ -63,30 +63,30 @@ class RecboleSource(FileSource):
 
     format: Literal["recbole"]
     interactions: DataPaths
-    """The .inter file. Where it does not exist but .train.inter, .valid.inter and .test.inter beside it do, these are
-    read, and their split is kept."""
+    """The .inter file. If it does not exist, .train.inter, .valid.inter and .test.inter in the same folder are read and
+    their split is kept."""
     items: DataPaths | None = None
     """The .item file."""
     users: DataPaths | None = None
     """The .user file."""
     field_separator: str = Field(default="\t", min_length=1)
-    """Between fields."""
+    """Separator between fields."""
     user_field: str = "user_id"
     """Name of the user field in .inter and .user."""
     item_field: str = "item_id"
     """Name of the item field in .inter and .item."""
     rating_field: str | None = "rating"
-    """Field of .inter; null where there are no ratings. Names that the recipe does not give may be absent."""
+    """Field of ratings in .inter, or null. Default fields may be absent from the file, those of the recipe may not."""
     timestamp_field: str | None = "timestamp"
-    """Field of .inter; null where there are no times."""
+    """Field of times in .inter, or null."""
     text_field: str | None = None
-    """Field of .inter that holds reviews."""
+    """Field of reviews in .inter, or null."""
     title_field: str | None = "movie_title"
-    """Field of .item; null where items have no titles."""
+    """Field of titles in .item, or null."""
     description_fields: tuple[str, ...] = ("release_year", "class")
-    """Fields of .item that make the description."""
+    """Fields of .item to join into the description."""
     profile_fields: tuple[str, ...] = ("age", "gender", "occupation")
-    """Fields of .user that make the user's text."""
+    """Fields of .user to join into the user's text."""
 
 
 class GroupLensSource(FileSource):
@@ -94,10 +94,10 @@ class GroupLensSource(FileSource):
 
     format: Literal["grouplens"]
     edition: Literal["100k", "1m", "10m", "20m", "25m", "32m", "latest", "csv"]
-    """`100k`: u.data, u.item, u.user. `1m`, `10m`: ratings.dat, movies.dat and, where there is one, users.dat. The
-    others: ratings.csv, movies.csv."""
+    """`100k`: u.data, u.item, u.user. `1m`, `10m`: ratings.dat, movies.dat and users.dat, if it exists. The others:
+    ratings.csv, movies.csv."""
     folder: DataPath
-    """Where the files are."""
+    """Folder of the files."""
 
 
 class AmazonSource(FileSource):
@@ -107,9 +107,9 @@ class AmazonSource(FileSource):
     edition: Literal["2014", "2018", "2023"]
     """Year of the collection; field names depend on it."""
     reviews: DataPaths
-    """Files of reviews, one JSON object a line."""
+    """Files of reviews, one JSON object per line."""
     metadata: DataPaths | None = None
-    """Files of items with titles and descriptions; lines in Python's notation, as in 2014, are read too."""
+    """Files of items with titles and descriptions; lines may be Python literals, as in 2014."""
 
 
 class YelpSource(FileSource):
@@ -125,18 +125,18 @@ class YelpSource(FileSource):
 
 
 class SteamSource(FileSource):
-    """Steam as McAuley's group publishes it: lines in Python's notation."""
+    """Steam as McAuley's group publishes it: a Python literal per line."""
 
     format: Literal["steam"]
     reviews: DataPaths
-    """steam_reviews.json.gz (a review a line), australian_users_items.json.gz or australian_user_reviews.json.gz (a
-    user a line, with all games)."""
+    """steam_reviews.json.gz (a review per line), australian_users_items.json.gz or australian_user_reviews.json.gz (a
+    user per line, with all games)."""
     games: DataPaths | None = None
     """steam_games.json.gz: titles, genres and tags."""
 
 
 class MindSource(FileSource):
-    """MIND, Microsoft's news data: what a user has clicked before, and clicks among the articles shown."""
+    """MIND, Microsoft's news data: a user's click history, and clicks among the articles shown."""
 
     format: Literal["mind"]
     behaviors: DataPaths
@@ -146,15 +146,15 @@ class MindSource(FileSource):
 
 
 class SequencesSource(FileSource):
-    """One line a user: the user, then the items in time order. JSON: {user: [items]}, or objects of user and list."""
+    """One line per user: the user, then the items in time order. JSON: {user: [items]}, or objects of user and list."""
 
     format: Literal["sequences"]
     sequences: DataPaths
-    """File of the lines."""
+    """File of sequences."""
     titles: DataPaths | None = None
-    """A JSON object {item: title} or {item: {"title": ...}}, else lines of an item and its words."""
+    """A JSON object {item: title} or {item: {"title": ...}}, or lines of an item and its title."""
     separator: str | None = Field(default=None, min_length=1)
-    """Between items; blanks and tabs if left out."""
+    """Separator between items; spaces and tabs if left out."""
 
 
 class TableFile(StrictModel):
@@ -163,27 +163,27 @@ class TableFile(StrictModel):
     path: DataPaths
     """CSV, JSON or Parquet."""
     kind: Literal["auto", "csv", "jsonl", "parquet"] = "auto"
-    """How it is stored; by the first bytes if left out. `jsonl` is any JSON: an object a line, one array, one object of
+    """File format. `auto`: by the first bytes. `jsonl` is any JSON: an object per line, one array, one object of
     objects."""
     separator: str | None = Field(default=None, min_length=1, validation_alias=AliasChoices("separator", "delimiter"))
-    """Between the fields of a CSV line, one letter or several; that of comma, semicolon, tab and bar that makes the
-    recipe's columns of the header if left out."""
+    """Separator between the fields of a CSV line, one or more characters. If left out: the one of comma, semicolon, tab
+    and bar with which the header has the recipe's columns."""
     quoting: Literal["auto", "double", "none"] = "auto"
-    """What a quotation mark means. `auto`: it encloses a field where it opens and closes one, and is a character
-    elsewhere; a field that runs over lines that look like rows is refused. `double`: RFC 4180. `none`: a character."""
+    """Meaning of quotation marks. `auto`: a pair around a field quotes it, any other is a plain character; a quoted
+    field over lines that look like rows is refused. `double`: RFC 4180. `none`: plain characters."""
     escape: str | None = Field(default=None, min_length=1, max_length=1)
-    """Letter that takes the meaning away from a mark or separator behind it: a backslash for Spark and MySQL."""
+    """Escape character before a quotation mark or separator: a backslash for Spark and MySQL."""
     encoding: Encoding | None = None
-    """Encoding of this file, where it is not that of the source."""
+    """Encoding of this file if it differs from that of the source."""
     decimal: str = Field(default=".", min_length=1, max_length=1)
     """Decimal mark of ratings."""
     names: tuple[str, ...] | None = None
-    """Names of a CSV file's columns, in order, where its first line is not a header."""
+    """Names of a CSV file's columns, in order, if its first line is not a header."""
     html: bool = False
-    """Texts come from web pages: take tags out of them."""
+    """Remove HTML from texts."""
 
     @model_validator(mode="after")
-    def _names_for_csv(self) -> TableFile:
+    def _check_names(self) -> TableFile:
         if self.names is not None and self.kind not in ("csv", "auto"):
             raise ValueError("names belongs to csv; the other kinds name their columns themselves")
         return self
@@ -201,8 +201,7 @@ class InteractionTable(TableFile):
     timestamp: str | None = None
     """Column of times: epochs of any unit, ISO 8601, RFC 2822, dates. Only their order is used."""
     time_format: Annotated[str, AfterValidator(check_time_format)] | None = None
-    """Format of the times, as for strptime: `%d/%m/%Y %H:%M`. Needed where the file leaves open whether 3/4/2024 is in
-    March or April."""
+    """`strptime` format of the times, such as `%d/%m/%Y %H:%M`. Needed if all dates are ambiguous, such as 3/4/2024."""
     text: str | None = None
     """Column of reviews."""
 
@@ -215,9 +214,9 @@ class ItemTable(TableFile):
     title: str | None = None
     """Column of titles."""
     description: tuple[str, ...] = ()
-    """Columns that are joined to the description."""
+    """Columns to join into the description."""
     category: str | None = None
-    """Column of categories, one for each item, by which recommendations can be limited."""
+    """Column of categories, one per item, by which recommendations can be filtered."""
 
 
 class UserTable(TableFile):
@@ -226,7 +225,7 @@ class UserTable(TableFile):
     user: str
     """Column of user ids."""
     text: tuple[str, ...]
-    """Columns that are joined to the user's text."""
+    """Columns to join into the user's text."""
 
 
 class TableSource(FileSource):
@@ -234,27 +233,27 @@ class TableSource(FileSource):
 
     format: Literal["table"]
     interactions: InteractionTable
-    """Who interacted with what."""
+    """File of interactions."""
     items: ItemTable | None = None
-    """Titles and descriptions."""
+    """File of titles and descriptions."""
     users: UserTable | None = None
-    """Texts about users."""
+    """File of texts about users."""
 
 
 class SyntheticSource(StrictModel):
-    """Invented users and items with a known structure; see `synthetic.py`."""
+    """Synthetic users and items with a known structure; see `synthetic.py`."""
 
     format: Literal["synthetic"]
     num_users: int = Field(600, ge=1)
-    """Users."""
+    """Number of users."""
     num_items: int = Field(400, ge=1)
-    """Items, spread evenly over the clusters."""
+    """Number of items, evenly distributed over the clusters."""
     num_clusters: int = Field(12, ge=1, le=16)
-    """Fields of interest, each with its own words."""
+    """Number of clusters of interest, each with its own vocabulary."""
     mean_interactions: float = Field(20.0, ge=5)
-    """Items of a user on average; nobody has fewer than five."""
+    """Mean number of items per user; each user has at least five."""
     seed: int = Field(0, ge=0)
-    """Of everything random in the data (the recipe's `seed` is that of the split)."""
+    """Random seed of the data (the recipe's `seed` is that of the split)."""
 
     @model_validator(mode="after")
     def _enough_items(self) -> SyntheticSource:
@@ -278,13 +277,13 @@ SourceConfig = Annotated[
 
 
 class RandomSplit(StrictModel):
-    """Hold out a random share of each user's items."""
+    """Hold out a random fraction of each user's items."""
 
     kind: Literal["random"] = "random"
     valid: float = Field(default=0.1, ge=0, lt=1)
-    """Share for validation, rounded to whole items for each user."""
+    """Fraction for validation, rounded to whole items for each user."""
     test: float = Field(default=0.1, ge=0, lt=1)
-    """Share for the test."""
+    """Fraction for the test."""
 
     @model_validator(mode="after")
     def _leaves_training(self) -> RandomSplit:
@@ -294,30 +293,30 @@ class RandomSplit(StrictModel):
 
 
 class LastSplit(StrictModel):
-    """Hold out each user's last items in time: the very last for the test, those before them for validation."""
+    """Hold out each user's last items in time: the last ones for the test, those before them for validation."""
 
     kind: Literal["last"]
     num_valid: int = Field(1, ge=0)
-    """Items for validation."""
+    """Number of items for validation."""
     num_test: int = Field(1, ge=0)
-    """Items for the test."""
+    """Number of items for the test."""
 
 
 class UsersSplit(StrictModel):
-    """Hold out whole users, of whom nothing is trained on, and items of the others (strong generalisation, as in the
-    protocol of Mult-VAE, Liang et al., WWW 2018)."""
+    """Hold out whole users, who are not trained on, and items of the others (strong generalisation, as in the protocol
+    of Mult-VAE, Liang et al., WWW 2018)."""
 
     kind: Literal["users"]
     valid_users: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the users with three or more items who are held out for validation."""
+    """Fraction of the users with three or more items to hold out for validation."""
     test_users: float = Field(default=0.1, ge=0, lt=1)
-    """Share of them who are held out for the test."""
+    """Fraction of the users with three or more items to hold out for the test."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
-    """Share of a held-out user's items that is to be predicted from the rest, one item at least of each."""
+    """Fraction of a held-out user's items to predict from the rest; at least one item is predicted and one shown."""
     valid: float = Field(default=0.1, ge=0, lt=1)
-    """Share of every other user's items for validation, as in a random split."""
+    """Fraction of the other users' items for validation, as in a random split."""
     test: float = Field(default=0.1, ge=0, lt=1)
-    """Share of them for the test."""
+    """Fraction of the other users' items for the test."""
 
     @model_validator(mode="after")
     def _leaves_training(self) -> UsersSplit:
@@ -330,51 +329,51 @@ class UsersSplit(StrictModel):
 
 
 class NoSplit(StrictModel):
-    """Train on everything and hold nothing out: for production. Nothing can be validated or evaluated."""
+    """Train on all interactions, for production. There are no held-out items to validate or evaluate with."""
 
     kind: Literal["none"]
 
 
 class GivenSplit(StrictModel):
-    """Keep the split that the data set's files have (RecBole's benchmark files)."""
+    """Keep the split of the data set's files (RecBole's benchmark files)."""
 
     kind: Literal["given"]
 
 
 class TextsConfig(StrictModel):
-    """Which texts the content corpus holds."""
+    """Texts of the content corpus."""
 
     user_item: bool = True
-    """Reviews of training interactions. Reviews of held-out ones never enter: they would give the answer away."""
+    """Reviews of training interactions. Those of held-out interactions are never used: they would leak the target."""
     item: bool = True
-    """Titles and descriptions."""
+    """Titles and descriptions of items."""
     user: bool = True
     """Profiles of users."""
 
 
 class Preparation(StrictModel):
-    """What is kept of the raw data, how it is split and packed; written into the manifest."""
+    """How raw data is filtered, split and packed; part of the manifest."""
 
     rating_threshold: float | None = None
-    """Keep ratings of at least this; null keeps every interaction."""
+    """Least rating of an interaction; null keeps every interaction."""
     min_user_items: int = Field(1, ge=1)
-    """Leave out users with fewer items ..."""
+    """Least number of items per user. Applied with `min_item_users` until nothing changes (k-core)."""
     min_item_users: int = Field(1, ge=1)
-    """... and items with fewer users, again and again until nothing changes."""
+    """Least number of users per item."""
     split: Annotated[RandomSplit | LastSplit | UsersSplit | NoSplit | GivenSplit, Field(discriminator="kind")] = (
         RandomSplit()
     )
-    """What is held out for validation and test."""
+    """How to hold out items for validation and test."""
     seed: int = Field(0, ge=0)
-    """Of the random split."""
+    """Random seed of the split."""
     texts: TextsConfig = TextsConfig()
-    """Which texts are used."""
+    """Texts to use."""
     max_text_tokens: int = Field(256, ge=1)
-    """Longer texts are cut to this many words of the tokenizer."""
+    """Word tokens to which longer texts are truncated."""
     examples_per_record: int = Field(256, ge=1)
-    """Users, or texts, packed in one record."""
+    """Users or texts per record."""
     records_per_shard: int = Field(64, ge=1)
-    """Records in one tar file."""
+    """Records per tar file."""
 
 
 class PrepareConfig(Preparation):
@@ -383,10 +382,10 @@ class PrepareConfig(Preparation):
     file_kind: ClassVar[str | None] = "a recipe"
 
     name: str = Field(min_length=1)
-    """Of the data set."""
+    """Name of the data set."""
     source: SourceConfig
-    """Where the raw data are."""
+    """Raw data and how to read it."""
 
     def preparation(self) -> Preparation:
-        """Everything but name and source: what the manifest keeps."""
+        """Return the settings that the manifest keeps: all but name and source."""
         return Preparation(**{field: getattr(self, field) for field in Preparation.model_fields})

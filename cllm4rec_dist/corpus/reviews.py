@@ -1,8 +1,8 @@
-"""Texts of interactions on disk, in the order of the files, to be read in another order.
+"""External sort of reviews on disk.
 
-The reviews of a large shop do not fit into memory, and a corpus has them by user. So they are written to a temporary
-folder while the raw files are read, and sorted by buckets when the order is known: each bucket holds a range of the new
-order that fits into memory. The folder is below TMPDIR and goes with the store.
+The reviews of a large shop do not fit into memory, and a corpus stores them by user. So they are written to a temporary
+folder while the raw files are read, and later sorted by buckets: each bucket is a range of the new order that fits into
+memory. The folder is in TMPDIR and is deleted with the store.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BUCKET_BYTES = 1 << 28
 
 
 class ReviewStore:
-    """Texts by position, written once.
+    """Reviews by position, written once.
 
     Attributes:
         num_positions: one more than the largest position of a text.
@@ -33,7 +33,7 @@ class ReviewStore:
         self.num_positions = 0
 
     def append(self, positions: np.ndarray, texts: pl.Series) -> None:
-        """Add the texts of rising positions."""
+        """Add texts; positions must ascend."""
         if not len(texts):
             return
         self.num_positions = int(positions[-1]) + 1
@@ -57,29 +57,29 @@ class ReviewStore:
         yield from self._pending
 
     def __iter__(self) -> Iterator[str]:
-        """All texts in the order of their positions."""
+        """Yield all texts in the order of their positions."""
         for table in self._tables():
             yield from table["text"]
 
     def sorted_by(self, ranks: np.ndarray) -> Iterator[pl.DataFrame]:
-        """Texts in the order of their ranks, in tables with columns rank int64 and text.
+        """Yield the texts in the order of their ranks, in tables with columns rank int64 and text.
 
         Args:
-            ranks: int64 [positions], place of each position's text in the new order, from 0; -1 leaves it out.
+            ranks: int64 [positions] rank of each position's text in the new order, from 0; -1 leaves it out.
         """
         num_bytes = self._num_bytes + self._pending_bytes
         num_buckets = max(1, -(-num_bytes // _BUCKET_BYTES))
         last = int(ranks.max(initial=-1))
         width = max(1, -(-(last + 1) // num_buckets))
         buckets: list[list[pl.DataFrame | Path]] = [[] for _ in range(num_buckets)]
-        for number, table in enumerate(self._tables()):
-            place = ranks[table["position"].to_numpy()]
-            ranked = table.select(pl.lit(pl.Series("rank", place)), "text").filter(pl.Series(place >= 0))
+        for table_index, table in enumerate(self._tables()):
+            rank = ranks[table["position"].to_numpy()]
+            ranked = table.select(pl.lit(pl.Series("rank", rank)), "text").filter(pl.Series(rank >= 0))
             if num_buckets == 1:
                 buckets[0].append(ranked)
                 continue
             for (index,), part in ranked.group_by(pl.col("rank") // width):
-                buckets[int(str(index))].append(self._write(f"bucket-{index}-{number}", part))
+                buckets[int(str(index))].append(self._write(f"bucket-{index}-{table_index}", part))
         for parts in buckets:
             if parts:
                 yield pl.concat([pl.read_ipc(part) if isinstance(part, Path) else part for part in parts]).sort("rank")

@@ -1,25 +1,25 @@
-"""A corpus on disk: opening, checking and random access.
+"""A corpus on disk: open it, check it and read records at random.
 
 A corpus is a folder or any fsspec URL:
 
     manifest.json            counts, settings, size and sha256 of every file (`manifest.py`)
     users.parquet            row, user, text
-    items.parquet            row, item, title, description; category, where the recipe names one
-    new_users.parquet        user, and lists of item rows: history, valid, test; where whole users are held out
+    items.parquet            row, item, title, description; category, if the recipe names one
+    new_users.parquet        user, and lists of item rows: history, valid, test; if whole users are held out
     interactions/*.tar       users and their items, by split
     content/*.tar            texts as word ids
 
 Shards are WebDataset tars, readable with plain `webdataset`; a record packs many examples as ragged .npy arrays, which
-is some fifty times faster than one example a record. Reading at random takes a byte index of each tar, made from its
-headers at first use. Other file systems are read through fsspec's `simplecache`. Nothing is ever unpickled or
-extracted.
+is about fifty times faster than one example per record. Random reads use a byte index of each tar, made from its
+headers on first use. File systems other than the local one are read through fsspec's `simplecache`. Nothing is ever
+unpickled or extracted.
 
     interactions record      users.npy int64 [n]; for each split: {split}_offsets.npy int64 [n+1],
                              {split}_items.npy int32
     content record           kind.npy uint8 [n], users.npy int64 [n], items.npy int64 [n] (0 where the kind has none),
                              offsets.npy int64 [n+1], tokens.npy int32
 
-Building is left to `writer.py`, the order of examples to `stream.py`.
+`writer.py` builds a corpus; `stream.py` orders the examples.
 
 Legend: R records, n examples of a record.
 """
@@ -58,15 +58,15 @@ _LAYOUT: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "interactions": (("users",), {f"{split}_offsets": f"{split}_items" for split in SPLITS}),
     "content": (("users", "items", "kind"), {"offsets": "tokens"}),
 }
-"""Of each kind of record: the arrays with a value an example, and those whose offsets cut others into a list each."""
+"""Arrays of each kind of record: those with a value per example, and offsets arrays with the values they split."""
 
 
 class ShardSet:
-    """The records of one kind of shards, numbered through all of them.
+    """All records of one kind of shards, numbered through these shards.
 
     Attributes:
         record_sizes: int64 [R] examples of each record.
-        num_examples: sum of them.
+        num_examples: examples of all records.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, root: str, entries: Sequence[FileEntry]) -> None:
@@ -81,12 +81,12 @@ class ShardSet:
         return len(self.record_sizes)
 
     def read_record(self, index: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-        """The arrays of a record by name (`users`, `train_offsets`, ...), or only those of the given names.
+        """Read the arrays of a record by name (`users`, `train_offsets`, ...); `names` selects some of them.
 
-        Safe to call from several threads and after a fork: no open file is kept.
+        Safe to call from several threads and after a fork: no file stays open.
 
         Raises:
-            CorpusError: for a shard that is missing or damaged.
+            CorpusError: if the shard is missing or damaged.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
@@ -97,15 +97,15 @@ class ShardSet:
         spans = self._indexes[shard][index - int(self._ends[shard])]
         try:
             with as_os_errors(), self._fs.open(path, "rb") as file:
-                wanted = spans if names is None else {name: spans[name] for name in names if name in spans}
-                arrays = {name: _read_array(file, span) for name, span in wanted.items()}
+                selected = spans if names is None else {name: spans[name] for name in names if name in spans}
+                arrays = {name: _read_array(file, span) for name, span in selected.items()}
         except OSError as error:
             raise CorpusError(f"{path} record {index}", str(error), "cannot be read", _REBUILD) from error
         self._check(arrays, index, path, self._entries[shard].kind, names)
         return arrays
 
     def _scan(self, path: str, num_records: int) -> list[dict[str, _Span]]:
-        """Byte spans of the arrays of each record in a tar, from its headers alone."""
+        """Return the byte spans of each record's arrays in a tar, from its headers alone."""
         records: dict[str, dict[str, _Span]] = {}
         try:
             with as_os_errors(), self._fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -130,8 +130,8 @@ class ShardSet:
             columns = tuple(name for name in columns if name in names)
             lists = {offsets: values for offsets, values in lists.items() if offsets in names}
         if "users" in columns and len(arrays.get("users", ())) != expected:
-            found = len(arrays.get("users", ()))
-            raise CorpusError(where, found, f"examples, but the manifest says {expected}", _REBUILD)
+            num_examples = len(arrays.get("users", ()))
+            raise CorpusError(where, num_examples, f"examples, but the manifest says {expected}", _REBUILD)
         missing = {*columns, *lists, *lists.values()} - arrays.keys()
         if missing:
             raise CorpusError(where, sorted(missing), "are missing", _REBUILD)
@@ -152,7 +152,7 @@ class ShardSet:
 def _read_array(file: io.BufferedIOBase, span: _Span) -> np.ndarray:
     start, size = span
     file.seek(start)
-    # Not np.load, which also opens zip archives: a record holds plain arrays only.
+    # np.load would also open zip archives; a record holds plain arrays only.
     return np.lib.format.read_array(io.BytesIO(file.read(size)), allow_pickle=False)
 
 
@@ -160,11 +160,11 @@ class Corpus:
     """An opened corpus.
 
     Attributes:
-        url: where it is.
-        manifest: what it says about itself.
-        fingerprint: sha256 of the manifest, which holds those of all files: identifies the corpus.
+        url: folder or fsspec URL.
+        manifest: contents of `manifest.json`.
+        fingerprint: sha256 of the manifest, which contains those of all files; identifies the corpus.
         interactions: records of users and their items.
-        content: records of texts; has no record where the corpus has no texts.
+        content: records of texts; without records if the corpus has no texts.
     """
 
     def __init__(
@@ -181,14 +181,14 @@ class Corpus:
 
         Args:
             url: folder or fsspec URL.
-            verify: hash every file (reads the whole corpus), or those of these kinds (`users`, `items`, `interactions`,
-                `content`). Of other files only presence and sizes are checked.
+            verify: True to hash every file (reads the whole corpus), or the kinds of files to hash (`users`, `items`,
+                `interactions`, `content`). For other files only presence and size are checked.
 
         Raises:
-            CorpusError: for a corpus that is absent, incomplete, damaged or of another schema version.
+            CorpusError: if the corpus is absent, incomplete, damaged or of another schema version.
         """
         source, root = locate("corpus", url, CorpusError)
-        # Sizes are asked of the source: the cache would fetch a file to tell its size.
+        # Sizes come from the source: the cache would download a file to get its size.
         fs = source if isinstance(source, LocalFileSystem) else fsspec.filesystem("simplecache", fs=source)
         manifest, fingerprint = load_manifest(url)
         for entry in manifest.files:
@@ -209,13 +209,13 @@ class Corpus:
         return self.manifest.num_items
 
     def users(self) -> pa.Table:
-        """Columns row int64, user string (external id), text string; sorted by row."""
+        """Read columns row int64, user string (external id) and text string, sorted by row."""
         return self._table("users", self.num_users)
 
     def items(self) -> pa.Table:
-        """Columns row int64, item string (external id), title string, description string; sorted by row.
+        """Read columns row int64, item string (external id), title string and description string, sorted by row.
 
-        A column category string comes behind them where the recipe names one.
+        A column category string follows if the recipe names one.
         """
         return self._table("items", self.num_items)
 
@@ -232,7 +232,7 @@ class Corpus:
         return table
 
     def split(self, name: str) -> Ragged:
-        """Items of each user, by user row: U rows of int32 item rows in stored (time) order.
+        """Read the items of each user, by user row: U lists of int32 item rows in stored (time) order.
 
         Args:
             name: train, valid or test.
@@ -242,22 +242,22 @@ class Corpus:
         return Ragged.concat([Ragged(record[f"{name}_offsets"], record[f"{name}_items"]) for record in records])
 
     def history(self) -> Ragged:
-        """Everything that each user has, held-out items included: U rows of int32 item rows.
+        """Read all items of each user, including held-out ones: U lists of int32 item rows.
 
-        Training items come first, then validation, then test, each in stored order. That is the order of time where the
-        last items are held out; where items are drawn at random, only the order within each part is known.
+        Training items come first, then validation, then test, each in stored order. With a split of the last items this
+        is the order of time; with a random split only each part is in that order.
         """
         return Ragged.hstack([self.split(name) for name in SPLITS])
 
     def new_users(self) -> pa.Table:
-        """Users who are held out whole: column user string (external id), sorted; no row where there are none."""
+        """Read the users who are held out whole: column user string (external id), sorted."""
         return self._new_users().select(["user"])
 
     def new_user_split(self, name: str) -> Ragged:
-        """Items of each user who is held out whole: rows as in `new_users`, int32 item rows in stored (time) order.
+        """Read the items of each user who is held out whole, as `new_users` orders them: int32 item rows in time order.
 
         Args:
-            name: history (what predictions are made from), valid or test (what is held out).
+            name: history (input of predictions), valid or test (held out).
         """
         assert name in NEW_USER_SPLITS, name
         lists = self._new_users()[name].combine_chunks()
@@ -265,7 +265,7 @@ class Corpus:
         return Ragged.from_lengths(lengths, lists.flatten().to_numpy(zero_copy_only=False))
 
     def new_user_history(self) -> Ragged:
-        """Everything that each of them has, in the order of `history`."""
+        """Read all items of each user who is held out whole, in the order of `history`."""
         return Ragged.hstack([self.new_user_split(name) for name in NEW_USER_SPLITS])
 
     def _new_users(self) -> pa.Table:

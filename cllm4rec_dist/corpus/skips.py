@@ -1,9 +1,9 @@
-"""Counts of what is left out of a corpus, with the reason, the share and the first place where it was seen.
+"""Counts of what is left out of a corpus, with reason, fraction and first occurrence.
 
-Raw files are dirty, and a reader that drops rows in silence makes results that nobody can check. So there is one way to
-leave something out, `SkipLog`. It distinguishes two kinds: a *lost* row could not be used although the file means it to
-be one (too few fields, a missing id, a time that is no time), and a *skipped* one was left out on purpose (a filter, a
-repetition). Lost rows are a WARNING where they pass 1 % of a file, and an error above `max_lost` of it.
+Raw files are dirty, and results cannot be checked if a reader drops rows silently. So everything that is left out is
+counted in a `SkipLog`. It distinguishes *lost* rows, which cannot be used (too few fields, a missing id, an invalid
+time), from *skipped* ones, which are left out on purpose (a filter, a duplicate). Lost rows are a warning above 1 % of
+a file, and an error above `max_lost` of it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _MAX_VALUE = 120
 
 @dataclass
 class Skip:
-    """What was left out for one reason.
+    """Rows, texts or users that were left out for one reason.
 
     Attributes:
-        count: how many rows, texts or users.
-        total: how many there were of these, 0 where unknown.
-        file, line, value: the first one; None where it has no place in a file.
+        count: number left out.
+        total: number of all; 0 if unknown.
+        file, line, value: first one; None if it is not from a file.
     """
 
     count: int = 0
@@ -41,7 +41,7 @@ class Skip:
 
     @property
     def share(self) -> float:
-        """Left-out share of the total."""
+        """Fraction of the total that was left out; 0 if unknown."""
         return self.count / self.total if self.total else 0.0
 
 
@@ -58,8 +58,8 @@ class SkipLog:
     """Counts what is left out while reading and filtering.
 
     Args:
-        on_bad_line: `skip` counts a row that cannot be used, `error` stops at the first one.
-        max_lost: largest share of a file's rows that may be lost.
+        on_bad_line: `skip` counts unusable rows, `error` stops at the first one.
+        max_lost: largest fraction of a file's rows that may be lost.
     """
 
     def __init__(self, on_bad_line: Literal["skip", "error"] = "skip", max_lost: float = 0.5) -> None:
@@ -70,12 +70,12 @@ class SkipLog:
 
     @property
     def skipped(self) -> Mapping[str, Skip]:
-        """What was left out, by reason."""
+        """Everything left out, by reason."""
         return self._skips
 
     @property
     def counts(self) -> dict[str, int]:
-        """How much was left out, by reason."""
+        """Number left out, by reason."""
         return {reason: skip.count for reason, skip in self._skips.items()}
 
     def skip(
@@ -88,7 +88,7 @@ class SkipLog:
         line: int | None = None,
         value: object = None,
     ) -> None:
-        """Count something that is left out on purpose; nothing where `count` is 0."""
+        """Count something that is left out on purpose; no effect if `count` is 0."""
         if not count:
             return
         entry = self._skips.setdefault(reason, Skip())
@@ -99,33 +99,33 @@ class SkipLog:
         entry.total += total
 
     def copy(self) -> SkipLog:
-        """A log that goes on from here without changing this one."""
+        """Return an independent copy."""
         return copy.deepcopy(self)
 
     def read(self, path: str, rows: int) -> None:
-        """Add to the number of rows that a file has, lost ones included."""
+        """Add to the number of rows of a file, including lost ones."""
         if path in self._closed:
             return
         self._files.setdefault(path, _FileCount()).rows += rows
 
     def lose(self, reason: str, path: str, line: int, value: object, count: int = 1, *, is_gap: bool = False) -> None:
-        """Count rows of a file that cannot be used, the first of them on `line`.
+        """Count unusable rows of a file, the first of them on `line`.
 
         A file of interactions and items is read twice; what was lost the first time is not counted again.
 
         Args:
-            reason: as a clause behind `row that`.
-            is_gap: the row can be read and lacks a value: that is no sign of a wrong recipe, so `max_lost` does not
+            reason: clause that follows `row that`.
+            is_gap: the row is well-formed but lacks a value, which does not suggest a wrong recipe; `max_lost` does not
                 count it.
 
         Raises:
-            DataError: with the line, where the recipe says `on_bad_line: error`.
+            DataError: with the line, if the recipe sets `on_bad_line: error`.
         """
         if path in self._closed:
             return
         if self._stops and not is_gap:
             raise DataError(
-                f"{path} line {line}", excerpt(value), reason, "Mend the line, or set on_bad_line: skip in the recipe."
+                f"{path} line {line}", excerpt(value), reason, "Fix the line, or set on_bad_line: skip in the recipe."
             )
         self.skip(f"row that {reason}", count, file=path, line=line, value=value)
         entry = self._files.setdefault(path, _FileCount())
@@ -135,7 +135,7 @@ class SkipLog:
             entry.first = line, excerpt(value), reason
 
     def close_file(self, path: str) -> None:
-        """Judge what a file has lost, when all of it is read.
+        """Warn about or refuse the lost rows of a file, after all of it is read.
 
         Raises:
             DataError: if more than `max_lost` of its rows are lost.
@@ -158,7 +158,7 @@ class SkipLog:
                 value,
                 f"{reason}: {entry.num_unusable:,} of {entry.rows:,} rows ({share:.3g} %) cannot be used, more than"
                 f" max_lost: {self._max_lost:g} allows ({_list_reasons(entry.lost)})",
-                "Mend the file or the recipe (separator, quoting, encoding, decimal, time_format), or raise max_lost.",
+                "Fix the file or the recipe (separator, quoting, encoding, decimal, time_format), or raise max_lost.",
             )
         if lost > _WARN_SHARE * entry.rows:
             logger.warning(
@@ -179,11 +179,11 @@ def _list_reasons(lost: Counter[str]) -> str:
 
 
 def base_name(path: str) -> str:
-    """Last part of a path or URL; a corpus must not depend on where its raw files were."""
+    """Return the last part of a path or URL; a corpus must not depend on the folder of its raw files."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def excerpt(value: object) -> str:
-    """A value as one short text."""
+    """Format a value as short text on one line."""
     text = " ".join(str(value).split())
     return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."

@@ -1,12 +1,11 @@
-"""An invented data set with a known structure, for the demo, for tests and for first steps without a download.
+"""A synthetic data set with a known structure, for the demo, tests and a first run without a download.
 
-Items belong to clusters of interest (coffee, hiking, ...) whose words fill their titles, descriptions and reviews, and
-each cluster falls into two lines of taste (say, espresso and filter). A user has one to three clusters, and one line in
-each that is liked far more than the other. Within a line a few items are popular and many are not. So whoever reads the
-interactions of a user can do much better than naming popular items, and the texts tell about cold items what the
-interactions cannot.
+Items belong to clusters of interest (coffee, hiking, ...), whose words are in their titles, descriptions and reviews.
+Each cluster has two lines (for example espresso and filter). A user has one to three clusters, and strongly prefers one
+line of each. Popularity within a line has a long tail. So personalized recommendations can be much better than popular
+items, and texts have information about cold items that interactions lack.
 
-Some ids are in scripts other than Latin, as real ids may be.
+Some ids are in scripts other than Latin, as in real data.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ _ORIGIN = "synthetic data"
 
 
 def generate(source: SyntheticSource) -> RawData:
-    """Users, items, interactions with ratings, times and reviews, titles, descriptions and profiles.
+    """Generate users and items with texts, and interactions with ratings, times and reviews.
 
-    The same configuration gives the same data on every machine.
+    Equal configurations give equal data on every machine.
     """
     random = np.random.default_rng(source.seed)
     clusters = np.arange(source.num_items) % source.num_clusters
@@ -76,9 +75,9 @@ def generate(source: SyntheticSource) -> RawData:
         tastes = _tastes(source.num_clusters, random)
         profiles.append((user, _profile(tastes, random)))
         chances = np.full(source.num_items, _ANYTHING / source.num_items)
-        for cluster, line, share in tastes:
+        for cluster, line, weight in tastes:
             in_line = np.where(lines == line, 1 - _OTHER_LINE, _OTHER_LINE) * weights * (clusters == cluster)
-            chances += share * in_line / in_line.sum()
+            chances += weight * in_line / in_line.sum()
         chosen = _choose(chances, source.mean_interactions, random)
         times = _FIRST_DAY + np.sort(random.integers(0, 365 * 86_400, len(chosen)))
         liked = {cluster for cluster, _, _ in tastes}
@@ -89,12 +88,12 @@ def generate(source: SyntheticSource) -> RawData:
     collector.add_file(_ORIGIN, [_batch(rows, ("user", "item", "rating", "timestamp", "text"))])
     raw = collector.finish()
     described = [(item, _title(words[j], random), _description(words[j], random)) for j, item in enumerate(items)]
-    known_items, known_users = set(raw.item_ids), set(raw.user_ids)
-    described = [row for row in described if row[0] in known_items]
+    used_items, used_users = set(raw.item_ids), set(raw.user_ids)
+    described = [row for row in described if row[0] in used_items]
     return replace(
         raw,
         items=_batch(described, ("item", "title", "description")).columns,
-        users=_batch([row for row in profiles if row[0] in known_users], ("user", "text")).columns,
+        users=_batch([row for row in profiles if row[0] in used_users], ("user", "text")).columns,
     )
 
 
@@ -103,18 +102,18 @@ def _batch(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> Batch:
 
 
 def _names(scripts: Sequence[str], word: str, count: int) -> list[str]:
-    """Ids, one in 25 in another script."""
+    """Return ids, one in 25 in another script."""
     return [scripts[n // 25 % len(scripts)].format(n) if n % 25 == 12 else f"{word}-{n}" for n in range(count)]
 
 
 def _line_words(cluster: int, line: int) -> tuple[str, ...]:
-    """The cluster's name, then the words of the line."""
+    """Return the cluster's name and the words of the line."""
     topic = list(_TOPICS)[cluster]
     return topic, *_TOPICS[topic][line].split()
 
 
 def _popularity(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Weight of each item: 1 / rank^0.7 in its group, the ranks drawn."""
+    """Return the weight of each item: 1 / rank^0.7, with random ranks in each group."""
     weights = np.empty(len(groups))
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
@@ -123,18 +122,18 @@ def _popularity(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _tastes(num_clusters: int, random: np.random.Generator) -> list[tuple[int, int, float]]:
-    """Cluster, preferred line and share of a user's one to three interests."""
+    """Draw cluster, preferred line and weight of a user's one to three interests."""
     chosen = random.choice(num_clusters, min(int(random.integers(1, 4)), num_clusters), replace=False)
-    shares = random.dirichlet(np.full(len(chosen), 3.0))
+    weights = random.dirichlet(np.full(len(chosen), 3.0))
     return [
-        (int(cluster), int(random.integers(2)), float(share)) for cluster, share in zip(chosen, shares, strict=True)
+        (int(cluster), int(random.integers(2)), float(weight)) for cluster, weight in zip(chosen, weights, strict=True)
     ]
 
 
 def _choose(chances: np.ndarray, mean: float, random: np.random.Generator) -> np.ndarray:
-    """Distinct items, drawn one after the other by chance; at least five."""
+    """Draw unique items by their weights without replacement; at least five."""
     count = min(_FEWEST_ITEMS + int(random.poisson(mean - _FEWEST_ITEMS)), len(chances))
-    # Gumbel noise on the logarithms: the order of draws without replacement.
+    # Sorting log weights with Gumbel noise is sampling without replacement.
     return np.argsort(-(np.log(chances) + random.gumbel(size=len(chances))))[:count]
 
 

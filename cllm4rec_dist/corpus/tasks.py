@@ -1,4 +1,4 @@
-"""The shards of a corpus as Ray tasks, on one host or many."""
+"""Ray tasks that build the shards of a corpus, on one host or several."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ R = TypeVar("R")
 
 @contextmanager
 def ray_tasks(num_workers: int) -> Iterator[RunTasks]:
-    """A `map` that runs up to `num_workers` calls at a time as Ray tasks, and gives their results in order.
+    """Provide a `map` that runs its calls as Ray tasks, `num_workers` at a time, and yields results in order.
 
-    Arguments and results travel through Ray's object store, so that hosts need to share no folder. Joins the cluster
-    that RAY_ADDRESS names, or starts Ray here.
+    Arguments and results go through Ray's object store, so hosts need no shared folder. Connects to the cluster in
+    RAY_ADDRESS, or starts Ray on this host.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray  # only where tasks are asked for
+    import ray  # only if Ray tasks are used
 
-    ours = not ray.is_initialized()
-    if ours:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         address = os.environ.get("RAY_ADDRESS", "local")
         num_cpus = max(num_workers, os.cpu_count() or 1) if address == "local" else None
         logger.info("starting Ray for %d tasks at a time (takes about 10 s)", num_workers)
-        # Its warnings at a start are about token authentication.
+        # Errors only: Ray warns about token authentication at each start.
         ray.init(address=address, num_cpus=num_cpus, logging_level=logging.ERROR, include_dashboard=False)
 
     def run(function: Callable[[T], R], arguments: Iterable[T]) -> Iterator[R]:
@@ -49,7 +49,7 @@ def ray_tasks(num_workers: int) -> Iterator[RunTasks]:
     try:
         yield run
     finally:
-        if ours:
+        if starts_ray:
             ray.shutdown()
 
 

@@ -1,8 +1,8 @@
-"""Words and bracket tokens.
+"""The word tokenizer, and the token ids of users and items.
 
-A user is `<user_3>` and an item `<item_7>`: one token each, with ids behind the V words of the backbone. They are
-never split by the word tokenizer, and brackets that somebody wrote into a review stay words: only templates, which are
-ours, are read with `encode`; texts of people go through `encode_batch`.
+A user is `<user_3>` and an item `<item_7>`: one token each, with ids after the V words of the backbone. The word
+tokenizer never splits them, and brackets in a review stay words: `encode` reads only the project's templates, and
+`encode_batch` reads texts from data.
 
 Legend: V words of the backbone, U users, I items.
 """
@@ -23,12 +23,12 @@ from cllm4rec_dist.errors import ConfigError, DataError
 
 _BRACKET = re.compile(r"<(user|item)_(\d+)>")
 _MARKUP = re.compile(r"\s*(<[^<>]+>|<\|.*\|>|\[[^\[\]\s]+\]|\{[^{}\s]+\})\s*", re.DOTALL)
-"""Added tokens that are no words of a language."""
+"""Added tokens that are markup rather than words."""
 
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """Where words, users and items lie in the common id space: [0, V), [V, V+U), [V+U, V+U+I).
+    """Token ids of words, users and items: [0, V), [V, V+U) and [V+U, V+U+I).
 
     Attributes:
         num_users: rows of a user table (`MethodConfig.num_user_rows`).
@@ -55,15 +55,15 @@ class TokenSpace:
 
     @property
     def no_user(self) -> int:
-        """Token id, behind all others, of somebody who has no row; it is embedded as the zero vector."""
+        """Token id, after all others, of a user without a row; its embedding is the zero vector."""
         return self.size
 
 
 def _without_control_tokens(backend: Tokenizer) -> Tokenizer:
-    """A copy that can read control tokens as words, those included that a tokenizer does not call special.
+    """Return a copy that can read control tokens as words, also those that the tokenizer does not mark as special.
 
-    A customer who writes `<|endoftext|>` or `<tool_call>` into a review must not end a document with it. Added tokens
-    that are no markup (runs of blanks, line ends) stay what they are.
+    `<|endoftext|>` or `<tool_call>` in a review must not act as a control token. Added tokens that are no markup (runs
+    of spaces, line breaks) stay tokens.
     """
     rules = json.loads(backend.to_str())
     for token in rules.get("added_tokens", []):
@@ -72,7 +72,7 @@ def _without_control_tokens(backend: Tokenizer) -> Tokenizer:
 
 
 def _untruncated(backend: Tokenizer) -> Tokenizer:
-    """A copy without truncation and padding, which an earlier call may have left behind."""
+    """Return a copy without truncation and padding, which an earlier call may have set."""
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
@@ -80,11 +80,11 @@ def _untruncated(backend: Tokenizer) -> Tokenizer:
 
 
 class WordTokenizer:
-    """The backbone's own tokenizer, without truncation or added special tokens.
+    """The backbone's tokenizer, without truncation or added special tokens.
 
     Attributes:
-        fingerprint: sha256 of everything that decides its ids.
-        prefix: ids that the backbone expects at the start of a sequence (a BOS token, or none).
+        fingerprint: sha256 of everything that determines the ids.
+        prefix: ids that the backbone expects at the start of a sequence: a BOS token, or none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,7 +98,7 @@ class WordTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> WordTokenizer:
-        """From a folder that holds a Hugging Face tokenizer. ConfigError where it does not."""
+        """Load a Hugging Face tokenizer from a folder; ConfigError if that fails."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except Exception as error:
@@ -113,21 +113,21 @@ class WordTokenizer:
 
     @property
     def largest_id(self) -> int:
-        """Largest word id, added tokens included; not always below `len`."""
+        """Largest word id, including added tokens; may be `len` or more."""
         return max(self._tokenizer.get_vocab().values())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Word ids of each text; brackets and control tokens in a text are words like any other."""
+        """Return the word ids of each text; brackets and control tokens in a text are read as words."""
         if not len(texts):
             return []
         if self._texts is None:
             options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
             return self._tokenizer(list(texts), **options).input_ids
-        self._texts.encode_special_tokens = True  # not kept where a tokenizer is sent to another process
+        self._texts.encode_special_tokens = True  # lost when a tokenizer is pickled to another process
         return [encoding.ids for encoding in self._texts.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode(self, template: str, space: TokenSpace) -> list[int]:
-        """Ids of a text in bracket notation: words by the word tokenizer, each bracket as its one token.
+        """Return the ids of a text in bracket notation: words by the word tokenizer, each bracket as one token.
 
         Raises:
             DataError: for a user or item row that does not exist.

@@ -1,8 +1,8 @@
-"""Values of raw files as texts, numbers and ids: one rule each, whatever the file's format.
+"""Convert values of raw files to texts, numbers and ids, with the same rules for all file formats.
 
-Ids are texts. Blanks at their ends are off, a missing word is no id, and a number that is stored as a float (`100.0`,
-because a column with a gap is one in pandas) is the whole number that it was. Typed columns (Parquet) and single values
-(JSON) follow the same rules.
+Ids are texts without leading and trailing white space. A missing word is no id. A whole number that was stored as a
+float (`100.0`, as pandas stores integer columns with gaps) becomes an integer again. Typed columns (Parquet) and single
+values (JSON) follow the same rules.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ MISSING_WORDS = (
     "NONE",
     "\\N",
 )
-"""Words for a missing value in exports of databases, pandas and R."""
+"""Words for a missing value in exports from databases, pandas and R."""
 _EXACT: dict[Any, int] = {pl.Float64: 1 << 53, pl.Float32: 1 << 24, pl.Float16: 1 << 11}
-"""Whole numbers below are exact in a float of the type."""
+"""Smaller integers are exact in a float of this type."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _NUMBER = r"^-?\d+(\.\d+)?$"
 _WHOLE_FLOAT = r"^(-?\d+)\.0+$"
@@ -47,7 +47,7 @@ _ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 
 
 class BadValue(Exception):
-    """A single value that cannot be used; its text is the reason, as a clause behind `that`: "is no number"."""
+    """An unusable value; the message is the reason, a clause that follows `that`: "is no number"."""
 
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason)
@@ -55,22 +55,22 @@ class BadValue(Exception):
 
 
 def unwrap(value: Any) -> Any:
-    """The value inside of MongoDB's notation: {"$oid": "..."}, {"$date": {"$numberLong": "..."}}."""
+    """Unwrap MongoDB's extended JSON: {"$oid": "..."}, {"$date": {"$numberLong": "..."}}."""
     while isinstance(value, dict) and len(value) == 1 and next(iter(value)).startswith("$"):
         (value,) = value.values()
     return value
 
 
 def id_text(value: Any) -> str | None:
-    """A JSON value as id, None for a missing one.
+    """Convert a JSON value to an id, None if missing.
 
     Raises:
-        BadValue: for a list, an object, a truth value, and a float that is too large to be exact.
+        BadValue: for a list, an object, a boolean, or a float too large to be exact.
     """
     value = unwrap(value)
     if value is None or isinstance(value, str):
         if value is not None and _SURROGATES.search(value):
-            raise BadValue("holds half of a character", ascii(value))
+            raise BadValue("contains an unpaired surrogate", ascii(value))
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadValue("is no text or number", value)
@@ -80,7 +80,7 @@ def id_text(value: Any) -> str | None:
 
 
 def number_text(value: Any) -> str | None:
-    """A JSON value as text of a number or time.
+    """Convert a JSON value to the text of a number or time.
 
     Raises:
         BadValue: for a list or an object.
@@ -94,7 +94,7 @@ def number_text(value: Any) -> str | None:
 
 
 def plain_text(value: Any) -> str | None:
-    """A value as text: lists and objects give their texts one behind the other, empty ones left out.
+    """Convert a value to text; lists and objects give their nonempty texts joined by spaces.
 
     Raises:
         BadValue: for bytes that are not UTF-8.
@@ -130,14 +130,14 @@ def _number_text(value: float | Decimal) -> str | None:
 
 
 def column_text(column: pl.Series, where: str) -> pl.Series:
-    """A column of any type as texts, null where it has no value.
+    """Convert a column of any type to texts, null if missing.
 
     Args:
-        column: of a raw file.
-        where: names file and column, for errors.
+        column: column of a raw file.
+        where: file and column, for errors.
 
     Raises:
-        DataError: for binary values that are not UTF-8, and types that have no text.
+        DataError: for binary values that are not UTF-8, and types that cannot be converted.
     """
     dtype = column.dtype
     if dtype == pl.String or dtype == pl.Null:
@@ -159,17 +159,17 @@ def column_text(column: pl.Series, where: str) -> pl.Series:
 
 
 def _float_text(column: pl.Series) -> pl.Series:
-    """Floats as texts: whole numbers without `.0`, null for NaN."""
+    """Convert floats to texts: whole numbers without `.0`, null for NaN."""
     is_whole = (column.is_finite() & (column == column.round()) & (column.abs() < 1e18)).fill_null(False)
     integers = column.set(~is_whole, 0).cast(pl.Int64).cast(pl.String)
     return column.fill_nan(None).cast(pl.String).zip_with(~is_whole, integers)
 
 
 def column_ids(column: pl.Series, where: str) -> pl.Series:
-    """A column of any type as ids, before missing words are taken out.
+    """Convert a column of any type to ids; missing words are not removed.
 
     Raises:
-        DataError: for types that are no ids, and floats too large to be exact.
+        DataError: for types that cannot be ids, and floats too large to be exact.
     """
     dtype = column.dtype
     if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
@@ -180,7 +180,7 @@ def column_ids(column: pl.Series, where: str) -> pl.Series:
             raise DataError(
                 where,
                 str(dtype),
-                f"holds ids up to {largest:.0f}, which such floats cannot tell apart",
+                f"has ids up to {largest:.0f}, which such floats cannot distinguish",
                 "Write the column as text or whole numbers.",
             )
     return column_text(column, where)
@@ -189,10 +189,10 @@ def column_ids(column: pl.Series, where: str) -> pl.Series:
 def column_numbers(
     column: pl.Series, where: str, missing: Sequence[str], decimal: str = "."
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of a column, NaN where missing, and where a value is no number; float64 and bool [n].
+    """Convert a column to float64 [n], NaN if missing; also return a bool [n] mask of invalid values.
 
     Raises:
-        DataError: for types that are no numbers.
+        DataError: for types that cannot be numbers.
     """
     dtype = column.dtype
     if dtype.is_nested() or dtype.is_temporal():
@@ -210,24 +210,24 @@ def column_numbers(
 
 
 def without_missing(texts: pl.Series, missing: Sequence[str]) -> pl.Series:
-    """Texts without blanks at their ends; null where empty or a missing word."""
+    """Strip white space; null for an empty text or a missing word."""
     texts = texts.str.strip_chars()
-    gone = (texts.str.len_bytes() == 0) | texts.is_in(list(missing))
-    return texts.set(gone.fill_null(False), None)
+    is_missing = (texts.str.len_bytes() == 0) | texts.is_in(list(missing))
+    return texts.set(is_missing.fill_null(False), None)
 
 
 def is_float_column(ids: pl.Series) -> bool:
-    """Tell whether all ids are numbers and some look like `100.0`: pandas writes whole numbers with gaps that way."""
+    """True if all ids are numbers and some look like `100.0`, as pandas writes integers of a column with gaps."""
     return bool(ids.str.contains(_WHOLE_FLOAT).any()) and bool(ids.str.contains(_NUMBER).all())
 
 
 def whole_ids(ids: pl.Series) -> pl.Series:
-    """Ids with `100.0` as `100`."""
+    """Convert ids such as `100.0` to `100`."""
     return ids.str.replace(_WHOLE_FLOAT, "$1")
 
 
 def unescape_entities(texts: pl.Series) -> pl.Series:
-    """Texts with `&amp;`, `&#34;` and the like as the letters that they mean; what is no entity stays."""
+    """Replace HTML entities (`&amp;`, `&#34;`) with their characters; leave anything else unchanged."""
     has_entity = texts.str.contains(r"&#?\w+;").fill_null(False)
     if not has_entity.any():
         return texts
@@ -241,10 +241,10 @@ def _entity(match: re.Match[str]) -> str:
 
 
 def clean_texts(texts: pl.Series, missing: Sequence[str], *, one_line: bool = False) -> pl.Series:
-    """Texts without HTML entities, blanks at their ends and missing words; null where nothing is left.
+    """Unescape HTML entities, strip white space and remove missing words; null if nothing is left.
 
     Args:
-        one_line: also make each run of blanks one blank, as in a title.
+        one_line: collapse white space into single spaces, as in a title.
     """
     texts = unescape_entities(texts)
     if one_line:

@@ -1,10 +1,10 @@
-"""Writing a corpus: the layout of `shards.py`, deterministic to the byte.
+"""Write a corpus in the layout of `shards.py`; equal input gives equal bytes.
 
-Tars carry no time, user or group of the machine; the manifest names no path of it. A local corpus is built in a
-sibling folder and renamed when it is whole; on other file systems, which rename slowly or not at all, the manifest is
-written last. Either way an interrupted build is never taken for a corpus.
+Tars contain no time, user or group of the machine, and the manifest no path. A local corpus is built in a sibling
+folder and renamed when it is complete; on other file systems, where renaming is slow or impossible, the manifest is
+written last. Either way an interrupted build is never mistaken for a corpus.
 
-Filtering and splitting are done before, in `catalog.py`; the tokenizer is given.
+`catalog.py` has filtered and split before.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ from cllm4rec_dist.filesystems import as_os_errors, locate
 
 logger = logging.getLogger(__name__)
 
-_KNOWN_NAMES = {MANIFEST_NAME, "users.parquet", "items.parquet", "new_users.parquet", "interactions", "content"}
+_CORPUS_NAMES = {MANIFEST_NAME, "users.parquet", "items.parquet", "new_users.parquet", "interactions", "content"}
 _TOKENIZER_BATCH = 1024
 
 Record = dict[str, np.ndarray]
 T = TypeVar("T")
 RunTasks = Callable[[Callable[[Any], "Shard"], Iterable[Any]], Iterable["Shard"]]
-"""`map`, or something that does the same in parallel."""
+"""`map`, or a parallel equivalent."""
 
 
 class Tokenizer(Protocol):
-    """What is asked of a word tokenizer."""
+    """The interface of a word tokenizer."""
 
     fingerprint: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Word ids of each text."""
+        """Return the word ids of each text."""
         ...
 
 
@@ -75,7 +75,7 @@ class Shard:
         content: bytes of the file.
         record_sizes: examples of each record.
         counts: int64 [kinds] texts of each kind; content shards only.
-        num_empty, num_cut: texts that had no words, and that were too long.
+        num_empty, num_cut: number of texts without words, and of truncated ones.
     """
 
     content: bytes
@@ -87,7 +87,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class InteractionSlice:
-    """What a shard of interactions is made of."""
+    """The input of a shard of interactions."""
 
     first_record: int
     first_user: int
@@ -97,7 +97,7 @@ class InteractionSlice:
 
 @dataclass(frozen=True)
 class TextSlice:
-    """What a shard of texts is made of: columns kind, user, item, text."""
+    """The input of a shard of texts: columns kind, user, item, text."""
 
     first_record: int
     texts: pl.DataFrame
@@ -113,16 +113,16 @@ def write_corpus(
     progress: bool = True,
     run_tasks: RunTasks = map,
 ) -> Manifest:
-    """Write all files of a corpus; the same input gives the same bytes.
+    """Write all files of a corpus; equal input gives equal bytes.
 
     Args:
         catalog: users, items and interactions.
-        tokenizer: makes the words of the content corpus.
+        tokenizer: encodes the texts.
         out: folder or fsspec URL.
         config: name, texts, sizes of records and shards.
-        overwrite: replace a corpus (nothing else) that is there.
-        progress: show a progress bar, where there is a terminal.
-        run_tasks: runs a function on each of a stream of shards, in order, like `map`; `tasks.ray_tasks` runs several
+        overwrite: replace an existing corpus, but no other folder.
+        progress: show a progress bar if there is a terminal.
+        run_tasks: maps a function over a stream of shards, in order, like `map`; `tasks.ray_tasks` runs several calls
             at a time.
 
     Raises:
@@ -178,35 +178,35 @@ def _left_out(skip: Skip) -> LeftOut:
 
 
 def check_room(out: str, *, overwrite: bool) -> None:
-    """Refuse a place that is in use: only a corpus is ever overwritten, and only if that is asked for.
+    """Refuse an output folder that is in use: only a corpus may be overwritten, and only if `overwrite` is set.
 
     Raises:
-        CorpusError: for such a place, or one that cannot be reached.
+        CorpusError: if the folder is in use or cannot be reached.
     """
     fs, root = locate("out", out, CorpusError)
     try:
         with as_os_errors():
             exists = fs.exists(root)
     except OSError as error:
-        raise CorpusError("out", root, f"cannot be reached ({error})", "Mend the URL or its credentials.") from error
+        raise CorpusError("out", root, f"cannot be reached ({error})", "Fix the URL or its credentials.") from error
     if not exists:
         return
     if not fs.isdir(root):
         raise CorpusError("out", root, "is a file", "Give a folder.")
-    found = {path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)}
-    if not found:
+    names = {path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)}
+    if not names:
         return
-    if strangers := sorted(found - _KNOWN_NAMES):
-        raise CorpusError("out", root, f"holds files that are no corpus's ({strangers[0]})", "Give another folder.")
+    if other_names := sorted(names - _CORPUS_NAMES):
+        raise CorpusError("out", root, f"has files that are not of a corpus ({other_names[0]})", "Give another folder.")
     if not overwrite:
-        raise CorpusError("out", root, "is not empty", "Give another folder, or ask to overwrite it.")
+        raise CorpusError("out", root, "is not empty", "Give another folder, or --overwrite to replace it.")
 
 
 @contextmanager
 def _building(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[str]:
-    """The folder to build in; what is there is replaced when the build is whole."""
+    """Yield the folder to build in; afterwards it replaces an existing corpus."""
     if not isinstance(fs, LocalFileSystem):
-        # The marker goes first: what is half removed or half written is no corpus.
+        # Remove the manifest first: a partly removed or partly written folder must not look like a corpus.
         if fs.exists(f"{root}/{MANIFEST_NAME}"):
             fs.rm_file(f"{root}/{MANIFEST_NAME}")
         if fs.exists(root):
@@ -226,13 +226,13 @@ def _building(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[str]:
 
 
 def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` values, the last one may be shorter."""
+    """Yield lists of `size` values; the last one may be shorter."""
     stream = iter(values)
     return iter(lambda: list(islice(stream, size)), [])
 
 
 class _Writer:
-    """Writes files and keeps their entries for the manifest."""
+    """Writes files and collects their entries for the manifest."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, folder: str) -> None:
         self._fs, self._folder = fs, folder
@@ -244,9 +244,9 @@ class _Writer:
         self._write(f"{kind}.parquet", kind, stream.getvalue(), ())
 
     def shards(self, kind: Literal["interactions", "content"], shards: Iterable[Shard]) -> None:
-        for number, shard in enumerate(shards):
+        for index, shard in enumerate(shards):
             if shard.record_sizes:
-                self._write(f"{kind}/{kind}-{number:06d}.tar", kind, shard.content, shard.record_sizes)
+                self._write(f"{kind}/{kind}-{index:06d}.tar", kind, shard.content, shard.record_sizes)
 
     def _write(
         self,
@@ -264,7 +264,7 @@ class _Writer:
 
 
 def _tar(records: Sequence[Record], first: int) -> bytes:
-    """A WebDataset shard whose records are numbered from `first`."""
+    """Return a WebDataset shard whose records are numbered from `first`."""
     stream = io.BytesIO()
     with TarWriter(stream, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
         for index, record in enumerate(records, start=first):
@@ -291,7 +291,7 @@ def _item_table(catalog: Catalog) -> pa.Table:
 
 
 def _new_user_lists(catalog: Catalog) -> dict[str, Ragged]:
-    """Items of the users who are held out whole, by part; empty where there are none."""
+    """Return the items of the users who are held out whole, by part; empty if there are none."""
     users = catalog.new_users
     return {name: getattr(users, name) for name in NEW_USER_SPLITS} if len(users) else {}
 
@@ -310,11 +310,11 @@ def _arrow_table(num_rows: int, columns: dict[str, pl.Series]) -> pa.Table:
 
 
 def _interaction_slices(catalog: Catalog, config: PrepareConfig) -> Iterator[InteractionSlice]:
-    """Users of each shard, with their items by split."""
+    """Yield the users of each shard, with their items by split."""
     size = config.examples_per_record * config.records_per_shard
-    for number, start in enumerate(range(0, catalog.num_users, size)):
+    for index, start in enumerate(range(0, catalog.num_users, size)):
         lists = {split: getattr(catalog, split).slice(start, start + size) for split in SPLITS}
-        yield InteractionSlice(number * config.records_per_shard, start, config.examples_per_record, lists)
+        yield InteractionSlice(index * config.records_per_shard, start, config.examples_per_record, lists)
 
 
 def _interaction_shard(part: InteractionSlice) -> Shard:
@@ -324,8 +324,8 @@ def _interaction_shard(part: InteractionSlice) -> Shard:
         stop = min(start + part.examples_per_record, num_users)
         record: Record = {"users": part.first_user + np.arange(start, stop, dtype=np.int64)}
         for split, lists in part.lists.items():
-            own = lists.slice(start, stop)
-            record |= {f"{split}_offsets": own.offsets, f"{split}_items": own.values}
+            items = lists.slice(start, stop)
+            record |= {f"{split}_offsets": items.offsets, f"{split}_items": items.values}
         records.append(record)
     sizes = tuple(len(record["users"]) for record in records)
     return Shard(_tar(records, part.first_record), sizes)
@@ -339,7 +339,7 @@ def _count_texts(catalog: Catalog, use: TextsConfig) -> int:
 
 
 def _texts(catalog: Catalog, use: TextsConfig) -> Iterator[pl.DataFrame]:
-    """Every text of the catalog that is used, empty ones left out: columns kind, user, item (0 where unused), text."""
+    """Yield the nonempty texts to use, in tables with columns kind, user, item (0 if the kind has none) and text."""
     if use.user_item and len(catalog.reviews.users):
         reviews = catalog.reviews
         for table in reviews.store.sorted_by(reviews.ranks):
@@ -363,20 +363,20 @@ def _text_table(kind: ContentKind, users: np.ndarray, items: np.ndarray, texts: 
 
 
 def _text_slices(catalog: Catalog, config: PrepareConfig) -> Iterator[TextSlice]:
-    """Texts of each shard."""
-    size, number = config.examples_per_record * config.records_per_shard, 0
+    """Yield the texts of each shard."""
+    size, index = config.examples_per_record * config.records_per_shard, 0
     rest: pl.DataFrame | None = None
     for table in _texts(catalog, config.texts):
         rest = table if rest is None else pl.concat([rest, table])
         while len(rest) >= size:
-            yield TextSlice(number * config.records_per_shard, rest[:size])
-            rest, number = rest[size:], number + 1
+            yield TextSlice(index * config.records_per_shard, rest[:size])
+            rest, index = rest[size:], index + 1
     if rest is not None and len(rest):
-        yield TextSlice(number * config.records_per_shard, rest)
+        yield TextSlice(index * config.records_per_shard, rest)
 
 
 def _content_shard(tokenizer: Tokenizer, longest: int, examples_per_record: int, part: TextSlice) -> Shard:
-    """Records of the texts' words; those without any are left out, those that are cut are counted."""
+    """Encode texts into a shard, without those that have no words; truncate and count those longer than `longest`."""
     words = [
         tokens for text in _batched(part.texts["text"], _TOKENIZER_BATCH) for tokens in tokenizer.encode_batch(text)
     ]
@@ -385,13 +385,13 @@ def _content_shard(tokenizer: Tokenizer, longest: int, examples_per_record: int,
     columns = {name: part.texts[name].to_numpy()[used] for name in ("kind", "user", "item")}
     records: list[Record] = []
     for start in range(0, len(used), examples_per_record):
-        own = slice(start, start + examples_per_record)
-        tokens = Ragged.from_lists([words[index][:longest] for index in used[own].tolist()], dtype=np.int32)
+        selected = slice(start, start + examples_per_record)
+        tokens = Ragged.from_lists([words[index][:longest] for index in used[selected].tolist()], dtype=np.int32)
         records.append(
             {
-                "kind": columns["kind"][own],
-                "users": columns["user"][own],
-                "items": columns["item"][own],
+                "kind": columns["kind"][selected],
+                "users": columns["user"][selected],
+                "items": columns["item"][selected],
                 "offsets": tokens.offsets,
                 "tokens": tokens.values,
             }
@@ -410,7 +410,7 @@ def _counted(
     num_texts: int,
     advance: Callable[[int], object],
 ) -> Iterator[Shard]:
-    """Yield the shards, adding up the texts that they hold and those that were left out."""
+    """Yield the shards, counting their texts and those that were left out."""
     num_empty = num_cut = 0
     for shard in shards:
         assert shard.counts is not None

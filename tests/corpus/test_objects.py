@@ -91,7 +91,7 @@ def test_ids_stay_what_they_are(read: Read, fields: str, pair: tuple[str, str], 
         ('"u": 1, "i": [2]', "[2]", "has a i that is no text or number"),
         ('"u": true, "i": 2', "True", "has a u that is no text or number"),
         ('"u": 1e22, "i": 2', "1e+22", "has a u that is a float too large to be exact"),
-        ('"u": "a\\ud83d", "i": 2', "'a\\ud83d'", "has a u that holds half of a character"),
+        ('"u": "a\\ud83d", "i": 2', "'a\\ud83d'", "has a u that contains an unpaired surrogate"),
         ('"u": 1, "i": 2, "t": {"$timestamp": {"t": 1}}', "{'t': 1}", "has a t that is a list or object"),
     ],
 )

@@ -33,7 +33,7 @@ def test_other_ids_stay_as_they_are(read: Read, name: str) -> None:
 def test_ids_that_a_spreadsheet_has_rounded_are_reported(read: Read) -> None:
     found = read({"i.csv": "u,i\n1.23457E+12,a\n"}, **table())
     assert found.pairs == [("1.23457E+12", "a")]
-    assert "WARNING: 1 user ids look like numbers that a spreadsheet has rounded" in found.messages
+    assert "WARNING: 1 user ids look like numbers rounded by a spreadsheet" in found.messages
 
 
 @pytest.mark.parametrize("word", ["", " ", *MISSING_WORDS])
