@@ -1,12 +1,12 @@
-"""Proof that a run read every example exactly once, through deaths and changes of the number of ranks.
+"""Prove that a run read every example exactly once, also after crashes and changes of the number of ranks.
 
-    OUTPUT/audit/rank-00001-of-00002.jsonl     what this rank read: a header line for each session (a start of the
-                                               command) and then a line for each completed step
+    OUTPUT/audit/rank-00001-of-00002.jsonl     examples that this rank read: for each session (start of the command) a
+                                               header line, then a line for each completed step
 
-`AuditLog` writes it and `check` reads it. The lines tell what the batches were made of, not what they should have been
-made of, and the headers tell how many there are of everything, so that the check needs nothing but the log. It shares
-one rule with training, which positions of the stream a step reads; which examples those are it only compares: with
-each other, and with the number there is.
+`AuditLog` writes the log and `check` reads it. The lines record the examples in the actual batches, and the headers the
+number of all examples, so the check needs only the log. It shares one rule with training: which positions of the stream
+a step reads. It does not recompute which examples these are, but compares the recorded ones with each other and with
+the number of all.
 
 Legend: R records, N examples of a stream, n examples of a step, W ranks.
 """
@@ -40,48 +40,48 @@ _FILE = re.compile(r"rank-(\d{5})-of-(\d{5})\.jsonl")
 
 
 class AuditError(CLLM4RecError):
-    """An audit log that is missing, or that shows an example lost, repeated or foreign."""
+    """An audit log that is missing, or proves that an example was lost, repeated or not from the corpus."""
 
 
 class Header(StrictModel):
-    """First line of a session in each rank's file: what there is to read, and from which step on."""
+    """First line of a session in each rank's file: sizes of corpus and batch, and the first step."""
 
     session: int
-    """Start of rank 0, in nanoseconds of Unix time; the same on all ranks."""
+    """Start time of rank 0 in Unix nanoseconds; equal on all ranks."""
     world_size: int = Field(ge=1)
     first_step: int = Field(ge=0)
     num_users: int = Field(ge=1)
     batch_users: int = Field(ge=1)
     text_record_sizes: tuple[tuple[int, int], ...]
-    """Texts of each record, run-length encoded: (texts, records of that size in a row)."""
+    """Texts of each record, run-length encoded: (texts, consecutive records of this size)."""
     batch_texts: int = Field(ge=0)
 
 
 class StepLine(StrictModel):
-    """What a rank read at one completed step."""
+    """Examples that a rank read at a completed step."""
 
     session: int
     step: int = Field(ge=0)
     epoch: int = Field(ge=0)
     accepted: bool
-    """False where the step was left out, because its loss was bad: read, but not learned from."""
+    """False if the update was skipped because of a bad loss or gradient."""
     users: tuple[int, ...]
     texts: tuple[tuple[int, int, int], ...]
-    """Pass over the texts, record and index of each."""
+    """Pass (epoch of the texts), record and index of each text."""
 
 
 class AuditLog:
-    """This rank's part of the log; writes nothing where the configuration asks for none.
+    """This rank's part of the log; does nothing without `audit=true`.
 
-    A line is with the operating system before the next step starts, so it survives the death of the process; `sync`
-    has it survive the loss of power too.
+    Lines are flushed to the operating system before the next step starts, so they survive a crash of the process; after
+    `sync` they also survive a loss of power.
 
     Args:
-        run: folder of the run, one for all ranks.
-        source: what will be read.
-        first_step: where this session starts.
+        run: folder of the run, shared by all ranks.
+        source: loader of the batches.
+        first_step: first step of this session.
 
-    Making one is collective where the configuration asks for a log: one all-gather tells rank 0's time.
+    Collective with `audit=true`: one all-gather shares rank 0's time.
     """
 
     def __init__(self, run: Path, world: World, config: RunConfig, source: BatchLoader, first_step: int) -> None:
@@ -91,7 +91,7 @@ class AuditLog:
         self._session = gather_integers([time.time_ns()], world)[0][0]
         path = run / FOLDER / f"rank-{world.rank:05d}-of-{world.size:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _is_torn(path)
+        is_torn = _is_torn(path)
         self._file = path.open("a", encoding="utf-8")
         header = Header(
             session=self._session,
@@ -102,10 +102,10 @@ class AuditLog:
             text_record_sizes=_run_lengths(source.text_record_sizes),
             batch_texts=config.batch.texts if source.has_texts else 0,
         )
-        self._write(header, before="\n" if torn else "")
+        self._write(header, before="\n" if is_torn else "")
 
     def record(self, step: int, batch: StepBatch, *, accepted: bool) -> None:
-        """Write down that step `step` is completed and read `batch`."""
+        """Write that step `step` is complete and read `batch`."""
         if self._file is not None:
             self._write(
                 StepLine(
@@ -119,7 +119,7 @@ class AuditLog:
             )
 
     def sync(self) -> None:
-        """Have the file system keep what was written. Called before a checkpoint, which must not outlive its proof."""
+        """Flush to disk (fsync). Call it before saving a checkpoint, so that every saved step is in the log."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -139,7 +139,7 @@ class AuditLog:
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether the last line was left unfinished."""
+    """True if the last line is incomplete."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
@@ -154,19 +154,19 @@ def _run_lengths(sizes: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a log proves.
+    """The result of a successful check.
 
     Attributes:
-        first_step: where the log starts; above 0 if the run went on from another one.
-        steps: completed steps, those before `first_step` included.
-        steps_per_epoch: steps in which every user comes once.
+        first_step: first step of the log; above 0 if the run resumed from another one.
+        steps: completed steps, including those before `first_step`.
+        steps_per_epoch: steps of an epoch of users.
         users, texts: examples read, without replays.
-        num_users, num_texts: examples there are.
+        num_users, num_texts: examples of the corpus.
         sessions: starts of the command.
         world_sizes: number of ranks of each session.
         replayed_steps: steps that more than one session read.
-        left_out_steps: steps that were read but not learned from.
-        torn_lines: lines that a dying process left unfinished.
+        left_out_steps: steps whose update was skipped.
+        torn_lines: incomplete lines of crashed processes.
     """
 
     first_step: int
@@ -183,7 +183,7 @@ class Audit:
     torn_lines: int
 
     def table(self) -> str:
-        """For people, a line for each."""
+        """Format as text, with a line for each figure."""
         epochs, more = divmod(self.steps, self.steps_per_epoch)
         worlds = [
             size for size, before in zip(self.world_sizes, (None, *self.world_sizes), strict=False) if size != before
@@ -205,17 +205,17 @@ class Audit:
 def check(run: Path, saved_step: int = 0) -> Audit:
     """Prove from its log that a run read every example exactly once.
 
-    What counts for a step is the session whose weights the run goes on with: the last one that completed it before
-    the place where its successor resumed. For those, no step may be missing; the ranks' examples must together be as
-    many as the global batch; each epoch has every user once and each pass over the texts every text once (a partial
-    one: at most once). What other sessions read at the same steps must be the same examples. Memory: 16 bytes an
-    example read.
+    For each step one session counts: the one whose weights the run continued with, that is the last one that completed
+    the step before its successor resumed. No step may be missing; the examples of all ranks must be as many as the
+    global batch; each complete epoch must have every user once, and each complete pass over the texts every text once
+    (an incomplete one: at most once). Other sessions must have read the same examples at the same steps. Takes 16 bytes
+    of memory per example read.
 
     Args:
-        saved_step: completed steps of the newest checkpoint, which the log must reach.
+        saved_step: completed steps of the newest checkpoint, all of which must be in the log.
 
     Raises:
-        AuditError: names step, epoch and example of what is wrong.
+        AuditError: if the proof fails; names step, epoch and example.
     """
     log = _read(run / FOLDER)
     chain = _chain(log, saved_step)
@@ -258,40 +258,41 @@ def check(run: Path, saved_step: int = 0) -> Audit:
     )
 
 
-_CURE = "The run did not read its corpus as it should: report it with the log, and do not trust the run's results."
+_CURE = "The run did not read its corpus correctly: report this with the log, and do not trust the run's results."
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank read at a step: pass, record and index [n, 3] of its users (record 0, index the row) and texts."""
+    """Examples that one rank read at a step."""
 
     epoch: int
     accepted: bool
-    places: dict[str, np.ndarray]
+    examples: dict[str, np.ndarray]
+    """By stream, int64 [n, 3] pass, record and index; for a user record 0 and its row."""
 
 
 @dataclass(frozen=True)
 class _Session:
     header: Header
     steps: dict[int, dict[int, _Part]] = field(default_factory=dict)
-    """By step and rank."""
+    """Parts by step and rank."""
 
     def is_complete(self, step: int) -> bool:
         return len(self.steps.get(step, ())) == self.header.world_size
 
     @property
     def end(self) -> int:
-        """Where it stopped: all ranks have completed the steps before. A rank records a step before it takes part in
-        the next one, so only of the last step may some ranks' lines be missing."""
+        """Steps of the run that all ranks have completed. A rank records a step before it starts the next one, so lines
+        of some ranks can be missing only for the last step."""
         if not self.steps:
             return self.header.first_step
         last = max(self.steps)
         return last + 1 if self.is_complete(last) else last
 
-    def places(self, step: int, stream: str) -> np.ndarray:
-        """[n, 3] what all ranks read, in rank order."""
+    def examples(self, step: int, stream: str) -> np.ndarray:
+        """Return the examples that all ranks read, int64 [n, 3], in rank order."""
         parts = self.steps[step]
-        return np.concatenate([parts[rank].places[stream] for rank in sorted(parts)])
+        return np.concatenate([parts[rank].examples[stream] for rank in sorted(parts)])
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,7 @@ class _Log:
 
 
 def _read(folder: Path) -> _Log:
-    """All ranks' files; sessions in the order of their start."""
+    """Read the files of all ranks; sessions are in the order of their start."""
     headers: dict[int, Header] = {}
     steps: dict[int, dict[int, dict[int, _Part]]] = {}
     torn = 0
@@ -310,44 +311,44 @@ def _read(folder: Path) -> _Log:
         if match is None:
             continue
         rank, size = map(int, match.groups())
-        for number, tree in enumerate(_trees(path), start=1):
-            where = f"{path} line {number}"
+        for line_number, tree in enumerate(_trees(path), start=1):
+            where = f"{path} line {line_number}"
             if tree is None:
                 torn += 1
             elif "world_size" in tree:
                 header = _parse(Header, tree, where)
-                known = headers.setdefault(header.session, header)
-                if header != known or header.world_size != size:
-                    raise AuditError(where, header, f"is not what other ranks' files say, {known}", _MIXED)
+                first = headers.setdefault(header.session, header)
+                if header != first or header.world_size != size:
+                    raise AuditError(where, header, f"differs from other ranks' files, {first}", _MIXED)
             else:
                 line = _parse(StepLine, tree, where)
                 parts = steps.setdefault(line.session, {}).setdefault(line.step, {})
                 if rank in parts:
                     raise AuditError(
-                        where, f"step {line.step}, epoch {line.epoch}", "stands twice in one session", _MIXED
+                        where, f"step {line.step}, epoch {line.epoch}", "is recorded twice in one session", _MIXED
                     )
                 parts[rank] = _part(line)
     if not headers:
-        raise AuditError("audit log", str(folder), "is not there or has no session", "Train with audit=true.")
-    unknown = sorted(steps.keys() - headers.keys())
-    if unknown:
-        raise AuditError("session", unknown[0], f"has no header in {folder}", _MIXED)
+        raise AuditError("audit log", str(folder), "does not exist or has no session", "Train with audit=true.")
+    headless = sorted(steps.keys() - headers.keys())
+    if headless:
+        raise AuditError("session", headless[0], f"has no header in {folder}", _MIXED)
     sessions = [_Session(headers[session], steps.get(session, {})) for session in sorted(headers)]
     for session in sessions:
-        same = {"first_step": 0, "session": 0, "world_size": 1}
-        one, other = (s.header.model_copy(update=same) for s in (session, sessions[0]))
-        if one != other:
+        ignored = {"first_step": 0, "session": 0, "world_size": 1}
+        header, first_header = (s.header.model_copy(update=ignored) for s in (session, sessions[0]))
+        if header != first_header:
             raise AuditError(
                 "session", session.header, f"has another corpus or batch than {sessions[0].header}", _MIXED
             )
     return _Log(sessions, torn)
 
 
-_MIXED = "The folder holds the logs of several runs, or somebody wrote to them."
+_MIXED = "The folder has the logs of several runs, or a log was changed."
 
 
 def _trees(path: Path) -> Iterator[Mapping[str, Any] | None]:
-    """Each line as JSON; None for one that a dying process left unfinished."""
+    """Parse each line as a JSON object; None for an incomplete line of a crashed process."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -372,10 +373,10 @@ def _part(line: StepLine) -> _Part:
 
 
 def _chain(log: _Log, saved_step: int) -> dict[int, _Session]:
-    """Which session counts for each step, in the order of the steps.
+    """Return the session that counts for each step, in the order of the steps.
 
     Raises:
-        AuditError: for a step that no session completed.
+        AuditError: if no session completed a step.
     """
     last, first = log.sessions[-1], min(session.header.first_step for session in log.sessions)
     stop = last.end
@@ -401,7 +402,7 @@ def _chain(log: _Log, saved_step: int) -> dict[int, _Session]:
 
 
 def _missing(sessions: Sequence[_Session], step: int) -> tuple[str, str, str, str]:
-    """What to say of a step that none of `sessions` completed."""
+    """Return the arguments of an AuditError for a step that none of `sessions` completed."""
     header = sessions[-1].header
     epoch = step // steps_per_epoch(header.num_users, header.batch_users)
     ranks = {rank for session in sessions for rank in session.steps.get(step, {})}
@@ -409,19 +410,19 @@ def _missing(sessions: Sequence[_Session], step: int) -> tuple[str, str, str, st
     return (
         f"step {step}, epoch {epoch}",
         f"no line of ranks {absent}" if ranks else "no line",
-        "although the run went on after it",
-        "A rank's file or a part of it is lost, or a session ran without audit.",
+        "although the run continued after it",
+        "A rank's file or part of it is lost, or a session ran without audit.",
     )
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """Users or texts.
+    """The stream of users or texts.
 
     Args:
-        record_sizes: int64 [R].
+        record_sizes: int64 [R] examples of each record.
         batch: examples of a step.
-        whole_epochs: whether a batch ends where its pass ends (users), or goes on into the next one (texts).
+        whole_epochs: True if a batch ends at the end of its pass (users); else it may continue into the next (texts).
     """
 
     name: str
@@ -434,81 +435,89 @@ class _Stream:
         return int(self.record_sizes.sum())
 
     def positions(self, step: int) -> tuple[int, int]:
-        """What the global batch of a step covers; positions go on through the passes."""
+        """Return the positions [start, stop) of a step's global batch, numbered through all passes."""
         if self.whole_epochs:
             return batch_range(step, self.num_examples, self.batch)
         return step * self.batch, (step + 1) * self.batch
 
-    def bounds(self, visit: int) -> tuple[int, int]:
-        """Positions of a pass."""
-        return visit * self.num_examples, (visit + 1) * self.num_examples
+    def bounds(self, pass_index: int) -> tuple[int, int]:
+        """Return the positions [start, stop) of a pass."""
+        return pass_index * self.num_examples, (pass_index + 1) * self.num_examples
 
-    def numbers(self, places: np.ndarray) -> np.ndarray:
-        """[n, 3] pass, record and index -> [n] number of the example, 0 to N - 1."""
-        return (np.cumsum(self.record_sizes) - self.record_sizes)[places[:, 1]] + places[:, 2]
+    def flat_index(self, examples: np.ndarray) -> np.ndarray:
+        """Convert int64 [n, 3] examples to int64 [n] indexes from 0 to N - 1."""
+        return (np.cumsum(self.record_sizes) - self.record_sizes)[examples[:, 1]] + examples[:, 2]
 
-    def foreign(self, places: np.ndarray) -> np.ndarray:
-        """The places that are not in the corpus."""
-        known = (places >= 0).all(1) & (places[:, 1] < len(self.record_sizes))
-        known[known] &= places[known, 2] < self.record_sizes[places[known, 1]]
-        return places[~known]
+    def invalid(self, examples: np.ndarray) -> np.ndarray:
+        """Return the examples that are not in the corpus."""
+        valid = (examples >= 0).all(1) & (examples[:, 1] < len(self.record_sizes))
+        valid[valid] &= examples[valid, 2] < self.record_sizes[examples[valid, 1]]
+        return examples[~valid]
 
-    def called(self, number: int) -> str:
-        """An example for people."""
-        record = int(np.searchsorted(np.cumsum(self.record_sizes), number, side="right"))
-        return self.called_at(record, number - int(self.record_sizes[:record].sum()))
+    def describe_flat(self, flat_index: int) -> str:
+        """Describe an example for an error, by its flat index."""
+        record = int(np.searchsorted(np.cumsum(self.record_sizes), flat_index, side="right"))
+        return self.describe(record, flat_index - int(self.record_sizes[:record].sum()))
 
-    def called_at(self, record: int, index: int) -> str:
+    def describe(self, record: int, index: int) -> str:
+        """Describe an example for an error."""
         return f"user {index}" if self.name == "user" else f"text {(int(record), int(index))}"
 
 
 def _check_stream(stream: _Stream, chain: Mapping[int, _Session], per_epoch: int) -> int:
-    """Check one stream and count its examples."""
+    """Check one stream and return the number of its examples."""
     passes: dict[int, list[tuple[int, np.ndarray]]] = {}
     wrong_sizes = []
     total = 0
     for step, session in chain.items():
-        places = session.places(step, stream.name)
-        foreign = stream.foreign(places)
-        if len(foreign):
-            raise AuditError(_at(step, per_epoch), stream.called_at(*foreign[0, 1:]), "is not in the corpus", _CURE)
+        examples = session.examples(step, stream.name)
+        invalid = stream.invalid(examples)
+        if len(invalid):
+            raise AuditError(_at(step, per_epoch), stream.describe(*invalid[0, 1:]), "is not in the corpus", _CURE)
         start, stop = stream.positions(step)
-        total += len(places)
-        visits = range(start // stream.num_examples, -(-stop // stream.num_examples))
-        for visit in sorted({*visits, *places[:, 0].tolist()}):
-            piece = stream.numbers(places[places[:, 0] == visit])
-            wanted = _overlap((start, stop), stream.bounds(visit))
-            if len(piece) != wanted:
-                wrong_sizes.append((step, visit, len(piece), wanted))
-            passes.setdefault(visit, []).append((step, piece))
-    for visit, pieces in passes.items():
-        _check_pass(stream, visit, pieces, chain, per_epoch)
-    for step, visit, found, wanted in wrong_sizes:
-        told = f"were read of pass {visit} instead of {wanted}"
-        raise AuditError(_at(step, per_epoch), f"{found} {stream.name}s", told, _CURE)
+        total += len(examples)
+        expected_passes = range(start // stream.num_examples, -(-stop // stream.num_examples))
+        for pass_index in sorted({*expected_passes, *examples[:, 0].tolist()}):
+            piece = stream.flat_index(examples[examples[:, 0] == pass_index])
+            expected = _overlap((start, stop), stream.bounds(pass_index))
+            if len(piece) != expected:
+                wrong_sizes.append((step, pass_index, len(piece), expected))
+            passes.setdefault(pass_index, []).append((step, piece))
+    for pass_index, pieces in passes.items():
+        _check_pass(stream, pass_index, pieces, chain, per_epoch)
+    for step, pass_index, size, expected in wrong_sizes:
+        constraint = f"were read of pass {pass_index} instead of {expected}"
+        raise AuditError(_at(step, per_epoch), f"{size} {stream.name}s", constraint, _CURE)
     return total
 
 
 def _check_pass(
-    stream: _Stream, visit: int, pieces: Sequence[tuple[int, np.ndarray]], chain: Mapping[int, _Session], per_epoch: int
+    stream: _Stream,
+    pass_index: int,
+    pieces: Sequence[tuple[int, np.ndarray]],
+    chain: Mapping[int, _Session],
+    per_epoch: int,
 ) -> None:
-    """Every example of a pass exactly once; at most once where the log has only a part of the pass."""
+    """Require every example of a pass exactly once; at most once if the log has only a part of the pass."""
     counts = np.bincount(np.concatenate([piece for _, piece in pieces]), minlength=stream.num_examples)
     repeated = np.flatnonzero(counts > 1)
     if len(repeated):
-        steps = [step for step, piece in pieces for found in piece.tolist() if found == repeated[0]]
+        steps = [step for step, piece in pieces for index in piece.tolist() if index == repeated[0]]
         raise AuditError(
-            _at(steps[-1], per_epoch), stream.called(repeated[0]), f"was read more than once: at steps {steps}", _CURE
+            _at(steps[-1], per_epoch),
+            stream.describe_flat(repeated[0]),
+            f"was read more than once: at steps {steps}",
+            _CURE,
         )
-    begin, end = stream.bounds(visit)
-    is_whole = stream.positions(min(chain))[0] <= begin and stream.positions(max(chain))[1] >= end
+    begin, end = stream.bounds(pass_index)
+    is_complete = stream.positions(min(chain))[0] <= begin and stream.positions(max(chain))[1] >= end
     unread = np.flatnonzero(counts == 0)
-    if is_whole and len(unread):
+    if is_complete and len(unread):
         short = [step for step, piece in pieces if len(piece) < _overlap(stream.positions(step), (begin, end))]
         raise AuditError(
             _at(short[0] if short else pieces[-1][0], per_epoch),
-            stream.called(unread[0]),
-            f"was not read in pass {visit} over the {stream.name}s",
+            stream.describe_flat(unread[0]),
+            f"was not read in pass {pass_index} over the {stream.name}s",
             _CURE,
         )
 
@@ -522,14 +531,14 @@ def _at(step: int, per_epoch: int) -> str:
 
 
 def _compare(stream: _Stream, step: int, session: _Session, counting: _Session) -> None:
-    """Hold what `session` read at `step` against the session that counts; one that died may have read less."""
-    found, wanted = ({*map(tuple, s.places(step, stream.name).tolist())} for s in (session, counting))
-    other = found - wanted or (wanted - found if session.is_complete(step) else set())
-    if other:
+    """Compare the examples of a session with those of the session that counts; a crashed one may have fewer."""
+    read, expected = ({*map(tuple, s.examples(step, stream.name).tolist())} for s in (session, counting))
+    different = read - expected or (expected - read if session.is_complete(step) else set())
+    if different:
         per_epoch = steps_per_epoch(session.header.num_users, session.header.batch_users)
         raise AuditError(
             _at(step, per_epoch),
-            stream.called_at(*min(other)[1:]),
+            stream.describe(*min(different)[1:]),
             f"was read by only one of the sessions {session.header.session} and {counting.header.session}",
             _CURE,
         )

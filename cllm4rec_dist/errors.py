@@ -1,22 +1,21 @@
-"""Errors a person can act on.
+"""Errors that tell users what to fix.
 
-Every error that bad input can cause names four things: the field, the value it has, the constraint it breaks and
-the cure. The constructor asks for all four, so an error that leaves one out cannot be written. Broken invariants of
-our own code are `assert`s and never these.
+Every error from bad input has four parts: the field, its value, the violated constraint and the cure; the constructor
+requires all four. Broken invariants of the code are `assert`s instead.
 """
 
 
 class CLLM4RecError(Exception):
-    """Base of every error that input, configuration or files can cause.
+    """Base of all errors from input, configuration or files.
 
     Args:
-        field: what is wrong, as the user knows it (`optimizer.lr`, `ratings.csv line 12`, `--resume`).
-        value: the value found.
-        constraint: the rule that it breaks, as a clause (`must be a positive number`).
-        cure: what to do about it, as a sentence.
+        field: what is wrong, in the user's terms (`optimizer.lr`, `ratings.csv line 12`, `--resume`).
+        value: its value.
+        constraint: the violated rule, as a clause (`must be a positive number`).
+        cure: what to do, as a sentence.
 
     Attributes:
-        exit_status: of a command that ends with it.
+        exit_status: exit status of a command that ends with this error.
     """
 
     exit_status = 2
@@ -26,7 +25,7 @@ class CLLM4RecError(Exception):
         super().__init__(f"{field}: {value!r} {constraint}. {cure}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Ray and multiprocessing carry errors between processes: rebuild from the four parts, not from the message.
+        # Ray and multiprocessing pickle errors: rebuild them from the four parts, not from the message.
         return type(self), (self.field, self.value, self.constraint, self.cure)
 
 
@@ -39,29 +38,29 @@ class DataError(CLLM4RecError):
 
 
 class CorpusError(CLLM4RecError):
-    """A built corpus that is missing, damaged or made for something else."""
+    """A built corpus that is missing, damaged or does not match the run."""
 
 
 class CheckpointError(CLLM4RecError):
-    """A checkpoint that is absent, incomplete or belongs to another backbone, corpus or tokenizer."""
+    """A checkpoint that is absent, incomplete or of another backbone, corpus or tokenizer."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose files are missing or not what was committed; another one may be whole."""
+    """A checkpoint with missing or changed files; another checkpoint may be intact."""
 
 
 class FaultError(CLLM4RecError):
-    """A run that cannot go on although its input is right: a lost, hung or diverged rank, a loss that explodes."""
+    """A run that cannot continue although its input is valid: a lost, hung or diverged rank, a loss spike."""
 
     exit_status = 1
 
 
 class RankError(FaultError):
-    """A rank that was lost, hangs, failed or went another way, as the other ranks see it.
+    """A rank that was lost, hangs, failed or diverged, reported by the other ranks.
 
     Args:
-        message: names the rank, and where it and those who wait for it are.
-        cure: what to do about it, as a sentence.
+        message: names the rank, and the collectives that it and the waiting ranks are at.
+        cure: what to do, as a sentence.
     """
 
     def __init__(self, message: str, cure: str) -> None:

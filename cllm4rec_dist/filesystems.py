@@ -1,7 +1,7 @@
-"""Paths as people write them, and any file system that fsspec knows, with errors that can be handled.
+"""Expand paths, and access fsspec's file systems with uniform errors.
 
-A driver of fsspec may raise what it likes: botocore's `NoCredentialsError` is no OSError. Two rules mend that: a URL is
-resolved by `locate`, and whatever asks a file system for something does it inside of `as_os_errors`.
+An fsspec driver may raise any exception: botocore's `NoCredentialsError` is no OSError. So URLs are resolved with
+`locate`, and file systems are accessed within `as_os_errors`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def expand_path(path: str, environ: Mapping[str, str] = os.environ) -> str:
     """Replace `$NAME`, `${NAME}`, `${NAME:-default}` and a leading `~`; `$$` is a dollar sign.
 
     Raises:
-        ValueError: for a variable that is not set or a home that is not known.
+        ValueError: if a variable is not set or a home folder is unknown.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -30,29 +30,29 @@ def expand_path(path: str, environ: Mapping[str, str] = os.environ) -> str:
         if dollar:
             return "$"
         name = bare or braced
-        found = environ.get(name) or default
-        if found is None:
+        text = environ.get(name) or default
+        if text is None:
             raise ValueError(f"environment variable {name} is not set; set it or write ${{{name}:-some/folder}}")
-        return found
+        return text
 
     expanded = os.path.expanduser(_VARIABLE.sub(value, path))
     if path.startswith("~") and expanded.startswith("~"):
-        raise ValueError(f"no home is known for {expanded.split('/')[0]}; write ./{path} for a folder of that name")
+        raise ValueError(f"the home of {expanded.split('/')[0]} is unknown; write ./{path} for a folder of that name")
     return expanded
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is not a local one, also where `pathlib` has made s3:/bucket/folder of s3://bucket/folder."""
+    """True for a URL, also one that `pathlib` has shortened from s3://bucket/folder to s3:/bucket/folder."""
     return "://" in path or re.match(r"[a-z][\w+.-]+:/", path, re.ASCII | re.IGNORECASE) is not None
 
 
 def locate(field: str, url: str, error: type[CLLM4RecError]) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a folder, file or URL, and the path there. Asks the file system nothing.
+    """Return the file system of a path or URL, and the path on it, without accessing it.
 
     Args:
-        field: what the URL is of, for the error.
-        url: where.
-        error: raised for a file system that is unknown, or whose package is not installed.
+        field: setting or option with the URL, for the error.
+        url: path or URL.
+        error: type to raise if the file system is unknown or its package is not installed.
     """
     try:
         fs, path = fsspec.core.url_to_fs(str(url))
@@ -60,18 +60,18 @@ def locate(field: str, url: str, error: type[CLLM4RecError]) -> tuple[fsspec.Abs
         raise error(
             field,
             url,
-            f"is on no file system that can be used here ({cause})",
-            "Give a path or a URL that fsspec knows; some need a package, as s3:// needs `pip install s3fs`.",
+            f"is on no supported file system ({cause})",
+            "Give a path or a URL that fsspec supports; some need a package: s3:// needs `pip install s3fs`.",
         ) from cause
     return fs, path
 
 
 @contextmanager
 def as_os_errors() -> Iterator[None]:
-    """Inside, whatever a file system raises is an OSError; our own errors pass.
+    """Convert exceptions of a file system to OSError; CLLM4RecErrors pass unchanged.
 
     Raises:
-        OSError: as it was, or around what was raised and with its name.
+        OSError: the original one, or one with the name and message of the original exception.
     """
     try:
         yield

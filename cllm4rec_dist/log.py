@@ -1,8 +1,8 @@
-"""Log lines and the progress bar.
+"""Logging and the progress bar.
 
-Only rank 0 shows a bar; warnings come from every rank. Inside a Ray worker the bar is Ray's own, so
-that the driver's terminal shows one bar and not its redrawings. Where nobody has a terminal, progress is a log line
-every ten seconds, under every launcher. Nothing here imports torch, so that a command can log before it does.
+Only rank 0 shows a bar; every rank logs warnings. A Ray worker uses `tqdm_ray`, so that the driver's terminal shows one
+bar. Without a terminal, progress is a log line every ten seconds, with every launcher. This module does not import
+torch, so that a command can log before torch is imported.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0
-"""Between lines of progress where there is no terminal."""
+"""Seconds between progress lines without a terminal."""
 
 ReportMetrics = Callable[[dict[str, float]], None]
-"""Called with the latest metrics at a run's milestones, on every rank alike; Ray Train listens here."""
+"""Called on every rank with the metrics of a validation and the final result; used by Ray Train."""
 
 
 class ProgressBar(Protocol):
-    """What the loop needs of a progress bar."""
+    """The interface of a progress bar."""
 
     def update(self, n: int = 1) -> object: ...
     def set_description(self, desc: str) -> object: ...
@@ -36,14 +36,14 @@ class ProgressBar(Protocol):
 
 
 class _Terminal(tqdm):
-    """A tqdm whose description waits for the next redrawing."""
+    """A tqdm that shows a new description at its next refresh."""
 
     def set_description(self, desc: str | None = None, refresh: bool | None = False) -> None:
         super().set_description(desc, refresh=bool(refresh))
 
 
 class _Lines:
-    """Progress as log lines, one in `LINE_SECONDS` at most."""
+    """Progress as log lines, at most one per `LINE_SECONDS`."""
 
     def __init__(self, total: int, description: str, unit: str, done: int) -> None:
         self._total, self._description, self._unit, self._first, self._done = total, description, unit, done, done
@@ -68,23 +68,23 @@ class _Lines:
         self._description = desc
 
     def close(self) -> None:
-        """Nothing is left on a screen."""
+        """Do nothing; log lines need no clean-up."""
 
 
 class _LineFormatter(logging.Formatter):
-    """`HH:MM:SS text`; `HH:MM:SS [rank 1/2] WARNING text` for warnings and worse, which every rank may give."""
+    """Formats `HH:MM:SS text`; warnings and errors, which every rank logs, as `HH:MM:SS [rank 1/2] WARNING text`."""
 
     def __init__(self, rank: int, size: int) -> None:
         where = f" [rank {rank}/{size}]" if size > 1 else ""
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
-        self._loud = logging.Formatter(f"%(asctime)s{where} %(levelname)s %(message)s", "%H:%M:%S")
+        self._with_rank = logging.Formatter(f"%(asctime)s{where} %(levelname)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
+        return self._with_rank.format(record) if record.levelno >= logging.WARNING else super().format(record)
 
 
-class _AboveBars(logging.StreamHandler[Any]):
-    """Writes to stderr, above a progress bar where one is shown."""
+class _TqdmHandler(logging.StreamHandler[Any]):
+    """Writes to stderr, above a progress bar if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -95,13 +95,13 @@ class _AboveBars(logging.StreamHandler[Any]):
 
 
 def setup_logging(world: World | None = None) -> None:
-    """Log to stderr with the time: information from rank 0, warnings from all, with their rank.
+    """Log to stderr with the time: INFO from rank 0, warnings from all ranks.
 
     Args:
-        world: None for a command line, whose ranks are other processes or have not begun.
+        world: None for a command, whose ranks are other processes or not started yet.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
-    handler = _AboveBars(sys.stderr)
+    handler = _TqdmHandler(sys.stderr)
     handler.setFormatter(_LineFormatter(rank, size))
     root = logging.getLogger("cllm4rec_dist")
     root.handlers[:] = [handler]
@@ -110,7 +110,7 @@ def setup_logging(world: World | None = None) -> None:
 
 
 def hide_accelerator_notice() -> None:
-    """Drop DeepSpeed's warning that it found no GPU. It comes when accelerate, and so transformers, is imported."""
+    """Drop DeepSpeed's warning about a missing GPU, which appears when accelerate, and so transformers, is imported."""
     logging.getLogger("DeepSpeed").addFilter(_is_no_accelerator_notice)
 
 
@@ -119,11 +119,11 @@ def _is_no_accelerator_notice(record: logging.LogRecord) -> bool:
 
 
 def progress_bar(world: World, total: int, description: str, unit: str, done: int = 0) -> ProgressBar:
-    """A bar on rank 0 where there is a terminal, lines where there is none; nothing on other ranks."""
+    """Return a progress bar for rank 0, or log lines if there is no terminal; hidden on other ranks."""
     if world.is_main and not world.has_terminal:
         return _Lines(total, description, unit, done)
     if world.is_main and _in_ray_worker():
-        from ray.experimental import tqdm_ray  # only where Ray is running this process
+        from ray.experimental import tqdm_ray  # imported only in a Ray worker
 
         bar = tqdm_ray.tqdm(total=total, desc=description, unit=unit)
         bar.update(done)

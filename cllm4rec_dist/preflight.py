@@ -1,8 +1,8 @@
-"""Checks before a command computes anything: what can be known of a run is refused at once and all together.
+"""Fast checks of a run, which report all problems at once.
 
-A command calls this before torch, DeepSpeed or Ray are imported, which takes many seconds; `train` calls it again on
-every rank, for callers without a command line. The facts are the configuration, the corpus' manifest and the local
-file system. What only a loaded backbone or an opened checkpoint can tell is left to `system.py` and `train.py`.
+A command calls them before it imports torch, DeepSpeed or Ray, which takes many seconds; `train` calls them again on
+every rank, for callers without a command line. They use only the configuration, the corpus' manifest and the local
+file system. `system.py` and `train.py` check what needs a loaded backbone or an opened checkpoint.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _STORE_CURE = "Give a folder; for checkpoints in an object store set checkpoint.
 
 
 def resolve_paths(config: RunConfig) -> tuple[RunConfig, list[CLLM4RecError]]:
-    """The configuration with `~` and variables in paths replaced and local paths absolute.
+    """Replace `~` and variables in the paths of a configuration and make local paths absolute.
 
-    Ray's workers run in a folder of their own, so paths are resolved once, by the command.
+    Ray's workers run in another folder, so paths are resolved once, by the command.
 
-    Returns the configuration, and an error for each path that cannot be resolved, which then stays as it was.
+    Returns:
+        The configuration, and an error for each path that cannot be resolved and is left unchanged.
     """
     errors: list[CLLM4RecError] = []
 
@@ -57,24 +58,24 @@ def resolve_paths(config: RunConfig) -> tuple[RunConfig, list[CLLM4RecError]]:
 
 def require_ready(
     config: RunConfig,
-    found: Sequence[CLLM4RecError] = (),
+    path_errors: Sequence[CLLM4RecError] = (),
     *,
     sees_files: bool = True,
     writes_output: bool = True,
 ) -> None:
-    """Refuse a run that cannot end well, with everything that is wrong with it in one error.
+    """Refuse a run that is bound to fail, with one error for all problems.
 
     Args:
-        config: with resolved paths.
-        found: what is known to be wrong already.
-        sees_files: whether this process has the file systems of the ranks; else only the settings are checked.
-        writes_output: whether this process is on the host that writes the run's folder.
+        config: configuration with resolved paths.
+        path_errors: errors of `resolve_paths`.
+        sees_files: True if this process can access the ranks' file systems; else only settings are checked.
+        writes_output: True if this process is on the host that writes the run's folder.
 
     Raises:
-        CLLM4RecError: the one problem, or a ConfigError that lists them all.
+        CLLM4RecError: the only problem, or a ConfigError that lists all problems.
     """
-    unresolved = {error.field for error in found}
-    problems = [*found, *setting_problems(config)]
+    unresolved = {error.field for error in path_errors}
+    problems = [*path_errors, *setting_problems(config)]
     if is_url(config.output):
         problems += folder_problems("output", config.output, _STORE_CURE)
     elif sees_files and writes_output and "output" not in unresolved:
@@ -93,12 +94,12 @@ def require_ready(
 
 
 def resolve_resume(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
-    """The configuration with `resume` as the ranks are to read it. Called once by a command, before its ranks start.
+    """Return the configuration with `resume` for the ranks. A command calls this once, before the ranks start.
 
-    `none` becomes `auto` where the run has no checkpoint yet, so that the restarts of this very run go on.
+    `none` becomes `auto` if the run has no checkpoint yet, so that restarts of this run resume.
 
     Raises:
-        CheckpointError: for `none` where there is a checkpoint to lose.
+        CheckpointError: for `none` if the run has a checkpoint.
     """
     if config.resume == "none":
         names = Store(store_url(config)).names(STEP)
@@ -107,8 +108,8 @@ def resolve_resume(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
             raise CheckpointError(
                 "resume",
                 "none",
-                f"would start anew where the run has {names[-1]}",
-                "Choose another output, or remove the run.",
+                f"would start from scratch, but the run has {names[-1]}",
+                "Choose another output, or delete the run.",
             )
         return config.model_copy(update={"resume": "auto"})
     if config.resume != "auto" and "://" not in config.resume:
@@ -117,40 +118,40 @@ def resolve_resume(config: RunConfig, environ: Mapping[str, str]) -> RunConfig:
 
 
 def require_none(problems: Sequence[CLLM4RecError], subject: str) -> None:
-    """Raise the one problem as it is, or several as one ConfigError with a line each."""
+    """Raise a single problem unchanged, or several as a ConfigError with a line for each."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         fields = list(dict.fromkeys(problem.field for problem in problems))
-        raise ConfigError(subject, fields, "cannot be used", f"Mend each:{lines}")
+        raise ConfigError(subject, fields, "cannot be used", f"Fix each:{lines}")
 
 
 def metric_problems(field: str, names: Sequence[str], instead: str = "") -> list[CLLM4RecError]:
-    """An error for each name that is no metric, or one for an empty list.
+    """Return an error for each name that is no metric, or one for an empty list.
 
     Args:
-        instead: what else could be done about an empty list.
+        instead: another cure for an empty list.
     """
     if not names:
         return [ConfigError(field, list(names), "must name at least one metric", f"{_METRIC_CURE}{instead}")]
     wrong = [name for name in names if not METRIC_NAME.fullmatch(name)]
     return [
-        ConfigError(field, name, "must be recall@K or ndcg@K with K >= 1", f"{_METRIC_CURE}{_meant_metric(name)}")
+        ConfigError(field, name, "must be recall@K or ndcg@K with K >= 1", f"{_METRIC_CURE}{_suggest_metric(name)}")
         for name in wrong
     ]
 
 
-def _meant_metric(name: str) -> str:
-    """The metric that a misspelt name is nearest to, for the end of a cure."""
+def _suggest_metric(name: str) -> str:
+    """Return a sentence with the metric closest to a misspelt name, for the end of a cure."""
     kind, _, cutoff = name.partition("@")
-    found = closest(kind.strip(), ("recall", "ndcg"))
-    meant = f"{found}@{cutoff if METRIC_NAME.fullmatch(f'{found}@{cutoff}') else 20}"
-    return "" if found is None else f" Did you mean {meant!r}?"
+    metric = closest(kind.strip(), ("recall", "ndcg"))
+    suggestion = f"{metric}@{cutoff if METRIC_NAME.fullmatch(f'{metric}@{cutoff}') else 20}"
+    return "" if metric is None else f" Did you mean {suggestion!r}?"
 
 
 def setting_problems(config: RunConfig) -> list[CLLM4RecError]:
-    """What the configuration alone shows. (Not in its validators: an old checkpoint's must load for evaluation.)"""
+    """Return the problems of the settings alone. They are no validators because old checkpoints must still load."""
     problems: list[CLLM4RecError] = []
     if _validates(config):
         no_validation = " Or set validation.every_epochs=0."
@@ -164,7 +165,7 @@ def setting_problems(config: RunConfig) -> list[CLLM4RecError]:
 
 
 def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterator[CLLM4RecError]:
-    """Files and folders that the run names and that are not there, or on no file system that can be used."""
+    """Yield an error for each file or folder of the run that does not exist or is on no supported file system."""
     given = {"deepspeed": config.deepspeed, "resume": config.resume, "init_from": config.init_from}
     if config.resume in ("auto", "none"):
         del given["resume"]
@@ -172,8 +173,8 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
         path = given[field]
         if path is None or is_url(path) or Path(path).exists():
             continue
-        if field != "init_from" or not _has_checkpoints(config):  # of which a run goes on instead
-            yield ConfigError(field, path, "does not exist", f"Mend the path.{did_you_mean_path(path)}")
+        if field != "init_from" or not _has_checkpoints(config):  # a run with checkpoints does not read init_from
+            yield ConfigError(field, path, "does not exist", f"Fix the path.{did_you_mean_path(path)}")
     if "backbone" not in unresolved:
         yield from backbone_problems("backbone", config.backbone)
     if config.checkpoint.dir is not None and "checkpoint.dir" not in unresolved:
@@ -187,17 +188,17 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
 
 
 def backbone_problems(field: str, name: str, option: str | None = None) -> list[CLLM4RecError]:
-    """Why a backbone cannot be had, as far as it can be seen without asking a hub.
+    """Return why a backbone cannot be loaded, without contacting the hub.
 
     Args:
-        option: by which a command can be given another path.
+        option: option of the command for another path, or None.
     """
     folder = Path(name)
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return []
         what = "is a corpus" if (folder / MANIFEST_NAME).is_file() else "has no config.json"
-        return [ConfigError(field, name, f"{what}, so it is no backbone", "Give a folder with config.json.")]
+        return [ConfigError(field, name, f"{what}, so it is not a backbone", "Give a folder with config.json.")]
     if folder.exists():
         return [ConfigError(field, name, "is a file", "Give a folder with config.json, or a hub id.")]
     if _is_hub_id(name):
@@ -208,26 +209,26 @@ def backbone_problems(field: str, name: str, option: str | None = None) -> list[
 
 
 def tokenizer_problems(name: str, recipe: Path) -> list[CLLM4RecError]:
-    """Why texts cannot be read with the tokenizer of a backbone. Asks no hub.
+    """Return why the tokenizer of a backbone cannot be loaded, without contacting the hub.
 
     Args:
-        recipe: that the corpus is built by, for the cure.
+        recipe: recipe of the corpus, for the cure.
     """
     folder = Path(name)
     if folder.is_dir():
         if any((folder / file).is_file() for file in _TOKENIZER_FILES):
             return []
         cure = "Give a backbone folder with tokenizer.json."
-        return [ConfigError("--tokenizer", name, "holds no tokenizer", cure)]
+        return [ConfigError("--tokenizer", name, "has no tokenizer", cure)]
     if not folder.exists() and _is_cached(name):
         return []
     what = "is a file" if folder.exists() else "does not exist"
-    cure = f"Build one: `cllm4rec build-backbone {recipe} {name}`. A backbone of a hub must have been fetched."
+    cure = f"Build one: `cllm4rec build-backbone {recipe} {name}`. A backbone of a hub must be downloaded first."
     return [ConfigError("--tokenizer", name, what, f"{cure}{did_you_mean_path(name)}")]
 
 
 def _is_hub_id(name: str) -> bool:
-    """False for what can only be meant as a local path: also where its first folder is here, or one spelt alike."""
+    """False for a local path; a name counts as one if its first folder, or one of similar spelling, exists here."""
     if is_url(name) or name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1:
         return False
     if _is_cached(name):
@@ -237,24 +238,24 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _is_cached(name: str) -> bool:
-    """True if the cache of the hub has a model of this id."""
+    """True if the local hub cache has a model of this id."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
     return (Path(cache).expanduser() / f"models--{name.replace('/', '--')}").is_dir()
 
 
 def folder_problems(field: str, path: str, cure: str = "Give a folder.") -> list[CLLM4RecError]:
-    """Why nothing can be written to a local folder, which need not exist yet. Leaves nothing behind.
+    """Return why a local folder, which need not exist yet, cannot be written. Creates no file.
 
     Args:
-        cure: for a URL.
+        cure: cure for a URL.
     """
     if is_url(path):
         return [ConfigError(field, path, "is a URL, but must be a local folder", cure)]
     folder = Path(path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not existing.is_dir():
-        what = "a file" if existing.is_file() else "a link to nothing" if existing.is_symlink() else "no folder"
+        what = "a file" if existing.is_file() else "a broken link" if existing.is_symlink() else "not a folder"
         return [ConfigError(field, path, f"cannot be a folder: {existing} is {what}", "Choose another path.")]
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
@@ -266,7 +267,7 @@ def folder_problems(field: str, path: str, cure: str = "Give a folder.") -> list
 
 
 def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError]:
-    """Where the corpus does not allow what the run wants of it."""
+    """Return the problems of a run with its corpus."""
     problems: list[CLLM4RecError] = []
     if manifest.num_items < 2:
         problems.append(
@@ -285,7 +286,7 @@ def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError
             ConfigError(
                 "validation.every_epochs",
                 config.validation.every_epochs,
-                f"asks for validation, but the corpus {config.corpus} {why}",
+                f"enables validation, but the corpus {config.corpus} {why}",
                 f"Set validation.every_epochs=0, or build the corpus again with {split}.",
             )
         )
@@ -296,7 +297,7 @@ def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError
             ConfigError(
                 "optimizer.warmup_steps",
                 warmup,
-                f"outlasts the run's {steps} steps ({config.epochs} epochs of {steps // config.epochs}): the learning"
+                f"exceeds the run's {steps} steps ({config.epochs} epochs of {steps // config.epochs}): the learning"
                 " rate would never reach its peak",
                 f"Set optimizer.warmup_steps={max(1, steps // 10)} or another number up to {steps}, or raise epochs.",
             )
@@ -305,19 +306,19 @@ def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError
 
 
 def warmup_warning(config: RunConfig, manifest: Manifest) -> str | None:
-    """What to say of a run that ends within its warm-up without being refused: by max_steps, or by the default."""
+    """Return a warning for a run that ends during its warm-up because of max_steps or the default, else None."""
     warmup = config.optimizer.warmup_steps
     steps = min(num_steps(config, manifest), config.max_steps or warmup)
     if warmup <= steps:
         return None
     return (
-        f"the run ends within its warm-up: after {steps} of optimizer.warmup_steps={warmup} steps the learning rate has"
+        f"the run ends during its warm-up: after {steps} of optimizer.warmup_steps={warmup} steps the learning rate has"
         f" reached {steps / warmup:.0%} of its peak"
     )
 
 
 def num_steps(config: RunConfig, manifest: Manifest) -> int:
-    """Optimizer steps of all epochs, whatever max_steps says."""
+    """Return the optimizer steps of all epochs, ignoring max_steps."""
     return config.epochs * -(-manifest.num_users // config.batch.users)
 
 
@@ -353,10 +354,10 @@ def past_end_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecErr
 
 
 def require_held_out(manifest: Manifest, split: str, *, with_baselines: bool) -> None:
-    """Refuse an evaluation for which the corpus holds out no items, before anything is ranked.
+    """Refuse an evaluation without held-out items before it starts.
 
     Raises:
-        DataError: for a split without items, or baselines that nothing can choose among.
+        DataError: if the split has no items, or if baselines cannot be tuned because validation has none.
     """
     rebuild = "build the corpus again with a split that holds items out"
     if not manifest.num_held_out(split):

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: it saves first.
+"""Signals that stop a run after it has saved a checkpoint.
 
-SIGTERM (a scheduler takes the machine back), SIGUSR1 (Slurm's `--signal` before the time limit) and SIGINT (Ctrl-C) are
-only noted here; the loop asks at the end of each step whether any rank has been told, so that all stop at the same one.
-A second SIGINT interrupts at once.
+SIGTERM (preemption by a scheduler), SIGUSR1 (Slurm's `--signal` before the time limit) and SIGINT (Ctrl-C) are only
+recorded here; the training loop checks after each step whether any rank has received one, so that all ranks stop at the
+same step. A second SIGINT interrupts at once.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 EXIT_STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: the run has saved and is not done; the same command goes on with it."""
+"""EX_TEMPFAIL of sysexits.h: the run has saved but is not complete; the same command resumes it."""
 
 
 class GracefulShutdown:
-    """While it is entered, notes the signals instead of dying of them. Only a process's main thread can do that; in
-    another one (a Ray worker) nothing is noted.
+    """Context manager that records the signals instead of ending the process.
+
+    Only the main thread of a process can handle signals; in another thread (of a Ray worker) it does nothing.
 
     Attributes:
-        signal_name: of the first signal, or None.
+        signal_name: name of the first signal, or None.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+            self._previous = {signum: signal.signal(signum, self._record) for signum in self._SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal_name is not None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.signal_name is not None:
             raise KeyboardInterrupt
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        self.signal_name = self.signal_name or signal.Signals(signum).name

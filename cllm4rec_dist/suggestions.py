@@ -1,4 +1,4 @@
-"""'Did you mean': the known word, or the file, that comes closest to one that is not there."""
+"""'Did you mean' hints for misspelt words and paths."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from cllm4rec_dist.filesystems import is_url
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is spelt most alike, case aside; None where none is near."""
-    by_case = {each.casefold(): each for each in known}
-    found = get_close_matches(word.casefold(), by_case, n=1, cutoff=0.6)
-    return by_case[found[0]] if found else None
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice with the most similar spelling, ignoring case; None if none is similar."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    matches = get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
+    return by_folded[matches[0]] if matches else None
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the end of a cure; empty where no known word is near."""
-    found = closest(word, known)
-    return "" if found is None else f" Did you mean {found!r}?"
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the end of a cure; empty if no choice is similar."""
+    choice = closest(word, choices)
+    return "" if choice is None else f" Did you mean {choice!r}?"
 
 
 def decimal_hint(text: str) -> str:
@@ -32,29 +32,29 @@ def decimal_hint(text: str) -> str:
 
 
 def closest_path(path: str) -> str | None:
-    """An existing local path that differs from `path` in one part alone, spelt alike; None where there is none."""
+    """Return an existing local path that differs from `path` in one part of similar spelling; None if none does."""
     if is_url(path):
         return None
     parts = Path(path).parts
-    for number, part in enumerate(parts):
-        parent = Path(*parts[:number])
+    for index, part in enumerate(parts):
+        parent = Path(*parts[:index])
         if os.path.lexists(parent / part):
             continue
-        found = closest(part, _names(parent))
-        if found is None:
+        name = closest(part, _names(parent))
+        if name is None:
             return None
-        candidate = parent.joinpath(found, *parts[number + 1 :])
+        candidate = parent.joinpath(name, *parts[index + 1 :])
         return str(candidate) if candidate.exists() else None
     return None
 
 
 def did_you_mean_path(path: str) -> str:
-    """As `did_you_mean`, for a path that does not exist."""
-    found = closest_path(path)
-    if found is None:
+    """Return `did_you_mean` for a path that does not exist."""
+    existing = closest_path(path)
+    if existing is None:
         return ""
-    shown = os.path.relpath(found) if os.path.isabs(found) else found
-    return f" Did you mean {found if shown.startswith('..') else shown!r}?"
+    shown = os.path.relpath(existing) if os.path.isabs(existing) else existing
+    return f" Did you mean {existing if shown.startswith('..') else shown!r}?"
 
 
 def _names(folder: Path) -> list[str]:

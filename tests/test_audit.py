@@ -210,7 +210,7 @@ def test_a_missing_line_is_named_and_a_torn_one_counts_as_missing(tmp_path: Path
 def test_steps_between_two_sessions_that_nobody_recorded_are_missing(tmp_path: Path) -> None:
     session(tmp_path, 100, 2, 0, 5)
     session(tmp_path, 200, 2, 6, 9)
-    assert "step 5, epoch 1: 'no line' although the run went on" in refusal(tmp_path)
+    assert "step 5, epoch 1: 'no line' although the run continued" in refusal(tmp_path)
 
 
 def test_the_log_must_reach_the_newest_checkpoint(tmp_path: Path) -> None:
@@ -237,15 +237,15 @@ def test_a_run_that_goes_on_from_another_one_is_checked_from_there(tmp_path: Pat
     assert "was not read in pass 2 over the users" in refusal(tmp_path)
 
 
-def test_two_headers_of_a_session_must_agree_and_a_step_stands_once(tmp_path: Path) -> None:
+def test_two_headers_of_a_session_must_agree_and_a_step_is_recorded_once(tmp_path: Path) -> None:
     session(tmp_path, 100, 2, 0, 3)
     lines = file(tmp_path, 0, 2).read_text()
     file(tmp_path, 0, 2).write_text(lines + lines.splitlines()[2] + "\n")
-    assert "'step 1, epoch 0' stands twice in one session" in refusal(tmp_path)
+    assert "'step 1, epoch 0' is recorded twice in one session" in refusal(tmp_path)
     file(tmp_path, 0, 2).write_text(lines)
     edit(tmp_path, 1, 2, lambda lines: lines[0].update(num_users=24))
-    assert "is not what other ranks' files say" in refusal(tmp_path)
-    assert "is not there or has no session" in refusal(tmp_path / "elsewhere")
+    assert "differs from other ranks' files" in refusal(tmp_path)
+    assert "does not exist or has no session" in refusal(tmp_path / "elsewhere")
 
 
 def test_the_command_says_yes_or_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def test_variables_are_replaced(path: str) -> None:
 def test_the_home_is_replaced_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert expand_path("~/runs") == "/home/me/runs"
-    with pytest.raises(ValueError, match="no home is known for ~nobody-of-this-name"):
+    with pytest.raises(ValueError, match="the home of ~nobody-of-this-name is unknown"):
         expand_path("~nobody-of-this-name/runs")
 
 

@@ -114,7 +114,7 @@ def test_damaged_configuration_files(which: tuple[Any, Path], seed: int, kind: s
         ("a: " + 5000 * "[", "recursion"),
         ("a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("a: *nobody\n", "undefined alias"),
-        ("[1, 2]\n", "must hold key: value pairs"),
+        ("[1, 2]\n", "must consist of key: value pairs"),
     ],
 )
 def test_files_that_yaml_would_misread(tmp_path: Path, text: str, told: str) -> None:

@@ -48,11 +48,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "folder for a file": (["pretrain", "-c", "runs"], ["'runs' is a folder", "YAML file"]),
     "recipe for a run": (["pretrain", "-c", "recipe.yaml"], ["'a recipe' is not a run configuration"]),
     "run for a recipe": (["prepare", "run.yaml", "out", "--tokenizer", "backbones/demo"], ["is not a recipe"]),
-    "yaml tab": (["pretrain", "-c", "tab.yaml"], ["tab.yaml", "line 2", "blanks and not by tabs"]),
+    "yaml tab": (["pretrain", "-c", "tab.yaml"], ["tab.yaml", "line 2", "spaces, not tabs"]),
     "yaml bracket": (["pretrain", "-c", "bracket.yaml"], ["bracket.yaml", "is not readable YAML", "line"]),
     "section": ([*PRETRAIN, "optimzer.lr=1"], ["optimzer", "did you mean 'optimizer'"]),
     "key": ([*PRETRAIN, "optimizer.leraning_rate=1"], ["Keys of optimizer: lr, embeddings_lr"]),
-    "key of the file": ([*PRETRAIN, "epoch=3"], ["epoch is no key", "did you mean 'epochs'"]),
+    "key of the file": ([*PRETRAIN, "epoch=3"], ["epoch is not a key", "did you mean 'epochs'"]),
     "setting as an option": ([*PRETRAIN, "--epochs", "3"], ["--epochs: '3' is no option", "Write epochs=3."]),
     "setting of a section as an option": ([*FINETUNE, "--embeddings-lr=1"], ["Write optimizer.embeddings_lr=1."]),
     "setting of several sections": ([*PRETRAIN, "--dropout", "0"], ["adapter.dropout=0 or embeddings.dropout=0"]),
@@ -73,7 +73,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "negative": ([*PRETRAIN, "optimizer.lr=-1"], ["optimizer.lr", "greater than 0"]),
     "list": ([*PRETRAIN, "validation.metrics=recall@20,ndcg@10"], ["must be a list", "[recall@20, ndcg@10]"]),
     "open list": ([*PRETRAIN, "optimizer.betas=[0.9"], ["optimizer.betas=[0.9", "is not YAML"]),
-    "word": ([*PRETRAIN, "adapter.kind=lorra"], ["'lorra' is none of lora, none, full", "did you mean 'lora'"]),
+    "word": ([*PRETRAIN, "adapter.kind=lorra"], ["'lorra' is not one of lora, none, full", "did you mean 'lora'"]),
     "value for a section": ([*PRETRAIN, "optimizer=3"], ["optimizer must be a section"]),
     "below a value": ([*PRETRAIN, "seed.a=1"], ["seed"]),
     "metric": ([*FINETUNE, "validation.metrics=[recal@20]"], ["'recal@20'", "Did you mean 'recall@20'"]),
@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "metrics": (["evaluate", "runs/done", "--metrics", "NDGC@10"], ["--metrics", "Did you mean 'ndcg@10'"]),
     "two metrics": (
         ["evaluate", "runs/done", "--metrics", "map,mrr"],
-        ["evaluate: ['--metrics'] cannot", "'map'", "'mrr'", "Mend each"],
+        ["evaluate: ['--metrics'] cannot", "'map'", "'mrr'", "Fix each"],
     ),
     "evaluation to a URL": (["evaluate", "runs/done", "--output", "s3://x/y"], ["--output", "is a URL"]),
     "id file": (
@@ -122,7 +122,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "format": ([*PREPARE, "source.format=tabel"], ["source.format", "did you mean 'table'"]),
     "nested key": (
         [*PREPARE, "source.interactions.usr=x"],
-        ["source.interactions.usr is no key", "Keys of source.interactions: path, kind", "did you mean 'user'"],
+        ["source.interactions.usr is not a key", "Keys of source.interactions: path, kind", "did you mean 'user'"],
     ),
     "split of a recipe": ([*PREPARE, "split={kind: lst}"], ["split.kind", "did you mean 'last'"]),
     "key of a split": ([*PREPARE, "split={kind: last, num_vlid: 1}"], ["Keys of split: kind, num_valid, num_test"]),
@@ -142,7 +142,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "folder in use": (["init", "runs", "--orders", "orders.csv"], ["is not empty", "another name"]),
     "no project": (["run", "projct"], ["does not exist", "Did you mean 'project'"]),
     "path of a project": (["run", "project", "corpus=x"], ["the project decides"]),
-    "key of a project": (["run", "project", "finetune.epoch=3"], ["epoch is no key"]),
+    "key of a project": (["run", "project", "finetune.epoch=3"], ["epoch is not a key"]),
 }
 
 PROGRAM = """

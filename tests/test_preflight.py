@@ -63,7 +63,7 @@ def test_metrics_that_nobody_computes_are_not_looked_at(override: str) -> None:
     assert not preflight.setting_problems(config("validation.metrics=[mrr@10]", override))
 
 
-def test_a_warm_up_that_outlasts_the_run_is_refused_with_numbers() -> None:
+def test_a_warm_up_longer_than_the_run_is_refused_with_numbers() -> None:
     # 60 users in batches of 16: 4 steps an epoch.
     run = "epochs=3", "batch.users=16"
     (problem,) = preflight.corpus_problems(config(*run, "optimizer.warmup_steps=13"), DATA)

@@ -397,7 +397,7 @@ def test_resume_none_starts_a_run_once_and_loses_none(made: Made, tmp_path: Path
     config = make_config(made, tmp_path / "run", resume="none", max_steps=1)
     assert preflight.resolve_resume(config, {}).resume == "auto"
     run_ranks(1, run, preflight.resolve_resume(config, {}))
-    with pytest.raises(CheckpointError, match="would start anew where the run has step-00000001"):
+    with pytest.raises(CheckpointError, match="would start from scratch, but the run has step-00000001"):
         preflight.resolve_resume(config, {})
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         assert preflight.resolve_resume(config, {name: "1"}).resume == "auto"

@@ -1,4 +1,4 @@
-"""Configuration of runs: settings, how files and overrides become them, and what a resumed run may change."""
+"""Configuration of runs: settings, loading from files and overrides, and which settings may change on resume."""
 
 from cllm4rec_dist.config.loading import StrictModel, dotted_items, load_config, validate
 from cllm4rec_dist.config.schema import (

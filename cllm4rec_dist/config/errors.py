@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a configuration, in words that name the key, the rule and the key that was meant."""
+"""Turn pydantic's validation errors into messages with the key, the rule and the closest valid name."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pydantic_core import ErrorDetails
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.suggestions import closest, decimal_hint
 
-_MOST = 80
+_MAX_VALUE = 80
+"""Characters of a value in a message."""
 
 
 def config_error(model: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
-    """One error that names everything that is wrong.
+    """Return one error that names every violation.
 
     Args:
-        model: that was to be made.
-        source: where the configuration is from.
+        model: model that was validated.
+        source: file or other origin of the configuration.
     """
-    found = error.errors()
     fields, clauses, cures = [], [], []
-    for each in found:
+    for each in error.errors():
         section, path = _section(model, each["loc"])
         fields.append(path)
         clauses.append(_clause(each, path, section))
@@ -33,33 +33,33 @@ def config_error(model: type[BaseModel], error: ValidationError, source: str) ->
 
 
 def _clause(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> str:
-    """What is wrong with one key, with the one that was meant."""
+    """Describe one violation, with the closest valid key or value."""
     value, context = error.get("input"), error.get("ctx", {})
     key = path.rpartition(".")[2]
     match error["type"]:
         case "extra_forbidden":
-            return f"{path} is no key of {_name(path)}{_hint(key, _keys(section))}"
+            return f"{path} is not a key of {_name(path)}{_hint(key, _keys(section))}"
         case "missing":
             return f"{path} is missing"
         case "literal_error":
-            known = _words(str(context["expected"]))
-            return f"{path}: {value!r} is none of {', '.join(known)}{_hint(str(value), known)}"
+            choices = _words(str(context["expected"]))
+            return f"{path}: {value!r} is not one of {', '.join(choices)}{_hint(str(value), choices)}"
         case "union_tag_invalid":
-            field, known = str(context["discriminator"]).strip("'"), _words(str(context["expected_tags"]))
+            field, tags = str(context["discriminator"]).strip("'"), _words(str(context["expected_tags"]))
             wrong = str(context["tag"])
-            return f"{path}.{field}: {wrong!r} is none of {', '.join(known)}{_hint(wrong, known)}"
+            return f"{path}.{field}: {wrong!r} is not one of {', '.join(tags)}{_hint(wrong, tags)}"
         case "union_tag_not_found":
             return f"{path}.{str(context['discriminator']).strip(chr(39))} is missing"
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{path} must be a section with keys of its own (got {value!r:.{_MOST}})"
+            return f"{path} must be a section of keys (got {value!r:.{_MAX_VALUE}})"
         case "tuple_type" | "list_type":
-            return f"{path} must be a list (got {value!r:.{_MOST}})"
+            return f"{path} must be a list (got {value!r:.{_MAX_VALUE}})"
         case _:
-            return f"{path or '(whole)'}: {error['msg'].removeprefix('Value error, ')} (got {value!r:.{_MOST}})"
+            return f"{path or '(whole)'}: {error['msg'].removeprefix('Value error, ')} (got {value!r:.{_MAX_VALUE}})"
 
 
 def _cure(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> str:
-    """What to do about it: the keys that there are, or how a value is written."""
+    """Return the cure of one violation: the valid keys, or how to write the value."""
     value = error.get("input")
     if error["type"] in ("tuple_type", "list_type"):
         items = ", ".join(str(value).replace(",", " ").split()) if isinstance(value, str) else value
@@ -71,9 +71,9 @@ def _cure(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> st
     return "`cllm4rec settings` explains every key of a run, `cllm4rec settings recipe` those of a recipe."
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
-    found = closest(word, known)
-    return "" if found is None else f" (did you mean {found!r}?)"
+def _hint(word: str, choices: Iterable[str]) -> str:
+    suggestion = closest(word, choices)
+    return "" if suggestion is None else f" (did you mean {suggestion!r}?)"
 
 
 def _name(path: str) -> str:
@@ -85,30 +85,30 @@ def _keys(section: type[BaseModel] | None) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """The words of "'a', 'b' or 'c'"."""
+    """Split a list such as "'a', 'b' or 'c'"."""
     return [word.strip(" '\"") for word in text.replace(" or ", ",").split(",") if word.strip(" '\"")]
 
 
 def _section(model: type[BaseModel], location: Sequence[int | str]) -> tuple[type[BaseModel] | None, str]:
-    """The section in which something is wrong, and its dotted key. (Pydantic also puts tags of unions into the way.)"""
+    """Return the section of a violation and its dotted key, without the union tags that pydantic adds to locations."""
     path: list[str] = []
     section: type[BaseModel] | None = model
     choices: list[type[BaseModel]] = [model]
-    for number, part in enumerate(location):
+    for index, part in enumerate(location):
         tagged = [choice for choice in choices if part in _tags(choice)]
         if len(choices) > 1 and tagged:
             choices = tagged
             continue
         section = choices[0] if len(choices) == 1 else None
         path.append(str(part))
-        if number + 1 < len(location):
+        if index + 1 < len(location):
             field = None if section is None else section.model_fields.get(str(part))
             choices = [] if field is None else list(_models(field.annotation))
     return section, ".".join(path)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation allows."""
+    """Yield the models that an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) in (Annotated, Union, UnionType):
@@ -117,7 +117,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
-    """Values of the fields by which a union tells its models apart."""
+    """Return the values of a model's discriminator fields."""
     return tuple(
         tag
         for field in model.model_fields.values()

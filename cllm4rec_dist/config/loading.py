@@ -1,7 +1,7 @@
-"""Configuration: frozen, validated once, every field documented, an unknown key is an error.
+"""Load a configuration: frozen, validated once, every field documented, unknown keys refused.
 
-`StrictModel` is the base of every configuration of the project (runs here, recipes in `corpus/recipe.py`). A file is
-YAML; `key.sub=value` overrides are applied on top before validation, so that no value changes after it is checked.
+`StrictModel` is the base of all configurations (runs in `schema.py`, recipes in `corpus/recipe.py`). A file is YAML;
+`key.sub=value` overrides are applied before validation, so that no value changes after it is checked.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from cllm4rec_dist.suggestions import did_you_mean_path
 
 
 class StrictModel(BaseModel):
-    """A frozen configuration node that refuses unknown keys and implicit type changes of numbers to strings."""
+    """A frozen section of a configuration; refuses unknown keys and does not convert numbers to strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
     renamed_keys: ClassVar[Mapping[str, str]] = {}
-    """Dotted keys that are refused with their new name, old to new."""
+    """Old dotted keys, refused with their new name."""
     file_kind: ClassVar[str | None] = None
-    """What a file of it is, where it has files of its own."""
+    """Kind of file, for errors; None for a section of a file."""
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
-"""The metrics that a ranking can be judged by: kind and cutoff."""
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently take the last."""
+    """Refuses duplicate keys, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -49,10 +48,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse_yaml(text: str) -> Any:
-    """Plain values.
+    """Parse YAML into plain values.
 
     Raises:
-        ValueError: for anything that is not YAML, an impossible date and endless nesting included.
+        ValueError: for invalid YAML, including impossible dates and too deep nesting.
     """
     try:
         return _Loader(text).get_single_data()
@@ -65,7 +64,7 @@ def _parse_yaml(text: str) -> Any:
 def _on_one_line(error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark
     where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-    hint = "; YAML indents by blanks and not by tabs" if "'\\t'" in str(error.problem) else ""
+    hint = "; YAML indents with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
     return f"{error.problem}{where}{hint}"
 
 
@@ -90,7 +89,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(
             "override", override, f"has a value that is not YAML ({error})", "Quote the value."
         ) from error
-    # YAML 1.1 reads 1e-3 as text; people mean the number.
+    # YAML 1.1 reads 1e-3 as text; here it is a number.
     node[leaf] = float(text) if _SCIENTIFIC.fullmatch(text) else value
 
 
@@ -103,24 +102,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = _parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "configuration file", str(path), f"is not readable YAML ({error})", "Mend the file."
+            "configuration file", str(path), f"is not readable YAML ({error})", "Fix the file."
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(
-            "configuration file", str(path), "must hold key: value pairs", "Start from a committed example."
+            "configuration file", str(path), "must consist of key: value pairs", f"See examples: {_EXAMPLES}."
         )
     return tree
 
 
 def _require_kind(model: type[StrictModel], tree: Mapping[str, Any], source: str) -> None:
-    """Refuse a file of another kind than the one that is wanted: a recipe for a run, a run for a recipe."""
-    found = next((kind for kind, key in _KEY_OF_KIND.items() if key in tree), None)
-    if found is not None and model.file_kind is not None and found != model.file_kind:
-        raise ConfigError(source, found, f"is not {model.file_kind}", f"Give {model.file_kind} instead: {_EXAMPLES}.")
+    """Refuse a file of another kind than `model`: a recipe for a run, a run for a recipe."""
+    kind = next((kind for kind, key in _KEY_OF_KIND.items() if key in tree), None)
+    if kind is not None and model.file_kind is not None and kind != model.file_kind:
+        raise ConfigError(source, kind, f"is not {model.file_kind}", f"Give {model.file_kind} instead: {_EXAMPLES}.")
 
 
 _KEY_OF_KIND = {"a recipe": "source", "a run configuration": "output", "settings of a small backbone": "vocab_size"}
-"""Kinds of files, with a key that no other kind has."""
+"""Kinds of files, with a key that only this kind has."""
 _EXAMPLES = "recipes are in shards/, run configurations in launch/configs/"
 
 
@@ -133,7 +132,7 @@ def load_config(model: type[ModelT], path: str | Path | None = None, overrides: 
         overrides: `section.key=value` texts; the value is read as YAML.
 
     Raises:
-        ConfigError: for an unreadable file, an unknown key, a wrong type or range; names every offending field.
+        ConfigError: for an unreadable file, an unknown key, a wrong type or range; names every violation.
     """
     tree = {} if path is None else _read_yaml(Path(path))
     if path is not None:
@@ -144,7 +143,7 @@ def load_config(model: type[ModelT], path: str | Path | None = None, overrides: 
 
 
 def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
-    """Validate a plain tree as `model`; every violation is named in one ConfigError."""
+    """Validate a plain tree as `model`; one ConfigError names every violation."""
     require_new_keys(tree, model.renamed_keys, source)
     try:
         return model.model_validate(tree)

@@ -1,7 +1,7 @@
-"""Settings, commands and options of 0.0.x whose names have changed. Drop this module at 0.2.
+"""Old names of settings, commands and options of 0.0.x. Drop this module at 0.2.
 
-No alias is read: a file, an override or a checkpoint with an old key is refused with the new one, so that a run never
-mixes both.
+Old names are no aliases: a file, an override or a checkpoint with an old key is refused with the new one, so that a run
+never mixes both.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ BACKBONE_SETTINGS = {
     "heads": "num_heads",
     "words": "vocab_size",
 }
-"""Keys of a small backbone, old to new."""
+"""Keys of a backbone configuration, old to new."""
 COMMANDS = {"backbone": "build-backbone"}
 """Commands, old to new."""
 
 
 def require_new_keys(tree: Mapping[str, Any], renamed: Mapping[str, str], source: str) -> None:
-    """Refuse a configuration that has keys of the old kind, with the new name of each.
+    """Refuse a configuration with old keys, with the new name of each.
 
     Args:
-        tree: as read, before validation.
+        tree: parsed settings before validation.
         renamed: dotted keys, old to new.
-        source: where the configuration is from.
+        source: file or other origin of the configuration.
 
     Raises:
-        ConfigError: names every old key and its new one.
+        ConfigError: if there are old keys; names each with its new one.
     """
     old = [key for key in _dotted_keys(tree) if key in renamed]
     if old:
         pairs = ", ".join(f"{key} -> {renamed[key]}" for key in old)
-        raise ConfigError(source, old, "are names of settings that have changed", f"Rename {pairs}.")
+        raise ConfigError(source, old, "are old names of settings", f"Rename {pairs}.")
 
 
 def _dotted_keys(tree: Mapping[str, Any], section: str = "") -> Iterator[str]:

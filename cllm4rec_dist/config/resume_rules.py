@@ -1,8 +1,8 @@
-"""Which settings decide the course of a run, so that it may not go on with others."""
+"""Rules for which settings may change when a run is resumed."""
 
 from __future__ import annotations
 
-_NOT_OF_THE_TRAJECTORY = {
+_MAY_CHANGE = {
     "output",
     "corpus",
     "backbone",
@@ -22,11 +22,11 @@ _NOT_OF_THE_TRAJECTORY = {
     "batch.gradient_accumulation_steps",
     "optimizer.embeddings_state",
 }
-"""Settings, or whole sections, that may differ between a run and its resumption. Corpus and backbone may have moved:
-their fingerprints are held against each other. Epochs and steps may be raised; under a falling schedule they also move
-its end. Checkpoints hold fp32 moments whatever `optimizer.embeddings_state` is."""
+"""Settings, or whole sections, that may change on resume. Corpus and backbone may have moved: their fingerprints are
+compared. Epochs and steps may be raised; this also moves the end of a decaying learning rate. Checkpoints always
+contain fp32 moments, whatever `optimizer.embeddings_state` is."""
 
 
 def may_change(key: str) -> bool:
-    """Whether a setting may be another one when a run is resumed."""
-    return not {key, key.partition(".")[0]}.isdisjoint(_NOT_OF_THE_TRAJECTORY)
+    """True if a setting may change when a run is resumed."""
+    return not {key, key.partition(".")[0]}.isdisjoint(_MAY_CHANGE)
