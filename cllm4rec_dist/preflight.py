@@ -291,7 +291,7 @@ def corpus_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError
             )
         )
     warmup, steps = config.optimizer.warmup_steps, num_steps(config, manifest)
-    # The default is no choice of anybody's, also where a run has written it into its own configuration.
+    # Nobody chose the default, even if it is in the resolved configuration of a run.
     if warmup > steps and warmup != OptimizerConfig.model_fields["warmup_steps"].default:
         problems.append(
             ConfigError(
@@ -323,16 +323,16 @@ def num_steps(config: RunConfig, manifest: Manifest) -> int:
 
 
 def total_steps(config: RunConfig, manifest: Manifest) -> int:
-    """Optimizer steps after which the run ends."""
+    """Return the optimizer steps of the run."""
     steps = num_steps(config, manifest)
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def past_end_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecError]:
-    """That the run goes on from a checkpoint behind its end: it would record epochs that are not those it was trained.
+    """Return an error if the run has a checkpoint after its last step: it would record fewer epochs than were trained.
 
     Raises:
-        CheckpointError: where the store of its checkpoints cannot be read.
+        CheckpointError: if the run's checkpoints cannot be listed.
     """
     names, last = Store(store_url(config)).names(STEP), total_steps(config, manifest)
     step = int(names[-1].removeprefix(STEP)) if names else 0
@@ -347,8 +347,8 @@ def past_end_problems(config: RunConfig, manifest: Manifest) -> list[CLLM4RecErr
         ConfigError(
             field,
             value,
-            f"ends the run after {last:,} steps, and {step:,} of it are trained already ({config.output})",
-            f"Set {field}={least} or more, or choose another output to train anew.",
+            f"ends the run after {last:,} steps, but {step:,} steps are already trained ({config.output})",
+            f"Set {field}={least} or more, or choose another output to train from scratch.",
         )
     ]
 

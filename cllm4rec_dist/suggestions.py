@@ -25,7 +25,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def decimal_hint(text: str) -> str:
-    """` Write 3.5: ...` for a number with a comma, for the end of a cure; empty for anything else."""
+    """Return ` Write 3.5: ...` for a number with a decimal comma, for the end of a cure; else empty."""
     number = text.strip().replace(",", ".")
     is_number = re.fullmatch(r"[-+]?\d*,\d+", text.strip()) is not None
     return f" Write {number}: the decimal mark is a point." if is_number else ""

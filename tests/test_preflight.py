@@ -82,7 +82,7 @@ def test_a_run_that_is_trained_behind_its_end_is_refused(tmp_path: Path) -> None
     name = "step-00000009"
     store.commit(name, {"state.json": store.write(name, "state.json", lambda path: path.write_text("{}"))})
     (problem,) = preflight.past_end_problems(config(*run, "epochs=2"), DATA)
-    assert "epochs: 2 ends the run after 8 steps, and 9 of it are trained already" in str(problem)
+    assert "epochs: 2 ends the run after 8 steps, but 9 steps are already trained" in str(problem)
     assert "Set epochs=3 or more, or choose another output" in str(problem)
     (problem,) = preflight.past_end_problems(config(*run, "epochs=9", "max_steps=5"), DATA)
     assert "Set max_steps=9 or more" in str(problem)

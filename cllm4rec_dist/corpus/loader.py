@@ -1,7 +1,7 @@
 """Load this rank's micro-batches of an optimizer step.
 
-The stage decides which documents are built from a user's items. Texts come from a separate stream with epochs of its
-own, so that both LLMs are trained at every step.
+The stage decides which documents are built from a user's items. Texts come from a separate stream with separate
+epochs, so that both LLMs are trained at every step.
 
 A global batch is split by tokens: every rank computes the length of each document without building it. The longest
 documents are in the first micro-batch and the shortest in the last, because the cost of attention grows with the length

@@ -89,7 +89,7 @@ class LeftOut(StrictModel):
 
 
 class OrderColumns(StrictModel):
-    """What the recipe calls the columns of interactions: later orders come in files of the same form."""
+    """Columns of a table of interactions in the recipe; files with later orders have the same ones."""
 
     user: str
     """Column of user ids."""
@@ -98,7 +98,7 @@ class OrderColumns(StrictModel):
     timestamp: str | None = None
     """Column of times."""
     time_format: str | None = None
-    """Format of the times, where the recipe names one."""
+    """`strptime` format of the times, if the recipe sets one."""
 
 
 class Manifest(StrictModel):

@@ -266,21 +266,21 @@ class InteractionCollector:
             order = next(iter(decided)) if follows else dates.order
             if order is None:
                 raise dates.refusal(where)
-            level = logging.WARNING if follows else logging.INFO  # a day above 12 leaves nothing open
+            level = logging.WARNING if follows else logging.INFO  # a day above 12 is unambiguous
             logger.log(level, "%s: dates like %r are read as %s", where, dates.example, order)
             times[dates.positions] = dates.day_first if order == "day-first" else dates.month_first
 
     def _warn_of_far_times(self, times: np.ndarray) -> None:
-        """Warn of times that can hardly be right: an empty one that became 0, a placeholder of the year 9999."""
+        """Warn about implausible times, such as 0 for a missing time or the year 9999 as a placeholder."""
         is_far = far_times(times)
         if not is_far.any():
             return
         first, usual = int(np.flatnonzero(is_far)[0]), times[~is_far & ~np.isnan(times)]
         origin = self._origins.find(first)
         logger.warning(
-            "%s line %s: %s: %s of %s times are far from all the others (%s to %s), such as %s. They count as they are:"
-            " old ones as a user's first, late ones as the last, which are held out. If they stand for no time, leave"
-            " them empty in the file.",
+            "%s line %s: %s: %s of %s times are far from all the others (%s to %s), such as %s. They are kept as read:"
+            " old ones come first in a user's history, late ones last, where items are held out. If they mean a missing"
+            " time, leave them empty in the file.",
             origin.get("file", "?"),
             origin.get("line", "?"),
             self._names.get("timestamp", "timestamp"),

@@ -111,7 +111,7 @@ class SkipLog:
     def lose(self, reason: str, path: str, line: int, value: object, count: int = 1, *, is_gap: bool = False) -> None:
         """Count unusable rows of a file, the first of them on `line`.
 
-        A file of interactions and items is read twice; what was lost the first time is not counted again.
+        A file with both interactions and items is read twice; its lost rows are counted only once.
 
         Args:
             reason: clause that follows `row that`.

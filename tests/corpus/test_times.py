@@ -135,7 +135,7 @@ def test_each_file_decides_and_an_open_one_follows(read: Read) -> None:
     ("usual", "odd", "said"),
     [
         ("2024-03-0", ["0", "1970-01-01"], "2 of 11 times are far from all the others (2024-03-01 to 2024-03-09)"),
-        ("2024-03-0", ["9999-12-31"], "such as 9999-12-31. They count as they are"),
+        ("2024-03-0", ["9999-12-31"], "such as 9999-12-31. They are kept as read"),
         ("171000000", ["0.0"], "such as 1970-01-01"),
         ("1997-03-0", ["0"], "1 of 10 times"),
     ],
