@@ -1,4 +1,4 @@
-"""The audit passes for what a run reads, however often it died, and names whatever is lost, repeated or foreign."""
+"""The audit passes for runs with crashes, and names each lost, repeated or invalid example."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = 3  # of an epoch
 Edit = Callable[[list[dict[str, Any]]], object]
 
 
-def session(run: Path, number: int, size: int, first: int, stop: int, *, behind: int = 0) -> None:
+def session(run: Path, start: int, size: int, first: int, stop: int, *, behind: int = 0) -> None:
     """Append what `size` ranks write that start at step `first` and stop before `stop`.
 
     `behind` ranks, the last ones, were killed before they wrote their last line.
@@ -40,7 +40,7 @@ def session(run: Path, number: int, size: int, first: int, stop: int, *, behind:
     for rank in range(size):
         lines: list[dict[str, Any]] = [
             {
-                "session": number,
+                "session": start,
                 "world_size": size,
                 "first_step": first,
                 "num_users": NUM_USERS,
@@ -55,7 +55,7 @@ def session(run: Path, number: int, size: int, first: int, stop: int, *, behind:
             words = texts.range(step * BATCH_TEXTS, (step + 1) * BATCH_TEXTS).take(slice(rank, None, size))
             lines.append(
                 {
-                    "session": number,
+                    "session": start,
                     "step": step,
                     "epoch": step // steps_per_epoch(NUM_USERS, BATCH_USERS),
                     "accepted": True,
@@ -86,8 +86,8 @@ def refusal(run: Path, saved_step: int = 0) -> str:
 
 def test_an_uninterrupted_run_passes(tmp_path: Path) -> None:
     session(tmp_path, 100, 2, 0, 10)
-    found = check(tmp_path, 10)
-    assert found == Audit(
+    result = check(tmp_path, 10)
+    assert result == Audit(
         first_step=0,
         steps=10,
         steps_per_epoch=3,
@@ -101,7 +101,7 @@ def test_an_uninterrupted_run_passes(tmp_path: Path) -> None:
         left_out_steps=0,
         torn_lines=0,
     )
-    assert "3 and 1 of 3 steps" in found.table()
+    assert "3 and 1 of 3 steps" in result.table()
 
 
 def test_killed_and_gone_on_with_other_numbers_of_ranks_passes(tmp_path: Path) -> None:
@@ -112,11 +112,11 @@ def test_killed_and_gone_on_with_other_numbers_of_ranks_passes(tmp_path: Path) -
     session(tmp_path, 300, 1, 9, 9)  # killed before its first step
     session(tmp_path, 400, 1, 9, 13)
     session(tmp_path, 500, 4, 13, 18)
-    found = check(tmp_path, 18)
-    assert (found.steps, found.sessions, found.world_sizes) == (18, 5, (2, 3, 1, 1, 4))
-    assert (found.replayed_steps, found.torn_lines) == (4, 1)  # 6, 7, 9, 10
-    assert (found.users, found.texts) == (6 * 23, 18 * 7)
-    assert "2, 3, 1, 4" in found.table()
+    result = check(tmp_path, 18)
+    assert (result.steps, result.sessions, result.world_sizes) == (18, 5, (2, 3, 1, 1, 4))
+    assert (result.replayed_steps, result.torn_lines) == (4, 1)  # 6, 7, 9, 10
+    assert (result.users, result.texts) == (6 * 23, 18 * 7)
+    assert "2, 3, 1, 4" in result.table()
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -124,11 +124,11 @@ def test_killed_and_gone_on_with_other_numbers_of_ranks_passes(tmp_path: Path) -
 def test_any_history_of_deaths_passes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     run = tmp_path_factory.mktemp("run")
     saved, stop = 0, 0
-    for number in range(data.draw(st.integers(1, 6))):
+    for index in range(data.draw(st.integers(1, 6))):
         size = data.draw(st.integers(1, 4))
         stop = saved + data.draw(st.integers(0, 5))
         behind = data.draw(st.integers(0, size - 1)) if stop > saved else 0
-        session(run, 10 * number, size, saved, stop, behind=behind)
+        session(run, 10 * index, size, saved, stop, behind=behind)
         first = saved
         saved = data.draw(st.integers(first, stop - (behind > 0)))
     assert check(run, saved).steps in (stop, stop - 1)
@@ -172,11 +172,11 @@ def test_a_missing_example_of_a_partial_epoch_shows_in_the_size_of_its_batch(tmp
     assert "step 1, epoch 0: '8 users' were read of pass 0 instead of 9" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("place", [[9, 0], [0, 4], [0, -1], [-1, 0], [4, 1]])
-def test_a_foreign_text_is_named(tmp_path: Path, place: list[int]) -> None:
+@pytest.mark.parametrize("example", [[9, 0], [0, 4], [0, -1], [-1, 0], [4, 1]])
+def test_a_foreign_text_is_named(tmp_path: Path, example: list[int]) -> None:
     session(tmp_path, 100, 2, 0, 9)
-    edit(tmp_path, 0, 2, lambda lines: lines[7]["texts"].__setitem__(1, [2, *place]))
-    assert f"step 6, epoch 2: 'text {tuple(place)}' is not in the corpus" in refusal(tmp_path)
+    edit(tmp_path, 0, 2, lambda lines: lines[7]["texts"].__setitem__(1, [2, *example]))
+    assert f"step 6, epoch 2: 'text {tuple(example)}' is not in the corpus" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("visit", [1, 7])
@@ -231,8 +231,8 @@ def test_a_replay_that_read_something_else_is_named(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_from_another_one_is_checked_from_there(tmp_path: Path) -> None:
     session(tmp_path, 100, 2, 4, 9)
-    found = check(tmp_path, 9)
-    assert (found.first_step, found.steps) == (4, 9)
+    result = check(tmp_path, 9)
+    assert (result.first_step, result.steps) == (4, 9)
     edit(tmp_path, 0, 2, lambda lines: lines[5]["users"].pop())  # the epoch from step 6 is whole
     assert "was not read in pass 2 over the users" in refusal(tmp_path)
 
@@ -277,8 +277,8 @@ def test_a_log_goes_on_on_a_fresh_line_after_a_torn_one(tmp_path: Path) -> None:
         log.record(1, batches[1], accepted=False)
         log.record(2, batches[2], accepted=True)
         log.sync()
-    found = check(tmp_path)
-    assert (found.steps, found.torn_lines, found.left_out_steps, found.num_texts) == (3, 1, 1, 5)
+    result = check(tmp_path)
+    assert (result.steps, result.torn_lines, result.left_out_steps, result.num_texts) == (3, 1, 1, 5)
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_a_real_run_at_2_and_then_3_ranks_passes_and_without_audit_writes_nothin
     made: Made = (tmp_path, make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone))
     run_ranks(2, run, make_config(made, tmp_path / "run", audit=True, max_steps=4))
     run_ranks(3, run, make_config(made, tmp_path / "run", audit=True, max_steps=8))
-    found = check(tmp_path / "run", 8)
-    assert (found.steps, found.world_sizes, found.num_users) == (8, (2, 3), 23)
+    result = check(tmp_path / "run", 8)
+    assert (result.steps, result.world_sizes, result.num_users) == (8, (2, 3), 23)
     run_ranks(1, run, make_config(made, tmp_path / "silent", max_steps=1))
     assert not (tmp_path / "silent" / "audit").exists()

@@ -1,4 +1,4 @@
-"""Configurations are validated once and refused by the name of what is wrong; every committed file loads."""
+"""Configurations are validated once, errors name the key, and every committed file loads."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_every_committed_deepspeed_file_is_filled_in_by_the_run(path: Path, prec
 def test_the_default_deepspeed_file_is_the_packages_in_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # People copy from ds_configs/, the package carries one of them: they must not go apart.
+    # The package contains a copy of a file in ds_configs/: both must be equal.
     assert DEFAULT_SETTINGS.read_bytes() == (ROOT / "ds_configs" / "zero3.json").read_bytes()
     monkeypatch.chdir(tmp_path)
     assert load().deepspeed is None

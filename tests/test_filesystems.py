@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Variables and home folders in paths, and file systems."""
 
 from __future__ import annotations
 

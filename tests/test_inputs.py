@@ -54,17 +54,17 @@ ODD = st.one_of(
 )
 
 
-def places(tree: Any) -> list[tuple[Any, Any]]:
+def keys_of(tree: Any) -> list[tuple[Any, Any]]:
     """Every container and key of a tree of plain values."""
     pairs = list(tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ())
-    return [(tree, key) for key, _ in pairs] + [place for _, child in pairs for place in places(child)]
+    return [(tree, key) for key, _ in pairs] + [pair for _, child in pairs for pair in keys_of(child)]
 
 
 def spoil(tree: Any, data: st.DataObject) -> None:
     """Change, remove or rename one to three things."""
     for _ in range(data.draw(st.integers(1, 3))):
-        found = places(tree)
-        container, key = found[data.draw(st.integers(0, len(found) - 1))]
+        keys = keys_of(tree)
+        container, key = keys[data.draw(st.integers(0, len(keys) - 1))]
         kind = data.draw(st.sampled_from(["replace", "replace", "remove", "rename"]))
         if kind == "replace" or isinstance(container, list):
             container[key] = data.draw(ODD)
@@ -106,7 +106,7 @@ def test_damaged_configuration_files(which: tuple[Any, Path], seed: int, kind: s
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("seed: 1\nseed: 2\n", "'seed' is given twice"),
         ("optimizer: {lr: 1.0, warmup_steps: 2, lr: 2.0}\n", "'lr' is given twice"),
@@ -117,10 +117,10 @@ def test_damaged_configuration_files(which: tuple[Any, Path], seed: int, kind: s
         ("[1, 2]\n", "must consist of key: value pairs"),
     ],
 )
-def test_files_that_yaml_would_misread(tmp_path: Path, text: str, told: str) -> None:
+def test_files_that_yaml_would_misread(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_config(RunConfig, path)
 
 
@@ -137,22 +137,22 @@ def test_spoilt_manifests(corpus: Path, data: st.DataObject) -> None:
     tree = json.loads((corpus / "manifest.json").read_text())
     spoil(tree, data)
     with contextlib.suppress(CorpusError):
-        found = Manifest.from_bytes(json.dumps(tree).encode(), "manifest.json")
-        assert not any(Path(entry.path).is_absolute() or ".." in Path(entry.path).parts for entry in found.files)
+        manifest = Manifest.from_bytes(json.dumps(tree).encode(), "manifest.json")
+        assert not any(Path(entry.path).is_absolute() or ".." in Path(entry.path).parts for entry in manifest.files)
 
 
 def read_all(folder: Path) -> None:
-    found = Corpus.open(str(folder))
-    found.users(), found.items()
+    opened = Corpus.open(str(folder))
+    opened.users(), opened.items()
     for name in ("train", "valid", "test"):
-        found.split(name)
-    for shards in (found.interactions, found.content):
+        opened.split(name)
+    for shards in (opened.interactions, opened.content):
         for record in range(len(shards)):
             shards.read_record(record)
 
 
 def forge(folder: Path, name: str) -> None:
-    """Mend the manifest after a change, as somebody who means harm would."""
+    """Update the manifest after a change, as an attacker would."""
     tree = json.loads((folder / "manifest.json").read_text())
     content = (folder / name).read_bytes()
     for entry in tree["files"]:
@@ -169,13 +169,13 @@ def test_damaged_corpora(
     monkeypatch.chdir(tmp_path)
     for name in names:
         for kind, (damage, times) in DAMAGE.items():
-            for number in range(times):
+            for index in range(times):
                 for forged in (False, True):
                     if forged and (kind in ("folder", "missing") or name == "manifest.json"):
                         continue
                     copy = tmp_path / "copy"
                     shutil.copytree(corpus, copy)
-                    damage(copy / name, random.Random(f"{name}{kind}{number}"))
+                    damage(copy / name, random.Random(f"{name}{kind}{index}"))
                     if forged:
                         forge(copy, name)
                     try:
@@ -188,15 +188,15 @@ def test_damaged_corpora(
                         outcomes["refused with a clear error"] += 1
                     shutil.rmtree(copy)
     assert not (tmp_path / "exploded").exists()
-    tell("damaged corpora", outcomes, capsys)
+    print_outcomes("damaged corpora", outcomes, capsys)
     assert sum(outcomes.values()) >= 200
 
 
-def tell(what: str, outcomes: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
+def print_outcomes(what: str, outcomes: Counter[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Print the counts, past pytest."""
-    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     with capsys.disabled():
-        os.write(1, f"\n{what}: {sum(outcomes.values())} tried: {told}\n".encode())
+        os.write(1, f"\n{what}: {sum(outcomes.values())} tried: {counts}\n".encode())
 
 
 Facts = tuple[str, str, list[Tensor]]
@@ -214,11 +214,11 @@ def facts_of(folder: Path) -> Facts:
     return fingerprint, tokenizer.fingerprint, [words.embedding, words.head, *dual.state_dict().values()]
 
 
-def same_or_another(found: Facts, wanted: Facts) -> str:
-    """What a backbone is that loads: the same weights, or one that its fingerprint tells apart."""
-    if found[:2] != wanted[:2]:
+def same_or_another(loaded: Facts, expected: Facts) -> str:
+    """Describe a loaded backbone: equal weights, or another fingerprint."""
+    if loaded[:2] != expected[:2]:
         return "another backbone"
-    assert all(torch.equal(one, other) for one, other in zip(found[2], wanted[2], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(loaded[2], expected[2], strict=True))
     return "harmless"
 
 
@@ -232,20 +232,20 @@ def test_damaged_backbones(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     outcomes: Counter[str] = Counter()
-    wanted = facts_of(decoder)
+    expected = facts_of(decoder)
     for path in sorted(decoder.iterdir()):
         for kind, (damage, times) in DAMAGE.items():
-            for number in range(times):
+            for index in range(times):
                 copy = tmp_path / "copy"
                 shutil.copytree(decoder, copy)
-                damage(copy / path.name, random.Random(f"{path.name}{kind}{number}"))
+                damage(copy / path.name, random.Random(f"{path.name}{kind}{index}"))
                 try:
-                    outcomes[same_or_another(facts_of(copy), wanted)] += 1
+                    outcomes[same_or_another(facts_of(copy), expected)] += 1
                 except ConfigError:
                     outcomes["refused with a clear error"] += 1
                 shutil.rmtree(copy)
     assert not (tmp_path / "exploded").exists()
-    tell("damaged backbones", outcomes, capsys)
+    print_outcomes("damaged backbones", outcomes, capsys)
 
 
 @pytest.mark.parametrize("change", ["gone", "renamed", "cut"])
@@ -267,17 +267,17 @@ def test_weights_that_do_not_fit_the_backbone_are_never_made_up(decoder: Path, t
         assert "mlp" in message
 
 
-@settings(patient, derandomize=True)  # what lies beneath is not ours: the same spoilt files at every run
+@settings(patient, derandomize=True)  # libraries read these files: damage the same ones in every run
 @given(data=st.data())
 def test_spoilt_backbone_configurations(decoder: Path, data: st.DataObject, tmp_path: Path) -> None:
-    wanted = facts_of(decoder)
+    expected = facts_of(decoder)
     copy = tmp_path / "copy"
     shutil.copytree(decoder, copy, dirs_exist_ok=True)
     tree = json.loads((copy / "config.json").read_text())
     spoil(tree, data)
     (copy / "config.json").write_text(json.dumps(tree))
     with contextlib.suppress(ConfigError):
-        assert same_or_another(facts_of(copy), wanted)
+        assert same_or_another(facts_of(copy), expected)
 
 
 @patient
@@ -315,8 +315,8 @@ def test_a_run_that_is_not_there_is_refused_before_ranks_start(
 
 
 def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[dict[str, Any]] = []
-    monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch_short", lambda *args, **kwargs: found.append(kwargs))
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch_short", lambda *args, **kwargs: calls.append(kwargs))
     monkeypatch.setattr("cllm4rec_dist.cli.recommend.find_trained", lambda run: run)
     known = KnownIds(["a", "b", "c"], ItemCatalog(["i"], [""], None, np.zeros(1, np.int64)))
     monkeypatch.setattr("cllm4rec_dist.cli.recommend.read_known_ids", lambda run, corpus: known)
@@ -333,13 +333,13 @@ def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monke
         (["--users-file", "some.txt", "--user", "c"], ["c", "a", "b"]),
     ):
         cli.app(["recommend", "run", "out", *options], standalone_mode=False)
-        request = found[-1]["request"]
+        request = calls[-1]["request"]
         assert request == BulkRequest(top=20, users=users)
-        assert (found[-1]["backbone"], found[-1]["corpus"]) == (None, None)
+        assert (calls[-1]["backbone"], calls[-1]["corpus"]) == (None, None)
     moved = ["--backbone", "backbone", "--corpus", "corpus"]
     cli.app(["recommend", "run", "out", *moved, "--known-items", "train", "--include-seen"], standalone_mode=False)
-    assert found[-1]["request"] == BulkRequest(top=20, known_items="train", include_seen=True)
-    assert (found[-1]["backbone"], found[-1]["corpus"]) == (str(tmp_path / "backbone"), str(tmp_path / "corpus"))
+    assert calls[-1]["request"] == BulkRequest(top=20, known_items="train", include_seen=True)
+    assert (calls[-1]["backbone"], calls[-1]["corpus"]) == (str(tmp_path / "backbone"), str(tmp_path / "corpus"))
     with pytest.raises(DataError, match="cannot be read"):
         cli.app(["recommend", "run", "out", "--users-file", "nothing.txt"], standalone_mode=False)
 
@@ -347,9 +347,9 @@ def test_users_and_paths_reach_the_ranks_as_they_are_meant(tmp_path: Path, monke
 def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray's workers run in a folder of their own."""
-    found: list[RunConfig] = []
-    monkeypatch.setattr("cllm4rec_dist.cli.train.launch", lambda *args, config, **kwargs: found.append(config))
+    """Ray's workers run in another folder."""
+    configs: list[RunConfig] = []
+    monkeypatch.setattr("cllm4rec_dist.cli.train.launch", lambda *args, config, **kwargs: configs.append(config))
     monkeypatch.chdir(corpus.parent)
     (corpus.parent / "before").mkdir()
     (corpus.parent / "ds.json").write_text("{}")
@@ -359,12 +359,12 @@ def test_every_local_path_of_a_run_is_made_absolute_and_urls_stay(
         arguments = ["pretrain", "--config", str(tmp_path / "run.yaml"), f"checkpoint.dir={folder}"]
         cli.app(arguments, standalone_mode=False)
     for name in ("corpus", "backbone", "output", "init_from", "deepspeed"):
-        assert Path(getattr(found[0], name)).is_absolute(), name
-    assert found[0].checkpoint.dir == str(corpus.parent / "saves")
+        assert Path(getattr(configs[0], name)).is_absolute(), name
+    assert configs[0].checkpoint.dir == str(corpus.parent / "saves")
     for flags, allowed in (([], False), (["--allow-leak"], True)):
         cli.app(["finetune", "--config", str(tmp_path / "run.yaml"), *flags], standalone_mode=False)
-        assert found[-1].allow_leak is allowed
-    assert found[1].checkpoint.dir == "memory://saves"
+        assert configs[-1].allow_leak is allowed
+    assert configs[1].checkpoint.dir == "memory://saves"
 
 
 def test_adapters_on_layers_that_the_backbone_has_not_are_refused(decoder: Path) -> None:

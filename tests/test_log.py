@@ -26,8 +26,8 @@ def test_without_a_terminal_progress_is_a_line_at_times(
         bar.update()
         bar.set_description(f"pretrain at {clock[0]:.0f}")
     bar.close()
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
         "pretrain at 9: 50/100 steps [00:10<00:50,  1.00step/s]",
         "pretrain at 19: 60/100 steps [00:20<00:40,  1.00step/s]",
         "pretrain at 29: 70/100 steps [00:30<00:30,  1.00step/s]",
@@ -55,13 +55,13 @@ def package() -> Iterator[logging.Logger]:
 def test_lines_have_a_level_and_a_rank_only_where_something_is_wrong(
     package: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = []
+    outputs = []
     for world in (None, replace(alone(), rank=1, size=2)):
         log.setup_logging(world)
         package.info("a fact")
         package.warning("a danger")
-        told.append([line[9:] for line in capsys.readouterr().err.splitlines()])
-    assert told == [["a fact", "WARNING a danger"], ["[rank 1/2] WARNING a danger"]]
+        outputs.append([line[9:] for line in capsys.readouterr().err.splitlines()])
+    assert outputs == [["a fact", "WARNING a danger"], ["[rank 1/2] WARNING a danger"]]
 
 
 def test_a_line_is_written_above_the_bar_of_a_terminal(

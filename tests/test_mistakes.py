@@ -1,4 +1,4 @@
-"""What a person mistypes is answered at once: the field, what is wrong, the cure, status 2, and no torch for it."""
+"""Mistakes are reported at once, with field, rule, cure and exit status 2, and without importing torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ source:
 """
 RUN = "{corpus: corpus, backbone: backbones/demo, output: runs/new}\n"
 ORDERS = "customer,sku,bought_at\n" + "".join(
-    f"c{number % 7},s{number % 5},2025-01-{1 + number % 28:02d}\n" for number in range(60)
+    f"c{index % 7},s{index % 5},2025-01-{1 + index % 28:02d}\n" for index in range(60)
 )
 PROJECT = {"recipe.yaml": RECIPE, "pretrain.yaml": RUN, "finetune.yaml": RUN, "backbone.yaml": "{hidden_size: 32}\n"}
 
@@ -148,19 +148,19 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 PROGRAM = """
 import contextlib, io, json, sys, time
 from cllm4rec_dist.cli import main
-found = {}
+answers = {}
 for name, arguments in json.load(sys.stdin).items():
-    told, status, started = io.StringIO(), 0, time.process_time()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+    output, status, started = io.StringIO(), 0, time.process_time()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             main(arguments)
         except SystemExit as end:
             status = end.code
         except BaseException as error:
-            told.write(f"TRACEBACK {error!r}")
+            output.write(f"TRACEBACK {error!r}")
     modules = sorted({"torch", "ray", "transformers", "deepspeed"} & sys.modules.keys())
-    found[name] = [status, told.getvalue(), time.process_time() - started, modules]
-json.dump(found, sys.stdout)
+    answers[name] = [status, output.getvalue(), time.process_time() - started, modules]
+json.dump(answers, sys.stdout)
 """
 
 
@@ -189,7 +189,7 @@ def write_files(folder: Path) -> None:
         "bare.csv": ORDERS.partition("\n")[2],
         "empty.csv": "",
         "header.csv": "customer,sku,bought_at\n",
-        "odd.csv": "a,b\n" + "".join(f"{number % 9},{number % 7}\n" for number in range(60)),
+        "odd.csv": "a,b\n" + "".join(f"{index % 9},{index % 7}\n" for index in range(60)),
         "dates.csv": "customer,sku,bought_at\n" + "c1,s1,03/04/2025\nc2,s2,05/06/2025\nc1,s2,07/08/2025\n" * 5,
         "corpus/manifest.json": manifest.to_bytes().decode(),
         "backbones/demo/config.json": "{}",
@@ -211,7 +211,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_files(folder)
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     arguments = {name: given for name, (given, _) in MISTAKES.items()}
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input=json.dumps(arguments),
         cwd=folder,
@@ -220,8 +220,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
         env=os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "0"},
     )
-    assert found.returncode == 0, found.stderr
-    answers: dict[str, Any] = json.loads(found.stdout)
+    assert process.returncode == 0, process.stderr
+    answers: dict[str, Any] = json.loads(process.stdout)
     after = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     assert [str(path) for path in after if path not in before] == [], "something was written"
     return answers
@@ -229,11 +229,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_answered_at_once_with_its_cure(name: str, answers: dict[str, Any]) -> None:
-    status, told, seconds, modules = answers[name]
-    assert "TRACEBACK" not in told, told
-    assert "Traceback" not in told, told
-    assert status == 2, told
+    status, output, seconds, modules = answers[name]
+    assert "TRACEBACK" not in output, output
+    assert "Traceback" not in output, output
+    assert status == 2, output
     for words in MISTAKES[name][1]:
-        assert words in told, told
+        assert words in output, output
     assert not modules, f"{modules} were imported, which takes seconds"
-    assert seconds < 1, told
+    assert seconds < 1, output

@@ -1,4 +1,4 @@
-"""What cannot end well is refused before anything is computed, all of it at once."""
+"""A run that is bound to fail is refused before it starts, with all its problems at once."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_problem_is_in_one_error(corpus: str, tmp_path: Path) -> None:
-    loaded, found = preflight.resolve_paths(
+    loaded, errors = preflight.resolve_paths(
         config(
             f"corpus={corpus}",
             "output=s3://bucket/run",
@@ -147,7 +147,7 @@ def test_every_problem_is_in_one_error(corpus: str, tmp_path: Path) -> None:
         )
     )
     with pytest.raises(ConfigError) as caught:
-        preflight.require_ready(loaded, found)
+        preflight.require_ready(loaded, errors)
     wrong = [
         "init_from",
         "validation.metrics",
@@ -240,13 +240,13 @@ def test_held_out_items_of_new_users_are_enough_to_validate_and_evaluate() -> No
 def test_another_kind_of_evaluation_does_not_replace_the_usual_one(
     option: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {}
-    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch_short", lambda *args, **kwargs: told.update(kwargs))
+    arguments: dict[str, Any] = {}
+    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch_short", lambda *args, **kwargs: arguments.update(kwargs))
     monkeypatch.setattr("cllm4rec_dist.cli.evaluate.find_trained", str)
     monkeypatch.setattr("cllm4rec_dist.cli.evaluate.is_main", lambda *args: False)
     cli.app(["evaluate", str(tmp_path), "--launcher", "process", *option], standalone_mode=False)
-    assert told["without_rows"] == ("--without-rows" in option)
-    assert told["output"] == str(tmp_path / folder)
+    assert arguments["without_rows"] == ("--without-rows" in option)
+    assert arguments["output"] == str(tmp_path / folder)
 
 
 def test_evaluate_refuses_its_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +269,8 @@ def test_paths_of_the_command_line_are_resolved(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_corpus_manifest_is_all_that_is_read(corpus: str) -> None:
-    found, fingerprint = load_manifest(corpus)
-    assert (found.num_users, found.num_items, len(fingerprint)) == (23, 17, 64)
+    manifest, fingerprint = load_manifest(corpus)
+    assert (manifest.num_users, manifest.num_items, len(fingerprint)) == (23, 17, 64)
 
 
 def test_a_typo_is_answered_without_torch(corpus: str, tmp_path: Path) -> None:
@@ -283,6 +283,6 @@ def test_a_typo_is_answered_without_torch(corpus: str, tmp_path: Path) -> None:
     )
     (tmp_path / "run.yaml").write_text(f"{{corpus: {corpus}, backbone: b, output: {tmp_path}/run}}")
     arguments = ["finetune", "-c", str(tmp_path / "run.yaml"), "validation.metrics=[mrr@10]"]
-    found = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "validation.metrics: 'mrr@10' must be recall@K or ndcg@K" in found.stdout
+    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "validation.metrics: 'mrr@10' must be recall@K or ndcg@K" in process.stdout

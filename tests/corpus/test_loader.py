@@ -88,10 +88,10 @@ def contents(documents: list[Document]) -> list[tuple[Any, ...]]:
 def test_worlds_of_1_to_4_make_the_same_documents(corpus: Corpus, stage: str) -> None:
     alone = source(corpus, stage)
     # Into the second epoch of the users, and of the texts in the middle of a step.
-    wanted = [documents_of_step(alone, step) for step in range(6)]
+    expected = [documents_of_step(alone, step) for step in range(6)]
     for size in range(2, 5):
         made = [[documents_of_step(s, step) for step in range(6)] for s in ranks(corpus, stage, size)]
-        for step, (users, texts) in enumerate(wanted):
+        for step, (users, texts) in enumerate(expected):
             assert contents([d for rank in made for d in rank[step][0]]) == contents(users)
             assert contents([d for rank in made for d in rank[step][1]]) == contents(texts)
 
@@ -129,7 +129,7 @@ def test_micro_batches_of_all_ranks_have_equally_many_tokens(corpus: Corpus, sta
         batches = [s.make(step) for s in made]
         loads = [load for batch in batches for load in tokens(batch)]
         longest = max(int(batch.micro_batches[0].positions.max()) + 1 for batch in batches)
-        # What cannot be cut is a document: no part is longer than the mean and a few tokens, or than the longest one.
+        # Documents are not split: no part is longer than the mean and a few tokens, or than the longest document.
         assert max(loads) <= max(1.02 * sum(loads) / size, longest + 30), (step, loads, longest)
 
 
@@ -137,10 +137,10 @@ def test_later_micro_batches_have_shorter_rows_and_as_many_tokens(corpus: Corpus
     made = ranks(corpus, "pretrain", 2, gradient_accumulation_steps=3)
     for step in range(3):
         batches = [s.make(step).micro_batches for s in made]
-        longest = [max(int(batch[number].positions.max()) for batch in batches) for number in range(3)]
+        longest = [max(int(batch[index].positions.max()) for batch in batches) for index in range(3)]
         assert longest == sorted(longest, reverse=True)
         assert longest[2] < longest[0] / 2
-        loads = [batch[number].num_tokens for batch in batches for number in range(3)]
+        loads = [batch[index].num_tokens for batch in batches for index in range(3)]
         assert max(loads) - min(loads) <= 2 * (longest[0] + 1)
 
 

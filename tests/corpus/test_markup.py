@@ -75,6 +75,6 @@ def test_remains_of_scripts_are_counted(read: Read) -> None:
     reviews = "".join(f'{{"reviewerID": "A", "asin": "B{k}", "overall": 5, "unixReviewTime": {k}}}\n' for k in range(2))
     metadata = f'{{"asin": "B0", "title": "Mug"}}\n{{"asin": "B1", "title": "{REMAINS[0]}"}}\n'
     source = {"format": "amazon", "edition": "2018", "reviews": "r", "metadata": "m"}
-    found = read({"r": reviews, "m": metadata}, **source)
-    assert found.items == {"B0": ("Mug", None)}
-    assert found.lost == {"text that is the remains of a script": (1, "m", 2, REMAINS[0])}
+    result = read({"r": reviews, "m": metadata}, **source)
+    assert result.items == {"B0": ("Mug", None)}
+    assert result.lost == {"text that is the remains of a script": (1, "m", 2, REMAINS[0])}

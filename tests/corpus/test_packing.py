@@ -1,4 +1,4 @@
-"""Rows are full, documents are whole, and nobody stands on another."""
+"""Rows are full, documents are whole, and none overlap."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cllm4rec_dist.corpus.packing import FULL, balance, pack
 from cllm4rec_dist.corpus.ragged import ranges
 
 patient = settings(deadline=None, max_examples=150)
-LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=80).map(lambda found: np.array(found, dtype=np.int64))
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=80).map(lambda lengths: np.array(lengths, dtype=np.int64))
 GROUP = st.just(np.empty(0, np.int64)) | LENGTHS
 
 
@@ -44,8 +44,8 @@ def test_documents_stand_whole_in_full_rows(first: np.ndarray, second: np.ndarra
     ],
 )
 def test_shapes_of_two_groups(first: list[int], second: list[int], shape: tuple[int, int], content_start: int) -> None:
-    found, _, start = pack(np.array(first, np.int64), np.array(second, np.int64))
-    assert (found, start) == (shape, content_start)
+    packed_shape, _, start = pack(np.array(first, np.int64), np.array(second, np.int64))
+    assert (packed_shape, start) == (shape, content_start)
 
 
 @patient
@@ -54,9 +54,9 @@ def test_parts_differ_by_less_than_one_document(lengths: np.ndarray, num_parts: 
     part, before = balance(lengths, num_parts)
     loads = np.bincount(part, lengths, num_parts)
     assert loads.max() - loads.min() <= lengths.max()
-    for number in range(num_parts):
-        own = np.flatnonzero(part == number)
-        order = own[np.argsort(before[own])]
+    for index in range(num_parts):
+        members = np.flatnonzero(part == index)
+        order = members[np.argsort(before[members])]
         assert before[order].tolist() == (np.cumsum(lengths[order]) - lengths[order]).tolist()
 
 
@@ -72,7 +72,7 @@ def test_parts_that_have_something_already_get_less(lengths: np.ndarray, loads: 
 
 @pytest.mark.parametrize(("num_users", "num_texts"), [(128, 32), (128, 400), (400, 0), (1024, 1024)])
 def test_rows_stay_near_the_longest_document(num_users: int, num_texts: int) -> None:
-    """Attention is paid by the row's length: many documents of real lengths are not laid out in one row."""
+    """The cost of attention grows with the row length: many documents of real lengths are not packed into one row."""
     for seed in range(5):
         random = np.random.default_rng(seed)
         users = np.clip(random.lognormal(2.5, 1.0, num_users), 1, 200).astype(np.int64)

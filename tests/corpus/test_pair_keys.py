@@ -1,4 +1,4 @@
-"""Keys and digests of interactions: the same wherever an interaction stands, and another one for any other."""
+"""Keys and digests of interactions do not depend on rows and files, and differ between interactions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def keys(users: list[str], items: list[str], lists: list[list[int]]) -> np.ndarr
 
 
 def test_keys_are_of_external_ids_and_not_of_rows() -> None:
-    found = dict(zip([(u, i) for u, row in enumerate(LISTS) for i in row], keys(USERS, ITEMS, LISTS), strict=True))
+    by_pair = dict(zip([(u, i) for u, row in enumerate(LISTS) for i in row], keys(USERS, ITEMS, LISTS), strict=True))
     order = [2, 0, 3, 1]  # of the items, and one more user in front of the others
     renumbered = keys(
         ["aaa", *USERS], [ITEMS[i] for i in order], [[0], *([order.index(i) for i in row] for row in LISTS)]
     )
-    assert renumbered[1:].tolist() == list(found.values())
+    assert renumbered[1:].tolist() == list(by_pair.values())
     assert len(set(renumbered.tolist())) == len(renumbered)
 
 
@@ -43,17 +43,17 @@ def test_a_user_and_an_item_of_the_same_name_are_two_things() -> None:
 
 
 def test_a_million_interactions_have_different_keys_that_spread_evenly() -> None:
-    names = [str(number) for number in range(1000)]
-    found = keys(names, names, [list(range(1000))] * 1000)
-    assert len(np.unique(found)) == 1_000_000
-    share = np.histogram((found >> np.uint64(60)).astype(int), bins=16)[0] / len(found)
+    names = [str(index) for index in range(1000)]
+    hashes = keys(names, names, [list(range(1000))] * 1000)
+    assert len(np.unique(hashes)) == 1_000_000
+    share = np.histogram((hashes >> np.uint64(60)).astype(int), bins=16)[0] / len(hashes)
     assert np.abs(share - 1 / 16).max() < 0.002
 
 
 def test_a_digest_is_of_a_set() -> None:
-    found = keys(USERS, ITEMS, LISTS)
-    assert digest(found) == digest(found[::-1].copy())
-    assert digest(found) != digest(found[1:])
+    hashes = keys(USERS, ITEMS, LISTS)
+    assert digest(hashes) == digest(hashes[::-1].copy())
+    assert digest(hashes) != digest(hashes[1:])
     assert (
         len({*split_digests(ITEMS, (USERS, {"a": Ragged.from_lists(LISTS), "b": Ragged.from_lists([[], [], []])}))})
         == 2
@@ -61,14 +61,14 @@ def test_a_digest_is_of_a_set() -> None:
 
 
 def test_a_manifest_has_a_digest_of_each_split_whatever_the_tokenizer(tmp_path: Path) -> None:
-    found = []
+    digests = []
     for name, tokenizer in (("one", BlankTokenizer()), ("other", BlankTokenizer())):
         tokenizer.fingerprint = name
         write_corpus(make_catalog(), tokenizer, str(tmp_path / name), recipe(), progress=False)
-        found.append(Corpus.open(str(tmp_path / name)).manifest.split_digests)
-    assert found[0] == found[1]
-    assert found[0].keys() == set(SPLITS)
-    assert len(set(found[0].values())) == 3
+        digests.append(Corpus.open(str(tmp_path / name)).manifest.split_digests)
+    assert digests[0] == digests[1]
+    assert digests[0].keys() == set(SPLITS)
+    assert len(set(digests[0].values())) == 3
 
 
 def test_a_corpus_of_an_earlier_version_has_none_and_opens(tmp_path: Path) -> None:

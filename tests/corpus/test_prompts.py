@@ -24,7 +24,7 @@ ITEMS = np.array([7, 3, 99, 12, 41, 0, 25, 64], dtype=np.int32)
 
 
 class Single:
-    """Documents one at a time, each as a batch of its own."""
+    """Split documents into batches of one document each."""
 
     def __init__(self, made: PromptBuilder) -> None:
         self.all = made
@@ -71,7 +71,7 @@ def prompts(seed: int = 0, **method: Any) -> Single:
 
 
 def text_of(document: Document) -> str:
-    """The document in bracket notation; a slot takes the blanks beside it (`with<item_3>`)."""
+    """The document in bracket notation, without spaces next to a slot (`with<item_3>`)."""
     return decode(TOKENIZER, document.token_ids.tolist(), SPACE)
 
 
@@ -258,8 +258,8 @@ def test_documents_of_a_batch_are_those_made_alone(order: str, target: str) -> N
     }
     for name, documents in together.items():
         assert len(documents) == 60
-        for got, wanted in zip(each(documents), batches[name], strict=True):
-            for field, value in vars(wanted).items():
+        for got, expected in zip(each(documents), batches[name], strict=True):
+            for field, value in vars(expected).items():
                 np.testing.assert_array_equal(getattr(got, field), value, err_msg=f"{name} {field}")
     assert plan["num_tokens"].tolist() == together["content"].tokens.lengths.tolist()
 
@@ -275,7 +275,7 @@ def test_every_order_and_every_mask_is_equally_likely() -> None:
     expected = count / 24
     # Five standard deviations of a fair draw.
     assert abs(counts - expected).max() < 5 * expected**0.5
-    again = orders[:-30] == orders[30:]  # a user's next visit
+    again = orders[:-30] == orders[30:]  # a user's next epoch
     assert again.mean() == pytest.approx(1 / 4, abs=5 * (3 / 16 / again.size) ** 0.5)
 
     masks = np.sort(
@@ -392,18 +392,18 @@ def test_a_share_of_prompts_names_the_shared_user_and_nothing_else_changes(make:
         prompts = PromptBuilder(TOKENIZER, SPACE, MethodConfig(shared_user_ratio=ratio), 0)
         return plan_and_make(prompts, make, users, histories, epochs)
 
-    own, some, everybody = (documents(ratio) for ratio in (0.0, 0.3, 1.0))
+    user_rows, some, everybody = (documents(ratio) for ratio in (0.0, 0.3, 1.0))
     shared = SPACE.first_user + SPACE.num_users - 1
-    assert (named(own) == SPACE.first_user + users).all()
+    assert (named(user_rows) == SPACE.first_user + users).all()
     assert (named(everybody) == shared).all()
     drawn = named(some) == shared
     assert drawn.mean() == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / count) ** 0.5)
-    assert (named(some)[~drawn] == named(own)[~drawn]).all()
-    # One user is named in different ways at different visits, and never in two ways in one document.
+    assert (named(some)[~drawn] == named(user_rows)[~drawn]).all()
+    # A user has different rows in different epochs, but only one in a document.
     assert 0 < drawn[users == 3].mean() < 1
     users_of = [{t for t in d.token_ids.tolist() if SPACE.first_user <= t < SPACE.first_item} for d in each(some)]
-    assert {len(found) for found in users_of} == {1}
-    for one_, other in zip(each(some), each(own), strict=True):
+    assert {len(rows) for rows in users_of} == {1}
+    for one_, other in zip(each(some), each(user_rows), strict=True):
         is_user = (other.token_ids >= SPACE.first_user) & (other.token_ids < SPACE.first_item)
         assert (one_.token_ids[~is_user] == other.token_ids[~is_user]).all()
         assert (one_.targets == other.targets).all()

@@ -1,4 +1,4 @@
-"""Operations on lists in two arrays are those on lists."""
+"""Operations on ragged arrays equal those on lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joins, what was left out, and texts of several rows, as every reader shares them."""
+"""Joins, counts of what is left out, and texts of several rows, which all readers share."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def with_items(**options: Any) -> dict[str, Any]:
 
 def read_items(read: Read, interactions: str, items: str, **options: Any) -> tuple[set[str | None], str]:
     """Titles that were matched, and the messages."""
-    found = read({"i.csv": interactions, "m.csv": items}, **with_items(**options))
-    return {title for title, _ in found.items.values()}, found.messages
+    result = read({"i.csv": interactions, "m.csv": items}, **with_items(**options))
+    return {title for title, _ in result.items.values()}, result.messages
 
 
 @pytest.mark.parametrize(
@@ -80,31 +80,31 @@ def test_users_are_joined_alike(refuse: Refuse) -> None:
 
 
 def test_a_text_about_an_unknown_item_is_counted_with_its_place(read: Read) -> None:
-    found = read({"i.csv": ROWS, "m.csv": "i,t\n1,A\n9,Z\n2,B\n8,Y\n"}, **with_items())
-    assert found.lost == {"text about an item without interactions": (2, "m.csv", 3, "9")}
-    assert found.raw.log.skipped["text about an item without interactions"].total == 4
+    result = read({"i.csv": ROWS, "m.csv": "i,t\n1,A\n9,Z\n2,B\n8,Y\n"}, **with_items())
+    assert result.lost == {"text about an item without interactions": (2, "m.csv", 3, "9")}
+    assert result.raw.log.skipped["text about an item without interactions"].total == 4
 
 
 def test_an_item_of_several_rows_has_the_first_value_of_each_column(read: Read) -> None:
     items = "i,t,d\n1,,D1\n1,A,D2\n2,NULL,\n1,B,\n2,C,D3\n"
     source = table() | {"items": {"path": "m.csv", "item": "i", "title": "t", "description": ["d"]}}
-    found = read({"i.csv": "u,i\na,1\na,2\n", "m.csv": items}, **source)
-    assert found.items == {"1": ("A", "D1"), "2": ("C", "D3")}
-    assert found.lost == {"second text about the same item": (2, "m.csv", 3, "1")}, "C comes again as it was"
+    result = read({"i.csv": "u,i\na,1\na,2\n", "m.csv": items}, **source)
+    assert result.items == {"1": ("A", "D1"), "2": ("C", "D3")}
+    assert result.lost == {"second text about the same item": (2, "m.csv", 3, "1")}, "C comes again as it was"
 
 
 def test_one_file_of_orders_and_items_loses_nothing_by_being_read_twice(read: Read) -> None:
     flat = "u,i,t\n" + "a,1,A\nb,1,A\nb,2,\nc,2,B\nbad\n,3,C\nd,,D\n" * 3
     source = table() | {"items": {"path": "i.csv", "item": "i", "title": "t"}}
-    found = read({"i.csv": flat}, **source)
-    assert found.items == {"1": ("A", None), "2": ("B", None)}
-    assert found.lost == {
+    result = read({"i.csv": flat}, **source)
+    assert result.items == {"1": ("A", None), "2": ("B", None)}
+    assert result.lost == {
         "row that has 1 field instead of 3": (3, "i.csv", 6, "bad"),
         "row that has no user id": (3, "i.csv", 7, ", 3"),
         "row that has no item id": (3, "i.csv", 8, "d,"),
         "text about an item without interactions": (3, "i.csv", 7, "3"),
     }
-    assert found.messages.count("WARNING") == 1
+    assert result.messages.count("WARNING") == 1
 
 
 @pytest.mark.parametrize(
@@ -130,18 +130,18 @@ def test_ids_that_differ_in_their_spelling_alone_are_hinted_at(
 
 
 def test_a_row_without_id_is_no_sign_of_a_wrong_recipe(read: Read) -> None:
-    found = read({"i.csv": "u,i\n,1\n,2\n\n,3\na,4\n"}, **table())
-    assert found.pairs == [("a", "4")]
-    assert found.lost == {"row that has no user id": (3, "i.csv", 2, ", 1")}
-    assert "WARNING: i.csv: 3 of 4 rows (75 %) are left out: 3 x has no user id. The first is line 2" in found.messages
+    result = read({"i.csv": "u,i\n,1\n,2\n\n,3\na,4\n"}, **table())
+    assert result.pairs == [("a", "4")]
+    assert result.lost == {"row that has no user id": (3, "i.csv", 2, ", 1")}
+    assert "WARNING: i.csv: 3 of 4 rows (75 %) are left out: 3 x has no user id. The first is line 2" in result.messages
 
 
 @pytest.mark.parametrize(("lost", "warned"), [(3, False), (4, True)])
 def test_more_than_one_percent_lost_is_a_warning(read: Read, lost: int, warned: bool) -> None:
-    found = read({"i.csv": "u,i\n" + "a,1\n" * (300 - lost) + "bad\n" * lost}, **table())
-    assert ("WARNING" in found.messages) == warned
-    assert found.lost["row that has 1 field instead of 2"][0] == lost
-    assert found.raw.log.skipped["row that has 1 field instead of 2"].share == lost / 300
+    result = read({"i.csv": "u,i\n" + "a,1\n" * (300 - lost) + "bad\n" * lost}, **table())
+    assert ("WARNING" in result.messages) == warned
+    assert result.lost["row that has 1 field instead of 2"][0] == lost
+    assert result.raw.log.skipped["row that has 1 field instead of 2"].share == lost / 300
 
 
 def test_more_than_half_lost_is_refused_unless_max_lost_allows_it(read: Read, refuse: Refuse) -> None:

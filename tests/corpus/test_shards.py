@@ -1,4 +1,4 @@
-"""Corpora on disk: what is written can be read, is the same every time, and damage is found."""
+"""Corpora on disk: what is written can be read, equal input gives equal bytes, and damage is detected."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def texts(corpus: Corpus) -> list[tuple[int, int, int, list[int]]]:
-    found = []
+    texts = []
     for index in range(len(corpus.content)):
         record = corpus.content.read_record(index)
         for n, (kind, user, item) in enumerate(zip(record["kind"], record["users"], record["items"], strict=True)):
             words = record["tokens"][record["offsets"][n] : record["offsets"][n + 1]]
-            found.append((int(kind), int(user), int(item), words.tolist()))
-    return found
+            texts.append((int(kind), int(user), int(item), words.tolist()))
+    return texts
 
 
 def test_what_is_written_is_read(catalog: Catalog, tmp_path: Path) -> None:
@@ -164,15 +164,15 @@ def test_prepare_goes_all_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_a_corpus_of_a_table_knows_the_columns_of_its_orders(tmp_path: Path) -> None:
-    rows = "".join(f"u{number % 6};i{number % 5};{1 + number % 28:02d}/03/2025\n" for number in range(60))
+    rows = "".join(f"u{index % 6};i{index % 5};{1 + index % 28:02d}/03/2025\n" for index in range(60))
     (tmp_path / "pedidos.csv").write_text(f"cliente;producto;fecha\n{rows}")
     columns = {"user": "cliente", "item": "producto", "timestamp": "fecha", "time_format": "%d/%m/%Y"}
     source = {"format": "table", "interactions": {"path": str(tmp_path / "pedidos.csv"), **columns}}
     config = PrepareConfig.model_validate({"name": "tienda", "source": source})
     prepare(config, BlankTokenizer(), str(tmp_path / "c"), progress=False)
-    found = Corpus.open(str(tmp_path / "c")).manifest.order_columns
-    assert found is not None
-    assert found.model_dump() == columns
+    columns_read = Corpus.open(str(tmp_path / "c")).manifest.order_columns
+    assert columns_read is not None
+    assert columns_read.model_dump() == columns
 
 
 def test_any_file_system(catalog: Catalog, tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ class Interrupted(BlankTokenizer):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["local", "memory"])
-def test_an_interrupted_build_is_no_corpus(catalog: Catalog, tmp_path: Path, place: str) -> None:
-    out = str(tmp_path / "c") if place == "local" else "memory://torn/c"
+@pytest.mark.parametrize("location", ["local", "memory"])
+def test_an_interrupted_build_is_no_corpus(catalog: Catalog, tmp_path: Path, location: str) -> None:
+    out = str(tmp_path / "c") if location == "local" else "memory://torn/c"
     with pytest.raises(KeyboardInterrupt):
         write_corpus(catalog, Interrupted(), out, SMALL, progress=False)
     with pytest.raises(CorpusError, match="has no readable manifest"):
@@ -260,7 +260,7 @@ def edit_manifest(out: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("changes", "message"),
     [
         ({"schema_version": 2}, "schema_version: 2 is not 1"),
         ({"num_users": "many"}, "num_users"),
@@ -271,10 +271,10 @@ def edit_manifest(out: Path, **changes: Any) -> None:
         ({"files": [{"path": "a/../../x", "kind": "users", "num_bytes": 1, "sha256": ""}]}, "plain relative path"),
     ],
 )
-def test_a_manifest_that_is_not_right(catalog: Catalog, tmp_path: Path, changes: dict[str, Any], found: str) -> None:
+def test_a_manifest_that_is_not_right(catalog: Catalog, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write(catalog, tmp_path / "c")
     edit_manifest(tmp_path / "c", **changes)
-    with pytest.raises(CorpusError, match=found):
+    with pytest.raises(CorpusError, match=message):
         Corpus.open(str(tmp_path / "c"))
 
 
@@ -294,7 +294,7 @@ def test_rows_that_the_manifest_does_not_know(catalog: Catalog, tmp_path: Path) 
 
 
 def replace_shard(out: Path, members: dict[str, bytes], **attributes: Any) -> None:
-    """Put another tar in place of a shard, with a manifest that agrees with it."""
+    """Replace a shard with another tar, and the manifest to match."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, content in members.items():
@@ -319,7 +319,7 @@ def npy(array: np.ndarray, **options: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("members", "attributes", "found"),
+    ("members", "attributes", "message"),
     [
         ({"../../x.users.npy": npy(np.zeros(1))}, {}, "is not a member that a corpus may hold"),
         ({"/x/0.users.npy": npy(np.zeros(1))}, {}, "is not a member that a corpus may hold"),
@@ -333,11 +333,11 @@ def npy(array: np.ndarray, **options: Any) -> bytes:
     ids=["escapes", "absolute", "link", "objects", "pickle", "too many", "no users", "records"],
 )
 def test_shards_that_are_not_ours(
-    catalog: Catalog, tmp_path: Path, members: dict[str, bytes], attributes: dict[str, Any], found: str
+    catalog: Catalog, tmp_path: Path, members: dict[str, bytes], attributes: dict[str, Any], message: str
 ) -> None:
     write(catalog, tmp_path / "c")
     replace_shard(tmp_path / "c", members, **attributes)
-    with pytest.raises(CorpusError, match=found):
+    with pytest.raises(CorpusError, match=message):
         Corpus.open(str(tmp_path / "c")).content.read_record(0)
 
 

@@ -1,4 +1,4 @@
-"""Every epoch visits every example once, in an order that world size, batch size and resumption do not change."""
+"""Each epoch has every example once, in an order independent of world size, batch size and resumption."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ def order(sizes: list[int], seed: int, window: int) -> EpochSampler:
     return EpochSampler(np.array(sizes, dtype=np.int64), seed, window)
 
 
-def places(examples: Examples) -> list[tuple[int, int]]:
+def positions(examples: Examples) -> list[tuple[int, int]]:
     return list(zip(examples["records"].tolist(), examples["indexes"].tolist(), strict=True))
 
 
 def visits(examples: Examples) -> list[tuple[int, int, int]]:
-    return [(epoch, *place) for epoch, place in zip(examples["epochs"].tolist(), places(examples), strict=True)]
+    return [
+        (epoch, *position) for epoch, position in zip(examples["epochs"].tolist(), positions(examples), strict=True)
+    ]
 
 
 @patient
@@ -43,11 +45,11 @@ def test_every_epoch_visits_each_example_exactly_once(sizes: list[int], seed: in
     assert stream.num_examples == len(everything)
     for epoch in range(3):
         examples = stream.range(epoch * len(everything), (epoch + 1) * len(everything))
-        assert Counter(places(examples)) == Counter(everything)
+        assert Counter(positions(examples)) == Counter(everything)
         assert set(examples["epochs"].tolist()) == {epoch}
-        for number in np.unique(examples["windows"]):
-            inside = examples.take(examples["windows"] == number)
-            assert np.unique(inside["records"]).tolist() == stream.records(number).tolist()
+        for window in np.unique(examples["windows"]):
+            inside = examples.take(examples["windows"] == window)
+            assert np.unique(inside["records"]).tolist() == stream.records(window).tolist()
 
 
 @patient
@@ -82,25 +84,25 @@ def test_batches_fill_their_epoch_and_do_not_cross_its_end(num_examples: int, ba
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
     sizes, total = [5, 4, 6, 5, 5, 3], 28
-    epochs = [places(order(sizes, 1, 2).range(epoch * total, (epoch + 1) * total)) for epoch in range(4)]
+    epochs = [positions(order(sizes, 1, 2).range(epoch * total, (epoch + 1) * total)) for epoch in range(4)]
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert places(order(sizes, 2, 2).range(0, total)) != epochs[0]
+    assert positions(order(sizes, 2, 2).range(0, total)) != epochs[0]
     # Read in any pieces, in any order, the same stream gives the same examples.
     stream = order(sizes, 1, 2)
     stream.range(70, 90)
     pieces = [stream.range(start, min(start + 3, 2 * total)) for start in range(0, 2 * total, 3)]
-    assert [place for piece in pieces for place in places(piece)] == epochs[0] + epochs[1]
+    assert [position for piece in pieces for position in positions(piece)] == epochs[0] + epochs[1]
 
 
 def test_a_single_record_is_in_another_order_at_every_epoch() -> None:
     stream = order([20], 0, 4)
-    epochs = [tuple(places(stream.range(20 * epoch, 20 * epoch + 20))) for epoch in range(5)]
+    epochs = [tuple(positions(stream.range(20 * epoch, 20 * epoch + 20))) for epoch in range(5)]
     assert len(set(epochs)) == 5
 
 
 def test_examples_of_a_window_are_mixed_and_only_they() -> None:
     sizes = [50] * 6
-    examples = places(order(sizes, 0, 2).range(0, 300))
+    examples = positions(order(sizes, 0, 2).range(0, 300))
     for start in range(0, 300, 100):
         window = examples[start : start + 100]
         records = [record for record, _ in window]
@@ -108,7 +110,7 @@ def test_examples_of_a_window_are_mixed_and_only_they() -> None:
         assert records != sorted(records)
         changes = sum(a != b for a, b in pairwise(records))
         assert changes > 20, "records are hardly mixed"
-    assert places(order(sizes, 0, 1).range(0, 50)) != [(examples[0][0], index) for index in range(50)]
+    assert positions(order(sizes, 0, 1).range(0, 50)) != [(examples[0][0], index) for index in range(50)]
 
 
 class Shards:
@@ -138,8 +140,8 @@ def test_a_batch_has_the_data_of_its_examples_and_reads_each_record_once_an_epoc
     for start in range(0, 14 * 3, step):
         examples = stream.range(start, min(start + step, 14 * 3))
         columns, lists = made.columns(examples), made.lists(examples)
-        expected = [100 * r + np.arange(3)[i : 2 * i + 1] for r, i in places(examples)]
-        assert columns["users"].tolist() == [10 * r + i for r, i in places(examples)]
+        expected = [100 * r + np.arange(3)[i : 2 * i + 1] for r, i in positions(examples)]
+        assert columns["users"].tolist() == [10 * r + i for r, i in positions(examples)]
         assert columns["counts"].tolist() == lists.lengths.tolist() == [len(values) for values in expected]
         assert lists.values.tolist() == np.concatenate(expected).tolist()
     assert Counter(shards.reads) == dict.fromkeys(range(7), 3)

@@ -1,4 +1,4 @@
-"""The invented data: the same every time, and learnable."""
+"""Synthetic data is deterministic and learnable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bracket tokens are atomic; brackets in people's texts are words."""
+"""Bracket tokens are atomic; brackets in texts are words."""
 
 from __future__ import annotations
 

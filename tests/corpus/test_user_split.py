@@ -36,15 +36,15 @@ def catalog(raw: RawData) -> Catalog:
 def everything(catalog: Catalog) -> dict[str, list[str]]:
     """All items of every user, in order of their ids."""
     names = catalog.item_ids.to_numpy()
-    known = {
+    items_of = {
         user: np.concatenate([getattr(catalog, part)[row] for part in ("train", "valid", "test")])
         for row, user in enumerate(catalog.user_ids)
     }
     new = catalog.new_users
-    known |= {
+    items_of |= {
         user: np.concatenate([new.history[row], new.valid[row], new.test[row]]) for row, user in enumerate(new.ids)
     }
-    return {user: sorted(names[items]) for user, items in known.items()}
+    return {user: sorted(names[items]) for user, items in items_of.items()}
 
 
 def write(catalog: Catalog, folder: Path, **settings: Any) -> tuple[Manifest, Corpus]:
@@ -118,11 +118,11 @@ def test_a_corpus_gives_back_its_new_users(catalog: Catalog, tmp_path: Path) -> 
     assert manifest.num_new_users == len(new) == corpus.new_users().num_rows
     assert corpus.new_users()["user"].to_pylist() == new.ids.to_list()
     for part in ("history", "valid", "test"):
-        found = corpus.new_user_split(part)
-        assert found.offsets.tolist() == getattr(new, part).offsets.tolist()
-        assert found.values.tolist() == getattr(new, part).values.tolist()
-        assert found.values.dtype == np.int32
-        assert manifest.num_new_interactions[part] == len(found.values)
+        lists = corpus.new_user_split(part)
+        assert lists.offsets.tolist() == getattr(new, part).offsets.tolist()
+        assert lists.values.tolist() == getattr(new, part).values.tolist()
+        assert lists.values.dtype == np.int32
+        assert manifest.num_new_interactions[part] == len(lists.values)
     assert corpus.new_user_history()[0].tolist() == [*new.history[0], *new.valid[0], *new.test[0]]
     again, _ = write(catalog, tmp_path / "again", split=SPLIT)
     assert again.to_bytes() == manifest.to_bytes()
@@ -152,12 +152,12 @@ def test_evaluation_sees_known_users_first_and_then_new_ones(catalog: Catalog, t
     for index, user in enumerate(ids):
         if users.is_new[index]:
             row = catalog.new_users.ids.to_list().index(user)
-            wanted = catalog.new_users.history[row], catalog.new_users.test[row]
+            expected = catalog.new_users.history[row], catalog.new_users.test[row]
         else:
             row = catalog.user_ids.to_list().index(user)
-            wanted = catalog.train[row], catalog.test[row]
-        assert users.histories[index].tolist() == wanted[0].tolist()
-        assert users.held_out[index].tolist() == wanted[1].tolist()
+            expected = catalog.train[row], catalog.test[row]
+        assert users.histories[index].tolist() == expected[0].tolist()
+        assert users.held_out[index].tolist() == expected[1].tolist()
 
 
 def test_digests_cover_held_out_users(raw: RawData, catalog: Catalog, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_everything_is_trained_on_without_a_split(raw: RawData, tmp_path: Path) 
 
 @pytest.mark.parametrize("damage", ["items", "columns", "nulls", "rows"])
 def test_a_damaged_table_of_new_users_is_refused(catalog: Catalog, tmp_path: Path, damage: str) -> None:
-    """Also where its checksum was mended."""
+    """Also if its checksum is correct."""
     manifest, corpus = write(catalog, tmp_path / "c", split=SPLIT)
     table = pq.read_table(tmp_path / "c" / "new_users.parquet")
     lists = table["history"].to_pylist()

@@ -1,4 +1,4 @@
-"""One rule for ids, ratings and texts, whatever the file's format."""
+"""Ids, ratings and texts follow the same rules in all file formats."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def test_other_ids_stay_as_they_are(read: Read, name: str) -> None:
 
 
 def test_ids_that_a_spreadsheet_has_rounded_are_reported(read: Read) -> None:
-    found = read({"i.csv": "u,i\n1.23457E+12,a\n"}, **table())
-    assert found.pairs == [("1.23457E+12", "a")]
-    assert "WARNING: 1 user ids look like numbers rounded by a spreadsheet" in found.messages
+    result = read({"i.csv": "u,i\n1.23457E+12,a\n"}, **table())
+    assert result.pairs == [("1.23457E+12", "a")]
+    assert "WARNING: 1 user ids look like numbers rounded by a spreadsheet" in result.messages
 
 
 @pytest.mark.parametrize("word", ["", " ", *MISSING_WORDS])
 def test_missing_words_are_no_ids_ratings_times_and_texts(read: Read, word: str) -> None:
     rows = f"{word},1,3,1,x\na,{word},3,1,x\na,1,{word},1,x\na,2,3,{word},x\na,3,3,1,{word}\n"
-    found = read({"i.csv": "u,i,r,t,x\n" + rows}, **table(rating="r", timestamp="t", text="x"))
-    assert found.pairs == [("a", "2"), ("a", "3")]
-    assert found.column("timestamp") == [None, 1.0]
-    assert found.reviews == ["x"]
-    assert {reason: count for reason, (count, *_) in found.lost.items()} == {
+    result = read({"i.csv": "u,i,r,t,x\n" + rows}, **table(rating="r", timestamp="t", text="x"))
+    assert result.pairs == [("a", "2"), ("a", "3")]
+    assert result.column("timestamp") == [None, 1.0]
+    assert result.reviews == ["x"]
+    assert {reason: count for reason, (count, *_) in result.lost.items()} == {
         "row that has no user id": 1,
         "row that has no item id": 1,
         "row that has no rating": 1,
@@ -51,8 +51,8 @@ def test_missing_words_are_no_ids_ratings_times_and_texts(read: Read, word: str)
 
 
 def test_the_recipe_may_name_other_missing_words(read: Read) -> None:
-    found = read({"i.csv": "u,i\nNA,1\n?,2\n,3\n"}, **table(), missing=["?"])
-    assert found.pairs == [("NA", "1")]
+    result = read({"i.csv": "u,i\nNA,1\n?,2\n,3\n"}, **table(), missing=["?"])
+    assert result.pairs == [("NA", "1")]
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,15 @@ def test_the_recipe_may_name_other_missing_words(read: Read) -> None:
     [("4", ".", 4.0), (" +3 ", ".", 3.0), ("1e0", ".", 1.0), ("-1", ".", -1.0), ("4,5", ",", 4.5), ("4.5", ",", 4.5)],
 )
 def test_ratings(read: Read, text: str, decimal: str, rating: float) -> None:
-    found = read({"i.csv": f"u;i;r\na;1;{text}\n"}, **table(rating="r", decimal=decimal))
-    assert found.column("rating") == [rating]
+    result = read({"i.csv": f"u;i;r\na;1;{text}\n"}, **table(rating="r", decimal=decimal))
+    assert result.column("rating") == [rating]
 
 
 @pytest.mark.parametrize("text", ["5/5", "inf", "0x5", "1_000", "4,5", "four"])
 def test_a_rating_that_is_no_number_is_counted_with_its_value(read: Read, text: str) -> None:
-    found = read({"i.csv": f"u;i;r\na;1;4\na;2;{text}\n"}, **table(rating="r"))
-    assert found.pairs == [("a", "1")]
-    assert found.lost == {"row that has a rating that is no number": (1, "i.csv", 3, f"a, 2, {text}")}
+    result = read({"i.csv": f"u;i;r\na;1;4\na;2;{text}\n"}, **table(rating="r"))
+    assert result.pairs == [("a", "1")]
+    assert result.lost == {"row that has a rating that is no number": (1, "i.csv", 3, f"a, 2, {text}")}
 
 
 @pytest.mark.parametrize(
