@@ -1,4 +1,4 @@
-"""Texts about users and items, matched with the ids that have interactions."""
+"""Collect texts about users and items, and match them with the ids of the interactions."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from cllm4rec_dist.errors import DataError
 logger = logging.getLogger(__name__)
 
 _MAX_COMPARED = 100_000
-"""Ids of each side among which a message looks for two that are alike."""
+"""Ids of each side that are compared to find similar ones for a message."""
 
 
 class TextCollector:
-    """Collects texts about the users or items that have interactions.
+    """Collects texts about the users or items with interactions.
 
-    Of several rows about one, the first value of each column counts.
+    If several rows have the same id, the first value of each column is used.
 
     Args:
-        kind: `user` or `item`; also the name of the id's column.
-        columns: names of the columns of texts.
-        known: ids that have interactions.
+        kind: `user` or `item`; also the name of the id column.
+        columns: names of the text columns.
+        interaction_ids: ids with interactions.
         log: counts what is left out.
-        rules: of the source.
-        one_line: columns whose texts are made one line.
+        rules: how to read the source.
+        one_line: columns whose white space is collapsed into single spaces.
     """
 
     def __init__(
         self,
         kind: str,
         columns: Sequence[str],
-        known: pl.Series,
+        interaction_ids: pl.Series,
         log: SkipLog,
         rules: Rules,
         one_line: Sequence[str] = (),
     ) -> None:
         self._kind, self._texts, self._log, self._rules, self._one_line = kind, list(columns), log, rules, one_line
-        self._known, self._num_known = known, len(known)
-        # `100.0` of one side is `100` of the other, unless the interactions have both.
-        whole = whole_ids(known)
-        self._ignores_zero = whole.n_unique() == len(known)
+        self._ids, self._num_ids = interaction_ids, len(interaction_ids)
+        # `100.0` on one side matches `100` on the other, unless the interactions have both.
+        whole = whole_ids(interaction_ids)
+        self._ignores_zero = whole.n_unique() == len(interaction_ids)
         self._codes = IdCodes()
-        self._codes.encode(whole if self._ignores_zero else known)
+        self._codes.encode(whole if self._ignores_zero else interaction_ids)
         self._rows: list[pl.DataFrame] = []
-        self._num_rows = self._num_unknown = 0
-        self._unknown: tuple[str, int, str] | None = None
+        self._num_rows = self._num_unmatched = 0
+        self._first_unmatched: tuple[str, int, str] | None = None
         self._paths: list[str] = []
 
     def add_file(self, path: str, batches: Iterable[Batch]) -> None:
@@ -68,26 +68,26 @@ class TextCollector:
         ids = without_missing(
             column_ids(batch.columns[self._kind], f"{batch.path}: {self._kind} id"), self._rules.missing
         )
-        without = ids.is_null().to_numpy()
-        if without.any():
-            first = int(np.flatnonzero(without)[0])
+        has_no_id = ids.is_null().to_numpy()
+        if has_no_id.any():
+            first = int(np.flatnonzero(has_no_id)[0])
             self._log.lose(
                 f"is a text about {_an(self._kind)} without id",
                 batch.path,
                 int(batch.lines[first]),
                 ", ".join("" if value is None else str(value) for value in batch.columns.row(first)),
-                int(without.sum()),
+                int(has_no_id.sum()),
                 is_gap=True,
             )
-        ids, batch = ids.filter(~without), batch.keep(~without)
+        ids, batch = ids.filter(~has_no_id), batch.keep(~has_no_id)
         codes = self._codes.encode(whole_ids(ids) if self._ignores_zero else ids)
-        known = codes < self._num_known
+        is_matched = codes < self._num_ids
         self._num_rows += len(ids)
-        if not known.all():
-            first = int(np.flatnonzero(~known)[0])
-            self._num_unknown += int((~known).sum())
-            self._unknown = self._unknown or (batch.path, int(batch.lines[first]), ids[first])
-        kept = batch.keep(known)
+        if not is_matched.all():
+            first = int(np.flatnonzero(~is_matched)[0])
+            self._num_unmatched += int((~is_matched).sum())
+            self._first_unmatched = self._first_unmatched or (batch.path, int(batch.lines[first]), ids[first])
+        kept = batch.keep(is_matched)
         texts = {
             name: read_texts(
                 kept, name, f"{batch.path}: {name}", self._rules, self._log, one_line=name in self._one_line
@@ -95,49 +95,48 @@ class TextCollector:
             for name in self._texts
         }
         paths = pl.Series("file", [len(self._paths) - 1], dtype=pl.UInt32).new_from_index(0, len(kept.lines))
-        self._rows.append(pl.DataFrame({"code": codes[known], "file": paths, "line": kept.lines, **texts}))
+        self._rows.append(pl.DataFrame({"code": codes[is_matched], "file": paths, "line": kept.lines, **texts}))
 
     def finish(self) -> pl.DataFrame:
-        """Columns `kind` and the texts (null where there is none), one row for each id that the files know.
+        """Return a table with columns `kind` and the texts (null if missing), a row for each matched id.
 
         Raises:
-            DataError: where the files know none of the interactions' ids, unless the recipe allows that.
+            DataError: if no id matches, unless the recipe allows that.
         """
         kind = self._kind
-        if self._unknown is not None:
-            path, line, value = self._unknown
+        if self._first_unmatched is not None:
+            path, line, value = self._first_unmatched
             reason = f"text about {_an(kind)} without interactions"
-            self._log.skip(reason, self._num_unknown, self._num_rows, file=path, line=line, value=value)
+            self._log.skip(reason, self._num_unmatched, self._num_rows, file=path, line=line, value=value)
         columns = {"code": pl.UInt32, "file": pl.UInt32, "line": pl.Int64, **dict.fromkeys(self._texts, pl.String)}
         rows = pl.concat([pl.DataFrame(schema=columns), *self._rows])
         table = rows.group_by("code", maintain_order=True).agg(
             pl.col(name).drop_nulls().first() for name in self._texts
         )
-        self._watch_join(table["code"])
-        second = self._differing(rows, table)
-        if len(second):
-            code, file, line = second.row(0)[:3]
+        self._check_matches(table["code"])
+        different = self._differing(rows, table)
+        if len(different):
+            code, file, line = different.row(0)[:3]
             self._log.skip(
                 f"second text about the same {kind}",
-                len(second),
+                len(different),
                 len(rows),
                 file=self._paths[file],
                 line=line,
-                value=self._known[code],
+                value=self._ids[code],
             )
-        return table.select(self._known.gather(table["code"]).alias(kind), *self._texts)
+        return table.select(self._ids.gather(table["code"]).alias(kind), *self._texts)
 
     def _differing(self, rows: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
-        """Rows with a text that is not the kept one. An equal one is no loss: a file of orders repeats its titles."""
+        """Return the rows with a text that differs from the kept one. Equal texts are no loss: orders repeat titles."""
         if not self._texts:
             return rows.clear()
         both = rows.join(kept, on="code", suffix=" kept", maintain_order="left")
         return both.filter(pl.any_horizontal(pl.col(name) != pl.col(f"{name} kept") for name in self._texts))
 
-    def _watch_join(self, matched: pl.Series) -> None:
-        """Warn or refuse where the ids of the two sides do not meet."""
-        num_known = self._num_known
-        if len(matched) * 2 >= num_known:
+    def _check_matches(self, matched: pl.Series) -> None:
+        """Warn if less than half of the ids match; refuse if none does."""
+        if len(matched) * 2 >= self._num_ids:
             return
         ours, theirs, num_alike = self._examples(matched)
         hint = spelling_hint(ours, theirs, num_alike)
@@ -150,44 +149,43 @@ class TextCollector:
                 f" {self._num_rows:,} ids"
                 if self._num_rows
                 else f"has no ids of {self._kind}s",
-                f"Mend the column in the recipe or the ids, or set allow_unmatched: true.{hint}",
+                f"Fix the column in the recipe or the ids, or set allow_unmatched: true.{hint}",
             )
         logger.warning(
             "%s: only %s of %s %ss of the interactions are in it (%.3g %%): the interactions have for example %r, the"
             " file %r.%s",
             files,
             f"{len(matched):,}",
-            f"{num_known:,}",
+            f"{self._num_ids:,}",
             self._kind,
-            100 * len(matched) / num_known,
+            100 * len(matched) / self._num_ids,
             ours,
             theirs,
             hint,
         )
 
     def _examples(self, matched: pl.Series) -> tuple[str, str, int]:
-        """An id of the interactions that the files lack, and one of the files, alike if any are; how many are alike."""
-        is_matched = np.zeros(self._num_known, bool)
+        """Return an unmatched id of each side, similar ones if possible, and the number of similar ids."""
+        is_matched = np.zeros(self._num_ids, bool)
         is_matched[matched.to_numpy()] = True
-        ours = self._known.filter(~is_matched).head(_MAX_COMPARED)
-        theirs = self._codes.ids()[self._num_known :].head(_MAX_COMPARED)
+        ours = self._ids.filter(~is_matched).head(_MAX_COMPARED)
+        theirs = self._codes.ids()[self._num_ids :].head(_MAX_COMPARED)
         alike = alike_ids(ours.to_list(), theirs.to_list())
         if alike:
             return *alike[0], len(alike)
         if not len(theirs):
-            theirs = self._known.filter(is_matched)
+            theirs = self._ids.filter(is_matched)
         return ours[0], theirs[0] if len(theirs) else "", 0
 
 
 def alike_ids(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
-    """Ids of one side with those of the other that differ from them in what often differs between two files alone:
-    case, zeros and signs between or in front of letters, `.0`."""
+    """Return pairs of ids that differ only in case, leading zeros, punctuation or `.0`."""
     like = {_plain(text): text for text in reversed(theirs)}
     return [(text, like[_plain(text)]) for text in ours if _plain(text) in like]
 
 
 def spelling_hint(ours: str, theirs: str, count: int) -> str:
-    """How two ids that are alike differ, as a sentence for the end of a message; empty for none."""
+    """Return a sentence about the difference between similar ids, for the end of a message; empty if there are none."""
     if not count:
         return ""
     if ours.casefold() == theirs.casefold():
@@ -195,15 +193,15 @@ def spelling_hint(ours: str, theirs: str, count: int) -> str:
     elif ours.casefold().lstrip("0") == theirs.casefold().lstrip("0"):
         what = "leading zeros"
     else:
-        what = "signs, zeros or case"
+        what = "punctuation, zeros or case"
     return (
-        f" {count:,} ids of the two sides differ in {what} alone, such as {ours!r} and {theirs!r}: write them alike in"
-        " both files."
+        f" {count:,} ids of the two sides differ only in {what}, such as {ours!r} and {theirs!r}: write them equally"
+        " in both files."
     )
 
 
 def _plain(name: str) -> str:
-    """An id without what often differs between two files: case, leading zeros, signs, `.0`."""
+    """Normalize an id: without case, leading zeros, punctuation and `.0`."""
     parts = re.findall(r"[^\W\d_]+|\d+", name.casefold().removesuffix(".0"))
     return "".join(part.lstrip("0") for part in parts)
 

@@ -1,12 +1,12 @@
-"""From raw interactions to numbered users and items with a training, validation and test part.
+"""Filter raw interactions, assign rows to users and items, and split into training, validation and test.
 
-Rows are numbered by sorted external id, so that they do not depend on the order of lines in a file. A random split is
-drawn for each user alone, from the recipe's seed and the ids: adding or removing other users moves nothing. Reviews of
-held-out interactions are left out, because they would give the answer away. Users who are held out whole have no row
-and no text; items that nobody else has keep theirs, as items do whose interactions are all held out.
+Rows follow the sorted external ids, so they do not depend on the order of lines in a file. A random split is drawn for
+each user from the recipe's seed and the ids: adding or removing other users does not change it. Reviews of held-out
+interactions are left out, because they would leak the target. Users who are held out whole have no row and no text;
+items that only they have keep theirs, as do items whose interactions are all held out.
 
-Everything is arrays, sorted by user and time once: a hundred million interactions take minutes. Reading is left to
-`sources/`, writing to `writer.py`.
+Everything is arrays, sorted once by user and time: a hundred million interactions take minutes. `sources/` reads,
+`writer.py` writes.
 
 Legend: U users, I items, N interactions.
 """
@@ -33,7 +33,7 @@ from cllm4rec_dist.errors import DataError
 logger = logging.getLogger(__name__)
 
 TRAIN, VALID, TEST, HISTORY = range(4)
-"""Parts of the interactions; the history of a user who is held out whole is neither trained on nor predicted."""
+"""Parts of the interactions; the history of users who are held out whole is neither trained on nor predicted."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Reviews:
     Attributes:
         users: int32 [n] user rows.
         items: int32 [n] item rows.
-        ranks: int64 [positions], place of each text of the store in this order; -1 for one that is left out.
+        ranks: int64 [positions] rank of each position's text in this order; -1 if it is left out.
         store: the texts.
     """
 
@@ -59,8 +59,8 @@ class NewUsers:
 
     Attributes:
         ids: N external ids, sorted.
-        history: int32 item rows of each that a prediction is made from, in time order; one at least.
-        valid, test: those that are to be predicted, of which each user has some in one of the two.
+        history: int32 item rows of each user, in time order: the input of the prediction; at least one.
+        valid, test: int32 item rows to predict; each user has some in one of the two.
     """
 
     ids: pl.Series
@@ -70,9 +70,9 @@ class NewUsers:
 
     @classmethod
     def none(cls) -> Self:
-        """Nobody."""
-        nothing = Ragged.from_lists([])
-        return cls(pl.Series([], dtype=pl.String), nothing, nothing, nothing)
+        """Return no users."""
+        no_lists = Ragged.from_lists([])
+        return cls(pl.Series([], dtype=pl.String), no_lists, no_lists, no_lists)
 
     def __len__(self) -> int:
         """N."""
@@ -81,20 +81,20 @@ class NewUsers:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Numbered users and items; a row is the position in these lists.
+    """Users and items by row, and their interactions by part.
 
     Attributes:
         user_ids: U external ids, sorted.
         item_ids: I external ids, sorted.
-        user_texts: U texts, "" where there is none.
-        item_titles: I titles, "" where there is none.
-        item_descriptions: I descriptions, "" where there is none.
-        item_categories: I categories, "" where there is none; None where the data have no categories.
-        train, valid, test: int32 item rows of each user, in time order (file order where times are unknown); every
-            user has at least one training item.
-        reviews: of training interactions only.
-        log: everything of the raw data that is not here.
-        new_users: users who are held out whole, and are not among the U.
+        user_texts: U texts, "" if missing.
+        item_titles: I titles, "" if missing.
+        item_descriptions: I descriptions, "" if missing.
+        item_categories: I categories, "" if missing; None if the data have no categories.
+        train, valid, test: int32 item rows of each user, in time order (file order if times are unknown); every user
+            has at least one training item.
+        reviews: reviews of training interactions only.
+        log: counts of the raw data that is left out.
+        new_users: users who are held out whole and are not among the U.
     """
 
     user_ids: pl.Series
@@ -122,11 +122,11 @@ class Catalog:
 
 
 def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
-    """Filter, number and split.
+    """Filter, assign rows and split.
 
     Raises:
-        DataError: if a filter leaves nothing, or asks for ratings or a split that the source does not have, or if a
-            split leaves nobody to train on or holds nobody out.
+        DataError: if a filter leaves nothing, or needs ratings or a split that the source does not have, or if a split
+            leaves no user to train on or holds no user out.
     """
     log = raw.log.copy()
     ids = {"user": raw.user_ids, "item": raw.item_ids}
@@ -136,12 +136,12 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
     frame = _core(frame, config.min_user_items, config.min_item_users, raw, log)
     if "part" in frame.columns:
         frame = _with_training(frame, log)
-    users, ids["user"] = _number(frame["user"], ids["user"])
-    items, ids["item"] = _number(frame["item"], ids["item"])
+    users, ids["user"] = _assign_rows(frame["user"], ids["user"])
+    items, ids["item"] = _assign_rows(frame["item"], ids["item"])
     part = _part(frame, users, items, ids, config)
-    users, ids["user"], new_users = _apart(users, items, part, ids["user"])
-    own = [(users >= 0) & (part == p) for p in (TRAIN, VALID, TEST)]
-    parts = [_ragged(users[chosen], items[chosen], len(ids["user"])) for chosen in own]
+    users, ids["user"], new_users = _separate_new_users(users, items, part, ids["user"])
+    masks = [(users >= 0) & (part == p) for p in (TRAIN, VALID, TEST)]
+    parts = [_ragged(users[mask], items[mask], len(ids["user"])) for mask in masks]
     _count_profiles(raw, new_users, log)
     titles = _aligned(raw.items, "item", "title", ids["item"])
     log.skip("item without title", int((titles == "").sum()), len(titles))
@@ -164,7 +164,7 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
 
 
 def _sorted(raw: RawData, ids: dict[str, pl.Series]) -> pl.DataFrame:
-    """Interactions by user, time and position, with ranks of sorted ids instead of codes; sorts `ids` too."""
+    """Sort interactions by user, time and position, and replace codes with ranks of the ids; sorts `ids` in place."""
     frame = raw.interactions
     for kind, names in ids.items():
         order = names.arg_sort().to_numpy()
@@ -172,7 +172,7 @@ def _sorted(raw: RawData, ids: dict[str, pl.Series]) -> pl.DataFrame:
         ranks[order] = np.arange(len(names), dtype=np.uint32)
         ids[kind] = names[order]
         frame = frame.with_columns(pl.Series(kind, ranks[frame[kind].to_numpy()]))
-    # An unknown time counts as the oldest, so that such an interaction is never mistaken for the latest.
+    # A missing time counts as the oldest, so that such an interaction is never held out as the latest.
     oldest = pl.when(pl.col("timestamp").is_nan()).then(-np.inf).otherwise(pl.col("timestamp"))
     frame = frame.with_columns(oldest.alias("timestamp"))
     return frame.sort("user", "timestamp", "position").drop("timestamp")
@@ -181,21 +181,21 @@ def _sorted(raw: RawData, ids: dict[str, pl.Series]) -> pl.DataFrame:
 def _left_out(
     frame: pl.DataFrame, kept: np.ndarray, reason: str, raw: RawData, log: SkipLog, value: str = "rating"
 ) -> pl.DataFrame:
-    """The kept interactions; bool [N]. The others are counted, with the first of them in the files."""
+    """Keep the interactions where `kept`, bool [N], is true; count the others, with the first of them in the files."""
     if not kept.all():
-        gone = frame["position"].to_numpy()[~kept]
-        first = int(gone.min())
+        positions = frame["position"].to_numpy()[~kept]
+        first = int(positions.min())
         row = raw.interactions.row(int(np.searchsorted(raw.interactions["position"].to_numpy(), first)), named=True)
         shown = [raw.user_ids[row["user"]], raw.item_ids[row["item"]]]
         if value in row and row[value] == row[value]:
             shown.append(f"{row[value]:g}")
-        log.skip(reason, len(gone), len(frame), value=" ".join(shown), **raw.origins.find(first))
+        log.skip(reason, len(positions), len(frame), value=" ".join(shown), **raw.origins.find(first))
         frame = frame.filter(pl.Series(kept))
     return frame
 
 
 def _first_of_each_pair(frame: pl.DataFrame, raw: RawData, ids: dict[str, pl.Series], log: SkipLog) -> pl.DataFrame:
-    """The earliest interaction of each user with each item."""
+    """Keep the earliest interaction of each user with each item."""
     pairs = frame["user"].cast(pl.UInt64) * max(1, len(ids["item"])) + frame["item"]
     first = pairs.is_first_distinct().to_numpy()
     frame = _left_out(frame, first, "repeated interaction of a user with an item", raw, log)
@@ -217,7 +217,7 @@ def _above_threshold(frame: pl.DataFrame, threshold: float | None, raw: RawData,
 
 
 def _core(frame: pl.DataFrame, min_user_items: int, min_item_users: int, raw: RawData, log: SkipLog) -> pl.DataFrame:
-    """The largest part in which every user has enough items and every item enough users."""
+    """Keep the largest part in which every user has enough items and every item enough users (k-core)."""
     users, items = frame["user"].to_numpy(), frame["item"].to_numpy()
     kept = np.arange(len(frame))
     while len(kept):
@@ -238,16 +238,16 @@ def _core(frame: pl.DataFrame, min_user_items: int, min_item_users: int, raw: Ra
 
 
 def _with_training(frame: pl.DataFrame, log: SkipLog) -> pl.DataFrame:
-    """Interactions of users that a given split lets train: nothing else can be learnt about them."""
-    able = frame["user"].is_in(frame.filter(pl.col("part") == TRAIN)["user"].unique().implode())
-    log.skip("held-out interaction of a user without training items", int((~able).sum()), len(frame))
-    if not able.any():
-        raise DataError("interactions", "the files of the split", "have no training interaction", "Mend the recipe.")
-    return frame.filter(able)
+    """Keep the interactions of users with training items in a given split."""
+    has_training = frame["user"].is_in(frame.filter(pl.col("part") == TRAIN)["user"].unique().implode())
+    log.skip("held-out interaction of a user without training items", int((~has_training).sum()), len(frame))
+    if not has_training.any():
+        raise DataError("interactions", "the files of the split", "have no training interaction", "Fix the recipe.")
+    return frame.filter(has_training)
 
 
-def _number(ranks: pl.Series, names: pl.Series) -> tuple[np.ndarray, pl.Series]:
-    """Row of each rank among those that are left, int32 [N], and the ids by row."""
+def _assign_rows(ranks: pl.Series, names: pl.Series) -> tuple[np.ndarray, pl.Series]:
+    """Return the row of each rank among the used ones, int32 [N], and the ids by row."""
     values = ranks.to_numpy()
     used = np.zeros(len(names), dtype=bool)
     used[values] = True
@@ -256,7 +256,7 @@ def _number(ranks: pl.Series, names: pl.Series) -> tuple[np.ndarray, pl.Series]:
 
 
 def _hashes(seed: int, kind: str, names: Sequence[str] | pl.Series) -> np.ndarray:
-    """uint64 for each id, the same on every machine and in every process."""
+    """Hash ids to uint64; equal on every machine and in every process."""
     digests = b"".join(hashlib.sha256(f"{seed}/{kind}/{name}".encode()).digest()[:8] for name in names)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
@@ -268,7 +268,7 @@ def _part(
     ids: dict[str, pl.Series],
     config: PrepareConfig,
 ) -> np.ndarray:
-    """Part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
+    """Return the part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
     lengths = np.bincount(users, minlength=len(ids["user"]))
     if isinstance(config.split, GivenSplit) or "part" in frame.columns:
         return _given_part(frame, config)
@@ -287,35 +287,35 @@ def _part(
         drawn = np.arange(len(users))[::-1]
         drawn = drawn[np.argsort(users[drawn], kind="stable")]
         num_valid, num_test = _last_counts(lengths, config.split.num_valid, config.split.num_test)
-    if num_whole := int((num_valid + num_test == 0).sum()):  # they train, so nothing of them is left out
+    if num_whole := int((num_valid + num_test == 0).sum()):  # no information: not counted as left out
         logger.info(
             "%s of %s users have too few items to hold any out: all of theirs are trained on",
             f"{num_whole:,}",
             f"{len(lengths):,}",
         )
-    # Place of each interaction in its user's drawing order: the first ones are the test, the next ones validation.
-    place = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    # Index of each draw among its user's draws: the first ones are test, the next ones validation.
+    within = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     owner = users[drawn]
     part = np.full(len(users), TRAIN, dtype=np.uint8)
-    part[drawn[place < (num_test + num_valid)[owner]]] = VALID
-    part[drawn[place < num_test[owner]]] = TEST
+    part[drawn[within < (num_test + num_valid)[owner]]] = VALID
+    part[drawn[within < num_test[owner]]] = TEST
     part[(part == TRAIN) & (group != TRAIN)[users]] = HISTORY
     return part
 
 
 def _groups(lengths: np.ndarray, names: pl.Series, split: UsersSplit, seed: int) -> np.ndarray:
-    """uint8 [U]: VALID or TEST for users who are held out whole, TRAIN for the others."""
+    """Return uint8 [U]: VALID or TEST for users who are held out whole, TRAIN for the others."""
     draw = _hashes(seed, "new user", names) * 2.0**-64
-    able = lengths >= 3
+    eligible = lengths >= 3
     group = np.full(len(names), TRAIN, dtype=np.uint8)
-    group[able & (draw < split.test_users + split.valid_users)] = VALID
-    group[able & (draw < split.test_users)] = TEST
+    group[eligible & (draw < split.test_users + split.valid_users)] = VALID
+    group[eligible & (draw < split.test_users)] = TEST
     for code, key in ((VALID, "valid_users"), (TEST, "test_users")):
         if getattr(split, key) > 0 and not (group == code).any():
             raise DataError(
                 f"split.{key}",
                 getattr(split, key),
-                f"holds out nobody of the {int(able.sum()):,} users with three or more items",
+                f"holds out none of the {int(eligible.sum()):,} users with three or more items",
                 "Raise it, or write split: {kind: random}.",
             )
     if not (group == TRAIN).any():
@@ -323,22 +323,23 @@ def _groups(lengths: np.ndarray, names: pl.Series, split: UsersSplit, seed: int)
     return group
 
 
-def _apart(
+def _separate_new_users(
     users: np.ndarray, items: np.ndarray, part: np.ndarray, names: pl.Series
 ) -> tuple[np.ndarray, pl.Series, NewUsers]:
-    """Take users who are held out whole from among the others.
+    """Separate users who are held out whole from the others.
 
-    Returns the row of each interaction's user among the others, int32 [N] (-1 for the former), the ids of these rows,
-    and the former.
+    Returns:
+        The row of each interaction's user, int32 [N], -1 if held out whole; the ids of these rows; the users who are
+        held out whole.
     """
     is_new = np.zeros(len(names), dtype=bool)
     is_new[users[part == HISTORY]] = True
     if not is_new.any():
         return users, names, NewUsers.none()
     order = (np.cumsum(is_new) - 1).astype(np.int32)
-    theirs = is_new[users]
+    of_new = is_new[users]
     lists = {
-        name: _ragged(order[users[theirs & (part == p)]], items[theirs & (part == p)], int(is_new.sum()))
+        name: _ragged(order[users[of_new & (part == p)]], items[of_new & (part == p)], int(is_new.sum()))
         for name, p in (("history", HISTORY), ("valid", VALID), ("test", TEST))
     }
     rows = np.where(is_new, -1, np.cumsum(~is_new) - 1).astype(np.int32)
@@ -363,21 +364,24 @@ def _given_part(frame: pl.DataFrame, config: PrepareConfig) -> np.ndarray:
         raise DataError(
             "split.kind",
             config.split.kind,
-            "would undo the split that the data set comes with",
+            "would replace the split of the data set's files",
             "Write split: {kind: given}, or give one file of all interactions.",
         )
     return frame["part"].to_numpy()
 
 
 def _drawn_order(users: np.ndarray, items: np.ndarray, ids: dict[str, pl.Series], seed: int) -> np.ndarray:
-    """Each user's interactions in random order, user by user; int64 [N]."""
+    """Return each user's interactions in random order, user by user; int64 [N]."""
     user_keys, item_keys = _hashes(seed, "user", ids["user"]), _hashes(seed, "item", ids["item"])
     keys = pl.DataFrame({"user": users, "key": mix(mix(user_keys)[users] + item_keys[items])})
     return keys.select(pl.arg_sort_by("user", "key", maintain_order=True)).to_series().to_numpy().astype(np.int64)
 
 
 def _random_counts(lengths: np.ndarray, split: RandomSplit | UsersSplit) -> tuple[np.ndarray, np.ndarray]:
-    """Items to hold out of each user, int64 [U] each: shares rounded half up, one item at least left for training."""
+    """Return the numbers of validation and test items of each user, int64 [U] each.
+
+    Fractions are rounded half up; at least one item is left for training.
+    """
     available = np.where(lengths < 3, 0, lengths - 1)
     num_test = np.minimum(np.floor(lengths * split.test + 0.5).astype(np.int64), available)
     num_valid = np.minimum(np.floor(lengths * split.valid + 0.5).astype(np.int64), available - num_test)
@@ -385,9 +389,9 @@ def _random_counts(lengths: np.ndarray, split: RandomSplit | UsersSplit) -> tupl
 
 
 def _last_counts(lengths: np.ndarray, num_valid: int, num_test: int) -> tuple[np.ndarray, np.ndarray]:
-    """Last items to hold out of each user: all that are asked for, or none where that left nothing to train on."""
-    whole = (lengths >= 3) & (lengths > num_valid + num_test)
-    return whole * num_valid, whole * num_test
+    """Return the numbers of validation and test items of each user; 0 if none would be left to train on."""
+    has_enough = (lengths >= 3) & (lengths > num_valid + num_test)
+    return has_enough * num_valid, has_enough * num_test
 
 
 def _ragged(users: np.ndarray, items: np.ndarray, num_users: int) -> Ragged:
@@ -395,7 +399,7 @@ def _ragged(users: np.ndarray, items: np.ndarray, num_users: int) -> Ragged:
 
 
 def _aligned(table: pl.DataFrame, key: str, column: str, names: pl.Series) -> pl.Series:
-    """Texts in the order of `names`, "" where the table has none."""
+    """Return the texts in the order of `names`, "" if the table has none."""
     left = names.alias(key).to_frame()
     return left.join(table.select(key, column), on=key, how="left", maintain_order="left")[column].fill_null("")
 
@@ -407,6 +411,6 @@ def _reviews(
     log.skip("review of a held-out interaction", int((has_text & ~training).sum()), int(has_text.sum()))
     kept = np.flatnonzero(has_text & training)
     positions = frame["position"].to_numpy()
-    ranks = np.full(store.num_positions, -1, dtype=np.int64)  # also of interactions that were filtered out
+    ranks = np.full(store.num_positions, -1, dtype=np.int64)  # includes interactions that were filtered out
     ranks[positions[kept]] = np.arange(len(kept))
     return Reviews(users[kept], items[kept], ranks, store)

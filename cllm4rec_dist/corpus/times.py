@@ -1,8 +1,8 @@
-"""Times of interactions in whatever form a file has them, as seconds since 1970.
+"""Parse times of interactions in many formats to seconds since 1970.
 
-Numbers are epochs of any unit, told by their size; texts are ISO 8601, RFC 2822, dates with names of months, or what
-`time_format` says. `3/4/2024` is the third of April or the fourth of March: the file itself decides that, where one of
-its days is above 12; a file that does not follows the others of the source.
+Numbers are Unix times whose magnitude decides the unit; texts are ISO 8601, RFC 2822, dates with names of months, or in
+`time_format`. `3/4/2024` is the third of April or the fourth of March: a day above 12 in the same file decides; without
+one the file follows the others of the source.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cllm4rec_dist.corpus.values import column_text, without_missing
 from cllm4rec_dist.errors import DataError
 
 _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
-"""Epochs from so much on are in so many parts of a second: 1e11 seconds would be the year 5138."""
+"""(least value, units per second) of Unix times in ns, us and ms: 1e11 seconds would be the year 5138."""
 _LATEST = 1e11
 _DAY = 86400
 _ZONE = r"(?:\s*(Z|z|UTC|GMT|[+-]\d{2}:?(?:\d{2})?))?"
 _CLOCK = rf"(?:[T ,:]+(\d{{1,2}}):(\d{{2}})(?::(\d{{2}})(?:[.,]\d+)?)?(?:\s*([AaPp]\.?\s?[Mm]\.?))?{_ZONE})?"
-"""Hour, minute, second, half of the day and offset behind a date."""
+"""Hour, minute, second, AM or PM, and offset after a date."""
 _YEAR = r"(\d{4}|\d{2})"
 _WEEKDAY = r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\.?,?\s+)?"
 _ISO = (
@@ -51,9 +51,9 @@ _UNIX_DATE = (
 )
 _HALF = re.compile(r"\d\s*[ap]\.?m\b", re.IGNORECASE)
 _MONTHS = {
-    name: f"{number:02d}"
-    for number in range(1, 13)
-    for name in (calendar.month_name[number].lower(), calendar.month_abbr[number].lower())
+    name: f"{month:02d}"
+    for month in range(1, 13)
+    for name in (calendar.month_name[month].lower(), calendar.month_abbr[month].lower())
 } | {"sept": "09"}
 
 
@@ -62,10 +62,10 @@ class Times:
     """Times of some rows.
 
     Attributes:
-        seconds: float64 [n], NaN where missing, wrong or undecided.
-        wrong: bool [n], a value that is no time.
-        day_first, month_first: float64 [n] seconds of dates like 3/4/2024 in either reading, NaN where it is none; None
-            where there is no such date.
+        seconds: float64 [n], NaN if missing, invalid or ambiguous.
+        wrong: bool [n] mask of invalid values.
+        day_first, month_first: float64 [n] seconds of dates such as 3/4/2024 in each order, NaN if invalid; None if
+            there are no such dates.
     """
 
     seconds: np.ndarray
@@ -75,16 +75,16 @@ class Times:
 
 
 def read_times(values: pl.Series, where: str, time_format: str | None, missing: Sequence[str]) -> Times:
-    """Times of a column of any type.
+    """Parse the times of a column of any type.
 
     Args:
-        values: the column, n rows.
-        where: names file and column, for errors.
-        time_format: format of `strptime` that all texts have, or None.
-        missing: words that stand for a missing time.
+        values: column of n rows.
+        where: file and column, for errors.
+        time_format: `strptime` format of all texts, or None.
+        missing: words for a missing time.
 
     Raises:
-        DataError: for types that are no times.
+        DataError: for types that cannot be times.
     """
     dtype = values.dtype
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
@@ -97,22 +97,22 @@ def read_times(values: pl.Series, where: str, time_format: str | None, missing: 
     if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
         raise DataError(where, str(dtype), "is a type that is no time", "Name a column of times, or none.")
     texts = without_missing(column_text(values, where), missing)
-    given = texts.is_not_null().to_numpy()
+    has_text = texts.is_not_null().to_numpy()
     if time_format is not None:
         seconds = _parse(texts, time_format)
-        return Times(seconds, given & np.isnan(seconds))
-    return _guess(texts, given)
+        return Times(seconds, has_text & np.isnan(seconds))
+    return _guess(texts, has_text)
 
 
-def _guess(texts: pl.Series, given: np.ndarray) -> Times:
+def _guess(texts: pl.Series, has_text: np.ndarray) -> Times:
     seconds = _seconds(texts.cast(pl.Float64, strict=False).fill_null(np.nan).to_numpy())
     seconds[np.abs(seconds) > _LATEST] = np.nan
-    left = np.flatnonzero(np.isnan(seconds) & given)
+    left = np.flatnonzero(np.isnan(seconds) & has_text)
     for parse in (_iso, _year_first, _amazon, _named, _rfc_2822):
         if len(left):
             seconds[left] = parse(texts[left])
             left = left[np.isnan(seconds[left])]
-    wrong = given & np.isnan(seconds)
+    wrong = has_text & np.isnan(seconds)
     if not len(left):
         return Times(seconds, wrong)
     day_first, month_first = np.full((2, len(seconds)), np.nan)
@@ -126,12 +126,12 @@ def _guess(texts: pl.Series, given: np.ndarray) -> Times:
 
 @dataclass(frozen=True)
 class UndecidedDates:
-    """Dates of one file like 3/4/2024, of which nothing says by itself whether the day or the month is first.
+    """Ambiguous dates of one file, such as 3/4/2024, in which the day or the month may be first.
 
     Attributes:
-        positions: int64 [n], of their interactions.
-        day_first, month_first: float64 [n] seconds in either reading, NaN where it is no date.
-        example: text of the first.
+        positions: int64 [n] positions of their interactions.
+        day_first, month_first: float64 [n] seconds in each order, NaN if that is no date.
+        example: text of the first date.
     """
 
     positions: np.ndarray
@@ -141,7 +141,7 @@ class UndecidedDates:
 
     @staticmethod
     def join(parts: Sequence[UndecidedDates]) -> UndecidedDates:
-        """Dates of several parts as one."""
+        """Concatenate the dates of several parts."""
         return UndecidedDates(
             np.concatenate([part.positions for part in parts]),
             np.concatenate([part.day_first for part in parts]),
@@ -151,24 +151,24 @@ class UndecidedDates:
 
     @property
     def is_open(self) -> bool:
-        """All are dates in both readings."""
+        """True if all are dates in both orders."""
         return not np.isnan(self.day_first).any() and not np.isnan(self.month_first).any()
 
     @property
     def order(self) -> Literal["day-first", "month-first"] | None:
-        """The order that they decide themselves; None where no day is above 12, or dates contradict each other."""
+        """Order that the dates decide; None if no day is above 12 or dates contradict each other."""
         only_day, only_month = np.isnan(self.month_first).any(), np.isnan(self.day_first).any()
         if only_day == only_month:
             return None
         return "day-first" if only_day else "month-first"
 
     def refusal(self, where: str) -> DataError:
-        """Error for dates whose order cannot be told."""
+        """Return the error for dates whose order cannot be decided."""
         only_day, only_month = np.isnan(self.month_first).sum(), np.isnan(self.day_first).sum()
         return DataError(
             where,
             self.example,
-            f"may be day-first or month-first: {only_day:,} dates can only be the one, {only_month:,} only the other",
+            f"is ambiguous: {only_day:,} dates can only be day-first, {only_month:,} only month-first",
             "Set time_format in the recipe, for example {!r} or {!r}.".format(
                 *(numeric_formats(self.example) or ("%d/%m/%Y", "%m/%d/%Y %I:%M:%S %p"))
             ),
@@ -176,7 +176,7 @@ class UndecidedDates:
 
 
 def numeric_formats(text: str) -> tuple[str, str] | None:
-    """Formats of `strptime` that a date like 3/4/2024 10:30 has with the day first and with the month first.
+    """Return the `strptime` formats of a date such as 3/4/2024 10:30, day-first and month-first.
 
     Returns None for a text of another form.
     """
@@ -190,21 +190,21 @@ def numeric_formats(text: str) -> tuple[str, str] | None:
 
 
 def far_times(seconds: np.ndarray) -> np.ndarray:
-    """Times that can hardly belong to the others; bool [n], False for NaN.
+    """Return a bool [n] mask of outliers; False for NaN.
 
-    These are times of the first day of 1970, where the others are later, and those that are more than twenty years and
-    ten times the spread of the middle half away from the median.
+    Outliers are times on the first day of 1970 if the median is later, and those farther from the median than both
+    twenty years and ten times the interquartile range.
     """
-    known = seconds[~np.isnan(seconds)]
-    if not len(known):
+    present = seconds[~np.isnan(seconds)]
+    if not len(present):
         return np.zeros(len(seconds), bool)
-    low, median, high = np.percentile(known, [25, 50, 75])
+    low, median, high = np.percentile(present, [25, 50, 75])
     is_epoch = (np.abs(seconds) < _DAY) & (median > 365 * _DAY)
     return is_epoch | (np.abs(seconds - median) > max(20 * 365.25 * _DAY, 10 * (high - low)))
 
 
 def date_text(seconds: float) -> str:
-    """A time as a date for a message, or as the number that it is where no calendar has it."""
+    """Format a time as a date for a message, or as a number if it is out of the calendar's range."""
     try:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
     except (ValueError, OverflowError, OSError):
@@ -212,7 +212,7 @@ def date_text(seconds: float) -> str:
 
 
 def _seconds(numbers: np.ndarray) -> np.ndarray:
-    """Epochs of any unit in seconds."""
+    """Convert Unix times of any unit to seconds."""
     size = np.abs(numbers)
     divisor = np.ones(len(numbers))
     for least, parts in reversed(_UNITS):
@@ -225,18 +225,18 @@ def _epoch(moments: pl.Series) -> np.ndarray:
 
 
 def _parse(texts: pl.Series, time_format: str) -> np.ndarray:
-    """Seconds of texts in a format, NaN for others."""
+    """Parse texts in a format to seconds, NaN for others."""
     time_format = time_format.replace(".%f", "%.f").replace("%f", "%6f")  # fractions of a second as Polars writes them
     for read in (texts.str.to_datetime, texts.str.to_date):
         try:
             return _epoch(read(time_format, strict=False).cast(pl.Datetime("us")))
         except pl.exceptions.PolarsError:
             continue
-    raise DataError("time_format", time_format, "is no format of strptime", "Write for example '%d/%m/%Y %H:%M'.")
+    raise DataError("time_format", time_format, "is not a strptime format", "Write for example '%d/%m/%Y %H:%M'.")
 
 
 def check_time_format(time_format: str) -> str:
-    """The format. ValueError for one by which no time can be read."""
+    """Return the format; ValueError if no time can be parsed with it."""
     moment = datetime(2024, 11, 25, 13, 14, 15, tzinfo=UTC)
     try:
         (seconds,) = _parse(pl.Series([moment.strftime(time_format)]), time_format)
@@ -244,12 +244,12 @@ def check_time_format(time_format: str) -> str:
     except DataError:
         is_read = False
     if not is_read:
-        raise ValueError(f"{time_format!r} is no format of strptime; write for example '%d/%m/%Y %H:%M'")
+        raise ValueError(f"{time_format!r} is not a strptime format; write for example '%d/%m/%Y %H:%M'")
     return time_format
 
 
 def _iso(texts: pl.Series) -> np.ndarray:
-    """ISO 8601: 2024-03-01 or 20240301T100000, with a time behind T or a blank, fractions and an offset or Z."""
+    """Parse ISO 8601: 2024-03-01 or 20240301T100000, with a time after T or a space, fractions, an offset or Z."""
     texts = texts.str.replace(_ISO_BASIC, "${1}-${2}-${3}T${4}:${5}:${6}").str.replace(r"(T\d{2}:\d{2}):($|\D)", "$1$2")
     date, clock, second, fraction, hours, minutes = _groups(texts, _ISO)
     date = pl.select(pl.when(date.str.len_bytes() == 7).then(date + "-01").otherwise(date)).to_series()
@@ -262,7 +262,7 @@ def _iso(texts: pl.Series) -> np.ndarray:
 
 
 def _offset(zones: pl.Series) -> np.ndarray:
-    """Seconds by which zones like +0130, -05:00, Z and UTC are ahead of UTC; zero where there is none."""
+    """Return the UTC offset of zones such as +0130, -05:00, Z and UTC in seconds; zero without a zone."""
     digits = zones.str.extract(r"^[+-](\d{2})", 1).fill_null("0").cast(pl.Float64) * 3600
     minutes = zones.str.extract(r"^[+-]\d{2}:?(\d{2})$", 1).fill_null("0").cast(pl.Float64) * 60
     sign = np.where(zones.str.starts_with("-").fill_null(False).to_numpy(), -1.0, 1.0)
@@ -270,7 +270,7 @@ def _offset(zones: pl.Series) -> np.ndarray:
 
 
 def _from_parts(year: pl.Series, month: pl.Series, day: pl.Series, clock: Sequence[pl.Series]) -> np.ndarray:
-    """Seconds of dates in parts, NaN where they are no dates."""
+    """Convert the parts of dates to seconds, NaN for invalid dates."""
     hour, minute, second, half, zone = clock
     full_year = (
         pl.when(year.str.len_bytes() > 2)
@@ -292,26 +292,26 @@ def _groups(texts: pl.Series, pattern: str) -> list[pl.Series]:
 
 
 def _numeric_dates(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Dates like 3/4/2024 read with the day first and with the month first."""
+    """Parse dates such as 3/4/2024, day-first and month-first."""
     first, second, year, *clock = _groups(texts, _NUMERIC_DATE)
     return _from_parts(year, second, first, clock), _from_parts(year, first, second, clock)
 
 
 def _year_first(texts: pl.Series) -> np.ndarray:
-    """2024/3/1, 2024.03.01 and 2024年3月1日, with a clock of 12 or 24 hours."""
+    """Parse 2024/3/1, 2024.03.01 and 2024年3月1日, with a clock of 12 or 24 hours."""
     texts = texts.str.replace(_CJK_DATE, "$1-$2-$3")
     year, month, day, *clock = _groups(texts, _YEAR_FIRST)
     return _from_parts(year, month, day, clock)
 
 
 def _amazon(texts: pl.Series) -> np.ndarray:
-    """Amazon's reviewTime, `09 13, 2009`."""
+    """Parse Amazon's reviewTime, `09 13, 2009`."""
     month, day, year, *clock = _groups(texts, _AMAZON_DATE)
     return _from_parts(year, month, day, clock)
 
 
 def _named(texts: pl.Series) -> np.ndarray:
-    """Dates with the name of the month."""
+    """Parse dates with the name of the month."""
     seconds = np.full(len(texts), np.nan)
     if not texts.str.contains(r"[A-Za-z]{3}").any():
         return seconds
@@ -319,12 +319,12 @@ def _named(texts: pl.Series) -> np.ndarray:
     for pattern, order in orders.items():
         *date, hour, minute, second, half, zone = _groups(texts, pattern)
         parts = dict(zip(order, date, strict=True))
-        found = _from_parts(parts["y"], _month(parts["m"]), parts["d"], [hour, minute, second, half, zone])
-        seconds = np.where(np.isnan(seconds), found, seconds)
+        parsed = _from_parts(parts["y"], _month(parts["m"]), parts["d"], [hour, minute, second, half, zone])
+        seconds = np.where(np.isnan(seconds), parsed, seconds)
     month, day, hour, minute, second, half, zone, year = _groups(texts, _UNIX_DATE)
-    known = zone.is_null() | zone.str.contains(r"^(UTC|GMT|[+-]\d{4})$")
-    found = _from_parts(year, _month(month), day, [hour, minute, second, half, zone])
-    return np.where(np.isnan(seconds) & known.to_numpy(), found, seconds)
+    has_offset = zone.is_null() | zone.str.contains(r"^(UTC|GMT|[+-]\d{4})$")
+    parsed = _from_parts(year, _month(month), day, [hour, minute, second, half, zone])
+    return np.where(np.isnan(seconds) & has_offset.to_numpy(), parsed, seconds)
 
 
 def _month(names: pl.Series) -> pl.Series:
@@ -332,7 +332,7 @@ def _month(names: pl.Series) -> pl.Series:
 
 
 def _rfc_2822(texts: pl.Series) -> np.ndarray:
-    """RFC 2822: Fri, 01 Mar 2024 10:00:00 +0100."""
+    """Parse RFC 2822: Fri, 01 Mar 2024 10:00:00 +0100."""
     return np.array([_mail_date(text) for text in texts.to_list()], dtype=np.float64)
 
 

@@ -247,7 +247,7 @@ def test_a_given_split_is_kept() -> None:
 
 
 def test_a_split_that_contradicts_the_files_is_refused() -> None:
-    with pytest.raises(DataError, match="would undo the split"):
+    with pytest.raises(DataError, match="would replace the split"):
         build_catalog(with_parts([("u", "a", 0), ("u", "b", 1)]), recipe(split={"kind": "last"}))
     with pytest.raises(DataError, match="needs files of a split"):
         build_catalog(raw_data([("u", "a", None, None, "")]), recipe(split=GIVEN))

@@ -201,7 +201,7 @@ def test_the_recipe_gives_the_format(read: Read, text: str, time_format: str, se
 @pytest.mark.parametrize("time_format", ["%Q", "abc", "%H:%M", ""])
 def test_a_format_by_which_no_time_can_be_read_is_refused(refuse: Refuse, time_format: str) -> None:
     message = refuse({"i.csv": rows("1")}, **table(timestamp="t", time_format=time_format))
-    assert "is no format of strptime" in message
+    assert "is not a strptime format" in message
 
 
 @pytest.mark.parametrize(

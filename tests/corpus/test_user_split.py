@@ -187,7 +187,7 @@ def test_splits_that_leave_nothing_are_refused(split: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"test_users": 1e-9}, "split.test_users.*holds out nobody of the 60 users"),
+        ({"test_users": 1e-9}, "split.test_users.*holds out none of the 60 users"),
         ({"valid_users": 0.98, "test_users": 0.019}, "holds out (all users|nobody)"),
     ],
 )

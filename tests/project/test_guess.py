@@ -341,7 +341,7 @@ def test_a_key_that_stays_open_is_named_by_an_option(tmp_path: Path) -> None:
 def test_ids_that_join_but_for_their_spelling_are_shown(tmp_path: Path) -> None:
     orders = write(tmp_path / "orders.csv", {"customer": USERS, "sku": [f"sku-{item}" for item in ITEMS]})
     items = write(tmp_path / "items.csv", {"Cote": [f"SKU-{key}" for key in CATALOG], "words": NAMES})
-    with pytest.raises(DataError, match=r"In 'Cote' \d+ ids differ in upper and lower case alone, such as 'sku-100'"):
+    with pytest.raises(DataError, match=r"In 'Cote' \d+ ids differ only in upper and lower case, such as 'sku-100'"):
         guess(orders, items)
 
 

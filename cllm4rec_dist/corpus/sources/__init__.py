@@ -1,7 +1,7 @@
 """Readers of raw data, one module for each family of formats.
 
-Every reader turns its files into batches of columns user, item, rating, timestamp and text, and into batches of texts
-about users and items. `corpus/raw.py` and `corpus/about.py` judge what is dirty in them.
+Each reader yields batches with columns user, item, rating, timestamp and text, and batches of texts about users and
+items. `corpus/raw.py` and `corpus/about.py` check their values.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 def read_source(source: SourceConfig) -> RawData:
-    """Read everything that a recipe's source names.
+    """Read all files of a recipe's source.
 
     Raises:
-        DataError: for a missing file or column, a file that cannot be read at all, no interaction left, and, with
+        DataError: for a missing file or column, an unreadable file, no interaction left, and, with
             `on_bad_line: error`, the first line that cannot be read.
     """
     raw = _read(source)

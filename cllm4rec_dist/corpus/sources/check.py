@@ -1,4 +1,4 @@
-"""What can be seen of a recipe's files before they are read: wrong paths, and columns that are not there."""
+"""Fast checks of a recipe's files before they are read: missing paths and columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cllm4rec_dist.filesystems import is_url
 from cllm4rec_dist.suggestions import did_you_mean_path
 
 _LARGE = 32 << 20
-"""Bytes from which on a file's columns are left to its reader: even its first lines take their time."""
+"""Columns of files larger than this many bytes are checked only when they are read: even their first lines are slow."""
 _PATH_FIELDS = (
     "interactions",
     "items",
@@ -32,16 +32,16 @@ _PATH_FIELDS = (
 
 
 def check_source(source: SourceConfig) -> None:
-    """Refuse a source whose files do not exist, or whose tables lack the recipe's columns.
+    """Refuse a source with missing files, or tables without the recipe's columns.
 
     Raises:
-        DataError: names the first path or column that is wrong, with the one that was meant.
+        DataError: for the first wrong path or column, with the closest existing one.
     """
     for field, path in _paths(source):
         is_pattern = any(letter in path for letter in "*?[")
         if is_url(path) or is_pattern or Path(path).exists() or source.format == "recbole":
             continue
-        cure = f"Mend the path in the recipe, or fetch the data.{did_you_mean_path(path)}"
+        cure = f"Fix the path in the recipe, or download the data.{did_you_mean_path(path)}"
         raise DataError(f"source.{field}", path, "does not exist", cure)
     if isinstance(source, TableSource):
         for table, columns in _tables(source):
@@ -60,13 +60,13 @@ def _paths(source: SourceConfig) -> Iterator[tuple[str, str]]:
 
 
 def _tables(source: TableSource) -> Iterator[tuple[TableFile, list[str]]]:
-    """Each table with the columns that it must have."""
+    """Yield each table with its required columns."""
     orders = source.interactions
     names = (orders.user, orders.item, orders.rating, orders.timestamp, orders.text)
     yield orders, [name for name in names if name is not None]
     if source.items is not None:
-        given = source.items.model_dump(include={"item", "title", "category"}).values()
-        yield source.items, [*(name for name in given if name is not None), *source.items.description]
+        columns = source.items.model_dump(include={"item", "title", "category"}).values()
+        yield source.items, [*(name for name in columns if name is not None), *source.items.description]
     if source.users is not None:
         yield source.users, [source.users.user, *source.users.text]
 

@@ -17,19 +17,19 @@ from cllm4rec_dist.errors import DataError
 
 
 def read_parquet(file: RawFile, columns: Sequence[str], log: SkipLog) -> Iterator[Batch]:
-    """The wanted columns of each row, in the file's types; `lines` are row numbers from 1.
+    """Yield the given columns of each row, with the file's types; `lines` are row numbers from 1.
 
     Raises:
-        DataError: for a file that is no Parquet, is damaged, or does not have a column.
+        DataError: if the file is not Parquet, is damaged, or lacks a column.
     """
     with open_binary(file.path) as content:
         if content.read(4) != PARQUET_MAGIC:
-            raise DataError("file", file.path, "is not Parquet", "Mend the path or kind in the recipe.")
+            raise DataError("file", file.path, "is not Parquet", "Fix the path or kind in the recipe.")
         content.seek(0)
         try:
             table = pq.ParquetFile(content if content.seekable() else io.BytesIO(content.read()))
         except (ValueError, OSError, pa.ArrowException) as error:
-            raise DataError("file", file.path, f"is not Parquet ({error})", "Fetch the file again.") from error
+            raise DataError("file", file.path, f"is not Parquet ({error})", "Download the file again.") from error
         in_file = [name for name in columns if name not in file.partition]
         column_indexes(file.path, table.schema_arrow.names, in_file)
         first = 1
@@ -49,20 +49,20 @@ def _batches(table: pq.ParquetFile, columns: list[str], path: str) -> Iterator[p
         try:
             batch = next(batches, None)
             if batch is not None:
-                batch.validate(full=True)  # a text that does not decode
+                batch.validate(full=True)  # detects texts that are not UTF-8
         except (ValueError, OSError, pa.ArrowException) as error:
-            raise DataError("file", path, f"is damaged ({error})", "Fetch the file again.") from error
+            raise DataError("file", path, f"is damaged ({error})", "Download the file again.") from error
         if batch is None:
             return
         yield batch
 
 
 def _frame(batch: pa.RecordBatch, columns: list[str], path: str) -> pl.DataFrame:
-    found = {}
+    series = {}
     for name in columns:
         column = batch.column(name)
         try:
-            found[name] = pl.Series(name, pl.from_arrow(_plain(column)))
+            series[name] = pl.Series(name, pl.from_arrow(_plain(column)))
         except (
             pl.exceptions.PolarsError,
             pl.exceptions.PanicException,
@@ -73,11 +73,11 @@ def _frame(batch: pa.RecordBatch, columns: list[str], path: str) -> pl.DataFrame
             raise DataError(
                 f"{path}: {name}", str(column.type), f"is a type that cannot be read ({error})", "Write it as text."
             ) from error
-    return pl.DataFrame(found)
+    return pl.DataFrame(series)
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """The column in types that Polars reads: no extension types, list views, maps and wide decimals."""
+    """Convert extension types, list views, maps and wide decimals to types that Polars reads."""
     if isinstance(column, pa.UuidArray):
         return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
     if isinstance(column, pa.ExtensionArray):

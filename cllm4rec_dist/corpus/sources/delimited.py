@@ -1,9 +1,8 @@
-"""Delimited text: rows of fields, parsed in blocks of lines by Polars, with every line accounted for.
+"""Read delimited text with Polars in blocks of lines, and account for every line.
 
-Polars parses what is plain: lines that have the right number of fields and whose quotes open and close on the line.
-Which lines these are is found with array operations on a block's bytes. The others are read one by one (`records.py`),
-because this is where a parser silently swallows rows: a quotation mark that opens a field and is closed hundreds of
-lines later.
+Polars parses plain lines: those with the right number of fields whose quotes open and close on the line. Array
+operations on a block's bytes select them. The others are read one by one (`records.py`), because there a parser
+silently loses rows: a quotation mark may open a field that is closed hundreds of lines later.
 """
 
 from __future__ import annotations
@@ -28,41 +27,41 @@ logger = logging.getLogger(__name__)
 _GUESSES = (",", ";", "\t", "|")
 _NEWLINE, _QUOTE = ord("\n"), ord('"')
 _HEADER_LINES = 20
-"""The header is among so many first lines."""
+"""Number of first lines in which to look for the header."""
 _SEPARATOR_LINE = re.compile(rb'"?sep=([^\w\s"]|\t)"?[ ,;\t]*', re.IGNORECASE)
-"""First line of a file that names its separator; an editor may have added empty fields."""
+"""First line that declares the separator; an editor may have added empty fields."""
 
 
 def header_lines(path: str, encoding: str) -> tuple[list[bytes], str | None]:
-    """The first lines that are not blank, the header first, and the separator that the file names itself, if any.
+    """Return the first nonempty lines, the header first, and the separator that the file declares, if any.
 
     Excel reads and writes a first line `sep=;`.
     """
     lines = first_lines(path, encoding, _HEADER_LINES)
-    named = _SEPARATOR_LINE.fullmatch(lines[0]) if lines else None
-    rest = lines if named is None else lines[1:]
-    return [line for line in rest if line.strip()], None if named is None else named[1].decode()
+    match = _SEPARATOR_LINE.fullmatch(lines[0]) if lines else None
+    rest = lines if match is None else lines[1:]
+    return [line for line in rest if line.strip()], None if match is None else match[1].decode()
 
 
-def read_header(file: RawFile, dialect: Dialect, wanted: Sequence[str] = ()) -> tuple[list[str], str]:
-    """Names of a file's columns, and the separator.
+def read_header(file: RawFile, dialect: Dialect, columns: Sequence[str] = ()) -> tuple[list[str], str]:
+    """Read the names of a file's columns, and the separator.
 
     Args:
-        file: the file.
-        dialect: how fields are written.
-        wanted: columns by which an unknown separator is found.
+        file: file to read.
+        dialect: format of fields.
+        columns: required columns, from which an unknown separator is inferred.
     """
     lines, separator = header_lines(file.path, dialect.encoding)
     separator = dialect.separator or separator
     if not lines:
         return list(dialect.names or ()), separator or ","
     candidates = _GUESSES if separator is None else (separator,)
-    headers = {each: LineReader(dialect, each).header(lines) for each in candidates}
+    headers = {candidate: LineReader(dialect, candidate).header(lines) for candidate in candidates}
     if dialect.names is not None:
-        fitting = [each for each, fields in headers.items() if len(fields) == len(dialect.names)]
+        fitting = [candidate for candidate, fields in headers.items() if len(fields) == len(dialect.names)]
         return list(dialect.names), (fitting or candidates)[0]
-    known = set(wanted) - file.partition.keys()
-    fitting = [each for each, fields in headers.items() if known and known <= set(fields)]
+    required = set(columns) - file.partition.keys()
+    fitting = [candidate for candidate, fields in headers.items() if required and required <= set(fields)]
     separator = (fitting or candidates)[0]
     if dialect.separator is None and separator != ",":
         logger.info("%s: fields are separated by %r", file.path, separator)
@@ -72,17 +71,17 @@ def read_header(file: RawFile, dialect: Dialect, wanted: Sequence[str] = ()) -> 
 def read_delimited(
     file: RawFile, columns: Sequence[str], dialect: Dialect, log: SkipLog, numeric: Sequence[str] = ()
 ) -> Iterator[Batch]:
-    """Yield the wanted columns of each row, as texts.
+    """Yield the given columns of each row, as texts.
 
     Args:
-        file: the file.
-        columns: names of the wanted columns.
-        dialect: how fields are written.
+        file: file to read.
+        columns: names of the columns.
+        dialect: format of fields.
         log: counts rows that cannot be read.
-        numeric: columns of numbers or times, that tell a row from a line of text.
+        numeric: columns of numbers or times, which distinguish a row from a line of text.
 
     Raises:
-        DataError: for a column that the file does not have, and for quotes whose meaning cannot be told.
+        DataError: for missing columns and ambiguous quotes.
     """
     dialect = replace(dialect, encoding=resolve_encoding(file.path, dialect.encoding))
     header, separator = read_header(file, dialect, columns)
@@ -108,26 +107,26 @@ def read_delimited(
 
 
 def _without_separator_line(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The blocks with an empty line in place of the first, if that names the separator: lines keep their numbers."""
-    for number, block in enumerate(blocks):
-        line, _, rest = block.partition(b"\n") if number == 0 else (b"", b"", b"")
+    """Replace a first line that declares the separator with an empty line, so that line numbers do not change."""
+    for index, block in enumerate(blocks):
+        line, _, rest = block.partition(b"\n") if index == 0 else (b"", b"", b"")
         yield b"\n" + rest if _SEPARATOR_LINE.fullmatch(line) else block
 
 
 def _first_line_with_text(file: RawFile, dialect: Dialect) -> int:
     lines = first_lines(file.path, dialect.encoding, _HEADER_LINES)
     return next(
-        number
-        for number, line in enumerate(lines, start=1)
-        if line.strip() and not (number == 1 and _SEPARATOR_LINE.fullmatch(line))
+        line_number
+        for line_number, line in enumerate(lines, start=1)
+        if line.strip() and not (line_number == 1 and _SEPARATOR_LINE.fullmatch(line))
     )
 
 
 def _without_headers(batch: Batch, header: list[str], log: SkipLog) -> Batch:
-    """Leave out repeated headers, as in files that were joined."""
+    """Leave out repeated headers, as in concatenated files."""
     names = zip(batch.columns.columns, header, strict=True)
-    same = pl.all_horizontal([pl.col(name).str.strip_chars() == text for name, text in names])
-    repeated = batch.columns.select(same.fill_null(False)).to_series().to_numpy()
+    is_header = pl.all_horizontal([pl.col(name).str.strip_chars() == text for name, text in names])
+    repeated = batch.columns.select(is_header.fill_null(False)).to_series().to_numpy()
     if repeated.any():
         line = int(batch.lines[np.flatnonzero(repeated)[0]])
         log.skip("repeated header", int(repeated.sum()), file=batch.path, line=line, value=", ".join(header))
@@ -140,9 +139,9 @@ class _Block:
     """A block of lines: plain ones for Polars, the others for the line reader.
 
     Args:
-        buffer: whole lines; the last one may lack its end.
-        first_line: number of the first line.
-        is_last: nothing comes behind it.
+        buffer: complete lines; the last one may lack its line end.
+        first_line: line number of the first line.
+        is_last: True for the last block of the file.
     """
 
     def __init__(
@@ -157,9 +156,9 @@ class _Block:
         self._starts = np.concatenate([[0], self._ends[:-1] + 1]) if len(self._ends) else self._ends
 
     def rows(self, indexes: list[int], names: list[str]) -> tuple[pl.DataFrame, np.ndarray, int]:
-        """Wanted fields of all rows, their line numbers, and the number of bytes that were used.
+        """Return the selected fields of all rows, their line numbers, and the number of bytes that were used.
 
-        What is not used begins with a record that goes on behind the block.
+        Unused bytes start with a record that continues after the block.
         """
         plain = np.ones(len(self._ends), dtype=bool)
         self._drop_undecodable(plain)
@@ -200,7 +199,7 @@ class _Block:
             self._log.lose(reason, self._path, line, value)
 
     def _read_special(self, plain: np.ndarray) -> tuple[list[tuple[int, list[bytes]]], int, int]:
-        """Records of lines that are not plain, with line numbers; used bytes; index of the first unused line."""
+        """Read the lines that are not plain: records with line numbers; used bytes; index of the first unused line."""
         records: list[tuple[int, list[bytes]]] = []
         after = 0
         for index in np.flatnonzero(self._reader.is_special(self._bytes, self._starts, self._ends) & plain).tolist():
@@ -219,8 +218,8 @@ class _Block:
         return records, len(self._buffer), len(self._ends)
 
     def _clean(self, plain: np.ndarray) -> tuple[bytes, np.ndarray]:
-        """The plain lines that have the right number of fields, one behind the other, and their numbers."""
-        if self._reader.num_fields == 1:  # an empty line is not a row with an empty field
+        """Concatenate the plain lines with the right number of fields; also return their line numbers."""
+        if self._reader.num_fields == 1:  # an empty line is no row
             plain = plain & [bool(self._line(index).strip()) for index in range(len(plain))]
         kept = self._only(plain)
         counts = _num_fields(kept, ord(self._reader.separator), self._reader.has_quotes)
@@ -244,15 +243,15 @@ class _Block:
 
 
 def _num_fields(lines: bytes, separator: int, has_quotes: bool) -> np.ndarray:
-    """Fields of each line; separators between quotation marks do not count."""
-    found = np.frombuffer(lines, np.uint8)
-    ends = np.flatnonzero(found == _NEWLINE)
+    """Count the fields of each line, ignoring separators between quotation marks."""
+    text = np.frombuffer(lines, np.uint8)
+    ends = np.flatnonzero(text == _NEWLINE)
     if lines and not lines.endswith(b"\n"):
         ends = np.append(ends, len(lines))
-    places = np.flatnonzero(found == separator)
+    separators = np.flatnonzero(text == separator)
     if has_quotes and b'"' in lines:
-        places = places[np.searchsorted(np.flatnonzero(found == _QUOTE), places) % 2 == 0]
-    before = np.searchsorted(places, ends)
+        separators = separators[np.searchsorted(np.flatnonzero(text == _QUOTE), separators) % 2 == 0]
+    before = np.searchsorted(separators, ends)
     return np.diff(before, prepend=0) + 1
 
 
@@ -274,11 +273,11 @@ def _parse(
         )
     except pl.exceptions.PolarsError as error:
         raise DataError(
-            "file", path, f"cannot be read ({error})", "Mend the file, or set quoting in the recipe."
+            "file", path, f"cannot be read ({error})", "Fix the file, or set quoting in the recipe."
         ) from error
     assert len(frame) == num_rows, (path, len(frame), num_rows)
-    place = dict(zip(sorted(set(indexes)), frame.columns, strict=True))
-    return frame.select([pl.col(place[index]).alias(name) for index, name in zip(indexes, names, strict=True)])
+    by_index = dict(zip(sorted(set(indexes)), frame.columns, strict=True))
+    return frame.select([pl.col(by_index[index]).alias(name) for index, name in zip(indexes, names, strict=True)])
 
 
 def _text(field: bytes) -> str:
