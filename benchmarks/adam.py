@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.common import parser, tell_table, write_json
 from cllm4rec_dist.config import HeadConfig
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.model.backbone import Words
+from cllm4rec_dist.model.backbone import FrozenEmbeddings
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer, Storage
 from cllm4rec_dist.model.recommender import Recommender
 
@@ -33,7 +33,7 @@ def ours(num_rows: int, width: int, lazy: bool, storage: Storage) -> tuple[nn.Pa
     head, world = HeadConfig(similarity="dot", item_bias=False), World(0, 1, 0, torch.device("cpu"))
     model = Recommender(
         *counts,
-        Words(*torch.zeros(2, 1, width)),
+        FrozenEmbeddings(*torch.zeros(2, 1, width)),
         head,
         world,
         dropout=0.0,

@@ -31,7 +31,7 @@ from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.distributed.engine import start_world
-from cllm4rec_dist.model.backbone import load_words, lora_settings
+from cllm4rec_dist.model.backbone import load_frozen_embeddings, lora_settings
 from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import System, assemble, init_embeddings
 from tests.documents import Document, documents_of_step
@@ -52,7 +52,7 @@ class Peer(nn.Module):
         self.decoder = get_peft_model(decoder, settings, "collaborative")
         self.decoder.add_adapter("content", settings)
         trained = [p for name, p in self.decoder.named_parameters() if "lora_" in name]
-        words = load_words(folder, torch.float32, torch.device("cpu"))
+        words = load_frozen_embeddings(folder, torch.float32, torch.device("cpu"))
         self.words, self.word_head = words.embedding, words.head
         width, rows = self.words.shape[1], space.num_users + space.num_items
         self.collaborative, self.content = nn.Embedding(rows, width), nn.Embedding(rows, width)

@@ -1,8 +1,8 @@
-"""One training step: the method, in the order of the design.
+"""One training step.
 
     batches -> routes -> embeddings -> forward (one backbone for both LLMs, heads, losses) -> joint clip -> step
 
-One place scales losses, one place clips, one place steps.
+`train_step` is the only function that scales losses and steps, `_clip` the only one that clips.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.distributed.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.system import System
 
-PIECE = 1 << 22
+SQUARE_CHUNK = 1 << 22
 """Entries of a gradient that are squared at a time."""
 TERMS = ("items", "text", "mutual")
-"""Losses of a step: over the catalog, over the vocabulary, between the two sets of rows."""
+"""Loss terms: over the catalog, over the vocabulary, and the mutual regularizer of the embeddings."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global figures of one step.
+    """Losses and counts of one step over all ranks.
 
     Attributes:
-        losses: mean of each term over the step's predictions (or rows), in nats.
+        losses: mean of each term over the step's predictions (or embedding rows), in nats.
         grad_norm: joint norm before clipping.
-        tokens: real tokens read by all ranks.
-        positions: what the backbone computes for them, padding included.
-        accepted: False where the step was left out, because its loss or gradient was bad: nothing has changed then.
+        tokens: tokens of all ranks, without padding.
+        positions: positions that the backbone computes for them, padding included.
+        accepted: False if the step was skipped because of a bad loss or gradient; no weight has changed then.
     """
 
     losses: dict[str, float]
@@ -44,30 +44,30 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """The minimised sum."""
+        """Sum of all terms, which the step minimizes."""
         return sum(self.losses.values())
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak learning rate at `step`, a pure function: nothing to save, nothing to resume."""
+    """Fraction of the peak learning rate at `step`. It has no state to save or resume."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    fallen = done if config.schedule == "linear" else (1 - math.cos(math.pi * min(1.0, done))) / 2
-    return 1 - (1 - config.min_lr_ratio) * fallen
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    decay = progress if config.schedule == "linear" else (1 - math.cos(math.pi * min(1.0, progress))) / 2
+    return 1 - (1 - config.min_lr_ratio) * decay
 
 
 def train_step(
-    system: System, micro_batches: list[MicroBatch], lr_factor: float, largest_loss: float = math.inf
+    system: System, micro_batches: list[MicroBatch], lr_factor: float, max_loss: float = math.inf
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one clipped optimizer step. Collective.
 
     Args:
-        micro_batches: this rank's part of the global batch; all ranks have equally many.
-        lr_factor: share of the peak learning rates.
-        largest_loss: a step with a larger loss, or with one that is not finite, is left out on all ranks alike.
+        micro_batches: this rank's part of the global batch, equally many on all ranks.
+        lr_factor: fraction of the peak learning rates.
+        max_loss: all ranks skip a step with a larger or non-finite loss.
     """
     world, model, optimizer = system.world, system.recommender, system.config.optimizer
     routes = model.route(micro_batches)
@@ -87,12 +87,12 @@ def train_step(
         for term, loss in losses.items():
             sums[TERMS.index(term)] += loss.detach().double()
         if is_last:
-            # One all-reduce brings the joint norm and what the step reports of itself.
-            parts = torch.cat([sums, _complete_gradients(system)[None]])
-            *totals, square = sum_on_host(parts, world, "losses and gradient norm")
-            grad_norm = math.sqrt(square)
+            # One all-reduce for the losses and the joint norm.
+            local_sums = torch.cat([sums, _complete_gradients(system)[None]])
+            *totals, squared_norm = sum_on_host(local_sums, world, "losses and gradient norm")
+            grad_norm = math.sqrt(squared_norm)
             means = {term: total / max(1, counts[term]) for term, total in zip(TERMS, totals, strict=True)}
-            accepted = math.isfinite(grad_norm) and sum(means.values()) <= largest_loss
+            accepted = math.isfinite(grad_norm) and sum(means.values()) <= max_loss
             if accepted:
                 _clip(system, grad_norm)
                 system.embedding_optimizer.step(optimizer.embeddings_lr * lr_factor)
@@ -106,7 +106,7 @@ def train_step(
 
 
 def _global_counts(system: System, batches: list[MicroBatch], num_touched: int) -> dict[str, int]:
-    """What each sum of the step is divided by, and its tokens and positions. One all-reduce of five integers."""
+    """Divisor of each loss sum, and the step's tokens and positions. One all-reduce of five integers."""
     local = {
         "items": sum(len(batch.targets["items"]) for batch in batches),
         "text": sum(len(batch.targets["text"]) for batch in batches if "text" in batch.targets),
@@ -119,13 +119,13 @@ def _global_counts(system: System, batches: list[MicroBatch], num_touched: int) 
 
 
 def _complete_gradients(system: System) -> Tensor:
-    """Make the gradients outside the engine those of the mean, as ZeRO-3 makes its own; this rank's squared norm.
+    """Average the gradients outside the engine over the ranks, as ZeRO-3 does its own; return this rank's squared norm.
 
     Tables hold the gradient of the sum over ranks of losses that carry a factor W, so they are divided by W once.
-    Replicated parameters are all-reduced first, and count on one W-th of each rank.
+    Replicated parameters are all-reduced first; each rank counts one W-th of their squared norm.
     """
     world, model = system.world, system.recommender
-    square = torch.zeros((), dtype=torch.float64, device=world.device)
+    squared_norm = torch.zeros((), dtype=torch.float64, device=world.device)
     replicated = dict(model.replicated_parameters())
     for name, parameter in zip(system.embedding_optimizer.names, system.embedding_optimizer.parameters, strict=True):
         if parameter.grad is None:
@@ -135,20 +135,20 @@ def _complete_gradients(system: System) -> Tensor:
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
         values = _values(parameter.grad).div_(world.size)
-        square += _square(values) / (world.size if name in replicated else 1)
+        squared_norm += _sum_of_squares(values) / (world.size if name in replicated else 1)
     for gradient in system.engine.gradients().values():
-        square += gradient.double().square().sum()
-    return square
+        squared_norm += gradient.double().square().sum()
+    return squared_norm
 
 
-def _square(values: Tensor) -> Tensor:
-    """Sum of squares in fp64, a piece at a time: twice a whole table in fp64 would be the fullest moment of a step."""
-    pieces = values.flatten().split(PIECE)
-    return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """Sum of squares in fp64, in chunks: two fp64 copies of a whole table would be the step's peak of memory."""
+    chunks = values.flatten().split(SQUARE_CHUNK)
+    return torch.stack([chunk.double().square().sum() for chunk in chunks]).sum()
 
 
 def _clip(system: System, norm: float) -> None:
-    """Scale every gradient, in the engine and outside, to a joint norm of at most `max_grad_norm`."""
+    """Scale all gradients, inside and outside of the engine, to a joint norm of at most `max_grad_norm`."""
     factor = system.config.optimizer.max_grad_norm / (norm + 1e-6)
     if factor < 1:
         for parameter in system.embedding_optimizer.parameters:

@@ -1,8 +1,8 @@
-"""A run's parts, put together once: corpus, tokenizer, backbone in its engine, rows, optimizers, fingerprints.
+"""Assembles a run's parts: corpus, tokenizer, backbone in its engine, embedding tables, optimizers, fingerprints.
 
-Training, evaluation and recommendation all work on a system; none builds a model of its own. `assemble` makes one on
-all ranks, `assemble_for_inference` one that only predicts, in one process and without DeepSpeed, whose import alone
-takes longer than a small model's answer.
+Training, evaluation and recommendation all use a system. `assemble` makes one on all ranks. `assemble_for_inference`
+makes one that only predicts, in one process and without DeepSpeed, whose import alone takes longer than a small model's
+prediction.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROMPT_ROOM = 64
-"""Positions kept for the words of a prompt; the longest template has some ten words."""
+"""Positions reserved for the words of a prompt; the longest template has about ten words."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class InferenceSystem:
     """Everything that a prediction needs.
 
     Attributes:
-        fingerprints: of backbone, corpus and tokenizer; a checkpoint carries them.
+        fingerprints: fingerprints of backbone, corpus and tokenizer, which checkpoints store.
     """
 
     config: RunConfig
@@ -69,17 +69,17 @@ class InferenceSystem:
 
 @dataclass(frozen=True)
 class System(InferenceSystem):
-    """Everything that a step needs too."""
+    """An inference system with what a training step needs."""
 
     engine: Engine
     embedding_optimizer: EmbeddingOptimizer
 
 
 def assemble(config: RunConfig, world: World) -> System:
-    """Open the corpus, shard the backbone, make empty tables. Collective.
+    """Open the corpus, shard the backbone, make tables of zeros. Collective.
 
     Raises:
-        ConfigError, CorpusError: where parts do not fit each other.
+        ConfigError, CorpusError: if parts do not fit each other.
     """
     from cllm4rec_dist.distributed.engine import Engine, resolve_settings, sharded_loading  # imports DeepSpeed
 
@@ -96,7 +96,7 @@ def assemble(config: RunConfig, world: World) -> System:
         dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
-    words = backbone.load_words(folder, dtype, world.device, head=content)
+    words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=content)
     recommender = _empty_recommender(config, corpus, words, world, content=content)
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
     adapter_optimizer = torch.optim.AdamW(
@@ -115,22 +115,22 @@ def assemble(config: RunConfig, world: World) -> System:
 
 
 def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
-    """The same as `assemble` for predictions alone, in one process: no DeepSpeed, optimizer or content LLM.
+    """Assemble a system that only predicts, in one process: no DeepSpeed, optimizer or content LLM.
 
-    Of the corpus, the files that predictions read are hashed.
+    Only the corpus files that predictions read are verified.
 
     Args:
-        world: of one rank, whose device holds the whole model.
+        world: one rank, whose device holds the whole model.
 
     Raises:
-        ConfigError, CorpusError: where parts do not fit each other.
+        ConfigError, CorpusError: if parts do not fit each other.
     """
     assert world.size == 1
     corpus = Corpus.open(config.corpus, verify=("users", "items", "interactions", "new_users"))
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
     dtype = DTYPES[config.precision]
-    words = backbone.load_words(folder, dtype, world.device, head=False)
+    words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=False)
     prompts = _prompt_builder(config, corpus, tokenizer, words)
     require_word_embeddings("the prompts", largest_prompt_id(tokenizer), decoder.vocab_size)
     return InferenceSystem(
@@ -147,9 +147,9 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
 
 
 def _empty_recommender(
-    config: RunConfig, corpus: Corpus, words: backbone.Words, world: World, *, content: bool
+    config: RunConfig, corpus: Corpus, words: backbone.FrozenEmbeddings, world: World, *, content: bool
 ) -> Recommender:
-    """Tables and head, all rows zero."""
+    """Make a recommender whose tables are zero."""
     return Recommender(
         config.method.num_user_rows(corpus.num_users),
         corpus.num_items,
@@ -164,7 +164,7 @@ def _empty_recommender(
 
 
 def _prompt_builder(
-    config: RunConfig, corpus: Corpus, tokenizer: WordTokenizer, words: backbone.Words
+    config: RunConfig, corpus: Corpus, tokenizer: WordTokenizer, words: backbone.FrozenEmbeddings
 ) -> PromptBuilder:
     space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
     return PromptBuilder(tokenizer, space, config.method, config.seed)
@@ -181,13 +181,13 @@ def _fingerprints(folder: Path, corpus: Corpus, tokenizer: WordTokenizer) -> dic
 def open_backbone(
     config: RunConfig, corpus: Corpus, *, weights: bool = True
 ) -> tuple[Path, PretrainedConfig, WordTokenizer]:
-    """A backbone's folder, configuration and tokenizer.
+    """Return a backbone's folder, configuration and tokenizer.
 
     Args:
-        weights: fetch those of a hub id; they are not read here.
+        weights: download the weights of a hub id; they are not read here.
 
     Raises:
-        ConfigError, CorpusError: where the backbone cannot be used, or does not fit the run or the corpus.
+        ConfigError, CorpusError: if the backbone cannot be used, or does not fit the run or the corpus.
     """
     folder = backbone.local_folder(config.backbone, weights=weights)
     decoder = backbone.load_config(folder)
@@ -200,39 +200,42 @@ def open_backbone(
             f"is not the backbone's, {tokenizer.fingerprint}",
             "Build the corpus again with this backbone's tokenizer.",
         )
-    positions = backbone.positions(decoder)
+    max_positions = backbone.max_positions(decoder)
     for field, length in (
         ("method.max_history", config.method.max_history),
         (f"{config.corpus}: max_text_tokens", corpus.manifest.preparation.max_text_tokens),
     ):
-        if length + _PROMPT_ROOM > positions:
+        if length + _PROMPT_ROOM > max_positions:
             raise ConfigError(
                 field,
                 length,
-                f"with its prompt passes the backbone's {positions} positions",
-                f"Set it to {positions - _PROMPT_ROOM} or less.",
+                f"with its prompt exceeds the backbone's {max_positions} positions",
+                f"Set it to {max_positions - _PROMPT_ROOM} or less.",
             )
         backbone.require_static_rotary(decoder, field, length, _PROMPT_ROOM)
     return folder, decoder, tokenizer
 
 
 def uses_content(config: RunConfig, corpus: Corpus) -> bool:
-    """True where the run has a content LLM, which needs texts and a language-model head."""
+    """True if the run has a content LLM, which needs texts and a language-model head."""
     return config.batch.texts > 0 and corpus.content.num_examples > 0
 
 
 def require_embeddings(corpus: Corpus, tokenizer: WordTokenizer, num_words: int) -> None:
-    """Refuse a prompt or a text with a token that has no word embedding.
+    """Refuse prompts and texts with a token that has no word embedding.
 
-    Tokens may have been added to a tokenizer without resizing the model. Their ids are those of users here. Texts are
-    read only where the tokenizer has such tokens.
+    A tokenizer may have tokens that were added without resizing the model; their ids would be read as users. Texts are
+    read only if the tokenizer has such tokens.
+
+    Raises:
+        ConfigError: names the token.
     """
     if tokenizer.largest_id < num_words:
         return
     records = (corpus.content.read_record(index, ("offsets", "tokens")) for index in range(len(corpus.content)))
-    in_texts = max((int(record["tokens"].max(initial=-1)) for record in records), default=-1)
+    largest_in_texts = max((int(record["tokens"].max(initial=-1)) for record in records), default=-1)
     require_word_embeddings("the prompts", largest_prompt_id(tokenizer), num_words)
-    require_word_embeddings(f"the texts of {corpus.url}", in_texts, num_words)
+    require_word_embeddings(f"the texts of {corpus.url}", largest_in_texts, num_words)
 
 
 def require_word_embeddings(where: str, token_id: int, num_words: int) -> None:
@@ -247,26 +250,26 @@ def require_word_embeddings(where: str, token_id: int, num_words: int) -> None:
         )
 
 
-def with_deepspeed_at_hand(config: RunConfig) -> RunConfig:
-    """The configuration of a trained run without a DeepSpeed file that is gone: it changes no prediction.
+def without_missing_deepspeed_file(config: RunConfig) -> RunConfig:
+    """Replace a DeepSpeed file that does not exist by the package's, for evaluation and recommendation.
 
-    For evaluation and recommendation alone. Training never falls back: memory and traffic depend on the file.
+    It does not affect predictions. Training never falls back, because memory and traffic depend on the file.
     """
     if config.deepspeed is None or Path(config.deepspeed).is_file():
         return config
-    logger.info("the run's DeepSpeed file %s is not here: using the package's", config.deepspeed)
+    logger.info("the run's DeepSpeed file %s does not exist: using the package's", config.deepspeed)
     return config.model_copy(update={"deepspeed": None})
 
 
 def init_embeddings(system: System) -> None:
-    """Fill the tables for a new run (see `model/embedding_init.py`). Collective; the centre is computed on rank 0."""
+    """Fill the tables of a new run (see `model/embedding_init.py`), from factors computed on rank 0. Collective."""
     config, world, model = system.config, system.world, system.recommender
     scale = model.words.scale
-    centre = None
+    directions = None
     if world.is_main and config.embeddings.init != "prior":
-        logger.info("computing the %s start of %d item rows", config.embeddings.init, system.corpus.num_items)
+        logger.info("computing the %s initialization of %d items", config.embeddings.init, system.corpus.num_items)
         width = model.words.embedding.shape[1]
-        centre = embedding_init.spectral_item_init(
+        directions = embedding_init.spectral_item_init(
             interaction_matrix(system.corpus.split("train"), system.corpus.num_items),
             word_counts(system.corpus, system.prompts.space),
             config.embeddings.init_text_weight,
@@ -276,32 +279,32 @@ def init_embeddings(system: System) -> None:
     if config.embeddings.init == "prior":
         embedding_init.init_prior(model.collaborative.items, scale, world, config.seed, 0)
     else:
-        embedding_init.init_items(model.collaborative.items, centre, scale, world, config.seed)
+        embedding_init.init_items(model.collaborative.items, directions, scale, world, config.seed)
     embedding_init.init_prior(model.collaborative.users, scale, world, config.seed, 1)
     if model.content is not None:
-        for index, (content, own) in enumerate(
+        for index, (content, collaborative) in enumerate(
             [(model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)],
             start=2,
         ):
-            embedding_init.init_content(content, own, config.embeddings, scale, world, config.seed, index)
+            embedding_init.init_content(content, collaborative, config.embeddings, scale, world, config.seed, index)
 
 
 def interaction_matrix(lists: Ragged, num_items: int) -> sp.csr_matrix:
-    """Binary [n, I] matrix of the item rows of n users, fp32."""
+    """Binary matrix [n, I] of n users' items, fp32."""
     ones = np.ones(len(lists.values), dtype=np.float32)
     return sp.csr_matrix((ones, lists.values, lists.offsets), shape=(len(lists), num_items))
 
 
 def word_counts(corpus: Corpus, space: TokenSpace) -> sp.csr_matrix:
-    """How often each word stands in the texts about each item, [I, V] fp32; reviews of the training split included."""
+    """Count how often each word occurs in the texts about each item, reviews of the training split included: [I, V]."""
     items, words = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for index in range(len(corpus.content.record_sizes)):
         record = corpus.content.read_record(index)
         about = np.where(record["kind"] == ContentKind.USER_PROFILE, corpus.num_items, record["items"])
         items.append(np.repeat(about, np.diff(record["offsets"])))
         words.append(record["tokens"].astype(np.int64))
-    rows_, columns = np.concatenate(items), np.concatenate(words)
-    known = rows_ < corpus.num_items
-    ones = np.ones(int(known.sum()), dtype=np.float32)
+    rows, columns = np.concatenate(items), np.concatenate(words)
+    is_item = rows < corpus.num_items
+    ones = np.ones(int(is_item.sum()), dtype=np.float32)
     shape = (corpus.num_items, space.num_words)
-    return sp.coo_matrix((ones, (rows_[known], columns[known])), shape=shape).tocsr()
+    return sp.coo_matrix((ones, (rows[is_item], columns[is_item])), shape=shape).tocsr()

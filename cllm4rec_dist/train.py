@@ -1,8 +1,8 @@
-"""The loop, one for all stages and launchers.
+"""The training loop of all stages and launchers.
 
-A stage is data: `pretrain` and `finetune` differ in the documents that `BatchLoader` makes and in nothing here. The
-loop reads a batch, takes a step (`step.py`), tells about it, and at its times validates and saves. It starts where the
-newest good checkpoint of its output ends, whatever number of ranks wrote it, so to start a run again is to go on.
+`pretrain` and `finetune` differ only in the documents that `BatchLoader` makes. The loop reads a batch, takes a step
+(`step.py`), reports it, and validates and saves when due. It resumes from the newest valid checkpoint of its output, on
+any number of ranks.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MOST_SKIPPED = 20
+_MAX_SKIPPED_IN_A_ROW = 20
 """Bad steps in a row after which a run that skips them stops."""
-_LOCK_SECONDS = 60.0
-"""How long to wait for a dying predecessor to let go of the output."""
+_LOCK_TIMEOUT_SECONDS = 60.0
+"""How long to wait for a previous run that is exiting to release the output."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """Result of a run.
 
     Attributes:
-        state: of the last step.
-        losses: of the last step, by term; empty where there was none left to take.
-        interrupted: whether a signal ended it: saved, and not done.
+        state: state after the last step.
+        losses: loss terms of the last step; empty if no step was left to take.
+        interrupted: True if a signal stopped the run after a checkpoint.
     """
 
     state: RunState
@@ -73,20 +73,20 @@ class TrainResult:
 
 
 def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult:
-    """Train a stage from its newest checkpoint, from `init_from`, or from its start. Collective.
+    """Train a stage from its newest checkpoint, from the weights of `init_from`, or from scratch. Collective.
 
     Raises:
-        FaultError: for a loss that is not finite or explodes.
-        CLLM4RecError: for input that does not fit; nothing that exists is lost.
+        FaultError: for a non-finite or exploding loss.
+        CLLM4RecError: for invalid input; existing files are kept.
     """
     preflight.require_ready(config, writes_output=world.is_main)
     run = Path(config.output).absolute()
-    with _claim(run, world), RunReporter(run, world, config, report) as reporter, GracefulShutdown() as stop:
+    with _lock_output(run, world), RunReporter(run, world, config, report) as reporter, GracefulShutdown() as stop:
         require_agreement({"configuration": zlib.crc32(config.model_dump_json().encode())}, world)
         system = assemble(config, world)
         store = Store(store_url(config))
         state, trained_on, origin = _resume_or_init(system, store)
-        state = _comparable(state, config, world)
+        state = _reset_best_of_other_metric(state, config, world)
         source = BatchLoader(system.corpus, system.prompts, config, world)
         total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
         last_step = state.step if _should_stop_early(config, state) else total_steps
@@ -97,30 +97,30 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
 
         losses: dict[str, float] = {}
         interrupted = False
-        clock = _Clock(config.checkpoint.every_minutes)
+        save_timer = _SaveTimer(config.checkpoint.every_minutes)
         with (
             AuditLog(run, world, config, source, state.step) as audit,
-            _saver(store, system, trained_on) as saver,
+            _open_saver(store, system, trained_on) as saver,
         ):
-            for batch in _watched(world, prefetch(source.make, state.step, last_step)):
+            for batch in _watch_reading(world, prefetch(source.make, state.step, last_step)):
                 started = time.perf_counter()
                 _seed_dropout(config.seed, state.step, world.rank)
                 system.train(True)
                 factor = learning_rate_factor(state.step, total_steps, config.optimizer)
-                result = train_step(system, batch.micro_batches, factor, _largest_loss(state, config.faults))
+                result = train_step(system, batch.micro_batches, factor, _max_loss(state, config.faults))
                 state, losses = _advance(state, result, config.faults, source), result.losses
                 audit.record(state.step - 1, batch, accepted=result.accepted)
                 reporter.step(state, result, factor, time.perf_counter() - started)
-                if _validates(config, state.step, source.steps_per_epoch, total_steps):
+                if _should_validate(config, state.step, source.steps_per_epoch, total_steps):
                     state = _validate(system, state, saver, reporter)
                 reporter.finish_step(state)
-                interrupted, due = _sync_control_flags(system, state, stop.signal_name is not None, clock.is_due())
-                over = interrupted or _should_stop_early(config, state) or state.step == total_steps
-                if over or due or state.step % config.checkpoint.every_steps == 0:
+                interrupted, due = _sync_control_flags(system, state, stop.signal_name is not None, save_timer.is_due())
+                stops = interrupted or _should_stop_early(config, state) or state.step == total_steps
+                if stops or due or state.step % config.checkpoint.every_steps == 0:
                     audit.sync()
                     saver.save(state, STEP)
-                    clock.restart()
-                if over:
+                    save_timer.restart()
+                if stops:
                     break
         reporter.finish(
             state,
@@ -132,18 +132,18 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
 
 
 @contextmanager
-def _claim(run: Path, world: World) -> Iterator[None]:
-    """Make the run's folder and hold it: two runs that write to one place would spoil each other's files."""
+def _lock_output(run: Path, world: World) -> Iterator[None]:
+    """Create the run's folder and lock it, so that two runs do not write to the same output."""
     if not world.is_main:
         yield
         return
     lock = FileLock(run / LOCK_FILE)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=_LOCK_SECONDS)
+        lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS)
     except Timeout:
         raise ConfigError(
-            "output", str(run), "is being written by another run", "Stop that one or choose another output."
+            "output", str(run), "is being written by another run", "Stop that run or choose another output."
         ) from None
     except OSError as error:
         raise ConfigError("output", str(run), f"cannot be written ({error})", "Choose another folder.") from error
@@ -154,8 +154,8 @@ def _claim(run: Path, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def _saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterator[AsyncSaver]:
-    """A saver that has written what it was given before the run ends, also where the run fails."""
+def _open_saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterator[AsyncSaver]:
+    """Open a saver that completes its writes before the run ends, even if the run fails."""
     saver = AsyncSaver(store, system, system.config.checkpoint.keep, trained_on)
     try:
         yield saver
@@ -166,26 +166,27 @@ def _saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterat
 
 
 def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn | None, str]:
-    """Resume, continue from another run's weights, or start the rows.
+    """Resume, load another run's weights, or initialize the embeddings.
 
-    Returns the state, on rank 0 what the model has been trained on, and where it comes from in words.
+    Returns:
+        The state, on rank 0 what the model has been trained on, and a description of where it comes from.
     """
     config = system.config
     names = [*reversed(store.names(STEP))]
     source = store
     if config.resume != "auto":
-        source, wanted = find(config.resume, (STEP,))
-        if names and source.url == store.url and wanted[0] != names[0]:
+        source, requested = find(config.resume, (STEP,))
+        if names and source.url == store.url and requested[0] != names[0]:
             raise CheckpointError(
                 "resume",
                 config.resume,
                 f"is not this run's newest checkpoint, {names[0]}",
-                "Choose another output to go on from it, or remove the newer ones.",
+                "Choose another output to continue from it, or remove the newer ones.",
             )
-        source, names = (store, names) if names else (source, wanted)
+        source, names = (store, names) if names else (source, requested)
     resumed = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
     if resumed is not None:
-        _warn_of_ignored_start(resumed, system)
+        _warn_if_init_from_is_ignored(resumed, system)
         trained_on = leaks.trained_on_by_resumed_run(resumed, system.corpus) if system.world.is_main else None
         return resumed.metadata.run, trained_on, f"resumes {resumed.path}"
     damaged = store.quarantined_names(STEP)
@@ -194,43 +195,45 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
             "checkpoint.dir",
             store.url,
             f"holds no whole checkpoint, but damaged ones ({damaged or names})",
-            "Bring one back from a copy, or choose another output to start anew.",
+            "Restore one from a copy, or choose another output to start from scratch.",
         )
     trained_on = leaks.trained_on_by_new_run(system, config.init_from)
     init_embeddings(system)
-    origin = "from scratch" if config.init_from is None else f"weights of {_start_from(system, config.init_from)}"
+    origin = (
+        "from scratch" if config.init_from is None else f"weights of {_load_initial_weights(system, config.init_from)}"
+    )
     return RunState(), trained_on, origin
 
 
-def _warn_of_ignored_start(resumed: Checkpoint, system: System) -> None:
-    """Say so where the run that goes on has started from other weights than `init_from` now names."""
+def _warn_if_init_from_is_ignored(resumed: Checkpoint, system: System) -> None:
+    """Log a warning if the resumed run started from other weights than `init_from` names."""
     started_from, named = resumed.metadata.config.get("init_from"), system.config.init_from
     if named != started_from and system.world.is_main:
         logger.warning(
-            "init_from=%s is ignored: the run goes on from its own checkpoint, and it started from %s; to start from"
+            "init_from=%s is ignored: the run resumes from its own checkpoint, and it started from %s; to start from"
             " other weights, choose another output",
             named,
             started_from or "no other run",
         )
 
 
-def _start_from(system: System, path: str) -> str:
-    """Take the weights of another run, which may know another catalog or have no shared user; the checkpoint's path."""
-    own = dict(system.fingerprints)
-    corpus = own.pop("corpus")
+def _load_initial_weights(system: System, path: str) -> str:
+    """Load the weights of another run, whose catalog and shared user may differ; return the checkpoint's path."""
+    fingerprints = dict(system.fingerprints)
+    corpus = fingerprints.pop("corpus")
 
     def read(candidate: Checkpoint) -> checkpoint.CheckpointShard | warm_start.WarmStart:
-        checkpoint.require_same_fingerprints(candidate, own)
+        checkpoint.require_same_fingerprints(candidate, fingerprints)
         same_rows = candidate.metadata.has_shared_user == (system.config.method.shared_user_ratio > 0)
         if same_rows and candidate.metadata.fingerprints.get("corpus") == corpus:
             return checkpoint.read(system, candidate, moments=False)
         return warm_start.read(system, candidate)
 
     store, names = find(path)
-    found = checkpoint.load_first_valid(store, names, system.world, read)
-    if found is None:
+    loaded = checkpoint.load_first_valid(store, names, system.world, read)
+    if loaded is None:
         raise CheckpointError("init_from", path, "holds no whole checkpoint", "Use another one.")
-    candidate, contents = found
+    candidate, contents = loaded
     if isinstance(contents, warm_start.WarmStart):
         warm_start.restore(system, contents)
     else:
@@ -239,21 +242,21 @@ def _start_from(system: System, path: str) -> str:
 
 
 def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
-    # Read as a configuration, so that a setting that came later has its default in an older checkpoint.
+    # Validate as a configuration, so that settings newer than the checkpoint get their defaults.
     saved = dict(dotted_items(validate(RunConfig, candidate.metadata.config, candidate.path).model_dump(mode="json")))
-    own = dotted_items(config.model_dump(mode="json"))
-    changed = {key: (saved[key], value) for key, value in own if saved[key] != value and not may_change(key)}
+    current = dotted_items(config.model_dump(mode="json"))
+    changed = {key: (saved[key], value) for key, value in current if saved[key] != value and not may_change(key)}
     if changed:
         raise CheckpointError(
             f"{candidate.path}: configuration",
             changed,
             "differs between the checkpoint (first) and this run (second)",
-            "Go on with the settings of the checkpoint, or choose another output folder.",
+            "Resume with the settings of the checkpoint, or choose another output folder.",
         )
 
 
-class _Clock:
-    """Tells when a checkpoint is due by time; rank 0's is the one that counts."""
+class _SaveTimer:
+    """Time since the last checkpoint; rank 0's decides whether one is due."""
 
     def __init__(self, minutes: float | None) -> None:
         self._seconds = math.inf if minutes is None else 60 * minutes
@@ -267,50 +270,54 @@ class _Clock:
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make dropout inside the backbone and its adapters a function of (seed, step, rank): no state to keep."""
+    """Seed dropout in the backbone and its adapters by (seed, step, rank), so that it has no state to save."""
     torch.manual_seed(int(np.random.SeedSequence([seed, 30, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-def _largest_loss(state: RunState, config: FaultsConfig) -> float:
-    """Above it a loss explodes."""
+def _max_loss(state: RunState, config: FaultsConfig) -> float:
+    """Loss above which a step counts as exploded."""
     return math.inf if state.mean_loss is None else config.loss_spike_factor * max(1.0, state.mean_loss)
 
 
 def _advance(state: RunState, result: StepResult, config: FaultsConfig, source: BatchLoader) -> RunState:
-    """The state after a step; a bad one ends the run or is counted."""
+    """Return the state after a step; count a bad step, or stop the run.
+
+    Raises:
+        FaultError: for a bad step with `faults.on_bad_step=stop`, or after too many of them in a row.
+    """
     step = state.step + 1
     if result.accepted:
         mean = result.loss if state.mean_loss is None else 0.98 * state.mean_loss + 0.02 * result.loss
         return replace(state, step=step, mean_loss=mean, skipped_in_a_row=0)
-    told = {**result.losses, "grad_norm": result.grad_norm}
+    values = {**result.losses, "grad_norm": result.grad_norm}
     where = f"step {state.step} ({source.describe(state.step)})"
-    if config.on_bad_step == "stop" or state.skipped_in_a_row + 1 >= _MOST_SKIPPED:
+    if config.on_bad_step == "stop" or state.skipped_in_a_row + 1 >= _MAX_SKIPPED_IN_A_ROW:
         raise FaultError(
             where,
-            told,
-            f"is not finite or above {_largest_loss(state, config):.4g}",
-            "The weights are those of the step before. Lower the learning rates, look at the batch, or set"
+            values,
+            f"is not finite or above {_max_loss(state, config):.4g}",
+            "The weights are those of the previous step. Lower the learning rates, inspect the batch, or set"
             " faults.on_bad_step=skip.",
         )
-    logger.error("left out %s: %s", where, told)
+    logger.error("skipped %s: %s", where, values)
     return replace(state, step=step, skipped_in_a_row=state.skipped_in_a_row + 1)
 
 
-def _sync_control_flags(system: System, state: RunState, told_to_stop: bool, save_is_due: bool) -> tuple[bool, bool]:
-    """Whether any rank was told to stop, and whether rank 0 finds a checkpoint due. Two small all-gathers.
+def _sync_control_flags(system: System, state: RunState, got_signal: bool, save_is_due: bool) -> tuple[bool, bool]:
+    """Return True if any rank got a signal, and True if a checkpoint is due on rank 0. Two small all-gathers.
 
     Raises:
-        FaultError: where ranks are not at one: from here on they would train different models.
+        FaultError: if ranks disagree; continuing would train diverged replicas.
     """
     replicated = b"".join(p.detach().cpu().numpy().tobytes() for _, p in system.recommender.replicated_parameters())
     must_match = {"step": state.step, "replicated weights": zlib.crc32(replicated)}
     require_agreement(must_match, system.world)
-    told = gather_integers([told_to_stop, save_is_due], system.world)
-    return any(stop for stop, _ in told), bool(told[0][1])
+    flags = gather_integers([got_signal, save_is_due], system.world)
+    return any(signal for signal, _ in flags), bool(flags[0][1])
 
 
-def _watched(world: World, batches: Iterator[T]) -> Iterator[T]:
-    """The same batches, with the watchdog told that this rank is reading."""
+def _watch_reading(world: World, batches: Iterator[T]) -> Iterator[T]:
+    """Yield the batches, and report to the watchdog when this rank waits for one."""
     while True:
         with world.watch.doing("reading a batch"):
             try:
@@ -321,41 +328,41 @@ def _watched(world: World, batches: Iterator[T]) -> Iterator[T]:
 
 
 def _should_stop_early(config: RunConfig, state: RunState) -> bool:
-    """Whether validation has not improved for as long as the run is patient."""
+    """True if the last `early_stopping_patience` validations have not improved the best result."""
     return 0 < config.validation.early_stopping_patience <= state.validations_since_best
 
 
-def _validates(config: RunConfig, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+def _should_validate(config: RunConfig, step: int, steps_per_epoch: int, total_steps: int) -> bool:
     every = config.validation.every_epochs * steps_per_epoch
-    # Before finetuning there is no recommendation prompt to validate.
+    # Pretraining has no recommendation prompt to validate.
     return config.stage == "finetune" and every > 0 and (step % every == 0 or step == total_steps)
 
 
-def _comparable(state: RunState, config: RunConfig, world: World) -> RunState:
-    """The state with its best result only where that is of the metric by which this run chooses its best checkpoint."""
+def _reset_best_of_other_metric(state: RunState, config: RunConfig, world: World) -> RunState:
+    """Drop the best result if it is of another metric than the one that selects this run's best checkpoint."""
     metric = next(iter(config.validation.metrics), None)
     if state.best is None or config.validation.every_epochs == 0 or state.best_metric == metric:
         return state
     if world.is_main:
         logger.warning(
-            "the best result so far, %.4f at step %s, is of %s, and this run chooses by %s: the comparison starts anew,"
-            " and the next validation makes the best checkpoint",
+            "the best result so far, %.4f at step %s, is of %s, but this run selects by %s: the next validation starts"
+            " a new comparison and saves the best checkpoint",
             state.best,
             state.best_step,
-            state.best_metric or "a metric that the checkpoint does not name",
+            state.best_metric or "an unnamed metric",
             metric,
         )
     return replace(state, best=None, best_metric=None, best_step=None, validations_since_best=0)
 
 
 def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunReporter) -> RunState:
-    """Rank the validation items; a better result than any before is kept as the `best` checkpoint."""
+    """Evaluate on the validation items, and save a new best result as the `best` checkpoint. Collective."""
     config = system.config.validation
-    found = topk.evaluate(system, "valid", config.metrics, config.batch_users).result().mean
+    metrics = topk.evaluate(system, "valid", config.metrics, config.batch_users).result().mean
     metric = config.metrics[0]
-    value = found[metric]
+    value = metrics[metric]
     is_best = state.best is None or value > state.best
-    reporter.validation(state, found, is_best=is_best)
+    reporter.validation(state, metrics, is_best=is_best)
     state = replace(state, validated_step=state.step)
     if not is_best:
         return replace(state, validations_since_best=state.validations_since_best + 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
-from cllm4rec_dist.model.backbone import DualBackbone, Words
+from cllm4rec_dist.model.backbone import DualBackbone, FrozenEmbeddings
 from tests.documents import Document
 
 
@@ -26,7 +26,12 @@ class DenseRun:
     """
 
     def __init__(
-        self, config: RunConfig, backbone: DualBackbone, words: Words, space: TokenSpace, rows: dict[str, Tensor]
+        self,
+        config: RunConfig,
+        backbone: DualBackbone,
+        words: FrozenEmbeddings,
+        space: TokenSpace,
+        rows: dict[str, Tensor],
     ) -> None:
         self.config, self.backbone, self.words, self.space = config, backbone, words, space
         self.rows = {name: value.clone().requires_grad_() for name, value in rows.items()}

@@ -16,7 +16,7 @@ from cllm4rec_dist.config import BackboneConfig, RunConfig, StrictModel, load_co
 from cllm4rec_dist.config.renames import BACKBONE_SETTINGS, RUN_SETTINGS
 from cllm4rec_dist.distributed.engine import DEFAULT_SETTINGS, resolve_settings
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
-from cllm4rec_dist.system import with_deepspeed_at_hand
+from cllm4rec_dist.system import without_missing_deepspeed_file
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -197,10 +197,10 @@ def test_the_default_deepspeed_file_is_the_packages_in_any_folder(
 
 def test_evaluation_does_without_a_deepspeed_file_that_is_gone(tmp_path: Path) -> None:
     gone = with_deepspeed(tmp_path / "ds_configs" / "zero3.json")
-    assert with_deepspeed_at_hand(gone).deepspeed is None
+    assert without_missing_deepspeed_file(gone).deepspeed is None
     here = with_deepspeed(deepspeed_file(tmp_path, ZERO3))
-    assert with_deepspeed_at_hand(here) == here
-    assert with_deepspeed_at_hand(load()) == load()
+    assert without_missing_deepspeed_file(here) == here
+    assert without_missing_deepspeed_file(load()) == load()
     with pytest.raises(ConfigError, match="deepspeed"):  # training never does
         resolve_settings(gone)
 

@@ -207,9 +207,9 @@ def facts_of(folder: Path) -> Facts:
     decoder = backbone.load_config(folder)
     tokenizer = WordTokenizer.load(folder)
     fingerprint = backbone.fingerprint(folder)
-    backbone.positions(decoder)
+    backbone.max_positions(decoder)
     backbone.require_weights(folder, decoder)
-    words = backbone.load_words(folder, torch.float32, torch.device("cpu"))
+    words = backbone.load_frozen_embeddings(folder, torch.float32, torch.device("cpu"))
     dual = backbone.load_backbone(folder, AdapterConfig(rank=2), torch.float32, 0)
     return fingerprint, tokenizer.fingerprint, [words.embedding, words.head, *dual.state_dict().values()]
 

@@ -22,7 +22,7 @@ from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.model.backbone import load_backbone, load_words
+from cllm4rec_dist.model.backbone import load_backbone, load_frozen_embeddings
 from cllm4rec_dist.step import learning_rate_factor, train_step
 from cllm4rec_dist.system import System, assemble, init_embeddings
 from tests.documents import documents_of_step
@@ -97,7 +97,7 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
 def dense(config: RunConfig, rows_of: dict[str, Tensor]) -> tuple[DenseRun, list[dict[str, Any]]]:
     folder = Path(config.backbone)
     backbone = load_backbone(folder, config.adapter, torch.float32, config.seed)
-    words = load_words(folder, torch.float32, torch.device("cpu"))
+    words = load_frozen_embeddings(folder, torch.float32, torch.device("cpu"))
     corpus = Corpus.open(config.corpus)
     space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
     prompts = PromptBuilder(WordTokenizer.load(folder), space, config.method, config.seed)

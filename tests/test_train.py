@@ -301,12 +301,12 @@ def test_a_best_value_without_a_name_is_compared_with_nothing(made: Made, tmp_pa
     state = RunState(step=4, best=0.9, best_step=2, validations_since_best=2, validated_step=4)
     config = make_config(made, tmp_path, "finetune", validation={"metrics": ["ndcg@3"]})
     anew = RunState(step=4, validated_step=4)
-    assert train_module._comparable(state, config, alone()) == anew
-    assert train_module._comparable(replace(state, best_metric="recall@3"), config, alone()) == anew
+    assert train_module._reset_best_of_other_metric(state, config, alone()) == anew
+    assert train_module._reset_best_of_other_metric(replace(state, best_metric="recall@3"), config, alone()) == anew
     same = replace(state, best_metric="ndcg@3")
-    assert train_module._comparable(same, config, alone()) == same
+    assert train_module._reset_best_of_other_metric(same, config, alone()) == same
     silent = make_config(made, tmp_path, "finetune", validation={"every_epochs": 0})
-    assert train_module._comparable(same, silent, alone()) == same
+    assert train_module._reset_best_of_other_metric(same, silent, alone()) == same
 
 
 @pytest.mark.slow
@@ -575,7 +575,7 @@ def test_old_checkpoints_go_and_the_best_stays(made: Made, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_runs_do_not_share_an_output(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(train_module, "_LOCK_TIMEOUT_SECONDS", 0.2)
     with FileLock(tmp_path / ".lock"):
         assert "is being written by another run" in run_ranks(1, refused, make_config(made, tmp_path))[0]
 
@@ -603,4 +603,4 @@ def test_texts_longer_than_the_backbone_are_refused(made: Made, tmp_path: Path) 
     corpus = make_corpus(tmp_path / "corpus", make_catalog(), backbone, max_text_tokens=500)
     config = make_config(made, tmp_path / "run").model_copy(update={"corpus": corpus})
     message = run_ranks(1, refused, config)[0]
-    assert "max_text_tokens: 500 with its prompt passes the backbone's 512 positions" in message
+    assert "max_text_tokens: 500 with its prompt exceeds the backbone's 512 positions" in message

@@ -31,7 +31,13 @@ from cllm4rec_dist.evaluation.results import Provenance
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.model.backbone import fingerprint
 from cllm4rec_dist.monitoring.banner import device_name, parameter_counts
-from cllm4rec_dist.system import InferenceSystem, System, assemble, assemble_for_inference, with_deepspeed_at_hand
+from cllm4rec_dist.system import (
+    InferenceSystem,
+    System,
+    assemble,
+    assemble_for_inference,
+    without_missing_deepspeed_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +65,7 @@ def load(
                 from cllm4rec_dist.distributed.engine import start_world  # imports DeepSpeed
 
                 start_world()
-            return assemble(with_deepspeed_at_hand(config), world)
+            return assemble(without_missing_deepspeed_file(config), world)
         return assemble_for_inference(config, world)
 
     return _load(run, world, build, backbone, corpus)
@@ -69,7 +75,7 @@ def load_sharded(
     run: str, world: World, backbone: str | None = None, corpus: str | None = None
 ) -> tuple[System, Checkpoint]:
     """As `load`, with all that training needs, content LLM included, on any number of ranks. Collective."""
-    return _load(run, world, lambda config: assemble(with_deepspeed_at_hand(config), world), backbone, corpus)
+    return _load(run, world, lambda config: assemble(without_missing_deepspeed_file(config), world), backbone, corpus)
 
 
 def load_local(

@@ -1,15 +1,14 @@
-"""The backbone: one decoder that serves both LLMs, and its adapters.
+"""The backbone: one decoder for both LLMs, and its adapters.
 
-`DualBackbone` is the only module that goes into the DeepSpeed engine. It takes embeddings and gives hidden states, for
-the collaborative and the content LLM in ONE pass: the rows of both go through each frozen weight together, and each
-adapter adds its part to its own LLM's rows. So a weight is gathered once for both, products are larger, and no adapter
-ever rests: a ZeRO-3 engine whose adapters take turns between forwards accumulates stale gradients, without a word.
+`DualBackbone` is the only module in the DeepSpeed engine. It maps embeddings to hidden states, for the collaborative
+and the content LLM in one pass: the tokens of both go through each frozen weight together, and each adapter adds its
+update to the tokens of its LLM. So a weight is gathered once for both LLMs, products are larger, and every adapter runs
+in every forward. (A ZeRO-3 engine whose adapters take turns between forwards silently accumulates stale gradients.)
 
-What a backbone's folder holds and whether it can be used is left to `hub.py`, `weights.py`, `pretrained.py` and
-`words.py`, whose functions are at hand here.
+`hub.py`, `weights.py`, `pretrained.py` and `frozen_embeddings.py` read and check a backbone's folder; their functions
+are re-exported here.
 
-Decoders are fed right-padded batches without an attention mask: attention is causal, so no real position ever sees
-the padding behind it.
+Decoders get right-padded batches without an attention mask: attention is causal, so no token sees the padding after it.
 
 Legend: B batch, T tokens, D hidden.
 """
@@ -31,21 +30,21 @@ from transformers.utils import logging as transformers_logging
 
 from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.frozen_embeddings import FrozenEmbeddings, load_frozen_embeddings
 from cllm4rec_dist.model.hub import local_folder
 from cllm4rec_dist.model.pretrained import (
     LORA_TARGETS,
     load_config,
-    outline_decoder,
-    positions,
+    max_positions,
+    meta_decoder,
     require_head,
     require_static_rotary,
     require_targets,
     require_weights,
 )
 from cllm4rec_dist.model.weights import fingerprint, stored_weights
-from cllm4rec_dist.model.words import Words, load_words
 
-if TYPE_CHECKING:  # takes seconds to import, and is needed only where there are adapters
+if TYPE_CHECKING:  # takes seconds to import; only runs with adapters need it
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
@@ -54,15 +53,15 @@ __all__ = [
     "CONTENT",
     "LORA_TARGETS",
     "DualBackbone",
-    "Words",
+    "FrozenEmbeddings",
     "fingerprint",
     "load_backbone",
     "load_config",
-    "load_words",
+    "load_frozen_embeddings",
     "local_folder",
     "lora_settings",
-    "outline_backbone",
-    "positions",
+    "max_positions",
+    "meta_backbone",
     "require_head",
     "require_static_rotary",
     "require_targets",
@@ -73,34 +72,34 @@ __all__ = [
 COLLABORATIVE, CONTENT = "collaborative", "content"
 
 
-class _Boundary:
-    """Before which token of a pass the collaborative LLM's stand, and behind it the content LLM's."""
+class _ContentStart:
+    """Flat index of the content LLM's first token in a pass; the collaborative LLM's tokens are before it."""
 
     def __init__(self) -> None:
-        self.place = 0
+        self.index = 0
 
     @contextmanager
-    def again(self, place: int) -> Iterator[None]:
-        """Inside, the boundary of an earlier pass, whose activations are computed once more."""
-        now, self.place = self.place, place
+    def restored(self, index: int) -> Iterator[None]:
+        """Set the index of an earlier pass while its activations are recomputed."""
+        current, self.index = self.index, index
         try:
             yield
         finally:
-            self.place = now
+            self.index = current
 
 
-def _adapt(layer: LoraLayer, boundary: _Boundary) -> None:
-    """Let a layer of PEFT add each adapter to its own LLM's tokens; PEFT itself runs one adapter over all of them.
+def _adapt(layer: LoraLayer, content_start: _ContentStart) -> None:
+    """Make a PEFT layer apply each adapter to the tokens of its LLM; PEFT itself applies one adapter to all tokens.
 
-    Both updates are one product, [tokens, 2r] @ [2r, out], in which a token has zeros where the other adapter's r
-    columns are: it is added while it is made, where one product an adapter would be joined and added in two more passes
-    over [tokens, out]. Factors are scaled where they are narrow.
+    Both updates are one product, [tokens, 2r] @ [2r, out], in which a token has zeros in the r columns of the other
+    adapter. `addmm` adds it to the base output in the same pass; one product per adapter would need two more passes
+    over [tokens, out]. The scaling is applied to [tokens, r], which is smaller.
     """
     names = (COLLABORATIVE, CONTENT)
 
     def forward(x: Tensor) -> Tensor:
         base = layer.base_layer(x)
-        parts = x.flatten(0, -2).tensor_split([boundary.place])
+        parts = x.flatten(0, -2).tensor_split([content_start.index])
         first, second = (
             layer.lora_A[name](layer.lora_dropout[name](part)) * layer.scaling[name]
             for name, part in zip(names, parts, strict=True)
@@ -113,58 +112,58 @@ def _adapt(layer: LoraLayer, boundary: _Boundary) -> None:
 
 
 class DualBackbone(nn.Module):
-    """One frozen decoder that is the collaborative LLM for some tokens of a pass and the content LLM for the others.
+    """A decoder that is the collaborative LLM for some tokens of a pass and the content LLM for the others.
 
     Args:
         decoder: a Hugging Face decoder without head.
-        dual: True where each LLM has its own adapter.
+        dual: True if each LLM has its own adapter.
     """
 
     def __init__(self, decoder: PreTrainedModel, *, dual: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self._boundary = _Boundary()
+        self._content_start = _ContentStart()
         if dual:
             for layer in _adapted_layers(decoder):
-                _adapt(layer, self._boundary)
+                _adapt(layer, self._content_start)
         if not any(parameter.requires_grad for parameter in decoder.parameters()):
-            # A ZeRO-3 engine that trains nothing refuses to run backward, and rows-only training needs the gradient
-            # of the embeddings. This scalar gives it something to train; it never gets a gradient and stays zero.
+            # A ZeRO-3 engine without trainable parameters refuses to run backward, and training the tables alone needs
+            # the gradient of the input embeddings. This scalar never gets a gradient and stays zero.
             self.anchor = nn.Parameter(torch.zeros(1))
 
-    def forward(self, embeddings: Tensor, positions: Tensor | None, boundary: int) -> Tensor:
-        """Embeddings of packed documents -> hidden states of the same shape, [R, L, D], each document by itself.
+    def forward(self, embeddings: Tensor, positions: Tensor | None, content_start: int) -> Tensor:
+        """Embeddings of packed documents [R, L, D] -> hidden states [R, L, D]. Documents do not attend to each other.
 
         Args:
             embeddings: [R, L, D].
-            positions: int64 [R, L] of each token in its document, which starts where they do not go on by one; a row is
-                one document if left out.
-            boundary: flat place (row * L + column) before which the collaborative LLM's documents stand; the content
-                LLM's stand behind it.
+            positions: int64 [R, L], positions of tokens in their documents; a document starts where they do not
+                increase by one. None makes each row one document.
+            content_start: flat index (row * L + column) of the content LLM's first document; the collaborative LLM's
+                documents are before it.
         """
-        self._boundary.place = boundary
+        self._content_start.index = content_start
         shape = embeddings.shape
         if positions is not None and self.decoder.config._attn_implementation == "flash_attention_2":
-            # It finds the documents of one row only, and takes several rows for one document each.
+            # It detects packed documents in a batch of one row only.
             embeddings, positions = embeddings.flatten(0, 1)[None], positions.flatten()[None]
-        found = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        return found.last_hidden_state.view(shape)
+        output = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        return output.last_hidden_state.view(shape)
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep only layer inputs and recompute the rest in backward, with the boundary of that forward."""
+        """Keep only layer inputs and recompute the rest in backward, with the `content_start` of that forward."""
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._boundary.again(self._boundary.place)
+            return nullcontext(), self._content_start.restored(self._content_start.index)
 
         self.decoder.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
         )
 
     def train(self, mode: bool = True) -> DualBackbone:
-        """Switch dropout on or off. 4-bit layers, which have none, always train.
+        """Switch dropout on or off. 4-bit layers, which have no dropout, always stay in training mode.
 
-        Where they do not, bitsandbytes repacks their weights in place at the first forward without gradients on some
-        CPUs, and training that goes on from there is wrong without a word.
+        In evaluation mode bitsandbytes repacks their weights in place on some CPUs, and later training steps are
+        silently wrong.
         """
         super().train(mode)
         for module in self.modules():
@@ -182,13 +181,13 @@ class DualBackbone(nn.Module):
 def _adapted_layers(decoder: nn.Module) -> list[LoraLayer]:
     from peft.tuners.lora import LoraLayer
 
-    found: list[LoraLayer] = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
-    assert found, "the decoder has no adapters"
-    return found
+    layers: list[LoraLayer] = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
+    assert layers, "the decoder has no adapters"
+    return layers
 
 
 def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:
-    """PEFT's settings of one adapter."""
+    """PEFT configuration of one adapter."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -205,28 +204,28 @@ def load_backbone(
 ) -> DualBackbone:
     """Build the decoder with its adapters.
 
-    Call it inside `engine.sharded_loading`, which makes ZeRO-3 shard the weights while they are read. Attention is
-    flash-attn where it can be imported on a GPU, else torch's SDPA.
+    Call it inside `engine.sharded_loading`, so that ZeRO-3 shards the weights while they are read. Attention is
+    flash-attn for bf16 on a GPU if it is installed, else torch's SDPA.
 
     Args:
-        dtype: of the frozen weights and the adapters (DeepSpeed keeps an fp32 master of what is trained).
-        seed: of the adapters' start; the same on every rank.
-        quantization: of the frozen linear layers, `none` or `nf4` (QLoRA). ZeRO-3 shards the packed weights, but each
+        dtype: dtype of frozen weights and adapters (DeepSpeed keeps fp32 masters of trained parameters).
+        seed: seed of the adapters' initialization, equal on all ranks.
+        quantization: `none` or `nf4` (QLoRA), for the frozen linear layers. ZeRO-3 shards the packed weights, but each
             rank first loads all of them.
     """
     return _adapted(_load_decoder(folder, dtype, quantization), adapter, dtype, seed)
 
 
-def outline_backbone(config: PretrainedConfig, adapter: AdapterConfig, dtype: torch.dtype) -> DualBackbone:
-    """The same module as `load_backbone` makes, on the meta device: every shape and no value, whatever its size."""
-    decoder = outline_decoder(config, dtype=dtype, attn_implementation=_attention(dtype))
+def meta_backbone(config: PretrainedConfig, adapter: AdapterConfig, dtype: torch.dtype) -> DualBackbone:
+    """Build the module of `load_backbone` on the meta device: shapes without values."""
+    decoder = meta_decoder(config, dtype=dtype, attn_implementation=_attention(dtype))
     with torch.device("meta"):
         return _adapted(decoder, adapter, dtype, seed=0)
 
 
 def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtype, seed: int) -> DualBackbone:
-    """The decoder for both LLMs; only what `adapter.kind` names asks for gradients."""
-    # Words enter as embeddings; an embedding layer here would be a weight that ZeRO-3 carries for nothing.
+    """Add the adapters to a decoder; only the parameters that `adapter.kind` selects require gradients."""
+    # The inputs are embeddings already, so that an embedding layer would be a useless weight in the engine.
     decoder.set_input_embeddings(nn.Identity())
     decoder.requires_grad_(adapter.kind == "full")
     if adapter.kind == "lora":
@@ -235,7 +234,7 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
         torch.manual_seed(seed)
         settings = lora_settings(adapter, decoder.config.model_type)
         with warnings.catch_warnings():
-            # PEFT wonders at a second adapter; two are the point.
+            # PEFT warns about a second adapter, which is intended.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             try:
                 for name in (COLLABORATIVE, CONTENT):
@@ -245,7 +244,7 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
                     "adapter.targets",
                     settings.target_modules,
                     f"do not fit the backbone ({error})",
-                    "Name linear layers that it has, or leave them out.",
+                    "Name linear layers of the backbone, or leave adapter.targets out.",
                 ) from error
         for name, parameter in decoder.named_parameters():
             if "lora_" in name:
@@ -255,7 +254,7 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
 
 
 def _load_decoder(folder: Path, dtype: torch.dtype, quantization: str) -> PreTrainedModel:
-    """The decoder without its head."""
+    """Load the decoder without its head."""
     config = load_config(folder)
     settings = None if quantization == "none" else _nf4(dtype)
     try:
@@ -278,7 +277,7 @@ def _load_decoder(folder: Path, dtype: torch.dtype, quantization: str) -> PreTra
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Inside, transformers shows no bar, which every rank would draw into its log."""
+    """Hide transformers' progress bar, which every rank would write to its log."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -289,7 +288,7 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's: NF4 with quantized scales, packed into `dtype` because ZeRO-3 shards weights of one dtype."""
+    """QLoRA configuration: NF4 with quantized scales, stored as `dtype` because ZeRO-3 shards weights of one dtype."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "quantization", "nf4", "needs bitsandbytes, which is not installed", "pip install -e '.[qlora]'"

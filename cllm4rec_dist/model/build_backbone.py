@@ -1,7 +1,7 @@
-"""A small decoder from a config, with a tokenizer trained on the texts at hand.
+"""A small decoder with random weights, and a tokenizer trained on given texts.
 
-For demos, tests and data sets too small for a pretrained backbone. Its weights are random, so it is trained whole
-(`adapter.kind: full`); everything else is as with a pretrained one, which is a folder of the same form.
+For demos, tests and data sets too small for a pretrained backbone. All of its weights are trained
+(`adapter.kind: full`). Its folder has the format of a pretrained backbone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROTARY = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
 
 def train_tokenizer(texts: Iterable[str], num_words: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `num_words` words: it has a code for any text in any script."""
+    """Train a byte-level BPE tokenizer of at most `num_words` tokens, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], num_words: int) -> PreTrainedTokenizer
 
 
 def decoder_config(config: BackboneConfig, num_words: int) -> PretrainedConfig:
-    """Hugging Face configuration of the decoder that `config` describes."""
+    """Hugging Face configuration of the decoder."""
     if config.family == "gpt2":
         return GPT2Config(
             vocab_size=num_words,
@@ -76,7 +76,7 @@ def decoder_config(config: BackboneConfig, num_words: int) -> PretrainedConfig:
 
 
 def build_backbone(config: BackboneConfig, texts: Iterable[str], folder: Path) -> int:
-    """Write tokenizer and random decoder to `folder`; returns the number of parameters."""
+    """Write a tokenizer and a random decoder to `folder`; return the number of parameters."""
     tokenizer = train_tokenizer(texts, config.vocab_size)
     torch.manual_seed(config.seed)
     decoder = AutoModelForCausalLM.from_config(decoder_config(config, len(tokenizer)), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Dtypes of the configuration's precisions."""
+"""Torch dtypes by their names in the configuration."""
 
 import torch
 

@@ -1,11 +1,11 @@
-"""Adam for the parameters outside the engine: dense, or lazy for tables that are only looked up.
+"""Adam for the parameters outside the engine, with dense or sparse updates.
 
-A dense gradient moves every row, in blocks of rows; a sparse one moves the rows of the step alone, which are gathered,
-stepped and put back (torch's SparseAdam passes more often over them). Both use torch's fused AdamW. Nothing
-decays: rows have their priors instead.
+A dense gradient updates all rows, in blocks. A sparse gradient updates only its rows, which are gathered, stepped and
+written back (torch's SparseAdam makes more passes over them). Both use torch's fused AdamW without weight decay, since
+the rows have priors.
 
-Moments live where the rows do, as fp32, as 8 bits by bitsandbytes, or in host memory. Whatever they are, they are saved
-and restored as fp32.
+Moments are kept in fp32 or in 8 bits (bitsandbytes) on the device of the rows, or in fp32 in host memory. They are
+always saved and restored in fp32.
 
 Legend: R local rows, D width, k rows of a step.
 """
@@ -25,23 +25,23 @@ from cllm4rec_dist.model.recommender import Recommender
 
 Storage = Literal["fp32", "int8", "cpu"]
 Rows = slice | Tensor
-"""Consecutive rows, or an index of distinct ones, int64 [k]."""
+"""Consecutive rows, or an index of distinct rows, int64 [k]."""
 _BLOCK_ENTRIES = 1 << 22
-"""Entries of a dense parameter stepped at a time: bounds what is unpacked or copied to the host."""
-_SCALED_TOGETHER = (256, 128, 64)
-"""Neighbouring entries of a row that may share a scale; blocks must not cross rows, which are stepped alone."""
+"""Entries of a dense parameter stepped at a time; limits what is dequantized or copied to the host."""
+_QUANTIZATION_BLOCKS = (256, 128, 64)
+"""Block sizes of 8-bit moments; a block must not cross rows, which may be stepped separately."""
 
 
 class EmbeddingOptimizer:
-    """Steps the rows and the head of a `Recommender`; gradients must be complete, clipped and coalesced.
+    """Steps the tables and the head of a `Recommender`; gradients must be complete, clipped and coalesced.
 
     Args:
-        model: whose sharded and replicated parameters are trained.
-        betas: Adam's moments.
-        storage: of the moments.
+        model: its sharded and replicated parameters are trained.
+        betas: Adam's decay rates.
+        storage: `fp32`, `int8`, or `cpu` (fp32 in host memory), of the moments.
 
     Raises:
-        ConfigError: where 8 bits cannot be had.
+        ConfigError: if 8-bit moments are not possible.
     """
 
     def __init__(self, model: Recommender, betas: tuple[float, float], storage: Storage = "fp32") -> None:
@@ -51,12 +51,12 @@ class EmbeddingOptimizer:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Everything stepped here."""
+        """Parameters that this optimizer steps."""
         return [parameter for _, parameter in self._named]
 
     @property
     def names(self) -> list[str]:
-        """Their names, in the same order."""
+        """Names of `parameters`, in the same order."""
         return [name for name, _ in self._named]
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class EmbeddingOptimizer:
             for rows, gradient in _parts(parameter.grad):
                 self._update(_as_rows(parameter), rows, gradient, moments, lr)
             moments.steps += 1
-            # The fused kernel does not tell autograd of its writing, and `tables.lookup` asks.
+            # The fused kernel does not increment the version, which `PendingLookup.wait` checks.
             torch.autograd.graph.increment_version(parameter)
         self.discard()
 
@@ -98,21 +98,21 @@ class EmbeddingOptimizer:
             _write(weights, rows, part.to(weights.device))
 
     def discard(self) -> None:
-        """Drop the gradients of a step that is left out."""
+        """Drop all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """By parameter name: `exp_avg` and `exp_avg_sq` in the parameter's shape, fp32, and `step` as a scalar."""
-        found: dict[str, dict[str, Tensor]] = {}
+        """State by parameter name: `exp_avg` and `exp_avg_sq`, fp32 in the parameter's shape, and `step`, a scalar."""
+        states: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._named:
             moments = self._moments[name]
             first, second = (value.view(parameter.shape) for value in moments.whole())
-            found[name] = {"exp_avg": first, "exp_avg_sq": second, "step": torch.tensor(float(moments.steps))}
-        return found
+            states[name] = {"exp_avg": first, "exp_avg_sq": second, "step": torch.tensor(float(moments.steps))}
+        return states
 
     def load_state(self, states: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what `state` gave; a parameter without state starts anew."""
+        """Restore the result of `state`; a parameter without state starts from zero."""
         for name, parameter in self._named:
             moments, state = self._moments[name], states.get(name)
             zero = torch.zeros_like(parameter.detach())
@@ -122,12 +122,12 @@ class EmbeddingOptimizer:
 
 
 def _as_rows(parameter: Tensor) -> Tensor:
-    """A view of [R, D] or [R]."""
+    """View a parameter as [R, D] or [R]."""
     return parameter.detach().view(-1) if parameter.dim() == 0 else parameter.detach()
 
 
 def _parts(gradient: Tensor) -> Iterator[tuple[Rows, Tensor]]:
-    """Rows to step together, and their gradients."""
+    """Yield rows that are stepped together, and their gradients."""
     if gradient.is_sparse:
         if gradient._nnz():
             yield gradient.indices()[0], gradient.values()
@@ -136,7 +136,7 @@ def _parts(gradient: Tensor) -> Iterator[tuple[Rows, Tensor]]:
 
 
 def _read(values: Tensor, rows: Rows) -> Tensor:
-    """A view of consecutive rows, a copy of others, where `values` are."""
+    """Rows of `values`: a view if they are consecutive, else a copy on the same device."""
     return values[rows] if isinstance(rows, slice) else values.index_select(0, rows.to(values.device))
 
 
@@ -148,26 +148,26 @@ def _write(values: Tensor, rows: Rows, new: Tensor) -> None:
 
 
 def _blocks(values: Tensor) -> Iterator[slice]:
-    """Consecutive rows, a bounded number of entries at a time."""
+    """Yield blocks of consecutive rows with a bounded number of entries."""
     size = max(1, _BLOCK_ENTRIES // max(1, values[:1].numel()))
     yield from (slice(start, start + size) for start in range(0, len(values), size))
 
 
 def _make_moments(weights: Tensor, storage: Storage) -> _Moments:
-    if storage == "int8" and weights.dim() == 2 and weights.shape[1] > 1:  # biases are not worth it
+    if storage == "int8" and weights.dim() == 2 and weights.shape[1] > 1:  # a bias is too small to pack
         return _PackedMoments(weights)
     return _Moments(weights, torch.device("cpu") if storage == "cpu" else weights.device)
 
 
 class _Moments:
-    """Adam's two moments of a parameter as fp32.
+    """Adam's two moments of a parameter in fp32.
 
     Args:
-        weights: [R, D] or [R] that they belong to.
-        device: where they live and a step is computed.
+        weights: [R, D] or [R], the parameter.
+        device: holds the moments and computes the steps.
 
     Attributes:
-        steps: taken so far.
+        steps: steps taken so far.
     """
 
     def __init__(self, weights: Tensor, device: torch.device) -> None:
@@ -175,58 +175,58 @@ class _Moments:
         self._first, self._second = (torch.zeros(weights.shape, device=device) for _ in range(2))
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Moments of some rows; views of consecutive ones."""
+        """Moments of some rows; views if the rows are consecutive."""
         return _read(self._first, rows), _read(self._second, rows)
 
     def write(self, rows: Rows, first: Tensor, second: Tensor) -> None:
-        """Put back what was read and has changed."""
+        """Write back moments that `read` returned and a step has changed."""
         if isinstance(rows, Tensor):
             _write(self._first, rows, first)
             _write(self._second, rows, second)
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Both, of all rows."""
+        """Both moments of all rows."""
         return self._first, self._second
 
     def fill(self, first: Tensor, second: Tensor) -> None:
-        """Overwrite both."""
+        """Overwrite both moments."""
         self._first.copy_(first)
         self._second.copy_(second)
 
 
 class _PackedMoments(_Moments):
-    """The same in 8 bits an entry: block-wise dynamic quantization (Dettmers et al., arXiv 2110.02861) by bitsandbytes.
+    """Moments in 8 bits: block-wise dynamic quantization (Dettmers et al., arXiv 2110.02861) by bitsandbytes.
 
-    What is packed of the second moment is its root, which has the range of the first one: small entries of either get
-    lost at the same size (on CPUs below some 3e-5 of the largest that shares their scale), and no row moves by a first
-    moment over a second one of zero. The ends of the code are 1 and
-    -1 (bitsandbytes' own has -0.993), so that the largest of the entries that share a scale is kept exactly. The others
-    are kept to about 1 %; packing once more what was unpacked, after a resume, moves none by more than 1e-4 of it.
+    The second moment is stored as its square root, which has the range of the first moment: small entries of both
+    underflow at the same size (on CPUs below about 3e-5 of their block's maximum), so that no update divides a first
+    moment by a second moment of zero. The code ends at 1 and -1 (-0.993 in bitsandbytes), so that a block's largest
+    entry is exact. The others have an error of about 1 %. Packing the unpacked values again, after a resume, changes
+    an entry by at most 1e-4 of it.
     """
 
     def __init__(self, weights: Tensor) -> None:
         self.device, self.steps = weights.device, 0
         self._bnb = _bitsandbytes()
         width = weights.shape[1]
-        self._scaled_together = next((size for size in _SCALED_TOGETHER if width % size == 0), 0)
-        if not self._scaled_together:
+        self._block_size = next((size for size in _QUANTIZATION_BLOCKS if width % size == 0), 0)
+        if not self._block_size:
             raise ConfigError(
                 "optimizer.embeddings_state",
                 "int8",
-                f"needs rows of a multiple of 64 entries, which {width} is not",
+                f"needs a hidden size that is a multiple of 64, not {width}",
                 "Use fp32 or cpu, or another backbone.",
             )
         signed = self._bnb.create_dynamic_map(signed=True)
         signed[0] = -1.0
         self._maps = [signed.to(self.device), self._bnb.create_dynamic_map(signed=False).to(self.device)]
         self._codes = [torch.zeros(weights.shape, dtype=torch.uint8, device=self.device) for _ in self._maps]
-        num_scales = width // self._scaled_together
+        num_scales = width // self._block_size
         self._scales = [torch.zeros(len(weights), num_scales, device=self.device) for _ in self._maps]
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         first, root = (
             self._bnb.dequantize_blockwise(
-                _read(codes, rows), absmax=_read(scales, rows).flatten(), code=code, blocksize=self._scaled_together
+                _read(codes, rows), absmax=_read(scales, rows).flatten(), code=code, blocksize=self._block_size
             )
             for codes, scales, code in zip(self._codes, self._scales, self._maps, strict=True)
         )
@@ -235,15 +235,15 @@ class _PackedMoments(_Moments):
     def write(self, rows: Rows, first: Tensor, second: Tensor) -> None:
         pairs = zip(self._codes, self._scales, self._maps, (first, second.sqrt()), strict=True)
         for codes, scales, code, values in pairs:
-            packed, state = self._bnb.quantize_blockwise(values, code=code, blocksize=self._scaled_together)
+            packed, state = self._bnb.quantize_blockwise(values, code=code, blocksize=self._block_size)
             _write(codes, rows, packed)
             _write(scales, rows, state.absmax.view(len(values), -1))
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Both, of all rows, on the host."""
+        """Both moments of all rows, on the host."""
         parts = [tuple(value.cpu() for value in self.read(rows)) for rows in _blocks(self._codes[0])]
         empty = torch.zeros(0, self._codes[0].shape[1])
-        first, second = (torch.cat([empty, *(part[number] for part in parts)]) for number in range(2))
+        first, second = (torch.cat([empty, *(part[index] for part in parts)]) for index in range(2))
         return first, second
 
     def fill(self, first: Tensor, second: Tensor) -> None:
@@ -258,6 +258,6 @@ def _bitsandbytes() -> Any:
         raise ConfigError(
             "optimizer.embeddings_state",
             "int8",
-            f"needs bitsandbytes, which is not there ({error})",
+            f"needs bitsandbytes, which cannot be imported ({error})",
             "Install it with pip install 'cllm4rec_dist[qlora]', or use fp32 or cpu.",
         ) from error

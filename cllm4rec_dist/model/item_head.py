@@ -1,4 +1,4 @@
-"""The item head: queries from hidden states, and the item rows that they are multiplied with."""
+"""The item head: queries from hidden states, and the output weight from the item table."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from cllm4rec_dist.distributed.topology import World
 
 
 class ItemHead(nn.Module):
-    """Queries from hidden states and the softmax operand from the tied item rows.
+    """Computes queries from hidden states, and the output weight from the tied item rows.
 
-    Forms, as options of the method (`HeadConfig`): `dot` is the paper's tied head. `cosine` compares directions with a
-    learned temperature. `item_bias` adds a popularity term per item. `pool_residual` adds the direction of the sum of
-    the item rows read so far to the hidden state.
+    `similarity: dot` is the paper's tied head, `cosine` has a learned temperature. `item_bias` adds a popularity term
+    per item. `pool_residual` adds the normalized sum of the item rows read so far to the hidden state.
 
     Args:
-        local_items: rows of this rank, for the bias.
+        local_items: number of this rank's item rows, for the bias.
         similarity, temperature, item_bias, pool_residual: see `HeadConfig`.
 
     Attributes:
-        log_temperature: replicated scalar (cosine only): its gradient must be summed over the ranks.
-        local_bias: [local_items, 1], sharded as the item rows.
+        log_temperature: replicated scalar (cosine only); its gradient must be summed over the ranks.
+        local_bias: [local_items, 1], sharded like the item rows.
     """
 
     def __init__(
@@ -47,12 +46,12 @@ class ItemHead(nn.Module):
             self.local_bias = nn.Parameter(torch.zeros(local_items, 1, device=world.device))
 
     def output_weight(self, local_rows: Tensor) -> Tensor:
-        """[rows, D] of the table -> [rows, D or D+1] that queries are multiplied with."""
+        """Table rows [rows, D] -> weight of the item softmax [rows, D or D+1]."""
         weight = F.normalize(local_rows, dim=1) if self.similarity == "cosine" else local_rows
         return weight if self.local_bias is None else torch.cat([weight, self.local_bias], dim=1)
 
     def queries(self, hidden: Tensor, pooled: Tensor) -> Tensor:
-        """Hidden states [n, D] and sums of the item rows read so far [n, D] -> [n, D or D+1], in fp32 or wider."""
+        """Hidden states [n, D] and sums of the item rows read so far [n, D] -> queries [n, D or D+1], fp32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         query = hidden.to(wide)
         if self.pool_residual:

@@ -1,7 +1,7 @@
-"""The losses of the method, pure. Each is the sum over this rank's part, in nats.
+"""Loss terms. Each returns the sum over this rank's part, in nats.
 
-A step divides the sum over all ranks by the number of predictions (or rows) of the whole optimizer step, so that every
-term is a mean and means the same at any batch size, accumulation and world size.
+A step divides the sum over all ranks by the number of predictions (or embedding rows) of the whole optimizer step, so
+that every term is a mean that does not depend on batch size, gradient accumulation and world size.
 
 Legend: n positions, M targets, D width, k distinct user and item rows.
 """
@@ -22,13 +22,13 @@ def item_loss(
 ) -> Tensor:
     """Negative log-likelihood over the catalog.
 
-    With one target per position it is item language modeling (the paper's collaborative LLM); with a user's held-out
-    items at one position it is the multinomial likelihood of its finetuning.
+    With one target per position this is item language modeling (the paper's collaborative LLM); with a user's held-out
+    items at one position it is the multinomial likelihood of the paper's finetuning.
 
     Args:
-        gathering: queries [n, D], and for each of M targets its query and its global item row.
+        gathering: queries [n, D], and query and global item row of each of M targets.
         local_weight: [rows of this rank, D].
-        num_negatives, key: of a sampled softmax (`sharded_cross_entropy`).
+        num_negatives, key: see `sharded_cross_entropy`.
 
     Collectives: those of `sharded_cross_entropy`.
     """
@@ -41,7 +41,8 @@ def text_loss(
     """Negative log-likelihood of the words of the main texts (the paper's content LLM).
 
     Args:
-        queries: [n, D] hidden states. word_head: [V, D], frozen.
+        queries: [n, D] hidden states.
+        word_head: [V, D], frozen.
     """
     return linear_cross_entropy(queries, word_head, target_query, targets, max_logits).sum()
 
@@ -50,7 +51,7 @@ def mutual_regularization(collaborative: Tensor, content: Tensor | None, lambda_
     """lambda_c/2 |z_c - z_l|^2 + lambda_l/2 |z_l|^2 over distinct rows (the paper's priors).
 
     Args:
-        collaborative, content: [k, D] rows of the same tokens; without content rows only the prior term is left.
+        collaborative, content: [k, D] rows of the same users and items; with None only the prior term is left.
     """
     loss = lambda_l / 2 * collaborative.square().sum()
     if content is not None:

@@ -2,7 +2,7 @@
 
     ids --route--> --embed--> tokens [R, L, D] --backbone--> hidden [R, L, D] --queries--> losses
 
-The backbone is an argument of the forward, because ZeRO-3 wraps it; everything else is here.
+The backbone is an argument of the forward, because ZeRO-3 wraps it.
 
 Legend: R rows, L their length, D hidden size, Q positions that predict, U users, I items.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cllm4rec_dist.config import HeadConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.model.backbone import Words
+from cllm4rec_dist.model.backbone import FrozenEmbeddings
 from cllm4rec_dist.model.item_head import ItemHead
 from cllm4rec_dist.model.losses import item_loss, mutual_regularization, text_loss
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries
@@ -32,7 +32,7 @@ from cllm4rec_dist.model.sharded_embedding import (
 )
 
 Backbone = Callable[[Tensor, Tensor, int], Tensor]
-"""Embeddings [R, L, D], positions [R, L] and where the content LLM's begin -> hidden states [R, L, D]."""
+"""Embeddings [R, L, D], positions [R, L] and the flat index where the content LLM starts -> hidden states [R, L, D]."""
 
 
 class UserItemEmbeddings(nn.Module):
@@ -45,17 +45,17 @@ class UserItemEmbeddings(nn.Module):
 
 
 class Recommender(nn.Module):
-    """Both LLMs' user and item embeddings, the item head and the frozen words, around a backbone.
+    """Both LLMs' user and item embeddings, the item head and the frozen word embeddings.
 
-    Pretraining trains the collaborative rows as the paper's z_l, finetuning as its z_rec; the content rows are z_c.
+    The collaborative rows are the paper's z_l in pretraining and its z_rec in finetuning; the content rows are z_c.
 
     Args:
-        num_users, num_items: U, I; U counts a shared user row too.
-        words: frozen word embeddings and head; D is theirs.
-        dropout: of user and item embeddings at the input.
-        comm_dtype: what rows and their gradients are rounded to between ranks.
-        sparse_gradients: of tables that are only looked up.
-        content: False leaves the content LLM out.
+        num_users, num_items: U and I; U includes a shared user row.
+        words: frozen word embeddings and head, which define D.
+        dropout: probability for user and item embeddings at the input.
+        comm_dtype: dtype of rows and their gradients in communication.
+        sparse_gradients: use sparse gradients for tables that are only looked up.
+        content: build the content LLM's tables.
         max_logits: logits that a head holds at a time; the device's default if None.
     """
 
@@ -63,7 +63,7 @@ class Recommender(nn.Module):
         self,
         num_users: int,
         num_items: int,
-        words: Words,
+        words: FrozenEmbeddings,
         head: HeadConfig,
         world: World,
         *,
@@ -91,12 +91,12 @@ class Recommender(nn.Module):
 
     @property
     def item_partition(self) -> RowPartition:
-        """Who owns which item rows."""
+        """Assignment of item rows to ranks."""
         return self.collaborative.items.partition
 
     @property
     def tables(self) -> dict[str, RowShardedEmbedding]:
-        """User and item tables by name (`corpus/collate.py`)."""
+        """User and item tables by name, as in `MicroBatch.ids`."""
         llms = {"collaborative": self.collaborative, "content": self.content}
         return {
             f"{name}.{kind}": table
@@ -106,28 +106,28 @@ class Recommender(nn.Module):
         }
 
     def sharded_parameters(self) -> Iterator[tuple[str, nn.Parameter, RowPartition]]:
-        """Parameters that are blocks of rows, with the partition that says of which rows."""
+        """Yield name, parameter and partition of each parameter that holds a block of rows."""
         for name, table in self.tables.items():
             yield name, table.local_rows, table.partition
         if self.head.local_bias is not None:
             yield "head.bias", self.head.local_bias, self.item_partition
 
     def replicated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of which every rank holds the whole copy; their gradients must be summed over the ranks."""
+        """Yield the parameters that every rank holds whole; their gradients must be summed over the ranks."""
         if self.head.log_temperature is not None:
             yield "head.log_temperature", self.head.log_temperature
 
     def route(self, batches: Sequence[MicroBatch]) -> list[Route]:
-        """Send the ids of a step's users and items to the owners of their rows. Two all-to-alls.
+        """Send the user and item ids of a step to the ranks that own their rows. Two all-to-alls.
 
         Args:
-            batches: on the host; equally many on all ranks, with or without texts alike.
+            batches: on the host; all ranks have equally many, and either all or none have texts.
         """
         partitions = {name: self.tables[name].partition for name in batches[0].ids}
         return route_ids([batch.ids for batch in batches], partitions, self.world)
 
     def touched(self, routes: Sequence[Route]) -> dict[str, Tensor]:
-        """Local rows of `users` and `items` that are in any document of a step, on any rank. No collective."""
+        """Local rows of `users` and `items` that appear in a step's documents on any rank. No collective."""
         return {
             kind: touched_rows(
                 [rows for route in routes for name, rows in route.local_index.items() if name.endswith(kind)]
@@ -136,36 +136,38 @@ class Recommender(nn.Module):
         }
 
     def embed(self, batches: Sequence[MicroBatch], routes: Sequence[Route]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and item rows (`place`) of one micro-batch after the other; the next one's rows travel meanwhile.
+        """Yield `input_embeddings` of each micro-batch, while the lookup of the next one is in flight.
 
-        Collectives: one all-to-all for each, its reverse in backward. Tables must not change before the iterator's end.
+        Tables must not change until the iterator is exhausted.
+
+        Collectives: one all-to-all per micro-batch, and one in its backward.
         """
         pending = self._start_lookup(routes[0])
         for index, batch in enumerate(batches):
             lookup = pending
             if index + 1 < len(batches):
                 pending = self._start_lookup(routes[index + 1])
-            yield self.place(batch, lookup.wait())
+            yield self.input_embeddings(batch, lookup.wait())
 
     def _start_lookup(self, route: Route) -> PendingLookup:
         return start_lookup({name: self.tables[name] for name in route.num_ids}, route, self.comm_dtype)
 
-    def place(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Word embeddings of the backbone with user and item rows put in, after dropout.
+    def input_embeddings(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Embed a micro-batch: word embeddings, with user and item rows after dropout at their positions.
 
         Args:
-            rows: by table, fp32 [its ids, D].
+            rows: by table, fp32 [ids of the table, D].
 
         Returns:
-            Tokens [R, L, D] in the words' dtype, and the rows of the items read, fp32 [items, D].
+            Token embeddings [R, L, D] in the words' dtype, and the item rows after dropout, fp32 [items, D].
         """
-        where = torch.cat([batch.id_positions[name] for name in rows])
+        flat_index = torch.cat([batch.id_positions[name] for name in rows])
         values = torch.cat([*rows.values()])
         if self.training and self.dropout > 0:
-            keys, positions = batch.keys.flatten()[where], batch.positions.flatten()[where]
+            keys, positions = batch.keys.flatten()[flat_index], batch.positions.flatten()[flat_index]
             values = keyed_dropout(values, keys, positions, self.dropout)
         embedded = F.embedding(batch.word_ids, self.words.embedding)
-        flat = embedded.flatten(0, 1).index_copy(0, where, values.to(embedded.dtype))
+        flat = embedded.flatten(0, 1).index_copy(0, flat_index, values.to(embedded.dtype))
         if batch.no_user_positions is not None:
             flat = flat.index_fill(0, batch.no_user_positions, 0.0)
         by_table = dict(zip(rows, values.split([len(part) for part in rows.values()]), strict=True))
@@ -179,13 +181,13 @@ class Recommender(nn.Module):
         backbone: Backbone,
         gather: Callable[..., GatheringQueries] = GatheringQueries,
     ) -> dict[str, Tensor]:
-        """This rank's sums of the losses of a micro-batch: `items`, and `text` where there is a content LLM.
+        """This rank's loss sums of a micro-batch: `items`, and `text` with a content LLM.
 
         Args:
-            tokens, item_rows: of `embed`.
-            gather: brings queries to the owners of item rows; the planner has its own.
+            tokens, item_rows: from `embed`.
+            gather: brings queries to the owners of item rows; the planner replaces it.
 
-        Collectives: those of `GatheringQueries`, whose all-gathers are hidden by the text loss, and the backbone's.
+        Collectives: those of the backbone and of `GatheringQueries`, whose all-gathers overlap with the text loss.
         """
         hidden = backbone(tokens, batch.positions, batch.content_start)
         gathering = gather(
@@ -200,13 +202,13 @@ class Recommender(nn.Module):
             queries = hidden.flatten(0, 1)[batch.query_positions["text"]]
             targets = batch.target_query["text"], batch.targets["text"]
             losses["text"] = text_loss(queries, self.words.head, *targets, self.max_logits)
-        # A sampled softmax draws by the keys of the documents, so that a resumed run draws the same items.
+        # Seed a sampled softmax by the documents' keys, so that a resumed run draws the same items.
         key = batch.keys.sum() if self.num_negatives else None
         losses["items"] = item_loss(gathering, self.output_weight(), self.num_negatives, key, self.max_logits)
         return losses
 
     def item_queries(self, hidden: Tensor, item_rows: Tensor, batch: MicroBatch) -> Tensor:
-        """Hidden states [R, L, D] -> what the item head multiplies with its weight, [Q, D or D+1]."""
+        """Hidden states [R, L, D] -> queries of the item head, [Q, D or D+1]."""
         queries = hidden.flatten(0, 1)[batch.query_positions["items"]]
         pooled = torch.zeros_like(queries, dtype=item_rows.dtype)
         if self.head.pool_residual:
@@ -214,11 +216,11 @@ class Recommender(nn.Module):
         return self.head.queries(queries, pooled)
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the item softmax, [rows, D or D+1]."""
+        """This rank's rows of the item softmax's weight, [rows, D or D+1]."""
         return self.head.output_weight(self.collaborative.items.local_rows)
 
     def mutual_loss(self, touched: Mapping[str, Tensor], lambda_l: float, lambda_c: float) -> Tensor:
-        """The mutual regularizer over the rows of this rank that a step has touched. No collective."""
+        """Mutual regularization of this rank's rows that are touched in a step. No collective."""
         return mutual_regularization(
             _touched_embeddings(self.collaborative, touched),
             None if self.content is None else _touched_embeddings(self.content, touched),
@@ -232,8 +234,8 @@ def _touched_embeddings(llm: UserItemEmbeddings, touched: Mapping[str, Tensor]) 
 
 
 def _sum_of_items_so_far(item_rows: Tensor, batch: MicroBatch) -> Tensor:
-    """For each query the sum of the item rows from its document's start to itself: [items, D] -> [Q, D]."""
-    # Item tokens before each position, and so before each document: indexes of item rows, which are in this order.
+    """Sum of the item rows from a query's document start up to the query: [items, D] -> [Q, D]."""
+    # Number of item tokens before each position, which is an index into `item_rows`.
     item_positions = batch.id_positions["collaborative.items"]
     num_before = item_positions.new_zeros(batch.word_ids.numel() + 1)
     num_before[1:].index_fill_(0, item_positions, 1)
@@ -241,24 +243,26 @@ def _sum_of_items_so_far(item_rows: Tensor, batch: MicroBatch) -> Tensor:
     queries = batch.query_positions["items"]
     first, stop = num_before[queries - batch.positions.flatten()[queries]], num_before[queries + 1]
     sums = F.pad(item_rows.cumsum(dim=0), (0, 0, 1, 0))
-    # The direction of an empty sum has a gradient of 1e12, which would cancel only on paper.
+    # Leave out empty sums: normalizing zero has a gradient of 1e12, whose two parts cancel only up to rounding.
     return torch.where((stop > first)[:, None], sums[stop] - sums[first], 0.0)
 
 
-def keyed_dropout(x: Tensor, keys: Tensor, positions: Tensor, share: float) -> Tensor:
-    """Dropout whose mask is a function of (key, position, dimension): the same on any rank and at any batch size.
+def keyed_dropout(x: Tensor, keys: Tensor, positions: Tensor, p: float) -> Tensor:
+    """Dropout with a mask that depends on (key, position, dimension) only, not on rank or batch size.
 
     Args:
-        x: [n, D]. keys, positions: int64 [n]. share: of the entries set to zero; the rest are scaled up.
+        x: [n, D].
+        keys, positions: int64 [n].
+        p: probability of zeroing an entry; the others are scaled by 1 / (1 - p).
     """
-    rows = _mix(keys ^ (positions + 1) * 0x2545F4914F6CDD1D)
-    bits = _mix(rows[:, None] + torch.arange(x.shape[1], device=x.device) * 0x1E3779B97F4A7C15)
-    kept = (bits & 0xFFFFFF) >= int(share * (1 << 24))
-    return torch.where(kept, x / (1 - share), 0.0)
+    seeds = _mix(keys ^ (positions + 1) * 0x2545F4914F6CDD1D)
+    bits = _mix(seeds[:, None] + torch.arange(x.shape[1], device=x.device) * 0x1E3779B97F4A7C15)
+    kept = (bits & 0xFFFFFF) >= int(p * (1 << 24))
+    return torch.where(kept, x / (1 - p), 0.0)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """A 64-bit finaliser (xor-shift and multiply, wrapping): every input bit reaches every output bit."""
+    """Hash with a 64-bit finalizer (xor-shift and wrapping multiply); every input bit affects every output bit."""
     bits = (bits ^ (bits >> 32 & 0xFFFFFFFF)) * 0x5851F42D4C957F2D
     bits = (bits ^ (bits >> 29 & 0x7FFFFFFFF)) * 0x14057B7EF767814F
     return bits ^ (bits >> 32 & 0xFFFFFFFF)

@@ -1,13 +1,13 @@
-"""Cross-entropies over many classes that never store [positions, classes].
+"""Cross-entropies over many classes that never store logits of [positions, classes].
 
-All that a loss over items or words needs is a log-sum-exp over the classes and the scores of the few targets:
+A loss over items or words needs only a log-sum-exp over the classes and the scores of the targets:
 
     nll_p = N_p * logsumexp_c(q_p . w_c) - sum over p's N_p targets t of q_p . w_t
 
-`chunked_logsumexp_and_scores` computes both on one device, in chunks of classes, and recomputes in backward.
-`sharded_cross_entropy` computes them over row shards: queries are all-gathered, each rank scores its own rows, and a
+`chunked_logsumexp_and_scores` computes both on one device, in chunks of classes that backward recomputes.
+`sharded_cross_entropy` computes them over row shards: queries are all-gathered, each rank scores its local rows, and a
 maximum and two sums are reduced. One target per position is language modeling (the paper's pretraining), several are
-its multinomial likelihood.
+the multinomial likelihood of its finetuning.
 
 Legend: n positions of this rank, N of all ranks, C classes, D width, M targets of this rank.
 """
@@ -32,34 +32,34 @@ from cllm4rec_dist.distributed.collectives import (
 from cllm4rec_dist.distributed.topology import RowPartition, World
 
 _CPU_LOGITS = 1 << 20
-"""4 MiB in fp32: a chunk stays in a core's cache between the product that makes it and the one that uses it."""
-_GPU_SHARE = 64
+"""4 MiB in fp32, so that a chunk of logits stays in a core's cache between the two products that use it."""
+_GPU_MEMORY_DIVISOR = 64
 
 
 def max_logits_for(device: torch.device) -> int:
-    """How many logits a head holds at once: a cacheful on a CPU, a 64th of the memory of a GPU."""
+    """Number of logits that a head holds at a time: what fits a CPU's cache, or a 64th of a GPU's memory."""
     if device.type != "cuda":
         return _CPU_LOGITS
     return max_logits_within(torch.cuda.get_device_properties(device).total_memory)
 
 
 def max_logits_within(memory: int) -> int:
-    """The same for a GPU with `memory` bytes."""
-    return memory // _GPU_SHARE // 4
+    """Number of logits that a head holds at a time on a GPU with `memory` bytes."""
+    return memory // _GPU_MEMORY_DIVISOR // 4
 
 
 def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right of half-precision matrices with the sums as they come, in `dtype`: torch's own are rounded again.
+    """Multiply half-precision matrices and return the sums in `dtype`, which torch would round to half precision.
 
     A logit of 20 rounded to bf16 is off by 0.06.
     """
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)  # a CPU has no such product
+    return left.to(dtype) @ right.to(dtype)  # torch has no `out_dtype` on CPUs
 
 
 def _logits(queries: Tensor, rows: Tensor, shift: Tensor | None, buffer: Tensor) -> Tensor:
-    """queries @ rows.T (+ shift), as wide as the buffer and in its memory: fresh pages for each chunk cost time."""
+    """queries @ rows.T (+ shift), in the buffer's dtype and memory, since new pages for each chunk cost time."""
     out = buffer[: len(queries) * len(rows)].view(len(queries), len(rows))
     if queries.dtype != out.dtype:
         out = _wide_product(queries, rows.T, out.dtype)
@@ -68,7 +68,7 @@ def _logits(queries: Tensor, rows: Tensor, shift: Tensor | None, buffer: Tensor)
 
 
 class _ChunkedLogSumExpAndScores(torch.autograd.Function):
-    """Log-sum-exp over all classes and scores of the targets; one gradient of the classes for both."""
+    """Log-sum-exp over all classes and scores of the targets, in one function so that `weight` has one gradient."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
         queries, weight, target_query, target_row, lse = ctx.saved_tensors
         grad_queries = torch.zeros_like(queries, dtype=lse.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        # Rows of the probabilities are scaled by scaling what they are multiplied with, which is smaller.
+        # Scale the queries instead of the probabilities, which are larger.
         scaled, shift = (queries * grad_lse[:, None]).to(queries.dtype), -lse[:, None]
         buffer = lse.new_empty(min(ctx.chunk, len(weight)) * len(queries))
         for start in range(0, len(weight), ctx.chunk):
@@ -113,28 +113,28 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight[start : start + ctx.chunk] = _wide_product(probabilities.T, scaled, lse.dtype)
         grad_queries *= grad_lse[:, None]
-        share = grad_scores[target_query, None]
-        grad_queries.index_add_(0, target_query, share * weight[target_row].to(queries.dtype))
+        grad_targets = grad_scores[target_query, None]
+        grad_queries.index_add_(0, target_query, grad_targets * weight[target_row].to(queries.dtype))
         if grad_weight is not None:
-            grad_weight.index_add_(0, target_row, (share * queries[target_query]).to(weight.dtype))
+            grad_weight.index_add_(0, target_row, (grad_targets * queries[target_query]).to(weight.dtype))
         return grad_queries.to(queries.dtype), grad_weight, None, None, None
 
 
 def chunked_logsumexp_and_scores(
     queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log sum over c of exp(q . w_c), and the sum of q . w_t over each query's targets; in chunks of classes.
+    """log sum over c of exp(q . w_c), and the sum of q . w_t over each query's targets, in chunks of classes.
 
     Backward recomputes each chunk. Nothing of size [n, C] is stored.
 
     Args:
-        queries: [n, D]; its dtype is that of what is multiplied, sums are fp32 or wider and never rounded to it.
-        weight: [C, D], C may be 0 (the log-sum-exp is -inf); gets a gradient only where it asks for one.
+        queries: [n, D]; products are of this dtype, sums are fp32 or wider and never rounded to it.
+        weight: [C, D], C may be 0 (the log-sum-exp is -inf); gets a gradient only if it requires one.
         target_query, target_row: int64 [M] pairs of a query and a row of `weight`.
-        max_logits: logits held at a time; `max_logits_for` if left out.
+        max_logits: logits held at a time; `max_logits_for` if None.
 
     Returns:
-        Twice [n], fp32 (fp64 for fp64 queries). No collective.
+        Log-sum-exps and summed scores, each [n], fp32 (fp64 for fp64 queries). No collective.
     """
     if max_logits is None:
         max_logits = max_logits_for(queries.device)
@@ -156,15 +156,15 @@ def count_targets(target_query: Tensor, num_queries: int) -> Tensor:
 
 
 class GatheringQueries:
-    """Queries and targets on their way to the ranks that own item rows, and what these compute on its way back.
+    """A started gather of queries and targets to the ranks that own item rows, and the reduction of their results.
 
-    What is computed between construction and `wait` hides the all-gathers. The planner puts another one in its place,
-    which makes tensors of the same sizes (`planning/dry_run.py`).
+    The all-gathers overlap with what is computed between construction and `wait`. The planner has a subclass that makes
+    tensors of the same sizes (`planning/dry_run.py`).
 
     Args:
         queries: [n, D] of this rank; n may differ between ranks and be 0.
         target_query, target_row: int64 [M]; queries of this rank and global rows.
-        partition: who owns which rows.
+        partition: assignment of rows to ranks.
 
     Collectives: all-gathers two integers, and starts to all-gather queries and target pairs.
     """
@@ -173,16 +173,16 @@ class GatheringQueries:
         self, queries: Tensor, target_query: Tensor, target_row: Tensor, partition: RowPartition, world: World
     ) -> None:
         self.queries, self.partition, self.world = queries, partition, world
-        # Both counts at once, because a GPU is waited for at each.
-        everyones = gather_integers([len(queries), len(target_query)], world, what="counts of queries and targets")
-        self.counts, target_counts = ([*counts] for counts in zip(*everyones, strict=True))
+        # Gather both counts at once, because each gather synchronizes with the GPU.
+        counts_by_rank = gather_integers([len(queries), len(target_query)], world, what="counts of queries and targets")
+        self.counts, target_counts = ([*counts] for counts in zip(*counts_by_rank, strict=True))
         pairs = torch.stack([target_query + sum(self.counts[: world.rank]), target_row], dim=1)
         self._pending_queries = start_all_gather_rows(queries.detach(), self.counts, world, "queries")
         self._pending_pairs = start_all_gather_rows(pairs, target_counts, world, "targets")
         self.num_targets = count_targets(target_query, len(queries))
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of all ranks [N, D]; int64 [m] pairs of a query and a local row, of the targets that live here."""
+        """Queries of all ranks [N, D], and query and local row, int64 [m] each, of the targets that this rank owns."""
         queries = all_gather_rows(self.queries, self.counts, self.world, self._pending_queries)
         pairs = self._pending_pairs.wait()
         start, stop = self.partition.range(self.world.rank)
@@ -194,7 +194,7 @@ class GatheringQueries:
         return sample_rows(self.partition.num_local(self.world.rank), num_negatives, int(key), target_row, self.world)
 
     def reduce(self, lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """[N] log-sum-exp over this rank's rows and scores of its targets -> those over all rows, [n] of this rank.
+        """Combine log-sum-exps and target scores of local rows, [N], into those of all rows, [n] of this rank.
 
         Collectives: all-reduces a maximum and a sum of [N]; reduce-scatters [N].
         """
@@ -214,7 +214,7 @@ def sharded_cross_entropy(
     Args:
         local_weight: [rows of this rank, D].
         num_negatives: rows, over all ranks, of a sampled softmax; 0 for the exact one.
-        key: int64 [] seed of the sample; the same one draws the same rows. May differ between ranks.
+        key: int64 [] seed of the sample; equal keys draw equal rows. May differ between ranks.
 
     Returns:
         [n] of this rank. Its gradients are those of the sum over all ranks.
@@ -226,7 +226,7 @@ def sharded_cross_entropy(
         assert key is not None
         rows, log_weight = gathering.sample(num_negatives, key, target_row)
         target_row = torch.searchsorted(rows, target_row)
-        # One more column adds the logarithms to the logits, as a bias would be.
+        # An extra column adds the log weights to the logits, like a bias.
         local_weight = torch.cat([local_weight[rows], log_weight[:, None].to(local_weight.dtype)], dim=1)
         queries = F.pad(queries, (0, 1), value=1.0)
     parts = chunked_logsumexp_and_scores(queries, local_weight, target_query, target_row, max_logits)
@@ -235,19 +235,19 @@ def sharded_cross_entropy(
 
 
 def sample_rows(num_local: int, num_negatives: int, key: int, targets: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """Rows that stand for all others in a sampled softmax, and the logarithm of how many each stands for.
+    """Draw the rows of a sampled softmax, and the log of the importance weight of each.
 
-    Targets stand for themselves, so they are scored as in the exact softmax. The others are drawn uniformly, and stand
-    for all that are no target: the estimate of the sum of exponentials has no bias (its logarithm has one).
+    Targets have weight 1, as in the exact softmax. The others are drawn uniformly and represent all rows that are not
+    targets: the estimate of the sum of exponentials is unbiased (its logarithm is not).
 
     Args:
         num_local: rows of this rank.
-        num_negatives: rows that are drawn over all ranks, evenly; one that is drawn again counts once.
+        num_negatives: rows to draw over all ranks, evenly; duplicates count once.
         key: seed of the draw.
-        targets: int64 [m], local rows of all ranks' targets that live here.
+        targets: int64 [m], local rows of the targets of all ranks that this rank owns.
 
     Returns:
-        int64 [c] distinct local rows, rising, and fp32 [c]. No collective.
+        Distinct local rows, int64 [c] ascending, and log weights, fp32 [c]. No collective.
     """
     generator = np.random.default_rng([key & 0xFFFFFFFFFFFFFFFF, world.rank])
     count = -(-num_negatives // world.size)

@@ -1,19 +1,19 @@
-"""Row-sharded tables: dense, trainable rows in blocks over all ranks, outside ZeRO-3.
+"""Row-sharded embedding tables: trainable rows in blocks over all ranks, outside ZeRO-3.
 
-A lookup speaks `input_dist -> lookup -> output_dist`, for several tables at once: `route_ids` dedupes the wanted ids
-and tells their owners, `fetch` sends for the rows, `lookup` waits for them; backward runs the same way in reverse. The
-same local rows are the operand of the item softmax (`item_head.py`): one table, two uses. ZeRO-3 is not used for them
-because it has no supported way to leave a parameter in place, and would gather the whole table on every rank.
+A lookup in several tables has torchrec's three stages: `route_ids` dedupes the ids and sends them to the ranks that own
+the rows (input_dist), `start_lookup` reads the rows and starts to send them back (lookup), `PendingLookup.wait`
+receives them (output_dist). Backward takes the reverse way. The local rows are also the weight of the item softmax
+(`item_head.py`). ZeRO-3 cannot leave a parameter sharded in a forward: it would gather the whole table on every rank.
 
-Routes do not depend on weights: one exchange serves all micro-batches of a step. Rows do not change within a step
-either, so the next micro-batch's may travel while this one computes, but never those of the next step.
+Routes do not depend on weights, so one exchange serves all micro-batches of a step. Rows do not change within a step,
+so the lookup of the next micro-batch may overlap with the compute of this one, but never across steps.
 
-Lookups have sparse gradients (of the rows that were read), for a lazy optimizer, or dense ones. The gradient of a table
-that is a softmax weight too is dense in any case, once autograd has added the two. Optimizers, clipping and files are
-left to `embedding_optimizer.py`, `step.py` and `checkpoint.py`.
+Lookups have sparse gradients for sparse optimizer updates, or dense ones. The gradient of a table that is a softmax
+weight too is always dense, since autograd adds both. `embedding_optimizer.py` steps the tables, `step.py` clips their
+gradients, and `checkpointing/` saves them.
 
-Legend: T tables, W ranks, M micro-batches, n ids looked up by this rank, u of them distinct, m rows that ranks look up
-here, R rows, D width.
+Legend: T tables, W ranks, M micro-batches, n ids looked up by this rank, u of them distinct, m rows of this rank that
+all ranks look up, R rows, D width.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from cllm4rec_dist.distributed.topology import RowPartition, World
 
 @dataclass(frozen=True)
 class Route:
-    """Which rows of T tables a rank reads for a micro-batch, and which it sends to others.
+    """Rows of T tables that this rank receives and sends for a micro-batch.
 
-    On the wire each distinct row is once, ordered by (rank, table, row).
+    Each distinct row is sent once, ordered by (rank, table, row).
 
     Attributes:
-        inverse: [n] index of each id among the u rows that arrive; one table after the other.
+        inverse: [n] index of each id's row among the u rows received; one table after the other.
         num_ids: by table, ids looked up; sums to n.
-        send_counts: distinct rows looked up on each rank; sums to u.
-        receive_counts: rows that each rank looks up here; sums to m.
-        local_index: by table, local rows that are sent, in the order of the ranks they go to.
-        positions: by table, where these are among the m rows that are sent.
+        send_counts: distinct ids sent to each rank; sums to u.
+        receive_counts: ids received from each rank; sums to m.
+        local_index: by table, local rows to send, ordered by destination rank.
+        positions: by table, index of these among the m rows sent.
     """
 
     inverse: Tensor
@@ -59,17 +59,17 @@ class Route:
 
 
 def route_ids(ids: Sequence[Mapping[str, Tensor]], partitions: Mapping[str, RowPartition], world: World) -> list[Route]:
-    """Dedupe ids and send them to the owners of their rows, for all micro-batches of a step (input_dist).
+    """Dedupe ids and send them to the ranks that own their rows, for all micro-batches of a step (input_dist).
 
-    Works on the host, where ids are made, so that a GPU is waited for once, for the counts.
+    Runs on the host, where ids are made, so that only the counts need a synchronization with the GPU.
 
     Args:
-        ids: for each of M micro-batches, by table, int64 [..] global rows on the host, in any order, repeated or none;
-            M and the tables are the same on all ranks.
+        ids: for each of M micro-batches, by table, int64 [..] global rows on the host, in any order, with duplicates or
+            empty; M and the tables are the same on all ranks.
         partitions: by table.
 
     Returns:
-        A route for each micro-batch, on the world's device.
+        One route per micro-batch, on the world's device.
 
     Collectives: all-to-all of counts, then of the distinct ids, as int32 local rows.
     """
@@ -99,7 +99,7 @@ def route_ids(ids: Sequence[Mapping[str, Tensor]], partitions: Mapping[str, RowP
                 num_ids=num_ids[index],
                 send_counts=send[index].sum(1).tolist(),
                 receive_counts=receive[:, index].sum(1).tolist(),
-                local_index={name: requested[index].index_select(0, where) for name, where in positions.items()},
+                local_index={name: requested[index].index_select(0, at) for name, at in positions.items()},
                 positions=positions,
             )
         )
@@ -108,13 +108,13 @@ def route_ids(ids: Sequence[Mapping[str, Tensor]], partitions: Mapping[str, RowP
 
 
 def _sort_keys(ids: Tensor, partition: RowPartition, first: int, num_tables: int, table: int, stride: int) -> Tensor:
-    """Integers that sort by (owner, table, local row); owner 0 counts as `first`."""
+    """Encode (owner, table, local row) as integers that sort in this order; owner 0 is encoded as `first`."""
     assert ids.numel() == 0 or (int(ids.min()) >= 0 and int(ids.max()) < partition.num_rows), "row id out of range"
     return ((first + ids // partition.block) * num_tables + table) * stride + ids % partition.block
 
 
 def _transpose_segments(x: Tensor, counts: Tensor) -> Tensor:
-    """Reorder consecutive segments of [A, B] lengths from the order (a, b) to (b, a)."""
+    """Reorder consecutive segments, of lengths [A, B], from (a, b) to (b, a) order."""
     if min(counts.shape) == 1:
         return x
     parts = x.split(counts.flatten().tolist())
@@ -124,14 +124,14 @@ def _transpose_segments(x: Tensor, counts: Tensor) -> Tensor:
 def start_lookup(
     tables: Mapping[str, RowShardedEmbedding], route: Route, comm_dtype: torch.dtype = torch.float32
 ) -> PendingLookup:
-    """Send the routed rows of `tables` to the ranks that look them up. Starts an all-to-all.
+    """Start to send the routed rows of `tables` to the ranks that look them up. Starts an all-to-all.
 
-    The tables must not change until the lookup is waited for.
+    The tables must not change before `PendingLookup.wait`.
 
     Args:
-        tables: those of the route, by name.
-        comm_dtype: what rows are rounded to on their way, and their gradients on the way back. Rows that a rank looks
-            up in its own shard are rounded too, so that results do not depend on who owns a row. Sums are in fp32.
+        tables: the route's tables, by name.
+        comm_dtype: dtype of rows and their gradients in communication. Rows that a rank looks up in its own shard are
+            rounded too, so that results do not depend on the partition. Gradients are summed in fp32.
     """
     first = next(iter(tables.values()))
     sent = torch.empty(sum(route.receive_counts), first.width, dtype=comm_dtype, device=first.world.device)
@@ -148,10 +148,10 @@ def _versions(tables: Mapping[str, RowShardedEmbedding]) -> list[int]:
 
 @dataclass(frozen=True)
 class PendingLookup:
-    """Rows on their way to this rank.
+    """A started lookup.
 
     Attributes:
-        versions: of the tables' parameters when they were read.
+        versions: autograd versions of the tables' parameters when they were read.
     """
 
     tables: Mapping[str, RowShardedEmbedding]
@@ -161,7 +161,7 @@ class PendingLookup:
     versions: list[int]
 
     def wait(self) -> dict[str, Tensor]:
-        """By table, fp32 [its ids, D] in the order of the ids.
+        """Rows by table, fp32 [ids of the table, D] in the order of the ids.
 
         Backward sends the gradients of distinct rows to their owners in one all-to-all.
         """
@@ -172,7 +172,7 @@ class PendingLookup:
 
 
 class _LookupRows(torch.autograd.Function):
-    """Rows that arrived, [u, D], as a function of the T tables' local rows."""
+    """Received rows [u, D] as a function of the T tables' local rows."""
 
     @staticmethod
     def forward(ctx: Any, lookup: PendingLookup, *local_rows: Tensor) -> Tensor:
@@ -199,13 +199,13 @@ def _gradient(shape: torch.Size, index: Tensor, values: Tensor, *, sparse: bool)
 
 
 class RowShardedEmbedding(nn.Module):
-    """An embedding of R trainable rows of width D, of which each rank owns a block.
+    """Embedding of R trainable rows of width D, in one block of rows per rank.
 
     Args:
         num_rows: R over all ranks.
         width: D.
-        world: the run.
-        sparse_gradients: of lookups.
+        world: the ranks that share the rows.
+        sparse_gradients: use sparse gradients for lookups.
 
     Attributes:
         width: D.
@@ -226,5 +226,5 @@ class RowShardedEmbedding(nn.Module):
 
 
 def touched_rows(local_index: Sequence[Tensor]) -> Tensor:
-    """Distinct local rows in several lists of them, sorted. No collective."""
+    """Sorted distinct local rows of several lists. No collective."""
     return torch.unique(torch.cat([*local_index]))

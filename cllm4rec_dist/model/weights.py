@@ -1,9 +1,9 @@
-"""The weight files of a backbone: those that transformers reads, and no others.
+"""The weight files of a backbone that transformers reads.
 
-A folder may hold more safetensors than a model has: an average of its weights, the export of another program, an
-adapter. Whatever reads a backbone here asks `weight_files`, which follows transformers' own choice
-(`modeling_utils._get_resolved_checkpoint_files`), so that words, decoder and fingerprint are always those of one model.
-Headers are read without tensors, so a check of a large model takes milliseconds.
+A folder may hold other safetensors files too: an average of the weights, the export of another program, an adapter.
+All code that reads a backbone uses `weight_files`, which chooses as transformers does
+(`modeling_utils._get_resolved_checkpoint_files`), so that word embeddings, decoder and fingerprint belong to one model.
+Headers are read without tensors, so that checking a large model takes milliseconds.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""Files of a distributed checkpoint of transformers, which would be read before any other."""
-_AGAIN = "Fetch the backbone again."
+"""Files of transformers' distributed checkpoints, which transformers prefers to all others."""
+_FETCH_AGAIN = "Fetch the backbone again."
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Header of one tensor.
+    """Header of a stored tensor.
 
     Attributes:
-        file: the file that holds it.
+        file: path of its file.
         shape: its sizes.
-        dtype: as safetensors calls it: F32, BF16, F8_E4M3, ...
+        dtype: safetensors' name of the dtype: F32, BF16, F8_E4M3, ...
     """
 
     file: Path
@@ -46,12 +46,12 @@ class StoredWeight:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The object in config.json, as it is written there. ConfigError where there is none."""
+    """Read config.json as a dict. ConfigError if it is not a JSON object."""
     return _read_object(folder / CONFIG, "is no config.json of a decoder")
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Names of the files that transformers would read, relative to the folder and sorted; they may be absent.
+    """Sorted names of the weight files that transformers would read, relative to the folder; files may be absent.
 
     Raises:
         ConfigError: for a folder without weights, with a broken index, or with a distributed checkpoint.
@@ -60,22 +60,24 @@ def weight_names(folder: Path) -> list[str]:
     names = set(_weight_map(folder / entry).values()) if entry.endswith(_INDEX_SUFFIX) else {entry}
     for name in names:
         if not _is_inside(name) or not name.endswith(".safetensors"):
-            raise ConfigError(f"backbone {folder}", name, "is no safetensors file inside of the folder", _AGAIN)
+            raise ConfigError(
+                f"backbone {folder}", name, "is not a safetensors file inside of the folder", _FETCH_AGAIN
+            )
     return sorted(names)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would read, in its order. Pickled weights are not read.
+    """Paths of the safetensors files that transformers would read, in its order. Pickled weights are not read.
 
     Raises:
-        ConfigError: as `weight_names`, and where one of them is absent.
+        ConfigError: as in `weight_names`, and if a file is absent.
     """
     files = [folder / name for name in weight_names(folder)]
     if absent := [path.name for path in files if not path.is_file()]:
         raise ConfigError(
             f"backbone {folder}",
             absent[0],
-            f"is named by the backbone but absent (and {len(absent) - 1} more of {len(files)} weight files)",
+            f"belongs to the backbone but is absent (and {len(absent) - 1} more of {len(files)} weight files)",
             "The download is incomplete: fetch the backbone again.",
         )
     return files
@@ -85,30 +87,30 @@ def stored_weights(folder: Path) -> dict[str, StoredWeight]:
     """Headers of all tensors in the weight files, by name.
 
     Raises:
-        ConfigError: for a file that is damaged or cut, a tensor that two files hold, or one that the index expects in a
-            file without it.
+        ConfigError: for a damaged or truncated file, a tensor in two files, or a tensor that is not in the file that
+            the index names.
     """
-    found: dict[str, StoredWeight] = {}
+    headers: dict[str, StoredWeight] = {}
     for path in weight_files(folder):
         with open_weights(path) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name in found:
+                if name in headers:
                     raise ConfigError(
                         f"backbone {folder}",
                         name,
-                        f"is in both {found[name].file.name} and {path.name}",
+                        f"is in both {headers[name].file.name} and {path.name}",
                         "Save the model again: model.save_pretrained(folder).",
                     )
                 part = tensors.get_slice(name)
-                found[name] = StoredWeight(path, part.get_shape(), part.get_dtype())
+                headers[name] = StoredWeight(path, part.get_shape(), part.get_dtype())
     if (entry := _entry(folder)).endswith(_INDEX_SUFFIX):
-        _require_indexed(folder, entry, found)
-    return found
+        _require_indexed(folder, entry, headers)
+    return headers
 
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, open. ConfigError where it is damaged, or shorter than its header says."""
+    """Open a safetensors file. ConfigError if it is damaged, or shorter than its header says."""
     try:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
@@ -117,14 +119,14 @@ def open_weights(path: Path) -> Iterator[Any]:
             "backbone",
             str(path),
             f"is damaged or incomplete ({error})",
-            "Fetch the weights again (`git lfs pull`, if it is a pointer file of git).",
+            "Fetch the weights again (`git lfs pull`, if it is a Git LFS pointer).",
         ) from error
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the architecture and every weight byte; another base model has another one.
+    """Compute the sha256 of config.json and all weight bytes, which identifies the base model.
 
-    ZeRO-3's universal load does not restore frozen weights and says nothing, so checkpoints carry this.
+    Checkpoints store it, because they do not hold the frozen weights.
     """
     digest = hashlib.sha256()
     settings = read_settings(folder)
@@ -138,7 +140,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _entry(folder: Path) -> str:
-    """The name of the one weight file or of the index with which transformers would begin."""
+    """Name of the weight file or index that transformers would read first."""
     if distributed := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name)):
         raise ConfigError(
             f"backbone {folder}",
@@ -149,17 +151,19 @@ def _entry(folder: Path) -> str:
     chosen = read_settings(folder).get("transformers_weights")
     if chosen is not None:
         if not (isinstance(chosen, str) and _is_inside(chosen)):
-            raise ConfigError(f"backbone {folder}: transformers_weights", chosen, "is no file of the folder", _AGAIN)
+            raise ConfigError(
+                f"backbone {folder}: transformers_weights", chosen, "is not a file name in the folder", _FETCH_AGAIN
+            )
         return chosen
     for name in (WEIGHTS, INDEX):
         if (folder / name).is_file():
             return name
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf"))
-    beside = f"; it has {', '.join(others[:3])}" if others else ""
+    instead = f"; it has {', '.join(others[:3])}" if others else ""
     raise ConfigError(
         "backbone",
         str(folder),
-        f"holds no .safetensors file that transformers would read ({WEIGHTS} or {INDEX}{beside})",
+        f"holds no .safetensors file that transformers would read ({WEIGHTS} or {INDEX}{instead})",
         "Convert it, or save it again: model.save_pretrained(folder).",
     )
 
@@ -170,11 +174,11 @@ def _is_inside(name: str) -> bool:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of an index file."""
+    """Read an index: tensor name -> file name."""
     content = _read_object(index, "is a damaged index of weight files")
     weights = content.get("weight_map")
     if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights.values())):
-        raise ConfigError(f"backbone {index}: weight_map", weights, "must give each tensor its file", _AGAIN)
+        raise ConfigError(f"backbone {index}: weight_map", weights, "must map each tensor to its file", _FETCH_AGAIN)
     if not isinstance(content.get("metadata"), dict):  # transformers fails without it
         raise ConfigError(
             f"backbone {index}: metadata",
@@ -185,10 +189,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weights
 
 
-def _require_indexed(folder: Path, index: str, found: dict[str, StoredWeight]) -> None:
-    """Refuse files that lack a tensor that the index expects in them."""
+def _require_indexed(folder: Path, index: str, headers: dict[str, StoredWeight]) -> None:
+    """Refuse weight files without a tensor that the index assigns to them."""
     for name, file in _weight_map(folder / index).items():
-        if name not in found or found[name].file != folder / file:
+        if name not in headers or headers[name].file != folder / file:
             raise ConfigError(
                 f"backbone {folder / file}",
                 name,
@@ -201,7 +205,7 @@ def _read_object(path: Path, constraint: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError("backbone", str(path), f"{constraint} ({error})", _AGAIN) from error
+        raise ConfigError("backbone", str(path), f"{constraint} ({error})", _FETCH_AGAIN) from error
     if not isinstance(content, dict):
-        raise ConfigError("backbone", str(path), f"{constraint} (no JSON object)", _AGAIN)
+        raise ConfigError("backbone", str(path), f"{constraint} (not a JSON object)", _FETCH_AGAIN)
     return content

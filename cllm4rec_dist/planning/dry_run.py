@@ -155,7 +155,7 @@ def _run(dual: DualBackbone, model: Recommender, config: RunConfig, share: Share
         return hidden
 
     trace.part = LOOKUP
-    tokens, item_rows = model.place(share.batch, _lookup(model, share.exchanges))
+    tokens, item_rows = model.input_embeddings(share.batch, _lookup(model, share.exchanges))
     trace.at_gradient_of(tokens, LOOKUP)
     losses = model(share.batch, tokens, item_rows, backbone, partial(_GatheringQueries, share, trace))
     for name, part in (("text", WORD_HEAD), ("items", HEAD)):

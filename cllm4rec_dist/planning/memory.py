@@ -16,7 +16,7 @@ from torch import nn
 from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, GRADIENTS, HEAD, LOOKUP, WORD_HEAD, DryRun
 from cllm4rec_dist.planning.meta_run import MetaRun
 from cllm4rec_dist.planning.zero3_simulation import Gathers
-from cllm4rec_dist.step import PIECE
+from cllm4rec_dist.step import SQUARE_CHUNK
 
 Memory = Counter[str]
 """Bytes by part."""
@@ -115,5 +115,5 @@ def in_step(meta_run: MetaRun, traced: DryRun) -> Memory:
     """On top of `resident`, when norms are taken and the optimizers step."""
     trained = _parts(meta_run, meta_run.trained, FLOAT) * (not meta_run.offload_optimizer)
     dense = traced.left[GRADIENTS]
-    squared = min(dense // FLOAT, PIECE) * 2 * DOUBLE
+    squared = min(dense // FLOAT, SQUARE_CHUNK) * 2 * DOUBLE
     return Counter({GRADIENTS: dense, "buffers": max(squared, 3 * trained)})

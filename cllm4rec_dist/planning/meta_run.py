@@ -12,7 +12,7 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed import engine
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model import backbone
-from cllm4rec_dist.model.backbone import DualBackbone, Words
+from cllm4rec_dist.model.backbone import DualBackbone, FrozenEmbeddings
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.recommender import Recommender
 from cllm4rec_dist.planning.dry_run import META
@@ -76,7 +76,7 @@ def make_meta_run(
     """
     decoder = backbone.load_config(backbone.local_folder(config.backbone, weights=False))
     dtype = DTYPES[config.precision]
-    dual = backbone.outline_backbone(decoder, config.adapter, dtype)
+    dual = backbone.meta_backbone(decoder, config.adapter, dtype)
     dual.train()
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
@@ -118,11 +118,11 @@ def make_meta_run(
     )
 
 
-def _words(decoder: PretrainedConfig, dtype: torch.dtype, content: bool) -> Words:
+def _words(decoder: PretrainedConfig, dtype: torch.dtype, content: bool) -> FrozenEmbeddings:
     embedding = torch.empty(decoder.vocab_size, decoder.hidden_size, dtype=dtype, device=META)
     if not content:
-        return Words(embedding, embedding[:0])
-    return Words(embedding, embedding if decoder.tie_word_embeddings else torch.empty_like(embedding))
+        return FrozenEmbeddings(embedding, embedding[:0])
+    return FrozenEmbeddings(embedding, embedding if decoder.tie_word_embeddings else torch.empty_like(embedding))
 
 
 def _packed(dual: DualBackbone, config: RunConfig, dtype: torch.dtype) -> dict[nn.Parameter, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cllm4rec_dist.config import HeadConfig
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model import embedding_optimizer
-from cllm4rec_dist.model.backbone import Words
+from cllm4rec_dist.model.backbone import FrozenEmbeddings
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer, Storage
 from cllm4rec_dist.model.recommender import Recommender
 from tests.harness import alone
@@ -30,7 +30,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(storage: Storage, width: int = WIDTH) -> tuple[Recommender, EmbeddingOptimizer]:
     random = torch.Generator().manual_seed(0)
-    words = Words(*torch.zeros(2, 5, width))
+    words = FrozenEmbeddings(*torch.zeros(2, 5, width))
     model = Recommender(
         USERS,
         ITEMS,

@@ -21,10 +21,10 @@ from huggingface_hub.utils import filter_repo_objects
 
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.frozen_embeddings import load_frozen_embeddings
 from cllm4rec_dist.model.hub import local_folder
 from cllm4rec_dist.model.pretrained import load_config, require_weights
 from cllm4rec_dist.model.weights import fingerprint
-from cllm4rec_dist.model.words import load_words
 from tests.model.backbones import sharded
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -71,8 +71,8 @@ def assert_usable(folder: Path, like: Path) -> None:
     require_weights(folder, load_config(folder))
     assert fingerprint(folder) == fingerprint(like)
     assert WordTokenizer.load(folder).fingerprint == WordTokenizer.load(like).fingerprint
-    words = load_words(folder, torch.float32, torch.device("cpu"))
-    assert torch.equal(words.head, load_words(like, torch.float32, torch.device("cpu")).head)
+    words = load_frozen_embeddings(folder, torch.float32, torch.device("cpu"))
+    assert torch.equal(words.head, load_frozen_embeddings(like, torch.float32, torch.device("cpu")).head)
 
 
 @pytest.mark.parametrize("in_shards", [False, True])

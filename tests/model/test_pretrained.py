@@ -63,7 +63,7 @@ def test_a_quantized_folder_is_refused_with_its_method(
     (folder / "model.safetensors").unlink()  # the refusal needs no weights
     with pytest.raises(ConfigError, match=f"{named}") as refusal:
         load_config(folder)
-    assert "Take the model that it was made from" in str(refusal.value)
+    assert "Use the model that it was made from" in str(refusal.value)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -100,7 +100,7 @@ def test_quantized_numbers_without_a_word_in_the_configuration_are_refused(
     path = folder / "model.safetensors"
     name = next(name for name in load_file(path) if "mlp" in name and name.endswith("weight"))
     rewrite(path, **{name: load_file(path)[name].to(dtype), f"{name}_scale_inv": torch.ones(1)})
-    with pytest.raises(ConfigError, match=r"mlp.*quantized.*without a quantization_config"):
+    with pytest.raises(ConfigError, match=r"mlp.*quantized.*no quantization_config"):
         require_weights(folder, load_config(folder))
 
 
@@ -187,7 +187,7 @@ def test_every_adapter_target_must_match_linear_layers(
     folders: dict[str, Path], family: str, targets: tuple[str, ...], named: str
 ) -> None:
     adapter = AdapterConfig(kind="lora", rank=2, targets=targets)
-    with pytest.raises(ConfigError, match=f"adapter.targets: {named}.*Choose of"):
+    with pytest.raises(ConfigError, match=f"adapter.targets: {named}.*Choose from"):
         require_targets(load_config(folders[family]), adapter)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from cllm4rec_dist.config import HeadConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
-from cllm4rec_dist.model.backbone import Words
+from cllm4rec_dist.model.backbone import FrozenEmbeddings
 from cllm4rec_dist.model.recommender import Recommender, keyed_dropout
 from tests.documents import Document, collate_each
 from tests.harness import alone
@@ -95,7 +95,7 @@ def recommender(
     random = torch.Generator().manual_seed(0)
     embedding = torch.randn(SPACE.num_words, WIDTH, generator=random).to(dtype)
     head = HeadConfig(similarity="dot", item_bias=False, pool_residual=pool)
-    words = Words(embedding, embedding)
+    words = FrozenEmbeddings(embedding, embedding)
     model = Recommender(
         4, 6, words, head, alone(), dropout=dropout, comm_dtype=comm_dtype, sparse_gradients=False, content=True
     )
@@ -107,7 +107,10 @@ def recommender(
 
 
 def with_sparse_gradients() -> Recommender:
-    words, options = Words(*torch.zeros(2, SPACE.num_words, WIDTH)), {"dropout": 0.0, "comm_dtype": torch.float32}
+    words, options = (
+        FrozenEmbeddings(*torch.zeros(2, SPACE.num_words, WIDTH)),
+        {"dropout": 0.0, "comm_dtype": torch.float32},
+    )
     return Recommender(4, 6, words, HeadConfig(), alone(), **options, sparse_gradients=True, content=True)
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.frozen_embeddings import load_frozen_embeddings
 from cllm4rec_dist.model.pretrained import load_config, require_weights
 from cllm4rec_dist.model.weights import INDEX, fingerprint, stored_weights, weight_files
-from cllm4rec_dist.model.words import load_words
 from tests.model.backbones import changed, copied, rewrite, sharded
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def noisy(weights: Path, to: Path) -> None:
 
 def assert_read_as_transformers_does(folder: Path) -> None:
     require_weights(folder, load_config(folder))
-    words, model = load_words(folder, torch.float32, CPU), AutoModelForCausalLM.from_pretrained(folder)
+    words, model = load_frozen_embeddings(folder, torch.float32, CPU), AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(words.embedding, model.get_input_embeddings().weight)
     assert torch.equal(words.head, model.get_output_embeddings().weight)
 
@@ -110,7 +110,7 @@ def test_the_fingerprint_knows_the_architecture_but_not_the_library(folders: dic
 def test_a_folder_without_safetensors_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(folders["gpt2"], tmp_path / "backbone")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    for function in (fingerprint, stored_weights, lambda f: load_words(f, torch.float32, CPU)):
+    for function in (fingerprint, stored_weights, lambda f: load_frozen_embeddings(f, torch.float32, CPU)):
         with pytest.raises(ConfigError, match=r"no \.safetensors file.*pytorch_model\.bin"):
             function(folder)
 
@@ -177,7 +177,10 @@ def test_an_incomplete_download_is_refused_by_name(
 ) -> None:
     folder = sharded(folders["llama"], tmp_path / "backbone")
     damage(folder)
-    for function in (lambda f: require_weights(f, load_config(f)), lambda f: load_words(f, torch.float32, CPU)):
+    for function in (
+        lambda f: require_weights(f, load_config(f)),
+        lambda f: load_frozen_embeddings(f, torch.float32, CPU),
+    ):
         with pytest.raises(ConfigError, match=named):
             function(folder)
 

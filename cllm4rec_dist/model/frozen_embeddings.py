@@ -1,6 +1,7 @@
-"""The frozen ends of the language model: word embeddings and word head, read straight from the weight files.
+"""Frozen word embeddings and word head of the language model, read from the weight files.
 
-Both are small next to the backbone, and a weight that ZeRO-3 owns is empty outside of its module's forward.
+They are not part of the ZeRO-3 engine, because a weight that ZeRO-3 shards is empty outside of its module's forward.
+Both are small compared to the backbone.
 
 Legend: V words, D hidden.
 """
@@ -19,12 +20,12 @@ from cllm4rec_dist.model.weights import StoredWeight, open_weights, stored_weigh
 
 
 @dataclass(frozen=True)
-class Words:
-    """Word embeddings and head, one copy a rank.
+class FrozenEmbeddings:
+    """Word embeddings and word head, one copy per rank.
 
     Attributes:
         embedding: [V, D].
-        head: [V, D], the same tensor where the backbone ties them; [0, D] where no content LLM needs it.
+        head: [V, D], the same tensor if the backbone ties them; [0, D] without a content LLM.
     """
 
     embedding: Tensor
@@ -32,15 +33,20 @@ class Words:
 
     @property
     def scale(self) -> float:
-        """Root mean square of an embedding entry: the scale on which new rows start."""
+        """Root mean square of the embedding's entries, the scale of new rows."""
         return self.embedding.float().square().mean().sqrt().item()
 
 
-def load_words(folder: Path, dtype: torch.dtype, device: torch.device, *, head: bool = True) -> Words:
+def load_frozen_embeddings(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, head: bool = True
+) -> FrozenEmbeddings:
     """Read the word embeddings and the word head of a backbone, without building the model.
 
     Args:
-        head: read the head too; ConfigError where the backbone has none.
+        head: read the head too.
+
+    Raises:
+        ConfigError: for a backbone without word embeddings, or without a head if one is required.
     """
     config, stored = load_config(folder), stored_weights(folder)
     name = embedding_weight(config, stored)
@@ -50,12 +56,13 @@ def load_words(folder: Path, dtype: torch.dtype, device: torch.device, *, head: 
         )
     embedding = _read(name, stored).to(device, dtype)
     if not head:
-        return Words(embedding, embedding[:0])
+        return FrozenEmbeddings(embedding, embedding[:0])
     head_name = require_head(folder, config, stored)
     if head_name == name:
-        return Words(embedding, embedding)
-    found = _read(head_name, stored).to(device, dtype)
-    return Words(embedding, embedding if config.tie_word_embeddings and torch.equal(found, embedding) else found)
+        return FrozenEmbeddings(embedding, embedding)
+    head_weight = _read(head_name, stored).to(device, dtype)
+    is_tied = config.tie_word_embeddings and torch.equal(head_weight, embedding)
+    return FrozenEmbeddings(embedding, embedding if is_tied else head_weight)
 
 
 def _read(name: str, stored: dict[str, StoredWeight]) -> Tensor:

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.frozen_embeddings import load_frozen_embeddings
 from cllm4rec_dist.model.pretrained import load_config, require_head, require_weights
 from cllm4rec_dist.model.weights import stored_weights
-from cllm4rec_dist.model.words import load_words
 from tests.model.backbones import FAMILIES, changed, copied, rewrite
 
 CPU = torch.device("cpu")
@@ -40,25 +40,25 @@ def with_weights_of(folder: Path, to: Path, model: type, *, tied: bool = True) -
 
 def assert_as_transformers(folder: Path) -> None:
     """Reference: the causal language model that transformers loads."""
-    words, model = load_words(folder, torch.float32, CPU), AutoModelForCausalLM.from_pretrained(folder)
+    words, model = load_frozen_embeddings(folder, torch.float32, CPU), AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(words.embedding, model.get_input_embeddings().weight)
     assert torch.equal(words.head, model.get_output_embeddings().weight)
 
 
 def assert_headless(folder: Path) -> None:
     with pytest.raises(ConfigError, match=NO_HEAD):
-        load_words(folder, torch.float32, CPU)
+        load_frozen_embeddings(folder, torch.float32, CPU)
     with pytest.raises(ConfigError, match=NO_HEAD):
         require_head(folder, load_config(folder), stored_weights(folder))
     require_weights(folder, load_config(folder))  # the decoder is whole
-    words = load_words(folder, torch.float32, CPU, head=False)
+    words = load_frozen_embeddings(folder, torch.float32, CPU, head=False)
     assert words.embedding.shape == (load_config(folder).vocab_size, 16)
     assert words.head.shape == (0, 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_words_are_the_models_own_tied_weights(folders: dict[str, Path], family: str) -> None:
-    words = load_words(folders[family], torch.float32, CPU)
+    words = load_frozen_embeddings(folders[family], torch.float32, CPU)
     assert_as_transformers(folders[family])
     assert words.head is words.embedding
     assert words.scale == pytest.approx(words.embedding.square().mean().sqrt().item())
@@ -67,7 +67,7 @@ def test_words_are_the_models_own_tied_weights(folders: dict[str, Path], family:
 def test_an_untied_head_is_read_as_well(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = with_weights_of(folders["llama"], tmp_path / "untied", AutoModelForCausalLM, tied=False)
     assert_as_transformers(folder)
-    words, model = load_words(folder, torch.bfloat16, CPU), AutoModelForCausalLM.from_pretrained(folder)
+    words, model = load_frozen_embeddings(folder, torch.bfloat16, CPU), AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(words.head, model.get_output_embeddings().weight.bfloat16())
     assert not torch.equal(words.head, words.embedding)
 
@@ -111,12 +111,12 @@ def test_a_head_that_is_stored_counts_whatever_ties_and_architecture_say(
     """Transformers does not tie weights that are stored with other values."""
     for number, settings in enumerate(({}, {"architectures": ["LlamaModel"]}, {"architectures": None})):
         folder = changed(folders["llama"], tmp_path / str(number), **settings)
-        embedding = load_words(folder, torch.float32, CPU, head=False).embedding
+        embedding = load_frozen_embeddings(folder, torch.float32, CPU, head=False).embedding
         rewrite(folder / "model.safetensors", **{"lm_head.weight": embedding + 1})
         assert_as_transformers(folder)
-        assert torch.equal(load_words(folder, torch.float32, CPU).head, embedding + 1)
+        assert torch.equal(load_frozen_embeddings(folder, torch.float32, CPU).head, embedding + 1)
         rewrite(folder / "model.safetensors", **{"lm_head.weight": embedding.clone()})
-        words = load_words(folder, torch.float32, CPU)
+        words = load_frozen_embeddings(folder, torch.float32, CPU)
         assert words.head is words.embedding, "stored twice with the same values"
 
 
@@ -162,8 +162,8 @@ def test_a_head_of_another_shape_or_type_is_refused(
     folder = with_weights_of(folders["llama"], tmp_path / "untied", AutoModelForCausalLM, tied=False)
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
     rewrite(folder / "model.safetensors", **{"lm_head.weight": change(head)})
-    with pytest.raises(ConfigError, match=r"lm_head\.weight.*plain matrix"):
-        load_words(folder, torch.float32, CPU)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight.*unquantized matrix"):
+        load_frozen_embeddings(folder, torch.float32, CPU)
 
 
 def test_without_weights_the_configuration_decides(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -178,4 +178,4 @@ def test_foreign_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -
     folder = copied(folders["gpt2"], tmp_path / "backbone")
     save_file({"other": torch.zeros(2)}, folder / "model.safetensors")
     with pytest.raises(ConfigError, match=r"wte\.weight"):
-        load_words(folder, torch.float32, CPU)
+        load_frozen_embeddings(folder, torch.float32, CPU)
