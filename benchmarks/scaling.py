@@ -27,9 +27,9 @@ import torch.multiprocessing as mp
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 from benchmarks.head import inputs, ours, peak_bytes
-from benchmarks.measured import Wire
+from benchmarks.measured import SentBytes
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
@@ -93,7 +93,7 @@ def items_curves(sizes: list[int], repeats: int) -> Iterator[Curve]:
 
         times.append(processor_seconds(step, repeats))
         peaks.append(peak_bytes("ours", shape) / 1e6)
-        tell(f"{size:,} items: {times[-1]:.4f} s, {peaks[-1]:.1f} MB")
+        show(f"{size:,} items: {times[-1]:.4f} s, {peaks[-1]:.1f} MB")
     yield curve("seconds of the item head", "items", sizes, times, float)
     yield curve("MB beside rows and gradient", "items", sizes, peaks, lambda size: 1)
 
@@ -119,7 +119,7 @@ def users_curves(sizes: list[int], repeats: int) -> Iterator[Curve]:
         taken, num_bytes = lazy_step(size, 10 * repeats)
         times.append(1e3 * taken)
         held.append(num_bytes / 1e6)
-        tell(f"{size:,} users: {times[-1]:.3f} ms, {held[-1]:,.0f} MB")
+        show(f"{size:,} users: {times[-1]:.3f} ms, {held[-1]:,.0f} MB")
     yield curve("ms of a lazy step", "users", sizes, times, lambda size: 1)
     yield curve("MB of table and moments", "users", sizes, held, float)
 
@@ -152,7 +152,7 @@ def _rank(rank: int, size: int, folder: str, repeats: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world, partition = World(rank, size, rank, torch.device("cpu")), RowPartition(CATALOG, size)
     queries, items, targets = inputs((BATCH, CATALOG, WIDTH))
-    low, high = world.share(0, BATCH)
+    low, high = world.local_range(0, BATCH)
     own = queries.detach()[low:high].clone().requires_grad_()
     rows = items.detach()[slice(*partition.range(rank))].clone().requires_grad_()
     places, wanted = torch.arange(high - low), targets[low:high]
@@ -162,10 +162,10 @@ def _rank(rank: int, size: int, folder: str, repeats: int) -> None:
         gathering = GatheringQueries(own, places, wanted, partition, world)
         sharded_cross_entropy(gathering, rows).sum().backward()
 
-    with world.watch, Wire(world) as wire:
+    with world.watch, SentBytes(world) as traffic:
         step()
     with world.watch:
-        told = [processor_seconds(step, repeats), wire.num_bytes]
+        told = [processor_seconds(step, repeats), traffic.num_bytes]
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
@@ -180,7 +180,7 @@ def ranks_curves(sizes: list[int], repeats: int) -> Iterator[Curve]:
         processor, num_bytes = (max(values) for values in zip(*told, strict=True))
         work.append(processor)
         leaving.append(num_bytes / 1e6)
-        tell(f"{size} ranks: {processor:.3f} s each, {leaving[-1]:.3f} MB leave a rank")
+        show(f"{size} ranks: {processor:.3f} s each, {leaving[-1]:.3f} MB leave a rank")
     yield curve("seconds of a rank's part of the head", "ranks", sizes, work, lambda size: 1 / size)
     several = slice(sizes.count(1), None)  # nothing leaves a rank that is alone
     yield curve("MB that leave a rank", "ranks", sizes[several], leaving[several], lambda size: (size - 1) / size)
@@ -210,7 +210,7 @@ def draw(curves: list[Curve], path: Path) -> None:
         unused.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    tell(f"drawn to {path}")
+    show(f"drawn to {path}")
 
 
 def main() -> None:
@@ -231,7 +231,7 @@ def main() -> None:
     for c in curves:
         ends = f"{c.y[0]:.4g} at {c.x[0]:,}", f"{c.y[-1]:.4g} at {c.x[-1]:,}"
         rows.append([c.what, *ends, f"{c.slope:.2f}", f"{c.expected_slope:.2f}"])
-    tell_table(["cost", "least", "most", "slope", "expected"], rows)
+    show_table(["cost", "least", "most", "slope", "expected"], rows)
     draw(curves, chosen.picture)
     write_json(chosen.json, {"curves": [asdict(c) for c in curves]})
 

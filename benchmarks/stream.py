@@ -29,7 +29,7 @@ import webdataset as wds
 from torch import Tensor
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.prompts import CONTENT_PROMPTS, RECOMMENDATION_PROMPT, ContentKind, PromptBuilder
@@ -243,7 +243,7 @@ def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
         lengths = [np.array([len(d.token_ids) for d in documents]) for documents in documents_of_step(whole, step)]
         for lists in lengths:
             np.random.default_rng(step).shuffle(lists)  # documents come by length, examples did not
-        shares = [sum(n[slice(*world.share(0, len(n)))].sum() for n in lengths) for world in worlds]
+        shares = [sum(n[slice(*world.local_range(0, len(n)))].sum() for n in lengths) for world in worlds]
         by_count.append(max(shares) / np.mean(shares))
         tokens = [sum(batch.num_tokens for batch in source.make(step).micro_batches) for source in ranks]
         assert sum(tokens) == sum(shares)
@@ -300,8 +300,8 @@ def main() -> None:
             chosen.corpus, chosen.backbone = f"{folder}/corpus", f"{folder}/backbone"
             make_corpus(Path(folder), chosen.examples, 20_000, 64, num_texts=chosen.examples)
         found = speeds(chosen)
-        tell(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
-        tell_table(
+        show(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
+        show_table(
             ["stream", "examples/s", "ratio", "lowest", "highest"],
             [
                 [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
@@ -309,12 +309,12 @@ def main() -> None:
             ],
         )
         balance = {size: imbalance(chosen, size) for size in (2, 4, 8)}
-        tell_table(
+        show_table(
             ["ranks", "most tokens of a rank over the mean, by examples", "by tokens"],
             [[size, f"{b['by_count']:.3f}", f"{b['by_tokens']:.3f}"] for size, b in balance.items()],
         )
         shares = {stage: waiting(chosen, stage) for stage in ("pretrain", "finetune")}
-        tell_table(
+        show_table(
             ["stage", "step", "waited for its batch", "making a batch", "most"],
             [
                 [

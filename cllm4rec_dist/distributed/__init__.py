@@ -1,1 +1,1 @@
-"""Ranks: how they find each other, exchange rows, run ZeRO-3, and how a fault is told from a hang."""
+"""Process groups: rendezvous, collectives, the ZeRO-3 engine, and the watchdog that finds the rank at fault."""

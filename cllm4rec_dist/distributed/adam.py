@@ -1,4 +1,4 @@
-"""What torch's and DeepSpeed's Adam have in common."""
+"""Names that torch's and DeepSpeed's Adam share."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of the moments in the state of an optimizer."""
+"""Names of the moments in an optimizer's state."""

@@ -1,9 +1,9 @@
-"""Collectives with exact gradients, over ragged rows.
+"""Collectives with exact gradients, for a different number of rows on each rank.
 
-Convention for every autograd function here and in `model/`: the gradient is that of the *sum* of all ranks' losses.
-What each rank hands to `backward` is its own part of that sum. gloo and NCCL both have the tensor forms used here;
-lengths may differ between ranks and be zero. Every function is a collective: all ranks must call it, in one order.
-Each names itself to the watchdog, which tells in which one a rank waits.
+All autograd functions here and in `model/` compute the gradient of the *sum* of all ranks' losses; each rank calls
+`backward` on its part of that sum. gloo and NCCL both support the operations used here. Numbers of rows may differ
+between ranks and be zero. Every function is a collective: all ranks must call it, in the same order. Each reports its
+name to the watchdog, which can then say in which one a rank waits.
 
 Legend: n rows of this rank, N rows of all ranks, W ranks.
 """
@@ -25,33 +25,34 @@ from cllm4rec_dist.errors import FaultError
 def gather_integers(
     values: Sequence[int], world: World, group: dist.ProcessGroup | None = None, what: str = "integers"
 ) -> list[list[int]]:
-    """Every rank's `values` (equally many, int64), in rank order. One all-gather.
+    """Gather `values` (int64, equally many on all ranks) of every rank, in rank order. One all-gather.
 
     Args:
-        group: of all ranks, on CPUs, for a thread that must not meddle with the main group's order; that one if None.
-        what: is gathered, for whoever reads where a rank is.
+        group: a CPU group of all ranks, for a thread that must not disturb the order of collectives in the default
+            group; the default group if None.
+        what: name of the values, for the watchdog's messages.
     """
     if world.size == 1:
         return [list(values)]
     device = world.device if group is None else torch.device("cpu")
-    own = torch.tensor([*values], dtype=torch.int64, device=device)
-    gathered = own.new_empty(world.size, len(values))
-    # The watch knows where the main thread is, and nothing of other threads.
+    local = torch.tensor([*values], dtype=torch.int64, device=device)
+    gathered = local.new_empty(world.size, len(values))
+    # The watch follows the main thread only.
     with world.watch.collective(f"all-gather of {what}") if group is None else nullcontext():
-        dist.all_gather_into_tensor(gathered.view(-1), own, group=group)
+        dist.all_gather_into_tensor(gathered.view(-1), local, group=group)
         return gathered.tolist()
 
 
 def gather_counts(count: int, world: World) -> list[int]:
-    """Every rank's `count`, in rank order. All-gathers one integer."""
-    return [found for (found,) in gather_integers([count], world, what="counts")]
+    """Gather `count` of every rank, in rank order. All-gathers one integer."""
+    return [gathered for (gathered,) in gather_integers([count], world, what="counts")]
 
 
 def broadcast_text(text: str, world: World, what: str) -> str:
-    """Rank 0's `text`, a short one, on every rank. All-gathers its length and then its bytes.
+    """Return rank 0's `text`, a short one, on every rank. All-gathers its length and then its bytes.
 
     Args:
-        what: the text is about, for whoever reads where a rank is.
+        what: name of the text, for the watchdog's messages.
     """
     content = text.encode() if world.is_main else b""
     length = gather_integers([len(content)], world, what=what)[0][0]
@@ -59,16 +60,16 @@ def broadcast_text(text: str, world: World, what: str) -> str:
 
 
 def require_agreement(values: Mapping[str, int], world: World) -> None:
-    """Make sure that `values`, int64 and named alike on all ranks, are equal on all of them. One all-gather.
+    """Require that `values`, int64 with the same names on all ranks, are equal on all ranks. One all-gather.
 
     Raises:
-        FaultError: on every rank: the first value that differs, the ranks that have another one than most (than rank 0
-            has, where there are no most), and what they have.
+        FaultError: on every rank, for the first value that differs: names the ranks in the minority (in a tie, those
+            that differ from rank 0) and their values.
     """
-    everyones = gather_integers([*values.values()], world, what=f"what must agree ({', '.join(values)})")
-    for name, found in zip(values, zip(*everyones, strict=True), strict=True):
-        usual = max(found, key=found.count)  # of equally many the first, rank 0's
-        others = {rank: value for rank, value in enumerate(found) if value != usual}
+    by_rank = gather_integers([*values.values()], world, what=f"what must agree ({', '.join(values)})")
+    for name, column in zip(values, zip(*by_rank, strict=True), strict=True):
+        usual = max(column, key=column.count)  # in a tie the first, which is rank 0's
+        others = {rank: value for rank, value in enumerate(column) if value != usual}
         if others:
             raise FaultError(
                 f"{name} on rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}",
@@ -79,10 +80,10 @@ def require_agreement(values: Mapping[str, int], world: World) -> None:
 
 
 def barrier(world: World, what: str) -> None:
-    """Wait until all ranks are here.
+    """Wait until all ranks have called this.
 
     Args:
-        what: is waited for, as a person would say it (`the corpus to be there`).
+        what: what the ranks wait for, as in `the corpus to be there`, for the watchdog's messages.
     """
     if world.size > 1:
         with world.watch.collective(f"barrier for {what}"):
@@ -90,7 +91,7 @@ def barrier(world: World, what: str) -> None:
 
 
 def all_reduce_sum(x: Tensor, world: World, what: str = "sums") -> Tensor:
-    """Sum of `x` over the ranks, without gradient. `x` itself is left as it is."""
+    """Sum `x` over the ranks, without gradient. `x` is not modified."""
     total = x.detach().clone()
     if world.size > 1:
         with world.watch.collective(f"all-reduce of {what}"):
@@ -99,17 +100,17 @@ def all_reduce_sum(x: Tensor, world: World, what: str = "sums") -> Tensor:
 
 
 def sum_on_host(x: Tensor, world: World, what: str) -> list[Any]:
-    """Sum of `x` over the ranks as Python numbers. All-reduces `x`."""
+    """Sum `x` over the ranks and return Python numbers. All-reduces `x`."""
     with world.watch.collective(f"all-reduce of {what}"):
-        return all_reduce_sum(x, world, what).tolist()  # inside, because it is here that a host waits for its GPU
+        return all_reduce_sum(x, world, what).tolist()  # inside, because here the host waits for its GPU
 
 
 class PendingCollective:
-    """What a collective that has been started brings; `wait` must be called once, in the same order on all ranks.
+    """Result of a started collective; `wait` must be called once, in the same order on all ranks.
 
     Args:
-        what: has been started, for whoever reads where a rank is.
-        arrange: the received tensor -> what was asked for.
+        what: name of the collective, for the watchdog's messages.
+        arrange: maps the received tensor to the result.
     """
 
     def __init__(
@@ -123,18 +124,18 @@ class PendingCollective:
         self._received, self._work, self._world, self._what, self._arrange = received, work, world, what, arrange
 
     def wait(self) -> Tensor:
-        """The rows, when they are here (on a GPU: for what is queued from now on)."""
+        """Wait for the collective and return its result (on a GPU: make kernels queued from now on wait for it)."""
         if self._work is not None:
-            # Nobody is waited for before, so the watch is told of this alone.
+            # Starting a collective waits for nobody, so only this is reported to the watch.
             with self._world.watch.collective(self._what):
                 self._work.wait()
         return self._arrange(self._received)
 
 
 def start_all_gather_rows(x: Tensor, counts: list[int], world: World, what: str = "rows") -> PendingCollective:
-    """Begin to bring [n, ...] of every rank to every rank, [N, ...] in rank order. No gradient.
+    """Start an all-gather: [n, ...] of each rank -> [N, ...] in rank order. No gradient.
 
-    Parts are padded to the longest, since ragged all-gathers do not exist on gloo.
+    Parts are padded to the longest one, because gloo requires equal sizes.
     """
     what = f"all-gather of {what}"
     if world.size == 1:
@@ -158,24 +159,24 @@ def _all_gather(x: Tensor, counts: list[int], world: World, what: str) -> Tensor
 
 
 def _reduce_scatter(x: Tensor, counts: list[int], world: World, what: str) -> Tensor:
-    """[N, ...] on every rank -> sum over the ranks of this rank's part [n, ...]."""
+    """Reduce-scatter: [N, ...] on every rank -> [n, ...], this rank's part of the sum."""
     if world.size == 1:
         return x
     longest = max(counts)
     padded = x.new_zeros((world.size, longest, *x.shape[1:]))
     for rank, part in enumerate(x.split(counts)):
         padded[rank, : counts[rank]] = part
-    own = x.new_empty((longest, *x.shape[1:]))
+    local = x.new_empty((longest, *x.shape[1:]))
     with world.watch.collective(f"reduce-scatter of {what}"):
-        dist.reduce_scatter_tensor(own, padded.flatten(0, 1))
-    return own[: counts[world.rank]]
+        dist.reduce_scatter_tensor(local, padded.flatten(0, 1))
+    return local[: counts[world.rank]]
 
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, arriving: PendingCollective, counts: list[int], world: World) -> Tensor:
+    def forward(ctx: Any, x: Tensor, pending: PendingCollective, counts: list[int], world: World) -> Tensor:
         ctx.counts, ctx.world = counts, world
-        return arriving.wait()
+        return pending.wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -193,23 +194,23 @@ class _ReduceScatterRows(torch.autograd.Function):
         return _all_gather(grad.contiguous(), ctx.counts, ctx.world, "row gradients"), None, None
 
 
-def all_gather_rows(x: Tensor, counts: list[int], world: World, arriving: PendingCollective | None = None) -> Tensor:
-    """Rows of all ranks, in rank order: [n, ...] -> [N, ...]. Its gradient is a reduce-scatter.
+def all_gather_rows(x: Tensor, counts: list[int], world: World, pending: PendingCollective | None = None) -> Tensor:
+    """All-gather rows in rank order: [n, ...] -> [N, ...]. Its gradient is a reduce-scatter.
 
     Args:
         x: this rank's rows; trailing shape and dtype are the same on all ranks.
-        counts: rows of every rank (`gather_counts`).
-        arriving: where the all-gather of `x` has been started before.
+        counts: number of rows of each rank (`gather_counts`).
+        pending: the all-gather of `x`, if it has been started already.
     """
     if world.size == 1:
         return x
-    if arriving is None:
-        arriving = start_all_gather_rows(x.detach(), counts, world)
-    return _AllGatherRows.apply(x, arriving, counts, world)
+    if pending is None:
+        pending = start_all_gather_rows(x.detach(), counts, world)
+    return _AllGatherRows.apply(x, pending, counts, world)
 
 
 def reduce_scatter_rows(x: Tensor, counts: list[int], world: World) -> Tensor:
-    """Sum over ranks of this rank's part: [N, ...] -> [n, ...]. Its gradient is an all-gather."""
+    """Reduce-scatter rows: [N, ...] -> [n, ...], this rank's part of the sum. Its gradient is an all-gather."""
     return x if world.size == 1 else _ReduceScatterRows.apply(x, counts, world)
 
 
@@ -235,11 +236,11 @@ class _CombineLogSumExp(torch.autograd.Function):
 
 
 def combine_logsumexp(partial: Tensor, counts: list[int], world: World) -> Tensor:
-    """Log-sum-exp over all shards from each shard's own.
+    """Combine the log-sum-exps of all shards.
 
     Args:
-        partial: [N] log-sum-exp over this rank's columns for every gathered row; -inf where it has no column.
-        counts: rows of every rank.
+        partial: [N] log-sum-exp over this rank's columns for every gathered row; -inf if it has no columns.
+        counts: number of rows of each rank.
 
     Returns:
         [n], this rank's rows. All-reduces a maximum and a sum of [N]; backward all-gathers [n].
@@ -250,9 +251,9 @@ def combine_logsumexp(partial: Tensor, counts: list[int], world: World) -> Tenso
 def start_all_to_all_rows(
     x: Tensor, send_counts: list[int], receive_counts: list[int], world: World, what: str = "rows"
 ) -> PendingCollective:
-    """Begin to send the first `send_counts[0]` rows to rank 0 and so on; rows come in rank order. No gradient.
+    """Start to send the first `send_counts[0]` rows to rank 0 and so on; received rows are in rank order. No gradient.
 
-    `x` must be left as it is until the rows are there.
+    `x` must not change before `wait`.
     """
     what = f"all-to-all of {what}"
     if world.size == 1:
@@ -265,28 +266,28 @@ def start_all_to_all_rows(
 def all_to_all_rows(
     x: Tensor, send_counts: list[int], receive_counts: list[int], world: World, what: str = "rows"
 ) -> Tensor:
-    """Send the first `send_counts[0]` rows to rank 0 and so on; rows come back in rank order. No gradient."""
+    """Send the first `send_counts[0]` rows to rank 0 and so on; received rows are in rank order. No gradient."""
     return start_all_to_all_rows(x, send_counts, receive_counts, world, what).wait()
 
 
 def exchange_counts(send_counts: Tensor, world: World) -> Tensor:
-    """int64 [W, ...] for each rank -> int64 [W, ...] from each rank; both on the host. One all-to-all."""
+    """Exchange counts: int64 [W, ...] for each rank -> int64 [W, ...] from each rank, on the host. One all-to-all."""
     if world.size == 1:
         return send_counts
     sent = send_counts.to(world.device).contiguous()
     received = torch.empty_like(sent)
     with world.watch.collective("all-to-all of counts"):
         dist.all_to_all_single(received, sent)
-        return received.cpu()  # inside, because it is here that a host waits for its GPU
+        return received.cpu()  # inside, because here the host waits for its GPU
 
 
 def scatter_rows(rows: Tensor | None, partition_sizes: list[int], width: int, world: World) -> Tensor:
-    """Rank 0's fp32 [sum of sizes, width] -> this rank's block [sizes[rank], width], on the CPU side of the world."""
+    """Scatter rank 0's fp32 [sum of sizes, width]: return this rank's block [sizes[rank], width] on its device."""
     if world.size == 1:
         assert rows is not None
         return rows.to(world.device)
     longest = max(partition_sizes)
-    own = torch.empty(longest, width, device=world.device)
+    local = torch.empty(longest, width, device=world.device)
     parts = None
     if world.rank == 0:
         assert rows is not None
@@ -294,5 +295,5 @@ def scatter_rows(rows: Tensor | None, partition_sizes: list[int], width: int, wo
         for part, block in zip(parts, rows.split(partition_sizes), strict=True):
             part[: len(block)] = block.to(world.device)
     with world.watch.collective("scatter of rows"):
-        dist.scatter(own, parts, src=0)
-    return own[: partition_sizes[world.rank]].clone()
+        dist.scatter(local, parts, src=0)
+    return local[: partition_sizes[world.rank]].clone()

@@ -1,12 +1,12 @@
-"""DeepSpeed, and nothing else of the project: the only file that imports it.
+"""The ZeRO-3 engine. This is the only file that imports DeepSpeed.
 
-`Engine` wraps a ZeRO-3 engine around the backbone and offers what one training step needs: forward, backward, this
-rank's gradient partitions for joint clipping, step, and its slices of weights and optimizer state for checkpoints.
-Tables live outside (see `model/sharded_embedding.py`).
+`Engine` wraps a ZeRO-3 engine around the backbone and has what a training step needs: forward, backward, this rank's
+gradient partitions for joint clipping, step, and its partitions of weights and optimizer state for checkpoints. The
+tables are outside of the engine (see `model/sharded_embedding.py`).
 
-Scaling, the one rule for all gradients: each rank's loss is `local_sum * W / global_count`, summed over the
-micro-batches of a step. ZeRO-3 averages over W ranks; tables get the gradient of the sum over ranks and are divided by
-W in `train.py`. DeepSpeed's own clipping stays off, since its norm does not know the tables.
+Scaling of all gradients: each rank's loss is `local_sum * W / global_count`, summed over the micro-batches of a step.
+ZeRO-3 averages over W ranks; the gradients of tables are sums over ranks, which `step.py` divides by W. DeepSpeed's
+clipping is off, because its norm does not include the tables.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from cllm4rec_dist.distributed.watchdog import Watch, Watchdog
 from cllm4rec_dist.errors import ConfigError
 
 DEFAULT_SETTINGS = Path(__file__).with_name("ds_configs") / "zero3.json"
-"""The DeepSpeed file of a run that names none: part of the package, so that any folder will do."""
-_BACKEND_MORE_SECONDS = 60.0
+"""Default DeepSpeed file, which is part of the package."""
+_BACKEND_EXTRA_SECONDS = 60.0
 
-_UNDERSTOOD = frozenset(
+_KNOWN_SECTIONS = frozenset(
     {
         "activation_checkpointing",
         "aio",
@@ -77,40 +77,40 @@ _UNDERSTOOD = frozenset(
         "zero_optimization",
     }
 )
-"""Sections of a DeepSpeed file that mean something here: DeepSpeed itself reads past a key that it does not know."""
+"""Sections of a DeepSpeed file that are supported. DeepSpeed itself ignores unknown keys."""
 
 
 def start_world(collective_timeout_seconds: float = HANG_SECONDS) -> World:
-    """Join the run that the launcher made (Ray, torchrun, deepspeed, srun), or be a run of one process.
+    """Join the ranks that the launcher started (Ray, torchrun, deepspeed, srun), or start a run of one process.
 
-    What a rank does goes into `with world.watch`, which ends in order or names the rank that is at fault.
+    All work of a rank belongs in `with world.watch`, which names the rank at fault if the run fails.
 
     Args:
-        collective_timeout_seconds: the longest that a collective may take. The backend's own timeout, which names
-            nobody, comes later; one of a process group that exists (Ray's: 1800 s) stays as it is.
+        collective_timeout_seconds: the longest time that a collective may take. The backend's timeout, which cannot
+            name a rank, is set 60 s later; that of an existing process group (Ray's: 1800 s) is not changed.
 
     Collectives: the rendezvous and one broadcast.
 
     Raises:
-        ConfigError: for variables of a launcher that cannot be right, a host that is not found, a port in use.
-        RankError: where other ranks do not come.
+        ConfigError: for invalid launcher variables, an unknown host, or a port in use.
+        RankError: if other ranks do not arrive.
     """
     adopt_slurm_environment(os.environ)
-    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, alone)
+    for name, default in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, default)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
-    timeout = collective_timeout_seconds + _BACKEND_MORE_SECONDS
-    roll = None if dist.is_initialized() else rendezvous.meet(os.environ, timeout)
+    timeout = collective_timeout_seconds + _BACKEND_EXTRA_SECONDS
+    store = None if dist.is_initialized() else rendezvous.wait_for_ranks(os.environ, timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # Its C++ shared-memory collectives are compiled at first use, a minute for nothing on a CPU.
+        # Compiling its C++ shared-memory collectives takes a minute, and they are not needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed|torch")
     deepspeed.init_distributed(
         dist_backend=None, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
     )
-    del roll  # torch's own store has the port now
+    del store  # torch's own store has the port now
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -121,10 +121,10 @@ def start_world(collective_timeout_seconds: float = HANG_SECONDS) -> World:
 
 
 def resolve_settings(config: RunConfig) -> dict[str, Any]:
-    """The DeepSpeed file with every "auto" filled in by the run.
+    """Read the run's DeepSpeed file and replace every "auto" by the run's value.
 
     Raises:
-        ConfigError: where the file fixes a value that the run decides otherwise, or is not a ZeRO-3 file.
+        ConfigError: if the file is not a ZeRO-3 file, or has a value that conflicts with the run's configuration.
     """
     path = DEFAULT_SETTINGS if config.deepspeed is None else Path(config.deepspeed)
     try:
@@ -135,12 +135,12 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
         ) from error
     if not isinstance(settings, dict):
         raise ConfigError(str(path), settings, "must be a JSON object", "Start from ds_configs/zero3.json.")
-    for key in settings.keys() - _UNDERSTOOD:
+    for key in settings.keys() - _KNOWN_SECTIONS:
         raise ConfigError(
             f"{path}: {key}",
             settings[key],
-            "would do nothing, or what the run decides",
-            f"Remove it; understood are {', '.join(sorted(_UNDERSTOOD))}.",
+            "would have no effect, or is decided by the run",
+            f"Remove it; supported are {', '.join(sorted(_KNOWN_SECTIONS))}.",
         )
     for section in ("bf16", "zero_optimization"):
         if not isinstance(settings.setdefault(section, {}), dict):
@@ -171,22 +171,22 @@ def resolve_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def zero_config(settings: dict[str, Any]) -> Any:
-    """What DeepSpeed makes of the section `zero_optimization` of `resolve_settings`, its own defaults included."""
+    """Return DeepSpeed's ZeRO configuration for `settings` of `resolve_settings`, with DeepSpeed's defaults."""
     return DeepSpeedConfig(copy.deepcopy(settings)).zero_config
 
 
 def _decide(field: str, given: Any, decided: Any) -> Any:
     if given not in ("auto", decided):
-        raise ConfigError(field, given, f"conflicts with the run, which says {decided!r}", 'Write "auto" there.')
+        raise ConfigError(field, given, f"conflicts with the run, which sets {decided!r}", 'Set it to "auto".')
     return decided
 
 
 @contextmanager
 def sharded_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """Inside, Hugging Face models are born partitioned: no rank ever holds the whole backbone."""
-    alive = HfDeepSpeedConfig(settings)  # transformers keeps only a weak reference
+    """Make Hugging Face models partition their weights while loading, so that no rank ever holds the whole backbone."""
+    reference = HfDeepSpeedConfig(settings)  # transformers keeps only a weak reference
     yield
-    del alive
+    del reference
 
 
 class Engine:
@@ -196,9 +196,9 @@ class Engine:
         module: built inside `sharded_loading`.
         settings: from `resolve_settings`.
         optimizer: over the module's trainable parameters.
-        layers: modules of which each is gathered and let go as a whole. Else ZeRO-3 would hook every small module:
-            for a layer with adapters some forty times as many hooks and collectives, each over less. A layer must run
-            once in a forward, on inputs that ask for gradients where it is trained.
+        layers: modules that are gathered and released as a whole (ZeRO-3 leaf modules). Otherwise ZeRO-3 hooks every
+            small module: for a layer with adapters about forty times as many hooks and collectives. A layer must run
+            once per forward; if it is trained, its inputs must require gradients.
     """
 
     def __init__(
@@ -214,11 +214,11 @@ class Engine:
         self.trainable: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """One forward of the module. Every rank must call it equally often."""
+        """Run one forward of the module. Every rank must call it equally often."""
         return self._engine(*inputs)
 
     def num_parameters(self) -> tuple[int, int]:
-        """Elements of the trained and of the frozen parameters, of all ranks together."""
+        """Number of trained and of frozen parameters over all ranks."""
         counts = [0, 0]
         for parameter in self._engine.module.parameters():
             packed = 2 if parameter.dtype == torch.uint8 else 1  # two 4-bit weights in a byte
@@ -230,47 +230,47 @@ class Engine:
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> bool:
-        """Accumulate gradients of a micro-batch's loss; True at the boundary, when gradients are complete."""
+        """Accumulate the gradients of a micro-batch; True after the last one of a step, when gradients are complete."""
         self._engine.backward(loss, scale_wrt_gas=False)
         return self._engine.is_gradient_accumulation_boundary()
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's partition of each trainable gradient, fp32 (padding is zero). At the boundary only."""
+        """This rank's partition of each trainable gradient, fp32, zero-padded. Only when gradients are complete."""
         return {name: safe_get_local_grad(parameter) for name, parameter in self.trainable.items()}
 
     def scale_gradients(self, factor: float) -> None:
-        """Multiply every gradient partition. At the boundary only."""
+        """Multiply every gradient partition by `factor`. Only when gradients are complete."""
         for parameter in self.trainable.values():
             safe_set_local_grad(parameter, safe_get_local_grad(parameter) * factor)
 
     def step(self, lr: float) -> None:
-        """End of a micro-batch; at the boundary the optimizer steps with learning rate `lr`."""
+        """End a micro-batch; when gradients are complete, the optimizer steps with learning rate `lr`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
 
     def discard(self) -> None:
-        """Spoil this step's gradients, at the boundary: `step` then drops them and changes nothing.
+        """Set this step's gradients to NaN, so that `step` drops them and changes nothing. Only when they are complete.
 
-        ZeRO-3 leaves out a step whose gradient norm is not finite, in every precision; there is no other way to drop
-        gradients that does not also move the optimizer's moments.
+        ZeRO-3 skips a step with a non-finite gradient norm in every precision. It has no other way to drop gradients
+        without an update of the optimizer's moments.
         """
         self.scale_gradients(math.nan)
 
     def partitions(self) -> dict[str, RowPartition]:
-        """Which elements of each flattened trainable parameter a rank holds: ZeRO-3 cuts it as we cut rows."""
+        """Partition of each flattened trainable parameter, whose elements ZeRO-3 assigns to ranks as we assign rows."""
         return {name: RowPartition(p.ds_numel, dist.get_world_size()) for name, p in self.trainable.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each whole trainable parameter."""
+        """Shape of each whole trainable parameter."""
         return {name: tuple(p.ds_shape) for name, p in self.trainable.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """This rank's elements of each flattened trainable parameter, fp32 (the master copy), without padding."""
+        """This rank's elements of each flattened trainable parameter, from the fp32 masters, without padding."""
         return {name: safe_get_local_fp32_param(self.trainable[name])[:n] for name, n in self._num_local().items()}
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """By parameter: `exp_avg` and `exp_avg_sq` of the same elements; empty before the first step."""
+        """By parameter, `exp_avg` and `exp_avg_sq` of the elements in `weights`; empty before the first step."""
         state = self._optimizer_state()
         return {
             name: {key: safe_get_local_optimizer_state(self.trainable[name], key)[:n] for key in MOMENTS}
@@ -279,32 +279,32 @@ class Engine:
         }
 
     def steps_taken(self) -> float:
-        """Adam's count of steps, which its bias correction needs."""
+        """Number of steps that Adam has taken, which its bias correction needs."""
         return float(self._optimizer_state().get("step", 0))
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Overwrite what `weights` gave, before the first forward. No collective.
+        """Restore the result of `weights`, before the first forward. No collective.
 
-        Both the fp32 master and the partition that is gathered for a forward are written: DeepSpeed's
-        `GatheredParameters` writes the latter alone, and the first step would bring back the old values.
+        Writes both the fp32 master and the partition that is gathered for a forward. DeepSpeed's `GatheredParameters`
+        writes only the latter, so that the first step would restore the old values.
         """
         for name, local in weights.items():
             parameter = self.trainable[name]
-            assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE, "weights are set before the first forward"
+            assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE, "weights must be set before the first forward"
             padded = parameter.ds_tensor.new_zeros(parameter.partition_numel(), dtype=torch.float32)
             padded[: len(local)] = local
             safe_set_local_fp32_param(parameter, padded)
             parameter.ds_tensor.data.copy_(padded)
 
     def set_moments(self, moments: dict[str, dict[str, Tensor]], steps_taken: float) -> None:
-        """Overwrite what `moments` and `steps_taken` gave. No collective."""
+        """Restore the results of `moments` and `steps_taken`. No collective."""
         zero = self._engine.optimizer
         for flat in zero.fp32_partitioned_groups_flat:
             zeros = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
             zero.optimizer.state[flat] = {"step": torch.tensor(steps_taken), **zeros}
-        for name, found in moments.items():
+        for name, state in moments.items():
             parameter = self.trainable[name]
-            for key, local in found.items():
+            for key, local in state.items():
                 padded = parameter.ds_tensor.new_zeros(parameter.partition_numel(), dtype=torch.float32)
                 padded[: len(local)] = local
                 safe_set_local_optimizer_state(parameter, padded, key)
@@ -313,6 +313,6 @@ class Engine:
         return {name: partition.num_local(dist.get_rank()) for name, partition in self.partitions().items()}
 
     def _optimizer_state(self) -> dict[str, Any]:
-        """Of the first flat group; all groups take the same steps."""
+        """Adam's state of the first flat group; all groups take the same steps."""
         zero = self._engine.optimizer
         return dict(zero.optimizer.state.get(zero.fp32_partitioned_groups_flat[0], {}))

@@ -1,7 +1,4 @@
-"""The backbone in one process: what `engine.Engine` offers for a forward, without DeepSpeed or a process group.
-
-Ranking, checkpoints and `System` take either of the two.
-"""
+"""An engine for inference in one process, without DeepSpeed or a process group."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from cllm4rec_dist.distributed.topology import RowPartition
 
 
 class ForwardEngine(Protocol):
-    """What prediction and reading of a checkpoint need of an engine."""
+    """Methods of an engine that inference and loading of checkpoints use."""
 
     def __call__(self, *inputs: Any) -> Tensor: ...
     def train(self, mode: bool) -> None: ...
@@ -26,11 +23,11 @@ class ForwardEngine(Protocol):
 
 
 class LocalEngine:
-    """Runs forwards of a module that lies whole on one device. It computes no gradients.
+    """Runs forwards of a module on one device, without gradients.
 
     Args:
-        module: the backbone; parameters that ask for gradients are those that a checkpoint holds.
-        device: where it computes.
+        module: the backbone; a checkpoint holds its parameters that require gradients.
+        device: device of the module.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -39,16 +36,16 @@ class LocalEngine:
 
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Tensor:
-        """One forward of the module."""
-        found: Tensor = self._module(*inputs)
-        return found
+        """Run one forward of the module."""
+        output: Tensor = self._module(*inputs)
+        return output
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
         self._module.train(mode)
 
     def num_parameters(self) -> tuple[int, int]:
-        """Elements of the trained and of the frozen parameters."""
+        """Number of trained and of frozen parameters."""
         counts = [0, 0]
         for parameter in self._module.parameters():
             packed = 2 if parameter.dtype == torch.uint8 else 1  # two 4-bit weights in a byte
@@ -56,19 +53,19 @@ class LocalEngine:
         return counts[0], counts[1]
 
     def partitions(self) -> dict[str, RowPartition]:
-        """The one part of each flattened trained parameter."""
+        """Partition of each flattened trained parameter, which has one part."""
         return {name: RowPartition(parameter.numel(), 1) for name, parameter in self._trained.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each trained parameter."""
+        """Shape of each trained parameter."""
         return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """Each trained parameter, flat and in fp32."""
+        """Each trained parameter, flattened, fp32."""
         return {name: parameter.detach().float().flatten() for name, parameter in self._trained.items()}
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Overwrite what `weights` gave."""
+        """Restore the result of `weights`."""
         for name, flat in weights.items():
             self._trained[name].copy_(flat.view(self._trained[name].shape))

@@ -1,8 +1,7 @@
-"""Who is in the run, and which rank holds which rows.
+"""Ranks, and the assignment of rows to ranks.
 
-`World` is the run as one rank sees it and is passed as an argument: there is no global process group in the package
-beyond torch's default one, which the launcher or `engine.start_world` made. `RowPartition` is the one rule for row
-ranges; tables, heads, ranking and checkpoints all ask it.
+`World` is passed as an argument; the only global state is torch's default process group, which the launcher or
+`engine.start_world` made. `RowPartition` defines the row ranges of tables, heads, ranking and checkpoints.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ class World:
     Attributes:
         rank: 0..size-1.
         size: number of ranks.
-        local_rank: index of this rank on its host; picks the GPU.
-        device: where this rank computes.
-        watch: told where this rank is (`with world.watch.collective(...)`); tells it where another one hangs.
-        has_terminal: whether progress is watched on a terminal, which under Ray is that of the driver.
+        local_rank: index of this rank on its host; selects the GPU.
+        device: device of this rank.
+        watch: records the current operation of this rank (`with world.watch.collective(...)`), and ends the run if a
+            rank fails or hangs.
+        has_terminal: True if progress is shown on a terminal (under Ray, the driver's).
     """
 
     rank: int
@@ -38,46 +38,46 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that talks to people and writes shared files."""
+        """True on rank 0, which logs and writes shared files."""
         return self.rank == 0
 
-    def share(self, start: int, stop: int) -> tuple[int, int]:
-        """This rank's contiguous, near-equal part of positions [start, stop); may be empty."""
+    def local_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Return this rank's contiguous part of [start, stop); parts differ in length by at most one, may be empty."""
         total = stop - start
         return start + total * self.rank // self.size, start + total * (self.rank + 1) // self.size
 
 
 def lone_world() -> World:
-    """A run of this process alone, without a process group, on a GPU where there is one."""
+    """World of this process alone, without a process group, on a GPU if there is one."""
     return World(0, 1, 0, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
 def find_device(name: str | None) -> torch.device:
-    """The CPU or GPU of this host with a name of torch's; None is a GPU where there is one, else the CPU.
+    """Return the device with a torch device name; None selects a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: for a name that torch does not know, and a device that is not there.
+        ConfigError: for an invalid name, or a device that this host does not have.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     try:
-        found = torch.device(str(name))
+        device = torch.device(str(name))
     except RuntimeError:
-        found = None
-    if found is None or f"{found.type}:{found.index or 0}" not in ("cpu:0", *gpus):
-        there = ", ".join(["cpu", *gpus])
+        device = None
+    if device is None or f"{device.type}:{device.index or 0}" not in ("cpu:0", *gpus):
+        available = ", ".join(["cpu", *gpus])
         raise ConfigError(
-            "device", name, f"is no device of this host, which has {there}", "Name one of them, or leave it out."
+            "device", name, f"is no device of this host, which has {available}", "Name one of them, or leave it out."
         )
-    return found
+    return device
 
 
 def adopt_slurm_environment(environ: dict[str, str] | os._Environ[str]) -> None:
-    """Give torch's names to what `srun` says, where only Slurm's names are set.
+    """Set torch's rank variables from Slurm's, if only Slurm's are set.
 
-    `srun python ...` and `deepspeed --launcher slurm` set SLURM_PROCID and its kin but neither RANK nor LOCAL_RANK;
-    every other launcher sets RANK itself, and then nothing is touched.
+    `srun python ...` and `deepspeed --launcher slurm` set SLURM_PROCID and others but neither RANK nor LOCAL_RANK. All
+    other launchers set RANK; then nothing is changed.
     """
     if "RANK" in environ or "SLURM_PROCID" not in environ or "MASTER_ADDR" not in environ:
         return
@@ -88,9 +88,9 @@ def adopt_slurm_environment(environ: dict[str, str] | os._Environ[str]) -> None:
 
 @dataclass(frozen=True)
 class RowPartition:
-    """`num_rows` rows in blocks of ceil(num_rows / world_size) over the ranks.
+    """Partition of `num_rows` rows into blocks of ceil(num_rows / world_size), one per rank.
 
-    Trailing ranks hold fewer rows or none. Owners are `row // block`, so sorted ids are grouped by owner.
+    The last ranks may have fewer rows or none. The owner of a row is `row // block`: sorted ids are grouped by owner.
     """
 
     num_rows: int
@@ -98,7 +98,7 @@ class RowPartition:
 
     @property
     def block(self) -> int:
-        """Rows in a full block (1 for an empty table, so that division by it is defined)."""
+        """Rows in a full block; 1 for an empty table, because owners are computed by division."""
         return max(1, -(-self.num_rows // self.world_size))
 
     def range(self, rank: int) -> tuple[int, int]:
@@ -106,6 +106,6 @@ class RowPartition:
         return min(rank * self.block, self.num_rows), min((rank + 1) * self.block, self.num_rows)
 
     def num_local(self, rank: int) -> int:
-        """How many rows `rank` holds."""
+        """Number of rows of `rank`."""
         start, stop = self.range(rank)
         return stop - start

@@ -260,7 +260,7 @@ def rank_users(
     mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
     system.train(False)
     weight = model.output_weight()
-    low, high = world.share(0, len(users))
+    low, high = world.local_range(0, len(users))
     largest_part, window = -(-len(users) // world.size), _WINDOW * batch_users
     for start in range(0, largest_part, window):
         local = np.arange(low + start, max(low + start, min(low + start + window, high)))

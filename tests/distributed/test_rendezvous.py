@@ -1,4 +1,4 @@
-"""Ranks that wait say for whom, and variables that cannot be right are refused at once."""
+"""Ranks that wait log for whom, and invalid launcher variables are refused at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("environ", "field", "message"), WRONG)
-def test_variables_that_cannot_be_right_are_refused(environ: dict[str, str], field: str, message: str) -> None:
+def test_invalid_variables_are_refused(environ: dict[str, str], field: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         rendezvous.read_ranks(environ)
     assert caught.value.field == field
@@ -44,25 +44,25 @@ def test_a_host_that_does_not_resolve_is_named() -> None:
             rendezvous.require_host(host)
 
 
-def test_what_another_launcher_left_is_forgotten() -> None:
+def test_variables_of_another_launcher_are_removed() -> None:
     environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "HOME": "/"}
     assert rendezvous.forget_launcher(environ) == ["RANK", "WORLD_SIZE", "MASTER_ADDR"]
     assert environ == {"HOME": "/"}
     assert rendezvous.forget_launcher(environ) == []
 
 
-def call_roll(ranks: dict[int, float], size: int, seconds: float = 20) -> list[BaseException]:
-    """Call the roll on threads, each after a delay; what they raised. Rank 0's store stays until all have met."""
+def register(ranks: dict[int, float], size: int, timeout: float = 20) -> list[BaseException]:
+    """Register each rank in a thread, after its delay; return the errors. Rank 0's store is kept until the end."""
     port, raised, stores = free_port(), [], []
 
-    def come(rank: int, delay: float) -> None:
+    def arrive(rank: int, delay: float) -> None:
         time.sleep(delay)
         try:
-            stores.append(rendezvous.call_roll(rank, size, "127.0.0.1", port, seconds))
+            stores.append(rendezvous.register(rank, size, "127.0.0.1", port, timeout))
         except BaseException as error:
             raised.append(error)
 
-    threads = [threading.Thread(target=come, args=item) for item in ranks.items()]
+    threads = [threading.Thread(target=arrive, args=item) for item in ranks.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -70,19 +70,19 @@ def call_roll(ranks: dict[int, float], size: int, seconds: float = 20) -> list[B
     return raised
 
 
-def test_whoever_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_ranks_log_the_missing_ones(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(rendezvous, "_REMINDER_SECONDS", 0.3)
-    assert call_roll({0: 0.6, 1: 0.0, 4: 1.8, 2: 0.0, 3: 1.8}, 5) == []
-    told = " | ".join(record.getMessage() for record in caplog.records)
-    assert "rank 1 of 5: waiting for rank 0 at 127.0.0.1:" in told
-    assert "rank 0: waiting for ranks 3 to 4 of 5 at 127.0.0.1:" in told
-    assert "rank 1: waiting for 2 of 5 ranks at 127.0.0.1:" in told
-    assert "(RANK, WORLD_SIZE are set)" in told
+    assert register({0: 0.6, 1: 0.0, 4: 1.8, 2: 0.0, 3: 1.8}, 5) == []
+    logged = " | ".join(record.getMessage() for record in caplog.records)
+    assert "rank 1 of 5: waiting for rank 0 at 127.0.0.1:" in logged
+    assert "rank 0: waiting for ranks 3 to 4 of 5 at 127.0.0.1:" in logged
+    assert "rank 1: waiting for 2 of 5 ranks at 127.0.0.1:" in logged
+    assert "(RANK, WORLD_SIZE are set)" in logged
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "ranks 1 of 2 did not come"), (1, "waiting for rank 0 at")])
 def test_a_rank_that_never_comes_ends_the_wait(rank: int, missing: str) -> None:
-    (error,) = call_roll({rank: 0.0}, 2, seconds=0.5)
+    (error,) = register({rank: 0.0}, 2, timeout=0.5)
     assert isinstance(error, RankError)
     assert missing in str(error)
 
@@ -92,16 +92,16 @@ def test_a_port_in_use_is_one_message() -> None:
         other.bind(("", 0))
         other.listen()
         with pytest.raises(ConfigError, match="is in use on this host") as caught:
-            rendezvous.call_roll(0, 2, "127.0.0.1", other.getsockname()[1], 5)
+            rendezvous.register(0, 2, "127.0.0.1", other.getsockname()[1], 5)
     assert "--master_port" in caught.value.cure
     assert "MASTER_PORT" in caught.value.field
 
 
 def test_an_agents_store_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's agent holds the port already."""
+    """Rank 0 connects to the store of torchrun's agent, which holds the port."""
     from torch.distributed import TCPStore
 
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     arguments: Any = (0, 1, "127.0.0.1", agent.port, 5)
-    assert rendezvous.call_roll(*arguments) is not None
+    assert rendezvous.register(*arguments) is not None

@@ -1,4 +1,4 @@
-"""Row ranges, shares of positions, and Slurm's names of ranks."""
+"""Row ranges, each rank's part of a range, and Slurm's rank variables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers.launch import launch
 
 patient = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-"""A loaded machine is no failure."""
+"""A slow machine must not fail a test."""
 
 SIZES = st.integers(1, 9)
 ROWS = st.integers(0, 60)
@@ -34,7 +34,7 @@ def test_ranges_cover_all_rows_once_in_rank_order(num_rows: int, size: int) -> N
 
 @patient
 @given(num_rows=ROWS, size=SIZES)
-def test_rows_are_cut_as_dtensor_cuts_them(num_rows: int, size: int) -> None:
+def test_rows_are_partitioned_as_by_dtensor(num_rows: int, size: int) -> None:
     partition = RowPartition(num_rows, size)
     for rank in range(size):
         count, start = Shard.local_shard_size_and_offset(num_rows, size, rank)
@@ -58,7 +58,7 @@ def test_only_trailing_ranks_hold_less_than_a_block(num_rows: int, size: int) ->
     assert all(length == partition.block for length in lengths[: num_rows // partition.block])
 
 
-def test_ranks_behind_the_last_row_hold_none() -> None:
+def test_ranks_after_the_last_row_hold_none() -> None:
     partition = RowPartition(5, 4)
     assert [partition.range(rank) for rank in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
     assert [RowPartition(2, 4).num_local(rank) for rank in range(4)] == [1, 1, 0, 0]
@@ -69,7 +69,7 @@ def test_ranks_behind_the_last_row_hold_none() -> None:
 @given(start=st.integers(0, 1000), length=st.integers(0, 50), size=SIZES)
 def test_shares_cover_the_positions_once_and_differ_by_at_most_one(start: int, length: int, size: int) -> None:
     worlds = [World(rank, size, rank, torch.device("cpu")) for rank in range(size)]
-    shares = [world.share(start, start + length) for world in worlds]
+    shares = [world.local_range(start, start + length) for world in worlds]
     assert [position for share in shares for position in range(*share)] == list(range(start, start + length))
     lengths = [stop - first for first, stop in shares]
     assert max(lengths) - min(lengths) <= 1
@@ -82,7 +82,7 @@ def test_rank_0_is_the_main_one() -> None:
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"}
 
 
-def test_slurms_names_become_torchs() -> None:
+def test_slurms_variables_set_torchs() -> None:
     environ = dict(SLURM)
     adopt_slurm_environment(environ)
     assert {name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} == {
@@ -92,14 +92,14 @@ def test_slurms_names_become_torchs() -> None:
     }
 
 
-def test_a_rank_that_a_launcher_set_is_left_alone() -> None:
+def test_a_rank_that_a_launcher_set_is_not_changed() -> None:
     environ = SLURM | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     before = dict(environ)
     adopt_slurm_environment(environ)
     assert environ == before
 
 
-def test_an_interactive_shell_inside_slurm_without_a_rendezvous_is_left_alone() -> None:
+def test_an_interactive_slurm_shell_without_a_rendezvous_is_not_changed() -> None:
     for missing in ("MASTER_ADDR", "SLURM_PROCID"):
         environ = {name: value for name, value in SLURM.items() if name != missing}
         before = dict(environ)
@@ -118,13 +118,13 @@ def test_tasks_of_srun_that_cannot_find_each_other_are_refused(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["cuda:9", "cuda", "foo", "cuda:x", "", "meta", "cpu:3"])
-def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_the_host_does_not_have_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=rf"device: '{name}' is no device of this host, which has cpu\. Name one"):
         find_device(name)
 
 
-def test_a_device_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_of_the_host_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device("cpu") == find_device(None) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""A rank that hangs, dies or goes another way ends all of them, with its name and what the others wait in."""
+"""A rank that hangs, dies or diverges ends all ranks, with a message that names it and the collective."""
 
 from __future__ import annotations
 
@@ -38,84 +38,90 @@ from tests.harness import alone, free_port, run_ranks
 
 HANG_SECONDS = 2.0
 ROWS = Position(24, 12, "all-to-all of rows", True, True)
-"""Where the ranks wait that nobody hinders: in their twelfth collective."""
+"""Position of the waiting ranks: in their twelfth collective."""
 
 
 def at(name: str, moves: int, *, inside: bool = True, collective: bool = True) -> Position:
     return Position(moves, (moves + 1) // 2, name, inside, collective)
 
 
-def told(ranks: dict[int, RankStatus]) -> str:
-    found = diagnose(ranks, collective_timeout_seconds=60, patience=5)
-    return "" if found is None else found.message
+def message_of(ranks: dict[int, RankStatus]) -> str:
+    diagnosis = diagnose(ranks, collective_timeout_seconds=60, patience=5)
+    return "" if diagnosis is None else diagnosis.message
 
 
 def test_a_healthy_run_has_no_diagnosis() -> None:
     behind = at("counting", 7, inside=False)
-    assert told({0: RankStatus(ROWS, still=59), 1: RankStatus(ROWS, still=59, silent=59), 2: RankStatus(behind)}) == ""
+    assert (
+        message_of({0: RankStatus(ROWS, still=59), 1: RankStatus(ROWS, still=59, silent=59), 2: RankStatus(behind)})
+        == ""
+    )
     outside = at("ZeRO-3 step", 24, inside=False)
     assert (
-        told({0: RankStatus(outside, still=9999), 1: RankStatus(at("loading", 24, collective=False), still=9999)}) == ""
+        message_of({0: RankStatus(outside, still=9999), 1: RankStatus(at("loading", 24, collective=False), still=9999)})
+        == ""
     )
-    # Rank 1 has just ended, and its last message may still be under way to rank 0.
-    assert told({0: RankStatus(ROWS, still=4), 1: RankStatus(ROWS, DONE, still=4)}) == ""
-    assert told({0: RankStatus(ROWS, still=30), 1: RankStatus(ROWS, DONE, still=30)}) == ""
-    assert told({0: RankStatus(ROWS, BROKEN, "closed", still=4), 1: RankStatus(ROWS)}) == ""
+    # Rank 1 has just ended, and its last message may still be in flight to rank 0.
+    assert message_of({0: RankStatus(ROWS, still=4), 1: RankStatus(ROWS, DONE, still=4)}) == ""
+    assert message_of({0: RankStatus(ROWS, still=30), 1: RankStatus(ROWS, DONE, still=30)}) == ""
+    assert message_of({0: RankStatus(ROWS, BROKEN, "closed", still=4), 1: RankStatus(ROWS)}) == ""
 
 
-def test_who_is_waited_for_is_named_with_where_it_is() -> None:
+def test_the_rank_that_others_wait_for_is_named_with_its_position() -> None:
     reading = Position(22, 11, "reading a batch", True, False)
     waiting = RankStatus(ROWS, still=63)
-    assert told({0: waiting, 1: RankStatus(reading, still=70), 2: waiting}) == (
-        "rank 1 hangs: ranks 0, 2 wait for it since 63 s in all-to-all of rows (collective 12); "
+    assert message_of({0: waiting, 1: RankStatus(reading, still=70), 2: waiting}) == (
+        "rank 1 hangs: ranks 0, 2 have waited for it for 63 s in all-to-all of rows (collective 12); "
         "rank 1 was last seen in reading a batch (the process runs)"
     )
-    assert "last seen in reading a batch (the process does not answer)" in told(
+    assert "last seen in reading a batch (the process does not answer)" in message_of(
         {0: waiting, 1: RankStatus(reading, still=70, silent=61), 2: waiting}
     )
-    # Silent for less than it has been waited for, as a rank that freezes while the others go on to their next step.
-    assert "(the process does not answer)" in told(
+    # Silent for less time than the others have waited, as a rank that freezes while the others take another step.
+    assert "(the process does not answer)" in message_of(
         {0: waiting, 1: RankStatus(reading, still=50, silent=50), 2: waiting}
     )
     # In the same collective as the others when it froze.
-    assert told({0: waiting, 1: RankStatus(ROWS, still=63, silent=61)}).startswith("rank 1 hangs: rank 0 waits for it")
+    assert message_of({0: waiting, 1: RankStatus(ROWS, still=63, silent=61)}).startswith(
+        "rank 1 hangs: rank 0 has waited for it"
+    )
     between = RankStatus(at("all-reduce of counts", 20, inside=False), still=70)
-    assert told({0: between, 1: waiting, 2: between}) == (
-        "ranks 0, 2 hang: rank 1 waits for them since 63 s in all-to-all of rows (collective 12); "
+    assert message_of({0: between, 1: waiting, 2: between}) == (
+        "ranks 0, 2 hang: rank 1 has waited for them for 63 s in all-to-all of rows (collective 12); "
         "ranks 0, 2 were last seen after all-reduce of counts (collective 10) (the process runs)"
     )
-    assert told({0: waiting, 1: waiting}) == (
-        "ranks 0, 1 are in all-to-all of rows (collective 12) since 63 s, and no rank is behind: "
+    assert message_of({0: waiting, 1: waiting}) == (
+        "ranks 0, 1 have been in all-to-all of rows (collective 12) for 63 s, and no rank is behind: "
         "the operation does not end"
     )
 
 
-def test_ranks_that_went_different_ways_are_named_the_fewest_first() -> None:
+def test_diverged_ranks_are_named_smallest_group_first() -> None:
     other = RankStatus(ROWS._replace(name="all-reduce of counts"), still=63)
     waiting = RankStatus(ROWS, still=63)
-    assert told({0: waiting, 1: other, 2: waiting}) == (
+    assert message_of({0: waiting, 1: other, 2: waiting}) == (
         "rank 1 is in all-reduce of counts, ranks 0, 2 are in all-to-all of rows, both as collective 12: "
         "the ranks have diverged"
     )
-    assert told({0: waiting, 1: other}).startswith("rank 1 is in all-reduce of counts, rank 0 is in all-to-all")
+    assert message_of({0: waiting, 1: other}).startswith("rank 1 is in all-reduce of counts, rank 0 is in all-to-all")
     broken = RankStatus(ROWS._replace(name="all-reduce of counts"), BROKEN, "RuntimeError: size", still=6)
-    assert "the ranks have diverged" in told({0: RankStatus(ROWS, still=6), 1: broken})
+    assert "the ranks have diverged" in message_of({0: RankStatus(ROWS, still=6), 1: broken})
 
 
 def test_an_end_is_named_with_its_reason() -> None:
     waiting = RankStatus(ROWS)
-    assert told({0: waiting, 1: RankStatus(ROWS, FAILED, "corpus: bad")}) == (
+    assert message_of({0: waiting, 1: RankStatus(ROWS, FAILED, "corpus: bad")}) == (
         "rank 1 failed in all-to-all of rows (collective 12): corpus: bad; "
         "rank 0 stops in all-to-all of rows (collective 12)"
     )
-    # What a rank loses with another one is not the reason.
+    # A connection that broke because another rank is gone is not the cause.
     closed = RankStatus(ROWS, BROKEN, "RuntimeError: connection closed", still=20)
-    assert told({0: closed, 1: RankStatus(ROWS, LOST)}).startswith("rank 1 is lost")
-    assert told({0: closed, 1: waiting}).startswith("rank 0 failed in all-to-all of rows")
+    assert message_of({0: closed, 1: RankStatus(ROWS, LOST)}).startswith("rank 1 is lost")
+    assert message_of({0: closed, 1: waiting}).startswith("rank 0 failed in all-to-all of rows")
     before = at("all-reduce of counts", 20, inside=False)
-    assert told({0: RankStatus(ROWS, still=6), 1: RankStatus(before, DONE)}) == (
+    assert message_of({0: RankStatus(ROWS, still=6), 1: RankStatus(before, DONE)}) == (
         "rank 1 has ended in order, after all-reduce of counts (collective 10), but "
-        "rank 0 is in all-to-all of rows (collective 12): the ranks did not make equally many steps"
+        "rank 0 is in all-to-all of rows (collective 12): the ranks took different numbers of steps"
     )
 
 
@@ -134,13 +140,13 @@ def test_operations_may_be_nested_and_count_alike() -> None:
 
 
 def test_the_last_message_arrives_although_the_sender_has_not_read_all() -> None:
-    # A plain close() would reset the connection, and the other side would never hear that the run has ended in order.
+    # A plain close() would reset the connection, and the other side would not receive the last message.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         rank_1 = socket.create_connection(listener.getsockname())
         rank_0 = listener.accept()[0]
     rank_1.sendall(b"a heartbeat that rank 0 has not read\n")
     rank_0.sendall(b"decided\n")
-    leaving = threading.Thread(target=lambda: (watchdog._hand_over([rank_0], 10.0), rank_0.close()))
+    leaving = threading.Thread(target=lambda: (watchdog._drain([rank_0], 10.0), rank_0.close()))
     leaving.start()
     time.sleep(0.2)
     assert rank_1.recv(100) == b"decided\n"
@@ -152,7 +158,7 @@ def test_the_last_message_arrives_although_the_sender_has_not_read_all() -> None
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: its status (None: it had to be killed) and what it wrote."""
+    """Exit status of a rank (None if it had to be killed) and its output."""
 
     status: int | None
     output: str
@@ -179,7 +185,7 @@ def _rank(rank: int, size: int, port: int, out: str, function: Callable[..., Any
 
 
 def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Ended]:
-    """Run `function(world, report, arguments)` on `size` ranks until all have ended, or all but one that is frozen."""
+    """Run `function(world, report, arguments)` on `size` ranks until all have ended, except a frozen one."""
     with tempfile.TemporaryDirectory() as out:
         port = free_port()
         fork = multiprocessing.get_context("fork")
@@ -211,12 +217,12 @@ def step(world: World) -> None:
 
 
 def steps(world: World, report: object, arguments: tuple[int, Callable[[World], None]]) -> None:
-    """Five steps; before the fourth, one rank has a mishap."""
+    """Run five steps; `mishap` happens on the guilty rank before the fourth."""
     guilty, mishap = arguments
     for index in range(5):
         with world.watch.doing("reading a batch"):
             if index == 3 and world.rank == guilty:
-                time.sleep(HANG_SECONDS / 4)  # a few heartbeats: what is known of a rank is as old as its last one
+                time.sleep(HANG_SECONDS / 4)  # a few heartbeats, so that rank 0 has this position
                 mishap(world)
         step(world)
 
@@ -260,16 +266,16 @@ def who(request: pytest.FixtureRequest) -> tuple[int, int]:
 
 
 def others_say(ranks: list[Ended], guilty: int, message: str) -> None:
-    """All but the guilty rank end as a fault and say `message`."""
+    """Check that all ranks except the guilty one end with a fault and print `message`."""
     for rank, end in enumerate(ranks):
         if rank != guilty:
             assert end.status == FaultError.exit_status, end.output[-3000:]
             assert message in end.output, end.output[-3000:]
 
 
-# Each rank's own diagnosis of a lost or frozen rank 0 speaks of itself alone, so only beginnings are compared.
+# A diagnosis of a lost or frozen rank 0 names only the rank that makes it, so the tests compare parts of messages.
 FIRST = "all-gather of counts (collective 11)"
-"""What the others are in: broadcast of the port, and three collectives in each of three steps."""
+"""Position of the other ranks, after the broadcast of the port and three collectives in each of three steps."""
 
 
 @pytest.mark.slow
@@ -306,18 +312,18 @@ def test_a_rank_that_is_killed_is_named(who: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_rank_raises_is_told_by_all(who: tuple[int, int]) -> None:
+def test_an_error_of_a_rank_is_reported_by_all(who: tuple[int, int]) -> None:
     size, guilty = who
     ranks = ended(size, steps, guilty, reads_a_bad_shard)
-    own = "shard 7: 'abc' is not what the manifest says. Build it again."
-    others_say(ranks, guilty, f"rank {guilty} failed in reading a batch: {own}")
+    error = "shard 7: 'abc' is not what the manifest says. Build it again."
+    others_say(ranks, guilty, f"rank {guilty} failed in reading a batch: {error}")
     others_say(ranks, guilty, FIRST)
     assert ranks[guilty].status == CorpusError.exit_status
-    assert f"error: CorpusError: {own}" in ranks[guilty].output
+    assert f"error: CorpusError: {error}" in ranks[guilty].output
 
 
 @pytest.mark.slow
-def test_a_bug_on_one_rank_is_told_by_all(who: tuple[int, int]) -> None:
+def test_a_bug_on_one_rank_is_reported_by_all(who: tuple[int, int]) -> None:
     size, guilty = who
     ranks = ended(size, steps, guilty, has_a_bug)
     others_say(ranks, guilty, f"rank {guilty} failed in reading a batch: RuntimeError: shapes do not fit")
@@ -331,7 +337,7 @@ def test_unequal_numbers_of_steps_are_named(who: tuple[int, int]) -> None:
     ranks = ended(size, steps, guilty, ends_early)
     message = f"rank {guilty} has ended in order, in reading a batch, but "
     others_say(ranks, guilty, message)
-    others_say(ranks, guilty, f"{FIRST}: the ranks did not make equally many steps")
+    others_say(ranks, guilty, f"{FIRST}: the ranks took different numbers of steps")
     assert ranks[guilty].status == FaultError.exit_status
     assert message in ranks[guilty].output
 
@@ -348,11 +354,11 @@ def test_a_rank_that_calls_another_collective_is_named(who: tuple[int, int]) -> 
 def many_steps(world: World, report: object, arguments: tuple[()]) -> None:
     for index in range(300):
         if index == 100:
-            time.sleep(0.7 * HANG_SECONDS)  # all alike
+            time.sleep(0.7 * HANG_SECONDS)  # all ranks
         if index == 200 and world.is_main:
-            time.sleep(0.7 * HANG_SECONDS)  # one for which the others wait
+            time.sleep(0.7 * HANG_SECONDS)  # one rank, while the others wait
         step(world)
-    time.sleep(2 * HANG_SECONDS)  # in no collective: as long as it takes
+    time.sleep(2 * HANG_SECONDS)  # outside of collectives there is no timeout
     barrier(world, "the end")
     sys.stderr.write(f"entered {world.watch.position.entered}\n")
 
@@ -361,7 +367,7 @@ def many_steps(world: World, report: object, arguments: tuple[()]) -> None:
 def test_a_healthy_run_is_never_ended() -> None:
     for end in ended(3, many_steps):
         assert end.status == 0, end.output
-        # The broadcast of the port, three collectives a step, the barrier.
+        # The broadcast of the port, three collectives per step, the barrier.
         assert end.output.endswith("entered 902\n"), end.output
 
 
@@ -384,8 +390,8 @@ def disagreements(world: World) -> list[str]:
 
 
 def test_ranks_that_disagree_are_named_on_every_rank() -> None:
-    for found in run_ranks(3, disagreements):
-        same, odd, main, all_differ = found
+    for messages in run_ranks(3, disagreements):
+        same, odd, main, all_differ = messages
         assert same == ""
         assert odd.startswith("rows on rank 1: -4611686018427387907 differs from 5 on the other ranks.")
         assert main.startswith("step on rank 0: 8 differs from 7 on the other ranks.")
@@ -398,7 +404,7 @@ def test_a_run_of_one_rank_has_nobody_to_disagree_with() -> None:
 
 
 def listens_to_strangers(world: World) -> int:
-    """What others of the network may send to rank 0's port changes nothing."""
+    """Run steps while other processes send garbage to rank 0's port."""
     if world.is_main:
         sockets = [key.fileobj for key in [*world.watch._selector.get_map().values()]]
         (listener,) = [s for s in sockets if s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)]
@@ -415,5 +421,5 @@ def listens_to_strangers(world: World) -> int:
     return world.watch.position.entered
 
 
-def test_strangers_are_not_listened_to() -> None:
+def test_messages_without_the_token_are_ignored() -> None:
     assert run_ranks(2, listens_to_strangers) == [10, 10]
