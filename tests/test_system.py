@@ -19,7 +19,7 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.planning.hardware import find_gpu
-from cllm4rec_dist.planning.plan import Place, make_plan
+from cllm4rec_dist.planning.plan import Cluster, make_plan
 from cllm4rec_dist.system import require_embeddings
 from cllm4rec_dist.train import train
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
@@ -61,7 +61,7 @@ def outcome(world: World, config: RunConfig) -> str:
 
 def planned(config: RunConfig) -> str:
     try:
-        make_plan(config, Place(find_gpu("h100"), 2, 8, 0.45), 1)
+        make_plan(config, Cluster(find_gpu("h100"), 2, 8, 0.45), 1)
     except CLLM4RecError as error:
         return str(error)
     return ""

@@ -112,17 +112,17 @@ def plan(
         raise CorpusError(error.field, error.value, error.constraint, cure) from None
     announce(f"plan: reading {config}")
     from cllm4rec_dist.evaluation.trained_run import relocated
-    from cllm4rec_dist.planning.plan import Place, make_plan, suggest_changes
-    from cllm4rec_dist.planning.table import as_json, tell, tell_changes
+    from cllm4rec_dist.planning.plan import Cluster, make_plan, suggest_changes
+    from cllm4rec_dist.planning.table import as_json, format_changes, format_plan
 
     read = relocated(read, str(config), backbone, corpus)
     if stage is None and read.init_from is not None:
         read = read.model_copy(update={"stage": "finetune"})
-    made = make_plan(read, Place(*place), samples)
-    typer.echo(tell(made))
+    made = make_plan(read, Cluster(*place), samples)
+    typer.echo(format_plan(made))
     changes = list(suggest_changes(read, made, samples))
     if changes:
-        typer.echo("\n" + tell_changes(changes, made.place.gpu.memory))
+        typer.echo("\n" + format_changes(changes, made.cluster.gpu.memory))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(made, changes), indent=1) + "\n", encoding="utf-8")
     if not made.fits:

@@ -1,11 +1,10 @@
-"""A micro-batch of one rank, forward and backward, on meta tensors.
+"""Forward and backward of one rank's micro-batch on meta tensors.
 
-The forward is the model's own (`Recommender.forward`). What a rank exchanges with others is put in as tensors of the
-sizes that are sent and received, because there is nobody to exchange with. `dry_run` gives what is alive at its
-fullest, by part, in each stretch between two of ZeRO-3's events, so that gathered weights can be added to it.
+The forward is `Recommender.forward`. Collectives are replaced by tensors of the sizes that are sent and received.
+`dry_run` returns the peak memory by part between each two of ZeRO-3's events, to which gathered weights can be added.
 
-Legend: R rows, L their length, D hidden size, n ids looked up by this rank, u of them distinct, m rows that are looked
-up here, k touched rows of this rank, Q queries, N queries of all ranks, M targets.
+Legend: R rows, L their length, D hidden size, n ids looked up by this rank, u of them distinct, m rows of this rank
+that all ranks look up, k touched rows of this rank, Q queries, N queries of all ranks, M targets.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from cllm4rec_dist.model.losses import mutual_regularization
 from cllm4rec_dist.model.recommender import Recommender
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, count_targets
 from cllm4rec_dist.model.sharded_embedding import RowShardedEmbedding
-from cllm4rec_dist.planning.tracing import Trace, as_run, leave_out
+from cllm4rec_dist.planning.tracing import Trace, emulate_kernels, exclude
 from cllm4rec_dist.planning.zero3_simulation import Event, record
 
 BACKBONE, ATTENTION, HEAD, WORD_HEAD, LOOKUP, GRADIENTS = (
@@ -43,7 +42,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Exchange:
-    """A lookup in one table: n ids, u of them distinct, m rows sent."""
+    """Sizes of a lookup in one table: n ids, u of them distinct, m rows sent."""
 
     num_ids: int
     distinct: int
@@ -51,15 +50,15 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankMicroBatch:
     """A micro-batch of one rank.
 
     Attributes:
-        batch: on the meta device.
+        batch: tensors on the meta device.
         exchanges: lookups by table.
-        touched: of `users` and `items`, rows of this rank that are in any document of the step.
-        item_queries: of each rank, this one first.
-        owned_targets: pairs whose item this rank owns.
+        touched: number of this rank's `users` and `items` rows that appear in any document of the step.
+        item_queries: number of item queries of each rank, this rank first.
+        owned_targets: number of targets whose item this rank owns.
     """
 
     batch: MicroBatch
@@ -71,68 +70,70 @@ class Share:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What happened.
+    """Trace of a dry run. Counters are by part.
 
     Attributes:
-        events: of ZeRO-3, in order.
-        stretches: bytes alive by part at the fullest moment before the first event, between each two, after the last.
+        events: ZeRO-3's events, in order.
+        peaks: peak bytes alive before the first event, between each two, and after the last.
         at_events: bytes alive at each event.
-        left: bytes alive afterwards by part: dense gradients.
-        flops, operators: by part.
+        remaining: bytes alive at the end: dense gradients.
+        flops, operators: FLOPs and number of operators.
     """
 
     events: list[Event]
-    stretches: list[Counter[str]]
+    peaks: list[Counter[str]]
     at_events: list[Counter[str]]
-    left: Counter[str]
+    remaining: Counter[str]
     flops: Counter[str]
     operators: Counter[str]
 
 
-def dry_run(dual: DualBackbone, model: Recommender, config: RunConfig, micro_batches: Sequence[Share]) -> DryRun:
-    """Run micro-batches one after the other, with their gradients added up; reports the last one.
+def dry_run(
+    dual: DualBackbone, model: Recommender, config: RunConfig, micro_batches: Sequence[RankMicroBatch]
+) -> DryRun:
+    """Run micro-batches one after the other, accumulating gradients; trace the last one.
 
     Args:
-        dual, model: on the meta device, the model with the rows of one rank.
+        dual, model: on the meta device; the model has the rows of one rank.
     """
     trace = Trace(LOOKUP)
     parameters = [*dual.parameters(), *model.parameters()]
-    leave_out([*parameters, *dual.buffers(), model.words.embedding, model.words.head])
+    exclude([*parameters, *dual.buffers(), model.words.embedding, model.words.head])
     events: list[Event] = []
-    stretches: list[Counter[str]] = []
+    peaks: list[Counter[str]] = []
     at_events: list[Counter[str]] = []
 
     def note(event: Event) -> None:
         events.append(event)
-        stretches.append(trace.mark())
+        peaks.append(trace.mark())
         at_events.append(trace.live.copy())
-        if not event.fetch and not event.forward:  # ZeRO-3 takes a layer's gradients when its backward is over
+        if not event.fetch and not event.forward:  # ZeRO-3 takes a layer's gradients at the end of its backward
             for parameter in event.module.parameters():
                 parameter.grad = None
 
-    def hand_over(parameter: Tensor) -> None:
+    def count_as_gradient(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            trace.hand_over(parameter.grad, GRADIENTS)
+            trace.reassign(parameter.grad, GRADIENTS)
 
     record(dual, dual.layers, note)
     _mask_packed_rows(dual)
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(hand_over)
-    for share in micro_batches:
+        parameter.register_post_accumulate_grad_hook(count_as_gradient)
+    for micro_batch in micro_batches:
         events.clear()
-        stretches.clear()
+        peaks.clear()
         at_events.clear()
         trace.flops.clear()
         trace.operators.clear()
         trace.mark()
-        with trace, as_run(trace):
-            _run(dual, model, config, share, trace)
-        stretches.append(trace.mark())
-    return DryRun(events, stretches, at_events, trace.live.copy(), trace.flops, trace.operators)
+        with trace, emulate_kernels(trace):
+            _run(dual, model, config, micro_batch, trace)
+        peaks.append(trace.mark())
+    return DryRun(events, peaks, at_events, trace.live.copy(), trace.flops, trace.operators)
 
 
 def _mask_packed_rows(dual: DualBackbone) -> None:
-    """Give the decoder the mask that it would make of the positions of packed documents, whose values it would read."""
+    """Pass the decoder the attention mask of packed documents, which it would make from the values of positions."""
     if dual.decoder.config._attn_implementation != "sdpa":
         return
 
@@ -144,8 +145,8 @@ def _mask_packed_rows(dual: DualBackbone) -> None:
     dual.decoder.register_forward_pre_hook(add, with_kwargs=True)
 
 
-def _run(dual: DualBackbone, model: Recommender, config: RunConfig, share: Share, trace: Trace) -> None:
-    """Forward and backward of one micro-batch, as in `train_step`, with its mutual loss."""
+def _run(dual: DualBackbone, model: Recommender, config: RunConfig, micro_batch: RankMicroBatch, trace: Trace) -> None:
+    """Run forward and backward of one micro-batch with the mutual loss, as in `train_step`."""
 
     def backbone(tokens: Tensor, positions: Tensor, content_start: int) -> Tensor:
         trace.part = BACKBONE
@@ -155,27 +156,27 @@ def _run(dual: DualBackbone, model: Recommender, config: RunConfig, share: Share
         return hidden
 
     trace.part = LOOKUP
-    tokens, item_rows = model.input_embeddings(share.batch, _lookup(model, share.exchanges))
+    tokens, item_rows = model.input_embeddings(micro_batch.batch, _lookup(model, micro_batch.exchanges))
     trace.at_gradient_of(tokens, LOOKUP)
-    losses = model(share.batch, tokens, item_rows, backbone, partial(_GatheringQueries, share, trace))
+    losses = model(micro_batch.batch, tokens, item_rows, backbone, partial(_GatheringQueries, micro_batch, trace))
     for name, part in (("text", WORD_HEAD), ("items", HEAD)):
         if name in losses:
             trace.at_gradient_of(losses[name], part)
     trace.part = LOOKUP
-    losses["mutual"] = _mutual_loss(model, config, share)
+    losses["mutual"] = _mutual_loss(model, config, micro_batch.touched)
     torch.stack([*losses.values()]).sum().backward()
 
 
-def _indices(count: int) -> Tensor:
+def _empty_index(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int64, device=META)
 
 
 class _GatheringQueries(GatheringQueries):
-    """`GatheringQueries` of a micro-batch whose counts are known and whose values nobody needs."""
+    """`GatheringQueries` on meta tensors, with the counts of a sampled micro-batch."""
 
     def __init__(
         self,
-        share: Share,
+        micro_batch: RankMicroBatch,
         trace: Trace,
         queries: Tensor,
         target_query: Tensor,
@@ -183,38 +184,38 @@ class _GatheringQueries(GatheringQueries):
         partition: RowPartition,
         world: World,
     ) -> None:
-        self._share, self._trace, self._num_rows = share, trace, partition.num_rows
-        counts = share.item_queries
+        self._micro_batch, self._trace, self._num_rows = micro_batch, trace, partition.num_rows
+        counts = micro_batch.item_queries
         self._gathered = _AllGather.apply(queries, counts) if len(counts) > 1 else queries
         self.num_targets = count_targets(target_query, len(queries))
         trace.part = WORD_HEAD  # what the model computes until it waits
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         self._trace.part = HEAD
-        owned = self._share.owned_targets
-        return self._gathered, _indices(owned), _indices(owned)
+        owned = self._micro_batch.owned_targets
+        return self._gathered, _empty_index(owned), _empty_index(owned)
 
     def sample(self, num_negatives: int, key: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor]:
-        """As many rows as can be: some may be drawn twice, or be targets of several queries."""
-        drawn = -(-num_negatives // len(self._share.item_queries)) + self._share.owned_targets
-        rows = _indices(min(self._num_rows, drawn))
+        """Return the maximum number of rows; in a run, duplicates make it smaller."""
+        drawn = -(-num_negatives // len(self._micro_batch.item_queries)) + self._micro_batch.owned_targets
+        rows = _empty_index(min(self._num_rows, drawn))
         return rows, torch.empty(len(rows), device=META)
 
     def reduce(self, lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        own = self._share.item_queries[0]
-        return lse[:own], scores[:own]
+        num_local = self._micro_batch.item_queries[0]
+        return lse[:num_local], scores[:num_local]
 
 
 def _lookup(model: Recommender, exchanges: Mapping[str, Exchange]) -> dict[str, Tensor]:
-    """`PendingLookup.wait`."""
+    """Replace `PendingLookup.wait`."""
     tables = {name: model.tables[name] for name in exchanges}
     rows = _LookupRows.apply(model.comm_dtype, tables, exchanges, *(table.local_rows for table in tables.values()))
     num_ids = [exchange.num_ids for exchange in exchanges.values()]
-    return dict(zip(tables, rows.index_select(0, _indices(sum(num_ids))).split(num_ids), strict=True))
+    return dict(zip(tables, rows.index_select(0, _empty_index(sum(num_ids))).split(num_ids), strict=True))
 
 
 class _LookupRows(torch.autograd.Function):
-    """The tensors of a lookup. Sparse gradients are left out, since meta tensors are dense."""
+    """Allocates the tensors of a lookup. Sparse gradients are left out, since meta tensors are dense."""
 
     @staticmethod
     def forward(
@@ -228,7 +229,7 @@ class _LookupRows(torch.autograd.Function):
         ctx.width = local_rows[0].shape[1]
         sent = torch.empty(sum(e.sent for e in exchanges.values()), ctx.width, dtype=comm_dtype, device=META)
         received = sent.new_empty(sum(e.distinct for e in exchanges.values()), ctx.width)
-        return received.float().clone()  # not the same tensor where nothing is rounded
+        return received.float().clone()  # a new tensor even if nothing is rounded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -241,7 +242,7 @@ class _LookupRows(torch.autograd.Function):
 
 
 class _LocalLookup(torch.autograd.Function):
-    """The tensors of `RowShardedEmbedding.local_lookup`."""
+    """Allocates the tensors of `RowShardedEmbedding.local_lookup`."""
 
     @staticmethod
     def forward(ctx: Any, local_rows: Tensor, touched: int, sparse: bool) -> Tensor:
@@ -258,7 +259,7 @@ def _gradient_of_rows(values: Tensor, sparse: bool, shape: torch.Size) -> Tensor
 
 
 class _AllGather(torch.autograd.Function):
-    """The tensors of `collectives.all_gather_rows`."""
+    """Allocates the tensors of `collectives.all_gather_rows`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -270,18 +271,18 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         padded = grad.new_empty(max(ctx.counts) * len(ctx.counts), grad.shape[1])
-        own = padded.new_empty(max(ctx.counts), grad.shape[1])
-        return own[: ctx.counts[0]], None
+        local = padded.new_empty(max(ctx.counts), grad.shape[1])
+        return local[: ctx.counts[0]], None
 
 
-def _mutual_loss(model: Recommender, config: RunConfig, share: Share) -> Tensor:
-    """`Recommender.mutual_loss`."""
+def _mutual_loss(model: Recommender, config: RunConfig, touched: Mapping[str, int]) -> Tensor:
+    """Replace `Recommender.mutual_loss`."""
 
-    def local_lookup(table: RowShardedEmbedding, touched: int) -> Tensor:
-        return _LocalLookup.apply(table.local_rows, touched, table.sparse_gradients)
+    def local_lookup(table: RowShardedEmbedding, num_rows: int) -> Tensor:
+        return _LocalLookup.apply(table.local_rows, num_rows, table.sparse_gradients)
 
     collaborative, *content = (
-        torch.cat([local_lookup(llm.users, share.touched["users"]), local_lookup(llm.items, share.touched["items"])])
+        torch.cat([local_lookup(llm.users, touched["users"]), local_lookup(llm.items, touched["items"])])
         for llm in (model.collaborative, model.content)
         if llm is not None
     )

@@ -1,9 +1,9 @@
-"""GPUs that a plan can be made for: public figures of their makers, and what is assumed where they say nothing.
+"""GPUs that a plan can be made for.
 
 Sources: NVIDIA's data sheets of the A100 (SXM), H100 (SXM), H200 (SXM) and L40S, and its Ada architecture paper for the
-RTX 4090; networks as in the DGX A100 (200 Gb/s a GPU) and the DGX H100 and H200 (400 Gb/s a GPU). For the others 100
-Gb/s a host of eight is assumed. Peaks are dense ones with fp32 accumulation; fp32 is without TF32, which torch leaves
-off. Memory is what torch sees of it.
+RTX 4090; networks of the DGX A100 (200 Gb/s per GPU) and the DGX H100 and H200 (400 Gb/s per GPU). For the others 100
+Gb/s per host of eight GPUs is assumed. Peaks are dense, with fp32 accumulation; fp32 is without TF32, which is off by
+default in torch. Memory is what torch reports.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and its ways to the others.
+    """A GPU and its connections.
 
     Attributes:
         memory: bytes.
-        bf16, fp32: FLOP/s of matrix products at best.
+        bf16, fp32: peak FLOP/s of matrix products.
         bandwidth: bytes/s of its memory.
         link: bytes/s to GPUs of the same host, one way.
         network: bytes/s to GPUs of other hosts, one way.
@@ -51,13 +51,13 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name.
+    """Return the GPU with a name.
 
     Raises:
-        ConfigError: for another one.
+        ConfigError: for an unknown name.
     """
     if name not in GPUS:
         raise ConfigError(
-            "--gpu", name, f"is not one of {', '.join(GPUS)}", f"Choose the nearest one.{did_you_mean(name, GPUS)}"
+            "--gpu", name, f"is not one of {', '.join(GPUS)}", f"Choose the most similar one.{did_you_mean(name, GPUS)}"
         )
     return GPUS[name]

@@ -1,7 +1,7 @@
-"""Bytes that a rank needs, by part, at the moments of a step when it needs most.
+"""Bytes that a rank needs at its peak, by part.
 
-Counted are tensors. What a GPU's driver and its kernels' workspaces take comes on top (`RESERVED`), and so does what an
-allocator cannot use of its pieces.
+Only tensors are counted. The GPU's driver, workspaces of kernels and fragmentation of the allocator come on top
+(`plan.RESERVED`).
 
 Legend: V words, D width, W ranks.
 """
@@ -23,32 +23,32 @@ Memory = Counter[str]
 
 FLOAT, DOUBLE = 4, 8
 MOMENTS = 2
-_SCALED_TOGETHER = 64
-"""Neighbouring entries that share a scale of 8-bit moments at the least."""
+_MIN_QUANTIZATION_BLOCK = 64
+"""Smallest block size of 8-bit moments."""
 PARTS = {
-    "weights": "frozen backbone: this rank's part, and small weights that stay whole",
-    "words": "word embeddings and word head, one copy a rank",
-    "adapters": "what the engine trains: this rank's part, and small weights that stay whole",
-    "tables": "user and item rows of this rank, head's bias",
+    "weights": "frozen backbone: this rank's partition, and small persistent weights",
+    "words": "word embeddings and word head, one copy per rank",
+    "adapters": "weights that the engine trains: this rank's partition, and small persistent weights",
+    "tables": "user and item rows of this rank, item bias",
     "optimizer": "fp32 masters and Adam's moments",
-    GRADIENTS: "of what the engine trains (this rank's part), and dense ones of tables",
-    "activations": "what the backbone keeps for backward, or computes again",
-    "heads": "queries of all ranks, a chunk of logits, the items' operand and its gradient",
-    LOOKUP: "rows that were fetched, embeddings, their gradients",
-    "gathered": "weights of the backbone that are whole for a moment",
-    "buffers": "ZeRO-3's bucket of gradients and what its reduction copies",
+    GRADIENTS: "of the engine (this rank's partition), and dense ones of tables",
+    "activations": "what the backbone keeps for backward or recomputes",
+    "heads": "queries of all ranks, a chunk of logits, the item head's weight and its gradient",
+    LOOKUP: "rows looked up, input embeddings, their gradients",
+    "gathered": "gathered weights of the backbone",
+    "buffers": "ZeRO-3's gradient bucket and copies for its reduction",
 }
-"""What is counted as what."""
+"""Parts, and what they contain."""
 
 
 def resident(meta_run: MetaRun) -> Memory:
-    """What is there all the time."""
+    """Bytes that are allocated all the time."""
     zero, element = meta_run.zero, meta_run.dtype.itemsize
     frozen = [p for p in zero.parameters if not p.requires_grad]
     held: Memory = Counter()
     held["weights"] = _parts(meta_run, frozen, element) * (not meta_run.offload_weights) + _scales(meta_run)
     held["adapters"] = _parts(meta_run, meta_run.trained, element) * (not meta_run.offload_weights)
-    if meta_run.num_ranks > 1:  # one rank alone copies nothing
+    if meta_run.num_ranks > 1:  # with one rank there are no copies
         held["weights"] += zero.padded(p for p in zero.persistent if not p.requires_grad) * element
         held["adapters"] += zero.padded(p for p in zero.persistent if p.requires_grad) * element
     words = meta_run.model.words
@@ -71,49 +71,49 @@ def _bytes(x: torch.Tensor) -> int:
 
 
 def _scales(meta_run: MetaRun) -> int:
-    """Of 4-bit weights, not sharded: 8 bits for 64 entries, and one fp32 for 256 of those."""
+    """Bytes of the scales of 4-bit weights, which are not sharded: 8 bits per 64 entries, and fp32 per 256 scales."""
     entries = sum(p.numel() for p in meta_run.zero.packed)
     return entries // 64 + entries // (64 * 256) * FLOAT
 
 
 def _moments(meta_run: MetaRun, parameter: nn.Parameter) -> int:
-    """`embedding_optimizer._make_moments`."""
+    """Bytes of the moments of `embedding_optimizer._make_moments`."""
     storage = meta_run.config.optimizer.embeddings_state
     if storage == "cpu":
         return 0
     if storage == "int8" and parameter.dim() == 2 and parameter.shape[1] > 1:
-        return MOMENTS * (parameter.numel() + parameter.numel() // _SCALED_TOGETHER * FLOAT)
+        return MOMENTS * (parameter.numel() + parameter.numel() // _MIN_QUANTIZATION_BLOCK * FLOAT)
     return MOMENTS * _bytes(parameter)
 
 
 def in_passes(meta_run: MetaRun, traced: DryRun, gathers: Gathers) -> Memory:
-    """On top of `resident`, at the fullest moment of forward and backward."""
+    """Bytes on top of `resident` at the peak of forward and backward."""
     element = meta_run.dtype.itemsize * (meta_run.num_ranks > 1)
-    whole = [0, *gathers.whole]
+    gathered = [0, *gathers.gathered]
     moments = [
-        Counter(stretch) + Counter({"gathered": numel * element})
-        for stretch, numel in zip(traced.stretches, whole, strict=True)
+        Counter(peak) + Counter({"gathered": numel * element})
+        for peak, numel in zip(traced.peaks, gathered, strict=True)
     ]
     moments += [
         Counter(alive) + Counter({"gathered": (numel + copied) * element})
-        for alive, numel, copied in zip(traced.at_events, gathers.whole, gathers.copied, strict=True)
+        for alive, numel, copied in zip(traced.at_events, gathers.gathered, gathers.copied, strict=True)
     ]
-    # What is reduced at the end of backward is copied into one piece once more.
+    # The gradients that are reduced at the end of backward are copied once more.
     reduced = (
         min(meta_run.zero.padded(meta_run.trained), meta_run.zero.settings.reduce_bucket) * meta_run.dtype.itemsize
     )
-    moments.append(Counter(traced.left) + Counter({"buffers": reduced}))
-    fullest = max(moments, key=lambda parts: parts.total())
+    moments.append(Counter(traced.remaining) + Counter({"buffers": reduced}))
+    fullest = max(moments, key=Counter.total)
     renamed = {BACKBONE: "activations", ATTENTION: "activations", HEAD: "heads", WORD_HEAD: "heads"}
-    found: Memory = Counter()
+    memory: Memory = Counter()
     for part, size in fullest.items():
-        found[renamed.get(part, part)] += size
-    return found
+        memory[renamed.get(part, part)] += size
+    return memory
 
 
 def in_step(meta_run: MetaRun, traced: DryRun) -> Memory:
-    """On top of `resident`, when norms are taken and the optimizers step."""
+    """Bytes on top of `resident` at the peak of clipping and optimizer step."""
     trained = _parts(meta_run, meta_run.trained, FLOAT) * (not meta_run.offload_optimizer)
-    dense = traced.left[GRADIENTS]
+    dense = traced.remaining[GRADIENTS]
     squared = min(dense // FLOAT, SQUARE_CHUNK) * 2 * DOUBLE
     return Counter({GRADIENTS: dense, "buffers": max(squared, 3 * trained)})

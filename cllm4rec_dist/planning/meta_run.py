@@ -1,4 +1,4 @@
-"""A run as it would be on one of its ranks, on the meta device: shapes, parts and rules, and nothing started."""
+"""A run's parts as on one of its ranks, built on the meta device without starting anything."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from cllm4rec_dist.model.backbone import DualBackbone, FrozenEmbeddings
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.recommender import Recommender
 from cllm4rec_dist.planning.dry_run import META
-from cllm4rec_dist.planning.zero3_simulation import Zero3, Zero3Settings
+from cllm4rec_dist.planning.zero3_simulation import Zero3Settings, Zero3Simulation
 
-_LEFT_OUT = {
+_UNSUPPORTED = {
     "zero_hpz_partition_size": 1,
     "zero_quantized_weights": False,
     "zero_quantized_gradients": False,
     "zero_quantized_nontrainable_weights": False,
     "use_all_reduce_for_fetch_params": False,
 }
-"""Settings of ZeRO that change what goes over the wire in ways that a plan does not know, and their usual values."""
+"""ZeRO settings whose effect on communication a plan does not include, and their defaults."""
 
 
 @dataclass(frozen=True)
 class MetaRun:
-    """The parts of a run on the fullest rank.
+    """The parts of a run on rank 0, which has the largest part of the tables.
 
     Attributes:
-        dual: what the engine would train.
-        model: rows, head and words; its tables hold the rows of rank 0, which no rank has more of.
-        zero: how ZeRO-3 gathers `dual`.
-        num_groups: flat groups of ZeRO-3's optimizer.
-        offload_optimizer, offload_weights: whether these live in the host's memory.
-        left_out: settings of ZeRO that are not in the figures.
+        dual: module of the engine.
+        model: tables, head and words; tables have the rows of rank 0.
+        zero: simulation of ZeRO-3 for `dual`.
+        num_groups: number of flat groups of ZeRO-3's optimizer.
+        offload_optimizer, offload_weights: True if they are in host memory.
+        left_out: ZeRO settings that the plan does not include.
     """
 
     config: RunConfig
     num_ranks: int
     dual: DualBackbone
     model: Recommender
-    zero: Zero3
+    zero: Zero3Simulation
     num_groups: int
     contiguous_gradients: bool
     offload_optimizer: bool
@@ -54,12 +54,12 @@ class MetaRun:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the backbone."""
+        """Dtype of the backbone."""
         return DTYPES[self.config.precision]
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What the engine trains."""
+        """Parameters that the engine trains."""
         return [p for p in self.zero.parameters if p.requires_grad]
 
 
@@ -72,7 +72,7 @@ def make_meta_run(
         max_logits: logits that a head holds at a time.
 
     Raises:
-        ConfigError: as a run would, for a backbone or a DeepSpeed file that does not fit.
+        ConfigError: for an invalid backbone or DeepSpeed file, as in a run.
     """
     decoder = backbone.load_config(backbone.local_folder(config.backbone, weights=False))
     dtype = DTYPES[config.precision]
@@ -103,7 +103,7 @@ def make_meta_run(
         int(rules.reduce_bucket_size),
         int(rules.sub_group_size),
     )
-    zero = Zero3(dual, dual.layers, num_ranks, settings, _packed(dual, config, dtype))
+    zero = Zero3Simulation(dual, dual.layers, num_ranks, settings, _packed(dual, config, dtype))
     return MetaRun(
         config,
         num_ranks,
@@ -114,7 +114,7 @@ def make_meta_run(
         bool(rules.contiguous_gradients),
         _is_offloaded(rules.offload_optimizer),
         _is_offloaded(rules.offload_param),
-        [name for name, usual in _LEFT_OUT.items() if getattr(rules, name) != usual],
+        [name for name, default in _UNSUPPORTED.items() if getattr(rules, name) != default],
     )
 
 
@@ -126,7 +126,7 @@ def _words(decoder: PretrainedConfig, dtype: torch.dtype, content: bool) -> Froz
 
 
 def _packed(dual: DualBackbone, config: RunConfig, dtype: torch.dtype) -> dict[nn.Parameter, int]:
-    """Elements of `dtype` that hold the 4-bit weights, two of which stand in a byte."""
+    """Number of `dtype` elements that store each 4-bit weight; a byte stores two 4-bit values."""
     if config.quantization == "none":
         return {}
     matrices = (p for p in dual.parameters() if p.dim() == 2 and not p.requires_grad)
@@ -134,13 +134,13 @@ def _packed(dual: DualBackbone, config: RunConfig, dtype: torch.dtype) -> dict[n
     return {p: p.numel() // (2 * dtype.itemsize) for p in matrices if id(p) not in tables}
 
 
-def _num_groups(zero: Zero3) -> int:
-    """How many flat groups ZeRO-3 makes of what is trained."""
+def _num_groups(zero: Zero3Simulation) -> int:
+    """Number of flat groups of ZeRO-3's optimizer."""
     groups, numel = 0, 0
     trained = [parameter for parameter in zero.parameters if parameter.requires_grad]
-    for number, parameter in enumerate(trained):
+    for index, parameter in enumerate(trained):
         numel += zero.part(parameter)
-        if numel >= zero.settings.sub_group or number == len(trained) - 1:
+        if numel >= zero.settings.sub_group or index == len(trained) - 1:
             groups, numel = groups + 1, 0
     return groups
 

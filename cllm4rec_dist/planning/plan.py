@@ -1,14 +1,13 @@
-"""What a run will need, before anything starts: memory by part, bytes on the wire, FLOPs, time, and what to change.
+"""Plans a run before it starts: memory by part, communication, FLOPs, time, and what to change.
 
-Real steps of the corpus are counted (`sampling.py`), the run is put together on the meta device (`meta_run.py`) and its
-fullest micro-batch is run there (`dry_run.py`); ZeRO-3's rules say what is gathered (`zero3_simulation.py`). Memory and
-traffic are sums over these and are held to measurements by tests; time is a simple model of a GPU that nobody has
-measured yet:
+Steps of the corpus are sampled (`sampling.py`), the run is built on the meta device (`meta_run.py`), its largest
+micro-batch is run there (`dry_run.py`), and ZeRO-3's gathers are simulated (`zero3_simulation.py`). Tests compare
+memory and traffic with measurements. Time is a simple model of a GPU that has not been compared with measurements:
 
-    time = FLOPs / (peak x efficiency) + bytes of the tables' optimizer / memory's bandwidth + wire that is not hidden
+    time = FLOPs / (peak x efficiency) + bytes of the tables' optimizer / memory bandwidth + exposed communication
 
-or the time to launch the kernels where that is longer, as it is for small backbones. Gathering weights and scattering
-their gradients hides behind the backbone's own compute and nothing else hides.
+or the time to launch the kernels if that is longer, as for small backbones. Only the gathers of weights and the
+reduce-scatters of their gradients overlap with compute, that of the backbone.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ from cllm4rec_dist.planning.zero3_simulation import Gathers
 from cllm4rec_dist.system import open_backbone, require_embeddings, uses_content
 
 RESERVED = 2 * GIB
-"""Assumed for the driver, NCCL's and cuBLAS's workspaces and what the allocator cannot use."""
-WIRE_SHARE = 0.7
-"""Assumed share of a link's peak that collectives reach."""
+"""Assumed for the driver, workspaces of NCCL and cuBLAS, and fragmentation of the allocator."""
+LINK_EFFICIENCY = 0.7
+"""Assumed fraction of a link's peak that collectives reach."""
 LAUNCH_SECONDS = 6e-6
-"""Assumed time in which a host gives a GPU one more operator to do."""
-_ADAM_PASSES = 7
-"""fp32 values that a dense Adam reads and writes for one entry: weight, gradient, two moments; three of them back."""
+"""Assumed time to launch an operator on a GPU."""
+_ADAM_ACCESSES = 7
+"""fp32 accesses of a dense Adam per entry: reads weight, gradient and two moments, writes all but the gradient."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run is to be.
+class Cluster:
+    """GPUs of a run.
 
     Attributes:
-        num_ranks: GPUs, a rank each.
-        ranks_per_host: of them on one host.
-        efficiency: share of the GPU's peak that matrix products reach.
+        num_ranks: number of GPUs, one per rank.
+        ranks_per_host: number of GPUs per host.
+        efficiency: fraction of the GPU's peak that matrix products reach.
     """
 
     gpu: Gpu
@@ -64,20 +63,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """Requirements of a run.
 
     Attributes:
-        memory: bytes of the fullest rank by part at its fullest moment, `RESERVED` left out.
-        traffic: bytes that the busiest rank sends in a step, by what is sent.
-        flops: of the busiest rank in a step, by part.
-        seconds: of a step, by what takes them.
-        tokens: real ones of a step, all ranks together.
-        packing_efficiency: share of the computed places that are real tokens.
-        steps_per_epoch: optimizer steps.
-        left_out: settings of ZeRO that are not in the figures.
+        memory: peak bytes of the fullest rank by part, without `RESERVED`.
+        traffic: bytes that the busiest rank sends in a step, by content.
+        flops: FLOPs of the busiest rank in a step, by part.
+        seconds: time of a step by part.
+        tokens: tokens of a step over all ranks, without padding.
+        packing_efficiency: fraction of the computed positions that are tokens.
+        steps_per_epoch: optimizer steps per epoch.
+        left_out: ZeRO settings that the plan does not include.
     """
 
-    place: Place
+    cluster: Cluster
     stage: str
     memory: Memory
     traffic: Traffic
@@ -90,58 +89,58 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes that a GPU must have."""
+        """Bytes of memory that a GPU must have."""
         return self.memory.total() + RESERVED
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has them."""
-        return self.needed <= self.place.gpu.memory
+        """True if the GPU has enough memory."""
+        return self.needed <= self.cluster.gpu.memory
 
     @property
     def step_seconds(self) -> float:
-        """Of one step."""
+        """Time of a step."""
         return sum(self.seconds.values())
 
 
-def make_plan(config: RunConfig, place: Place, num_samples: int = 2) -> Plan:
+def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2) -> Plan:
     """Plan a run.
 
     Args:
-        num_samples: steps of the first epoch, evenly apart, whose batches are counted.
+        num_samples: number of evenly spaced steps of the first epoch to sample.
 
     Raises:
-        ConfigError, CorpusError: as the run would.
+        ConfigError, CorpusError: as in the run.
     """
     corpus = Corpus.open(config.corpus, verify=False)
     prompts = prompt_builder_of(config, corpus)
     source = BatchLoader(corpus, prompts, config, World(0, 1, 0, META))
     steps = source.steps_per_epoch
-    chosen = sorted({number * steps // num_samples for number in range(num_samples)})
-    samples = [sample_step(corpus, prompts, config, place.num_ranks, step) for step in chosen]
+    sampled = sorted({index * steps // num_samples for index in range(num_samples)})
+    samples = [sample_step(corpus, prompts, config, cluster.num_ranks, step) for step in sampled]
     meta_run = make_meta_run(
         config,
         corpus.num_users,
         corpus.num_items,
         source.has_texts,
-        place.num_ranks,
-        max_logits_within(place.gpu.memory),
+        cluster.num_ranks,
+        max_logits_within(cluster.gpu.memory),
     )
     traced, unit = dry_run_fullest(meta_run, samples)
     gathers = meta_run.zero.simulate(traced.events, config.batch.gradient_accumulation_steps)
     model = traffic_model(meta_run, gathers)
-    sent = (step_traffic(model, config, s, rank) for s in samples for rank in range(place.num_ranks))
-    traffic = max(sent, key=Counter.total) + loop_traffic(place.num_ranks)
+    sent = (step_traffic(model, config, s, rank) for s in samples for rank in range(cluster.num_ranks))
+    traffic = max(sent, key=Counter.total) + loop_traffic(cluster.num_ranks)
     flops = max((step_flops(s, traced, unit) for s in samples), key=Counter.total)
     batches = [batch for s in samples for sample in s.micro_batches for batch in sample.batches]
     tokens = sum(batch.num_tokens for batch in batches)
     return Plan(
-        place,
+        cluster,
         config.stage,
         needed_memory(meta_run, traced, gathers),
         traffic,
         flops,
-        step_seconds(meta_run, place, traced, flops, traffic),
+        step_seconds(meta_run, cluster, traced, flops, traffic),
         tokens / len(samples),
         tokens / sum(batch.word_ids.numel() for batch in batches),
         steps,
@@ -150,7 +149,7 @@ def make_plan(config: RunConfig, place: Place, num_samples: int = 2) -> Plan:
 
 
 def prompt_builder_of(config: RunConfig, corpus: Corpus) -> PromptBuilder:
-    """What makes a run's documents. ConfigError and CorpusError as the run has them, without a look at weights."""
+    """Make the prompt builder of a run without reading weights. ConfigError and CorpusError as in the run."""
     folder, decoder, tokenizer = open_backbone(config, corpus, weights=False)
     if uses_content(config, corpus):
         backbone.require_head(folder, decoder, None)
@@ -160,7 +159,7 @@ def prompt_builder_of(config: RunConfig, corpus: Corpus) -> PromptBuilder:
 
 
 def dry_run_fullest(meta_run: MetaRun, samples: list[StepSample]) -> tuple[DryRun, tuple[MicroBatchSample, int]]:
-    """Dry-run the micro-batch that computes most positions, and say which one it is: the micro-batch and the rank."""
+    """Dry-run the micro-batch with most positions; return the trace, and the micro-batch and rank that were traced."""
     batches = [
         (sample, index, rank)
         for sample in samples
@@ -168,20 +167,20 @@ def dry_run_fullest(meta_run: MetaRun, samples: list[StepSample]) -> tuple[DryRu
         for rank in range(sample.num_ranks)
     ]
     sample, index, rank = max(batches, key=lambda b: b[0].micro_batches[b[1]].num_positions[b[2]])
-    share = sample.share(index, rank)
-    # Another one before it, whose gradients are there already, where there is one.
-    shares = [share] * min(2, len(sample.micro_batches))
-    return dry_run(meta_run.dual, meta_run.model, meta_run.config, shares), (sample.micro_batches[index], rank)
+    largest = sample.of_rank(index, rank)
+    # With gradient accumulation, run it twice, so that the traced one has gradients to add to.
+    repeated = [largest] * min(2, len(sample.micro_batches))
+    return dry_run(meta_run.dual, meta_run.model, meta_run.config, repeated), (sample.micro_batches[index], rank)
 
 
 def needed_memory(meta_run: MetaRun, traced: DryRun, gathers: Gathers) -> Memory:
-    """Bytes of a rank by part at its fullest moment."""
+    """Peak bytes of a rank by part."""
     moments = memory.in_passes(meta_run, traced, gathers), memory.in_step(meta_run, traced)
     return memory.resident(meta_run) + max(moments, key=Counter.total)
 
 
 def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
-    """What the traffic of a run is computed from."""
+    """Collect what determines the traffic of a run."""
     reduced = [p for p in meta_run.trained if p is not getattr(meta_run.dual, "anchor", None)]  # it has no gradient
     return Model(
         meta_run.model.words.embedding.shape[1],
@@ -193,7 +192,7 @@ def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
 
 
 def step_flops(sample: StepSample, traced: DryRun, unit: tuple[MicroBatchSample, int]) -> Counter[str]:
-    """FLOPs of a step's slowest ranks: those of the dry-run micro-batch, by what each part grows with."""
+    """FLOPs of the slowest rank of each micro-batch in a step, scaled from those of the traced micro-batch."""
     total: Counter[str] = Counter()
     one = _work(*unit)
     for batch in sample.micro_batches:
@@ -204,76 +203,76 @@ def step_flops(sample: StepSample, traced: DryRun, unit: tuple[MicroBatchSample,
 
 
 def _work(batch: MicroBatchSample, rank: int) -> Counter[str]:
-    """What the FLOPs of each part are proportional to."""
-    own = batch.batches[rank]
-    rows, length = own.word_ids.shape
+    """Quantity to which the FLOPs of each part are proportional."""
+    local = batch.batches[rank]
+    rows, length = local.word_ids.shape
     return Counter(
         {
             BACKBONE: rows * length,
             ATTENTION: rows * length * length,
             HEAD: sum(batch.queries),
-            WORD_HEAD: len(own.query_positions.get("text", ())),
+            WORD_HEAD: len(local.query_positions.get("text", ())),
         }
     )
 
 
 def step_seconds(
-    meta_run: MetaRun, place: Place, traced: DryRun, flops: Mapping[str, int], traffic: Traffic
+    meta_run: MetaRun, cluster: Cluster, traced: DryRun, flops: Mapping[str, int], traffic: Traffic
 ) -> dict[str, float]:
-    """The model of the module's docstring."""
-    gpu = place.gpu
+    """Estimate the time of a step by part, with the model in the module's docstring."""
+    gpu = cluster.gpu
     dtype_peak = gpu.bf16 if meta_run.config.precision == "bf16" else gpu.fp32
-    reached = dict.fromkeys(flops, dtype_peak * place.efficiency) | {HEAD: gpu.fp32 * place.efficiency}
-    compute = {part: count / reached[part] for part, count in flops.items()}
+    flops_per_second = dict.fromkeys(flops, dtype_peak * cluster.efficiency) | {HEAD: gpu.fp32 * cluster.efficiency}
+    compute = {part: count / flops_per_second[part] for part, count in flops.items()}
     launches = {
         part: n * LAUNCH_SECONDS * meta_run.config.batch.gradient_accumulation_steps
         for part, n in traced.operators.items()
     }
-    body = max(compute[BACKBONE] + compute[ATTENTION], launches[BACKBONE])
-    link = WIRE_SHARE * (gpu.link if place.num_ranks <= place.ranks_per_host else gpu.network)
-    hidden = (traffic["weights"] + traffic["weight gradients"]) / link
-    exposed = max(0.0, float(hidden) - body)
+    decoder = max(compute[BACKBONE] + compute[ATTENTION], launches[BACKBONE])
+    link = LINK_EFFICIENCY * (gpu.link if cluster.num_ranks <= cluster.ranks_per_host else gpu.network)
+    overlapped = (traffic["weights"] + traffic["weight gradients"]) / link
+    exposed = max(0.0, float(overlapped) - decoder)
     others = (traffic.total() - traffic["weights"] - traffic["weight gradients"]) / link
-    # The operand of the item softmax has a dense gradient, whatever lookups give.
+    # The item softmax's weight has a dense gradient, even if lookups have sparse ones.
     tables = {
         meta_run.model.collaborative.items,
         *(t for t in meta_run.model.tables.values() if not t.sparse_gradients),
     }
     entries = sum(table.local_rows.numel() for table in tables)
     return {
-        "backbone": body,
+        "backbone": decoder,
         "item head": max(compute[HEAD], launches[HEAD]),
         "word head": max(compute[WORD_HEAD], launches.get(WORD_HEAD, 0.0)),
         "lookup": launches[LOOKUP],
-        "optimizer": entries * _ADAM_PASSES * 4 / gpu.bandwidth,
-        "weights on the wire": exposed,
-        "rest of the wire": float(others),
+        "optimizer": entries * _ADAM_ACCESSES * 4 / gpu.bandwidth,
+        "communication of weights": exposed,
+        "other communication": float(others),
     }
 
 
-_MOST_TIMES = 64
-"""How many times the asked number of GPUs is tried at most."""
+_MAX_GPU_FACTOR = 64
+"""Largest multiple of the given number of GPUs that is tried."""
 _CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"precision": "bf16"}, "rounding; faster on GPUs"),
-    ({"activation_checkpointing": True}, "a third more work in the backbone"),
+    ({"activation_checkpointing": True}, "a third more compute in the backbone"),
     ({"batch.gradient_accumulation_steps": 2}, "more, smaller passes"),
     ({"batch.gradient_accumulation_steps": 4}, "more, smaller passes"),
     ({"batch.gradient_accumulation_steps": 8}, "more, smaller passes"),
-    ({"optimizer.embeddings_state": "int8"}, "moments of rows in 8 bits"),
-    ({"optimizer.embeddings_state": "cpu"}, "rows are stepped on the host"),
+    ({"optimizer.embeddings_state": "int8"}, "moments of embeddings in 8 bits"),
+    ({"optimizer.embeddings_state": "cpu"}, "embeddings are stepped on the host"),
     ({"quantization": "nf4"}, "frozen weights in 4 bits, which is slower"),
 ]
-"""Settings and what they cost, from the least to the most."""
+"""Settings that need less memory, and their costs, cheapest first."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A way to need less.
+    """A change that needs less memory.
 
     Attributes:
         settings: overrides, or an option of the command.
-        cost: what it costs.
-        needed: bytes a GPU must have with it and all changes before it.
+        cost: disadvantage of the change.
+        needed: bytes that a GPU must have with this change and all before it.
     """
 
     settings: str
@@ -282,26 +281,26 @@ class Change:
 
 
 def suggest_changes(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Change]:
-    """Settings to change, the one that costs least first, each on top of those before, until the run fits."""
-    place = plan.place
+    """Yield changes until the run fits, cheapest first, each on top of those before."""
+    cluster = plan.cluster
     for settings, cost in _CHANGES:
         if plan.fits:
             return
         changed = _changed(config, settings)
         if changed is None:
             continue
-        plan = make_plan(changed, place, num_samples)
+        plan = make_plan(changed, cluster, num_samples)
         config = changed
         yield Change(" ".join(f"{key}={value}" for key, value in settings.items()), cost, plan.needed)
-    most = min(place.num_ranks * _MOST_TIMES, config.batch.users)
-    while not plan.fits and 2 * place.num_ranks <= most:
-        place = replace(place, num_ranks=2 * place.num_ranks)
-        plan = make_plan(config, place, num_samples)
-        yield Change(f"--gpus {place.num_ranks}", "twice the GPUs", plan.needed)
+    max_ranks = min(cluster.num_ranks * _MAX_GPU_FACTOR, config.batch.users)
+    while not plan.fits and 2 * cluster.num_ranks <= max_ranks:
+        cluster = replace(cluster, num_ranks=2 * cluster.num_ranks)
+        plan = make_plan(config, cluster, num_samples)
+        yield Change(f"--gpus {cluster.num_ranks}", "twice the GPUs", plan.needed)
 
 
 def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig | None:
-    """The configuration with other settings; None where they are no change or not allowed."""
+    """Return the configuration with changed settings; None if they change nothing or are not allowed."""
     tree = config.model_dump(mode="json")
     for key, value in settings.items():
         *sections, leaf = key.split(".")

@@ -1,7 +1,6 @@
-"""What real steps of a run would hold on each of its ranks, counted without starting one.
+"""Samples steps of a run on all of its ranks, in one process.
 
-The stream gives any rank its part of any global batch, so the lengths, the ids and their owners that a plan counts with
-are those that the run will meet.
+The stream makes any rank's part of any global batch, so a plan uses the exact lengths, ids and owners of the run.
 
 Legend: W ranks.
 """
@@ -20,16 +19,16 @@ from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.planning.dry_run import META, Exchange, Share
+from cllm4rec_dist.planning.dry_run import META, Exchange, RankMicroBatch
 
 
 @dataclass(frozen=True)
 class TableLookup:
-    """A lookup in one table on all ranks.
+    """Sizes of a lookup in one table on all ranks.
 
     Attributes:
-        ids: ids that each rank looks up, repeated ones included.
-        distinct: int64 [W, W] distinct ids that a rank (row) looks up on each owner (column).
+        ids: number of ids that each rank looks up, with duplicates.
+        distinct: int64 [W, W] number of distinct ids that a rank (row) looks up on each owner (column).
     """
 
     ids: list[int]
@@ -42,26 +41,26 @@ class TableLookup:
         return cls([len(x) for x in ids], np.stack(distinct))
 
     def exchange(self, rank: int) -> Exchange:
-        """What one rank looks up and sends."""
+        """Sizes of the lookup on one rank."""
         return Exchange(self.ids[rank], int(self.distinct[rank].sum()), int(self.distinct[:, rank].sum()))
 
     def sent_by(self, rank: int) -> int:
-        """Rows that a rank sends to others."""
+        """Number of rows that a rank sends to others."""
         return int(self.distinct[:, rank].sum() - self.distinct[rank, rank])
 
     def received_by(self, rank: int) -> int:
-        """Rows that a rank gets from others; as many ids and row gradients go the other way."""
+        """Number of rows that a rank receives from others; it sends as many ids and row gradients."""
         return int(self.distinct[rank].sum() - self.distinct[rank, rank])
 
 
 @dataclass(frozen=True)
 class MicroBatchSample:
-    """One micro-batch on all ranks; lists by rank.
+    """A micro-batch on all ranks; lists are by rank.
 
     Attributes:
-        batches: themselves, on the meta device.
-        lookups: by table.
-        owned_targets: item targets, of whatever rank, whose row a rank holds.
+        batches: micro-batches on the meta device.
+        lookups: lookups by table.
+        owned_targets: number of item targets of all ranks whose row a rank owns.
     """
 
     batches: list[MicroBatch]
@@ -70,26 +69,26 @@ class MicroBatchSample:
 
     @property
     def num_positions(self) -> list[int]:
-        """Positions that the backbone computes."""
+        """Number of positions that the backbone computes."""
         return [batch.word_ids.numel() for batch in self.batches]
 
     @property
     def queries(self) -> list[int]:
-        """Positions that predict items."""
+        """Number of positions that predict items."""
         return [len(batch.query_positions["items"]) for batch in self.batches]
 
     @property
     def targets(self) -> list[int]:
-        """Items that are predicted."""
+        """Number of items that are predicted."""
         return [len(batch.targets["items"]) for batch in self.batches]
 
 
 @dataclass(frozen=True)
 class StepSample:
-    """One step on all ranks.
+    """A step on all ranks.
 
     Attributes:
-        touched_users, touched_items: rows of each rank that stand in any document of the step.
+        touched_users, touched_items: number of each rank's rows that appear in any document of the step.
     """
 
     micro_batches: list[MicroBatchSample]
@@ -101,10 +100,10 @@ class StepSample:
         """W."""
         return len(self.touched_users)
 
-    def share(self, index: int, rank: int) -> Share:
+    def of_rank(self, index: int, rank: int) -> RankMicroBatch:
         """A micro-batch of one rank, for a dry run."""
         sample = self.micro_batches[index]
-        return Share(
+        return RankMicroBatch(
             batch=sample.batches[rank],
             exchanges={name: lookup.exchange(rank) for name, lookup in sample.lookups.items()},
             touched={"users": self.touched_users[rank], "items": self.touched_items[rank]},
@@ -114,7 +113,7 @@ class StepSample:
 
 
 def sample_step(corpus: Corpus, prompts: PromptBuilder, config: RunConfig, num_ranks: int, step: int) -> StepSample:
-    """Compose optimizer step `step` as `num_ranks` ranks would, and count."""
+    """Make the batches of optimizer step `step` for `num_ranks` ranks, and count."""
     cpu = torch.device("cpu")
     sources = [BatchLoader(corpus, prompts, config, World(rank, num_ranks, 0, cpu)) for rank in range(num_ranks)]
     by_rank = [source.make(step).micro_batches for source in sources]
@@ -126,8 +125,8 @@ def count_step(micro_batches: Sequence[Sequence[MicroBatch]], num_users: int, nu
     """Count a step.
 
     Args:
-        num_users: user rows, a shared one included.
-        micro_batches: for each micro-batch, that of every rank.
+        micro_batches: by micro-batch and rank.
+        num_users: number of user rows, with a shared one.
     """
     num_ranks = len(micro_batches[0])
     partitions = {"users": RowPartition(num_users, num_ranks), "items": RowPartition(num_items, num_ranks)}

@@ -1,4 +1,4 @@
-"""A plan for people, and for machines."""
+"""Formats a plan as Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cllm4rec_dist.planning.plan import RESERVED, Change, Plan
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def tell(plan: Plan) -> str:
-    """Markdown tables of a plan."""
-    place = plan.place
-    room = place.gpu.memory - plan.needed
+def format_plan(plan: Plan) -> str:
+    """Format a plan as Markdown tables."""
+    cluster = plan.cluster
+    free = cluster.gpu.memory - plan.needed
     lines = [
-        f"{plan.stage} on {place.num_ranks} x {place.gpu.name}, {place.ranks_per_host} a host",
+        f"{plan.stage} on {cluster.num_ranks} x {cluster.gpu.name}, {cluster.ranks_per_host} per host",
         "",
         *_table(
             ("memory of the fullest GPU", "bytes", ""),
             [
                 *((part, _bytes(plan.memory[part]), what) for part, what in PARTS.items()),
-                ("reserved", _bytes(RESERVED), "assumed: driver, libraries' workspaces, pieces of the allocator"),
+                ("reserved", _bytes(RESERVED), "assumed: driver, workspaces of libraries, fragmentation"),
                 (
                     "needed",
                     _bytes(plan.needed),
-                    f"of {_bytes(place.gpu.memory)}: "
-                    + (f"fits, {_bytes(room)} left" if plan.fits else f"does NOT fit, {_bytes(-room)} too much"),
+                    f"of {_bytes(cluster.gpu.memory)}: "
+                    + (f"fits, {_bytes(free)} free" if plan.fits else f"does NOT fit, {_bytes(-free)} too much"),
                 ),
             ],
         ),
@@ -54,36 +54,36 @@ def tell(plan: Plan) -> str:
         *_table(
             ("time of a step", "seconds", "share"),
             [(what, f"{seconds:.3g}", f"{seconds / plan.step_seconds:.1%}") for what, seconds in plan.seconds.items()]
-            + [("total", f"{plan.step_seconds:.3g}", f"matrix products at {place.efficiency:.0%} of their peak")],
+            + [("total", f"{plan.step_seconds:.3g}", f"matrix products at {cluster.efficiency:.0%} of their peak")],
         ),
         "",
         f"An epoch: {plan.steps_per_epoch:,} steps, {_duration(plan.steps_per_epoch * plan.step_seconds)};"
-        f" {plan.tokens:,.0f} real tokens a step, {plan.packing_efficiency:.1%} of the places computed,"
+        f" {plan.tokens:,.0f} tokens per step, {plan.packing_efficiency:.1%} of the computed positions,"
         f" {plan.tokens / plan.step_seconds:,.0f} tokens/s.",
-        "Memory and bytes are sums that tests hold to measurements on CPUs; times are a model that no GPU has checked.",
+        "Tests compare memory and bytes with measurements on CPUs; times have not been compared with measurements.",
     ]
     if plan.left_out:
-        lines.append(f"Not in these figures: {', '.join(plan.left_out)}.")
+        lines.append(f"Not included: {', '.join(plan.left_out)}.")
     return "\n".join(lines)
 
 
-def tell_changes(changes: Iterable[Change], gpu_memory: int) -> str:
-    """Markdown table of what to change, each on top of those before."""
+def format_changes(changes: Iterable[Change], gpu_memory: int) -> str:
+    """Format changes as a Markdown table, each on top of those before."""
     rows = [(c.settings, _bytes(c.needed), "fits" if c.needed <= gpu_memory else "", c.cost) for c in changes]
     return "\n".join(_table(("change, on top of those before", "needs", "", "costs"), rows))
 
 
 def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:
-    """The same as plain values; bytes, FLOPs and seconds."""
-    place = plan.place
+    """Convert a plan to JSON values, in bytes, FLOPs and seconds."""
+    cluster = plan.cluster
     return {
         "stage": plan.stage,
-        "gpu": place.gpu.name,
-        "gpus": place.num_ranks,
-        "gpus_per_host": place.ranks_per_host,
-        "efficiency": place.efficiency,
+        "gpu": cluster.gpu.name,
+        "gpus": cluster.num_ranks,
+        "gpus_per_host": cluster.ranks_per_host,
+        "efficiency": cluster.efficiency,
         "fits": plan.fits,
-        "gpu_memory": place.gpu.memory,
+        "gpu_memory": cluster.gpu.memory,
         "needed": plan.needed,
         "memory": {**plan.memory, "reserved": RESERVED},
         "traffic": _floats(plan.traffic),
@@ -104,11 +104,14 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Markdown; the second column to the right."""
+    """Format a Markdown table whose second column is right-aligned."""
     cells = [header, *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     rule = tuple("-" * (width - 1) + ":" if column == 1 else "-" * width for column, width in enumerate(widths))
-    pad = lambda column, cell: cell.rjust(widths[column]) if column == 1 else cell.ljust(widths[column])  # noqa: E731
+
+    def pad(column: int, cell: str) -> str:
+        return cell.rjust(widths[column]) if column == 1 else cell.ljust(widths[column])
+
     padded = [[pad(*pair) for pair in enumerate(row)] for row in (cells[0], rule, *cells[1:])]
     return ["| " + " | ".join(row) + " |" for row in padded]
 

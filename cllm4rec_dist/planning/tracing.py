@@ -1,13 +1,12 @@
-"""What a computation would allocate and multiply, found by running it on meta tensors: shapes without values.
+"""Traces memory and FLOPs of a computation on meta tensors.
 
-The plan of a run needs to know what the real backbone keeps for its backward, whatever its family, adapters and
-checkpointing. Formulas for that grow old with every version of a library; here the very modules run, forward and
-backward, on a device that computes nothing. `Trace` watches every operator: it adds up the storages that are alive and
-the matrix products, by part.
+A plan needs the memory that a backbone keeps for backward, for any family, adapters and checkpointing. Formulas would
+depend on the versions of libraries, so the modules themselves run, forward and backward, on the meta device. `Trace`
+counts the storages that are alive and the FLOPs of every operator, by part.
 
-Two operators are replaced while it watches, because their meta forms are not what runs: attention (a fused kernel keeps
-its inputs, its output and a log-sum-exp a row) and linear layers (ZeRO-3 replaces torch's own by one that keeps its
-input also where the weight is frozen).
+`emulate_kernels` replaces two operators whose meta versions save other tensors than the real ones: attention (a fused
+kernel saves its inputs, its output and one log-sum-exp per query) and linear layers (ZeRO-3's saves its input even if
+the weight is frozen).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Trace(TorchDispatchMode):
-    """Inside, storages are counted from birth to death and matrix products by their FLOPs.
+    """Context manager that counts live storages and FLOPs.
 
     Attributes:
-        part: that what happens now is counted for.
-        live: bytes alive, by the part that made them.
-        peak: `live` when most bytes were alive since `mark`.
-        flops: of matrix products and attention, by part; a multiplication and an addition are two.
-        operators: run so far, each at least one kernel; views left out.
+        part: part to which operators are attributed now.
+        live: bytes alive, by the part that allocated them.
+        peak: `live` at its maximum since `mark`.
+        flops: FLOPs of matrix products and attention, by part; a multiply-add counts as two.
+        operators: number of operators except views, by part; each launches at least one kernel.
     """
 
     def __init__(self, part: str = "other") -> None:
@@ -48,16 +47,16 @@ class Trace(TorchDispatchMode):
         self._highest = 0
 
     def mark(self) -> Counter[str]:
-        """Start a new peak; the last one."""
+        """Start a new peak, and return the last one."""
         last, self.peak, self._highest = self.peak, self.live.copy(), self.live.total()
         return last
 
     def at_gradient_of(self, x: Tensor, part: str) -> None:
-        """From the moment when backward has the gradient of `x`, what happens is counted for `part`."""
+        """Attribute operators to `part` once backward has computed the gradient of `x`."""
         x.register_hook(lambda _: setattr(self, "part", part))
 
     def count_flops(self, flops: int, part: str) -> None:
-        """Add what an operator that is replaced here would compute."""
+        """Add the FLOPs of a replaced operator."""
         self.flops[part] += flops
 
     def __torch_dispatch__(
@@ -65,9 +64,9 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operators[self.part] += not func.is_view
-        counted = flop_registry.get(func._overloadpacket)
-        if counted is not None:
-            self.flops[self.part] += counted(*args, **(kwargs or {}), out_val=out)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops[self.part] += formula(*args, **(kwargs or {}), out_val=out)
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and value.layout is torch.strided:
                 self._watch(value.untyped_storage())
@@ -86,8 +85,8 @@ class Trace(TorchDispatchMode):
     def _forget(self, counted_for: list[str], size: int) -> None:
         self.live[counted_for[0]] -= size
 
-    def hand_over(self, x: Tensor, part: str) -> None:
-        """Count a tensor that is alive for another part."""
+    def reassign(self, x: Tensor, part: str) -> None:
+        """Attribute a live tensor to another part."""
         storage = x.untyped_storage()
         counted_for: list[str] = storage._counted_for  # type: ignore[attr-defined]
         self.live[counted_for[0]] -= storage.nbytes()
@@ -95,17 +94,18 @@ class Trace(TorchDispatchMode):
         counted_for[0] = part
 
 
-def leave_out(tensors: Iterable[Tensor]) -> None:
-    """Never count these: they are there before anything happens."""
+def exclude(tensors: Iterable[Tensor]) -> None:
+    """Exclude tensors that exist before the trace from its counts."""
     for tensor in tensors:
         tensor.untyped_storage()._counted_for = ["nothing"]  # type: ignore[attr-defined]
 
 
 @contextmanager
-def as_run(trace: Trace) -> Iterator[None]:
-    """Inside, attention and linear layers keep what they keep in a run, and attention's FLOPs go to `trace`.
+def emulate_kernels(trace: Trace) -> Iterator[None]:
+    """Make attention and linear layers save the tensors of the real kernels, and count attention's FLOPs in `trace`.
 
-    By name, as ZeRO-3 does it too: a torch function mode is off inside of backward, where checkpoints recompute.
+    The functions are replaced in `torch.nn.functional`, as ZeRO-3 does: a torch function mode would be off in backward,
+    where checkpoints are recomputed.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
@@ -123,13 +123,13 @@ def as_run(trace: Trace) -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """A fused kernel: two products forward, five backward, none of which is stored."""
+    """Fused attention: two matrix products in forward and five in backward, whose results are not stored."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, trace: Trace) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         kept = [query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)]
-        if mask is not None:  # torch makes numbers of it, anew in each layer
+        if mask is not None:  # torch converts it to floats in each layer
             kept.append(query.new_empty(mask.shape))
         ctx.save_for_backward(*kept)
         ctx.trace, ctx.product = trace, 2 * math.prod(query.shape) * key.shape[-2]
@@ -144,7 +144,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """ZeRO-3's: keeps its input, and no second copy of the weight."""
+    """ZeRO-3's linear layer, which saves its input and no second copy of the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,11 +1,11 @@
-"""Bytes that a rank sends in a step, collective by collective.
+"""Bytes that a rank sends in a step, by collective.
 
-Counted is the payload that leaves a rank: for an all-to-all what is for others; for the rest what the ring algorithm
-sends, of which no other sends less: (W-1)/W of an all-gather's result or of a reduce-scatter's operand, and twice that
-of an all-reduce's operand. How many times a backend cuts, copies or frames it is not counted.
+Only the payload is counted: for an all-to-all the part for other ranks; for other collectives that of the ring
+algorithm, which is optimal: (W-1)/W of an all-gather's result or of a reduce-scatter's input, and twice that of an
+all-reduce's input. Headers and copies of a backend are not counted.
 
-One function for each place in the code that communicates; `tests/planning/test_traffic.py` holds them to what torch is
-asked to send.
+There is one function per part of the code that communicates. `tests/planning/test_traffic.py` compares them with the
+calls of torch's collectives.
 
 Legend: W ranks, D width.
 """
@@ -23,33 +23,33 @@ INTEGER, INDEX, HALF, FLOAT, DOUBLE = 8, 4, 2, 4, 8
 """Bytes of int64, int32, bf16, fp32 and fp64."""
 
 Traffic = Counter[str]
-"""Bytes by what is sent."""
+"""Bytes by content."""
 
 
 def all_gather(part: int, num_ranks: int) -> int:
-    """Sent by a rank whose own part has `part` bytes."""
+    """Bytes sent by a rank whose part has `part` bytes."""
     return (num_ranks - 1) * part
 
 
 reduce_scatter = all_gather
-"""Sent by a rank that keeps `part` bytes of the sum."""
+"""Bytes sent by a rank that keeps `part` bytes of the sum."""
 
 
-def all_reduce(operand: int, num_ranks: int) -> int:
-    """Sent by a rank for an operand of `operand` bytes, cut into W pieces that go round twice."""
-    return 2 * (num_ranks - 1) * -(-operand // num_ranks)
+def all_reduce(size: int, num_ranks: int) -> int:
+    """Bytes sent by a rank for a tensor of `size` bytes, whose W chunks go around the ring twice."""
+    return 2 * (num_ranks - 1) * -(-size // num_ranks)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What of a run decides over its traffic.
+    """Properties of a run that determine its traffic.
 
     Attributes:
         width: D.
-        gathers: of ZeRO-3 in a step.
-        trained: elements that ZeRO-3 reduces in each micro-batch, padded, all ranks' parts together.
-        element: bytes of an element of the backbone.
-        num_groups: flat groups of ZeRO-3's optimizer.
+        gathers: ZeRO-3's gathers in a step.
+        trained: elements that ZeRO-3 reduces in each micro-batch, padded, over all ranks.
+        element: bytes per element of the backbone.
+        num_groups: number of flat groups of ZeRO-3's optimizer.
     """
 
     width: int
@@ -60,7 +60,7 @@ class Model:
 
 
 def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
-    """Bytes that `rank` sends in `step.train_step`, by what is sent."""
+    """Bytes that `rank` sends in `step.train_step`, by content."""
     total = lookup_traffic(model, config, sample, rank)
     for batch in sample.micro_batches:
         total += item_head_traffic(model, config, batch, rank)
@@ -68,7 +68,7 @@ def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int)
 
 
 def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
-    """`Recommender.route` and `embed`: all-to-alls of counts, ids and rows, and of row gradients in backward."""
+    """Traffic of `Recommender.route` and `embed`: counts, ids, rows, and row gradients in backward."""
     lookups = [lookup for batch in sample.micro_batches for lookup in batch.lookups.values()]
     row = model.width * (HALF if config.embeddings.comm_dtype == "bf16" else FLOAT)
     received = sum(lookup.received_by(rank) for lookup in lookups)
@@ -83,7 +83,7 @@ def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: in
 
 
 def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, rank: int) -> Traffic:
-    """`GatheringQueries`: queries and targets gathered, log-sum-exps combined, scores and gradients back."""
+    """Traffic of `GatheringQueries`: queries, targets, log-sum-exps, scores, and their gradients."""
     queries, targets = batch.queries, batch.targets
     num_ranks = len(queries)
     query = (model.width + config.head.item_bias) * FLOAT
@@ -93,7 +93,7 @@ def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, 
     sent["targets"] += all_gather(max(targets) * 2 * INTEGER, num_ranks)
     sent["log-sum-exps"] += 2 * all_reduce(sum(queries) * FLOAT, num_ranks)
     sent["scores"] += reduce_scatter(max(queries) * FLOAT, num_ranks)
-    # backward: of scores, of log-sum-exps, of queries
+    # Backward: gradients of scores, of log-sum-exps, of queries.
     sent["scores"] += all_gather(max(queries) * FLOAT, num_ranks)
     sent["log-sum-exps"] += all_gather(max(queries) * FLOAT, num_ranks)
     sent["query gradients"] += reduce_scatter(max(queries) * query, num_ranks)
@@ -101,7 +101,7 @@ def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, 
 
 
 def zero_traffic(model: Model, sample: StepSample) -> Traffic:
-    """ZeRO-3: weights gathered, gradients scattered, and what its optimizer asks before a step."""
+    """Traffic of ZeRO-3: gathers of weights, reduce-scatters of gradients, and all-reduces before an optimizer step."""
     num_ranks = sample.num_ranks
     sent: Traffic = Counter()
     sent["weights"] += all_gather(sum(model.gathers.calls) // num_ranks * model.element, num_ranks)
@@ -112,7 +112,7 @@ def zero_traffic(model: Model, sample: StepSample) -> Traffic:
 
 
 def bookkeeping_traffic(config: RunConfig, num_ranks: int) -> Traffic:
-    """`step._global_counts`, the losses and the norm, and the gradient of what is replicated."""
+    """Traffic of `step._global_counts`, of the losses and the norm, and of the replicated parameters' gradients."""
     sent: Traffic = Counter()
     sent["counts"] += all_reduce(5 * INTEGER, num_ranks)
     sent["norms"] += all_reduce(4 * DOUBLE, num_ranks)
@@ -122,5 +122,5 @@ def bookkeeping_traffic(config: RunConfig, num_ranks: int) -> Traffic:
 
 
 def loop_traffic(num_ranks: int) -> Traffic:
-    """`train._sync_control_flags`, once a step beside `train_step`."""
+    """Traffic of `train._sync_control_flags`, which the loop calls once per step."""
     return Counter({"agreement": 2 * all_gather(2 * INTEGER, num_ranks)})

@@ -1,4 +1,4 @@
-"""Small runs to plan and to measure."""
+"""Small runs, planned and measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_LOGITS = 1 << 20
 
 
 def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], zero: dict[str, Any]) -> RunConfig:
-    """A run over a corpus and a backbone, with ZeRO-3 settings in a file of its own."""
+    """Configure a run over a corpus and a backbone, with ZeRO-3 settings in a new file."""
     settings = json.loads(Path("ds_configs/zero3.json").read_text())
     settings["zero_optimization"] |= zero
     (folder / "ds.json").write_text(json.dumps(settings))
@@ -38,14 +38,14 @@ def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], ze
 
 
 def meta_run_of(config: RunConfig, num_ranks: int, step: int) -> tuple[MetaRun, StepSample]:
-    """The run on the meta device and one step of its corpus."""
+    """Build the run on the meta device, and sample a step of its corpus."""
     corpus = Corpus.open(config.corpus)
     meta_run = make_meta_run(config, corpus.num_users, corpus.num_items, True, num_ranks, MAX_LOGITS)
     return meta_run, sample_step(corpus, prompt_builder_of(config, corpus), config, num_ranks, step)
 
 
 def trained(world: World, config: RunConfig, steps: int) -> tuple[System, BatchLoader]:
-    """A run after so many steps."""
+    """Assemble a run and train `steps` steps."""
     system = assemble(config, world)
     init_embeddings(system)
     source = BatchLoader(system.corpus, system.prompts, config, world)

@@ -1,4 +1,4 @@
-"""Memory and FLOPs of a plan against a real step, whose tensors and products are counted while it runs."""
+"""Memory and FLOPs of a plan, against tensors and products that are counted in a real step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.measured import Held
+from benchmarks.measured import LiveMemory
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.planning import memory
 from cllm4rec_dist.planning.dry_run import ATTENTION
 from cllm4rec_dist.planning.plan import dry_run_fullest, needed_memory, step_flops
-from cllm4rec_dist.planning.tracing import Trace, as_run
+from cllm4rec_dist.planning.tracing import Trace, emulate_kernels
 from cllm4rec_dist.step import train_step
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.planning.runs import make_config, meta_run_of, trained
@@ -43,34 +43,34 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         },
     ),
 }
-"""Ranks, family, settings."""
+"""Number of ranks, family and settings of each case."""
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
     folder = tmp_path_factory.mktemp("memory")
-    found = {}
+    corpora = {}
     for family, num_items in (("llama", 160), ("gpt2", 160), ("qwen2", 30_000)):
         catalog = make_catalog(num_users=160, num_items=num_items)
         backbone = make_backbone(folder / family, catalog, family=family, hidden_size=128, num_layers=3, num_heads=4)
         corpus = make_corpus(folder / f"{family}-corpus", catalog, backbone, examples_per_record=100)
-        found[family] = corpus, str(backbone)
-    return found
+        corpora[family] = corpus, str(backbone)
+    return corpora
 
 
 def held(world: World, config: RunConfig) -> dict[str, int]:
     system, source = trained(world, config, STEP)
     batches = source.make(STEP).micro_batches
-    with Held() as found:
+    with LiveMemory() as memory:
         train_step(system, batches, 1.0)
     with FlopCounterMode(display=False) as flops:
         train_step(system, batches, 1.0)
-    return {"before": found.before, "highest": found.highest, "flops": flops.get_total_flops()}
+    return {"before": memory.before, "highest": memory.highest, "flops": flops.get_total_flops()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_knows_memory_and_flops(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
+def test_memory_and_flops_are_planned(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
     size, family, changes = CASES[case]
     batch = {"batch": {"users": 64, "texts": 32, "gradient_accumulation_steps": 2}, "shuffle_window": 16}
     config = make_config(corpora[family], tmp_path, batch | changes, ZERO)
@@ -82,18 +82,18 @@ def test_a_plan_knows_memory_and_flops(corpora: dict[str, tuple[str, str]], tmp_
     flops = step_flops(sample, traced, unit)
     assert memory.resident(meta_run).total() == pytest.approx(measured[0]["before"], rel=0.05)
     assert needed.total() == pytest.approx(max(m["highest"] for m in measured), rel=0.10)
-    # torch does not count its attention on CPUs; below it is held to torch's formulas. A plan takes the slowest rank of
-    # each micro-batch, which is not the same in all of them.
+    # torch does not count attention on CPUs; the test below compares it with torch's formulas. A plan uses the slowest
+    # rank of each micro-batch, which differs between micro-batches.
     slowest = max(m["flops"] for m in measured)
     assert flops.total() - flops[ATTENTION] == pytest.approx(slowest, rel=0 if size == 1 else 0.02, abs=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_is_counted_as_torch_counts_it(masked: bool) -> None:
+def test_attention_is_counted_as_by_torch(masked: bool) -> None:
     query, key, value = (torch.empty(3, 4, 50, 16, device="meta", requires_grad=True) for _ in range(3))
     mask = torch.empty(3, 1, 50, 50, dtype=torch.bool, device="meta") if masked else None
-    with Trace() as trace, as_run(trace):
+    with Trace() as trace, emulate_kernels(trace):
         torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
     shape = query.shape
-    wanted = sdpa_flop_count(shape, shape, shape) + sdpa_backward_flop_count(shape, shape, shape, shape)
-    assert trace.flops == {"attention": wanted}
+    expected = sdpa_flop_count(shape, shape, shape) + sdpa_backward_flop_count(shape, shape, shape, shape)
+    assert trace.flops == {"attention": expected}

@@ -1,4 +1,4 @@
-"""The command, and what a plan says to people."""
+"""The command `plan` and its output."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cllm4rec_dist import cli
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
-from cllm4rec_dist.planning.plan import Place, make_plan, suggest_changes
-from cllm4rec_dist.planning.table import as_json, tell
+from cllm4rec_dist.planning.plan import Cluster, make_plan, suggest_changes
+from cllm4rec_dist.planning.table import as_json, format_plan
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.planning.runs import make_config
 
-PLACE = Place(GPUS["h100"], 4, 2, 0.5)
+CLUSTER = Cluster(GPUS["h100"], 4, 2, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return make_config((make_corpus(folder / "corpus", catalog, backbone), str(backbone)), folder, {}, {})
 
 
-def test_a_plan_tells_everything_and_starts_nothing(config: RunConfig) -> None:
-    plan = make_plan(config, PLACE)
-    text = tell(plan)
-    for told in ("activations", "tables", "row gradients", "FLOPs", "time of a step", "An epoch: 3 steps", "fits"):
-        assert told in text
+def test_a_plan_reports_everything_and_starts_nothing(config: RunConfig) -> None:
+    plan = make_plan(config, CLUSTER)
+    text = format_plan(plan)
+    for part in ("activations", "tables", "row gradients", "FLOPs", "time of a step", "An epoch: 3 steps", "fits"):
+        assert part in text
     figures = as_json(plan)
     assert figures["needed"] == sum(figures["memory"].values())
     assert figures["fits"]
@@ -41,28 +41,28 @@ def test_a_plan_tells_everything_and_starts_nothing(config: RunConfig) -> None:
 
 
 def test_more_ranks_hold_less_and_send_more(config: RunConfig) -> None:
-    alone, few, many = (make_plan(config, replace(PLACE, num_ranks=n)) for n in (1, 2, 8))
+    alone, few, many = (make_plan(config, replace(CLUSTER, num_ranks=n)) for n in (1, 2, 8))
     for part in ("tables", "optimizer"):
         assert alone.memory[part] >= few.memory[part] >= many.memory[part], part
     assert alone.traffic.total() == 0 < few.traffic.total() < many.traffic.total()
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_fit_is_told_what_to_change(config: RunConfig) -> None:
-    gpu = replace(PLACE.gpu, memory=2 * GIB + (1 << 20))
-    plan = make_plan(config, replace(PLACE, gpu=gpu))
+def test_a_run_that_does_not_fit_gets_changes_that_help(config: RunConfig) -> None:
+    gpu = replace(CLUSTER.gpu, memory=2 * GIB + (1 << 20))
+    plan = make_plan(config, replace(CLUSTER, gpu=gpu))
     assert not plan.fits
     changes = list(suggest_changes(config, plan, 2))
     assert changes[0].settings == "precision=bf16"
     needed = [plan.needed, *(change.needed for change in changes)]
     assert needed[-1] < needed[0]
-    assert "does NOT fit" in tell(plan)
+    assert "does NOT fit" in format_plan(plan)
 
 
-def test_what_a_plan_does_not_know_it_says(config: RunConfig, tmp_path: Path) -> None:
+def test_a_plan_names_settings_that_it_does_not_include(config: RunConfig, tmp_path: Path) -> None:
     settings = {"zero_hpz_partition_size": 2}
-    plan = make_plan(make_config((config.corpus, config.backbone), tmp_path, {}, settings), PLACE)
-    assert "Not in these figures: zero_hpz_partition_size." in tell(plan)
+    plan = make_plan(make_config((config.corpus, config.backbone), tmp_path, {}, settings), CLUSTER)
+    assert "Not included: zero_hpz_partition_size." in format_plan(plan)
 
 
 def test_the_command(config: RunConfig, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bytes on the wire: a plan against what torch is asked to send, equal and not about equal."""
+"""Planned communication equals the bytes that torch's collectives send, exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measured import Wire
+from benchmarks.measured import SentBytes
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.planning.plan import dry_run_fullest, traffic_model
@@ -17,25 +17,25 @@ from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.planning.runs import make_config, meta_run_of, trained
 
 STEP = 3
-"""The first steps teach ZeRO-3 the order of the modules and send more."""
+"""In its first steps ZeRO-3 records the order of the modules and communicates more."""
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
     folder = tmp_path_factory.mktemp("traffic")
     catalog = make_catalog()
-    found = {}
+    corpora = {}
     for family in ("gpt2", "llama"):
         backbone = make_backbone(folder / family, catalog, family=family, hidden_size=32, num_layers=3)
-        found[family] = make_corpus(folder / f"{family}-corpus", catalog, backbone), str(backbone)
-    return found
+        corpora[family] = make_corpus(folder / f"{family}-corpus", catalog, backbone), str(backbone)
+    return corpora
 
 
 def sent(world: World, config: RunConfig) -> dict[str, int]:
     system, source = trained(world, config, STEP)
-    with Wire(world) as wire:
+    with SentBytes(world) as traffic:
         train_step(system, source.make(STEP).micro_batches, 1.0)
-    return dict(wire.sent)
+    return dict(traffic.sent)
 
 
 EAGER = {
@@ -45,13 +45,13 @@ EAGER = {
     "stage3_param_persistence_threshold": 40,
     "reduce_bucket_size": 6_000,
 }
-"""Thresholds between which weights of so small a backbone go and come as those of a large one do."""
+"""Thresholds at which the weights of a small backbone are gathered and released as those of a large one."""
 FAR = EAGER | {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 60_000,
     "stage3_max_live_parameters": 10**9,
 }
-"""Weights fetched so far ahead that some are asked for again while they are still there."""
+"""Weights are prefetched so early that some are requested again while they are still available."""
 CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
     "lora": (2, "llama", {"adapter": {"kind": "lora", "rank": 4}}, FAR),
     "lora, eager": (
@@ -74,12 +74,12 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
     "full": (3, "gpt2", {"adapter": {"kind": "full"}, "head": {"similarity": "dot", "item_bias": False}}, EAGER),
     "rows only": (2, "gpt2", {"adapter": {"kind": "none"}, "batch": {"users": 9, "texts": 0}}, EAGER),
 }
-"""Ranks, family, settings, settings of ZeRO-3."""
+"""Number of ranks, family, settings and ZeRO-3 settings of each case."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_knows_every_byte(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
+def test_every_byte_is_planned(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
     size, family, changes, zero = CASES[case]
     config = make_config(corpora[family], tmp_path, changes, zero)
     ranks = run_ranks(size, sent, config)
