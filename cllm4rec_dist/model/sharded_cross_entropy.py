@@ -151,7 +151,7 @@ def linear_cross_entropy(
 
 
 def count_targets(target_query: Tensor, num_queries: int) -> Tensor:
-    """Targets of each query, int64 [n]. Unlike `bincount`, waits for no GPU, and knows meta tensors."""
+    """Number of targets of each query, int64 [n]. Unlike `bincount`, it works on meta tensors and needs no GPU sync."""
     return target_query.new_zeros(num_queries).index_add_(0, target_query, torch.ones_like(target_query))
 
 

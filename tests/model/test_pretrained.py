@@ -138,7 +138,7 @@ def test_adapter_weights_among_the_models_own_are_refused(folders: dict[str, Pat
         require_weights(folder, load_config(folder))
 
 
-def test_weights_that_the_decoder_has_no_place_for_are_told(
+def test_stored_weights_that_the_decoder_does_not_have_are_logged(
     folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copied(folders["llama"], tmp_path / "more")
@@ -148,7 +148,7 @@ def test_weights_that_the_decoder_has_no_place_for_are_told(
     assert not caplog.messages
     rewrite(folder / "model.safetensors", **{"model.layers.0.self_attn.q_proj.bias": torch.ones(16)})
     require_weights(folder, load_config(folder))
-    assert "no place for 1 stored weights (layers.0.self_attn.q_proj.bias)" in caplog.text
+    assert "does not have 1 of the stored weights (layers.0.self_attn.q_proj.bias)" in caplog.text
 
 
 def test_a_weight_with_and_without_prefix_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
