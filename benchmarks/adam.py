@@ -1,9 +1,10 @@
-"""A step of the tables' Adam against torch's own optimizers and bitsandbytes', in one run.
+"""A step of the tables' Adam, compared with optimizers of torch and bitsandbytes.
 
     python -m benchmarks.adam
 
-Lazy: some rows of a large table, as a lookup leaves them; torch's way is SparseAdam. Dense: all rows of a smaller one,
-as the item softmax leaves them; torch's way is AdamW, plain or fused, bitsandbytes' is AdamW8bit. Forms take turns.
+`lazy`: sparse gradients of some rows of a large table, as from a lookup, compared with SparseAdam. `dense`: gradients
+of all rows of a smaller table, as from the item softmax, compared with AdamW (plain and fused) and AdamW8bit. Forms
+take turns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import parser, tell_table, write_json
+from benchmarks.common import parser, show_table, write_json
 from cllm4rec_dist.config import HeadConfig
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.backbone import FrozenEmbeddings
@@ -27,9 +28,9 @@ from cllm4rec_dist.model.recommender import Recommender
 BETAS = (0.9, 0.999)
 
 
-def ours(num_rows: int, width: int, lazy: bool, storage: Storage) -> tuple[nn.Parameter, Callable[[], object], Any]:
-    """Rows, what steps them, and what holds their moments."""
-    counts = (num_rows, 1) if lazy else (1, num_rows)
+def ours(num_rows: int, width: int, sparse: bool, storage: Storage) -> tuple[nn.Parameter, Callable[[], object], Any]:
+    """Return the rows of a table, a function that steps them, and the object with their moments."""
+    counts = (num_rows, 1) if sparse else (1, num_rows)
     head, world = HeadConfig(similarity="dot", item_bias=False), World(0, 1, 0, torch.device("cpu"))
     model = Recommender(
         *counts,
@@ -42,20 +43,20 @@ def ours(num_rows: int, width: int, lazy: bool, storage: Storage) -> tuple[nn.Pa
         content=False,
     )
     optimizer = EmbeddingOptimizer(model, BETAS, storage)
-    name = "collaborative.users" if lazy else "collaborative.items"
+    name = "collaborative.users" if sparse else "collaborative.items"
     rows = dict(zip(optimizer.names, optimizer.parameters, strict=True))[name]
     return rows, lambda: optimizer.step(1e-3), optimizer._moments[name]
 
 
 def theirs(num_rows: int, width: int, make: Callable[..., Any], **settings: Any) -> tuple[nn.Parameter, Any, Any]:
-    """The same of an optimizer class."""
+    """`ours` for an optimizer class."""
     rows = nn.Parameter(torch.zeros(num_rows, width))
     optimizer = make([rows], lr=1e-3, betas=BETAS, **settings)
     return rows, optimizer.step, optimizer.state[rows]
 
 
 def bytes_of(holder: Any) -> int:
-    """Of all tensors that an object or a dictionary holds."""
+    """Bytes of all tensors in an object or a dict."""
     held = holder.values() if isinstance(holder, dict) else vars(holder).values()
     return sum(t.nbytes for v in held for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor))
 
@@ -98,29 +99,29 @@ def main() -> None:
     figures: dict[str, Any] = {}
     lines = []
     for case, (gradient, forms) in cases.items():
-        taking: dict[str, list[float]] = {name: [] for name in forms}
+        times: dict[str, list[float]] = {name: [] for name in forms}
         for repeat in range(chosen.repeats + 1):
             for name, (rows, step, _) in forms.items():
                 rows.grad = gradient
                 started = time.perf_counter()
                 step()
                 if repeat:  # the first one warms up
-                    taking[name].append(time.perf_counter() - started)
+                    times[name].append(time.perf_counter() - started)
         figures[case] = {}
         for name, (_, _, holder) in forms.items():
-            ratios = [a / b for a, b in zip(taking["ours"], taking[name], strict=True)]
-            found = {
-                "seconds": statistics.median(taking[name]),
+            ratios = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
+            result = {
+                "seconds": statistics.median(times[name]),
                 "ours_of_it": statistics.median(ratios),
                 "ours_of_it_range": [min(ratios), max(ratios)],
                 "state_bytes": bytes_of(holder),
             }
-            figures[case][name] = found
-            spread = f"{found['ours_of_it']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            figures[case][name] = result
+            spread = f"{result['ours_of_it']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             lines.append(
-                [f"{case}: {name}", f"{found['seconds'] * 1e3:.1f}", spread, f"{found['state_bytes'] / 1e6:.0f}"]
+                [f"{case}: {name}", f"{result['seconds'] * 1e3:.1f}", spread, f"{result['state_bytes'] / 1e6:.0f}"]
             )
-    tell_table(["form", "ms", "time of ours", "moments (MB)"], lines)
+    show_table(["form", "ms", "time of ours", "moments (MB)"], lines)
     write_json(chosen.json, {"lazy": chosen.lazy, "dense": chosen.dense, "width": width, "forms": figures})
 
 

@@ -1,4 +1,4 @@
-"""Backbones and corpora of any size, made in seconds: ids and item rows drawn by chance, a few texts."""
+"""Random backbones and corpora of any size, with a few texts, made in seconds."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""A 7B-shaped LLaMA with LoRA and a large catalog: tokens/s, share of the matrix-product peak, memory against `plan`.
+"""A 7B-shaped LLaMA with LoRA and a large catalog: tokens/s, fraction of the matmul peak, memory against `plan`.
 
     torchrun --standalone --nproc_per_node=8 -m benchmarks.gpu                 on 8 GPUs
-    torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu --items 100000  on one, which has no room for a million
+    torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu --items 100000  on one, too small for a million items
     python -m benchmarks.gpu --hidden 64 --layers 2 --heads 4 --items 1000 --users 500 --batch-users 16 --batch-texts 8
 
-The last one only shows on a CPU that the code runs. Weights are random and made from a config: nothing is downloaded.
-Frozen bf16 weights, adapters on every linear layer, activation checkpointing. The peak is that of the largest bf16
-product below, measured in the same run. FLOPs are those of `plan` for the steps that were run, recomputation included;
-memory is `torch.cuda.max_memory_allocated` of the fullest rank after the warm-up.
+The last command checks on a CPU that the code runs. Weights are random, so nothing is downloaded. They are frozen in
+bf16, with adapters on every linear layer and activation checkpointing. The peak is that of a large bf16 matrix product,
+measured in the same run. FLOPs are those of `plan` for the measured steps, with recomputation; memory is
+`torch.cuda.max_memory_allocated` of the fullest rank after the warm-up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.distributed.collectives import barrier, gather_integers
@@ -32,9 +32,9 @@ from cllm4rec_dist.distributed.engine import start_world
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.planning.hardware import GPUS
 from cllm4rec_dist.planning.meta_run import make_meta_run
-from cllm4rec_dist.planning.plan import Place, dry_run_fullest, make_plan, step_flops
+from cllm4rec_dist.planning.plan import Cluster, dry_run_fullest, make_plan, step_flops
 from cllm4rec_dist.planning.sampling import sample_step
-from cllm4rec_dist.planning.table import tell as plan_table
+from cllm4rec_dist.planning.table import format_plan
 from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import System, assemble, init_embeddings
 
@@ -66,20 +66,20 @@ def main() -> None:
         if world.is_main and chosen.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
     if world.is_main:
-        report(figures)
+        show_figures(figures)
         write_json(chosen.json, figures)
 
 
 def measure(world: World, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Plan the run, run it, and hold them side by side. Collective."""
+    """Plan the run, run it, and compare both. Collective."""
     if world.is_main and not (folder / "corpus").exists():
         make_run(folder, chosen, world.device)
     barrier(world, "the corpus and the weights")
     config = run_config(folder, chosen)
-    place = Place(GPUS[chosen.gpu], world.size, torch.cuda.device_count() or 1, 0.45)
-    plan = make_plan(config, place)
+    cluster = Cluster(GPUS[chosen.gpu], world.size, torch.cuda.device_count() or 1, 0.45)
+    plan = make_plan(config, cluster)
     if world.is_main:
-        tell(plan_table(plan))
+        show(format_plan(plan))
     system = assemble(config, world)
     init_embeddings(system)
     seconds, tokens, memory = run_steps(system, chosen)
@@ -101,7 +101,7 @@ def measure(world: World, folder: Path, chosen: argparse.Namespace) -> dict[str,
 
 
 def make_run(folder: Path, chosen: argparse.Namespace, device: torch.device) -> None:
-    """Write `folder`/corpus, and `folder`/large: its tokenizer and random weights of the asked shape."""
+    """Write `folder`/corpus, and `folder`/large: its tokenizer and random weights of the given shape."""
     make_corpus(folder, chosen.users, chosen.items, hidden=64)
     shutil.copytree(folder / "backbone", folder / "large", ignore=shutil.ignore_patterns("*.safetensors"))
     shape = LlamaConfig(
@@ -121,7 +121,7 @@ def make_run(folder: Path, chosen: argparse.Namespace, device: torch.device) -> 
 
 
 def run_config(folder: Path, chosen: argparse.Namespace) -> RunConfig:
-    """Frozen bf16 weights, LoRA, checkpointing."""
+    """Configuration with frozen bf16 weights, LoRA and activation checkpointing."""
     return validate(
         RunConfig,
         {
@@ -140,7 +140,7 @@ def run_config(folder: Path, chosen: argparse.Namespace) -> RunConfig:
 
 
 def run_steps(system: System, chosen: argparse.Namespace) -> tuple[list[float], list[int], int]:
-    """Seconds and tokens of each step after the warm-up, and the bytes of the fullest rank. Collective."""
+    """Measure seconds and tokens of each step after the warm-up, and the bytes of the fullest rank. Collective."""
     world = system.world
     source = BatchLoader(system.corpus, system.prompts, system.config, world)
     seconds, tokens = [], []
@@ -155,8 +155,8 @@ def run_steps(system: System, chosen: argparse.Namespace) -> tuple[list[float], 
         synchronize(world.device)
         seconds.append(time.perf_counter() - started)
         tokens.append(result.tokens)
-    own = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
-    fullest = max(found for (found,) in gather_integers([own], world))
+    peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
+    fullest = max(rank_peak for (rank_peak,) in gather_integers([peak], world))
     return seconds[chosen.warmup :], tokens[chosen.warmup :], fullest
 
 
@@ -171,7 +171,7 @@ def measured_flops(system: System, chosen: argparse.Namespace) -> list[int]:
 
 
 def product_peak(device: torch.device) -> float:
-    """FLOP/s of a large bf16 product: the best of several."""
+    """FLOP/s of a large bf16 matrix product, the best of several."""
     size = _LARGEST_PRODUCT[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
@@ -185,14 +185,14 @@ def product_peak(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait for all kernels of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def report(figures: dict[str, Any]) -> None:
-    """The figures for people."""
-    tell_table(
+def show_figures(figures: dict[str, Any]) -> None:
+    """Print the results as a table."""
+    show_table(
         ["", "measured", "planned"],
         [
             ["real tokens/s", f"{figures['tokens_per_second']:,.0f}", ""],

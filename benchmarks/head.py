@@ -1,13 +1,12 @@
-"""The item head against torch's dense cross-entropy and against the bare matrix products, in one run.
+"""The item head, compared with torch's dense cross-entropy and with its matrix products alone.
 
     python -m benchmarks.head
     python -m benchmarks.head --dtype bf16           on a GPU, with `pip install -e '.[kernels]'`
 
-Forward and backward of one target a position. `dense` is `F.cross_entropy(queries @ items.T)`, `products` the three
-matrix products that no head can do without (logits, gradient of the queries, gradient of the items), with nothing
-between them. In bf16 on a GPU cut-cross-entropy (its filter of small gradients off, so that it is exact) and Liger's
-fused head take part where they are installed. Forms take turns; peak memory is measured in a process of each form's
-own.
+Forward and backward with one target per position. `dense` is `F.cross_entropy(queries @ items.T)`; `products` are the
+three matrix products that every head needs (logits, gradient of the queries, gradient of the items). In bf16 on a GPU,
+cut-cross-entropy (without its filter of small gradients, so that it is exact) and Liger's fused head are included if
+installed. Forms take turns; peak memory is measured in a separate process per form.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import parser, tell_table, write_json
+from benchmarks.common import parser, show_table, write_json
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
 
@@ -35,19 +34,19 @@ Form = Callable[[Tensor, Tensor, Tensor], None]
 def ours(queries: Tensor, items: Tensor, targets: Tensor) -> None:
     """The sharded head on one rank."""
     world = World(0, 1, 0, queries.device)
-    places = torch.arange(len(queries), device=queries.device)
-    gathering = GatheringQueries(queries, places, targets, RowPartition(len(items), 1), world)
+    target_query = torch.arange(len(queries), device=queries.device)
+    gathering = GatheringQueries(queries, target_query, targets, RowPartition(len(items), 1), world)
     sharded_cross_entropy(gathering, items).sum().backward()
 
 
 def dense(queries: Tensor, items: Tensor, targets: Tensor) -> None:
-    """All logits at once."""
+    """Cross-entropy over all logits at once."""
     F.cross_entropy(queries @ items.T, targets, reduction="sum").backward()
 
 
 @torch.no_grad()
 def products(queries: Tensor, items: Tensor, targets: Tensor) -> None:
-    """What the arithmetic alone costs."""
+    """The matrix products alone."""
     logits = queries @ items.T
     queries.grad, items.grad = logits @ items, logits.T @ queries
 
@@ -73,14 +72,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def forms(dtype: torch.dtype) -> dict[str, Form]:
-    """Those that run here."""
+    """Forms that this machine can run."""
     if not torch.cuda.is_available() or dtype is torch.float32:
         return FORMS
     return FORMS | {name: form for name, (package, form) in KERNELS.items() if find_spec(package)}
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions, items, width -> queries, items, targets."""
+    """Make queries, items and targets from numbers of positions and items, and the width."""
     random = torch.Generator().manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     queries, items = (torch.randn(n, shape[2], generator=random).mul_(0.3).to(device, dtype) for n in shape[:2])
@@ -89,7 +88,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> t
 
 
 def seconds(form: Form, made: tuple[Tensor, Tensor, Tensor]) -> float:
-    """One forward and backward."""
+    """Seconds of one forward and backward."""
     made[0].grad = made[1].grad = None
     if made[0].is_cuda:
         torch.cuda.synchronize()
@@ -100,7 +99,7 @@ def seconds(form: Form, made: tuple[Tensor, Tensor, Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def _peak(number: int, name: str, shape: tuple[int, int, int], dtype: torch.dtype, told: str) -> None:
+def _peak(index: int, name: str, shape: tuple[int, int, int], dtype: torch.dtype, result: str) -> None:
     torch.set_num_threads(1)
     form = forms(dtype)[name]
     seconds(form, inputs((8, 100, 16), dtype))
@@ -108,22 +107,22 @@ def _peak(number: int, name: str, shape: tuple[int, int, int], dtype: torch.dtyp
     before = _highest()
     seconds(form, made)
     gradients = sum(tensor.nbytes for tensor in made[:2])
-    Path(told).write_text(str(_highest() - before - gradients))
+    Path(result).write_text(str(_highest() - before - gradients))
 
 
 def _highest() -> int:
-    """Peak bytes of this process so far: on the GPU, if there is one."""
+    """Peak bytes of this process so far, on the GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def peak_bytes(name: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that a form needs at its peak beside its inputs and their gradients."""
+    """Peak bytes of a form on top of its inputs and their gradients."""
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "peak"
-        mp.start_processes(_peak, (name, shape, dtype, str(told)), nprocs=1, start_method="spawn")
-        return int(told.read_text())
+        result = Path(folder) / "peak"
+        mp.start_processes(_peak, (name, shape, dtype, str(result)), nprocs=1, start_method="spawn")
+        return int(result.read_text())
 
 
 def main() -> None:
@@ -148,7 +147,7 @@ def main() -> None:
                 if repeat:  # the first one warms up
                     times[name].append(taken)
         peaks = {name: peak_bytes(name, shape, dtype) for name in running if name != "products"}
-        median = {name: statistics.median(found) for name, found in times.items()}
+        median = {name: statistics.median(repeats) for name, repeats in times.items()}
         ratios = [a / b for a, b in zip(times["ours"], times["dense"], strict=True)]
         figures[text] = {
             "seconds": median,
@@ -158,19 +157,19 @@ def main() -> None:
             "peak_bytes": peaks,
             "memory_of_dense": peaks["ours"] / peaks["dense"],
         }
-        found, low, high = figures[text], min(ratios), max(ratios)
+        result, low, high = figures[text], min(ratios), max(ratios)
         rows.append(
             [
                 text,
                 *(f"{median[name]:.3f}" for name in running),
-                f"{found['of_dense']:.2f} ({low:.2f} to {high:.2f})",
-                f"{found['of_products']:.0%}",
+                f"{result['of_dense']:.2f} ({low:.2f} to {high:.2f})",
+                f"{result['of_products']:.0%}",
                 f"{peaks['ours'] / 1e6:.0f}",
-                f"{found['memory_of_dense']:.2f}",
+                f"{result['memory_of_dense']:.2f}",
             ]
         )
     names = [f"{name} (s)" for name in running]
-    tell_table(["shape", *names, "of dense", "products' speed", "peak (MB)", "of dense"], rows)
+    show_table(["shape", *names, "of dense", "products' speed", "peak (MB)", "of dense"], rows)
     write_json(chosen.json, {"dtype": chosen.dtype, **figures})
 
 

@@ -1,10 +1,10 @@
-"""Closed-loop HTTP clients: each sends its next request when it has the answer to the last one.
+"""Closed-loop HTTP clients, which send the next request after the response to the last one.
 
     python -m benchmarks.load 127.0.0.1:8000 --clients 8 --seconds 10 < BODIES
 
-Reads bodies of POST /recommend, one a line, and writes one line of JSON for each answered request: start and end
-(seconds of the monotonic clock), status (0 where the connection broke) and checkpoint. A process of its own that
-imports next to nothing, so that it takes little of the processors that the service needs.
+Reads bodies of POST /recommend, one per line, and writes one line of JSON per request: start and end (seconds of the
+monotonic clock), status (0 if the connection broke) and checkpoint. It runs in a separate process with few imports, to
+take little CPU time from the service.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 
 async def client(host: str, port: int, requests: Iterator[bytes], may_go_on: asyncio.Event) -> None:
-    """Send requests until there are none or the event is cleared."""
+    """Send requests until none are left or the event is cleared."""
     reader = writer = None
     for request in requests:
         if not may_go_on.is_set():

@@ -1,19 +1,17 @@
-"""Lookup of skewed ids in a row-sharded table, forward and backward, against two ways that torch's users have.
+"""Lookup of skewed ids in a row-sharded table, forward and backward, compared with two alternatives in torch.
 
     python -m benchmarks.lookup
 
-`ours` routes and looks up; its gradient is sparse, for a lazy Adam, or `dense`
-(`sparse_embedding_updates: false`);
-`bf16` is the lazy one with that on the wire. `rowwise` is an `nn.Embedding` under DTensor's `RowwiseParallel` with ids
-and rows sharded by rank (all-gather of ids, reduce-scatter of rows; torch makes a gradient of the whole table on every
-rank), `rowwise distinct` the same with ids deduplicated first and padded to the longest rank. `gathered` brings the
-whole table to every rank, embeds there and reduce-scatters the gradient, as ZeRO-3 would. All give the same rows and
-the same gradient of the local rows.
+`ours` has sparse gradients, `ours dense` has dense ones (`sparse_embedding_updates: false`), and `ours bf16` has sparse
+gradients and communicates in bf16. `rowwise` is an `nn.Embedding` with DTensor's `RowwiseParallel`, with ids and rows
+sharded by rank (all-gather of ids, reduce-scatter of rows; torch makes a gradient of the whole table on every rank).
+`rowwise distinct` dedupes the ids first and pads them to the longest rank. `gathered` all-gathers the whole table,
+embeds locally and reduce-scatters the gradient, as ZeRO-3 would. All return the same rows and the same gradient of the
+local rows.
 
-Ids follow Zipf's law. Forms take turns on gloo ranks of one core each. Bytes are those that leave a rank: counted where
-torch dispatches a collective, by what the best known algorithm sends for it (a ring for all-gather and reduce-scatter).
-The least possible is every distinct row of another rank once each way. A second table shows what it brings to send for
-the rows of the next micro-batch before this one is computed.
+Ids follow Zipf's law. Forms take turns on gloo ranks with one core each. Bytes are those that a rank sends (see
+`measured.py`). The minimum is every distinct row of another rank once in each direction.
+A second table shows the gain of starting the lookup of the next micro-batch before this one is computed.
 """
 
 from __future__ import annotations
@@ -38,8 +36,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
-from benchmarks.common import parser, tell, tell_table, write_json
-from benchmarks.measured import Wire
+from benchmarks.common import parser, show, show_table, write_json
+from benchmarks.measured import SentBytes
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.sharded_embedding import Route, RowShardedEmbedding, route_ids, start_lookup
 
@@ -47,19 +45,19 @@ Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Ids and the gradient of their rows -> rows, and the gradient of the local rows."""
 MICRO_BATCHES = 4
 BASES = ("ours", "ours dense")
-TURNS = ("one after the other", "sent for ahead")
+TURNS = ("one after the other", "prefetched")
 
 
 def zipf_ids(num_rows: int, count: int, rank: int) -> Tensor:
-    """Skewed ids; the popular ones are spread over the table, the same on all ranks."""
-    shares = 1 / np.arange(1, num_rows + 1)
-    shares /= shares.sum()
-    place = np.searchsorted(shares.cumsum(), np.random.default_rng(rank + 1).random(count)).clip(max=num_rows - 1)
-    return torch.from_numpy(np.random.default_rng(0).permutation(num_rows)[place])
+    """Draw skewed ids; the popular ones are spread over the table, equally on all ranks."""
+    probabilities = 1 / np.arange(1, num_rows + 1)
+    probabilities /= probabilities.sum()
+    popularity = np.searchsorted(probabilities.cumsum(), np.random.default_rng(rank + 1).random(count))
+    return torch.from_numpy(np.random.default_rng(0).permutation(num_rows)[popularity.clip(max=num_rows - 1)])
 
 
 def make_forms(rows: Tensor, world: World) -> dict[str, Form]:
-    """Every form over the same `rows` [R, D]."""
+    """Make all forms over `rows` [R, D]."""
     mesh = init_device_mesh("cpu", (world.size,))
 
     def make_table(sparse: bool) -> RowShardedEmbedding:
@@ -67,12 +65,12 @@ def make_forms(rows: Tensor, world: World) -> dict[str, Form]:
         table.local_rows.data.copy_(rows[slice(*table.partition.range(world.rank))])
         return table
 
-    def make_ours(table: RowShardedEmbedding, wire: torch.dtype) -> Form:
+    def make_ours(table: RowShardedEmbedding, comm_dtype: torch.dtype) -> Form:
         def run(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
             (route,) = route_ids([{"table": ids}], {"table": table.partition}, world)
-            (found,) = start_lookup({"table": table}, route, wire).wait().values()
-            found.backward(gradient)
-            return found, taken(table.local_rows)
+            (looked_up,) = start_lookup({"table": table}, route, comm_dtype).wait().values()
+            looked_up.backward(gradient)
+            return looked_up, take_gradient(table.local_rows)
 
         return run
 
@@ -80,55 +78,55 @@ def make_forms(rows: Tensor, world: World) -> dict[str, Form]:
     rowwise = parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)))
 
     def run_rowwise(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        found = rowwise(ids)
-        found.backward(gradient)
-        return found, own_part(taken(rowwise.weight))
+        looked_up = rowwise(ids)
+        looked_up.backward(gradient)
+        return looked_up, local_part(take_gradient(rowwise.weight))
 
     def run_distinct(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         distinct, inverse = torch.unique(ids, return_inverse=True)
         longest = torch.tensor(len(distinct))
         dist.all_reduce(longest, dist.ReduceOp.MAX)
-        found = rowwise(F.pad(distinct, (0, int(longest) - len(distinct))))[inverse]
-        found.backward(gradient)
-        return found, own_part(taken(rowwise.weight))
+        looked_up = rowwise(F.pad(distinct, (0, int(longest) - len(distinct))))[inverse]
+        looked_up.backward(gradient)
+        return looked_up, local_part(take_gradient(rowwise.weight))
 
-    lazy, dense = make_table(True), make_table(False)
+    sparse_table, dense_table = make_table(True), make_table(False)
 
     def run_gathered(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        local = dense.local_rows.detach()
+        local = dense_table.local_rows.detach()
         whole = local.new_empty(len(local) * world.size, rows.shape[1])
         dist.all_gather_into_tensor(whole, local)
-        found = F.embedding(ids, whole.requires_grad_())
-        found.backward(gradient)
-        own = torch.empty_like(local)
-        dist.reduce_scatter_tensor(own, taken(whole))
-        return found, own
+        looked_up = F.embedding(ids, whole.requires_grad_())
+        looked_up.backward(gradient)
+        local_gradient = torch.empty_like(local)
+        dist.reduce_scatter_tensor(local_gradient, take_gradient(whole))
+        return looked_up, local_gradient
 
     return {
-        "ours": make_ours(lazy, torch.float32),
-        "ours bf16": make_ours(lazy, torch.bfloat16),
-        "ours dense": make_ours(dense, torch.float32),
+        "ours": make_ours(sparse_table, torch.float32),
+        "ours bf16": make_ours(sparse_table, torch.bfloat16),
+        "ours dense": make_ours(dense_table, torch.float32),
         "rowwise": run_rowwise,
         "rowwise distinct": run_distinct,
         "gathered": run_gathered,
     }
 
 
-def taken(parameter: Tensor) -> Tensor:
-    """The gradient, which the next round finds gone."""
+def take_gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient and remove it from the parameter."""
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
     return gradient
 
 
-def own_part(gradient: Tensor) -> Tensor:
-    """What an optimizer of the local rows needs of a DTensor's gradient, which comes whole."""
+def local_part(gradient: Tensor) -> Tensor:
+    """Gradient of the local rows from a DTensor's whole gradient."""
     assert isinstance(gradient, DTensor)
     return gradient.redistribute(placements=[Shard(0)]).to_local()
 
 
 def seconds(form: Callable[[], object]) -> float:
-    """From when all ranks begin until all are done."""
+    """Seconds from when all ranks start until all are done."""
     dist.barrier()
     started = time.perf_counter()
     form()
@@ -137,20 +135,20 @@ def seconds(form: Callable[[], object]) -> float:
 
 
 def compare(world: World, chosen: Namespace, width: int) -> dict[str, Any]:
-    """Seconds of each round and bytes of each form; all must agree."""
+    """Measure seconds of each round and bytes of each form, whose results must agree."""
     rows = torch.randn(chosen.rows, width, generator=torch.Generator().manual_seed(0))
     ids = zipf_ids(chosen.rows, chosen.ids, world.rank)
     gradient = torch.randn(chosen.ids, width, generator=torch.Generator().manual_seed(world.rank))
     forms = make_forms(rows, world)
-    wanted = forms["gathered"](ids, gradient)[1]
+    expected = forms["gathered"](ids, gradient)[1]
     leaving = {}
     for name, form in forms.items():
-        with Wire(world) as wire:
-            found, own = form(ids, gradient)
-        leaving[name] = wire.num_bytes
-        share = 2**-8 if "bf16" in name else 1e-5
-        for value, exact in ((found.detach(), rows[ids]), (own.to_dense(), wanted)):
-            torch.testing.assert_close(value, exact, rtol=0, atol=share * exact.abs().max().item())
+        with SentBytes(world) as traffic:
+            looked_up, local_gradient = form(ids, gradient)
+        leaving[name] = traffic.num_bytes
+        tolerance = 2**-8 if "bf16" in name else 1e-5
+        for value, exact in ((looked_up.detach(), rows[ids]), (local_gradient.to_dense(), expected)):
+            torch.testing.assert_close(value, exact, rtol=0, atol=tolerance * exact.abs().max().item())
     taking: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(chosen.repeats):
         for name, form in forms.items():
@@ -161,7 +159,7 @@ def compare(world: World, chosen: Namespace, width: int) -> dict[str, Any]:
 
 
 def overlap(world: World, chosen: Namespace, width: int) -> dict[str, list[float]]:
-    """Seconds of some micro-batches of lookup and matrix products, forward alone."""
+    """Measure seconds of micro-batches of lookup and matrix products, forward only."""
     table = RowShardedEmbedding(chosen.rows, width, world, sparse_gradients=True)
     parts = zipf_ids(chosen.rows, chosen.ids * MICRO_BATCHES, world.rank).split(chosen.ids)
     routes = route_ids([{"table": part} for part in parts], {"table": table.partition}, world)
@@ -177,20 +175,20 @@ def overlap(world: World, chosen: Namespace, width: int) -> dict[str, list[float
 
     def prefetched() -> None:
         following: list[Route | None] = [*routes[1:], None]
-        coming = start_lookup(tables, routes[0])
+        pending = start_lookup(tables, routes[0])
         for route in following:
-            arrived = coming
+            lookup = pending
             if route is not None:
-                coming = start_lookup(tables, route)
-            compute(arrived.wait()["table"])
+                pending = start_lookup(tables, route)
+            compute(lookup.wait()["table"])
 
     taking: dict[str, list[float]] = {name: [] for name in TURNS}
     with torch.no_grad():
         for repeat in range(chosen.repeats + 1):
             for name, form in zip(TURNS, (in_turn, prefetched), strict=True):
-                taken_ = seconds(form)
+                duration = seconds(form)
                 if repeat:  # the first one warms up
-                    taking[name].append(taken_)
+                    taking[name].append(duration)
     return taking
 
 
@@ -204,7 +202,7 @@ def _enter(rank: int, size: int, chosen: Namespace, width: int, folder: str) -> 
 
 
 def measure(size: int, chosen: Namespace, width: int) -> dict[str, Any]:
-    """Figures of one number of ranks: times of rank 0, bytes of all."""
+    """Measure with `size` ranks: times of rank 0, bytes of all ranks."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_enter, (size, chosen, width, folder), nprocs=size, start_method="fork")
         ranks = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(size)]
@@ -224,15 +222,15 @@ def measure(size: int, chosen: Namespace, width: int) -> dict[str, Any]:
             "bytes_a_rank": sent / size,
             "of_least_bytes": sent / least,
         }
-    in_turn, ahead = (ranks[0]["overlap"][name] for name in TURNS)
-    ratios = [a / b for a, b in zip(ahead, in_turn, strict=True)]
+    in_turn, prefetched = (ranks[0]["overlap"][name] for name in TURNS)
+    ratios = [a / b for a, b in zip(prefetched, in_turn, strict=True)]
     return {
         "ranks": size,
         "width": width,
         "distinct_of_rank_0": ranks[0]["lookup"]["distinct"],
         "forms": forms,
         "overlap": {
-            "seconds": [statistics.median(in_turn), statistics.median(ahead)],
+            "seconds": [statistics.median(in_turn), statistics.median(prefetched)],
             "ahead_of_in_turn": statistics.median(ratios),
             "range": [min(ratios), max(ratios)],
         },
@@ -250,21 +248,21 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     figures = [measure(size, chosen, width) for width in chosen.widths for size in chosen.ranks]
     lines, overlaps = [], []
-    for found in figures:
-        about = [found["ranks"], found["width"]]
-        for name, form in found["forms"].items():
+    for result in figures:
+        about = [result["ranks"], result["width"]]
+        for name, form in result["forms"].items():
             ratios = ["{:.3f} ({:.3f} to {:.3f})".format(*form["median_and_range_of_it"][base]) for base in BASES]
             sent = f"{form['bytes_a_rank'] / 1e6:.2f}", f"{form['of_least_bytes']:.3f}"
             lines.append([name, *about, f"{form['seconds'] * 1e3:.1f}", *ratios, *sent])
-        low, high = found["overlap"]["range"]
-        in_turn, ahead = (f"{value * 1e3:.1f}" for value in found["overlap"]["seconds"])
-        ratio = f"{found['overlap']['ahead_of_in_turn']:.2f} ({low:.2f} to {high:.2f})"
-        overlaps.append([f"{about[0]} ranks", about[1], in_turn, ahead, ratio])
-    tell_table(
+        low, high = result["overlap"]["range"]
+        in_turn, prefetched = (f"{value * 1e3:.1f}" for value in result["overlap"]["seconds"])
+        ratio = f"{result['overlap']['ahead_of_in_turn']:.2f} ({low:.2f} to {high:.2f})"
+        overlaps.append([f"{about[0]} ranks", about[1], in_turn, prefetched, ratio])
+    show_table(
         ["form", "ranks", "width", "ms", *(f"{base}, of it" for base in BASES), "MB from a rank", "of the least"], lines
     )
-    tell(f"\n{MICRO_BATCHES} micro-batches of lookup and matrix products:")
-    tell_table(["", "width", f"{TURNS[0]} (ms)", f"{TURNS[1]} (ms)", "ratio"], overlaps)
+    show(f"\n{MICRO_BATCHES} micro-batches of lookup and matrix products:")
+    show_table(["", "width", f"{TURNS[0]} (ms)", f"{TURNS[1]} (ms)", "ratio"], overlaps)
     write_json(chosen.json, {"rows": chosen.rows, "ids_a_rank": chosen.ids, "runs": figures})
 
 

@@ -1,4 +1,4 @@
-"""What a run sends and holds, counted where torch is asked for it."""
+"""Counters of the bytes that a run sends and allocates, as torch dispatch modes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cllm4rec_dist.distributed.topology import World
 _NOTHING_SENT = ("wait_tensor", "barrier", "_wrap_tensor_autograd")
 
 
-class Wire(TorchDispatchMode):
-    """Inside, bytes that collectives make leave this rank are counted, as `planning/traffic.py` defines them.
+class SentBytes(TorchDispatchMode):
+    """Context manager that counts the bytes that collectives send from this rank, as defined in `planning/traffic.py`.
 
     Attributes:
-        sent: bytes by the name of the collective.
+        sent: bytes by name of the collective.
     """
 
     def __init__(self, world: World) -> None:
@@ -32,7 +32,7 @@ class Wire(TorchDispatchMode):
 
     @property
     def num_bytes(self) -> int:
-        """Of all collectives."""
+        """Bytes of all collectives."""
         return self.sent.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,39 +46,39 @@ class Wire(TorchDispatchMode):
         match name:
             case "allreduce_":
                 return 2 * others * -(-_bytes(args[0]) // self._size)
-            case "_allgather_base_" | "_reduce_scatter_base_":  # result, operand
+            case "_allgather_base_" | "_reduce_scatter_base_":  # output, input
                 return others * min(_bytes(args[0]), _bytes(args[1]))
-            case "all_gather_into_tensor":  # operand
+            case "all_gather_into_tensor":  # input
                 return others * _bytes(args[0])
             case "reduce_scatter_tensor":
                 return others * _bytes(args[0]) // self._size
             case "alltoall_base_":
-                operand, counts = args[1], args[4]
+                rows, counts = args[1], args[4]
                 if not counts:
-                    return _bytes(operand) * others // self._size
-                return (sum(counts) - counts[self._rank]) * _bytes(operand[:1])
-        raise AssertionError(f"{name} is not known")
+                    return _bytes(rows) * others // self._size
+                return (sum(counts) - counts[self._rank]) * _bytes(rows[:1])
+        raise AssertionError(f"unknown collective {name}")
 
 
 def _bytes(tree: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
 
 
-class Held(TorchDispatchMode):
-    """Inside, every storage is counted from birth to death; what is there before counts from the start.
+class LiveMemory(TorchDispatchMode):
+    """Context manager that counts the bytes of live storages, including those that exist before it.
 
     Attributes:
         before: bytes alive at the start.
-        highest: most bytes alive.
+        highest: peak of bytes alive.
     """
 
     def __init__(self) -> None:
         super().__init__()
         gc.collect()
-        self._known: set[int] = set()
+        self._counted: set[int] = set()
         self.alive = self.highest = 0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some objects of torch warn when they are looked at
+            warnings.simplefilter("ignore")  # some objects of torch warn when they are inspected
             for x in gc.get_objects():
                 if isinstance(x, Tensor) and x.device.type == "cpu" and x.layout is torch.strided:
                     self._count(x.untyped_storage())
@@ -86,16 +86,16 @@ class Held(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._known:
+        if key in self._counted:
             return
-        self._known.add(key)
+        self._counted.add(key)
         size = storage.nbytes()
         self.alive += size
         self.highest = max(self.highest, self.alive)
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        self._counted.discard(key)
         self.alive -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

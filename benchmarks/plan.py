@@ -1,12 +1,11 @@
-"""Memory that `cllm4rec plan` foretells against what the kernel says that a process took.
+"""Memory that `cllm4rec plan` predicts, against the resident memory of the processes.
 
     python -m benchmarks.plan
 
-Tests hold a plan to the tensors that are alive in a step. Here it is held to pages: how far the resident memory of each
-rank rises above what it was before the model was made, at its highest in two steps after a warm-up. Beside tensors that
-is what libraries, the heap's pieces and threads take, so models are large enough for that to matter little; freed
-blocks are given back at once (MALLOC_MMAP_THRESHOLD_). Pages that nobody touches, as most of ZeRO-3's bucket of
-gradients, are no memory to the kernel, so the bucket is made as small as the adapters.
+Tests compare a plan with the tensors that are alive in a step. This benchmark compares it with the increase of each
+rank's resident memory from before the model is built to its peak in two steps after a warm-up. That includes libraries,
+heap fragmentation and threads, so the models are large; freed blocks are returned at once (MALLOC_MMAP_THRESHOLD_).
+Untouched pages, such as most of ZeRO-3's gradient bucket, are not resident, so the bucket is as small as the adapters.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 
 ROOT = Path(__file__).parents[1]
 FORMS: dict[str, dict[str, Any]] = {
@@ -45,7 +44,7 @@ def main() -> None:
         return
     from benchmarks.catalogs import make_corpus
 
-    found = []
+    forms = []
     with tempfile.TemporaryDirectory() as folder:
         make_corpus(Path(folder), chosen.users, chosen.items, chosen.hidden, chosen.layers)
         settings = json.loads((ROOT / "ds_configs/zero3.json").read_text(encoding="utf-8"))
@@ -53,34 +52,34 @@ def main() -> None:
         (Path(folder) / "ds.json").write_text(json.dumps(settings), encoding="utf-8")
         for form in FORMS:
             for ranks in chosen.ranks:
-                found.append({"form": form, "ranks": ranks, **run(folder, form, ranks, chosen.batch)})
-    tell_table(
+                forms.append({"form": form, "ranks": ranks, **run(folder, form, ranks, chosen.batch)})
+    show_table(
         ["form", "ranks", "planned MB", "taken MB", "planned / taken"],
         [
             [f["form"], f["ranks"], f"{f['planned'] / 1e6:,.0f}", f"{f['taken'] / 1e6:,.0f}", f"{f['ratio']:.2f}"]
-            for f in found
+            for f in forms
         ],
     )
     shape = {name: getattr(chosen, name) for name in ("users", "items", "hidden", "layers", "batch")}
-    write_json(chosen.json, {"shape": shape, "forms": found})
+    write_json(chosen.json, {"shape": shape, "forms": forms})
 
 
 def run(folder: str, form: str, ranks: int, batch: int) -> dict[str, Any]:
-    """One form on some ranks; figures of the rank that took most."""
+    """Run one form; return the results of the rank with most memory."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [*torchrun, "-m", "benchmarks.plan", "--batch", str(batch), "--worker", folder, form]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    told = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("rank-*.json")]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("rank-*.json")]
     for path in Path(folder).glob("rank-*.json"):
         path.unlink()
-    fullest: dict[str, Any] = max(told, key=lambda f: f["taken"])
-    tell(f"{form} on {ranks}: {fullest['ratio']:.2f}")
+    fullest: dict[str, Any] = max(results, key=lambda f: f["taken"])
+    show(f"{form} on {ranks}: {fullest['ratio']:.2f}")
     return fullest
 
 
 def work(folder: Path, form: dict[str, Any], batch: int) -> None:
-    """Train some steps as one of the ranks, and write down what they took."""
+    """Train some steps as one of the ranks, and write their memory."""
     from cllm4rec_dist.config import RunConfig, validate
     from cllm4rec_dist.corpus.loader import BatchLoader
     from cllm4rec_dist.corpus.shards import Corpus
@@ -121,7 +120,7 @@ def work(folder: Path, form: dict[str, Any], batch: int) -> None:
         source = BatchLoader(system.corpus, system.prompts, config, world)
         for step in range(4):
             if step == 2:
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the highest so far
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
             system.train(True)
             train_step(system, source.make(step).micro_batches, 1.0)
         taken = resident("VmHWM") - before
@@ -130,7 +129,7 @@ def work(folder: Path, form: dict[str, Any], batch: int) -> None:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process as the kernel tells them."""
+    """Read a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 

@@ -1,11 +1,11 @@
-"""Time and peak memory of `cllm4rec prepare` on tables drawn by chance, by their size and kind.
+"""Time and peak memory of `cllm4rec prepare` on random tables, by size and file type.
 
     python -m benchmarks.prepare                                   1M, 5M and 20M interactions, CSV and Parquet
-    python -m benchmarks.prepare --rows 1 --against 209f533       beside the code of another commit, in turns
+    python -m benchmarks.prepare --rows 1 --against 209f533       and the code of another commit, in turns
 
-A twentieth of the interactions are users and another are items (Zipf), every item has a title of eight words, and a
-twentieth of the rows is repeated. Each measurement is a process of its own: import, reading, filtering, splitting,
-tokenizing and writing. Seconds of 100M are a line through the two largest sizes, not a measurement.
+There are a twentieth as many users as interactions, and as many items (Zipf); every item has a title of eight words,
+and a twentieth of the rows are duplicates. Each measurement is a separate process: import, reading, filtering,
+splitting, tokenizing and writing. Seconds for 100M are extrapolated from the two largest sizes, not measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 from cllm4rec_dist.model.build_backbone import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def make_tables(folder: Path, num_rows: int) -> None:
 
 
 def measure(folder: Path, kind: str, code: Path, with_titles: bool) -> dict[str, float]:
-    """Seconds, CPU seconds and peak memory in GiB of one run of prepare with the package below `code`."""
+    """Measure seconds, CPU seconds and peak memory in GiB of a run of prepare with the package below `code`."""
     recipe = folder / "recipe.yaml"
     items = _ITEMS.format(folder=folder, kind=kind) if with_titles else ""
     recipe.write_text(_RECIPE.format(folder=folder, kind=kind, items=items))
@@ -111,7 +111,7 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def checkout(commit: str, folder: Path) -> Path:
-    """The code of another commit."""
+    """Check out another commit."""
     subprocess.run(
         ["git", "worktree", "add", "--detach", str(folder), commit], cwd=ROOT, check=True, capture_output=True
     )
@@ -119,17 +119,17 @@ def checkout(commit: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Measure, print and write the figures."""
+    """Measure, and print and write the results."""
     options = parser("prepare", __doc__)
     options.add_argument("--rows", default="1,5,20", help="millions of interactions, comma-separated (%(default)s)")
     options.add_argument("--kinds", default="csv,parquet", help="comma-separated (%(default)s)")
-    options.add_argument("--against", help="commit whose code is measured beside this one")
+    options.add_argument("--against", help="commit to compare with")
     options.add_argument("--against-rows", default="1,5", help="millions for that (%(default)s)")
     run(options.parse_args())
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """All measurements, one after the other."""
+    """Run all measurements, one after the other."""
     sizes = [float(part) for part in chosen.rows.split(",")]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -144,16 +144,16 @@ def run(chosen: argparse.Namespace) -> None:
                     for titles in (False, True):
                         rows.append({"code": "this", "millions": size, "kind": kind, "titles": titles})
                         rows[-1] |= measure(folder, kind, ROOT, titles)
-                        tell(str(rows[-1]))
+                        show(str(rows[-1]))
                     if old is not None and size in [float(part) for part in chosen.against_rows.split(",")]:
                         rows.append({"code": chosen.against, "millions": size, "kind": kind, "titles": True})
                         rows[-1] |= measure(folder, kind, old, True)
-                        tell(str(rows[-1]))
+                        show(str(rows[-1]))
         finally:
             if old is not None:
                 subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
     header = ["millions", "kind", "titles", "code", "seconds", "CPU seconds", "peak GiB"]
-    tell_table(
+    show_table(
         header,
         [
             [
@@ -171,17 +171,17 @@ def run(chosen: argparse.Namespace) -> None:
     figures: dict[str, Any] = {"rows": rows}
     if len(sizes) > 1:
         figures["line"] = {kind: _line(rows, kind) for kind in chosen.kinds.split(",")}
-        tell(f"100M on the line through the two largest: {figures['line']}")
+        show(f"100M on the line through the two largest: {figures['line']}")
     write_json(chosen.json, figures)
 
 
 def _line(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    own = sorted(
+    points = sorted(
         (r["millions"], r["seconds"], r["peak_gib"])
         for r in rows
         if r["kind"] == kind and r["code"] == "this" and not r["titles"]
     )
-    (a, seconds_a, peak_a), (b, seconds_b, peak_b) = own[-2:]
+    (a, seconds_a, peak_a), (b, seconds_b, peak_b) = points[-2:]
     step = (100 - b) / (b - a)
     return {
         "seconds": round(seconds_b + step * (seconds_b - seconds_a)),

@@ -1,11 +1,11 @@
-"""What a sampled item softmax costs in bias and saves in time, by the size of its sample.
+"""Bias and time of a sampled item softmax, by the size of its sample.
 
     python -m benchmarks.sampled
 
-Queries and rows are directions, a query near its target's, over a temperature of 0.1, as in a trained cosine head.
-Against the exact softmax: the loss, the gradient of the queries and of the rows, of one draw and of the mean of all
-draws (what noise leaves, is bias), as shares of the exact gradient's norm. Time is that of one thread on its processor,
-forward and backward.
+Queries and rows are directions, with each query near its target, and a temperature of 0.1, as in a trained cosine head.
+Compared with the exact softmax are the loss and the gradients of queries and rows, for one draw and for the mean of all
+draws (whose error is the bias and some remaining noise), as fractions of the exact gradient's norm. Time is the CPU
+time of one thread, forward and backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import parser, tell_table, write_json
+from benchmarks.common import parser, show_table, write_json
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
 
@@ -25,7 +25,7 @@ TEMPERATURE, NOISE = 0.1, 2.0
 
 
 def inputs(positions: int, items: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, rows, targets."""
+    """Make queries, rows and targets."""
     random = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(items, width, generator=random), dim=1)
     targets = torch.randint(items, (positions,), generator=random)
@@ -35,7 +35,7 @@ def inputs(positions: int, items: int, width: int) -> tuple[Tensor, Tensor, Tens
 
 
 def run(made: tuple[Tensor, Tensor, Tensor], num_negatives: int = 0, key: int = 0) -> tuple[float, list[Tensor], float]:
-    """Mean loss, gradients, seconds."""
+    """Return the mean loss, the gradients and the seconds."""
     queries, rows, targets = made
     world, partition = World(0, 1, 0, torch.device("cpu")), RowPartition(len(rows), 1)
     started = time.thread_time()
@@ -44,6 +44,10 @@ def run(made: tuple[Tensor, Tensor, Tensor], num_negatives: int = 0, key: int = 
     loss = sharded_cross_entropy(gathering, rows, num_negatives, torch.tensor(key)).mean()
     gradients = torch.autograd.grad(loss, (queries, rows))
     return loss.item(), list(gradients), time.thread_time() - started
+
+
+def _relative_error(gradient: Tensor, exact: Tensor) -> float:
+    return float((gradient - exact).norm() / exact.norm())
 
 
 def main() -> None:
@@ -56,14 +60,13 @@ def main() -> None:
     made = inputs(*map(int, chosen.shape.split("x")))
     exact = [run(made) for _ in range(6)][1:]  # the first one warms up
     loss, gradients, _ = exact[0]
-    seconds = statistics.median(taken for _, _, taken in exact)
+    seconds = statistics.median(duration for _, _, duration in exact)
     figures, rows = {}, []
     for size in chosen.samples:
         draws = [run(made, size, key) for key in range(chosen.draws)]
-        error = lambda got, wanted: float((got - wanted).norm() / wanted.norm())  # noqa: E731
-        one = [error(got, wanted) for got, wanted in zip(draws[0][1], gradients, strict=True)]
+        one = [_relative_error(*pair) for pair in zip(draws[0][1], gradients, strict=True)]
         means = [sum(parts) / len(draws) for parts in zip(*(d[1] for d in draws), strict=True)]
-        mean = [error(got, wanted) for got, wanted in zip(means, gradients, strict=True)]
+        mean = [_relative_error(*pair) for pair in zip(means, gradients, strict=True)]
         losses = [d[0] - loss for d in draws]
         figures[str(size)] = {
             "loss_error": statistics.mean(losses),
@@ -72,16 +75,16 @@ def main() -> None:
             "gradient_error_of_the_mean": mean,
             "time_of_exact": statistics.median(d[2] for d in draws) / seconds,
         }
-        found = figures[str(size)]
+        result = figures[str(size)]
         rows.append(
             [
                 f"{size:,}",
-                f"{found['loss_error']:+.4f} ± {found['loss_error_std']:.4f}",
+                f"{result['loss_error']:+.4f} ± {result['loss_error_std']:.4f}",
                 *(f"{a:.3f} / {b:.3f}" for a, b in zip(one, mean, strict=True)),
-                f"{found['time_of_exact']:.2f}",
+                f"{result['time_of_exact']:.2f}",
             ]
         )
-    tell_table(["sample", f"loss - {loss:.4f}", "query gradient, one / mean", "row gradient", "time of exact"], rows)
+    show_table(["sample", f"loss - {loss:.4f}", "query gradient, one / mean", "row gradient", "time of exact"], rows)
     write_json(chosen.json, {"shape": chosen.shape, "exact_loss": loss, "exact_seconds": seconds, **figures})
 
 

@@ -1,10 +1,10 @@
-"""What asynchronous checkpoints cost the training loop.
+"""Cost of asynchronous checkpoints for the training loop.
 
-    python -m benchmarks.saving                      one save a minute for six minutes, 2 ranks, 0.9 GB a checkpoint
+    python -m benchmarks.saving                      one save per minute for six minutes, 2 ranks, 0.9 GB checkpoints
 
-One run trains a small decoder beside large tables. Each minute is one measurement: its steps while a checkpoint is
-copied, written, hashed and committed against its steps while none is. The cost is the time that the steps beside saving
-took longer, as a share of the minute.
+A run trains a small decoder with large tables. Each minute is one measurement, which compares the steps while a
+checkpoint is copied, written, hashed and committed with the other steps. The cost is the extra time of the steps during
+the save, as a fraction of the minute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -52,8 +52,8 @@ def main() -> None:
         log = train(Path(folder), chosen)
         figures = measure(Path(folder) / "run", log)
     minutes = figures["intervals"]
-    tell_table(
-        ["save", "copied (s)", "written (s)", "step beside it (ms)", "step without (ms)", "cost of the interval (%)"],
+    show_table(
+        ["save", "copied (s)", "written (s)", "step during it (ms)", "step without (ms)", "cost of the interval (%)"],
         [
             [
                 i + 1,
@@ -66,12 +66,12 @@ def main() -> None:
             for i, m in enumerate(minutes)
         ],
     )
-    tell(f"{figures['megabytes']:.0f} MB a checkpoint; cost {figures['cost_percent']:.2f} % of the loop's time")
+    show(f"{figures['megabytes']:.0f} MB a checkpoint; cost {figures['cost_percent']:.2f} % of the loop's time")
     write_json(chosen.json, figures)
 
 
 def train(folder: Path, chosen: Any) -> str:
-    """Build a corpus and train until enough checkpoints are written; the log."""
+    """Build a corpus and train until enough checkpoints are written; return the log."""
     make_corpus(folder, chosen.users, chosen.items, chosen.hidden)
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder, root=ROOT, every=chosen.every))
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={chosen.ranks}"]
@@ -88,7 +88,7 @@ def train(folder: Path, chosen: Any) -> str:
         lines.append(line)
         if " written in " in line:
             written += 1
-            tell(line.rstrip())
+            show(line.rstrip())
         # One more interval's steps belong to the last save that counts.
         if written == chosen.saves + 1:
             running.terminate()
@@ -98,7 +98,7 @@ def train(folder: Path, chosen: Any) -> str:
 
 
 def measure(run: Path, log: str) -> dict[str, Any]:
-    """Cost of each interval that begins with a save, from the time of every step."""
+    """Compute the cost of each interval that starts with a save, from the times of all steps."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     ends = [line["time"] for line in lines if "loss" in line]
     saves: dict[int, dict[str, float]] = {}
@@ -110,15 +110,15 @@ def measure(run: Path, log: str) -> dict[str, Any]:
         # A save begins after its step, so the copy is part of the time from that step's end to the next one's.
         interval = [(start, end - start) for start, end in pairwise(ends[first - 1 : stop])]
         until = ends[first - 1] + saves[first]["copied_s"] + saves[first]["written_s"]
-        beside = [seconds for start, seconds in interval if start < until]
+        during = [seconds for start, seconds in interval if start < until]
         alone = [seconds for start, seconds in interval if start >= until]
-        lost = sum(beside) - len(beside) * statistics.mean(alone)
+        lost = sum(during) - len(during) * statistics.mean(alone)
         intervals.append(
             saves[first]
             | {
-                "step_saving_ms": 1e3 * statistics.mean(beside),
+                "step_saving_ms": 1e3 * statistics.mean(during),
                 "step_alone_ms": 1e3 * statistics.mean(alone),
-                "cost_percent": 100 * lost / sum(alone + beside),
+                "cost_percent": 100 * lost / sum(alone + during),
             }
         )
     costs = [interval["cost_percent"] for interval in intervals]

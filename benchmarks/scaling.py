@@ -1,12 +1,12 @@
-"""How cost grows: with the items, with the users and with the ranks; measured curves beside the expected ones.
+"""Growth of costs with the numbers of items, users and ranks: measured and expected curves.
 
-    python -m benchmarks.scaling                     figures, and docs/pictures/scaling.png
+    python -m benchmarks.scaling                     writes docs/pictures/scaling.png too
 
-Items: forward and backward of the item head (64 positions, width 64), and the memory it needs beside the rows and their
-gradient. Users: rows of a step read, given a gradient and stepped by the lazy Adam (4,096 of width 16, drawn anew for
-each step), and the memory of table and moments. Ranks: the item head of one batch (1,024 positions, 200,000 items,
-width 64), split between gloo ranks: work of a rank, and bytes that leave it. All times are those of one thread on its
-processor, because ranks beyond the cores of a machine wait for each other.
+Items: forward and backward of the item head (64 positions, width 64), and its memory on top of the rows and their
+gradient. Users: lookup, gradient and sparse Adam step of a step's rows (4,096 random rows of width 16), and the memory
+of table and moments. Ranks: the item head of one batch (1,024 positions, 200,000 items, width 64), split over gloo
+ranks: CPU time of a rank, and bytes that it sends. All times are CPU times of one thread, because with more ranks than
+cores the ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ BATCH, CATALOG = 1024, 200_000
 
 @dataclass(frozen=True)
 class Curve:
-    """One measured curve.
+    """A measured curve.
 
     Attributes:
-        what: is measured, with its unit.
-        grows: what it is measured over.
-        x, y: its points.
-        expected: y at each x, as the arithmetic says, through the last point that was measured.
-        slope: of the measured points in a log-log picture.
-        expected_slope: of the expected ones.
+        what: measured quantity, with its unit.
+        grows: quantity of the x axis.
+        x, y: measured points.
+        expected: expected y at each x, scaled to the last measured point.
+        slope: slope of the measured points in a log-log plot.
+        expected_slope: slope of the expected points.
     """
 
     what: str
@@ -64,14 +64,17 @@ class Curve:
 
 
 def curve(what: str, grows: str, x: Sequence[int], y: Sequence[float], law: Callable[[int], float]) -> Curve:
-    """`law` is what y is proportional to."""
+    """Make a curve from its points and the function to which y should be proportional."""
     expected = [law(at) * y[-1] / law(x[-1]) for at in x]
-    slope = lambda values: round(float(np.polyfit(np.log(x), np.log(values), 1)[0]), 2) + 0.0  # noqa: E731
+
+    def slope(values: Sequence[float]) -> float:
+        return round(float(np.polyfit(np.log(x), np.log(values), 1)[0]), 2) + 0.0
+
     return Curve(what, grows, [*x], [*y], expected, slope(y), slope(expected))
 
 
 def processor_seconds(run: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
-    """Median of what `run` takes on this thread's processor."""
+    """Median CPU time of `run` in this thread."""
     taken = []
     for _ in range(warm_up + repeats):
         started = time.thread_time()
@@ -95,11 +98,11 @@ def items_curves(sizes: list[int], repeats: int) -> Iterator[Curve]:
         peaks.append(peak_bytes("ours", shape) / 1e6)
         show(f"{size:,} items: {times[-1]:.4f} s, {peaks[-1]:.1f} MB")
     yield curve("seconds of the item head", "items", sizes, times, float)
-    yield curve("MB beside rows and gradient", "items", sizes, peaks, lambda size: 1)
+    yield curve("MB on top of rows and gradient", "items", sizes, peaks, lambda size: 1)
 
 
 class OneTable(nn.Module):
-    """What `EmbeddingOptimizer` steps, with nothing but a lazy table in it."""
+    """A model for `EmbeddingOptimizer` with one table that has sparse gradients."""
 
     def __init__(self, num_rows: int, world: World) -> None:
         super().__init__()
@@ -113,23 +116,23 @@ class OneTable(nn.Module):
 
 
 def users_curves(sizes: list[int], repeats: int) -> Iterator[Curve]:
-    """Time of a lazy step and memory of a table."""
+    """Time of a sparse optimizer step, and memory of a table."""
     times, held = [], []
     for size in sizes:
-        taken, num_bytes = lazy_step(size, 10 * repeats)
+        taken, num_bytes = sparse_step(size, 10 * repeats)
         times.append(1e3 * taken)
         held.append(num_bytes / 1e6)
         show(f"{size:,} users: {times[-1]:.3f} ms, {held[-1]:,.0f} MB")
-    yield curve("ms of a lazy step", "users", sizes, times, lambda size: 1)
+    yield curve("ms of a sparse step", "users", sizes, times, lambda size: 1)
     yield curve("MB of table and moments", "users", sizes, held, float)
 
 
-def lazy_step(num_rows: int, repeats: int) -> tuple[float, int]:
-    """Seconds of a step, and bytes held."""
+def sparse_step(num_rows: int, repeats: int) -> tuple[float, int]:
+    """Seconds of a step, and bytes of table and moments."""
     model = OneTable(num_rows, World(0, 1, 0, torch.device("cpu")))
     rows = model.table.local_rows
     optimizer = EmbeddingOptimizer(model, (0.9, 0.999))
-    # Written once, so that no page is met for the first time in a step that is measured.
+    # Write all rows once, so that no page fault happens in a measured step.
     rows.data.normal_(generator=torch.Generator().manual_seed(0))
     state = {"exp_avg": torch.full_like(rows, 1e-3), "exp_avg_sq": torch.full_like(rows, 1e-3), "step": torch.tensor(9)}
     optimizer.load_state({"table": state})
@@ -137,7 +140,7 @@ def lazy_step(num_rows: int, repeats: int) -> tuple[float, int]:
 
     def step() -> None:
         index = torch.from_numpy(random.choice(num_rows, USER_ROWS, replace=False, shuffle=False))
-        model.table.own(index).square().sum().backward()
+        model.table.local_lookup(index).square().sum().backward()
         assert rows.grad is not None
         rows.grad = rows.grad.coalesce()
         optimizer.step(1e-3)
@@ -153,41 +156,41 @@ def _rank(rank: int, size: int, folder: str, repeats: int) -> None:
     world, partition = World(rank, size, rank, torch.device("cpu")), RowPartition(CATALOG, size)
     queries, items, targets = inputs((BATCH, CATALOG, WIDTH))
     low, high = world.local_range(0, BATCH)
-    own = queries.detach()[low:high].clone().requires_grad_()
+    local_queries = queries.detach()[low:high].clone().requires_grad_()
     rows = items.detach()[slice(*partition.range(rank))].clone().requires_grad_()
-    places, wanted = torch.arange(high - low), targets[low:high]
+    target_query = torch.arange(high - low)
 
     def step() -> None:
-        own.grad = rows.grad = None
-        gathering = GatheringQueries(own, places, wanted, partition, world)
+        local_queries.grad = rows.grad = None
+        gathering = GatheringQueries(local_queries, target_query, targets[low:high], partition, world)
         sharded_cross_entropy(gathering, rows).sum().backward()
 
     with world.watch, SentBytes(world) as traffic:
         step()
     with world.watch:
-        told = [processor_seconds(step, repeats), traffic.num_bytes]
-    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+        results = [processor_seconds(step, repeats), traffic.num_bytes]
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 def ranks_curves(sizes: list[int], repeats: int) -> Iterator[Curve]:
-    """Work and bytes of a rank, where several share one batch and one catalog."""
+    """CPU time and bytes of a rank, with one batch and one catalog split over the ranks."""
     work, leaving = [], []
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             mp.start_processes(_rank, (size, folder, repeats), nprocs=size, start_method="spawn")
-            told = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)]
-        processor, num_bytes = (max(values) for values in zip(*told, strict=True))
+            results = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)]
+        processor, num_bytes = (max(values) for values in zip(*results, strict=True))
         work.append(processor)
         leaving.append(num_bytes / 1e6)
         show(f"{size} ranks: {processor:.3f} s each, {leaving[-1]:.3f} MB leave a rank")
     yield curve("seconds of a rank's part of the head", "ranks", sizes, work, lambda size: 1 / size)
-    several = slice(sizes.count(1), None)  # nothing leaves a rank that is alone
+    several = slice(sizes.count(1), None)  # a single rank sends nothing
     yield curve("MB that leave a rank", "ranks", sizes[several], leaving[several], lambda size: (size - 1) / size)
 
 
 def draw(curves: list[Curve], path: Path) -> None:
-    """Small multiples, log-log; the expected curve is dashed."""
+    """Draw small multiples, log-log, with expected curves dashed."""
     width = math.ceil(len(curves) / 2)
     figure = Figure(figsize=(3.7 * width, 6.2), layout="constrained")
     for panel, drawn in zip(figure.subplots(2, width, squeeze=False).T.flat, curves, strict=False):
@@ -197,7 +200,7 @@ def draw(curves: list[Curve], path: Path) -> None:
         panel.loglog(drawn.x, drawn.y, "o-", color="#5450d6", label=f"measured, slope {drawn.slope:.2f}")
         values = [*drawn.y, *drawn.expected]
         middle = math.sqrt(min(values) * max(values))
-        # At least two decades, so that what is flat looks flat.
+        # At least two decades, so that a flat curve looks flat.
         panel.set_ylim(min(min(values) / 1.5, middle / 10), max(max(values) * 1.5, middle * 10))
         if drawn.grows == "ranks":
             panel.set_xticks(drawn.x, labels=map(str, drawn.x))

@@ -1,18 +1,18 @@
-"""What the service costs over the bare model call, and what a new checkpoint and a killed replica cost its clients.
+"""Overhead of the service over a direct model call, and errors during a new checkpoint and a killed replica.
 
     python -m benchmarks.serve                        both; about 15 minutes; needs `pip install -e '.[serve,dev]'`
     python -m benchmarks.serve --items 12000 --rounds 1 --seconds 3 --requests 1000         a quick look
 
-Speed: clients ask for the best 10 of the whole catalog after histories of 3 to 30 items, each client as soon as it has
-its last answer. Beside it, in turns in the same run: the model called directly with as many histories as there are
+Speed: clients request the top 10 of the whole catalog for histories of 3 to 30 items, each client as soon as it has the
+last response. Compared, in turns in the same run, are direct calls of the model with as many histories as there are
 clients, and `implicit`'s `recommend` with fold-in over factors of the same width. 0 replicas are one process without
-Ray. A request of the service and a call of the others are held against each other by their medians.
+Ray. A request of the service is compared with a call of the others by their medians.
 
-Loss: clients send requests through two replicas while a new checkpoint of the run is committed and then one replica is
-killed (SIGKILL). What was not answered with 200 is counted, by whether it was on its way at the kill.
+Loss: clients send requests to two replicas while a new checkpoint of the run is committed and then one replica is
+killed (SIGKILL). Responses other than 200 are counted, separately for requests in flight at the kill.
 
-The model is a decoder of two layers with random weights: it costs what a trained one of its size costs. Every form has
-the same number of threads (`--threads`, 1 by default: on two cores the clients and a second replica need theirs).
+The model is a decoder of two layers with random weights, which costs as much as a trained one. All forms have equally
+many threads (`--threads`, 1 by default: on two cores the clients and a second replica need the others).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, tell, tell_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
 
@@ -84,14 +84,14 @@ def main() -> None:
                 speed += measure_speed(run, bodies, num_items, replicas, chosen)
             if num_items == min(chosen.items) and chosen.requests:
                 loss = measure_loss(run, bodies, chosen.requests)
-    tell_speed(speed)
+    show_speed(speed)
     if loss is not None:
-        tell(json.dumps(loss))
+        show(json.dumps(loss))
     write_json(chosen.json, {"hidden": chosen.hidden, "speed": speed, "loss": loss})
 
 
 def make_run(folder: Path, num_items: int, hidden: int) -> Path:
-    """A run with a checkpoint of step 1; that of step 2 waits beside it."""
+    """Make a run with a checkpoint of step 1, and one of step 2 next to it."""
     make_corpus(folder, num_users=256, num_items=num_items, hidden=hidden)
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
     command = [sys.executable, "launch/pretrain.py", "--config", str(folder / "run.yaml"), "--launcher", "process"]
@@ -101,7 +101,7 @@ def make_run(folder: Path, num_items: int, hidden: int) -> Path:
 
 
 def make_bodies(num_items: int, count: int = 512) -> list[dict[str, Any]]:
-    """Requests with histories of 3 to 30 items."""
+    """Make requests with histories of 3 to 30 items."""
     random = np.random.default_rng(1)
     return [
         {"history": [f"i{item:09d}" for item in random.choice(num_items, random.integers(3, 31))], "top": TOP}
@@ -112,15 +112,15 @@ def make_bodies(num_items: int, count: int = 512) -> list[dict[str, Any]]:
 def measure_speed(
     run: Path, bodies: list[dict[str, Any]], num_items: int, replicas: int, chosen: Any
 ) -> list[dict[str, Any]]:
-    """A row for each number of clients: the service and, in turns, what it is held against."""
+    """Measure the service, and in turns what it is compared with; one row per number of clients."""
     recommender = Recommender.load(run)
     queries = [Query(history=tuple(body["history"]), top=TOP) for body in bodies]
     als, baskets = make_als(num_items, chosen.hidden, bodies)
 
-    def ask_model(first: int, count: int) -> object:
+    def call_model(first: int, count: int) -> object:
         return recommender.answer(queries[first : first + count])
 
-    def ask_implicit(first: int, count: int) -> object:
+    def call_implicit(first: int, count: int) -> object:
         return als.recommend(np.arange(count), baskets[first : first + count], N=TOP, recalculate_user=True)
 
     rows = []
@@ -133,17 +133,17 @@ def measure_speed(
                 took = answered(load(port, bodies, clients, seconds=chosen.seconds))
                 times["service"] += took
                 rates.append(len(took) / chosen.seconds)
-                times["model"] += timed(ask_model, clients, chosen.seconds / 2)
-                times["implicit"] += timed(ask_implicit, clients, chosen.seconds / 2)
+                times["model"] += timed(call_model, clients, chosen.seconds / 2)
+                times["implicit"] += timed(call_implicit, clients, chosen.seconds / 2)
             rows.append(describe(num_items, replicas, clients, times, rates))
-            tell(json.dumps(rows[-1]))
+            show(json.dumps(rows[-1]))
     return rows
 
 
 def describe(
     num_items: int, replicas: int, clients: int, times: dict[str, list[float]], rates: Sequence[float]
 ) -> dict[str, Any]:
-    """Figures of one row."""
+    """Summarize a row."""
     half = {name: statistics.median(taken) for name, taken in times.items()}
     return {
         "items": num_items,
@@ -161,8 +161,8 @@ def describe(
     }
 
 
-def tell_speed(rows: Sequence[dict[str, Any]]) -> None:
-    tell_table(
+def show_speed(rows: Sequence[dict[str, Any]]) -> None:
+    show_table(
         ["items, replicas, clients", "requests/s", "p50 ms", "p99 ms", "bare call ms", "p50 of it", "p50 of implicit"],
         [
             [
@@ -180,7 +180,7 @@ def tell_speed(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def timed(call: Callable[[int, int], object], count: int, seconds: float) -> list[float]:
-    """Times of calls with `count` histories, from ever another place of them; the first call is not counted."""
+    """Times of calls with `count` histories, other ones in each call; the first call is not counted."""
     taken = []
     call(0, count)
     end, first = time.perf_counter() + seconds, 0
@@ -206,7 +206,7 @@ def make_als(
 
 
 def measure_loss(run: Path, bodies: list[dict[str, Any]], requests: int) -> dict[str, Any]:
-    """Answers to requests while the checkpoint changes after a third and a replica dies after two thirds."""
+    """Count responses while the checkpoint changes after a third and a replica is killed after two thirds."""
     newer = run.parent / "step-00000002"
     with served(run, 2, "--check", "0.5") as (port, process):
         sending = start_load(port, bodies, clients=16, requests=requests)
@@ -238,20 +238,20 @@ def measure_loss(run: Path, bodies: list[dict[str, Any]], requests: int) -> dict
 
 
 def commit(source: Path, target: Path) -> None:
-    """Copy a checkpoint as a run writes one: its marker last."""
+    """Copy a checkpoint like a run: with its marker last."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("COMMIT.json"))
     shutil.copy(source / "COMMIT.json", target)
 
 
 def replicas_of(process: subprocess.Popen[str]) -> list[int]:
-    """Processes of the replicas that a service has started."""
+    """Processes of a service's replicas."""
     below = psutil.Process(process.pid).children(recursive=True)
     return [child.pid for child in below if "ServeReplica" in " ".join(child.cmdline())]
 
 
 @contextmanager
 def served(run: Path, replicas: int, *more: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """Port and process of a service that answers; 0 replicas are one process without Ray."""
+    """Start a service, and yield port and process; 0 replicas are one process without Ray."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -282,7 +282,7 @@ def wait_for(url: str, process: subprocess.Popen[str], log: Any, seconds: float 
 
 
 def start_load(port: int, bodies: list[dict[str, Any]], clients: int, **limits: float) -> subprocess.Popen[str]:
-    """Clients in a process of their own."""
+    """Start clients in a separate process."""
     limit = [text for name, value in limits.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "benchmarks.load", f"127.0.0.1:{port}", "--clients", str(clients), *limit]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -293,7 +293,7 @@ def start_load(port: int, bodies: list[dict[str, Any]], clients: int, **limits: 
 
 
 def load(port: int, bodies: list[dict[str, Any]], clients: int, **limits: float) -> list[list[Any]]:
-    """What clients saw: begin, end, status and checkpoint of each request."""
+    """Start, end, status and checkpoint of each request."""
     process = start_load(port, bodies, clients, **limits)
     assert process.stdout is not None
     lines = [json.loads(line) for line in process.stdout]
@@ -302,7 +302,7 @@ def load(port: int, bodies: list[dict[str, Any]], clients: int, **limits: float)
 
 
 def answered(lines: Sequence[Sequence[Any]]) -> list[float]:
-    """Seconds of requests, all of which must have been answered."""
+    """Seconds of requests, all of which must have succeeded."""
     statuses = {status for _, _, status, _ in lines}
     assert statuses == {200}, statuses
     return [ended - begun for begun, ended, _, _ in lines]

@@ -1,12 +1,12 @@
-"""A whole training step against the same method written with Hugging Face alone, in one run.
+"""A whole training step, compared with the same method written with Hugging Face libraries alone.
 
     python -m benchmarks.step --corpus shards/amazon-beauty --backbone backbones/amazon-beauty
 
-The peer is what one would write for one machine: the decoder from transformers, two adapters of PEFT, batches padded to
+The peer is what one would write for one machine: the decoder from transformers, two PEFT adapters, batches padded to
 their longest document, `nn.Embedding` tables and dense heads over the predicted positions, torch's cross-entropy and
-fused AdamW. It is timed with documents as they come (`padded`) and with documents of like length in one micro-batch
-(`grouped`), which needs less padding. All read the same documents from the same stream and use all cores. Steps take
-turns, so that whatever else the machine does hits all of them. Real tokens are counted, padding is not.
+fused AdamW. It is timed with documents in the order of the stream (`padded`) and with documents of similar length in a
+micro-batch (`grouped`), which needs less padding. All forms read the same documents and use all cores. Steps take
+turns, so that other load on the machine affects all forms. Padding is not counted as tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from benchmarks.common import parser, tell_table, write_json
+from benchmarks.common import parser, show_table, write_json
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
@@ -41,7 +41,7 @@ PARTS = ("data", "lookup", "backbone", "head", "optimizer")
 
 
 class Peer(nn.Module):
-    """CLLM4Rec as one would write it with transformers, in one process."""
+    """CLLM4Rec in one process, written with transformers and PEFT."""
 
     def __init__(self, config: RunConfig, space: TokenSpace) -> None:
         super().__init__()
@@ -72,16 +72,16 @@ class Peer(nn.Module):
         words = F.embedding(tokens.where(~is_row, 0), self.words)
         rows = table(torch.where(is_row, tokens - self.space.first_user, 0))
         embedded = torch.where(is_row[..., None], rows, words)
-        # Padding stands behind the document and attention is causal: no mask is needed, which is the faster way.
+        # Right padding and causal attention need no mask, which is faster.
         self.decoder.set_adapter(which)
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        places = [(row, int(d.queries[q])) for row, d in enumerate(documents) for q in d.target_query]
-        row, column = torch.tensor(places).T
+        positions = [(row, int(d.queries[q])) for row, d in enumerate(documents) for q in d.target_query]
+        row, column = torch.tensor(positions).T
         targets = torch.cat([torch.from_numpy(d.targets.astype("int64")) for d in documents])
         return hidden[row, column], targets, tokens[is_row]
 
     def step(self, micro_batches: list[tuple[list[Document], list[Document]]]) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         num_items = sum(len(d.targets) for users, _ in micro_batches for d in users)
         num_words = sum(len(d.targets) for _, texts in micro_batches for d in texts)
         self.optimizer.zero_grad()
@@ -92,10 +92,11 @@ class Peer(nn.Module):
             hidden, targets, more = self._hidden("content", texts)
             loss = F.cross_entropy(hidden @ self.word_head.T, targets, reduction="sum") / num_words
             touched = torch.unique(torch.cat([tokens, more])) - self.space.first_user
-            own, content = self.collaborative(touched), self.content(touched)
+            collaborative, content = self.collaborative(touched), self.content(touched)
             embeddings = self.config.embeddings
             mutual = (
-                embeddings.lambda_c / 2 * (content - own).square().sum() + embeddings.lambda_l / 2 * own.square().sum()
+                embeddings.lambda_c / 2 * (content - collaborative).square().sum()
+                + embeddings.lambda_l / 2 * collaborative.square().sum()
             )
             (loss + mutual / len(touched) / len(micro_batches)).backward()
         nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.max_grad_norm)
@@ -103,38 +104,39 @@ class Peer(nn.Module):
 
 
 def as_they_come(users: list[Document], texts: list[Document], parts: int) -> list[tuple[list[Document], ...]]:
-    """Micro-batches of equally many documents of any length."""
+    """Split into micro-batches of equally many documents, in any order."""
     return [(users[part::parts], texts[part::parts]) for part in range(parts)]
 
 
 def by_length(users: list[Document], texts: list[Document], parts: int) -> list[tuple[list[Document], ...]]:
-    """Micro-batches of equally many documents, the long ones in the first."""
-    ranked = [sorted(found, key=lambda d: -len(d.token_ids)) for found in (users, texts)]
-    cut = lambda found, part: found[len(found) * part // parts : len(found) * (part + 1) // parts]  # noqa: E731
-    return [tuple(cut(found, part) for found in ranked) for part in range(parts)]
+    """Split into micro-batches of equally many documents, longest documents first."""
+    ranked = [sorted(documents, key=lambda d: -len(d.token_ids)) for documents in (users, texts)]
+    return [
+        tuple(ds[len(ds) * part // parts : len(ds) * (part + 1) // parts] for ds in ranked) for part in range(parts)
+    ]
 
 
 PEERS = {"padded": as_they_come, "grouped": by_length}
 
 
-def share_filled(micro_batches: list[tuple[list[Document], ...]]) -> float:
-    """Real tokens of all places that are padded to the longest document."""
-    groups = [[len(d.token_ids) for d in found] for part in micro_batches for found in part]
+def packing_efficiency(micro_batches: list[tuple[list[Document], ...]]) -> float:
+    """Fraction of positions that are not padding."""
+    groups = [[len(d.token_ids) for d in documents] for part in micro_batches for documents in part]
     return sum(map(sum, groups)) / sum(len(group) * max(group) for group in groups)
 
 
 class Clock:
-    """Where a step's time goes: forward by calls, backward by the moments at which gradients arrive."""
+    """Measures the parts of a step: forward by its calls, backward by the times at which gradients arrive."""
 
     def __init__(self, system: System) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._system, self._engine = system, system.engine
 
-    def step(self, source: BatchLoader, number: int) -> int:
-        """One step, timed; its real tokens."""
+    def step(self, source: BatchLoader, step_index: int) -> int:
+        """Take and time one step; return its step_index of tokens."""
         engine, seconds = self._engine, self.seconds
         started = time.perf_counter()
-        batch = source.make(number)
+        batch = source.make(step_index)
         seconds["data"] += time.perf_counter() - started
         forward, backward, step, optimizer = (
             type(engine).__call__,
@@ -147,12 +149,12 @@ class Clock:
         def timed_forward(this: Any, embedded: Tensor, *more: Any) -> Tensor:
             begin = time.perf_counter()
             embedded.register_hook(lambda _: marks.__setitem__("embedded", time.perf_counter()))
-            found = forward(this, embedded, *more)
-            found.register_hook(lambda _: marks.__setitem__("hidden", time.perf_counter()))
+            hidden = forward(this, embedded, *more)
+            hidden.register_hook(lambda _: marks.__setitem__("hidden", time.perf_counter()))
             marks["end of forward"] = time.perf_counter()
             seconds["lookup"] += begin - marks["begin"]
             seconds["backbone"] += marks["end of forward"] - begin
-            return found
+            return hidden
 
         def timed_backward(loss: Tensor) -> bool:
             begin = time.perf_counter()
@@ -181,7 +183,7 @@ class Clock:
 
 
 def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> dict[str, Any]:
-    """Real tokens a second of all, over the same steps in turns."""
+    """Tokens per second of all forms, over the same steps in turns."""
     config = validate(
         RunConfig,
         {
@@ -203,31 +205,31 @@ def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> d
     peer = Peer(config, system.prompts.space)
     speeds: dict[str, list[float]] = {name: [] for name in ("ours", *PEERS)}
     filled: dict[str, list[float]] = {name: [] for name in PEERS}
-    for number in range(chosen.warmup + chosen.steps):
-        if number == chosen.warmup:
+    for step_index in range(chosen.warmup + chosen.steps):
+        if step_index == chosen.warmup:
             clock.seconds = dict.fromkeys(PARTS, 0.0)
         system.train(True)
         started = time.perf_counter()
-        tokens = clock.step(source, number)
+        tokens = clock.step(source, step_index)
         speeds["ours"].append(tokens / (time.perf_counter() - started))
-        documents = documents_of_step(source, number)
+        documents = documents_of_step(source, step_index)
         for name, grouped in PEERS.items():
             micro_batches = grouped(*documents, config.batch.gradient_accumulation_steps)
             started = time.perf_counter()
             peer.step(micro_batches)
             speeds[name].append(tokens / (time.perf_counter() - started))
-            filled[name].append(share_filled(micro_batches))
-    speeds = {name: found[chosen.warmup :] for name, found in speeds.items()}
+            filled[name].append(packing_efficiency(micro_batches))
+    speeds = {name: values[chosen.warmup :] for name, values in speeds.items()}
     ratios = {name: [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)] for name in PEERS}
     total = sum(clock.seconds.values())
     return {
         "stage": stage,
         "users": users,
         "texts": texts,
-        "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
-        "ratio": {name: statistics.median(found) for name, found in ratios.items()},
-        "ratio_range": {name: [min(found), max(found)] for name, found in ratios.items()},
-        "peers_filled": {name: statistics.mean(found) for name, found in filled.items()},
+        "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratio_range": {name: [min(values), max(values)] for name, values in ratios.items()},
+        "peers_filled": {name: statistics.mean(values) for name, values in filled.items()},
         "shares": {part: value / total for part, value in clock.seconds.items()},
     }
 
@@ -245,15 +247,15 @@ def main() -> None:
     for batch in chosen.batches:
         users, texts = map(int, batch.split("x"))
         for stage in ("pretrain", "finetune"):
-            found = measure(chosen, stage, users, texts)
-            figures.append(found)
-            told = [f"{stage} {batch}", f"{found['tokens_per_second']['ours']:,.0f}"]
+            result = measure(chosen, stage, users, texts)
+            figures.append(result)
+            row = [f"{stage} {batch}", f"{result['tokens_per_second']['ours']:,.0f}"]
             for name in PEERS:
-                low, high = found["ratio_range"][name]
-                told += [f"{found['peers_filled'][name]:.0%}", f"{found['ratio'][name]:.1f} ({low:.1f} to {high:.1f})"]
-            rows.append([*told, *(f"{found['shares'][part]:.0%}" for part in PARTS)])
+                low, high = result["ratio_range"][name]
+                row += [f"{result['peers_filled'][name]:.0%}", f"{result['ratio'][name]:.1f} ({low:.1f} to {high:.1f})"]
+            rows.append([*row, *(f"{result['shares'][part]:.0%}" for part in PARTS)])
     names = [column for name in PEERS for column in (f"{name}: filled", "ratio")]
-    tell_table(["step", "real tokens/s", *names, *PARTS], rows)
+    show_table(["step", "real tokens/s", *names, *PARTS], rows)
     write_json(chosen.json, {"steps": figures})
 
 

@@ -1,14 +1,13 @@
-"""Examples a second of the stream against plain `webdataset` on the same shards, and what a step waits for it.
+"""Examples per second of the stream, compared with `webdataset` on the same shards, and the wait of a training step.
 
-    python -m benchmarks.stream                      on a corpus drawn by chance
+    python -m benchmarks.stream                      on a random corpus
     python -m benchmarks.stream --corpus shards/amazon-beauty --backbone backbones/amazon-beauty
 
-Each form reads every user and every text once, a batch of both at a time, and ends with tensors of pretraining
-documents in an order that mixes the examples. The peer is what a user of webdataset writes: the records' arrays that
-are needed are decoded, cut into examples, mixed in a buffer, made documents one by one, and padded to the longest of
-the batch; in the process itself and in two workers of a DataLoader, which go on living between epochs. All forms take
-turns, and real tokens are counted to be the same. Decoding the records and doing nothing with them is shown beside it.
-Last, how even the parts of ranks are, by tokens and if they were dealt by number.
+Each form reads every user and every text once, in batches of both, and makes tensors of shuffled pretraining documents.
+The peer is what a user of webdataset writes: decode the required arrays of the records, split them into examples,
+shuffle these in a buffer, make documents one by one, and pad them to the longest of the batch; in the main process, and
+in two persistent workers of a DataLoader. Forms take turns, and must yield equally many tokens. Decoding alone is
+measured too. Last, the balance of tokens over ranks is compared with a split by number of examples.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ NEEDED = {
     "content": ["kind.npy", "users.npy", "items.npy", "offsets.npy", "tokens.npy"],
 }
 BUFFER = 16_384
-"""Examples that the peer mixes: as many as a window of ours has, 64 records of 256."""
+"""Shuffle buffer of the peer, as large as our window of 64 records with 256 examples."""
 
 Sample = dict[str, Any]
 Pair = tuple[np.ndarray, np.ndarray]
 
 
 def histories(samples: Iterable[Sample]) -> Iterator[tuple[int, np.ndarray]]:
-    """Each user and the user's items."""
+    """Yield each user and the user's items."""
     for sample in samples:
         offsets, items = sample["train_offsets.npy"], sample["train_items.npy"]
         for n, user in enumerate(sample["users.npy"]):
@@ -63,7 +62,7 @@ def histories(samples: Iterable[Sample]) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def texts(samples: Iterable[Sample]) -> Iterator[tuple[int, int, int, np.ndarray]]:
-    """Kind, user, item and words of each text."""
+    """Yield kind, user, item and words of each text."""
     for sample in samples:
         offsets, tokens = sample["offsets.npy"], sample["tokens.npy"]
         columns = (sample[f"{name}.npy"].tolist() for name in ("kind", "users", "items"))
@@ -72,15 +71,17 @@ def texts(samples: Iterable[Sample]) -> Iterator[tuple[int, int, int, np.ndarray
 
 
 class Prompts:
-    """Makes the peer's documents, each by itself: token ids, and labels of what is predicted."""
+    """Makes the peer's documents one by one: token ids, and labels of predicted tokens."""
 
     def __init__(self, tokenizer: WordTokenizer, space: TokenSpace, max_history: int) -> None:
         self.space, self.max_history = space, max_history
         self.random = np.random.default_rng()
         begin = RECOMMENDATION_PROMPT.split(" {items}")[0]
-        encode = lambda text: np.array(  # noqa: E731
-            [*tokenizer.prefix, *tokenizer.encode(text.format(user="<user_0>", item="<item_0>"), space)]
-        )
+
+        def encode(text: str) -> np.ndarray:
+            tokens = tokenizer.encode(text.format(user="<user_0>", item="<item_0>"), space)
+            return np.array([*tokenizer.prefix, *tokens])
+
         self.history = encode(begin)
         self.content = {int(k): encode(CONTENT_PROMPTS[k].replace(" {item}", "{item}")) for k in ContentKind}
 
@@ -103,17 +104,18 @@ class Prompts:
 
 
 def padded(batch: list[Pair]) -> dict[str, Tensor]:
-    """Documents as tensors, all as long as the longest."""
+    """Pad documents to the longest one."""
     shape = len(batch), max(len(tokens) for tokens, _ in batch)
     tokens, labels = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
     mask = np.zeros(shape, np.int64)
-    for row, (known, wanted) in enumerate(batch):
-        tokens[row, : len(known)], labels[row, : len(known)], mask[row, : len(known)] = known, wanted, 1
+    for row, (token_ids, targets) in enumerate(batch):
+        length = len(token_ids)
+        tokens[row, :length], labels[row, :length], mask[row, :length] = token_ids, targets, 1
     return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels), "mask": torch.from_numpy(mask)}
 
 
 class Peer:
-    """Users and texts by plain webdataset."""
+    """Reads users and texts with webdataset."""
 
     def __init__(self, corpus: Corpus, prompts: Prompts, users: int, num_texts: int, workers: int) -> None:
         self._loaders = [
@@ -140,7 +142,7 @@ class Peer:
         return wds.WebLoader(dataset, batch_size=None, num_workers=workers, **more)
 
     def epoch(self) -> int:
-        """Read everything once; its real tokens."""
+        """Read everything once; return the number of tokens."""
         return sum(int(batch["mask"].sum()) for loader in self._loaders for batch in loader)
 
 
@@ -149,7 +151,7 @@ def urls(corpus: Corpus, kind: str) -> list[str]:
 
 
 def decode_all(corpus: Corpus) -> int:
-    """webdataset's own share of the peer's work: records decoded, nothing made of them."""
+    """Decode all records with webdataset, without making documents."""
     for kind, only in NEEDED.items():
         for _ in wds.WebDataset(urls(corpus, kind), shardshuffle=1000).decode(only=only):
             pass
@@ -157,7 +159,7 @@ def decode_all(corpus: Corpus) -> int:
 
 
 def our_epoch(source: BatchLoader, num_steps: int) -> int:
-    """Every example once, and at the end as many more as fill the last batch; real tokens of exactly one epoch."""
+    """Read an epoch, and the examples that fill its last batch; return the number of tokens."""
     tokens = 0
     for batch in prefetch(source.make, 0, num_steps):
         for part in batch.micro_batches:
@@ -184,7 +186,7 @@ def configured(chosen: argparse.Namespace, stage: str, users: int, num_texts: in
 
 
 def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Examples a second of every form, over whole epochs in turns."""
+    """Examples per second of every form, over whole epochs in turns."""
     corpus, tokenizer = Corpus.open(chosen.corpus, verify=False), WordTokenizer.load(chosen.backbone)
     space = TokenSpace(len(tokenizer), corpus.num_users, corpus.num_items)
     # As many batches of texts as of users, so that both end with their epoch.
@@ -229,7 +231,7 @@ def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
-    """Tokens of the rank that has most over the mean, where parts have equally many examples, and as ours are."""
+    """Largest number of tokens of a rank over the mean, for a split by number of examples and for ours."""
     corpus, tokenizer = Corpus.open(chosen.corpus, verify=False), WordTokenizer.load(chosen.backbone)
     config = configured(chosen, "pretrain", chosen.users, chosen.texts)
     prompts = PromptBuilder(
@@ -242,7 +244,7 @@ def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
     for step in range(chosen.steps):
         lengths = [np.array([len(d.token_ids) for d in documents]) for documents in documents_of_step(whole, step)]
         for lists in lengths:
-            np.random.default_rng(step).shuffle(lists)  # documents come by length, examples did not
+            np.random.default_rng(step).shuffle(lists)  # documents are sorted by length
         shares = [sum(n[slice(*world.local_range(0, len(n)))].sum() for n in lengths) for world in worlds]
         by_count.append(max(shares) / np.mean(shares))
         tokens = [sum(batch.num_tokens for batch in source.make(step).micro_batches) for source in ranks]
@@ -252,7 +254,7 @@ def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
 
 
 def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
-    """What a real step on one rank waits for its batch, and how long the batch took to make beside it."""
+    """Time that training steps of one rank wait for their batches, and time to make a batch."""
     config = configured(chosen, stage, chosen.users, chosen.texts)
     world = start_world()
     system = assemble(config, world)
@@ -273,7 +275,7 @@ def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
         ready = time.perf_counter()
         system.train(True)
         train_step(system, batch.micro_batches, 1.0)
-        if step:  # nothing was made ahead of the first one
+        if step:  # the first batch is not prefetched
             waited.append(ready - started)
             stepped.append(time.perf_counter() - started)
     return {
@@ -286,9 +288,9 @@ def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
 
 def main() -> None:
     options = parser("stream", __doc__)
-    options.add_argument("--corpus", help="a corpus; one is drawn by chance if left out")
+    options.add_argument("--corpus", help="a corpus; a random one if left out")
     options.add_argument("--backbone", help="its backbone")
-    options.add_argument("--examples", type=int, default=50_000, help="users, and texts, of a corpus drawn by chance")
+    options.add_argument("--examples", type=int, default=50_000, help="users, and texts, of a random corpus")
     options.add_argument("--users", type=int, default=256, help="users of a batch")
     options.add_argument("--texts", type=int, default=64, help="texts of a batch of the steps")
     options.add_argument("--repeats", type=int, default=5)
@@ -299,13 +301,13 @@ def main() -> None:
         if chosen.corpus is None:
             chosen.corpus, chosen.backbone = f"{folder}/corpus", f"{folder}/backbone"
             make_corpus(Path(folder), chosen.examples, 20_000, 64, num_texts=chosen.examples)
-        found = speeds(chosen)
-        show(f"batches of {found['batch']}; ratios to {found['tuned_peer']}")
+        results = speeds(chosen)
+        show(f"batches of {results['batch']}; ratios to {results['tuned_peer']}")
         show_table(
             ["stream", "examples/s", "ratio", "lowest", "highest"],
             [
                 [name, f"{f['examples_per_second']:,.0f}", *(f"{r:.2f}" for r in (f["ratio"], *f["ratio_range"]))]
-                for name, f in found["forms"].items()
+                for name, f in results["forms"].items()
             ],
         )
         balance = {size: imbalance(chosen, size) for size in (2, 4, 8)}
@@ -327,7 +329,7 @@ def main() -> None:
                 for stage, s in shares.items()
             ],
         )
-    write_json(chosen.json, found | {"steps": shares, "balance": balance})
+    write_json(chosen.json, results | {"steps": shares, "balance": balance})
 
 
 if __name__ == "__main__":

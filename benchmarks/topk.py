@@ -1,10 +1,10 @@
-"""Exact top-100 of a million items against faiss's exact index, in one run.
+"""Exact top-100 of a million items, compared with faiss's exact index.
 
     python -m benchmarks.topk                        needs `pip install -e '.[bench]'`
 
-Both search the same fp32 vectors with equally many threads, in turns; what they find is compared. faiss leaves out no
-item that a user has seen; ours does, with 20 a user. faiss is told to multiply matrices for any number of queries: its
-own choice may be a loop of single products, which is several times slower here.
+Both search the same fp32 vectors with equally many threads, in turns, and must find the same items. Ours leaves out 20
+seen items per user, faiss none. faiss is configured to multiply matrices for any number of queries: its default may be
+a loop of single products, which is several times slower here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 import faiss
 import torch
 
-from benchmarks.common import parser, tell_table, write_json
+from benchmarks.common import parser, show_table, write_json
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.evaluation.topk import sharded_topk
 
@@ -45,17 +45,17 @@ def main() -> None:
 
     times: dict[str, list[float]] = {"faiss": [], "ours": [], "ours, seen left out": []}
     for repeat in range(chosen.repeats + 1):
-        found = {}
+        best = {}
         for name in times:
             started = time.perf_counter()
             if name == "faiss":
-                found[name] = torch.from_numpy(index.search(users.numpy(), chosen.best)[1])
+                best[name] = torch.from_numpy(index.search(users.numpy(), chosen.best)[1])
             else:
                 left_out = nothing if name == "ours" else seen
-                found[name] = sharded_topk(users, items, chosen.best, left_out, partition, world)[1]
+                best[name] = sharded_topk(users, items, chosen.best, left_out, partition, world)[1]
             if repeat:  # the first one warms up
                 times[name].append(time.perf_counter() - started)
-    same = (found["ours"].sort(dim=1)[0] == found["faiss"].sort(dim=1)[0]).float().mean().item()
+    same = (best["ours"].sort(dim=1)[0] == best["faiss"].sort(dim=1)[0]).float().mean().item()
     figures = {
         name: {
             "seconds": statistics.median(taken),
@@ -69,7 +69,7 @@ def main() -> None:
         low, high = f["range"]
         speed = f"{chosen.users / f['seconds']:,.0f}"
         rows.append([name, f"{f['seconds']:.2f} ({low:.2f} to {high:.2f})", speed, f"{f['of_faiss']:.2f}"])
-    tell_table(["search", "seconds", "users a second", "time of faiss"], rows)
+    show_table(["search", "seconds", "users a second", "time of faiss"], rows)
     write_json(chosen.json, {"same_items": same, **figures})
 
 

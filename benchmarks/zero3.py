@@ -1,10 +1,10 @@
-"""What the settings of ZeRO-3 do to the time of a step and to the bytes that leave a rank.
+"""Effect of ZeRO-3's settings on the time of a step and on communication.
 
     python -m benchmarks.zero3                         a LLaMA of 4 layers x 256 with adapters, 4 gloo ranks of one core
 
-Each line changes one thing of `ds_configs/zero3.json`. A step has two micro-batches, forward and backward of the
-backbone alone, over embeddings drawn by chance. Losses must not differ. Bytes are those that leave rank 0 by the best
-known algorithm for each collective. What a rank holds is told by `cllm4rec plan`.
+Each line changes one setting of `ds_configs/zero3.json`. A step has two micro-batches with forward and backward of the
+backbone alone, over random embeddings. Losses must not differ. Bytes are those that rank 0 sends (see `measured.py`).
+`cllm4rec plan` shows the memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.common import parser, tell_table, write_json
-from benchmarks.measured import Wire
+from benchmarks.common import parser, show_table, write_json
+from benchmarks.measured import SentBytes
 from cllm4rec_dist.config import AdapterConfig, BackboneConfig, RunConfig, validate
 from cllm4rec_dist.distributed.engine import Engine, resolve_settings, sharded_loading, start_world
 from cllm4rec_dist.model.backbone import load_backbone
@@ -42,7 +42,7 @@ MICRO_BATCHES = 2
 
 
 def run(rank: int, size: int, chosen: Namespace, name: str, folder: str) -> None:
-    """Train some steps under one variant and write down what they took."""
+    """Train some steps with one variant, and write the results."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_PORT": chosen.port}
     world = start_world()
@@ -70,10 +70,10 @@ def run(rank: int, size: int, chosen: Namespace, name: str, folder: str) -> None
     engine = Engine(dual, settings, torch.optim.AdamW(trained, lr=0.0), dual.layers)
     engine.train(True)
 
-    def step(number: int) -> float:
+    def step(index: int) -> float:
         total = 0.0
         for part in range(MICRO_BATCHES):
-            random = torch.Generator().manual_seed(number * 1000 + part * 100 + rank)
+            random = torch.Generator().manual_seed(index * 1000 + part * 100 + rank)
             embeddings = torch.randn(chosen.rows, chosen.length, chosen.hidden, generator=random).requires_grad_()
             loss = engine(embeddings, None, embeddings.shape[:2].numel() // 2)[..., 0].square().mean()
             engine.backward(loss)
@@ -81,18 +81,18 @@ def run(rank: int, size: int, chosen: Namespace, name: str, folder: str) -> None
             total += loss.item()
         return total
 
-    losses = [step(number) for number in range(2)]
-    with Wire(world) as wire:
+    losses = [step(index) for index in range(2)]
+    with SentBytes(world) as traffic:
         losses.append(step(2))
     taken = []
-    for number in range(chosen.repeats):
+    for index in range(chosen.repeats):
         dist.barrier()
         started = time.perf_counter()
-        losses.append(step(3 + number))
+        losses.append(step(3 + index))
         taken.append(time.perf_counter() - started)
     if rank == 0:
-        told = {"seconds": taken, "sent": wire.num_bytes, "losses": losses}
-        Path(folder, "told.json").write_text(json.dumps(told))
+        results = {"seconds": taken, "sent": traffic.num_bytes, "losses": losses}
+        Path(folder, "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
@@ -115,22 +115,22 @@ def main() -> None:
         build_backbone(settings, ["a few words"], Path(folder, "backbone"))
         for name in VARIANTS:
             mp.start_processes(run, (chosen.ranks, chosen, name, folder), nprocs=chosen.ranks, start_method="fork")
-            figures[name] = json.loads(Path(folder, "told.json").read_text())
+            figures[name] = json.loads(Path(folder, "results.json").read_text())
     first = figures["as committed"]
     rows = []
-    for name, found in figures.items():
-        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(first["losses"]), msg=name)
-        low, high = min(found["seconds"]), max(found["seconds"])
-        median = statistics.median(found["seconds"])
+    for name, result in figures.items():
+        torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(first["losses"]), msg=name)
+        low, high = min(result["seconds"]), max(result["seconds"])
+        median = statistics.median(result["seconds"])
         rows.append(
             [
                 name,
                 f"{median * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})",
                 f"{median / statistics.median(first['seconds']):.2f}",
-                f"{found['sent'] / 1e6:.2f}",
+                f"{result['sent'] / 1e6:.2f}",
             ]
         )
-    tell_table(["ZeRO-3 setting", "step (ms)", "of the first", "MB from a rank"], rows)
+    show_table(["ZeRO-3 setting", "step (ms)", "of the first", "MB from a rank"], rows)
     write_json(chosen.json, figures)
 
 
