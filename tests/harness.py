@@ -1,4 +1,4 @@
-"""Runs a function on N gloo ranks of one machine, and builds what tests train on."""
+"""Runs functions on gloo ranks of one machine, and makes catalogs, corpora, backbones and runs for tests."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 def _enter(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], out: str) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported before the fork: DeepSpeed collects garbage when an engine starts, for a second
+    gc.freeze()  # spares a second: DeepSpeed collects garbage when an engine starts
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -59,9 +59,9 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., Any], argume
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(world, *arguments)` on `size` ranks; what each returned (tensors and plain values), in rank order."""
+    """Run `function(world, *arguments)` on `size` ranks; return the results, tensors or plain values, by rank."""
     with tempfile.TemporaryDirectory() as out:
-        # Daemons, so that ranks that hang do not outlive the test that is stopped for it.
+        # Daemons, so that hanging ranks do not outlive a test that is stopped.
         enter = (size, free_port(), function, arguments, out)
         ranks = mp.start_processes(_enter, enter, nprocs=size, join=False, daemon=True, start_method="fork")
         try:
@@ -78,7 +78,7 @@ def alone() -> World:
 
 
 def make_catalog(num_users: int = 23, num_items: int = 17, seed: int = 0) -> Catalog:
-    """Users with 1 to 9 training items in two tastes, texts about most of them, texts in several scripts."""
+    """A catalog of users with 1 to 9 training items in two tastes, with texts in several scripts."""
     random = np.random.default_rng(seed)
     train, valid, test = [], [], []
     for user in range(num_users):
@@ -90,7 +90,10 @@ def make_catalog(num_users: int = 23, num_items: int = 17, seed: int = 0) -> Cat
         valid.append(held[:1])
         test.append(held[1:])
     words = ["río", "mountain", "чай", "音楽", "blue", "espresso", "trail", "quiet"]
-    sentence = lambda: " ".join(random.choice(words, random.integers(1, 6)))  # noqa: E731
+
+    def sentence() -> str:
+        return " ".join(random.choice(words, random.integers(1, 6)))
+
     reviewed = [(u, int(items[0])) for u, items in enumerate(train) if u % 3]
     user_texts = [sentence() if u % 4 == 0 else "" for u in range(num_users)]
     titles = [sentence() for _ in range(num_items)]
@@ -113,7 +116,7 @@ def make_catalog(num_users: int = 23, num_items: int = 17, seed: int = 0) -> Cat
 
 
 def with_new_users(catalog: Catalog, num_users: int = 10, seed: int = 1) -> Catalog:
-    """The same with users who are held out whole, half of them for validation and half for the test."""
+    """Add users that are held out entirely, half of them for validation and half for the test."""
     random = np.random.default_rng(seed)
     lists: dict[str, list[list[int]]] = {"history": [], "valid": [], "test": []}
     for user in range(num_users):
@@ -123,7 +126,7 @@ def with_new_users(catalog: Catalog, num_users: int = 10, seed: int = 1) -> Cata
         lists[held_out].append(items[-2:])
         lists[other].append([])
     ids = pl.Series([f"new-{user:03d}" for user in range(num_users)])
-    new_users = NewUsers(ids, **{name: Ragged.from_lists(found) for name, found in lists.items()})
+    new_users = NewUsers(ids, **{name: Ragged.from_lists(part) for name, part in lists.items()})
     return dataclasses.replace(catalog, new_users=new_users)
 
 
@@ -150,18 +153,18 @@ def make_corpus(folder: Path | str, catalog: Catalog, backbone: Path, **settings
 
 
 def with_messages(world: World, function: Callable[..., Any], *arguments: Any) -> tuple[Any, list[str]]:
-    """What a function returns and what the package logs meanwhile, for `run_ranks`."""
-    found: list[str] = []
+    """Call a function and return its result and the messages that the package logs, for `run_ranks`."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("cllm4rec_dist")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    return function(world, *arguments), found
+    return function(world, *arguments), messages
 
 
 def make_run(folder: Path, corpus: str, backbone: Path | str, seed: int = 0, step: int = 7, **settings: Any) -> Path:
-    """A finetuned run with one best checkpoint of random weights, without any training."""
+    """Make a finetuned run with a best checkpoint of random weights, without training."""
     tree = {"stage": "finetune", "corpus": corpus, "backbone": str(backbone), "output": str(folder)} | settings
     config = validate(RunConfig, tree, "test")
     system = assemble_for_inference(config, alone())

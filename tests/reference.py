@@ -1,6 +1,6 @@
-"""The method again, dense, in one process, document by document, from the formulas: what the sharded step must equal.
+"""A dense reference of the training step: one process, document by document, from the paper's formulas.
 
-Nothing of `model/`, `step.py` or `losses.py` is used but the container that holds the decoder and its adapters.
+It uses nothing of `model/` and `step.py` but the modules that hold decoder, adapters and frozen embeddings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.documents import Document
 
 
 class DenseRun:
-    """Whole tables, whole logits, plain Adam.
+    """A run with dense tables, dense logits and plain Adam.
 
     Args:
         rows: initial `collaborative.users`, `collaborative.items`, `content.users`, `content.items`.
@@ -44,15 +44,15 @@ class DenseRun:
 
     def outside(self) -> dict[str, Tensor]:
         """Parameters outside the backbone by name."""
-        found = dict(self.rows)
+        parameters = dict(self.rows)
         if self.bias is not None:
-            found["head.bias"] = self.bias
+            parameters["head.bias"] = self.bias
         if self.log_temperature is not None:
-            found["head.log_temperature"] = self.log_temperature
-        return found
+            parameters["head.log_temperature"] = self.log_temperature
+        return parameters
 
     def _embed(self, which: str, token_ids: Tensor) -> Tensor:
-        """Rows of the one dense table [V + U + I, D] that the paper describes."""
+        """Look up the paper's single dense table, [V + U + I, D]."""
         table = torch.cat([self.words.embedding, self.rows[f"{which}.users"], self.rows[f"{which}.items"]])
         return table[token_ids]
 
@@ -88,9 +88,12 @@ class DenseRun:
         tokens = torch.tensor(
             sorted({int(t) for d in [*users, *texts] for t in d.token_ids if t >= self.space.first_user})
         )
-        own, content = self._embed("collaborative", tokens), self._embed("content", tokens)
+        collaborative, content = self._embed("collaborative", tokens), self._embed("content", tokens)
         embeddings = self.config.embeddings
-        mutual = embeddings.lambda_c / 2 * (content - own).square().sum() + embeddings.lambda_l / 2 * own.square().sum()
+        mutual = (
+            embeddings.lambda_c / 2 * (content - collaborative).square().sum()
+            + embeddings.lambda_l / 2 * collaborative.square().sum()
+        )
         return {
             "items": sum(self._items_loss(d) for d in users) / sum(len(d.targets) for d in users),
             "text": sum(self._words_loss(d) for d in texts) / sum(len(d.targets) for d in texts),
@@ -98,7 +101,7 @@ class DenseRun:
         }
 
     def step(self, users: list[Document], texts: list[Document], factor: float) -> dict[str, Any]:
-        """One clipped Adam step; returns losses, norm and the gradients before clipping."""
+        """Take one clipped Adam step; return losses, norm and the gradients before clipping."""
         everything = self.outside() | self.adapters
         losses = self.losses(users, texts)
         sum(losses.values()).backward()
@@ -108,24 +111,24 @@ class DenseRun:
         norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
         clip = min(1.0, self.config.optimizer.max_grad_norm / (norm.item() + 1e-6))
         self.steps += 1
-        lazy = (
+        sparse = (
             {"collaborative.users", "content.users", "content.items"}
             if self.config.optimizer.sparse_embedding_updates
             else set()
         )
         for name, parameter in everything.items():
             rate = self.config.optimizer.embeddings_lr if name in self.outside() else self.config.optimizer.lr
-            self._adam(name, parameter, gradients[name] * clip, rate * factor, lazy=name in lazy)
+            self._adam(name, parameter, gradients[name] * clip, rate * factor, sparse=name in sparse)
             parameter.grad = None
         return {"losses": {k: v.item() for k, v in losses.items()}, "norm": norm.item(), "gradients": gradients}
 
     @torch.no_grad()
-    def _adam(self, name: str, parameter: Tensor, gradient: Tensor, lr: float, *, lazy: bool) -> None:
+    def _adam(self, name: str, parameter: Tensor, gradient: Tensor, lr: float, *, sparse: bool) -> None:
         low, high = self.config.optimizer.betas
         first, second = self.moments.setdefault(name, (torch.zeros_like(parameter), torch.zeros_like(parameter)))
         moved = (
             (gradient != 0).any(dim=-1, keepdim=True).expand_as(gradient)
-            if lazy
+            if sparse
             else torch.ones_like(gradient, dtype=torch.bool)
         )
         first[moved] = (low * first + (1 - low) * gradient)[moved]

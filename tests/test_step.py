@@ -59,7 +59,7 @@ def make_config(made: tuple[str, str], stage: str, **changes: Any) -> RunConfig:
 
 
 def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
-    """Four steps; losses, norms, whole gradients of the first step, and parameters as a checkpoint has them."""
+    """Take four steps and save; return losses, norms, and gradients of the first step."""
     system = assemble(config, world)
     init_embeddings(system)
     torch.manual_seed(3)
@@ -80,10 +80,10 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
 
     step_module._complete_gradients = spy
     results = []
-    for number in range(STEPS):
+    for step in range(STEPS):
         system.train(True)
-        batches = source.make(number).micro_batches
-        results.append(train_step(system, batches, learning_rate_factor(number, STEPS, config.optimizer)))
+        batches = source.make(step).micro_batches
+        results.append(train_step(system, batches, learning_rate_factor(step, STEPS, config.optimizer)))
     saver = AsyncSaver(Store(out), system, keep=1)
     saver.save(RunState(STEPS), STEP)
     saver.finish()
@@ -103,9 +103,9 @@ def dense(config: RunConfig, rows_of: dict[str, Tensor]) -> tuple[DenseRun, list
     prompts = PromptBuilder(WordTokenizer.load(folder), space, config.method, config.seed)
     run, source = DenseRun(config, backbone, words, space, rows_of), BatchLoader(corpus, prompts, config, alone())
     results = []
-    for number in range(STEPS):
-        users, texts = documents_of_step(source, number)
-        results.append(run.step(users, texts, learning_rate_factor(number, STEPS, config.optimizer)))
+    for step in range(STEPS):
+        users, texts = documents_of_step(source, step)
+        results.append(run.step(users, texts, learning_rate_factor(step, STEPS, config.optimizer)))
     return run, results
 
 
@@ -134,7 +134,7 @@ def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "stage"), [(1, "finetune"), (2, "finetune"), (3, "pretrain")])
 def test_steps_with_a_shared_user_row_equal_dense_steps(tmp_path: Path, size: int, stage: str) -> None:
-    catalog = make_catalog(num_users=24)  # 25 rows, which neither 2 nor 3 ranks share evenly
+    catalog = make_catalog(num_users=24)  # 25 rows, not divisible by 2 or 3 ranks
     backbone = make_backbone(tmp_path / "backbone", catalog)
     made = make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)
     config = make_config(made, stage, method={"max_history": 100, "shared_user_ratio": 0.4})
@@ -145,12 +145,12 @@ def test_steps_with_a_shared_user_row_equal_dense_steps(tmp_path: Path, size: in
 
 
 def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, Tensor]:
-    """Hold four steps on `size` ranks against the dense reference; the reference's gradients of the first step."""
+    """Compare four steps on `size` ranks with the dense reference; return the reference's first gradients."""
     ranks = run_ranks(size, sharded, config, str(tmp_path))
     run, results = dense(config, run_ranks(1, start_of, config)[0])
 
-    for got, wanted in zip(ranks[0]["losses"], results, strict=True):
-        for term, value in wanted["losses"].items():
+    for got, expected in zip(ranks[0]["losses"], results, strict=True):
+        for term, value in expected["losses"].items():
             assert got[term] == pytest.approx(value, rel=1e-6), term
     assert ranks[0]["norms"] == pytest.approx([r["norm"] for r in results], rel=1e-5)
 
@@ -174,9 +174,9 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
 @pytest.mark.slow
 def test_a_sampled_softmax_changes_the_loss_and_draws_the_same_again(made: tuple[str, str], tmp_path: Path) -> None:
     losses = []
-    for number, sampled in enumerate((0, 4, 4)):
+    for index, sampled in enumerate((0, 4, 4)):
         config = make_config(made, "pretrain", head={"similarity": "cosine", "num_negatives": sampled})
-        losses.append(run_ranks(2, sharded, config, str(tmp_path / str(number)))[0]["losses"])
+        losses.append(run_ranks(2, sharded, config, str(tmp_path / str(index)))[0]["losses"])
     exact, drawn, again = losses
     assert drawn == again
     assert drawn[0]["items"] != pytest.approx(exact[0]["items"], rel=1e-4)
@@ -186,8 +186,8 @@ def test_a_sampled_softmax_changes_the_loss_and_draws_the_same_again(made: tuple
 
 @pytest.mark.slow
 def test_every_deepspeed_file_gives_the_same_run(made: tuple[str, str], tmp_path: Path) -> None:
-    """Losses, norms, and what is saved after four steps on two ranks, which are two hosts of one rank for hpZ."""
-    wanted, runs = None, {}
+    """Losses, norms and checkpoint of four steps on two ranks, which hpZ treats as one host each."""
+    expected, runs = None, {}
     for path in sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json")):
         tree = json.loads(path.read_text())
         if "zero_hpz_partition_size" in tree["zero_optimization"]:
@@ -195,38 +195,38 @@ def test_every_deepspeed_file_gives_the_same_run(made: tuple[str, str], tmp_path
         file = tmp_path / path.name
         file.write_text(json.dumps(tree))
         folder = tmp_path / path.stem
-        (found, _) = run_ranks(2, sharded, make_config(made, "pretrain", deepspeed=str(file)), str(folder))
+        (results, _) = run_ranks(2, sharded, make_config(made, "pretrain", deepspeed=str(file)), str(folder))
         saved = Checkpoint.open(Store(str(folder)), f"step-{STEPS:08d}")
-        runs[path.name] = found["losses"], found["norms"], saved
+        runs[path.name] = results["losses"], results["norms"], saved
     assert len(runs) >= 5
-    wanted = runs.pop("zero3.json")
+    expected = runs.pop("zero3.json")
     for name, (losses, norms, saved) in runs.items():
-        for got, exact in zip(losses, wanted[0], strict=True):
+        for got, exact in zip(losses, expected[0], strict=True):
             assert got == pytest.approx(exact, rel=1e-6), name
-        assert norms == pytest.approx(wanted[1], rel=1e-5), name
-        for parameter, shape in wanted[2].metadata.shapes.items():
+        assert norms == pytest.approx(expected[1], rel=1e-5), name
+        for parameter, shape in expected[2].metadata.shapes.items():
             key, count = ADAPTER + parameter, math.prod(shape)
             torch.testing.assert_close(
-                saved.rows(key, count, 0, count), wanted[2].rows(key, count, 0, count), rtol=0, atol=1e-6
+                saved.rows(key, count, 0, count), expected[2].rows(key, count, 0, count), rtol=0, atol=1e-6
             )
 
 
-def assert_same_gradient(name: str, got: Tensor, wanted: Tensor) -> None:
-    """Equal to 1e-6 of the largest entry: what is left is the rounding of fp32 sums in another order."""
-    assert (got.view_as(wanted) - wanted).abs().max() <= 1e-6 * wanted.abs().max() + 1e-9, name
+def assert_same_gradient(name: str, got: Tensor, expected: Tensor) -> None:
+    """Compare to 1e-6 of the largest entry, because fp32 sums are rounded in another order."""
+    assert (got.view_as(expected) - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-9, name
 
 
 OPTIONS = {
     "plain": {},
     "host": {"optimizer": {"embeddings_state": "cpu"}},
     "packed": {"optimizer": {"embeddings_state": "int8"}},
-    "wire": {"embeddings": {"comm_dtype": "bf16"}},
+    "bf16": {"embeddings": {"comm_dtype": "bf16"}},
 }
 
 
 def losses_by_option(world: World, config: RunConfig) -> dict[str, list[dict[str, float]]]:
-    """Of four steps from the same start under every option."""
-    found = {}
+    """Losses of four steps from equal weights, by option."""
+    results = {}
     for name, changes in OPTIONS.items():
         tree = config.model_dump()
         for section, values in changes.items():
@@ -236,23 +236,23 @@ def losses_by_option(world: World, config: RunConfig) -> dict[str, list[dict[str
         init_embeddings(system)
         source = BatchLoader(system.corpus, system.prompts, changed, world)
         system.train(True)
-        found[name] = [train_step(system, source.make(n).micro_batches, 1.0).losses for n in range(STEPS)]
-    return found
+        results[name] = [train_step(system, source.make(n).micro_batches, 1.0).losses for n in range(STEPS)]
+    return results
 
 
 @pytest.mark.slow
-def test_options_of_tables_change_a_run_as_little_as_they_say(tmp_path: Path) -> None:
+def test_options_of_tables_hardly_change_a_run(tmp_path: Path) -> None:
     catalog = make_catalog()
     backbone = make_backbone(tmp_path / "backbone", catalog, hidden_size=64)
     config = make_config((make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)), "pretrain")
-    (found, _) = run_ranks(2, losses_by_option, config)
-    plain = found["plain"]
-    assert found["host"] == plain
-    # A rounding of 1 in 256 at the input, and 1 % of a moment from the second step on. Both grow from there, because
-    # Adam's first steps go by the signs of gradients, those near zero included.
-    assert found["packed"][0] == plain[0]
-    for name in ("wire", "packed"):
-        assert found[name] != plain, name
-        for number, (step, wanted) in enumerate(zip(found[name], plain, strict=True)):
+    (results, _) = run_ranks(2, losses_by_option, config)
+    plain = results["plain"]
+    assert results["host"] == plain
+    # Inputs are rounded by 1 in 256, and moments by 1 % from the second step on. Both errors grow, because Adam's first
+    # steps depend on the signs of gradients, also of those near zero.
+    assert results["packed"][0] == plain[0]
+    for name in ("bf16", "packed"):
+        assert results[name] != plain, name
+        for step, (losses, expected) in enumerate(zip(results[name], plain, strict=True)):
             for term in ("items", "text", "mutual"):
-                assert step[term] == pytest.approx(wanted[term], rel=0.03 if number else 1 / 256), (name, number, term)
+                assert losses[term] == pytest.approx(expected[term], rel=0.03 if step else 1 / 256), (name, step, term)

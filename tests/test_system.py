@@ -1,4 +1,4 @@
-"""A run's parts fit each other, or are refused before anything is computed; a plan refuses what its run would."""
+"""Parts of a run that do not fit each other are refused before anything is computed, by runs and plans."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run_config(corpus: str, folder: Path, output: Path, **changes: Any) -> RunCo
 
 
 def outcome(world: World, config: RunConfig) -> str:
-    """The refusal of a run, or nothing where it trains."""
+    """Message of a refused run, or an empty text if it trains."""
     try:
         train(world, lambda metrics: None, config)
     except CLLM4RecError as error:
@@ -131,8 +131,8 @@ def test_longrope_trains_where_no_document_is_long(made: Made, tmp_path: Path) -
     assert "longrope" in planned(refused)
 
 
-def fewer_embeddings(folder: Path, to: Path, num_words: int) -> Path:
-    """A backbone with less word embeddings than its tokenizer has tokens."""
+def resized_embeddings(folder: Path, to: Path, num_words: int) -> Path:
+    """A backbone with another number of word embeddings than its tokenizer has tokens."""
     copy = copied(folder, to)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(num_words)
@@ -141,7 +141,7 @@ def fewer_embeddings(folder: Path, to: Path, num_words: int) -> Path:
 
 
 def with_added_token(folder: Path, to: Path, token: str) -> Path:
-    """A backbone whose tokenizer has a token more than the model has embeddings."""
+    """A backbone whose tokenizer has a token without an embedding."""
     copy = copied(folder, to)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.add_tokens([token]) == 1
@@ -179,7 +179,7 @@ def test_a_token_that_nothing_uses_needs_no_embedding(made: Made, tmp_path: Path
     assert run_ranks(1, outcome, run_config(corpus, folder, tmp_path / "run")) == [""]
 
 
-def test_embeddings_are_enough_exactly_from_the_largest_token_on(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_token_needs_an_embedding(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, tokenizer = Corpus.open(made[0]), WordTokenizer.load(made[1])
     largest = max(largest_in_texts(made[0]), largest_prompt_id(tokenizer))
     require_embeddings(corpus, tokenizer, largest + 1)
@@ -197,13 +197,13 @@ def test_the_largest_prompt_id_counts_the_start_of_a_sequence(made: Made) -> Non
     assert largest_prompt_id(tokenizer) == 10_000
 
 
-def test_a_backbone_with_more_embeddings_than_tokens_is_taken(made: Made, tmp_path: Path) -> None:
-    more = fewer_embeddings(made[1], tmp_path / "more", len(WordTokenizer.load(made[1])) + 7)
+def test_a_backbone_with_more_embeddings_than_tokens_is_accepted(made: Made, tmp_path: Path) -> None:
+    more = resized_embeddings(made[1], tmp_path / "more", len(WordTokenizer.load(made[1])) + 7)
     assert run_ranks(1, outcome, run_config(made[0], more, tmp_path / "run")) == [""]
 
 
 def test_a_backbone_cut_below_its_tokenizer_is_refused(made: Made, tmp_path: Path) -> None:
-    fewer = fewer_embeddings(made[1], tmp_path / "fewer", 10)
+    fewer = resized_embeddings(made[1], tmp_path / "fewer", 10)
     (refusal,) = run_ranks(1, outcome, run_config(made[0], fewer, tmp_path / "run"))
     assert "vocab_size: 10 word embeddings" in refusal
 

@@ -1,4 +1,4 @@
-"""Whole runs: the same at any world size, resumed as if never stopped, refused where they do not belong."""
+"""Whole runs: equal at any world size, resumed as if never stopped, refused in outputs of other runs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def refused(world: World, config: RunConfig) -> str:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    volatile = {"time", "tokens_per_second", "stage", "packing_efficiency"}  # of the machine, or of the number of ranks
+    volatile = {"time", "tokens_per_second", "stage", "packing_efficiency"}  # depend on machine or ranks
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
 
@@ -95,34 +95,34 @@ def test_worlds_1_to_4_give_the_same_run(made: Made, tmp_path: Path, stage: str)
     assert len(alone) >= 9
     assert alone[0]["loss"] > alone[8]["loss"]
     for size in (2, 3, 4):
-        for got, wanted in zip(metrics(tmp_path / str(size)), alone, strict=True):
-            assert got.keys() == wanted.keys()
-            for key in wanted:
-                assert got[key] == pytest.approx(wanted[key], rel=2e-4, abs=1e-6), (size, wanted["step"], key)
+        for got, expected in zip(metrics(tmp_path / str(size)), alone, strict=True):
+            assert got.keys() == expected.keys()
+            for key in expected:
+                assert got[key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), (size, expected["step"], key)
 
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(made: Made, tmp_path: Path) -> None:
-    # Adapter dropout draws from torch's random state, which the checkpoint must carry too.
+    # Adapter dropout draws from torch's random state, which must be equal after a resume.
     changes: dict[str, Any] = {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.2}, "optimizer": {"warmup_steps": 2}}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(2, run, make_config(made, whole, "finetune", **changes))
     run_ranks(2, run, make_config(made, parts, "finetune", **changes, max_steps=5))
     assert names(parts) == ["step-00000003", "step-00000005"]
     run_ranks(2, run, make_config(made, parts, "finetune", **changes))
-    # The interrupted run validated once more, at the step that it was told to be its last.
+    # The interrupted run validated once more, at the last step of its `max_steps`.
     assert [line for line in metrics(parts) if line["step"] != 5 or "loss" in line] == metrics(whole)
     assert_equal_checkpoints(whole, parts)
 
 
 @pytest.mark.slow
-def test_the_learning_rates_of_every_step_are_written_down(made: Made, tmp_path: Path) -> None:
+def test_the_learning_rates_of_every_step_are_recorded(made: Made, tmp_path: Path) -> None:
     optimizer = {"lr": 1e-2, "embeddings_lr": 4e-3, "warmup_steps": 2, "schedule": "linear", "min_lr_ratio": 0.5}
     run_ranks(2, run, make_config(made, tmp_path, optimizer=optimizer, epochs=2))
     lines = metrics(tmp_path)
-    wanted = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625]  # two steps of warm-up, then from 1 towards 1/2 in four
-    assert [line["lr"] for line in lines] == pytest.approx([1e-2 * share for share in wanted])
-    assert [line["embeddings_lr"] for line in lines] == pytest.approx([4e-3 * share for share in wanted])
+    expected = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625]  # two steps of warm-up, then from 1 towards 1/2 in four
+    assert [line["lr"] for line in lines] == pytest.approx([1e-2 * factor for factor in expected])
+    assert [line["embeddings_lr"] for line in lines] == pytest.approx([4e-3 * factor for factor in expected])
 
 
 def test_an_evaluation_that_cannot_be_done_ranks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def newest(run: Path) -> Path:
 
 
 def assert_equal_checkpoints(one: Path, other: Path) -> None:
-    """The newest checkpoints of two runs hold the same bits, moments and step counts included."""
+    """Check that the newest checkpoints of two runs are equal bit for bit, with moments and step counts."""
     files = sorted(path.name for path in newest(one).glob("*.safetensors"))
     assert files == sorted(path.name for path in newest(other).glob("*.safetensors"))
     for file in files:
@@ -153,7 +153,7 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_at_any_number_of_ranks(made: Made, tmp_path: Path) -> None:
+def test_a_run_resumes_on_any_number_of_ranks(made: Made, tmp_path: Path) -> None:
     # 2 -> 3 -> 1 -> 4 in one run, each leg inside of an epoch, with moments in every optimizer.
     for stage in ("pretrain", "finetune"):
         whole, parts = tmp_path / f"whole-{stage}", tmp_path / f"parts-{stage}"
@@ -161,8 +161,8 @@ def test_a_run_goes_on_at_any_number_of_ranks(made: Made, tmp_path: Path) -> Non
         run_ranks(2, run, make_config(made, whole, stage, method=method))
         for size, until in ((2, 2), (3, 4), (1, 7), (4, None)):
             run_ranks(size, run, make_config(made, parts, stage, method=method, max_steps=until))
-        got, wanted = ([line for line in metrics(folder) if "loss" in line] for folder in (parts, whole))
-        for one, other in zip(got, wanted, strict=True):
+        got, expected = ([line for line in metrics(folder) if "loss" in line] for folder in (parts, whole))
+        for one, other in zip(got, expected, strict=True):
             for key in other:
                 assert one[key] == pytest.approx(other[key], rel=2e-4, abs=1e-6), (other["step"], key)
 
@@ -254,13 +254,13 @@ def test_accumulation_and_the_storage_of_moments_may_change_on_resume(made: Made
         batch = {"users": 9, "texts": 7, "gradient_accumulation_steps": accumulation}
         changes: dict[str, Any] = {"batch": batch, "optimizer": optimizer | {"embeddings_state": storage}}
         run_ranks(2, run, make_config(wide, tmp_path / "parts", max_steps=until, **changes))
-    got, wanted = ([x["loss"] for x in metrics(tmp_path / name) if "loss" in x] for name in ("parts", "whole"))
-    assert got[:5] == pytest.approx(wanted[:5], rel=2e-4)
-    assert got == pytest.approx(wanted, rel=2e-3)  # two steps of the nine packed their moments into 8 bits
+    got, expected = ([x["loss"] for x in metrics(tmp_path / name) if "loss" in x] for name in ("parts", "whole"))
+    assert got[:5] == pytest.approx(expected[:5], rel=2e-4)
+    assert got == pytest.approx(expected, rel=2e-3)  # two steps of the nine packed their moments into 8 bits
 
 
 @pytest.mark.slow
-def test_another_start_than_that_of_the_checkpoint_is_said_to_be_ignored(made: Made, tmp_path: Path) -> None:
+def test_an_ignored_init_from_is_logged(made: Made, tmp_path: Path) -> None:
     for name in ("one", "other"):
         run_ranks(1, run, make_config(made, tmp_path / name, max_steps=1))
     config = make_config(made, tmp_path / "run", init_from=str(tmp_path / "one"), max_steps=1)
@@ -276,18 +276,18 @@ def test_another_start_than_that_of_the_checkpoint_is_said_to_be_ignored(made: M
 
 
 @pytest.mark.slow
-def test_a_best_value_is_compared_with_values_of_its_own_metric_only(made: Made, tmp_path: Path) -> None:
+def test_a_best_value_is_compared_with_values_of_its_metric_only(made: Made, tmp_path: Path) -> None:
     # Recall@17 of 17 items is 1: nothing of another metric would ever be better.
     first = {"metrics": ["recall@17"], "batch_users": 5, "early_stopping_patience": 1}
     second = {"metrics": ["ndcg@3", "recall@17"], "batch_users": 5, "early_stopping_patience": 2}
     output = tmp_path / "run"
     ((_, messages),) = run_ranks(1, with_messages, run, make_config(made, output, "finetune", validation=first))
-    assert not any("starts anew" in message for message in messages)
+    assert not any("starts a new comparison" in message for message in messages)
     state = about(output).run
     assert (state.best, state.best_metric, state.best_step, state.validated_step) == (1.0, "recall@17", 3, 6)
     config = make_config(made, output, "finetune", validation=second, epochs=3)
     ((_, messages),) = run_ranks(1, with_messages, run, config)
-    (message,) = [message for message in messages if "starts anew" in message]
+    (message,) = [message for message in messages if "starts a new comparison" in message]
     assert "recall@17" in message
     assert "ndcg@3" in message
     state = about(output).run
@@ -311,7 +311,7 @@ def test_a_best_value_without_a_name_is_compared_with_nothing(made: Made, tmp_pa
 
 @pytest.mark.slow
 def test_the_best_checkpoint_that_is_kept_is_the_one_that_the_state_names(made: Made, tmp_path: Path) -> None:
-    # A run that died after its best step and goes on by another metric from an earlier one.
+    # A run that died after its best step, and resumes from an earlier one with another metric.
     validation = {"metrics": ["recall@5"], "batch_users": 5}
     config = make_config(made, tmp_path / "run", "finetune", validation=validation, max_steps=3)
     run_ranks(1, run, config)
@@ -328,7 +328,7 @@ def test_the_best_checkpoint_that_is_kept_is_the_one_that_the_state_names(made: 
 
 
 @pytest.mark.slow
-def test_finetuning_goes_on_from_pretraining_and_its_best_checkpoint_is_evaluated(made: Made, tmp_path: Path) -> None:
+def test_finetuning_starts_from_pretraining_and_its_best_checkpoint_is_evaluated(made: Made, tmp_path: Path) -> None:
     pretrained, tuned = tmp_path / "pretrain", tmp_path / "finetune"
     run_ranks(2, run, make_config(made, pretrained))
     run_ranks(3, run, make_config(made, tuned, "finetune", init_from=str(pretrained)))
@@ -338,9 +338,9 @@ def test_finetuning_goes_on_from_pretraining_and_its_best_checkpoint_is_evaluate
 
     for size in (1, 2):
         run_ranks(size, _evaluate, str(tuned), str(tmp_path / f"valid-{size}"))
-        found = json.loads((tmp_path / f"valid-{size}" / "evaluation.json").read_text())
-        assert found["mean"]["recall@5"] == pytest.approx(recorded.best, rel=1e-6)
-        assert found["num_users"] == 23
+        evaluation = json.loads((tmp_path / f"valid-{size}" / "evaluation.json").read_text())
+        assert evaluation["mean"]["recall@5"] == pytest.approx(recorded.best, rel=1e-6)
+        assert evaluation["num_users"] == 23
 
 
 def _evaluate(world: World, folder: str, output: str) -> None:
@@ -354,7 +354,7 @@ def flip_last_bit(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(made: Made, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_is_used(made: Made, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for output in (whole, broken):
         run_ranks(2, run, make_config(made, output, max_steps=8))
@@ -372,7 +372,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(made: M
 
 
 @pytest.mark.slow
-def test_where_every_checkpoint_is_damaged_nothing_starts_anew(made: Made, tmp_path: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_start_from_scratch(made: Made, tmp_path: Path) -> None:
     config = make_config(made, tmp_path / "run", max_steps=2)
     run_ranks(1, run, config)
     flip_last_bit(newest(tmp_path / "run") / "replicated.safetensors")
@@ -386,7 +386,7 @@ def test_resume_names_another_run_and_refuses_an_older_checkpoint_of_the_same(ma
     run_ranks(1, run, make_config(made, whole))
     older = str(whole / "checkpoints" / "step-00000006")
     run_ranks(2, run, make_config(made, branch, resume=older, max_steps=7))
-    run_ranks(1, run, make_config(made, branch, resume=older))  # goes on from its own, as after a crash
+    run_ranks(1, run, make_config(made, branch, resume=older))  # resumes from its checkpoint, as after a crash
     assert [line["step"] for line in metrics(branch) if "loss" in line] == [7, 8, 9]
     assert metrics(branch)[-1]["loss"] == pytest.approx(metrics(whole)[-1]["loss"], rel=2e-4)
     assert "is not this run's newest" in run_ranks(1, refused, make_config(made, whole, resume=older))[0]
@@ -418,7 +418,7 @@ def test_adapters_of_pretraining_survive_the_first_steps_of_finetuning(made: Mad
 
 
 def bad_batch(world: World, config: RunConfig, bad: int, value: float) -> str:
-    """Train with the loss of one step replaced."""
+    """Train with the item loss of one step multiplied by `value`."""
     genuine, steps = train_module.train_step, iter(range(100))
 
     def spoiled(system: System, batches: list[MicroBatch], factor: float, largest: float) -> StepResult:
@@ -468,7 +468,7 @@ def test_a_skipped_step_changes_nothing_but_the_position(made: Made, tmp_path: P
 
 
 def interrupted(world: World, config: RunConfig) -> tuple[int, bool]:
-    """Send this rank a signal at its fourth batch, to one rank only."""
+    """Send a signal to one rank at its fourth batch."""
     genuine, steps = train_module.train_step, iter(range(100))
 
     def signalled(*arguments: Any) -> StepResult:
@@ -556,11 +556,9 @@ def _in_memory(world: World, config: RunConfig) -> list[str]:
     assert find(config.output)[1][0] == "step-00000008"
     marker = memory.marker("step-00000008")
     memory._fs.pipe_file("/run/step-00000008/state.json", b"{}")
-    found = checkpoint.load_first_valid(
-        memory, ["step-00000008", "step-00000006"], world, lambda c: c.metadata.run.step
-    )
+    loaded = checkpoint.load_first_valid(memory, ["step-00000008", "step-00000006"], world, lambda c: c.metadata.run.step)
     assert marker.files
-    assert found is None or found[1] == 6
+    assert loaded is None or loaded[1] == 6
     return memory.names("step-")
 
 

@@ -28,7 +28,7 @@ CASES = [(size, index) for size in COUNTS for index in range(len(COUNTS[size]))]
 
 
 def random(*shape: int, seed: int) -> Tensor:
-    """fp64 normal numbers, the same on every rank."""
+    """Normal fp64 numbers, equal on every rank."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -38,7 +38,7 @@ def parts(counts: list[int], seed: int) -> list[Tensor]:
 
 
 def whole(size: int, total: int, seed: int) -> list[Tensor]:
-    """Every rank's own rows for all of `total` positions."""
+    """Rows of every rank for all of `total` positions."""
     return [random(total, WIDTH, seed=seed + 1 + rank) for rank in range(size)]
 
 
@@ -52,7 +52,7 @@ def gathered(world: World, counts: list[int]) -> dict[str, Any]:
 
 
 def scattered(world: World, counts: list[int]) -> dict[str, Any]:
-    """Reduce-scatter, the same."""
+    """Reduce-scatter: value, gradient, and the two sides of adjointness."""
     x = whole(world.size, sum(counts), 20)[world.rank].clone().requires_grad_()
     y = reduce_scatter_rows(x, counts, world)
     seed = parts(counts, 2)[world.rank]
@@ -76,29 +76,29 @@ def combined(world: World, counts: list[int]) -> dict[str, Any]:
 
 
 def everything(world: World) -> dict[str, Any]:
-    """All the checks of one world in one start of its ranks."""
-    found: dict[str, Any] = {"counts": gather_counts(10 * world.rank + 1, world)}
-    found["texts"] = [broadcast_text(text * (world.rank + 1), world, "a text") for text in ("", "音楽 and ü")]
+    """Run all checks of a world, so that its ranks start only once."""
+    results: dict[str, Any] = {"counts": gather_counts(10 * world.rank + 1, world)}
+    results["texts"] = [broadcast_text(text * (world.rank + 1), world, "a text") for text in ("", "音楽 and ü")]
     for index, counts in enumerate(COUNTS[world.size]):
-        found[f"gather-{index}"] = gathered(world, counts)
-        found[f"scatter-{index}"] = scattered(world, counts)
-        found[f"combine-{index}"] = combined(world, counts)
+        results[f"gather-{index}"] = gathered(world, counts)
+        results[f"scatter-{index}"] = scattered(world, counts)
+        results[f"combine-{index}"] = combined(world, counts)
         integers = torch.arange(sum(counts)).split(counts)[world.rank]
-        found[f"integers-{index}"] = all_gather_rows(integers, counts, world)
+        results[f"integers-{index}"] = all_gather_rows(integers, counts, world)
         rows = random(sum(counts), WIDTH, seed=50).float() if world.rank == 0 else None
-        found[f"rows-{index}"] = scatter_rows(rows, counts, WIDTH, world)
-    own = torch.tensor([1.0, 10.0]) * (world.rank + 1)
-    own.requires_grad_()
-    total = all_reduce_sum(own, world)
-    found["sum"], found["own"], found["sum has a gradient"] = total, own.detach(), total.requires_grad
+        results[f"rows-{index}"] = scatter_rows(rows, counts, WIDTH, world)
+    local = torch.tensor([1.0, 10.0]) * (world.rank + 1)
+    local.requires_grad_()
+    total = all_reduce_sum(local, world)
+    results["sum"], results["local"], results["sum has a gradient"] = total, local.detach(), total.requires_grad
 
     # Rank r sends r + destination rows (none from 0 to 0) whose entries say from where to where.
     send = torch.tensor([world.rank + other for other in range(world.size)])
     receive = exchange_counts(send, world)
     rows = torch.cat([torch.full((int(n), 2), 10 * world.rank + other) for other, n in enumerate(send)])
-    found["receive"] = receive
-    found["exchanged"] = all_to_all_rows(rows, send.tolist(), receive.tolist(), world)
-    return found
+    results["receive"] = receive
+    results["exchanged"] = all_to_all_rows(rows, send.tolist(), receive.tolist(), world)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,9 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize(("size", "index"), CASES)
 def test_gathered_rows_are_those_of_all_ranks_in_order(ranks: Any, size: int, index: int) -> None:
-    wanted = torch.cat(parts(COUNTS[size][index], 1))
+    expected = torch.cat(parts(COUNTS[size][index], 1))
     for rank in ranks[size]:
-        torch.testing.assert_close(rank[f"gather-{index}"]["y"], wanted, rtol=0, atol=0)
+        torch.testing.assert_close(rank[f"gather-{index}"]["y"], expected, rtol=0, atol=0)
         assert rank[f"integers-{index}"].tolist() == list(range(sum(COUNTS[size][index])))
 
 
@@ -163,16 +163,16 @@ def test_scattered_rows_are_the_blocks_of_rank_0(ranks: Any, size: int, index: i
 
 @pytest.mark.parametrize("size", COUNTS)
 def test_counts_sums_and_exchanged_rows_reach_every_rank(ranks: Any, size: int) -> None:
-    for rank, found in enumerate(ranks[size]):
-        assert found["counts"] == [10 * other + 1 for other in range(size)]
-        assert found["texts"] == ["", "音楽 and ü"]
+    for rank, results in enumerate(ranks[size]):
+        assert results["counts"] == [10 * other + 1 for other in range(size)]
+        assert results["texts"] == ["", "音楽 and ü"]
         factor = size * (size + 1) / 2
-        assert found["sum"].tolist() == [factor, 10 * factor]
-        assert found["own"].tolist() == [rank + 1, 10 * (rank + 1)]
-        assert not found["sum has a gradient"]
-        assert found["receive"].tolist() == [other + rank for other in range(size)]
-        wanted = [10 * other + rank for other in range(size) for _ in range(other + rank)]
-        assert found["exchanged"].tolist() == [[value, value] for value in wanted]
+        assert results["sum"].tolist() == [factor, 10 * factor]
+        assert results["local"].tolist() == [rank + 1, 10 * (rank + 1)]
+        assert not results["sum has a gradient"]
+        assert results["receive"].tolist() == [other + rank for other in range(size)]
+        expected = [10 * other + rank for other in range(size) for _ in range(other + rank)]
+        assert results["exchanged"].tolist() == [[value, value] for value in expected]
 
 
 def test_a_world_of_one_needs_no_process_group() -> None:

@@ -1,4 +1,4 @@
-"""Our slices of the adapters' optimizer state are those of DeepSpeed's own universal checkpoint."""
+"""Our slices of weights and optimizer state equal those of DeepSpeed's universal checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["made"]  # a fixture
 
 
 def saved_by_deepspeed(world: World, config: RunConfig, folder: str) -> dict[str, dict[str, Tensor]]:
-    """Three steps, then DeepSpeed's checkpoint; this rank's slices as our checkpoint has them."""
+    """Take three steps, save DeepSpeed's checkpoint, and return this rank's slices as in our checkpoint."""
     system = assemble(config, world)
     init_embeddings(system)
     source = BatchLoader(system.corpus, system.prompts, config, world)

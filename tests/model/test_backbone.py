@@ -29,7 +29,7 @@ def embeddings(seed: int, rows: int = B) -> Tensor:
 
 
 def open_backbone(folder: Path, adapter: AdapterConfig = LORA) -> DualBackbone:
-    """A backbone whose adapters do something: PEFT starts their second factor at zero."""
+    """Load a backbone, and set the second factor of its adapters, which PEFT initializes to zero."""
     dual = load_backbone(folder, adapter, torch.float32, seed=5)
     random = torch.Generator().manual_seed(9)
     for name, parameter in dual.named_parameters():
@@ -43,7 +43,7 @@ def adapters_of(dual: DualBackbone, which: str) -> dict[str, Tensor]:
 
 
 def run_both(dual: DualBackbone, between: Callable[[], object] = lambda: None) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of both LLMs over different inputs, and every gradient, those of the inputs included.
+    """Losses of both LLMs over different inputs, and all gradients, including those of the inputs.
 
     Args:
         between: called after the forward and before the backward.
@@ -60,8 +60,8 @@ def run_both(dual: DualBackbone, between: Callable[[], object] = lambda: None) -
 
 
 def engine_runs(world: World, folders: dict[str, str]) -> dict[str, Any]:
-    """For each family: hidden states of the engine and of the bare module, and which adapters got gradients."""
-    found: dict[str, Any] = {}
+    """By family: hidden states of the engine, and norms of gradients of adapters and inputs."""
+    results: dict[str, Any] = {}
     for family, folder in folders.items():
         tree = {"stage": "pretrain", "corpus": "-", "backbone": folder, "output": "-", "deepspeed": str(DEEPSPEED)}
         settings = resolve_settings(validate(RunConfig, tree, "test"))
@@ -71,30 +71,30 @@ def engine_runs(world: World, folders: dict[str, str]) -> dict[str, Any]:
         engine = Engine(dual, settings, torch.optim.AdamW(trained, lr=0.0), dual.layers)
         inputs = [embeddings(1).requires_grad_(), embeddings(2).requires_grad_()]
         hidden, content = engine(torch.cat(inputs), None, B * T).chunk(2)
-        at_boundary = engine.backward(hidden.square().sum() + content.square().sum())
+        complete = engine.backward(hidden.square().sum() + content.square().sum())
         norms = {name: float(gradient.norm()) for name, gradient in engine.gradients().items()}
         engine.step(1e-3)
-        found[family] = {
+        results[family] = {
             "hidden": hidden.detach(),
             "content": content.detach(),
-            "boundary": at_boundary,
+            "complete": complete,
             "norms": norms,
             "input": [float(x.grad.norm()) for x in inputs if x.grad is not None],
         }
-    return found
+    return results
 
 
 @pytest.mark.slow
 def test_every_family_runs_in_the_engine_and_equals_the_bare_decoder(folders: dict[str, Path]) -> None:
-    (found,) = run_ranks(1, engine_runs, {family: str(folder) for family, folder in folders.items()})
+    (results,) = run_ranks(1, engine_runs, {family: str(folder) for family, folder in folders.items()})
     for family, folder in folders.items():
-        got = found[family]
-        # Adapters start as the identity, so the words' own decoder is the reference.
+        got = results[family]
+        # Adapters are initialized to the identity, so the pretrained decoder is the reference.
         decoder = AutoModelForCausalLM.from_pretrained(folder).base_model
         for name, seed in (("hidden", 1), ("content", 2)):
-            wanted = decoder(inputs_embeds=embeddings(seed)).last_hidden_state
-            torch.testing.assert_close(got[name], wanted.detach(), rtol=1e-4, atol=1e-5)
-        assert got["boundary"]
+            expected = decoder(inputs_embeds=embeddings(seed)).last_hidden_state
+            torch.testing.assert_close(got[name], expected.detach(), rtol=1e-4, atol=1e-5)
+        assert got["complete"]
         assert len(got["input"]) == 2
         assert all(norm > 0 for norm in got["input"])
         for which in (COLLABORATIVE, CONTENT):
@@ -105,25 +105,25 @@ def test_every_family_runs_in_the_engine_and_equals_the_bare_decoder(folders: di
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_do_not_see_each_other(folders: dict[str, Path], family: str) -> None:
-    """Documents of 3, 4 and 5 tokens and two places that are left: each as it is alone, forward and gradient."""
+    """Documents of 3, 4 and 5 tokens and two padding positions: each computes as alone, forward and gradient."""
     dual = open_backbone(folders[family]).eval()
     packed = embeddings(1).requires_grad_()
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0]])
     weights = embeddings(2)
     for llms in ((0, 0, 0), (1, 1, 1), (0, 1, 1)):
-        # The third time the first document is the collaborative LLM's and the one behind it the content LLM's.
+        # In the third case the first document belongs to the collaborative LLM, and the next ones to the content LLM.
         together = dual(packed, positions, sum(end for end, llm in zip((3, 4, 7), llms, strict=True) if llm == 0))
         (gradient,) = torch.autograd.grad((together * weights)[:, :5].sum() + (together * weights)[0, 5:].sum(), packed)
         for (row, start, stop), llm in zip(((0, 0, 3), (0, 3, 7), (1, 0, 5)), llms, strict=True):
             document = packed[row : row + 1, start:stop].detach().requires_grad_()
             alone = dual(document, None, 0 if llm else stop - start)
             torch.testing.assert_close(together[row : row + 1, start:stop], alone, rtol=1e-4, atol=1e-5)
-            (wanted,) = torch.autograd.grad((alone * weights[row : row + 1, start:stop]).sum(), document)
-            torch.testing.assert_close(gradient[row : row + 1, start:stop], wanted, rtol=1e-4, atol=1e-5)
+            (expected,) = torch.autograd.grad((alone * weights[row : row + 1, start:stop]).sum(), document)
+            torch.testing.assert_close(gradient[row : row + 1, start:stop], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_activations_uses_each_runs_own_adapter(folders: dict[str, Path], family: str) -> None:
+def test_recomputing_activations_uses_the_adapter_of_its_forward(folders: dict[str, Path], family: str) -> None:
     losses, gradients = run_both(open_backbone(folders[family]))
     recomputing = open_backbone(folders[family])
     recomputing.enable_activation_checkpointing()
@@ -137,7 +137,7 @@ def test_recomputing_activations_uses_each_runs_own_adapter(folders: dict[str, P
 
 
 def count_forwards(dual: DualBackbone) -> list[int]:
-    """Counts the forwards of one adapted layer."""
+    """Count the forwards of an adapted layer."""
     calls = [0]
 
     def hook(*_: Any) -> None:
@@ -159,46 +159,46 @@ def test_activation_checkpointing_works_without_adapters(folders: dict[str, Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_run_uses_its_own_adapter_alone(folders: dict[str, Path], family: str) -> None:
+def test_each_llm_uses_only_its_adapter(folders: dict[str, Path], family: str) -> None:
     dual = open_backbone(folders[family])
-    own, other = adapters_of(dual, COLLABORATIVE), adapters_of(dual, CONTENT)
-    assert own
-    assert len(own) == len(other)
-    assert {id(p) for p in own.values()}.isdisjoint(id(p) for p in other.values())
+    first, second = adapters_of(dual, COLLABORATIVE), adapters_of(dual, CONTENT)
+    assert first
+    assert len(first) == len(second)
+    assert {id(p) for p in first.values()}.isdisjoint(id(p) for p in second.values())
     x = embeddings(1)
-    both = [dual(x, None, boundary) for boundary in (B * T, 0)]
+    both = [dual(x, None, content_start) for content_start in (B * T, 0)]
     assert not torch.allclose(both[0], both[1], atol=1e-3)
 
-    for hidden, moved, still in ((both[0], own, other), (both[1], other, own)):
+    for hidden, used, unused in ((both[0], first, second), (both[1], second, first)):
         dual.zero_grad()
         hidden.square().sum().backward()
-        assert all(p.grad is not None and p.grad.any() for p in moved.values())
-        # Not none: ZeRO-3 reduces the same gradients on every rank, whatever documents it has.
-        assert all(p.grad is not None and not p.grad.any() for p in still.values())
+        assert all(p.grad is not None and p.grad.any() for p in used.values())
+        # Zero instead of None: ZeRO-3 must reduce the same gradients on every rank, whatever its documents.
+        assert all(p.grad is not None and not p.grad.any() for p in unused.values())
 
-    for p in other.values():
+    for p in second.values():
         p.data.add_(1.0)
-    changed = [dual(x, None, boundary) for boundary in (B * T, 0)]
+    changed = [dual(x, None, content_start) for content_start in (B * T, 0)]
     torch.testing.assert_close(changed[0], both[0], rtol=0, atol=0)
     assert not torch.allclose(changed[1], both[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_pass_over_both_gives_what_each_llm_gives_alone(folders: dict[str, Path], family: str) -> None:
-    """Forward and every gradient, with numbers of rows that differ."""
+def test_one_pass_over_both_llms_equals_two_passes(folders: dict[str, Path], family: str) -> None:
+    """Forward and all gradients, with different numbers of rows."""
     together, alone = open_backbone(folders[family]), open_backbone(folders[family])
     losses, gradients = run_both(together)
     inputs = [embeddings(1).requires_grad_(), embeddings(2, rows=3).requires_grad_()]
     hidden, content = alone(inputs[0], None, B * T), alone(inputs[1], None, 0)
-    wanted = [hidden.square().sum(), (content * embeddings(3, rows=3)).sum()]
-    torch.stack(wanted).sum().backward()
-    assert losses == pytest.approx([loss.item() for loss in wanted], rel=1e-6)
-    wanted_gradients = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-    for name, gradient in wanted_gradients.items() | {("in", inputs[0].grad), ("content in", inputs[1].grad)}:
+    expected = [hidden.square().sum(), (content * embeddings(3, rows=3)).sum()]
+    torch.stack(expected).sum().backward()
+    assert losses == pytest.approx([loss.item() for loss in expected], rel=1e-6)
+    expected_gradients = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    for name, gradient in expected_gradients.items() | {("in", inputs[0].grad), ("content in", inputs[1].grad)}:
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_start_the_same_from_one_seed_and_as_the_identity(folders: dict[str, Path]) -> None:
+def test_adapters_are_initialized_by_the_seed_to_the_identity(folders: dict[str, Path]) -> None:
     first, second, other = (load_backbone(folders["gpt2"], LORA, torch.float32, seed) for seed in (1, 1, 2))
     weights = [dict(dual.named_parameters()) for dual in (first, second, other)]
     name = next(n for n in weights[0] if "lora_A" in n)
@@ -207,7 +207,7 @@ def test_adapters_start_the_same_from_one_seed_and_as_the_identity(folders: dict
     assert all(not p.any() for n, p in weights[0].items() if "lora_B" in n)
 
 
-def test_only_what_the_adapter_kind_names_is_trained(folders: dict[str, Path]) -> None:
+def test_the_adapter_kind_selects_what_is_trained(folders: dict[str, Path]) -> None:
     def trained(kind: str) -> list[str]:
         dual = load_backbone(folders["gpt2"], AdapterConfig(kind=kind, rank=2), torch.bfloat16, 0)
         assert all(p.dtype is torch.bfloat16 for n, p in dual.named_parameters() if n != "anchor")
@@ -220,7 +220,7 @@ def test_only_what_the_adapter_kind_names_is_trained(folders: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_are_found_in_every_family(folders: dict[str, Path], family: str) -> None:
+def test_every_family_has_its_layers(folders: dict[str, Path], family: str) -> None:
     dual = open_backbone(folders[family])
     assert len(dual.layers) == dual.decoder.config.num_hidden_layers
     inside = {id(p) for layer in dual.layers for p in layer.parameters()}

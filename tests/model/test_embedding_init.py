@@ -1,4 +1,4 @@
-"""Where rows start: the same at any world size, on the scale of the words, around what is known of the items."""
+"""Initial rows: equal at any world size, scaled like the words, item rows from interactions and texts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def table(num_rows: int, width: int, world: World) -> RowShardedEmbedding:
     return RowShardedEmbedding(num_rows, width, world, sparse_gradients=False)
 
 
-def centre() -> Tensor:
-    """Unit rows for every item but each third one, of which nothing is known."""
+def directions() -> Tensor:
+    """Unit rows, and zero for every third item."""
     rows = torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
     rows = rows / rows.norm(dim=1, keepdim=True)
     rows[::3] = 0
@@ -38,7 +38,7 @@ def started(world: World) -> dict[str, Tensor]:
     users, items, content = (table(NUM_ROWS, WIDTH, world) for _ in range(3))
     few = table(2, WIDTH, world)  # more ranks than rows
     init_prior(users, SCALE, world, seed=3, index=1)
-    init_items(items, centre() if world.is_main else None, SCALE, world, seed=3)
+    init_items(items, directions() if world.is_main else None, SCALE, world, seed=3)
     init_content(content, items, EmbeddingsConfig(lambda_l=0.1, lambda_c=0.4), SCALE, world, seed=3, index=2)
     init_prior(few, SCALE, world, seed=3, index=1)
     tables = {"users": users, "items": items, "content": content, "few": few}
@@ -57,17 +57,17 @@ def starts() -> dict[int, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", ["users", "items", "content", "few"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_rows_start_the_same_at_any_world_size(starts: Any, size: int, name: str) -> None:
+def test_initial_rows_do_not_depend_on_the_world_size(starts: Any, size: int, name: str) -> None:
     torch.testing.assert_close(starts[size][name], starts[1][name], rtol=0, atol=0)
 
 
-def test_known_items_start_on_their_centre_and_unknown_ones_from_the_prior(starts: Any) -> None:
-    items, known = starts[1]["items"], centre()
-    has_centre = known.norm(dim=1) > 0
-    wanted = known[has_centre] * math.sqrt(WIDTH) * SCALE
-    torch.testing.assert_close(items[has_centre], wanted)
+def test_items_start_from_their_direction_or_from_the_prior(starts: Any) -> None:
+    items, direction = starts[1]["items"], directions()
+    has_direction = direction.norm(dim=1) > 0
+    expected = direction[has_direction] * math.sqrt(WIDTH) * SCALE
+    torch.testing.assert_close(items[has_direction], expected)
     # Both kinds have entries of root mean square `scale`.
-    for part in (items[has_centre], items[~has_centre]):
+    for part in (items[has_direction], items[~has_direction]):
         assert part.square().mean().sqrt().item() == pytest.approx(SCALE, rel=0.02)
 
 
@@ -87,14 +87,16 @@ def test_collaborative_rows_are_samples_of_the_prior() -> None:
     [(0.1, 0.4, 0.5), (1e-3, 1e-2, math.sqrt(0.1)), (0.4, 0.1, 1.0), (0.1, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.1, 0.0)],
 )
 def test_content_rows_are_samples_around_the_collaborative_ones(lambda_l: float, lambda_c: float, ratio: float) -> None:
-    own, content = table(20_000, 10, alone()), table(20_000, 10, alone())
-    init_prior(own, SCALE, alone(), seed=0, index=1)
-    init_content(content, own, EmbeddingsConfig(lambda_l=lambda_l, lambda_c=lambda_c), SCALE, alone(), seed=0, index=2)
-    difference = (content.local_rows - own.local_rows).detach().double()
+    collaborative, content = table(20_000, 10, alone()), table(20_000, 10, alone())
+    init_prior(collaborative, SCALE, alone(), seed=0, index=1)
+    init_content(
+        content, collaborative, EmbeddingsConfig(lambda_l=lambda_l, lambda_c=lambda_c), SCALE, alone(), seed=0, index=2
+    )
+    difference = (content.local_rows - collaborative.local_rows).detach().double()
     assert difference.std().item() == pytest.approx(SCALE * ratio, rel=0.01, abs=1e-9)
     if ratio:
-        pair = torch.stack([difference.flatten(), own.local_rows.detach().double().flatten()])
-        assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.02, "the noise is the rows' own"
+        pair = torch.stack([difference.flatten(), collaborative.local_rows.detach().double().flatten()])
+        assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.02, "the noise must not depend on the rows"
 
 
 def test_noise_depends_on_seed_and_table() -> None:
@@ -109,7 +111,7 @@ def test_noise_depends_on_seed_and_table() -> None:
 
 
 def matrices() -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Interactions of 30 users with 12 items in two tastes; words that pair other items; item 11 is unknown."""
+    """Interactions of 30 users with 12 items in two tastes; words that pair other items; item 11 has neither."""
     random = np.random.default_rng(0)
     train = np.zeros((30, 12), dtype=np.float32)
     for user in range(30):
@@ -121,7 +123,7 @@ def matrices() -> tuple[sp.csr_matrix, sp.csr_matrix]:
     return sp.csr_matrix(train), sp.csr_matrix(words)
 
 
-def test_known_items_have_a_centre_of_unit_norm_and_unknown_ones_zero() -> None:
+def test_items_have_a_direction_of_unit_norm_or_zero_without_data() -> None:
     rows = spectral_item_init(*matrices(), text_weight=0.4, width=16, seed=0)
     assert rows.shape == (12, 16)
     assert rows.dtype is torch.float32
@@ -145,7 +147,7 @@ def test_a_text_weight_of_zero_ignores_the_texts() -> None:
     assert not torch.allclose(spectral_item_init(train, words, text_weight=0.4, width=16, seed=0), without, atol=1e-3)
 
 
-def test_texts_speak_for_an_item_without_interactions() -> None:
+def test_an_item_without_interactions_starts_from_its_texts() -> None:
     train, words = matrices()
     train = sp.csr_matrix(train.toarray() * (np.arange(12) != 5))
     rows = spectral_item_init(train, words, text_weight=0.4, width=16, seed=0)
@@ -153,7 +155,7 @@ def test_texts_speak_for_an_item_without_interactions() -> None:
     assert not spectral_item_init(train, words, text_weight=0.0, width=16, seed=0)[5].any()
 
 
-def test_the_centre_has_the_cosines_of_the_exact_decomposition() -> None:
+def test_directions_have_the_cosines_of_the_exact_decomposition() -> None:
     train, words = matrices()
     x = train.toarray().astype(np.float64)
     x /= np.sqrt(np.maximum(x.sum(1, keepdims=True), 1)) * np.sqrt(np.maximum(x.sum(0, keepdims=True), 1))

@@ -1,4 +1,4 @@
-"""Adam over rows: dense, lazy, packed and on the host, against torch's own AdamW."""
+"""Adam over rows: dense, sparse, in 8 bits and on the host, against the formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cllm4rec_dist.model.recommender import Recommender
 from tests.harness import alone
 
 USERS, ITEMS, WIDTH = 30, 20, 64
-LAZY = ("collaborative.users", "content.users", "content.items")
+SPARSE = ("collaborative.users", "content.users", "content.items")
 BETAS = (0.9, 0.99)
 STORAGES: list[Storage] = ["fp32", "int8", "cpu"]
 
@@ -47,13 +47,13 @@ def make(storage: Storage, width: int = WIDTH) -> tuple[Recommender, EmbeddingOp
     return model, EmbeddingOptimizer(model, BETAS, storage)
 
 
-def give_gradients(optimizer: EmbeddingOptimizer, number: int, scale: float = 1.0) -> dict[str, Tensor]:
-    """Gradients of step `number`; of lazy tables for some rows, another few at each step. Returns those rows."""
-    random = torch.Generator().manual_seed(number)
+def give_gradients(optimizer: EmbeddingOptimizer, step: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """Set the gradients of a step, sparse ones for other rows at each step; return those rows by name."""
+    random = torch.Generator().manual_seed(step)
     touched = {}
     for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
-        if name in LAZY:
-            rows = torch.randperm(len(parameter), generator=random)[: 5 + number].sort().values
+        if name in SPARSE:
+            rows = torch.randperm(len(parameter), generator=random)[: 5 + step].sort().values
             values = scale * torch.randn(len(rows), parameter.shape[1], generator=random)
             parameter.grad = torch.sparse_coo_tensor(
                 rows[None], values, parameter.shape, is_coalesced=True, check_invariants=True
@@ -69,43 +69,43 @@ def weights_of(optimizer: EmbeddingOptimizer) -> dict[str, Tensor]:
 
 
 def adam(optimizer: EmbeddingOptimizer, steps: int, lr: float) -> dict[str, Tensor]:
-    """The formula, in fp64; a row that is not touched keeps its weights and its moments."""
-    found = {name: value.double() for name, value in weights_of(optimizer).items()}
-    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in found.items()}
-    for number in range(steps):
-        touched = give_gradients(optimizer, number)
+    """Adam's formula in fp64; untouched rows keep their weights and moments."""
+    weights = {name: value.double() for name, value in weights_of(optimizer).items()}
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in weights.items()}
+    for step in range(steps):
+        touched = give_gradients(optimizer, step)
         for name, parameter in zip(optimizer.names, optimizer.parameters, strict=True):
             assert parameter.grad is not None
             gradient, (first, second) = parameter.grad.to_dense().double(), moments[name]
             rows: Any = touched.get(name, ...)
             first[rows] = BETAS[0] * first[rows] + (1 - BETAS[0]) * gradient[rows]
             second[rows] = BETAS[1] * second[rows] + (1 - BETAS[1]) * gradient[rows] ** 2
-            correct = 1 - BETAS[0] ** (number + 1), 1 - BETAS[1] ** (number + 1)
-            found[name][rows] -= lr * (first[rows] / correct[0]) / ((second[rows] / correct[1]).sqrt() + 1e-8)
-    return found
+            correct = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
+            weights[name][rows] -= lr * (first[rows] / correct[0]) / ((second[rows] / correct[1]).sqrt() + 1e-8)
+    return weights
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_steps_are_adams_and_leave_other_rows_alone(storage: Storage) -> None:
     _, optimizer = make(storage)
-    wanted = adam(optimizer, 4, 1e-2)
-    for number in range(4):
-        give_gradients(optimizer, number)
+    expected = adam(optimizer, 4, 1e-2)
+    for step in range(4):
+        give_gradients(optimizer, step)
         optimizer.step(1e-2)
         assert all(parameter.grad is None for parameter in optimizer.parameters)
-    # In 8 bits a moment is off by 1 %, and so is a move of at most 4 x 1e-2 x its size.
+    # An 8-bit moment has an error of 1 %, and so has an update of at most 4 x 1e-2.
     tolerance = 2e-3 if storage == "int8" else 1e-6
     for name, value in weights_of(optimizer).items():
-        torch.testing.assert_close(value.double(), wanted[name], rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=tolerance, msg=name)
 
 
-def test_a_lazy_step_touches_the_rows_of_the_step_alone_in_8_bits_too() -> None:
+def test_a_sparse_step_updates_only_its_rows_in_8_bits_too() -> None:
     for storage in STORAGES:
         _, optimizer = make(storage)
         give_gradients(optimizer, 0)
         optimizer.step(1e-2)
         weights, state = weights_of(optimizer), {k: dict(v) for k, v in optimizer.state().items()}
-        before = {name: {key: v.clone() for key, v in found.items()} for name, found in state.items()}
+        before = {name: {key: v.clone() for key, v in moments.items()} for name, moments in state.items()}
         touched = give_gradients(optimizer, 1)
         optimizer.step(1e-2)
         after, now = optimizer.state(), weights_of(optimizer)
@@ -118,27 +118,27 @@ def test_a_lazy_step_touches_the_rows_of_the_step_alone_in_8_bits_too() -> None:
                 assert torch.equal(after[name][key][others], before[name][key][others])
 
 
-def test_moments_on_the_host_give_the_same_numbers_as_beside_the_rows() -> None:
-    found = {}
+def test_moments_on_the_host_give_the_same_weights() -> None:
+    results = {}
     for storage in ("fp32", "cpu"):
         _, optimizer = make(storage)
-        for number in range(3):
-            give_gradients(optimizer, number)
+        for step in range(3):
+            give_gradients(optimizer, step)
             optimizer.step(1e-2)
-        found[storage] = weights_of(optimizer), optimizer.state()
-        assert {value.device.type for state in found[storage][1].values() for value in state.values()} == {"cpu"}
-    for name, value in found["fp32"][0].items():
-        assert torch.equal(value, found["cpu"][0][name])
+        results[storage] = weights_of(optimizer), optimizer.state()
+        assert {value.device.type for state in results[storage][1].values() for value in state.values()} == {"cpu"}
+    for name, value in results["fp32"][0].items():
+        assert torch.equal(value, results["cpu"][0][name])
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_resumed_optimizer_steps_as_the_one_that_was_saved(storage: Storage) -> None:
+def test_a_resumed_optimizer_steps_like_the_saved_one(storage: Storage) -> None:
     model, optimizer = make(storage)
-    for number in range(3):
-        give_gradients(optimizer, number)
+    for step in range(3):
+        give_gradients(optimizer, step)
         optimizer.step(1e-2)
-    saved = {name: {key: v.clone() for key, v in found.items()} for name, found in optimizer.state().items()}
-    assert {v.dtype for found in saved.values() for v in found.values()} == {torch.float32}
+    saved = {name: {key: v.clone() for key, v in moments.items()} for name, moments in optimizer.state().items()}
+    assert {v.dtype for moments in saved.values() for v in moments.values()} == {torch.float32}
     other, resumed = make(storage)
     other.load_state_dict(model.state_dict())
     resumed.load_state(saved)
@@ -149,13 +149,13 @@ def test_a_resumed_optimizer_steps_as_the_one_that_was_saved(storage: Storage) -
     for name, value in weights_of(optimizer).items():
         torch.testing.assert_close(weights_of(resumed)[name], value, rtol=0, atol=tolerance, msg=name)
     resumed.load_state(saved)
-    for name, found in resumed.state().items():
-        for key, value in found.items():
+    for name, moments in resumed.state().items():
+        for key, value in moments.items():
             near = 1e-4 * value.abs().max().item() if storage == "int8" else 0.0
             torch.testing.assert_close(value, saved[name][key], rtol=0, atol=near, msg=f"{name}.{key}")
 
 
-def test_8_bits_take_a_quarter_of_the_memory_and_go_down_as_fast() -> None:
+def test_8_bits_take_a_quarter_of_the_memory_and_converge_as_fast() -> None:
     sizes, losses = {}, {}
     for storage in ("fp32", "int8"):
         model, optimizer = make(storage)
@@ -184,7 +184,7 @@ def test_a_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         make("int8")
 
 
-def test_a_step_is_seen_by_whoever_holds_rows_of_before() -> None:
+def test_a_step_increments_the_versions_of_its_parameters() -> None:
     _, optimizer = make("fp32")
     versions = [parameter._version for parameter in optimizer.parameters]
     give_gradients(optimizer, 0)

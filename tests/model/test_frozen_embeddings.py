@@ -28,7 +28,7 @@ NO_HEAD = r"no language-model head.*batch\.texts=0"
 
 
 def with_weights_of(folder: Path, to: Path, model: type, *, tied: bool = True) -> Path:
-    """A folder that another class of the family was saved to."""
+    """A folder with the weights of another class of the family."""
     copy = copied(folder, to)
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = tied
@@ -57,7 +57,7 @@ def assert_headless(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_words_are_the_models_own_tied_weights(folders: dict[str, Path], family: str) -> None:
+def test_words_are_the_models_tied_weights(folders: dict[str, Path], family: str) -> None:
     words = load_frozen_embeddings(folders[family], torch.float32, CPU)
     assert_as_transformers(folders[family])
     assert words.head is words.embedding
@@ -95,8 +95,8 @@ def test_an_embedding_model_has_no_head_whatever_its_architecture(
     assert_headless(folder)
 
 
-def test_a_head_that_is_absent_is_never_made_of_the_embeddings(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Transformers would start it at random: config.json says that it is a weight of its own."""
+def test_an_absent_head_is_not_replaced_by_the_embeddings(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Transformers would initialize it at random, because config.json says that it is not tied."""
     for family in FAMILIES:
         folder = changed(folders[family], tmp_path / family, tie_word_embeddings=False)
         _, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -105,12 +105,10 @@ def test_a_head_that_is_absent_is_never_made_of_the_embeddings(folders: dict[str
     assert_headless(changed(folders["llama"], tmp_path / "left-out", tie_word_embeddings=None))  # false for LLaMA
 
 
-def test_a_head_that_is_stored_counts_whatever_ties_and_architecture_say(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_stored_head_is_used_whatever_ties_and_architecture_say(folders: dict[str, Path], tmp_path: Path) -> None:
     """Transformers does not tie weights that are stored with other values."""
-    for number, settings in enumerate(({}, {"architectures": ["LlamaModel"]}, {"architectures": None})):
-        folder = changed(folders["llama"], tmp_path / str(number), **settings)
+    for index, settings in enumerate(({}, {"architectures": ["LlamaModel"]}, {"architectures": None})):
+        folder = changed(folders["llama"], tmp_path / str(index), **settings)
         embedding = load_frozen_embeddings(folder, torch.float32, CPU, head=False).embedding
         rewrite(folder / "model.safetensors", **{"lm_head.weight": embedding + 1})
         assert_as_transformers(folder)

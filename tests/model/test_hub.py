@@ -1,4 +1,4 @@
-"""Hub ids: from a cache that holds no more than was wanted, and no file fetched that is not read."""
+"""Hub ids: from a cache with the required files only; no other file is fetched."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ OTHERS = [
     "weights.gguf",
     "training_args.json",
 ]
-"""What repositories hold beside a model."""
+"""Other files of repositories."""
 
 
 def in_cache(folder: Path, root: Path, *, revision: str = COMMIT, tree: Sequence[str] = ()) -> Path:
-    """Put a folder into a cache as org/name; `tree` are the files that the hub is known to have."""
+    """Put a folder into a cache as org/name; `tree` are the hub's files that the cache has recorded."""
     repository = root / "models--org--name"
     snapshot = repository / "snapshots" / revision
     shutil.copytree(folder, snapshot)
@@ -77,26 +77,26 @@ def assert_usable(folder: Path, like: Path) -> None:
 
 @pytest.mark.parametrize("in_shards", [False, True])
 @pytest.mark.parametrize("revision", [COMMIT, "abc"])
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("has_tree", [False, True])
 def test_a_filtered_cache_is_enough_offline(
-    folders: dict[str, Path], tmp_path: Path, offline: Path, in_shards: bool, revision: str, known: bool
+    folders: dict[str, Path], tmp_path: Path, offline: Path, in_shards: bool, revision: str, has_tree: bool
 ) -> None:
-    """Whether or not the cache knows which files of the hub it lacks."""
+    """With and without a record of the hub's files in the cache."""
     folder = sharded(folders["llama"], tmp_path / "shards") if in_shards else folders["llama"]
-    tree = [*(path.name for path in folder.iterdir()), *OTHERS, "vocab.json", "modules.json"] if known else []
+    tree = [*(path.name for path in folder.iterdir()), *OTHERS, "vocab.json", "modules.json"] if has_tree else []
     snapshot = in_cache(folder, offline, revision=revision, tree=tree)
     assert local_folder("org/name") == snapshot
     assert local_folder("org/name", weights=False) == snapshot
     assert_usable(local_folder("org/name"), folder)
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("has_tree", [False, True])
 def test_weights_that_the_cache_lacks_are_named_offline(
-    folders: dict[str, Path], tmp_path: Path, offline: Path, known: bool
+    folders: dict[str, Path], tmp_path: Path, offline: Path, has_tree: bool
 ) -> None:
     folder = sharded(folders["llama"], tmp_path / "shards")
     lost = sorted(path.name for path in folder.glob("model-*"))[1]
-    snapshot = in_cache(folder, offline, tree=[path.name for path in folder.iterdir()] if known else [])
+    snapshot = in_cache(folder, offline, tree=[path.name for path in folder.iterdir()] if has_tree else [])
     (snapshot / lost).unlink()
     assert local_folder("org/name", weights=False) == snapshot, "a plan reads none"
     with pytest.raises(ConfigError, match=lost):
@@ -114,9 +114,7 @@ def test_what_is_not_in_the_cache_is_refused_offline(offline: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_a_process_that_is_told_to_stay_offline_reads_the_cache(
-    folders: dict[str, Path], tmp_path: Path, variable: str
-) -> None:
+def test_an_offline_process_reads_the_cache(folders: dict[str, Path], tmp_path: Path, variable: str) -> None:
     snapshot = in_cache(folders["gpt2"], tmp_path, tree=["config.json", "tokenizer.json", "added_tokens.json", *OTHERS])
     script = "from cllm4rec_dist.model.hub import local_folder; print(local_folder('org/name'))"
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), variable: "1"}
@@ -158,9 +156,9 @@ def test_only_files_that_are_read_are_fetched(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
     assert local_folder("org/name", weights=False) == hub.snapshot
     assert not any("model" in name for name in hub.fetched)
-    found = local_folder("org/name")
+    snapshot = local_folder("org/name")
     assert set(hub.fetched) == read
-    assert_usable(found, folder)
+    assert_usable(snapshot, folder)
 
 
 def test_an_adapter_on_the_hub_is_fetched_far_enough_to_be_refused(
@@ -194,7 +192,7 @@ def test_the_cache_is_used_where_the_hub_refuses(
     "name", ["./bacbones/demo", "../demo", "/data/backbones/demo", "~/backbones/demo", "a/b/demo", r"C:\demo", "demo/"]
 )
 def test_a_path_that_does_not_exist_is_never_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("called the hub"))
     started = time.monotonic()
     with pytest.raises(ConfigError, match="does not exist"):
         local_folder(name)
@@ -208,7 +206,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_taken_as_it_is(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("called the hub"))
     monkeypatch.chdir(folders["gpt2"].parent)
     assert local_folder("gpt2") == folders["gpt2"].absolute()
     monkeypatch.setenv("HOME", str(folders["gpt2"].parent))

@@ -1,4 +1,4 @@
-"""Softmax heads equal dense log_softmax, and never allocate anything of size [positions, items]."""
+"""Softmax heads equal dense log_softmax, and never allocate a tensor of size [positions, items]."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_chunked_logsumexp_equals_torchs(max_logits: int) -> None:
     dense = (queries @ weight.T).logsumexp(1)
     torch.testing.assert_close(lse, dense)
     seed = normal(6, seed=3)
-    for got, wanted in zip(
+    for got, expected in zip(
         torch.autograd.grad(lse, (queries, weight), seed),
         torch.autograd.grad(dense, (queries, weight), seed),
         strict=True,
     ):
-        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("max_logits", [1, 8, 1000])
@@ -107,26 +107,29 @@ def test_sums_of_half_precision_queries_are_fp32() -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_rounds_operands_and_gradients_but_no_logit(weight_dtype: torch.dtype) -> None:
-    """Against fp64 on the same numbers; torch's own bf16 logits are off by a thousand times as much."""
+def test_half_precision_rounds_inputs_and_gradients_but_no_logit(weight_dtype: torch.dtype) -> None:
+    """Against fp64 on the same numbers; the error of torch's bf16 logits is a thousand times as large."""
     queries, weight = normal(32, 64, seed=1, scale=0.7).bfloat16(), normal(500, 64, seed=2, scale=0.7)
-    places, rows = torch.arange(32), torch.randint(500, (32,), generator=torch.Generator().manual_seed(3))
+    target_query, rows = torch.arange(32), torch.randint(500, (32,), generator=torch.Generator().manual_seed(3))
 
     def run(form: Callable[..., Tensor], dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Tensor]:
         leaves = queries.detach().to(dtype).requires_grad_(), weight.detach().to(weight_dtype).requires_grad_()
-        loss = form(*leaves, places, rows)
+        loss = form(*leaves, target_query, rows)
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
-    found = run(linear_cross_entropy, torch.bfloat16, weight_dtype)
+    results = run(linear_cross_entropy, torch.bfloat16, weight_dtype)
     weight = weight.bfloat16()
     exact = run(reference_nll, torch.float64, torch.float64)
     naive = run(reference_nll, torch.bfloat16, torch.bfloat16)
-    error = lambda got, wanted: float((got.double() - wanted).norm() / wanted.norm())  # noqa: E731
-    assert error(found[0], exact[0]) < 1e-6
+
+    def error(got: Tensor, expected: Tensor) -> float:
+        return float((got.double() - expected).norm() / expected.norm())
+
+    assert error(results[0], exact[0]) < 1e-6
     assert error(naive[0], exact[0]) > 1e-3, "the control must be seen"
-    for got, wanted, rough in zip(found[1:], exact[1:], naive[1:], strict=True):
-        assert error(got, wanted) < 2.5e-3  # bf16 itself rounds by up to 3.9e-3, 1.7e-3 in this norm
-        assert error(rough, wanted) > 2 * error(got, wanted)
+    for got, expected, rough in zip(results[1:], exact[1:], naive[1:], strict=True):
+        assert error(got, expected) < 2.5e-3  # bf16 itself rounds by up to 3.9e-3, 1.7e-3 in this norm
+        assert error(rough, expected) > 2 * error(got, expected)
 
 
 # Queries with one target, with several, with a repeated one, and with none.
@@ -135,10 +138,10 @@ TARGET_QUERY, TARGET_ROW = torch.tensor([0, 2, 2, 2, 3, 3]), torch.tensor([4, 0,
 
 def test_target_scores_are_sums_over_each_querys_targets() -> None:
     queries, weight = normal(5, WIDTH, seed=1), normal(7, WIDTH, seed=2)
-    wanted = torch.zeros(5, dtype=torch.float64)
+    expected = torch.zeros(5, dtype=torch.float64)
     for query, row in zip(TARGET_QUERY.tolist(), TARGET_ROW.tolist(), strict=True):
-        wanted[query] += queries[query] @ weight[row]
-    torch.testing.assert_close(target_scores(queries, weight, TARGET_QUERY, TARGET_ROW), wanted)
+        expected[query] += queries[query] @ weight[row]
+    torch.testing.assert_close(target_scores(queries, weight, TARGET_QUERY, TARGET_ROW), expected)
 
 
 def reference_nll(queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor) -> Tensor:
@@ -150,12 +153,12 @@ def reference_nll(queries: Tensor, weight: Tensor, target_query: Tensor, target_
 def test_dense_nll_equals_log_softmax() -> None:
     queries, weight = normal(5, WIDTH, seed=1).requires_grad_(), normal(7, WIDTH, seed=2).requires_grad_()
     nll = linear_cross_entropy(queries, weight, TARGET_QUERY, TARGET_ROW)
-    wanted = reference_nll(queries, weight, TARGET_QUERY, TARGET_ROW)
-    torch.testing.assert_close(nll, wanted)
+    expected = reference_nll(queries, weight, TARGET_QUERY, TARGET_ROW)
+    torch.testing.assert_close(nll, expected)
     assert nll[1] == 0
     for got, exact in zip(
         torch.autograd.grad(nll.sum(), (queries, weight)),
-        torch.autograd.grad(wanted.sum(), (queries, weight)),
+        torch.autograd.grad(expected.sum(), (queries, weight)),
         strict=True,
     ):
         torch.testing.assert_close(got, exact)
@@ -194,22 +197,22 @@ def whole_nll(
 
 
 def sharded(world: World) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for index, counts in enumerate(POSITIONS[world.size]):
         for num_items in (NUM_ITEMS, 3):
             queries, weight, targets, seed = sharded_case(counts, num_items)
             partition = RowPartition(num_items, world.size)
             start, stop = partition.range(world.rank)
-            own_queries = queries[world.rank].clone().requires_grad_()
-            own_weight = weight[start:stop].clone().requires_grad_()
-            nll = whole_nll(own_queries, own_weight, *targets[world.rank], partition, world, 0, None, MAX_LOGITS)
+            local_queries = queries[world.rank].clone().requires_grad_()
+            local_weight = weight[start:stop].clone().requires_grad_()
+            nll = whole_nll(local_queries, local_weight, *targets[world.rank], partition, world, 0, None, MAX_LOGITS)
             (nll * seed.split(counts)[world.rank]).sum().backward()
-            found[f"{index}-{num_items}"] = {
+            results[f"{index}-{num_items}"] = {
                 "nll": nll.detach(),
-                "queries": own_queries.grad,
-                "weight": own_weight.grad,
+                "queries": local_queries.grad,
+                "weight": local_weight.grad,
             }
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -225,18 +228,18 @@ def test_sharded_nll_equals_dense_log_softmax(ranks: Any, size: int, index: int,
     weight.requires_grad_()
     parts = [reference_nll(q, weight, *target) for q, target in zip(leaves, targets, strict=True)]
     (torch.cat(parts) * seed).sum().backward()
-    found = [rank[f"{index}-{num_items}"] for rank in ranks[size]]
-    for got, nll, leaf in zip(found, parts, leaves, strict=True):
+    results = [rank[f"{index}-{num_items}"] for rank in ranks[size]]
+    for got, nll, leaf in zip(results, parts, leaves, strict=True):
         torch.testing.assert_close(got["nll"], nll.detach())
         torch.testing.assert_close(got["queries"], leaf.grad)
-    torch.testing.assert_close(torch.cat([got["weight"] for got in found]), weight.grad)
+    torch.testing.assert_close(torch.cat([got["weight"] for got in results]), weight.grad)
 
 
 SAMPLED = 6
 
 
 def sampled(world: World) -> dict[str, dict[str, Tensor]]:
-    found = {}
+    results = {}
     for index, counts in enumerate(POSITIONS[world.size]):
         for num_items in (NUM_ITEMS, 3):
             queries, weight, targets, seed = sharded_case(counts, num_items)
@@ -247,17 +250,17 @@ def sampled(world: World) -> dict[str, dict[str, Tensor]]:
             more = SAMPLED, torch.tensor(key), MAX_LOGITS
             nll = whole_nll(*leaves, *targets[world.rank], partition, world, *more)
             (nll * seed.split(counts)[world.rank]).sum().backward()
-            everyones = torch.cat([row for _, row in targets])
-            own = everyones[(everyones >= start) & (everyones < stop)] - start
-            rows, log_weight = sample_rows(stop - start, SAMPLED, key, own, world)
-            found[f"{index}-{num_items}"] = {
+            all_rows = torch.cat([row for _, row in targets])
+            local_targets = all_rows[(all_rows >= start) & (all_rows < stop)] - start
+            rows, log_weight = sample_rows(stop - start, SAMPLED, key, local_targets, world)
+            results[f"{index}-{num_items}"] = {
                 "nll": nll.detach(),
                 "queries": leaves[0].grad,
                 "weight": leaves[1].grad,
                 "rows": rows + start,
                 "log_weight": log_weight,
             }
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +274,9 @@ def test_a_sampled_softmax_is_the_dense_one_over_the_same_sample(
 ) -> None:
     queries, weight, targets, seed = sharded_case(POSITIONS[size][index], num_items)
     weight.requires_grad_()
-    found = [rank[f"{index}-{num_items}"] for rank in sampled_ranks[size]]
-    rows = torch.cat([got["rows"] for got in found])
-    log_weight = torch.cat([got["log_weight"] for got in found]).double()
+    results = [rank[f"{index}-{num_items}"] for rank in sampled_ranks[size]]
+    rows = torch.cat([got["rows"] for got in results])
+    log_weight = torch.cat([got["log_weight"] for got in results]).double()
     assert len(rows.unique()) == len(rows)
     leaves = [part.clone().requires_grad_() for part in queries]
     parts = []
@@ -284,10 +287,10 @@ def test_a_sampled_softmax_is_the_dense_one_over_the_same_sample(
             nll.index_add(0, target_query, lse[target_query] - (query[target_query] * weight[target_row]).sum(1))
         )
     (torch.cat(parts) * seed).sum().backward()
-    for got, nll, leaf in zip(found, parts, leaves, strict=True):
+    for got, nll, leaf in zip(results, parts, leaves, strict=True):
         torch.testing.assert_close(got["nll"], nll.detach())
         torch.testing.assert_close(got["queries"], leaf.grad)
-    torch.testing.assert_close(torch.cat([got["weight"] for got in found]), weight.grad)
+    torch.testing.assert_close(torch.cat([got["weight"] for got in results]), weight.grad)
 
 
 def test_the_sampled_sum_of_exponentials_has_no_bias() -> None:
@@ -326,8 +329,8 @@ def test_the_papers_head_is_the_tied_inner_product() -> None:
 
 
 def test_the_cosine_head_divides_the_product_of_directions_by_the_temperature() -> None:
-    wanted = unit(HIDDEN) @ unit(ITEMS).T / TEMPERATURE
-    torch.testing.assert_close(head_scores(similarity="cosine"), wanted, rtol=1e-6, atol=0)
+    expected = unit(HIDDEN) @ unit(ITEMS).T / TEMPERATURE
+    torch.testing.assert_close(head_scores(similarity="cosine"), expected, rtol=1e-6, atol=0)
 
 
 def test_the_bias_is_added_to_each_items_score() -> None:
@@ -337,9 +340,9 @@ def test_the_bias_is_added_to_each_items_score() -> None:
 def test_the_pool_residual_adds_the_direction_of_the_items_read() -> None:
     query = HIDDEN + unit(POOLED) * math.sqrt(WIDTH)
     torch.testing.assert_close(head_scores(pool_residual=True), query @ ITEMS.T)
-    wanted = unit(query) @ unit(ITEMS).T / TEMPERATURE + torch.arange(4.0, dtype=torch.float64)
+    expected = unit(query) @ unit(ITEMS).T / TEMPERATURE + torch.arange(4.0, dtype=torch.float64)
     both = head_scores(similarity="cosine", item_bias=True, pool_residual=True)
-    torch.testing.assert_close(both, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(both, expected, rtol=1e-6, atol=0)
 
 
 def test_a_position_that_has_read_no_item_adds_nothing() -> None:

@@ -91,9 +91,9 @@ def sharded(world: World) -> dict[str, Any]:
 
 
 def test_each_ranks_sum_is_that_of_its_own_users_over_the_whole_catalog() -> None:
-    for rank, found in enumerate(run_ranks(3, sharded)):
+    for rank, losses in enumerate(run_ranks(3, sharded)):
         for kind in CASES:
-            assert found[kind].item() == pytest.approx(by_hand(kind, rank), rel=1e-12, abs=1e-12)
+            assert losses[kind].item() == pytest.approx(by_hand(kind, rank), rel=1e-12, abs=1e-12)
 
 
 def test_word_likelihood_is_the_papers() -> None:
@@ -101,30 +101,32 @@ def test_word_likelihood_is_the_papers() -> None:
     # Position 3 predicts nothing.
     target_query, targets = torch.tensor([0, 1, 2, 4]), torch.tensor([8, 0, 3, 3])
     loss = text_loss(states, head, target_query, targets)
-    wanted = -sum(
+    expected = -sum(
         log_softmax(states[query].tolist(), head.tolist(), target)
         for query, target in zip(target_query.tolist(), targets.tolist(), strict=True)
     )
-    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
     assert text_loss(states[:0], head, target_query[:0], targets[:0]).item() == 0.0
 
 
 def test_mutual_regularization_is_the_papers() -> None:
-    own, content = normal(4, WIDTH, seed=1).requires_grad_(), normal(4, WIDTH, seed=2).requires_grad_()
+    collaborative, content = normal(4, WIDTH, seed=1).requires_grad_(), normal(4, WIDTH, seed=2).requires_grad_()
     lambda_l, lambda_c = 0.3, 0.7
-    loss = mutual_regularization(own, content, lambda_l, lambda_c)
-    wanted = sum(
+    loss = mutual_regularization(collaborative, content, lambda_l, lambda_c)
+    expected = sum(
         lambda_c / 2 * sum((c - o) ** 2 for c, o in zip(z_c, z_l, strict=True)) + lambda_l / 2 * dot(z_l, z_l)
-        for z_l, z_c in zip(own.tolist(), content.tolist(), strict=True)
+        for z_l, z_c in zip(collaborative.tolist(), content.tolist(), strict=True)
     )
-    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
     loss.backward()
     # Gradients flow into both sides.
-    torch.testing.assert_close(content.grad, (lambda_c * (content - own)).detach())
-    torch.testing.assert_close(own.grad, (lambda_l * own - lambda_c * (content - own)).detach())
+    torch.testing.assert_close(content.grad, (lambda_c * (content - collaborative)).detach())
+    torch.testing.assert_close(
+        collaborative.grad, (lambda_l * collaborative - lambda_c * (content - collaborative)).detach()
+    )
 
 
 def test_without_content_rows_only_the_prior_is_left() -> None:
-    own = normal(4, WIDTH, seed=1)
-    loss = mutual_regularization(own, None, 0.3, 0.7)
-    assert loss.item() == pytest.approx(0.15 * sum(x * x for row in own.tolist() for x in row), rel=1e-12)
+    collaborative = normal(4, WIDTH, seed=1)
+    loss = mutual_regularization(collaborative, None, 0.3, 0.7)
+    assert loss.item() == pytest.approx(0.15 * sum(x * x for row in collaborative.tolist() for x in row), rel=1e-12)

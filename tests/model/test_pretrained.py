@@ -67,7 +67,7 @@ def test_a_quantized_folder_is_refused_with_its_method(
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_asking_for_4_bits_does_not_make_quantized_weights_usable(
+def test_quantization_does_not_make_quantized_weights_usable(
     folders: dict[str, Path], tmp_path: Path, quantization: str
 ) -> None:
     folder = changed(folders["llama"], tmp_path / "q", quantization_config={"quant_method": "gptq", "bits": 4})
@@ -76,7 +76,7 @@ def test_asking_for_4_bits_does_not_make_quantized_weights_usable(
 
 
 @pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
-def test_a_quantizers_own_file_tells_as_well(folders: dict[str, Path], tmp_path: Path, file: str) -> None:
+def test_a_quantizers_file_is_recognized_too(folders: dict[str, Path], tmp_path: Path, file: str) -> None:
     folder = copied(folders["llama"], tmp_path / "quantized")
     (folder / file).write_text(json.dumps({"bits": 4}))
     with pytest.raises(ConfigError, match=file):
@@ -92,10 +92,10 @@ def test_no_quantization_is_no_quantization(folders: dict[str, Path], tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantized_numbers_without_a_word_in_the_configuration_are_refused(
+def test_quantized_weights_without_a_quantization_config_are_refused(
     folders: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    """Same names and shapes, so transformers takes the numbers as they are, without their scales."""
+    """Names and shapes match, so transformers would read the numbers without their scales."""
     folder = copied(folders[family], tmp_path / "raw")
     path = folder / "model.safetensors"
     name = next(name for name in load_file(path) if "mlp" in name and name.endswith("weight"))
@@ -105,7 +105,9 @@ def test_quantized_numbers_without_a_word_in_the_configuration_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_any_plain_type_are_read(folders: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_weights_of_any_unquantized_dtype_are_read(
+    folders: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
     folder = copied(folders["llama"], tmp_path / "plain")
     path = folder / "model.safetensors"
     save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path, {"format": "pt"})
@@ -130,7 +132,7 @@ def test_a_folder_with_nothing_but_an_adapter_is_refused_for_it(tmp_path: Path) 
         load_config(tmp_path)
 
 
-def test_adapter_weights_among_the_models_own_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_adapter_weights_among_the_models_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(folders["llama"], tmp_path / "mixed")
     name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
     rewrite(folder / "model.safetensors", **{name: torch.zeros(2, 16)})
@@ -159,7 +161,7 @@ def test_a_weight_with_and_without_prefix_is_refused(folders: dict[str, Path], t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_decoder_that_sees_what_it_predicts_is_refused(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+def test_a_bidirectional_decoder_is_refused(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     folder = changed(folders[family], tmp_path / "both-sides", is_causal=False)
     with pytest.raises(ConfigError, match="is_causal"):
         load_config(folder)
@@ -192,7 +194,7 @@ def test_every_adapter_target_must_match_linear_layers(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_targets_that_match_are_taken(folders: dict[str, Path], family: str) -> None:
+def test_matching_targets_are_accepted(folders: dict[str, Path], family: str) -> None:
     config, names = load_config(folders[family]), LORA_TARGETS[family]
     first_layer = "h.0.mlp.c_fc" if family == "gpt2" else "layers.0.mlp.up_proj"
     for targets in (None, tuple(names), (names[0],), (first_layer,)):
@@ -259,7 +261,7 @@ def hidden(folder: Path, lengths: list[int]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("settings", "constant"), ROTARY)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_packed_is_alone_for_every_rotary_type_that_is_not_refused(
+def test_packed_documents_compute_as_alone_for_every_accepted_rotary_type(
     folders: dict[str, Path], tmp_path: Path, family: str, settings: dict[str, Any], constant: int | None
 ) -> None:
     clean = {"rope_parameters": None, "max_position_embeddings": 16}
@@ -274,7 +276,7 @@ def test_packed_is_alone_for_every_rotary_type_that_is_not_refused(
     named = rf"max_history: {longest - 2} .*{constant} positions.*rope_type.*{constant - 3} or"
     with pytest.raises(ConfigError, match=named):
         require_static_rotary(config, "method.max_history", longest - 2, 3)
-    # The refusal is needed: beside a longer document the same one comes out otherwise.
+    # The refusal is needed: with a longer document in the batch the result differs.
     assert not torch.allclose(hidden(folder, [4, constant + 4])[0], hidden(folder, [4])[0], atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A 4-bit backbone computes what its weights, unpacked, compute; evaluation does not spoil it; ZeRO-3 shards it."""
+"""A 4-bit backbone computes as with its dequantized weights; evaluation does not change them; ZeRO-3 shards them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def embeddings(seed: int, rows: int = 2) -> Tensor:
 
 
 def packed(dual: DualBackbone) -> dict[str, nn.Module]:
-    found = {n: m for n, m in dual.named_modules() if type(m).__module__ == "bitsandbytes.nn.modules"}
-    return {name.replace("base_layer.", "").removesuffix(".base_layer"): module for name, module in found.items()}
+    layers = {n: m for n, m in dual.named_modules() if type(m).__module__ == "bitsandbytes.nn.modules"}
+    return {name.replace("base_layer.", "").removesuffix(".base_layer"): layer for name, layer in layers.items()}
 
 
 def packed_bytes(dual: DualBackbone) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def packed_bytes(dual: DualBackbone) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_weights_compute_what_they_unpack_to(folders: dict[str, Path], family: str) -> None:
+def test_packed_weights_compute_as_their_dequantized_values(folders: dict[str, Path], family: str) -> None:
     quantized = load_backbone(folders[family], LORA, torch.float32, 5, "nf4")
     dense = load_backbone(folders[family], LORA, torch.float32, 5)
     layers = packed(quantized)
@@ -61,15 +61,15 @@ def test_packed_weights_compute_what_they_unpack_to(folders: dict[str, Path], fa
     assert exact.keys() == dense.decoder.state_dict().keys()
 
     inputs = embeddings(1, 5).requires_grad_()
-    found = []
+    results = []
     for dual in (quantized, dense):
         hidden = dual(inputs, None, 17)
-        found.append([hidden, *torch.autograd.grad((hidden * embeddings(3, 5)).sum(), inputs)])
-    for got, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        results.append([hidden, *torch.autograd.grad((hidden * embeddings(3, 5)).sum(), inputs)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_leaves_packed_weights_as_they_are(folders: dict[str, Path]) -> None:
+def test_evaluation_does_not_change_packed_weights(folders: dict[str, Path]) -> None:
     dual = load_backbone(folders["llama"], LORA, torch.bfloat16, 5, "nf4")
     before = packed_bytes(dual)
     x = embeddings(1).bfloat16()
@@ -79,12 +79,12 @@ def test_evaluation_leaves_packed_weights_as_they_are(folders: dict[str, Path]) 
     with torch.no_grad():
         dual(x, None, 9)
     dual.train(True)
-    assert all(torch.equal(found, before[name]) for name, found in packed_bytes(dual).items())
+    assert all(torch.equal(content, before[name]) for name, content in packed_bytes(dual).items())
     assert torch.equal(dual(x, None, 9), trained)
 
 
 def engine_steps(world: World, folder: str) -> dict[str, Any]:
-    """Two steps over inputs that are the same on every rank; packed bytes that this rank keeps."""
+    """Two steps with the same inputs on every rank; losses and bytes of packed weights on this rank."""
     tree = {"stage": "pretrain", "corpus": "-", "backbone": folder, "output": "-", "deepspeed": str(DEEPSPEED)}
     settings = resolve_settings(validate(RunConfig, tree, "test"))
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -94,8 +94,8 @@ def engine_steps(world: World, folder: str) -> dict[str, Any]:
     engine = Engine(dual, settings, torch.optim.AdamW(trained, lr=0.0), dual.layers)
     engine.train(True)
     losses = []
-    for number in range(2):
-        loss = engine(embeddings(number, 5).requires_grad_(), None, 16)[..., 0].square().mean()
+    for step in range(2):
+        loss = engine(embeddings(step, 5).requires_grad_(), None, 16)[..., 0].square().mean()
         engine.backward(loss)
         engine.step(1e-2)
         losses.append(loss.item())
@@ -112,14 +112,14 @@ def test_the_engine_shards_packed_weights(folders: dict[str, Path]) -> None:
         assert rank["kept"] == alone["kept"] / 2
 
 
-def test_what_is_trained_whole_is_not_quantized() -> None:
+def test_a_backbone_that_is_trained_whole_cannot_be_quantized() -> None:
     tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-", "quantization": "nf4"}
     assert validate(RunConfig, tree, "test").quantization == "nf4"
     with pytest.raises(ConfigError, match="frozen"):
         validate(RunConfig, tree | {"adapter": {"kind": "full"}}, "test")
 
 
-def test_a_machine_without_bitsandbytes_says_how_to_get_it(
+def test_without_bitsandbytes_the_error_says_how_to_install_it(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""What lives around the engine: keyed dropout, rows put in their places, pooled item rows."""
+"""Keyed dropout, input embeddings, and pooled item rows."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def keys_of(count: int) -> Tensor:
     return torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_dropout_keeps_its_share_and_scales_it_up(share: float) -> None:
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_a_fraction_p_and_scales_the_rest(p: float) -> None:
     count, width = 2000, 64
-    dropped = keyed_dropout(torch.ones(count, width), keys_of(count), torch.arange(count) % 50, share)
+    dropped = keyed_dropout(torch.ones(count, width), keys_of(count), torch.arange(count) % 50, p)
     kept = dropped != 0
     # Five standard deviations of a fair draw of so many entries.
-    assert kept.double().mean().item() == pytest.approx(1 - share, abs=5 * (share * (1 - share) / kept.numel()) ** 0.5)
-    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - share)))
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=5 * (p * (1 - p) / kept.numel()) ** 0.5)
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)))
     # No row or column of the mask is special.
-    assert kept.double().mean(0).sub(1 - share).abs().max() < 6 * (share * (1 - share) / count) ** 0.5
-    assert kept.double().mean(1).sub(1 - share).abs().max() < 6 * (share * (1 - share) / width) ** 0.5
+    assert kept.double().mean(0).sub(1 - p).abs().max() < 6 * (p * (1 - p) / count) ** 0.5
+    assert kept.double().mean(1).sub(1 - p).abs().max() < 6 * (p * (1 - p) / width) ** 0.5
 
 
-def test_the_mask_is_the_same_however_a_batch_is_split() -> None:
+def test_the_mask_does_not_depend_on_how_a_batch_is_split() -> None:
     x, keys, positions = torch.ones(12, WIDTH), keys_of(12), torch.arange(12)
     whole = keyed_dropout(x, keys, positions, 0.5)
     parts = [keyed_dropout(x[i], keys[i], positions[i], 0.5) for i in (slice(0, 5), slice(5, 6), slice(6, 12))]
@@ -56,7 +56,7 @@ def test_the_mask_differs_with_key_and_with_position() -> None:
         assert agreement == pytest.approx(0.5, abs=0.02), "masks that follow each other resemble each other"
 
 
-def test_the_gradient_of_dropout_passes_where_the_value_does() -> None:
+def test_the_gradient_of_dropout_has_the_mask_of_its_value() -> None:
     x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
     keys = keys_of(5)
     y = keyed_dropout(x, keys, torch.arange(5), 0.3)
@@ -66,7 +66,7 @@ def test_the_gradient_of_dropout_passes_where_the_value_does() -> None:
 
 
 def embed(model: Recommender, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Embeddings, and the item rows in them."""
+    """Input embeddings, and the item rows in them."""
     ((tokens, item_rows),) = model.embed([batch], model.route([batch]))
     return tokens, item_rows
 
@@ -125,20 +125,20 @@ def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
 
 
 @pytest.mark.parametrize("which", ["collaborative", "content"])
-def test_embeddings_stand_where_their_tokens_stand(which: str) -> None:
+def test_embeddings_are_at_the_positions_of_their_tokens(which: str) -> None:
     model = recommender()
     documents = batch() if which == "collaborative" else collate_each([], SPACE, [FIRST, SECOND])
     embedded, item_rows = embed(model, documents)
     assert embedded.shape == (1, 9, WIDTH), "both in one row"
     token_ids = [*FIRST.token_ids.tolist(), *SECOND.token_ids.tolist()]
-    for place, token_id in enumerate(token_ids):
-        assert torch.equal(embedded[0, place], row_of(model, which, token_id)), place
+    for position, token_id in enumerate(token_ids):
+        assert torch.equal(embedded[0, position], row_of(model, which, token_id)), position
     items = [t for doc in (FIRST, SECOND) for t in doc.token_ids.tolist() if t >= SPACE.first_item]
     if which == "collaborative":
         assert torch.equal(item_rows, torch.stack([row_of(model, which, t) for t in items]))
 
 
-def test_every_use_of_a_row_gives_it_gradient() -> None:
+def test_every_use_of_a_row_adds_to_its_gradient() -> None:
     model = recommender()
     embedded, _ = embed(model, batch())
     embedded.sum().backward()
@@ -157,44 +157,44 @@ def test_embeddings_have_the_dtype_of_the_words_and_item_rows_stay_fp32() -> Non
     assert (embedded.dtype, item_rows.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_a_bf16_wire_rounds_the_rows_of_tokens_and_nothing_else() -> None:
+def test_bf16_communication_rounds_only_the_looked_up_rows() -> None:
     exact, rounded = recommender(), recommender(comm_dtype=torch.bfloat16)
-    (wanted, wanted_rows), (embedded, item_rows) = embed(exact, batch()), embed(rounded, batch())
-    assert torch.equal(item_rows, wanted_rows.bfloat16().float())
-    places = torch.cat([*batch().id_positions.values()])
-    wanted.flatten(0, 1)[places] = wanted.flatten(0, 1)[places].bfloat16().float()
-    assert torch.equal(embedded, wanted)
+    (expected, expected_rows), (embedded, item_rows) = embed(exact, batch()), embed(rounded, batch())
+    assert torch.equal(item_rows, expected_rows.bfloat16().float())
+    flat_index = torch.cat([*batch().id_positions.values()])
+    expected.flatten(0, 1)[flat_index] = expected.flatten(0, 1)[flat_index].bfloat16().float()
+    assert torch.equal(embedded, expected)
     assert torch.equal(rounded.output_weight(), exact.output_weight())
 
 
-def test_rows_of_the_next_micro_batch_are_on_their_way_while_one_is_read() -> None:
+def test_the_lookup_of_the_next_micro_batch_is_started_before_one_is_used() -> None:
     model = recommender()
     batches = [collate_each([document], SPACE) for document in (FIRST, SECOND)]
-    found = model.embed(batches, model.route(batches))
-    next(found)
+    embedded = model.embed(batches, model.route(batches))
+    next(embedded)
     with torch.no_grad():
         model.collaborative.users.local_rows.add_(1)
     with pytest.raises(AssertionError, match="changed"):
-        next(found)
+        next(embedded)
 
 
 def test_dropout_touches_users_and_items_alone_and_only_in_training() -> None:
     model, plain = recommender(dropout=0.5), recommender()
-    wanted, _ = embed(plain, batch())
+    expected, _ = embed(plain, batch())
     embedded, item_rows = embed(model, batch())
     words = torch.ones(9, dtype=torch.bool)
     users, items = batch().id_positions.values()
     words[torch.cat([users, items])] = False
-    assert torch.equal(embedded.flatten(0, 1)[words], wanted.flatten(0, 1)[words])
+    assert torch.equal(embedded.flatten(0, 1)[words], expected.flatten(0, 1)[words])
     for positions in (users, items):
-        rows, exact = embedded.flatten(0, 1)[positions], wanted.flatten(0, 1)[positions]
+        rows, exact = embedded.flatten(0, 1)[positions], expected.flatten(0, 1)[positions]
         assert (rows == 0).any()
         assert torch.equal(rows[rows != 0], 2 * exact[rows != 0])
     assert torch.equal(embedded.flatten(0, 1)[items], item_rows)
-    # Two visits of an item in one document have masks of their own.
+    # Two positions of an item in one document have different masks.
     assert not torch.equal(embedded[0, 3], embedded[0, 5])
     model.eval()
-    assert torch.equal(embed(model, batch())[0], wanted)
+    assert torch.equal(embed(model, batch())[0], expected)
 
 
 def test_dropout_does_not_depend_on_the_batch_a_document_is_in() -> None:
@@ -212,21 +212,21 @@ def test_queries_pool_the_item_rows_up_to_their_position() -> None:
     items = model.collaborative.items.local_rows
     # Two items of FIRST are the same row; the first queries of both documents come before any item.
     pooled = [torch.zeros(WIDTH), 2 * items[0] + items[5], torch.zeros(WIDTH), items[2]]
-    states = [hidden[0, place] for place in (2, 5, 6, 8)]
+    states = [hidden[0, position] for position in (2, 5, 6, 8)]
     for query, state, pool in zip(queries, states, pooled, strict=True):
-        wanted = state + torch.nn.functional.normalize(pool, dim=0) * WIDTH**0.5
-        torch.testing.assert_close(query, wanted)
+        expected = state + torch.nn.functional.normalize(pool, dim=0) * WIDTH**0.5
+        torch.testing.assert_close(query, expected)
     torch.testing.assert_close(recommender(pool=False).item_queries(hidden, item_rows, batch()), torch.stack(states))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_somebody_without_a_row_is_embedded_as_zeros(dtype: torch.dtype) -> None:
+def test_a_user_without_a_row_is_embedded_as_zeros(dtype: torch.dtype) -> None:
     model = recommender(dtype=dtype)
     nobody = document([3, SPACE.no_user, 5, 14, SPACE.no_user], [4], key=1)
     embedded, item_rows = embed(model, collate_each([FIRST, nobody], SPACE))
     assert torch.equal(embedded[0, [7, 10]], torch.zeros(2, WIDTH, dtype=dtype))
-    for place, token_id in ((6, 3), (8, 5), (9, 14), *enumerate(FIRST.token_ids.tolist())):
-        assert torch.equal(embedded[0, place], row_of(model, "collaborative", token_id).to(dtype)), place
+    for position, token_id in ((6, 3), (8, 5), (9, 14), *enumerate(FIRST.token_ids.tolist())):
+        assert torch.equal(embedded[0, position], row_of(model, "collaborative", token_id).to(dtype)), position
     assert len(item_rows) == 4
 
 
@@ -254,12 +254,12 @@ def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
     assert model.content is not None
 
 
-def test_the_gradient_of_the_softmax_operand_alone_is_dense() -> None:
+def test_only_the_gradient_of_the_softmax_weight_is_dense() -> None:
     model = with_sparse_gradients()
-    for number in range(2):  # micro-batches
+    for index in range(2):  # micro-batches
         embedded, _ = embed(model, collate_each([FIRST, SECOND], SPACE, [FIRST, SECOND]))
         loss = embedded.sum() + model.output_weight().sum()
-        if number == 1:
+        if index == 1:
             loss = loss + sum(table.local_lookup(torch.tensor([0, 2])).sum() for table in model.tables.values())
         loss.backward()
     gradients = {name: table.local_rows.grad for name, table in model.tables.items()}

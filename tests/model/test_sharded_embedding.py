@@ -14,10 +14,10 @@ from tests.harness import alone, run_ranks
 
 WIDTH = 4
 TABLES = [(11, False), (8, True), (2, True), (11, True)]
-"""Rows, and whether gradients are sparse. Of the third one most ranks hold nothing."""
+"""Number of rows, and True for sparse gradients. Most ranks hold nothing of the third table."""
 NUM_BATCHES = 3
 WORLDS = [1, 2, 3, 4]
-WIRES = [torch.float32, torch.bfloat16]
+COMM_DTYPES = [torch.float32, torch.bfloat16]
 
 
 def name_of(table: int) -> str:
@@ -29,16 +29,16 @@ def rows_of(table: int) -> Tensor:
 
 
 def ids_of(size: int, rank: int) -> list[list[Tensor]]:
-    """By micro-batch and table: repeated and unsorted ids; now and then none, and none on the last of several ranks."""
+    """Ids by micro-batch and table: unsorted, with duplicates, sometimes none, and none on the last of several ranks."""
     random = torch.Generator().manual_seed(100 + rank)
-    found = []
+    batches = []
     for batch in range(NUM_BATCHES):
         lengths = [9 + 4 * rank - batch, 5, 3 * (batch % 2), 7 + batch]
         if 0 < rank == size - 1:
             lengths = [0] * len(TABLES)
         pairs = zip(lengths, TABLES, strict=True)
-        found.append([torch.randint(rows, (length,), generator=random) for length, (rows, _) in pairs])
-    return found
+        batches.append([torch.randint(rows, (length,), generator=random) for length, (rows, _) in pairs])
+    return batches
 
 
 def weights_of(size: int, rank: int) -> list[list[Tensor]]:
@@ -47,7 +47,7 @@ def weights_of(size: int, rank: int) -> list[list[Tensor]]:
 
 
 def looked_up(world: World) -> dict[str, Any]:
-    """Rows, gradients and routes, over an exact and a rounding wire."""
+    """Rows, gradients and routes, with fp32 and bf16 communication."""
     tables = {}
     for index, (num_rows, sparse) in enumerate(TABLES):
         table = RowShardedEmbedding(num_rows, WIDTH, world, sparse_gradients=sparse)
@@ -56,7 +56,7 @@ def looked_up(world: World) -> dict[str, Any]:
     weights = weights_of(world.size, world.rank)
     ids = [{name_of(index): part for index, part in enumerate(batch)} for batch in ids_of(world.size, world.rank)]
     routes = route_ids(ids, {name: table.partition for name, table in tables.items()}, world)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "send": [route.send_counts for route in routes],
         "receive": [route.receive_counts for route in routes],
         "touched": [
@@ -64,20 +64,20 @@ def looked_up(world: World) -> dict[str, Any]:
             for name, table in tables.items()
         ],
     }
-    for wire in WIRES:
+    for comm_dtype in COMM_DTYPES:
         rows = []
         for route, weight in zip(routes, weights, strict=True):
-            rows.append([*start_lookup(tables, route, wire).wait().values()])
+            rows.append([*start_lookup(tables, route, comm_dtype).wait().values()])
             torch.stack([(r * w).sum() for r, w in zip(rows[-1], weight, strict=True)]).sum().backward()
         gradients = [table.local_rows.grad for table in tables.values()]
-        found[str(wire)] = {
+        results[str(comm_dtype)] = {
             "rows": [[part.detach() for part in batch] for batch in rows],
             "gradients": [gradient.to_dense() for gradient in gradients if gradient is not None],
             "stored": [g.coalesce().indices()[0] if g is not None and g.is_sparse else None for g in gradients],
         }
         for table in tables.values():
             table.local_rows.grad = None
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -85,53 +85,53 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
     return {size: run_ranks(size, looked_up) for size in WORLDS}
 
 
-def gradient_of(size: int, table: int, wire: torch.dtype) -> Tensor:
-    """Of the whole table; what each rank has for a distinct row of a micro-batch is rounded once, sums are exact."""
+def gradient_of(size: int, table: int, comm_dtype: torch.dtype) -> Tensor:
+    """Gradient of the whole table; each rank rounds once per distinct row of a micro-batch, and sums are exact."""
     total = torch.zeros(TABLES[table][0], WIDTH)
     for rank in range(size):
         for ids, weights in zip(ids_of(size, rank), weights_of(size, rank), strict=True):
-            own = torch.zeros_like(total).index_add_(0, ids[table], weights[table])
-            total += own.to(wire).float()
+            local = torch.zeros_like(total).index_add_(0, ids[table], weights[table])
+            total += local.to(comm_dtype).float()
     return total
 
 
-@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("comm_dtype", COMM_DTYPES)
 @pytest.mark.parametrize("table", range(len(TABLES)))
 @pytest.mark.parametrize("size", WORLDS)
-def test_a_lookup_equals_indexing_the_whole_table(ranks: Any, size: int, table: int, wire: torch.dtype) -> None:
-    found = [rank[str(wire)] for rank in ranks[size]]
+def test_a_lookup_equals_indexing_the_whole_table(ranks: Any, size: int, table: int, comm_dtype: torch.dtype) -> None:
+    results = [rank[str(comm_dtype)] for rank in ranks[size]]
     for rank in range(size):
-        for rows, ids in zip(found[rank]["rows"], ids_of(size, rank), strict=True):
-            torch.testing.assert_close(rows[table], rows_of(table)[ids[table]].to(wire).float(), rtol=0, atol=0)
-        assert (found[rank]["stored"][table] is not None) == TABLES[table][1]
-    whole = torch.cat([part["gradients"][table] for part in found])
-    torch.testing.assert_close(whole, gradient_of(size, table, wire))
+        for rows, ids in zip(results[rank]["rows"], ids_of(size, rank), strict=True):
+            torch.testing.assert_close(rows[table], rows_of(table)[ids[table]].to(comm_dtype).float(), rtol=0, atol=0)
+        assert (results[rank]["stored"][table] is not None) == TABLES[table][1]
+    whole = torch.cat([part["gradients"][table] for part in results])
+    torch.testing.assert_close(whole, gradient_of(size, table, comm_dtype))
 
 
-def test_the_exact_wire_gives_the_gradient_of_indexing(ranks: Any) -> None:
-    for number in range(len(TABLES)):
-        rows = rows_of(number).requires_grad_()
+def test_fp32_communication_gives_the_gradient_of_indexing(ranks: Any) -> None:
+    for index in range(len(TABLES)):
+        rows = rows_of(index).requires_grad_()
         for ids, weights in zip(ids_of(1, 0), weights_of(1, 0), strict=True):
-            (rows[ids[number]] * weights[number]).sum().backward()
-        torch.testing.assert_close(ranks[1][0][str(torch.float32)]["gradients"][number], rows.grad)
+            (rows[ids[index]] * weights[index]).sum().backward()
+        torch.testing.assert_close(ranks[1][0][str(torch.float32)]["gradients"][index], rows.grad)
 
 
 @pytest.mark.parametrize("table", range(len(TABLES)))
 @pytest.mark.parametrize("size", WORLDS)
-def test_touched_rows_are_those_that_any_rank_asked_for(ranks: Any, size: int, table: int) -> None:
-    wanted = sorted({int(row) for rank in range(size) for batch in ids_of(size, rank) for row in batch[table]})
-    assert [row for rank in ranks[size] for row in rank["touched"][table].tolist()] == wanted
+def test_touched_rows_are_those_that_any_rank_looks_up(ranks: Any, size: int, table: int) -> None:
+    expected = sorted({int(row) for rank in range(size) for batch in ids_of(size, rank) for row in batch[table]})
+    assert [row for rank in ranks[size] for row in rank["touched"][table].tolist()] == expected
     if TABLES[table][1]:
         partition = RowPartition(TABLES[table][0], size)
         stored = [
-            rank[str(torch.float32)]["stored"][table] + partition.range(number)[0]
-            for number, rank in enumerate(ranks[size])
+            rank[str(torch.float32)]["stored"][table] + partition.range(index)[0]
+            for index, rank in enumerate(ranks[size])
         ]
-        assert torch.cat(stored).tolist() == wanted
+        assert torch.cat(stored).tolist() == expected
 
 
 @pytest.mark.parametrize("size", WORLDS)
-def test_an_id_goes_over_the_wire_once_however_often_it_is_asked_for(ranks: Any, size: int) -> None:
+def test_a_row_is_sent_once_however_often_it_is_looked_up(ranks: Any, size: int) -> None:
     for batch in range(NUM_BATCHES):
         sent = [rank["send"][batch] for rank in ranks[size]]
         for rank, counts in enumerate(sent):
@@ -151,7 +151,7 @@ def make_table() -> RowShardedEmbedding:
     return table
 
 
-def test_own_rows_are_taken_by_local_index() -> None:
+def test_local_rows_are_looked_up_by_local_index() -> None:
     table = make_table()
     rows = table.local_lookup(torch.tensor([3, 1]))
     rows.sum().backward()
@@ -166,7 +166,7 @@ def test_a_row_outside_of_the_table_is_an_assertion(row: int) -> None:
         route_ids([{"users": torch.tensor([0, row])}], {"users": RowPartition(5, 1)}, alone())
 
 
-def test_rows_that_have_changed_since_they_were_fetched_are_an_assertion() -> None:
+def test_rows_that_change_during_a_lookup_are_an_assertion() -> None:
     table = make_table()
     (route,) = route_ids([{"users": torch.tensor([4, 0])}], {"users": table.partition}, alone())
     early = start_lookup({"users": table}, route)
