@@ -109,10 +109,8 @@ class _Operation:
         if kind is None:
             inner, outer = self._watch.position, self._outer
             moves = inner.moves + self._collective
-            if outer.inside:
-                self._watch.position = Position(moves, inner.entered, outer.name, True, outer.collective)
-            else:
-                self._watch.position = Position(moves, inner.entered, self._name, False, self._collective)
+            name, collective = (outer.name, outer.collective) if outer.inside else (self._name, self._collective)
+            self._watch.position = Position(moves, inner.entered, name, outer.inside, collective)
 
 
 class Watchdog(Watch):

@@ -29,7 +29,7 @@ def rows_of(table: int) -> Tensor:
 
 
 def ids_of(size: int, rank: int) -> list[list[Tensor]]:
-    """Ids by micro-batch and table: unsorted, with duplicates, sometimes none, and none on the last of several ranks."""
+    """Ids by micro-batch and table: unsorted, with duplicates, at times none, and none on the last of several ranks."""
     random = torch.Generator().manual_seed(100 + rank)
     batches = []
     for batch in range(NUM_BATCHES):
