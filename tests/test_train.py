@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,49 @@ def test_the_learning_rates_of_every_step_are_recorded(made: Made, tmp_path: Pat
     expected = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625]  # two steps of warm-up, then from 1 towards 1/2 in four
     assert [line["lr"] for line in lines] == pytest.approx([1e-2 * factor for factor in expected])
     assert [line["embeddings_lr"] for line in lines] == pytest.approx([4e-3 * factor for factor in expected])
+
+
+def test_a_checkpoint_is_due_after_so_many_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: now))
+    clock, never = train_module._Clock(2.5), train_module._Clock(None)
+
+    def is_due_at(seconds: float) -> bool:
+        nonlocal now
+        now = seconds
+        return clock.is_due()
+
+    due = [is_due_at(seconds) for seconds in (1149.9, 1150.0, 1200.0)]
+    clock.restart()
+    due += [is_due_at(seconds) for seconds in (1349.9, 1350.0, 1e9)]
+    assert due == [False, True, True, False, True, True]
+    assert not never.is_due()
+
+
+def with_slow_steps(world: World, config: RunConfig) -> None:
+    """Train with a clock that advances 25 seconds in each step on rank 0, and ten times as fast on other ranks."""
+    genuine, now = train_module.train_step, 0.0
+
+    def slow_step(*arguments: Any) -> StepResult:
+        nonlocal now
+        now += 25.0 if world.is_main else 250.0
+        return genuine(*arguments)
+
+    train_module.train_step = slow_step
+    train_module.time = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)  # type: ignore[assignment]
+    run(world, config)
+
+
+def test_all_ranks_save_when_the_clock_of_rank_0_says_so(made: Made, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"checkpoint": {"every_minutes": 1, "every_steps": 4, "keep": 10}, "max_steps": 8}
+    run_ranks(2, with_slow_steps, make_config(made, tmp_path / "run", **changes))
+    # Due after 75 seconds (3); step 4 saves by number and starts the minute anew (7); the last step always saves (8).
+    assert names(tmp_path / "run") == [f"step-0000000{step}" for step in (3, 4, 7, 8)]
+    store = Store(f"{tmp_path}/run/checkpoints")
+    for name in names(tmp_path / "run"):
+        saved = Checkpoint.open(store, name)
+        assert saved.about.run.step == int(name[-1])
+        assert saved.rows("collaborative.users", 23, 0, 23) is not None  # parts of both ranks
 
 
 def test_an_evaluation_that_cannot_be_done_ranks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
