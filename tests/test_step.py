@@ -30,6 +30,7 @@ from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_r
 from tests.reference import DenseRun
 
 STEPS = 4
+REPLICATED = "head.log_temperature"
 PAPER_HEAD = {"similarity": "dot", "item_bias": False, "pool_residual": False}
 
 
@@ -191,10 +192,14 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
             assert got[term] == pytest.approx(value, rel=1e-6), term
     assert ranks[0]["norms"] == pytest.approx([r["norm"] for r in results], rel=1e-5)
 
+    # No parameter is left out of the norm, however small its part: in fp64 each of them is seen.
+    parts = [g for rank in ranks for name, g in rank["gradients"].items() if name != REPLICATED or rank is ranks[0]]
+    assert ranks[0]["norms"][0] ** 2 == pytest.approx(sum(g.double().square().sum().item() for g in parts), rel=1e-12)
+
     first = results[0]["gradients"]
     for name in run.outside():
         parts = [rank["gradients"][name] for rank in ranks]
-        whole = parts[0] if name == "head.log_temperature" else torch.cat(parts)
+        whole = parts[0] if name == REPLICATED else torch.cat(parts)
         assert_same_gradient(name, whole, first[name])
     for name in run.adapters:
         whole = torch.cat([rank["gradients"][f"adapter:{name}"].flatten() for rank in ranks])[: first[name].numel()]
