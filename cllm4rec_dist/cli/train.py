@@ -114,7 +114,9 @@ def plan(
     from cllm4rec_dist.evaluation.trained_run import relocated
     from cllm4rec_dist.planning.plan import Cluster, make_plan, suggest_changes
     from cllm4rec_dist.planning.table import as_json, format_changes, format_plan
+    from cllm4rec_dist.planning.zero3_simulation import warn_of_other_version
 
+    warn_of_other_version()
     read = relocated(read, str(config), backbone, corpus)
     if stage is None and read.init_from is not None:
         read = read.model_copy(update={"stage": "finetune"})

@@ -164,6 +164,12 @@ def _set_ray_address() -> None:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
+def _current_cluster(environ: Mapping[str, str]) -> Path:
+    """The file in which `ray start` notes the address of the cluster that it started last on this host."""
+    folder = environ.get("RAY_TMPDIR", environ.get("TMPDIR", "/tmp"))
+    return Path(folder) / "ray" / "ray_current_cluster"
+
+
 def require_ray_address(address: str) -> None:
     """Refuse an address that does not answer: Ray itself would retry for a minute and log many lines.
 
@@ -176,8 +182,8 @@ def require_ray_address(address: str) -> None:
         )
     resolved = address
     with suppress(OSError):
-        if address == "auto":  # `ray start` records the cluster that it started last on this host
-            resolved = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster").read_text().strip()
+        if address == "auto":
+            resolved = _current_cluster(os.environ).read_text().strip()
     host, _, port = resolved.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # local, or not an address: Ray reports that itself

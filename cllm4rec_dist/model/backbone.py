@@ -94,8 +94,12 @@ def _adapt(layer: LoraLayer, content_start: _ContentStart) -> None:
     Both updates are one product, [tokens, 2r] @ [2r, out], in which a token has zeros in the r columns of the other
     adapter. `addmm` adds it to the base output in the same pass; one product per adapter would need two more passes
     over [tokens, out]. The scaling is applied to [tokens, r], which is smaller.
+
+    Raises:
+        ConfigError: for adapters that PEFT computes in another way: DoRA and other variants, a bias, merged weights.
     """
     names = (COLLABORATIVE, CONTENT)
+    _require_plain_adapters(layer, names)
 
     def forward(x: Tensor) -> Tensor:
         base = layer.base_layer(x)
@@ -109,6 +113,24 @@ def _adapt(layer: LoraLayer, content_start: _ContentStart) -> None:
         return torch.addmm(base.flatten(0, -2), narrow, wide.T).view_as(base)
 
     layer.forward = forward  # type: ignore[attr-defined]
+
+
+def _require_plain_adapters(layer: LoraLayer, names: tuple[str, ...]) -> None:
+    """Refuse adapters of a layer that `_adapt` would compute without a part of them."""
+    ignored = {
+        "a variant of LoRA, such as DoRA": [*layer.lora_variant],
+        "a bias (lora_bias)": [name for name, has_bias in layer.lora_bias.items() if has_bias],
+        "already merged into the weights": layer.merged_adapters,
+        "an adapter of neither LLM": [name for name in layer.lora_A if name not in names],
+    }
+    for problem, adapters in ignored.items():
+        if adapters:
+            raise ConfigError(
+                "adapter",
+                ", ".join(map(str, adapters)),
+                f"is or has {problem}, and its update would be computed without it",
+                "Use plain LoRA: LoraConfig without use_dora and lora_bias, as adapter.kind=lora makes it.",
+            )
 
 
 class DualBackbone(nn.Module):

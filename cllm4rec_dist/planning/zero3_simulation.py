@@ -3,7 +3,7 @@
 ZeRO-3 gathers a module's weights before its forward and before its backward, releases them afterwards unless they are
 needed again soon, and prefetches the next ones in the order of the previous pass. This order and four settings
 determine the communication of a step and the memory of gathered weights. `record` records the order while the module
-runs on meta tensors; `Zero3Simulation.simulate` applies the rules of DeepSpeed 0.19.8
+runs on meta tensors; `Zero3Simulation.simulate` applies DeepSpeed's rules
 (`partitioned_param_coordinator.py`) to it.
 
 Legend: W ranks.
@@ -11,14 +11,33 @@ Legend: W ranks.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+logger = logging.getLogger(__name__)
+
+SIMULATED_VERSION = "0.19.8"
+"""DeepSpeed release that the rules are copied from."""
+
+
+def warn_of_other_version() -> None:
+    """Log a warning if another DeepSpeed is installed than the one that is simulated."""
+    installed = version("deepspeed")
+    if installed != SIMULATED_VERSION:
+        logger.warning(
+            "DeepSpeed %s is installed and the plan follows the rules of %s: gathered weights and bytes on the wire may"
+            " differ",
+            installed,
+            SIMULATED_VERSION,
+        )
 
 
 @dataclass(frozen=True)
