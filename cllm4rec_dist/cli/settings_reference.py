@@ -1,9 +1,13 @@
-"""Every setting as text: name, type, default and meaning, read from the classes that check them."""
+"""Every setting with its type, default and meaning, read from the classes that check them.
+
+`cllm4rec settings` prints them; the reference pages of the documentation are made of the same lists.
+"""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +25,47 @@ _ROOTS: dict[str, type[BaseModel]] = {"recipe": PrepareConfig, "backbone": Backb
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One setting as text."""
+
+    key: str
+    """Dotted, from the root of its file."""
+    type: str
+    """Type and bounds in words."""
+    default: str | None
+    """None if the setting is required."""
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings of one class."""
+
+    path: str
+    """Dotted; empty for the root of a file."""
+    tag: str
+    """The value by which this section is chosen where a key takes one of several (`table`, a `format`); or empty."""
+    meaning: str
+    settings: tuple[Setting, ...]
+
+    @property
+    def name(self) -> str:
+        """Path and tag; empty for the root of a file."""
+        return f"{self.path} ({self.tag})" if self.tag and self.path else self.path
+
+
+def list_sections(model: type[BaseModel], path: str = "") -> Iterator[Section]:
+    """The section of a class, then the sections in it, depth first."""
+    sections = list(_subsections(model))
+    nested = {key for key, _ in sections}
+    prefix = f"{path}." if path else ""
+    settings = (_setting(f"{prefix}{key}", field) for key, field in model.model_fields.items() if key not in nested)
+    yield Section(path, _tag(model), _first_sentence(model), tuple(settings))
+    for key, inner in sections:
+        yield from list_sections(inner, f"{prefix}{key}")
+
+
 def describe_settings(section: str | None = None) -> str:
     """Settings of a run, of one of its sections, of `recipe` (or `recipe.SECTION`) or of `backbone`.
 
@@ -30,7 +75,7 @@ def describe_settings(section: str | None = None) -> str:
     if section is None:
         others = ", ".join(f"`cllm4rec settings {name}`" for name in _ROOTS)
         title = f"Settings of a run (pretrain, finetune). Others: {others}."
-        return "\n".join([*_wrapped(title, ""), *_section(RunConfig, "")])
+        return "\n".join(_lines(RunConfig, "", title))
     root, _, rest = section.partition(".")
     models: list[type[BaseModel]] = [_ROOTS.get(root, RunConfig)]
     names = [name for name in (rest if root in _ROOTS else section).split(".") if name]
@@ -40,14 +85,12 @@ def describe_settings(section: str | None = None) -> str:
         key = next((key for model in models for key, inner in _subsections(model) if inner in found), name)
         if not found and number + 1 == len(names):
             fields = [model.model_fields[name] for model in models if name in model.model_fields]
-            lines = [line for field in fields[:1] for line in _setting(f"{prefix}{name}", field)]
-            if lines:
-                return "\n".join(lines[1:])
+            if fields:
+                return "\n".join(_setting_lines(_setting(f"{prefix}{name}", fields[0])))
         if not found:
             raise _unknown(name, models, root in _ROOTS)
         models, prefix = found, f"{prefix}{key}."
-    parts = [[*_wrapped(_title(prefix.rstrip("."), model), ""), *_section(model, prefix)] for model in models]
-    return "\n\n".join("\n".join(part) for part in parts)
+    return "\n\n".join("\n".join(_lines(model, prefix.rstrip("."))) for model in models)
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -66,32 +109,34 @@ def _unknown(name: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> C
     return ConfigError("section", name, "is no section of settings", cure)
 
 
-def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Values of a section first, then the sections in it."""
-    nested = {key for key, _ in _subsections(model)}
-    for name, field in model.model_fields.items():
-        if name not in nested:
-            yield from _setting(f"{prefix}{name}", field)
-    for key, inner in _subsections(model):
-        yield ""
-        yield from _wrapped(_title(f"{prefix}{key}", inner), "")
-        yield from _section(inner, f"{prefix}{key}.")
+def _lines(model: type[BaseModel], path: str, title: str = "") -> Iterator[str]:
+    """Settings of a class and of the sections in it; each section begins with its name and meaning, or `title`."""
+    for position, section in enumerate(list_sections(model, path)):
+        if position:
+            title = ""
+            yield ""
+        yield from _wrapped(title or ": ".join(filter(None, (section.name, section.meaning))), "")
+        for setting in section.settings:
+            yield ""
+            yield from _setting_lines(setting)
 
 
-def _title(path: str, model: type[BaseModel]) -> str:
-    tag = _tag(model)
-    return f"{path}{f' ({tag})' if tag else ''}: {_first_sentence(model)}" if path else _first_sentence(model)
+def _setting_lines(setting: Setting) -> Iterator[str]:
+    default = "required" if setting.default is None else f"default {setting.default}"
+    yield from _wrapped(f"{setting.key}  ({setting.type}; {default})", "")
+    yield from _wrapped(setting.meaning, _INDENT)
 
 
-def _setting(name: str, field: FieldInfo) -> Iterator[str]:
-    yield ""
+def _setting(key: str, field: FieldInfo) -> Setting:
     bounds = [
-        f"{sign} {getattr(rule, key)}" for rule in field.metadata for key, sign in _BOUNDS.items() if hasattr(rule, key)
+        f"{sign} {getattr(rule, name)}"
+        for rule in field.metadata
+        for name, sign in _BOUNDS.items()
+        if hasattr(rule, name)
     ]
-    kind = ", ".join([_type(field.annotation), *bounds])
-    default = "required" if field.is_required() else f"default {_value(field.get_default())}"
-    yield from _wrapped(f"{name}  ({kind}; {default})", "")
-    yield from _wrapped(" ".join((field.description or "").split()), _INDENT)
+    default = None if field.is_required() else _value(field.get_default())
+    meaning = " ".join((field.description or "").split())
+    return Setting(key, ", ".join([_type(field.annotation), *bounds]), default, meaning)
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
