@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test fast chaos bench lint install clean-demo
+.PHONY: demo test fast chaos bench lint format docs dist install clean-demo
 
 install: $(VENV)/installed
 
@@ -28,6 +28,22 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The documentation as a site in build/site, which loads nothing from elsewhere. Warnings are errors.
+docs: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# sdist and wheel in dist/, checked: data files are in the wheel, and the command runs where nothing else of it is.
+dist: install
+	rm -rf dist
+	$(BIN)/pip install --quiet build
+	$(BIN)/python -m build
+	.ci/check-wheel dist/*.whl
 
 # Kills ranks of a run ten times, then goes on at 2, 3, 1 and 4 ranks, and shows that nothing is lost.
 chaos: install
