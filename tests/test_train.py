@@ -600,7 +600,9 @@ def _in_memory(world: World, config: RunConfig) -> list[str]:
     assert find(config.output)[1][0] == "step-00000008"
     marker = memory.marker("step-00000008")
     memory._fs.pipe_file("/run/step-00000008/state.json", b"{}")
-    loaded = checkpoint.load_first_valid(memory, ["step-00000008", "step-00000006"], world, lambda c: c.metadata.run.step)
+    loaded = checkpoint.load_first_valid(
+        memory, ["step-00000008", "step-00000006"], world, lambda c: c.metadata.run.step
+    )
     assert marker.files
     assert loaded is None or loaded[1] == 6
     return memory.names("step-")

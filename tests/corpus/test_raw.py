@@ -112,7 +112,11 @@ def test_one_file_of_orders_and_items_loses_nothing_by_being_read_twice(read: Re
     [
         (["sku-1", "sku-2", "sku-3"], ["SKU-1", "SKU-2", "sku-3"], "2 ids of the two sides differ in upper and lower"),
         (["007", "008", "9"], ["7", "8", "9"], "2 ids of the two sides differ only in leading zeros, such as '007'"),
-        (["A-1", "A-2", "x"], ["a001", "a002", "x"], "2 ids of the two sides differ only in punctuation, zeros or case"),
+        (
+            ["A-1", "A-2", "x"],
+            ["a001", "a002", "x"],
+            "2 ids of the two sides differ only in punctuation, zeros or case",
+        ),
     ],
 )
 def test_ids_that_differ_in_their_spelling_alone_are_hinted_at(
