@@ -33,7 +33,7 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.launchers import ray_launcher
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, DualBackbone, load_backbone, load_config
-from cllm4rec_dist.model.pretrained import LORA_TARGETS, outline_decoder
+from cllm4rec_dist.model.pretrained import LORA_TARGETS, meta_decoder
 from cllm4rec_dist.model.weights import stored_weights
 from cllm4rec_dist.planning import tracing, zero3_simulation
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
@@ -333,14 +333,14 @@ def test_deepspeed_compiles_no_collectives_on_a_cpu(ranks: list[dict[str, Any]])
 
 @relies_on("planning/tracing.py", "linear", "scaled_dot_product_attention")
 def test_deepspeed_replaces_linear_layers_by_name(ranks: list[dict[str, Any]]) -> None:
-    """The planner's `as_run` overwrites `F.linear` as ZeRO-3 does, whose function keeps the input of frozen layers.
+    """The planner's `emulate_kernels` overwrites `F.linear` as ZeRO-3 does, whose function keeps the input of frozen layers.
 
     If this fails, ZeRO-3 has another linear layer (`zero3_linear_wrap` in deepspeed/runtime/zero/linear.py); compare
     what it saves for backward with `_Linear` in planning/tracing.py, and run the slow tests of tests/planning.
     """
     assert [rank["linear"] for rank in ranks] == ["deepspeed.runtime.zero.linear"] * 2
     plain = F.linear, F.scaled_dot_product_attention
-    with tracing.as_run(tracing.Trace()):
+    with tracing.emulate_kernels(tracing.Trace()):
         assert torch.nn.functional.linear is not plain[0]
         assert torch.nn.functional.scaled_dot_product_attention is not plain[1]
     assert (F.linear, F.scaled_dot_product_attention) == plain
@@ -413,7 +413,7 @@ def test_an_adapted_layer_computes_what_peft_computes(llama: Path) -> None:
             layer.lora_B[name].weight.data = torch.randn(layer.lora_B[name].weight.shape, generator=random)
         x = torch.randn(3, 5, layer.in_features, generator=random)
         for name, boundary in ((COLLABORATIVE, 15), (CONTENT, 0)):
-            dual._boundary.place = boundary
+            dual._content_start.index = boundary
             layer.set_adapter(name)
             torch.testing.assert_close(layer.forward(x), type(layer).forward(layer, x), rtol=1e-5, atol=1e-5)
 
@@ -485,7 +485,7 @@ def test_transformers_stores_a_decoder_under_its_prefix(families: dict[str, Path
     `PreTrainedModel.save_pretrained` for the names.
     """
     for family, folder in families.items():
-        decoder = outline_decoder(load_config(folder))
+        decoder = meta_decoder(load_config(folder))
         prefix = f"{decoder.base_model_prefix}."
         stored = {name.removeprefix(prefix) for name in stored_weights(folder) if name.startswith(prefix)}
         assert stored == {*decoder.state_dict()}, family

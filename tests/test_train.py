@@ -129,7 +129,7 @@ def test_the_learning_rates_of_every_step_are_recorded(made: Made, tmp_path: Pat
 def test_a_checkpoint_is_due_after_so_many_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: now))
-    clock, never = train_module._Clock(2.5), train_module._Clock(None)
+    clock, never = train_module._SaveTimer(2.5), train_module._SaveTimer(None)
 
     def is_due_at(seconds: float) -> bool:
         nonlocal now
@@ -165,7 +165,7 @@ def test_all_ranks_save_when_the_clock_of_rank_0_says_so(made: Made, tmp_path: P
     store = Store(f"{tmp_path}/run/checkpoints")
     for name in names(tmp_path / "run"):
         saved = Checkpoint.open(store, name)
-        assert saved.about.run.step == int(name[-1])
+        assert saved.metadata.run.step == int(name[-1])
         assert saved.rows("collaborative.users", 23, 0, 23) is not None  # parts of both ranks
 
 
@@ -249,7 +249,7 @@ def test_settings_that_came_later_have_their_defaults_in_an_older_checkpoint(tmp
     tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
     old = validate(RunConfig, tree, "test").model_dump(mode="json")
     del old["quantization"], old["embeddings"]["comm_dtype"], old["optimizer"]["embeddings_state"]
-    candidate = SimpleNamespace(path="old", about=SimpleNamespace(config=old))
+    candidate = SimpleNamespace(path="old", metadata=SimpleNamespace(config=old))
     train_module._require_same_trajectory(cast(Checkpoint, candidate), validate(RunConfig, tree, "test"))
     changed = validate(RunConfig, tree | {"embeddings": {"comm_dtype": "bf16"}}, "test")
     with pytest.raises(CheckpointError, match="comm_dtype"):
@@ -267,7 +267,7 @@ def test_a_changed_setting_is_refused_and_named(made: Made, tmp_path: Path) -> N
 def test_a_refusal_names_only_the_settings_that_differ() -> None:
     tree: dict[str, Any] = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
     saved = validate(RunConfig, tree, "test").model_dump(mode="json")
-    candidate = cast(Checkpoint, SimpleNamespace(path="saved", about=SimpleNamespace(config=saved)))
+    candidate = cast(Checkpoint, SimpleNamespace(path="saved", metadata=SimpleNamespace(config=saved)))
     free: dict[str, Any] = {
         "batch": {"gradient_accumulation_steps": 3},
         "optimizer": {"embeddings_state": "cpu"},

@@ -124,7 +124,7 @@ def test_another_schema_is_refused_and_is_no_damage(store: Store, version: int) 
 
 
 def test_an_unknown_file_system_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="is on no file system"):
+    with pytest.raises(CheckpointError, match="is on no supported file system"):
         Store("nosuch://bucket/run")
 
 

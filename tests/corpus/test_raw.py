@@ -110,7 +110,11 @@ def test_one_file_of_orders_and_items_loses_nothing_by_being_read_twice(read: Re
 @pytest.mark.parametrize(
     ("ours", "theirs", "what"),
     [
-        (["sku-1", "sku-2", "sku-3"], ["SKU-1", "SKU-2", "sku-3"], "2 ids of the two sides differ in upper and lower"),
+        (
+            ["sku-1", "sku-2", "sku-3"],
+            ["SKU-1", "SKU-2", "sku-3"],
+            "2 ids of the two sides differ only in upper and lower",
+        ),
         (["007", "008", "9"], ["7", "8", "9"], "2 ids of the two sides differ only in leading zeros, such as '007'"),
         (
             ["A-1", "A-2", "x"],

@@ -153,7 +153,7 @@ DAMAGE = [
     ("config.yaml", "a: [", "is not readable YAML"),
     ("config.yaml", "- 1", "config.yaml is missing or empty"),
     ("config.yaml", "checkpoint: 3\nvalidation: [1]\n", ""),
-    ("config.yaml", "checkpoint: {dir: 'nosuch://x'}", "is on no file system"),
+    ("config.yaml", "checkpoint: {dir: 'nosuch://x'}", "is on no supported file system"),
     ("config.yaml", None, "config.yaml is missing"),
     ("metrics.jsonl", "", "metrics.jsonl is empty, although steps have been taken"),
     ("metrics.jsonl", "x\n[]\n3\n\n" + '{"step": "a"}\n', "metrics.jsonl is damaged: of 4 lines none can be read"),

@@ -129,8 +129,8 @@ def test_a_file_of_another_form_is_read_as_the_options_say(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (HistoryFormat(encoding="klingon"), "'klingon' is no encoding"),
-        (HistoryFormat(time_format="day"), "'day' is no format"),
+        (HistoryFormat(encoding="klingon"), "'klingon' is not an encoding"),
+        (HistoryFormat(time_format="day"), "'day' is not a strptime format"),
     ],
 )
 def test_an_encoding_and_a_format_of_no_kind_are_refused(tmp_path: Path, given: HistoryFormat, words: str) -> None:
