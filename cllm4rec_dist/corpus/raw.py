@@ -200,7 +200,7 @@ class InteractionCollector:
             ratings, wrong = column_numbers(
                 columns["rating"], self._where(batch, "rating"), missing, self._rules.decimal
             )
-            bad["has a rating that is no number"] = wrong
+            bad["has a rating that is not a number"] = wrong
             if self._rules.has_rating:
                 bad["has no rating"] = np.isnan(ratings) & ~wrong
         times = Times(np.full(len(columns), np.nan), np.zeros(len(columns), bool))

@@ -95,7 +95,7 @@ def read_times(values: pl.Series, where: str, time_format: str | None, missing: 
         seconds[wrong] = np.nan
         return Times(seconds, wrong)
     if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
-        raise DataError(where, str(dtype), "is a type that is no time", "Name a column of times, or none.")
+        raise DataError(where, str(dtype), "is not a type of times", "Name a column of times, or none.")
     texts = without_missing(column_text(values, where), missing)
     has_text = texts.is_not_null().to_numpy()
     if time_format is not None:

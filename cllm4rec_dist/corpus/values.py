@@ -47,7 +47,7 @@ _ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 
 
 class BadValue(Exception):
-    """An unusable value; the message is the reason, a clause that follows `that`: "is no number"."""
+    """An unusable value; the message is the reason, a clause that follows `that`: "is neither text nor number"."""
 
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason)
@@ -73,7 +73,7 @@ def id_text(value: Any) -> str | None:
             raise BadValue("contains an unpaired surrogate", ascii(value))
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadValue("is no text or number", value)
+        raise BadValue("is neither text nor number", value)
     if isinstance(value, float) and abs(value) >= _EXACT[pl.Float64]:
         raise BadValue("is a float too large to be exact", value)
     return _number_text(value)
@@ -89,7 +89,7 @@ def number_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return None if value is None else _SURROGATES.sub("\ufffd", value)
     if not isinstance(value, int | float):
-        raise BadValue("is a list or object and no number or time", value)
+        raise BadValue("is a list or object, not a number or time", value)
     return str(int(value)) if isinstance(value, bool) else _number_text(value)
 
 
@@ -173,7 +173,7 @@ def column_ids(column: pl.Series, where: str) -> pl.Series:
     """
     dtype = column.dtype
     if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
-        raise DataError(where, str(dtype), "is a type that is no id", "Name a column of texts or whole numbers.")
+        raise DataError(where, str(dtype), "is not a type of ids", "Name a column of texts or whole numbers.")
     if dtype.is_float():
         largest = np.nanmax(np.abs(column.cast(pl.Float64).fill_null(np.nan).to_numpy()), initial=0)
         if largest >= _EXACT[dtype]:
@@ -196,7 +196,7 @@ def column_numbers(
     """
     dtype = column.dtype
     if dtype.is_nested() or dtype.is_temporal():
-        raise DataError(where, str(dtype), "is a type that is no number", "Name a column of numbers.")
+        raise DataError(where, str(dtype), "is not a type of numbers", "Name a column of numbers.")
     if dtype.is_numeric() or dtype == pl.Boolean:
         values = column.cast(pl.Float64)
         infinite = values.is_infinite().fill_null(False).to_numpy()

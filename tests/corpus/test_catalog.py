@@ -88,10 +88,10 @@ def test_threshold_and_core_match_a_plain_loop() -> None:
         if core == kept:
             break
         kept = core
-    found = {
+    remaining = {
         (u, i) for split in ("train", "valid", "test") for u, names in by_user(catalog, split).items() for i in names
     }
-    assert found == kept
+    assert remaining == kept
     assert catalog.num_users == len({u for u, _ in kept})
     below = int((table["rating"] < 3).sum())
     assert catalog.log.counts["interaction rated below 3"] == below

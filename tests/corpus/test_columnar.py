@@ -64,11 +64,11 @@ def test_ids_of_every_type(read: Read, column: pa.Array, ids: list[str]) -> None
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        (pa.array([True, False]), "'Boolean' is a type that is no id"),
-        (pa.array([dt.date(2024, 1, 1)] * 2), "'Date' is a type that is no id"),
-        (pa.array([["a"], ["b"]]), "'List(String)' is a type that is no id"),
+        (pa.array([True, False]), "'Boolean' is not a type of ids"),
+        (pa.array([dt.date(2024, 1, 1)] * 2), "'Date' is not a type of ids"),
+        (pa.array([["a"], ["b"]]), "'List(String)' is not a type of ids"),
         (pa.array([{"a": 1}] * 2), "Struct"),
-        (pa.array([dt.time(1, 2)] * 2), "'Time' is a type that is no id"),
+        (pa.array([dt.time(1, 2)] * 2), "'Time' is not a type of ids"),
         (pa.array([b"\xff\xfe", b"b"]), "'Binary' is binary and not UTF-8 text"),
         (pa.array([1e17, 1.0]), "cannot distinguish"),
         (pa.array([16777217.0, 1.0], pa.float32()), "cannot distinguish"),
@@ -164,10 +164,10 @@ def test_texts_of_every_type(read: Read, column: pa.Array, texts: list[str]) -> 
         ({"x": pa.array([b"\xff", b"a"])}, {"text": "x"}, "i.parquet: x: 'Binary' is binary and not UTF-8"),
         ({"x": pa.array([[b"\xff"], [b"a"]])}, {"text": "x"}, "i.parquet: x: b'\\xff' is binary"),
         ({"x": pa.array([dt.timedelta(1)] * 2)}, {"text": "x"}, 'i.parquet: x: "Duration'),
-        ({"t": pa.array([dt.time(1, 2)] * 2)}, {"timestamp": "t"}, "i.parquet: t: 'Time' is a type that is no time"),
-        ({"t": pa.array([True, False])}, {"timestamp": "t"}, "'Boolean' is a type that is no time"),
-        ({"r": pa.array([[4], [5]])}, {"rating": "r"}, "i.parquet: r: 'List(Int64)' is a type that is no number"),
-        ({"r": pa.array([NOON] * 2)}, {"rating": "r"}, "is a type that is no number"),
+        ({"t": pa.array([dt.time(1, 2)] * 2)}, {"timestamp": "t"}, "i.parquet: t: 'Time' is not a type of times"),
+        ({"t": pa.array([True, False])}, {"timestamp": "t"}, "'Boolean' is not a type of times"),
+        ({"r": pa.array([[4], [5]])}, {"rating": "r"}, "i.parquet: r: 'List(Int64)' is not a type of numbers"),
+        ({"r": pa.array([NOON] * 2)}, {"rating": "r"}, "is not a type of numbers"),
         ({}, {"text": "m.n"}, "'m.n' is not among its columns"),
     ],
 )
@@ -186,5 +186,5 @@ def test_parts_may_have_different_types(read: Read) -> None:
             "c": {"u": pa.array([5.0, 6.0]), "i": pa.array([1.0, 2.0])},
         }.items()
     }
-    found = read(files, **table("o"))
-    assert found.pairs == [("a", "1"), ("b", "2"), ("5", "1"), ("6", "2"), ("5", "1"), ("6", "2")]
+    result = read(files, **table("o"))
+    assert result.pairs == [("a", "1"), ("b", "2"), ("5", "1"), ("6", "2"), ("5", "1"), ("6", "2")]

@@ -47,13 +47,13 @@ def rows(text: str) -> str:
     ],
 )
 def test_the_recipe_names_the_encoding(read: Read, text: str, name: str) -> None:
-    found = read({"i.csv": rows(TEXTS[text]).encode(name)}, **table(text="x", encoding=name))
-    assert found.reviews == [f"{TEXTS[text]} {k}" for k in range(30)]
+    result = read({"i.csv": rows(TEXTS[text]).encode(name)}, **table(text="x", encoding=name))
+    assert result.reviews == [f"{TEXTS[text]} {k}" for k in range(30)]
 
 
 def test_a_refusal_shows_the_line_and_no_bytes(refuse: Refuse) -> None:
     message = refuse({"i.csv": rows("Žluťoučký kůň").encode("cp1250")}, **WITH_TEXT)
-    assert "is the line as cp1252 has it" in message
+    assert "is the line read as cp1252" in message
     assert "u0,i0,Žluouèký kùò 0" in message.replace("�", "")
     assert "b'" not in message
 
@@ -66,18 +66,18 @@ def test_a_damaged_line_is_shown_without_bytes(read: Read) -> None:
 
 @pytest.mark.parametrize("name", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
 def test_unicode_is_recognised(read: Read, name: str) -> None:
-    found = read({"i.csv": rows(WESTERN).encode(name)}, **WITH_TEXT)
-    assert found.reviews == [f"{WESTERN} {k}" for k in range(30)]
+    result = read({"i.csv": rows(WESTERN).encode(name)}, **WITH_TEXT)
+    assert result.reviews == [f"{WESTERN} {k}" for k in range(30)]
 
 
 @pytest.mark.parametrize(
     ("text", "name"), [("western", "latin-1"), ("quotes", "cp1252"), ("russian", "cp1251"), ("turkish", "cp1254")]
 )
 def test_a_legacy_encoding_is_reported_once_or_refused(read: Read, text: str, name: str) -> None:
-    found = read({"i.csv": rows(TEXTS[text]).encode(name)}, **WITH_TEXT)
-    assert found.reviews == [f"{TEXTS[text]} {k}" for k in range(30)]
-    assert found.messages.count("is not UTF-8 (30 lines)") == 1
-    assert f"line 2 as 'u0,i0,{TEXTS[text]} 0'" in found.messages
+    result = read({"i.csv": rows(TEXTS[text]).encode(name)}, **WITH_TEXT)
+    assert result.reviews == [f"{TEXTS[text]} {k}" for k in range(30)]
+    assert result.messages.count("is not UTF-8 (30 lines)") == 1
+    assert f"line 2 as 'u0,i0,{TEXTS[text]} 0'" in result.messages
 
 
 @pytest.mark.parametrize(("text", "name"), [("polish", "cp1250"), ("japanese", "shift_jis"), ("western", "cp437")])
@@ -89,9 +89,9 @@ def test_an_encoding_that_cannot_be_told_is_refused(refuse: Refuse, text: str, n
 
 def test_a_damaged_line_among_utf8_is_counted(read: Read) -> None:
     content = rows(WESTERN).encode() + b"u1,i1,caf\xe9\n"
-    found = read({"i.csv": content}, **WITH_TEXT)
-    assert len(found.reviews) == 30
-    assert found.lost["row that is not UTF-8 text"][:3] == (1, "i.csv", 32)
+    result = read({"i.csv": content}, **WITH_TEXT)
+    assert len(result.reviews) == 30
+    assert result.lost["row that is not UTF-8 text"][:3] == (1, "i.csv", 32)
 
 
 @pytest.mark.parametrize("name", ["klingon", "rot13", "hex", "undefined"])

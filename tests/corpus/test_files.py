@@ -67,9 +67,9 @@ def test_compression_is_known_by_the_first_bytes(
     read: Read, suffix: str, kind: str, pack: Callable[[bytes], bytes]
 ) -> None:
     name = f"i.{suffix}"
-    found = read({name: pack(CSV)}, **table(name))
-    assert found.pairs == [("a", "1"), ("b", "2")]
-    assert found.messages.count("its first bytes say") == (suffix != kind)
+    result = read({name: pack(CSV)}, **table(name))
+    assert result.pairs == [("a", "1"), ("b", "2")]
+    assert result.messages.count("its first bytes mean") == (suffix != kind)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, zst])
@@ -89,7 +89,7 @@ def test_a_file_that_was_cut_off_is_refused(refuse: Refuse, pack: Callable[[byte
 def test_a_damaged_file_is_refused(refuse: Refuse, pack: Callable[[bytes], bytes]) -> None:
     content = bytearray(pack(b"u,i\n" + bytes(f"{'a' * 40},1\n" * 50, "ascii")))
     content[len(content) // 2] ^= 0xFF
-    assert "Fetch the file again" in refuse({"i": bytes(content)}, **table("i"))
+    assert "Download the file again" in refuse({"i": bytes(content)}, **table("i"))
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_compressed_parquet(read: Read, pack: Callable[[bytes], bytes]) -> None:
     ],
 )
 def test_several_files(read: Read, files: dict[str, Content], path: Any, pairs: int) -> None:
-    found = read(files, **table(path))
-    assert found.pairs == [("a", "1"), ("b", "2"), ("a", "3")][:pairs]
+    result = read(files, **table(path))
+    assert result.pairs == [("a", "1"), ("b", "2"), ("a", "3")][:pairs]
 
 
 def test_a_file_that_is_named_twice_is_read_once_and_reported(read: Read) -> None:
@@ -175,9 +175,9 @@ def test_columns_that_folders_name(read: Read, files: dict[str, Content], pairs:
 
 def test_a_null_of_hive_is_a_missing_id(read: Read) -> None:
     files: dict[str, Content] = {"h/u=a/p.csv": "i\n1\n", "h/u=__HIVE_DEFAULT_PARTITION__/p.csv": "i\n9\n"}
-    found = read(files, **table("h"))
-    assert found.pairs == [("a", "1")]
-    assert found.lost["row that has no user id"][0] == 1
+    result = read(files, **table("h"))
+    assert result.pairs == [("a", "1")]
+    assert result.lost["row that has no user id"][0] == 1
 
 
 @pytest.mark.parametrize(

@@ -23,21 +23,21 @@ def test_recbole(read: Read) -> None:
         '2\tToy Story\t1995\tAnimation Comedy\n3\t"Quoted" film\t\t\n',
         "x.user": "user_id:token\tage:float\tgender:token\toccupation:token\tzip:token\n1\t24.0\tM\twriter\t8571\n",
     }
-    found = read(files, **recbole(items="x.item", users="x.user"))
-    assert found.pairs == [("1", "2"), ("1", "3")]
-    assert found.column("rating") == [3.0, 4.0]
-    assert found.items == {
+    result = read(files, **recbole(items="x.item", users="x.user"))
+    assert result.pairs == [("1", "2"), ("1", "3")]
+    assert result.column("rating") == [3.0, 4.0]
+    assert result.items == {
         "2": ("Toy Story", "released in 1995, genres: Animation Comedy"),
         "3": ('"Quoted" film', None),
     }
-    assert found.users == {"1": "24 years old, male, writer"}
-    assert not found.lost
+    assert result.users == {"1": "24 years old, male, writer"}
+    assert not result.lost
 
 
 def test_recbole_without_rating_and_time(read: Read) -> None:
-    found = read({"x.inter": "user_id:token\titem_id:token\n1\t2\n"}, **recbole())
-    assert found.pairs == [("1", "2")]
-    assert found.column("rating") == [None]
+    result = read({"x.inter": "user_id:token\titem_id:token\n1\t2\n"}, **recbole())
+    assert result.pairs == [("1", "2")]
+    assert result.column("rating") == [None]
 
 
 def test_recbole_with_another_separator(read: Read, refuse: Refuse) -> None:
@@ -48,9 +48,9 @@ def test_recbole_with_another_separator(read: Read, refuse: Refuse) -> None:
 
 def test_recbole_splits_are_kept(read: Read) -> None:
     files: dict[str, Content] = {f"x.{part}.inter": INTER + f"1\t{part}\t3\t4\n" for part in ("train", "valid", "test")}
-    found = read(files, **recbole())
-    assert found.pairs == [("1", "train"), ("1", "valid"), ("1", "test")]
-    assert found.raw.interactions["part"].to_list() == [0, 1, 2]
+    result = read(files, **recbole())
+    assert result.pairs == [("1", "train"), ("1", "valid"), ("1", "test")]
+    assert result.raw.interactions["part"].to_list() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("key", ["rating_field", "timestamp_field", "text_field"])
@@ -80,10 +80,10 @@ def test_grouplens_100k(read: Read, encoding: str) -> None:
         "m/u.item": ITEMS_100K.encode(encoding),
         "m/u.user": "1|24|M|technician|85711\n",
     }
-    found = read(files, format="grouplens", edition="100k", folder="m")
-    assert found.pairs == [("1", "1"), ("1", "2")]
-    assert found.items == TITLES
-    assert found.users == {"1": "24 years old, male, technician"}
+    result = read(files, format="grouplens", edition="100k", folder="m")
+    assert result.pairs == [("1", "1"), ("1", "2")]
+    assert result.items == TITLES
+    assert result.users == {"1": "24 years old, male, technician"}
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
@@ -92,10 +92,10 @@ def test_grouplens_100k(read: Read, encoding: str) -> None:
 def test_grouplens_1m_and_10m(read: Read, encoding: str, edition: str, users: str) -> None:
     files: dict[str, Content] = {"m/ratings.dat": RATINGS_1M, "m/movies.dat": MOVIES_1M.encode(encoding)}
     files |= {"m/users.dat": users} if users else {}
-    found = read(files, format="grouplens", edition=edition, folder="m")
-    assert found.column("timestamp") == [978300760.0, 978302109.0]
-    assert found.items == TITLES
-    assert found.users == ({"1": "under 18 years old, female, K-12 student"} if users else {})
+    result = read(files, format="grouplens", edition=edition, folder="m")
+    assert result.column("timestamp") == [978300760.0, 978302109.0]
+    assert result.items == TITLES
+    assert result.users == ({"1": "under 18 years old, female, K-12 student"} if users else {})
 
 
 @pytest.mark.parametrize("edition", ["20m", "25m", "32m", "latest", "csv"])
@@ -106,9 +106,9 @@ def test_grouplens_csv(read: Read, edition: str, end: str) -> None:
         'movieId,title,genres\n1,"American President, The (1995)",Comedy|Drama\n2,"""Great"" Café",(no genres listed)\n'
     )
     files: dict[str, Content] = {"m/ratings.csv": ratings.replace("\n", end), "m/movies.csv": movies.replace("\n", end)}
-    found = read(files, format="grouplens", edition=edition, folder="m")
-    assert found.column("rating") == [3.5, 4.0]
-    assert found.items == {
+    result = read(files, format="grouplens", edition=edition, folder="m")
+    assert result.column("rating") == [3.5, 4.0]
+    assert result.items == {
         "1": ("American President, The (1995)", "genres: Comedy, Drama"),
         "2": ('"Great" Café', None),
     }
@@ -151,17 +151,17 @@ AMAZON = {
 @pytest.mark.parametrize("edition", AMAZON)
 def test_amazon(read: Read, edition: str) -> None:
     reviews, metadata, texts, about, time = AMAZON[edition]
-    found = read(
+    result = read(
         {"r.json": reviews, "m.json": metadata}, format="amazon", edition=edition, reviews="r.json", metadata="m.json"
     )
-    assert found.reviews == texts
-    assert found.items == {"B1": about}
-    assert set(found.column("timestamp")) == {time}
+    assert result.reviews == texts
+    assert result.items == {"B1": about}
+    assert set(result.column("timestamp")) == {time}
 
 
 def test_amazon_of_another_edition_is_refused(refuse: Refuse) -> None:
     message = refuse({"r": AMAZON["2023"][0]}, format="amazon", edition="2018", reviews="r")
-    assert "has no field reviewerID. Choose the format or edition that fits" in message
+    assert "has no field reviewerID. Choose the right format or edition" in message
 
 
 def test_yelp(read: Read) -> None:
@@ -172,12 +172,12 @@ def test_yelp(read: Read) -> None:
         '"attributes":{"A":"True"},"hours":null}\n{"business_id":"b2","name":"z","categories":null}\n',
         "u": '{"user_id":"u1","name":"W","review_count":5,"yelping_since":"2007-01-25 16:47:26","elite":"2007,2008"}\n',
     }
-    found = read(files, format="yelp", reviews="r", businesses="b", users="u")
-    assert found.pairs == [("u1", "b1")]
-    assert found.reviews == ["Nice.\n\nGood"]
-    assert found.column("timestamp") == [1531001351.0]
-    assert found.items == {"b1": ("Café", "Doctors, Health, in Santa Barbara")}
-    assert found.users == {"u1": "member since 2007, elite in 2007,2008"}
+    result = read(files, format="yelp", reviews="r", businesses="b", users="u")
+    assert result.pairs == [("u1", "b1")]
+    assert result.reviews == ["Nice.\n\nGood"]
+    assert result.column("timestamp") == [1531001351.0]
+    assert result.items == {"b1": ("Café", "Doctors, Health, in Santa Barbara")}
+    assert result.users == {"u1": "member since 2007, elite in 2007,2008"}
 
 
 def test_mind(read: Read) -> None:
@@ -191,10 +191,10 @@ def test_mind(read: Read) -> None:
         'N55189\tlifestyle\tlifestyleroyals\tThe "Brands" Queen\tShop the notebooks\thttps://x\t[{"Label": "P"}]\t[]\n'
         "N42782\thealth\tweightloss\tFat\t\thttps://y\t[]\t[]\nN1\tsports\tgolf\tGolf\t\thttps://z\t[]\t[]\n"
     )
-    found = read(
+    result = read(
         {"behaviors.tsv": behaviors, "news.tsv": news}, format="mind", behaviors="behaviors.tsv", news="news.tsv"
     )
-    assert found.pairs == [
+    assert result.pairs == [
         ("U13740", "N55189"),
         ("U13740", "N42782"),
         ("U13740", "N55689"),
@@ -202,9 +202,9 @@ def test_mind(read: Read) -> None:
         ("U91836", "N1"),
         ("U5", "N9"),
     ]
-    assert found.column("timestamp") == [None, None, 1573463158.0, 1573582290.0, 1573582290.0, None]
-    assert found.items["N55189"] == ('The "Brands" Queen', "lifestyle. lifestyleroyals. Shop the notebooks")
-    assert found.items["N42782"] == ("Fat", "health. weightloss")
+    assert result.column("timestamp") == [None, None, 1573463158.0, 1573582290.0, 1573582290.0, None]
+    assert result.items["N55189"] == ('The "Brands" Queen', "lifestyle. lifestyleroyals. Shop the notebooks")
+    assert result.items["N42782"] == ("Fat", "health. weightloss")
 
 
 GAMES = (
@@ -239,11 +239,11 @@ STEAM: dict[str, tuple[str, list[tuple[str, str]], list[str]]] = {
 @pytest.mark.parametrize("form", STEAM)
 def test_steam(read: Read, form: str) -> None:
     content, pairs, texts = STEAM[form]
-    found = read({"r.json": content, "g.json": GAMES}, format="steam", reviews="r.json", games="g.json")
-    assert found.pairs == pairs
-    assert found.reviews == texts
-    assert found.items == {"725280": ("Lost", "genres: Action, Indie, tags: Strategy")}
-    assert found.lost == {"row that is a text about an item without id": (1, "g.json", 2, ", No id,")}
+    result = read({"r.json": content, "g.json": GAMES}, format="steam", reviews="r.json", games="g.json")
+    assert result.pairs == pairs
+    assert result.reviews == texts
+    assert result.items == {"725280": ("Lost", "genres: Action, Indie, tags: Strategy")}
+    assert result.lost == {"row that is a text about an item without id": (1, "g.json", 2, ", No id,")}
 
 
 PAIRS = [("1", "2"), ("1", "3"), ("2", "3")]
@@ -265,9 +265,9 @@ PAIRS = [("1", "2"), ("1", "3"), ("2", "3")]
     ],
 )
 def test_sequences(read: Read, content: Content, options: dict[str, Any]) -> None:
-    found = read({"s": content}, format="sequences", sequences="s", **options)
-    assert found.pairs == PAIRS
-    assert not found.lost
+    result = read({"s": content}, format="sequences", sequences="s", **options)
+    assert result.pairs == PAIRS
+    assert not result.lost
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,8 @@ def test_sequences(read: Read, content: Content, options: dict[str, Any]) -> Non
         ("1,2,3\n", "separator: ','"),
         ("1 2,3,4\n2 3,4,5\n", "separator: ','"),
         ('{"user": 1, "items": [2], "times": [3]}', "are not one user and one list of items"),
-        ('{"1": [2], "2": "3 4"}', "s: 2: '3 4' is no list of items"),
-        ('{"1": [{"id": 2}]}', "has an id that is no text or number"),
+        ('{"1": [2], "2": "3 4"}', "s: 2: '3 4' is not a list of items"),
+        ('{"1": [{"id": 2}]}', "has an id that is neither text nor number"),
         ("[[1, [2, 3]]]", "is not a JSON object"),
     ],
 )
@@ -294,5 +294,5 @@ def test_sequences_of_another_form_are_refused(refuse: Refuse, content: str, wor
     ],
 )
 def test_titles_of_sequences(read: Read, titles: str) -> None:
-    found = read({"s": "1 2 3\n", "t": titles}, format="sequences", sequences="s", titles="t")
-    assert found.items == {"2": ("Toy Story", None), "3": ('The "x"', None)}
+    result = read({"s": "1 2 3\n", "t": titles}, format="sequences", sequences="s", titles="t")
+    assert result.items == {"2": ("Toy Story", None), "3": ('The "x"', None)}

@@ -48,10 +48,10 @@ def test_all_layouts_hold_the_same_rows(
     read: Read, monkeypatch: pytest.MonkeyPatch, content: str | bytes, block_bytes: int
 ) -> None:
     monkeypatch.setattr(encoding, "BLOCK_BYTES", block_bytes)
-    found = read({"i.json": content}, **SOURCE)
-    assert found.pairs == PAIRS
-    assert found.reviews == [f"text {k}" for k in range(6)]
-    assert not found.lost
+    result = read({"i.json": content}, **SOURCE)
+    assert result.pairs == PAIRS
+    assert result.reviews == [f"text {k}" for k in range(6)]
+    assert not result.lost
 
 
 OID = {"$oid": "507f1f77bcf86cd799439011"}
@@ -61,9 +61,9 @@ OID = {"$oid": "507f1f77bcf86cd799439011"}
 @pytest.mark.parametrize("time", ["2024-03-01T00:00:00Z", {"$numberLong": "1709251200000"}, 1709251200000])
 def test_mongo_notation(read: Read, indent: int | None, time: Any) -> None:
     row = {"_id": OID, "u": OID, "i": {"$numberLong": "12"}, "t": {"$date": time}, "x": "good"}
-    found = read({"i.json": json.dumps([row], indent=indent)}, **SOURCE)
-    assert found.pairs == [("507f1f77bcf86cd799439011", "12")]
-    assert found.column("timestamp") == [1709251200.0]
+    result = read({"i.json": json.dumps([row], indent=indent)}, **SOURCE)
+    assert result.pairs == [("507f1f77bcf86cd799439011", "12")]
+    assert result.column("timestamp") == [1709251200.0]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_ids_stay_what_they_are(read: Read, fields: str, pair: tuple[str, str], 
 @pytest.mark.parametrize(
     ("fields", "value", "reason"),
     [
-        ('"u": {"id": 1}, "i": 2', "{'id': 1}", "has a u that is no text or number"),
-        ('"u": 1, "i": [2]', "[2]", "has a i that is no text or number"),
-        ('"u": true, "i": 2', "True", "has a u that is no text or number"),
+        ('"u": {"id": 1}, "i": 2', "{'id': 1}", "has a u that is neither text nor number"),
+        ('"u": 1, "i": [2]', "[2]", "has a i that is neither text nor number"),
+        ('"u": true, "i": 2', "True", "has a u that is neither text nor number"),
         ('"u": 1e22, "i": 2', "1e+22", "has a u that is a float too large to be exact"),
         ('"u": "a\\ud83d", "i": 2', "'a\\ud83d'", "has a u that contains an unpaired surrogate"),
         ('"u": 1, "i": 2, "t": {"$timestamp": {"t": 1}}', "{'t': 1}", "has a t that is a list or object"),
@@ -134,9 +134,9 @@ def test_values_of_any_type_become_texts(read: Read, value: str, text: str | Non
 def test_a_bad_line_is_counted_with_its_number(read: Read, bad: bytes, reason: str, at: int) -> None:
     content = [json.dumps({**row, "x": "é"}, ensure_ascii=False).encode() for row in ROWS]
     content.insert(at, bad)
-    found = read({"i.json": b"\n\n".join(content)}, **table("i.json", timestamp="t", text="x", kind="jsonl"))
-    assert len(found.pairs) == 6
-    assert found.lost[f"row that {reason}"][:3] == (1, "i.json", 2 * at + 1)
+    result = read({"i.json": b"\n\n".join(content)}, **table("i.json", timestamp="t", text="x", kind="jsonl"))
+    assert len(result.pairs) == 6
+    assert result.lost[f"row that {reason}"][:3] == (1, "i.json", 2 * at + 1)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_documents_that_cannot_be_read(refuse: Refuse, content: str, words: str)
 
 def test_a_value_that_is_nested_too_deeply_is_counted(read: Read) -> None:
     deep = json.dumps({**ROWS[0], "x": 0}).replace('"x": 0', '"x": ' + "[" * 900 + "]" * 900)
-    found = read({"i.json": LINES + "\n" + deep}, **SOURCE)
-    assert len(found.pairs) in (6, 7)  # the interpreter's recursion limit decides
+    result = read({"i.json": LINES + "\n" + deep}, **SOURCE)
+    assert len(result.pairs) in (6, 7)  # the interpreter's recursion limit decides
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])

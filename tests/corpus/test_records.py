@@ -69,9 +69,11 @@ def test_what_the_csv_module_writes_is_read_back(path: Path, rows: list[tuple[st
     writer.writerow(["a", "b"])
     writer.writerows(rows)
     dialect = Dialect(",", "double", None, "utf-8")
-    found = parse(path, text.getvalue().encode(), dialect)
-    assert not isinstance(found, str)
-    assert [row[1:] for row in found[0]] == [tuple(field or None for field in row) for row in rows if row != ("a", "b")]
+    result = parse(path, text.getvalue().encode(), dialect)
+    assert not isinstance(result, str)
+    assert [row[1:] for row in result[0]] == [
+        tuple(field or None for field in row) for row in rows if row != ("a", "b")
+    ]
 
 
 MESSY = st.text(alphabet='a"\n,\\1é\r', max_size=60)
@@ -114,9 +116,9 @@ def test_plain_lines_are_read_as_the_line_reader_would(path: Path, body: str, qu
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_line_ends_of_all_systems(read: Read, end: str) -> None:
-    found = read({"i.csv": lines(end=end)}, **table(**TEXTS))
-    assert found.reviews == [f"text {k}" for k in range(20)]
-    assert not found.lost
+    result = read({"i.csv": lines(end=end)}, **table(**TEXTS))
+    assert result.reviews == [f"text {k}" for k in range(20)]
+    assert not result.lost
 
 
 @pytest.mark.parametrize(
@@ -140,15 +142,15 @@ def test_line_ends_of_all_systems(read: Read, end: str) -> None:
     ],
 )
 def test_one_odd_line_among_plain_ones(read: Read, line: str, options: dict[str, Any], review: str) -> None:
-    found = read({"i.csv": lines(line)}, **table(**TEXTS, **options))
-    assert found.reviews == [*(f"text {k}" for k in range(5)), review, *(f"text {k}" for k in range(5, 20))]
-    assert not found.lost
+    result = read({"i.csv": lines(line)}, **table(**TEXTS, **options))
+    assert result.reviews == [*(f"text {k}" for k in range(5)), review, *(f"text {k}" for k in range(5, 20))]
+    assert not result.lost
 
 
 @pytest.mark.parametrize(
     ("line", "options", "message"),
     [
-        ('u1,i1,1600000000,"a\nu2,i2,1600000001,b\nc"', {}, "i.csv line 7:.*goes on for 2 lines.*look like rows"),
+        ('u1,i1,1600000000,"a\nu2,i2,1600000001,b\nc"', {}, "i.csv line 7:.*continues for 2 lines.*look like rows"),
         ('u1,i1,1600000000,"never closed', {"quoting": "double"}, "i.csv line 7:.*never closed"),
         ('u1,i1,1600000000,"he said \\"hi\\", ok"', {}, "i.csv line 7:.*escape: "),
     ],
@@ -172,15 +174,15 @@ def test_a_line_that_is_no_row_is_counted_with_its_line(
     read: Read, line: str, options: dict[str, Any], reason: str
 ) -> None:
     text = 'u1,i1,1600000000,"two\nlines"'
-    found = read({"i.csv": lines(text, "", line)}, **table(**TEXTS, **options))
-    assert len(found.pairs) == 21
-    assert found.lost == {f"row that {reason}": (1, "i.csv", 10, line)}
-    assert f"The first is line 10: {line!r} {reason}" in found.messages
+    result = read({"i.csv": lines(text, "", line)}, **table(**TEXTS, **options))
+    assert len(result.pairs) == 21
+    assert result.lost == {f"row that {reason}": (1, "i.csv", 10, line)}
+    assert f"The first is line 10: {line!r} {reason}" in result.messages
 
 
 def test_the_first_lost_line_is_reported_whichever_way_it_was_read(read: Read) -> None:
-    found = read({"i.csv": lines("u1", 'u2"')}, **table(**TEXTS))
-    assert found.lost == {"row that has 1 field instead of 4": (2, "i.csv", 7, "u1")}
+    result = read({"i.csv": lines("u1", 'u2"')}, **table(**TEXTS))
+    assert result.lost == {"row that has 1 field instead of 4": (2, "i.csv", 7, "u1")}
 
 
 @pytest.mark.parametrize("header", ['"u","i","t","x"', "\ufeffu,i,t,x", "\n\n u , i,t,x"])
@@ -190,15 +192,15 @@ def test_headers_with_quotes_marks_and_blank_lines(read: Read, header: str) -> N
 
 def test_a_name_in_the_header_may_run_over_lines(read: Read) -> None:
     content = lines(header='"u","i","t","long\nname"')
-    found = read({"i.csv": content}, **table(timestamp="t", text="long\nname"))
-    assert len(found.reviews) == 20
-    assert not found.lost
+    result = read({"i.csv": content}, **table(timestamp="t", text="long\nname"))
+    assert len(result.reviews) == 20
+    assert not result.lost
 
 
 def test_a_repeated_header_is_left_out_and_counted(read: Read) -> None:
-    found = read({"i.csv": lines(HEADER, '"u","i","t","x"')}, **table(**TEXTS))
-    assert len(found.pairs) == 20
-    assert found.lost == {"repeated header": (2, "i.csv", 7, "u, i, t, x")}
+    result = read({"i.csv": lines(HEADER, '"u","i","t","x"')}, **table(**TEXTS))
+    assert len(result.pairs) == 20
+    assert result.lost == {"repeated header": (2, "i.csv", 7, "u, i, t, x")}
 
 
 def test_a_header_that_does_not_decode_costs_no_row(read: Read) -> None:
@@ -207,9 +209,9 @@ def test_a_header_that_does_not_decode_costs_no_row(read: Read) -> None:
 
 
 def test_blank_lines_of_a_single_column_are_no_rows(read: Read) -> None:
-    found = read({"h/u=a/part-0.csv": 'i\n1\n\n"2"\n   \n'}, **table("h"))
-    assert found.pairs == [("a", "1"), ("a", "2")]
-    assert not found.lost
+    result = read({"h/u=a/part-0.csv": 'i\n1\n\n"2"\n   \n'}, **table("h"))
+    assert result.pairs == [("a", "1"), ("a", "2")]
+    assert not result.lost
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_separators(read: Read, content: str, options: dict[str, Any], pairs: li
         ("u,i,\n1,2\n3,4\n", {}, ["line 2", "2 fields instead of 3", "max_lost"]),
         ("", {}, ["leaves no interaction"]),
         ("u,i\n", {}, ["leaves no interaction"]),
-        ("u,i\na,b\x00c\n", {}, ["no text"]),
+        ("u,i\na,b\x00c\n", {}, ["neither text nor Parquet"]),
         ("1,2,3\n4,5,6\n", {"names": ["u", "i"]}, ["line 1", "3 fields instead of 2"]),
     ],
 )
@@ -250,9 +252,9 @@ def test_files_that_cannot_be_read(refuse: Refuse, content: str, options: dict[s
 def test_a_stray_mark_swallows_nothing(read: Read) -> None:
     rows = [f"{k % 50}\t{k % 40}\t{1600000000 + k}\ttext {k}" for k in range(500)]
     rows[20] = '0\t0\t1600000020\t"so it begins'
-    found = read({"i.csv": "\n".join(["u\ti\tt\tx", *rows])}, **table(**TEXTS))
-    assert len(found.pairs) == 500
-    assert "(1 lines, the first is line 22)" in found.messages
+    result = read({"i.csv": "\n".join(["u\ti\tt\tx", *rows])}, **table(**TEXTS))
+    assert len(result.pairs) == 500
+    assert "(1 lines, the first is line 22)" in result.messages
 
 
 @pytest.mark.parametrize("where", ["u1", "u1,i1,x"])
@@ -265,10 +267,10 @@ def test_on_bad_line_error_stops_with_the_line(refuse: Refuse, where: str) -> No
 @pytest.mark.parametrize("columns", ["u;i", "u;i;t"])
 def test_a_first_line_that_names_the_separator_is_read_over(read: Read, first: str, columns: str) -> None:
     rows = "".join(f"{';'.join(row.split(',')[: columns.count(';') + 1])}\n" for row in ROWS)
-    found = read({"i.csv": f"{first}\n{columns}\n{rows}"}, **table())
-    assert found.pairs == [tuple(row.split(",")[:2]) for row in ROWS]
-    assert not found.lost
-    assert found.raw.origins.find(0) == {"file": "i.csv", "line": 3}
+    result = read({"i.csv": f"{first}\n{columns}\n{rows}"}, **table())
+    assert result.pairs == [tuple(row.split(",")[:2]) for row in ROWS]
+    assert not result.lost
+    assert result.raw.origins.find(0) == {"file": "i.csv", "line": 3}
 
 
 def test_the_named_separator_counts_where_the_recipe_names_none(read: Read) -> None:

@@ -72,7 +72,7 @@ def test_recbole(recbole: dict[str, str]) -> None:
 
 def test_recbole_names_a_missing_field(recbole: dict[str, str]) -> None:
     with pytest.raises(
-        DataError, match=r"x\.inter line 1: 'stars' is not among its columns.*Mend rating_field in the recipe"
+        DataError, match=r"x\.inter line 1: 'stars' is not among its columns.*Fix rating_field in the recipe"
     ):
         read_source(source(**recbole, rating_field="stars"))
 
@@ -279,16 +279,16 @@ def test_table_parquet_has_typed_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "content", "found"),
+    ("kind", "content", "message"),
     [
         ("csv", "who,what\na,b\n", "'stars' is not among its columns"),
         ("jsonl", '{"who": "a", "what": "b"}\n', r"\['review', 'stars', 'when'\] is in no object"),
         ("parquet", "no parquet", "is not Parquet"),
     ],
 )
-def test_table_names_what_is_missing(tmp_path: Path, kind: str, content: str, found: str) -> None:
+def test_table_names_what_is_missing(tmp_path: Path, kind: str, content: str, message: str) -> None:
     table = {"path": write(tmp_path / "x", content), "kind": kind, **COLUMNS}
-    with pytest.raises(DataError, match=found):
+    with pytest.raises(DataError, match=message):
         read_source(source(format="table", interactions=table))
 
 
@@ -385,7 +385,7 @@ def test_paths_take_environment_variables(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "found"),
+    ("settings", "message"),
     [
         ({"source": {"format": "excel"}}, "excel"),
         ({"source": {"format": "sequences"}}, "sequences"),
@@ -393,8 +393,8 @@ def test_paths_take_environment_variables(monkeypatch: pytest.MonkeyPatch) -> No
         ({"split": {"kind": "random", "valid": 0.5, "test": 0.5}}, "must be below 1"),
     ],
 )
-def test_recipes_refuse_what_they_do_not_know(settings: dict[str, Any], found: str) -> None:
-    with pytest.raises(ConfigError, match=found):
+def test_recipes_refuse_what_they_do_not_know(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         recipe(**settings)
 
 

@@ -77,8 +77,8 @@ def day(year: int, month: int, number: int) -> float:
     ],
 )
 def test_a_time_in_any_form(read: Read, text: str, seconds: float) -> None:
-    (found,) = read({"i.csv": rows(text)}, **SOURCE).column("timestamp")
-    assert found == pytest.approx(seconds, abs=1e-5)
+    (result,) = read({"i.csv": rows(text)}, **SOURCE).column("timestamp")
+    assert result == pytest.approx(seconds, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_a_time_in_any_form(read: Read, text: str, seconds: float) -> None:
     ],
 )
 def test_what_is_no_time_is_counted_with_its_value(read: Read, text: str) -> None:
-    found = read({"i.csv": rows("2024-01-01", text, "2024-01-02")}, **SOURCE)
-    assert len(found.pairs) == 2
-    assert found.lost == {"row that has a time that cannot be read": (1, "i.csv", 3, f"a, 1, {text}")}
+    result = read({"i.csv": rows("2024-01-01", text, "2024-01-02")}, **SOURCE)
+    assert len(result.pairs) == 2
+    assert result.lost == {"row that has a time that cannot be read": (1, "i.csv", 3, f"a, 1, {text}")}
 
 
 @pytest.mark.parametrize(
@@ -115,18 +115,18 @@ def test_what_is_no_time_is_counted_with_its_value(read: Read, text: str) -> Non
 def test_a_day_above_12_decides_the_order_of_its_file(
     read: Read, times: tuple[str, ...], order: str, last: float
 ) -> None:
-    found = read({"i.csv": rows(*times)}, **SOURCE)
-    assert found.column("timestamp")[-1] == last
-    assert f"INFO: i.csv line 2: t: dates like {times[0]!r} are read as {order}" in found.messages
-    assert "WARNING" not in found.messages, "the day decides, and nothing is left open"
+    result = read({"i.csv": rows(*times)}, **SOURCE)
+    assert result.column("timestamp")[-1] == last
+    assert f"INFO: i.csv line 2: t: dates like {times[0]!r} are read as {order}" in result.messages
+    assert "WARNING" not in result.messages, "the day decides, and nothing is left open"
 
 
 def test_each_file_decides_and_an_open_one_follows(read: Read) -> None:
     files = {"a.csv": rows("13/02/2024"), "b.csv": rows("01/02/2024")}
     both = table(["a.csv", "b.csv"], timestamp="t", separator=";")
-    found = read(files, **both)
-    assert found.column("timestamp") == [day(2024, 2, 13), day(2024, 2, 1)]
-    assert "WARNING: b.csv line 2: t: dates like '01/02/2024' are read as day-first" in found.messages
+    result = read(files, **both)
+    assert result.column("timestamp") == [day(2024, 2, 13), day(2024, 2, 1)]
+    assert "WARNING: b.csv line 2: t: dates like '01/02/2024' are read as day-first" in result.messages
     files["b.csv"] = rows("01/15/2024")
     assert read(files, **both).column("timestamp") == [day(2024, 2, 13), day(2024, 1, 15)]
 
@@ -141,9 +141,9 @@ def test_each_file_decides_and_an_open_one_follows(read: Read) -> None:
     ],
 )
 def test_times_far_from_all_the_others_are_warned_of(read: Read, usual: str, odd: list[str], said: str) -> None:
-    found = read({"i.csv": rows(*[f"{usual}{number}" for number in range(1, 10)], *odd)}, **SOURCE)
-    assert "WARNING: i.csv line 11: t: " in found.messages
-    assert said in found.messages
+    result = read({"i.csv": rows(*[f"{usual}{number}" for number in range(1, 10)], *odd)}, **SOURCE)
+    assert "WARNING: i.csv line 11: t: " in result.messages
+    assert said in result.messages
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_dates_that_decide_nothing_or_contradict_each_other_are_refused(
 )
 def test_the_recipe_gives_the_format(read: Read, text: str, time_format: str, seconds: float) -> None:
     source = table(timestamp="t", separator=";", time_format=time_format)
-    found = read({"i.csv": rows(text, "NULL", "rubbish", text)}, **source)
-    assert found.column("timestamp") == [pytest.approx(seconds, abs=1e-5), None, pytest.approx(seconds, abs=1e-5)]
-    assert found.lost["row that has a time that cannot be read"][:3] == (1, "i.csv", 4)
+    result = read({"i.csv": rows(text, "NULL", "rubbish", text)}, **source)
+    assert result.column("timestamp") == [pytest.approx(seconds, abs=1e-5), None, pytest.approx(seconds, abs=1e-5)]
+    assert result.lost["row that has a time that cannot be read"][:3] == (1, "i.csv", 4)
 
 
 @pytest.mark.parametrize("time_format", ["%Q", "abc", "%H:%M", ""])

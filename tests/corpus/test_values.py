@@ -68,7 +68,7 @@ def test_ratings(read: Read, text: str, decimal: str, rating: float) -> None:
 def test_a_rating_that_is_no_number_is_counted_with_its_value(read: Read, text: str) -> None:
     result = read({"i.csv": f"u;i;r\na;1;4\na;2;{text}\n"}, **table(rating="r"))
     assert result.pairs == [("a", "1")]
-    assert result.lost == {"row that has a rating that is no number": (1, "i.csv", 3, f"a, 2, {text}")}
+    assert result.lost == {"row that has a rating that is not a number": (1, "i.csv", 3, f"a, 2, {text}")}
 
 
 @pytest.mark.parametrize(

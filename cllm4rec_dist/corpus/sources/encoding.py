@@ -1,8 +1,8 @@
-"""Text files as UTF-8, whatever encoding they are in.
+"""Convert text files of any encoding to UTF-8.
 
-UTF-8 is what most files are; UTF-16 and UTF-32 say so by their byte order mark. Of another encoding nothing in a file
-tells which one it is, and a wrong guess is mojibake in every title. So a legacy encoding is used where the recipe names
-it, or where it can hardly be another one, and is then reported with an example; else the file is refused.
+Most files are UTF-8; UTF-16 and UTF-32 have a byte order mark. Nothing in a file declares another encoding, and a wrong
+guess is mojibake in every title. So a legacy encoding is used only if the recipe names it, or if the detection is
+nearly certain, which is then reported with an example; otherwise the file is refused.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-"""Encodings by their byte order mark; UTF-32's come first, because UTF-16's begin them."""
+"""Encodings by byte order mark; UTF-32 comes before UTF-16, whose mark is a prefix."""
 _HEAD = 4096
 _MAC_SAMPLE = 1 << 16
-"""A file without a line feed in so many bytes, but with carriage returns, ends its lines with these."""
+"""Bytes in which a file with carriage returns but no line feed counts as one with carriage returns as line ends."""
 _WESTERN = re.compile(
     r"[\x00-\x7f’‘“”–—…•€£©®™°´·«»¿¡ªº¼½¾²³×§ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØŒÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøœùúûüÿ\xa0]*"
 )
 _LETTER_RUN = re.compile(r"[^\W\d_\x00-\x7f]{3}")
-_ODD_PLACE = re.compile(r"[^\W\d_][¿¡°§×²³¼½¾ªº«»][^\W\d_]")
+_SIGN_IN_WORD = re.compile(r"[^\W\d_][¿¡°§×²³¼½¾ªº«»][^\W\d_]")
 _OTHER_LATIN = {"cp1250", "iso8859_2", "cp1254", "iso8859_9", "cp1257", "iso8859_4", "iso8859_13", "mac_latin2"}
 _MIN_COHERENCE = 0.3
 
 
 def resolve_encoding(path: str, encoding: str) -> str:
-    """Python's name of a file's encoding: the given one, or the one that is found for `auto`.
+    """Return Python's name of a file's encoding: the given one, or the detected one for `auto`.
 
     A reader that opens a file several times resolves it once, so that a legacy encoding is reported once.
     """
@@ -52,12 +52,12 @@ def resolve_encoding(path: str, encoding: str) -> str:
 
 
 def find_encoding(path: str) -> str:
-    """The encoding of a text file: `utf-8` unless its bytes say otherwise.
+    """Detect the encoding of a text file; `utf-8` unless its bytes are not.
 
     Reads the file up to its first byte that is not UTF-8, and to the end if there is one.
 
     Raises:
-        DataError: for a file whose encoding cannot be told.
+        DataError: if the encoding cannot be detected.
     """
     head = first_bytes(path, _HEAD)
     name = _unicode_encoding(head)
@@ -69,7 +69,7 @@ def find_encoding(path: str) -> str:
 
 
 def is_utf8_beyond_ascii(path: str) -> bool:
-    """True for UTF-8 with letters beyond ASCII: text of a legacy encoding is hardly ever valid UTF-8."""
+    """True for UTF-8 with non-ASCII characters; text of a legacy encoding is hardly ever valid UTF-8."""
     if _unicode_encoding(first_bytes(path, _HEAD)) not in (None, "utf-8") or not _is_utf8(path):
         return False
     with open_binary(path) as file:
@@ -77,12 +77,12 @@ def is_utf8_beyond_ascii(path: str) -> bool:
 
 
 def escaped(line: bytes) -> str:
-    """A line that is not UTF-8 for a message, with its wrong bytes as `\\xe9`."""
+    """Decode a line that is not UTF-8 for a message, with invalid bytes as `\\xe9`."""
     return line.decode(errors="backslashreplace")
 
 
 def first_text(path: str, encoding: str = "auto") -> str:
-    """The first characters of a text file, without byte order mark; bytes that cannot be decoded are left out."""
+    """Return the first characters of a text file, without byte order mark and undecodable bytes."""
     head = first_bytes(path, _HEAD)
     name = (_unicode_encoding(head) or "utf-8") if encoding == "auto" else encoding
     return head.decode(name, errors="ignore").removeprefix("\ufeff")
@@ -114,7 +114,7 @@ def _legacy_encoding(path: str) -> str:
     wrong: list[tuple[int, bytes]] = []
     num_right = num_wrong = 0
     with open_binary(path) as file:
-        for number, line in enumerate(file, start=1):
+        for line_number, line in enumerate(file, start=1):
             if line.isascii():
                 continue
             try:
@@ -123,65 +123,65 @@ def _legacy_encoding(path: str) -> str:
             except UnicodeDecodeError:
                 num_wrong += 1
                 if len(wrong) < _SAMPLE_LINES:
-                    wrong.append((number, line))
+                    wrong.append((line_number, line))
     if num_right > num_wrong:
-        return "utf-8"  # with damaged lines, which are counted where they are read
+        return "utf-8"  # with damaged lines, which the reader counts
     name = _guess(b"".join(line for _, line in wrong))
-    number, line = wrong[0]
+    line_number, line = wrong[0]
     if name is None:
         raise DataError(
-            f"{path} line {number}",
+            f"{path} line {line_number}",
             line.decode("cp1252", errors="replace").strip()[:80],
-            f"is the line as cp1252 has it: it is not UTF-8, like {num_wrong:,} lines of the file, and its encoding"
-            " cannot be told",
-            "Name it beside the file's path, for example encoding: cp1252, or encoding: utf-8 to leave such lines out.",
+            f"is the line read as cp1252: it is not UTF-8, like {num_wrong:,} lines of the file, and the encoding"
+            " cannot be detected",
+            "Set it in the recipe, as encoding: cp1252, or encoding: utf-8 to leave out such lines.",
         )
     logger.warning(
         "%s is not UTF-8 (%s lines) and is read as %s: line %d as %r. If that is wrong, set encoding in the recipe.",
         path,
         f"{num_wrong:,}",
         name,
-        number,
+        line_number,
         line.decode(name, errors="replace").strip()[:80],
     )
     return name
 
 
 def _guess(sample: bytes) -> str | None:
-    """The legacy encoding that the sample is in, if it can hardly be another one, or None."""
-    found = from_bytes(sample).best()
-    coherent = found is not None and found.coherence >= _MIN_COHERENCE
+    """Detect the legacy encoding of a sample; None unless it is nearly certain."""
+    best = from_bytes(sample).best()
+    coherent = best is not None and best.coherence >= _MIN_COHERENCE
     try:
         text = sample.decode("cp1252")
     except UnicodeDecodeError:
         text = ""
-    western = bool(text) and _WESTERN.fullmatch(text) is not None and not _ODD_PLACE.search(text)
-    # Words of Cyrillic, Greek or CJK letters are runs of high bytes; Western words have one here and there.
+    western = bool(text) and _WESTERN.fullmatch(text) is not None and not _SIGN_IN_WORD.search(text)
+    # Cyrillic, Greek or CJK words are runs of high bytes; Western words have single ones.
     if western and not _LETTER_RUN.search(text):
-        is_other = coherent and found is not None and found.encoding in _OTHER_LATIN and str(found) != text
+        is_other = coherent and best is not None and best.encoding in _OTHER_LATIN and str(best) != text
         return None if is_other else "cp1252"
-    if not western and coherent and found is not None and found.encoding not in ("ascii", "utf_8"):
-        return codecs.lookup(found.encoding).name
+    if not western and coherent and best is not None and best.encoding not in ("ascii", "utf_8"):
+        return codecs.lookup(best.encoding).name
     return None
 
 
 def utf8_blocks(path: str, encoding: str = "auto") -> Iterator[bytes]:
-    """The text of a file as UTF-8, in blocks that end with a line (the last one may not), without byte order mark.
+    """Yield the text of a file as UTF-8, in blocks of complete lines (except the last), without byte order mark.
 
-    Line ends are `\\n`, whatever the file has. Bytes that are not UTF-8 in a file that is mostly UTF-8 stay as they
-    are. A block is as long as the longest line, if that is longer than `BLOCK_BYTES`.
+    All line ends become `\\n`. Invalid bytes of a file that is mostly UTF-8 are not changed. A block is as long as the
+    longest line if that is longer than `BLOCK_BYTES`.
 
     Args:
         path: path or URL.
         encoding: Python's name, or `auto`.
 
     Raises:
-        DataError: where the file cannot be read or decoded.
+        DataError: if the file cannot be read or decoded.
     """
     name = resolve_encoding(path, encoding)
     is_utf8 = codecs.lookup(name).name in ("utf-8", "utf-8-sig")
     blocks = _raw_blocks(path) if is_utf8 else (text.encode() for text in _decoded_blocks(path, name))
-    rest: list[bytes] = []  # pieces of the line that is not over yet
+    rest: list[bytes] = []  # parts of the unfinished line
     for block in _with_line_feeds(blocks):
         end = block.rfind(b"\n") + 1
         if end:
@@ -193,14 +193,14 @@ def utf8_blocks(path: str, encoding: str = "auto") -> Iterator[bytes]:
 
 
 def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Blocks without byte order mark in which each line ends with `\\n`; a lone carriage return belongs to a text."""
+    """Remove the byte order mark and convert line ends to `\\n`; a lone carriage return is part of a text."""
     head = b""
     for block in blocks:
         head += block
         if b"\n" in head or len(head) >= _MAC_SAMPLE:
             break
     is_mac = b"\r" in head and b"\n" not in head
-    returned = b""  # a carriage return at a block's end, whose line feed may begin the next one
+    returned = b""  # a carriage return at the end of a block; its line feed may start the next one
     for block in chain([head.removeprefix(codecs.BOM_UTF8)], blocks):
         if is_mac:
             yield block.replace(b"\r", b"\n")
@@ -229,15 +229,15 @@ def _decoded_blocks(path: str, encoding: str) -> Iterator[str]:
                 f"{path}: encoding",
                 encoding,
                 f"does not fit the file ({error.__class__.__name__}: {error})",
-                "Name another one in the recipe, or leave it out.",
+                "Set another one in the recipe, or leave it out.",
             ) from error
 
 
 def text_blocks(path: str, encoding: str) -> Iterator[str]:
-    """The text of a file in blocks that end anywhere, without byte order mark.
+    """Yield the text of a file in blocks, without byte order mark.
 
     Raises:
-        DataError: where the file cannot be read or decoded, at its first wrong byte.
+        DataError: if the file cannot be read or decoded, at its first invalid byte.
     """
     blocks = _decoded_blocks(path, encoding)
     yield next(blocks, "").removeprefix("\ufeff")
@@ -245,14 +245,14 @@ def text_blocks(path: str, encoding: str) -> Iterator[str]:
 
 
 def text_lines(path: str, encoding: str = "auto") -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and UTF-8 bytes of each line, without its end."""
-    number = 0
+    """Yield line number, from 1, and UTF-8 bytes of each line, without its end."""
+    line_number = 0
     for block in utf8_blocks(path, encoding):
         for line in block.removesuffix(b"\n").split(b"\n"):
-            number += 1
-            yield number, line
+            line_number += 1
+            yield line_number, line
 
 
 def first_lines(path: str, encoding: str, count: int) -> list[bytes]:
-    """The first lines of a file."""
+    """Return the first `count` lines of a file."""
     return [line for _, line in islice(text_lines(path, encoding), count)]

@@ -1,8 +1,8 @@
-"""Raw files as bytes: which files a path means, and what is inside of them whatever their names say.
+"""Find raw files and open them, with decompression.
 
 A path is a file, a pattern (`orders-*.csv`), a folder of parts as Spark and Hive write them, or a list of these, on any
-file system that fsspec knows. Compression is recognised by a file's first bytes. Whatever goes wrong while a file is
-read is one `DataError` that names it.
+fsspec file system. A file's first bytes, not its name, determine the compression. Every failure to read a file is a
+`DataError` with its path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from cllm4rec_dist.filesystems import as_os_errors, locate
 logger = logging.getLogger(__name__)
 
 _PATTERN = "*?["
-_FETCH = "Fetch the file again."
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowInvalid, ValueError)
 _UNSUPPORTED = {
     b"ORC": "an ORC file",
@@ -41,11 +40,11 @@ _UNSUPPORTED = {
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"7z\xbc\xaf": "a 7-Zip archive",
     b"Rar!": "a RAR archive",
-    b"\x1f\x9d": "a file of compress (.Z)",
+    b"\x1f\x9d": "a compress (.Z) file",
 }
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _HEAD = 262
-"""Bytes that show every kind of file: the mark of a tar archive is at 257."""
+"""First bytes that identify every kind of file: the mark of a tar archive is at 257."""
 PARQUET_MAGIC = b"PAR1"
 
 
@@ -55,7 +54,7 @@ class RawFile:
 
     Attributes:
         path: path or URL, for opening it and for messages.
-        partition: columns that its folders name, as in `country=de/part-0.csv`; None for Hive's null.
+        partition: columns in the names of its folders, as in `country=de/part-0.csv`; None for Hive's null.
     """
 
     path: str
@@ -63,104 +62,105 @@ class RawFile:
 
 
 def find_files(paths: Sequence[str]) -> list[RawFile]:
-    """Files that paths, patterns and folders mean, each once; those of a pattern or folder are sorted by name.
+    """Return the files of paths, patterns and folders without duplicates, sorted by name in a pattern or folder.
 
-    Files whose names begin with `_` or `.` (Spark's `_SUCCESS`) and empty ones are no parts of a folder. A file whose
-    suffix names another compression than its first bytes is reported.
+    In a folder, empty files and those whose names start with `_` or `.` (Spark's `_SUCCESS`) are ignored. Warns if the
+    compression of a file does not match its suffix.
 
     Raises:
-        DataError: for a path that means no file.
+        DataError: for a path without files.
     """
-    found: dict[tuple[str, str], RawFile] = {}
+    files: dict[tuple[str, str], RawFile] = {}
     for file in (file for path in paths for file in _find(path)):
-        fs, place = locate("file", file.path, DataError)
-        key = str(fs.protocol), place
-        if key in found:
+        fs, fs_path = locate("file", file.path, DataError)
+        key = str(fs.protocol), fs_path
+        if key in files:
             logger.warning("%s is named more than once in the recipe and is read once", file.path)
         else:
             _check_suffix(file.path)
-            found[key] = file
-    return list(found.values())
+            files[key] = file
+    return list(files.values())
 
 
 def _find(path: str) -> list[RawFile]:
-    fs, place = locate("file", path, DataError)
+    fs, fs_path = locate("file", path, DataError)
     try:
         with as_os_errors():
-            if fs.isfile(place):
+            if fs.isfile(fs_path):
                 return [RawFile(path)]
             is_pattern = any(letter in path for letter in _PATTERN)
             if is_pattern:
-                found = sorted(str(name) for name in fs.glob(place))
-                roots = [name for name in found if fs.isdir(name)]
-                files = [RawFile(_shown(fs, name)) for name in found if name not in roots and _is_part(fs, name)]
+                names = sorted(str(name) for name in fs.glob(fs_path))
+                roots = [name for name in names if fs.isdir(name)]
+                files = [RawFile(_full_path(fs, name)) for name in names if name not in roots and _is_part(fs, name)]
             else:
-                roots, files = ([place] if fs.isdir(place) else []), []
+                roots, files = ([fs_path] if fs.isdir(fs_path) else []), []
             for root in roots:
                 files += _parts(fs, root)
     except OSError as error:
-        raise DataError("file", path, f"cannot be reached ({error})", "Mend the path or its credentials.") from error
+        raise DataError("file", path, f"cannot be reached ({error})", "Fix the path or its credentials.") from error
     if files:
         return files
     if roots:
         raise DataError("file", path, "is a folder without files to read", "Give the folder of the parts.")
     constraint = "matches no file" if is_pattern else "does not exist"
-    raise DataError("file", path, constraint, "Mend the path in the recipe, or fetch the data.")
+    raise DataError("file", path, constraint, "Fix the path in the recipe, or download the data.")
 
 
 def _parts(fs: fsspec.AbstractFileSystem, root: str) -> list[RawFile]:
-    found = []
+    files = []
     for name in sorted(str(name) for name in fs.find(root)):
         inner = name.removeprefix(root).strip("/").split("/")
         if not any(part.startswith(("_", ".")) for part in inner) and _is_part(fs, name):
             pairs = (part.split("=", 1) for part in inner[:-1] if "=" in part)
             keys = {unquote(key): None if value == _HIVE_NULL else unquote(value) for key, value in pairs}
-            found.append(RawFile(_shown(fs, name), keys))
-    return found
+            files.append(RawFile(_full_path(fs, name), keys))
+    return files
 
 
 def _is_part(fs: fsspec.AbstractFileSystem, name: str) -> bool:
     return fs.info(name)["size"] != 0
 
 
-def _shown(fs: fsspec.AbstractFileSystem, name: str) -> str:
+def _full_path(fs: fsspec.AbstractFileSystem, name: str) -> str:
     return name if "file" in fs.protocol or fs.protocol == "file" else fs.unstrip_protocol(name)
 
 
 @contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
-    """Content of a file of any fsspec URL, decompressed by its first bytes (gz, bz2, xz, zst, a zip of one file).
+    """Open a path or URL and decompress it according to its first bytes (gz, bz2, xz, zst, a zip of one file).
 
     Raises:
-        DataError: where it is missing, damaged, or of a kind that cannot be read.
+        DataError: if the file is missing, damaged, or of an unsupported kind.
     """
-    fs, place = locate("file", path, DataError)
+    fs, fs_path = locate("file", path, DataError)
     with ExitStack() as stack:
         try:
             with as_os_errors():
-                file = stack.enter_context(fs.open(place, "rb"))
+                file = stack.enter_context(fs.open(fs_path, "rb"))
             content = _decompressed(path, cast(BinaryIO, file), stack)
             yield content
         except FileNotFoundError as error:
             raise DataError(
-                "file", path, "does not exist", "Mend the path in the recipe, or fetch the data."
+                "file", path, "does not exist", "Fix the path in the recipe, or download the data."
             ) from error
         except _DAMAGE as error:
             if isinstance(error, UnicodeError):
                 raise
-            raise DataError("file", path, f"cannot be read ({error or type(error).__name__})", _FETCH) from error
+            reason = f"cannot be read ({error or type(error).__name__})"
+            raise DataError("file", path, reason, "Download the file again.") from error
 
 
 def _check_suffix(path: str) -> None:
-    fs, place = locate("file", path, DataError)
-    with suppress(OSError), as_os_errors(), fs.open(place, "rb") as file:
+    fs, fs_path = locate("file", path, DataError)
+    with suppress(OSError), as_os_errors(), fs.open(fs_path, "rb") as file:
         magic = file.read(16)
         kind, expected = (
             _compression(magic),
             next((kind for kind in _OPENERS if path.lower().endswith(f".{kind}")), None),
         )
         if magic and kind != expected:
-            logger.warning("%s: its first bytes say %s, so it is read as that", path, kind or "no compression")
+            logger.warning("%s: its first bytes mean %s, so it is read that way", path, kind or "no compression")
 
 
 def _compression(magic: bytes) -> str | None:
@@ -192,7 +192,7 @@ def _unzip(file: BinaryIO) -> BinaryIO:
 
 
 class _Zstandard(io.RawIOBase):
-    """A zstandard stream that can go back to its start, which pyarrow's cannot."""
+    """A zstandard stream that can seek to its start, unlike pyarrow's."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -211,9 +211,9 @@ class _Zstandard(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = 0) -> int:
         if (offset, whence) != (0, 0):
-            raise io.UnsupportedOperation("only back to the start")
+            raise io.UnsupportedOperation("can only seek to the start")
         self._file.seek(0)
-        self._streams.append(self._start())  # the old one would close the file if it went
+        self._streams.append(self._start())  # keep the old one: its destructor closes the file
         return 0
 
 
@@ -228,17 +228,17 @@ _OPENERS: dict[str, tuple[tuple[bytes, ...], Callable[[BinaryIO], Any]]] = {
     "zst": ((b"\x28\xb5\x2f\xfd",), _open_zstandard),
     "zip": ((b"PK\x03\x04", b"PK\x05\x06"), _unzip),
 }
-"""First bytes of each kind of compression, and what opens it."""
+"""First bytes of each kind of compression, and its opener."""
 
 
 def first_bytes(path: str, count: int = 1 << 16) -> bytes:
-    """The first bytes of a file, decompressed."""
+    """Return the first bytes of a file, decompressed."""
     with open_binary(path) as file:
         return read_exactly(file, count)
 
 
 def read_exactly(file: BinaryIO, count: int) -> bytes:
-    """`count` bytes, or all that are left: a stream may give fewer at a time."""
+    """Read `count` bytes, or all that are left; a single read of a stream may return fewer."""
     parts: list[bytes] = []
     while count > 0 and (part := file.read(count)):
         parts.append(part)
@@ -247,14 +247,14 @@ def read_exactly(file: BinaryIO, count: int) -> bytes:
 
 
 def exists(path: str) -> bool:
-    """Tell whether there is such a file.
+    """True if the file exists.
 
     Raises:
-        DataError: where its place cannot be reached.
+        DataError: if its file system cannot be reached.
     """
-    fs, place = locate("file", path, DataError)
+    fs, fs_path = locate("file", path, DataError)
     try:
         with as_os_errors():
-            return bool(fs.isfile(place))
+            return bool(fs.isfile(fs_path))
     except OSError as error:
-        raise DataError("file", path, f"cannot be reached ({error})", "Mend the path or its credentials.") from error
+        raise DataError("file", path, f"cannot be reached ({error})", "Fix the path or its credentials.") from error

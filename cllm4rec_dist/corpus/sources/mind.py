@@ -23,7 +23,7 @@ _TIME_FORMAT = "%m/%d/%Y %I:%M:%S %p"
 
 
 def read_mind(source: MindSource) -> RawData:
-    """What users had clicked before, without times, and what they clicked among the articles shown."""
+    """Read click histories, without times, and clicks among the articles shown."""
     log = SkipLog(source.on_bad_line, source.max_lost)
     rules = Rules(missing=source.missing, time_format=_TIME_FORMAT, allow_unmatched=source.allow_unmatched)
     dialect = Dialect("\t", "none", None, source.encoding, _BEHAVIORS)
@@ -42,7 +42,7 @@ def read_mind(source: MindSource) -> RawData:
 
 
 def _clicks(batches: Iterator[Batch], log: SkipLog) -> Iterator[Batch]:
-    """A row for each article of a history and each clicked one (`N12-1`); those shown in vain are no interactions."""
+    """Yield a row for each article of a history and each clicked one (`N12-1`); others are no interactions."""
     for batch in batches:
         rows = batch.columns.with_columns(line=pl.Series(batch.lines))
         history = rows.select(

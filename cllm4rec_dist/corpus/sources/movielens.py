@@ -1,4 +1,4 @@
-"""MovieLens: RecBole's atomic files, which other data sets have too, and the files of GroupLens."""
+"""Readers of RecBole's atomic files, of MovieLens and other data sets, and of GroupLens' MovieLens files."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _BENCHMARK_PARTS = ("train", "valid", "test")
 
 
 def _sentence(columns: pl.DataFrame, fields: Sequence[str], missing: Sequence[str]) -> pl.Series:
-    """`24 years old, male, writer`: the fields' phrases, those without a value left out; null where all are."""
+    """Join phrases of the fields with a value, such as `24 years old, male, writer`; null if there is none."""
     phrases = {}
     for index, name in enumerate(fields):
         values = clean_texts(columns[name], missing, one_line=True)
@@ -99,11 +99,13 @@ def _sentence(columns: pl.DataFrame, fields: Sequence[str], missing: Sequence[st
 
 
 def read_recbole(source: RecboleSource) -> RawData:
-    """Atomic files, the three of a benchmark split included."""
+    """Read atomic files, or the three files of a benchmark split."""
     log = SkipLog(source.on_bad_line, source.max_lost)
     files = _benchmark_files(source)
-    parts: Sequence[int | None] = range(3) if files else [None] * len(found := find_files(source.interactions))
-    files = files or found
+    parts: Sequence[int | None] = range(3)
+    if not files:
+        files = find_files(source.interactions)
+        parts = [None] * len(files)
     dialects = {file.path: _dialect(source, file) for file in files}
     names = _interaction_fields(source, files[0], dialects[files[0].path])
     rules = Rules(
@@ -139,7 +141,7 @@ def read_recbole(source: RecboleSource) -> RawData:
 
 
 def _benchmark_files(source: RecboleSource) -> list[RawFile]:
-    """The files of a split beside the one that is named and does not exist."""
+    """Return the files of a split if they exist and the configured file does not, else none."""
     if len(source.interactions) != 1 or exists(path := source.interactions[0]):
         return []
     stem = path.removesuffix(".inter")
@@ -153,26 +155,26 @@ def _benchmark_files(source: RecboleSource) -> list[RawFile]:
 def _interaction_fields(source: RecboleSource, file: RawFile, dialect: Dialect) -> dict[str, str]:
     names = {"user": source.user_field, "item": source.item_field}
     optional = {"rating": source.rating_field, "timestamp": source.timestamp_field, "text": source.text_field}
-    wanted = {role: name for role, name in optional.items() if name is not None}
-    return names | _present(source, file, dialect, wanted, tuple(f"{role}_field" for role in wanted))
+    configured = {role: name for role, name in optional.items() if name is not None}
+    return names | _present(source, file, dialect, configured, tuple(f"{role}_field" for role in configured))
 
 
 def _present(
     source: RecboleSource, file: RawFile, dialect: Dialect, names: dict[str, str], keys: Sequence[str]
 ) -> dict[str, str]:
-    """The fields that the file has. Those that the recipe names must be there; others are left out, with a log."""
+    """Return the fields that the file has; log each missing default, and refuse a missing field of the recipe."""
     header, _ = read_header(file, dialect)
     in_file = [name.rpartition(":")[0] for name in header]
     absent = {role: name for role, name in names.items() if name not in in_file}
-    given = {key for key in keys if key in source.model_fields_set}
+    set_keys = {key for key in keys if key in source.model_fields_set}
     for role, name in absent.items():
         key = next((key for key in keys if _is_of(key, role)), keys[0])
-        if key in given:
+        if key in set_keys:
             raise DataError(
                 f"{file.path} line 1",
                 name,
                 f"is not among its columns {in_file!r:.300}",
-                f"Mend {key} in the recipe, or set it to {'null' if key.endswith('_field') else '[]'}.",
+                f"Fix {key} in the recipe, or set it to {'null' if key.endswith('_field') else '[]'}.",
             )
         logger.info("%s has no field %r and is read without it (set %s to name another)", file.path, name, key)
     return {role: name for role, name in names.items() if role not in absent}
@@ -187,7 +189,7 @@ def _dialect(source: RecboleSource, file: RawFile) -> Dialect:
 
 
 def _atomic(file: RawFile, names: dict[str, str], dialect: Dialect, log: SkipLog) -> Iterator[Batch]:
-    """The fields of each line under the names of their roles."""
+    """Yield the fields of each line, with their roles as column names."""
     header, separator = read_header(file, dialect)
     fields = [name.rpartition(":")[0] for name in header]
     if not all(fields):
@@ -202,7 +204,7 @@ def _atomic(file: RawFile, names: dict[str, str], dialect: Dialect, log: SkipLog
     if missing:
         key = "field_separator" if len(header) == 1 else "the names"
         raise DataError(
-            f"{file.path} line 1", missing[0], f"is not among its columns {fields!r:.300}", f"Mend {key} in the recipe."
+            f"{file.path} line 1", missing[0], f"is not among its columns {fields!r:.300}", f"Fix {key} in the recipe."
         )
     columns = list(dict.fromkeys(typed[name] for name in names.values()))
     numeric = [typed[names[role]] for role in ("rating", "timestamp") if role in names]
@@ -214,7 +216,7 @@ def _atomic(file: RawFile, names: dict[str, str], dialect: Dialect, log: SkipLog
 def _with_sentence(
     batches: Iterator[Batch], kind: str, text: str, present: dict[str, str], missing: Sequence[str]
 ) -> Iterator[Batch]:
-    """The id, the title if there is one, and a sentence of the other fields."""
+    """Yield the id, the title of an item, and the other fields joined into a text."""
     fields = {role: name for role, name in present.items() if role != "title"}
     for batch in batches:
         named = batch.columns.select(kind, *(pl.col(role).alias(name) for role, name in fields.items() if name != kind))
@@ -226,7 +228,7 @@ def _with_sentence(
 
 
 def read_grouplens(source: GroupLensSource) -> RawData:
-    """The layouts that GroupLens has used."""
+    """Read a MovieLens edition of GroupLens."""
     log = SkipLog(source.on_bad_line, source.max_lost)
     folder = source.folder.rstrip("/")
     names = ("userId", "movieId", "rating", "timestamp")
@@ -280,11 +282,11 @@ def _movies(file: RawFile, source: GroupLensSource, dialect: Dialect, log: SkipL
 
 
 def _genres(names: pl.Expr) -> pl.Expr:
-    """`genres: Drama, War` of lists of names; null where there is none."""
-    known = names.list.eval(
+    """Format lists of names as `genres: Drama, War`; null if there is none."""
+    genres = names.list.eval(
         pl.element().filter(pl.element().is_not_null() & ~pl.element().is_in(["", "unknown", "(no genres listed)"]))
     )
-    return pl.when(known.list.len() > 0).then("genres: " + known.list.join(", "))
+    return pl.when(genres.list.len() > 0).then("genres: " + genres.list.join(", "))
 
 
 def _listed_genres(columns: pl.DataFrame) -> pl.Expr:
@@ -313,14 +315,14 @@ def _profiles(file: RawFile, source: GroupLensSource, log: SkipLog) -> Iterator[
 
 
 def _decoded(batch: Batch, log: SkipLog) -> Batch:
-    """Profiles of MovieLens 1M in words; a row with an unknown occupation is lost."""
+    """Replace codes of MovieLens 1M with words; a row with an unknown occupation is lost."""
     jobs = {str(index): name for index, name in enumerate(_OCCUPATIONS)}
-    known = batch.columns["occupation"].is_in(list(jobs)).to_numpy()
+    is_valid = batch.columns["occupation"].is_in(list(jobs)).to_numpy()
     for line, job in zip(
-        batch.lines[~known].tolist(), batch.columns["occupation"].filter(~known).to_list(), strict=True
+        batch.lines[~is_valid].tolist(), batch.columns["occupation"].filter(~is_valid).to_list(), strict=True
     ):
         log.lose("has an occupation that MovieLens 1M does not have", batch.path, line, job)
-    batch = batch.keep(known)
+    batch = batch.keep(is_valid)
     words = {"age": _AGES, "gender": _GENDERS, "occupation": jobs}
     columns = [
         pl.col(name).replace_strict(table, default=None, return_dtype=pl.String) for name, table in words.items()

@@ -1,14 +1,14 @@
-"""Records of delimited text that span lines, or whose quotation marks are not plain.
+"""Parse records of delimited text that span lines or have ambiguous quotation marks.
 
-What a mark means where the recipe does not say (`quoting: auto`):
+Meaning of a quotation mark with `quoting: auto`:
 
-    opens a field and closes it before a separator or the line's end    a quoted field (RFC 4180)
-    opens a field that is closed on a later line                        a quoted field, unless a line in between looks
-                                                                        like a row itself: then the file is refused
-    anything else                                                       a character of the text, reported once a file
+    opens a field that is closed before a separator or line end    a quoted field (RFC 4180)
+    opens a field that is closed on a later line                   a quoted field, unless a line in between looks like a
+                                                                   row: then the file is refused
+    anything else                                                  a character of the text, reported once per file
 
-`double` takes RFC 4180 at its word, `none` takes every mark for a character. An `escape` letter takes the meaning away
-from a mark, a separator, a line's end or itself behind it.
+`double` is strict RFC 4180, and with `none` every mark is a character. An `escape` character before a mark, a
+separator, a line end or another escape makes it a plain character.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ logger = logging.getLogger(__name__)
 
 _NEWLINE, _QUOTE = b"\n", b'"'
 _UNIT_SEPARATOR = b"\x1f"
-"""Stands for a separator of several letters, of which Polars knows none."""
+"""Replaces a separator of several characters, which Polars does not support."""
 _MAX_FIELD = 1 << 26
-"""A quoted field that is open for longer than this many bytes was never closed."""
+"""Bytes after which a quoted field counts as never closed."""
 _DIGIT = re.compile(rb"\d")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How fields are written.
+    """Format of fields.
 
     Attributes:
-        separator: between fields, one letter or several; None finds it in the header.
-        quoting: what a quotation mark means.
-        escape: letter that takes the meaning away from the one behind it, or None.
+        separator: separator of fields, one or more characters; None infers it from the header.
+        quoting: meaning of quotation marks.
+        escape: escape character, or None.
         encoding: Python's name, or auto.
-        names: of the columns, where the first line does not have them.
+        names: names of the columns, if the first line is not a header.
     """
 
     separator: str | None = None
@@ -57,17 +57,17 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of reading at a line.
+    """Result of reading a record.
 
     Attributes:
-        kind: a record, a lost line, or a record that goes on behind the bytes at hand.
-        num_bytes, num_lines: how far it goes.
-        fields: of a record.
-        reason: for which a line is lost.
+        kind: a record, a lost line, or a record that continues after the buffer.
+        num_bytes, num_lines: length.
+        fields: fields of a record.
+        reason: reason why a line is lost.
     """
 
     class Kind(Enum):
-        """Record, lost line, or the beginning of a record."""
+        """Record, lost line, or start of a record."""
 
         RECORD = auto()
         LOST = auto()
@@ -81,50 +81,50 @@ class Outcome:
 
 
 class _Unclosed(Exception):
-    """A quoted field is not closed in the bytes at hand."""
+    """A quoted field is not closed in the buffer."""
 
 
 class _Malformed(Exception):
-    """A mark in a quoted field neither closes it nor is doubled."""
+    """A quotation mark in a quoted field neither closes it nor is doubled."""
 
 
 class LineReader:
     """Reads records one by one.
 
     Args:
-        dialect: what marks and escapes mean.
-        separator: between fields.
-        num_fields: of a record.
-        numbers: indexes of fields that are numbers or times.
-        path: of the file, for errors.
+        dialect: format of fields.
+        separator: separator of fields.
+        num_fields: fields of a record.
+        numeric: indexes of fields that are numbers or times.
+        path: path of the file, for errors.
     """
 
     def __init__(
-        self, dialect: Dialect, separator: str, num_fields: int = 0, numbers: Sequence[int] = (), path: str = ""
+        self, dialect: Dialect, separator: str, num_fields: int = 0, numeric: Sequence[int] = (), path: str = ""
     ) -> None:
         self._dialect, self._long_separator = dialect, separator.encode()
         self.separator = self._long_separator if len(self._long_separator) == 1 else _UNIT_SEPARATOR
-        self.num_fields, self._numbers, self._path = num_fields, numbers, path
-        # A quotation mark that is escaped by another one is RFC 4180's doubled mark.
+        self.num_fields, self._numeric, self._path = num_fields, numeric, path
+        # A quotation mark as escape means RFC 4180's doubled mark.
         self._escape = b"" if dialect.escape == '"' else (dialect.escape or "").encode()
         self._num_stray, self._first_stray = 0, 0
-        meant = b"".join(map(re.escape, {self.separator, _QUOTE, _NEWLINE, self._escape}))
-        self._escaped = re.compile(re.escape(self._escape) + b"([" + meant + b"])") if self._escape else None
+        escapable = b"".join(map(re.escape, {self.separator, _QUOTE, _NEWLINE, self._escape}))
+        self._escaped = re.compile(re.escape(self._escape) + b"([" + escapable + b"])") if self._escape else None
 
     @property
     def has_quotes(self) -> bool:
-        """Quotation marks may enclose fields."""
+        """True if quotation marks may enclose fields."""
         return self._dialect.quoting != "none"
 
     def with_one_byte_separator(self, text: bytes) -> bytes:
-        """The text with its separator, if that is longer, replaced by one byte."""
+        """Replace a separator of several bytes with a single byte."""
         return text if len(self._long_separator) == 1 else text.replace(self._long_separator, self.separator)
 
     def header(self, lines: Sequence[bytes]) -> list[str]:
-        """Names in the first record, without quotes and surrounding blanks.
+        """Return the names in the first record, without quotes and surrounding white space.
 
         Args:
-            lines: first lines of the file; a quoted name may run over several.
+            lines: first lines of the file; a quoted name may span several.
         """
         first = self.with_one_byte_separator(lines[0])
         fields = self._split(first)
@@ -134,11 +134,11 @@ class LineReader:
         return [name.decode(errors="replace").strip() for name in fields]
 
     def is_special(self, text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Lines that a parser of plain quotes would not read right; bool [lines].
+        """Return a bool [lines] mask of the lines that a parser of plain quotes would misread.
 
         Args:
             text: uint8 bytes of the block.
-            starts, ends: of each line in it.
+            starts, ends: start and end of each line in it.
         """
         special = np.zeros(len(ends), dtype=bool)
         if self._escape:
@@ -149,23 +149,23 @@ class LineReader:
         line = np.searchsorted(ends, marks)
         opens = (np.arange(len(marks)) - np.searchsorted(line, line)) % 2 == 0
         before = np.where(marks > 0, text[marks - 1], _NEWLINE[0])
-        behind = np.where(marks + 1 < len(text), text[np.minimum(marks + 1, len(text) - 1)], _NEWLINE[0])
+        after = np.where(marks + 1 < len(text), text[np.minimum(marks + 1, len(text) - 1)], _NEWLINE[0])
         separator = self.separator[0]
         at_start = (before == separator) | (before == _NEWLINE[0]) | (before == _QUOTE[0])
-        at_end = (behind == separator) | (behind == _NEWLINE[0]) | (behind == _QUOTE[0])
+        at_end = (after == separator) | (after == _NEWLINE[0]) | (after == _QUOTE[0])
         special[line[~np.where(opens, at_start, at_end)]] = True
         special |= np.bincount(line, minlength=len(ends)) % 2 == 1
         return special
 
     def read(self, buffer: bytes, start: int, line: int, is_last: bool) -> Outcome:
-        """The record that begins at `start`.
+        """Read the record at `start`.
 
         Args:
-            line: its number, for errors.
-            is_last: nothing comes behind the buffer.
+            line: line number of the record, for errors.
+            is_last: True if the buffer is the end of the file.
 
         Raises:
-            DataError: where a quoted field may be several rows, or is escaped in a way that the recipe does not name.
+            DataError: if a quoted field may be several rows, or seems to be escaped although the recipe sets no escape.
         """
         strict = self._dialect.quoting == "double"
         try:
@@ -182,7 +182,7 @@ class LineReader:
             return self._as_characters(buffer, start, line, is_last=True)
 
     def _record(self, buffer: bytes, start: int, line: int, is_last: bool, strict: bool) -> Outcome:
-        """The record at `start` by its quotes. _Unclosed where the buffer ends inside of it."""
+        """Read the record at `start` with quotes; _Unclosed if the buffer ends inside of it."""
         try:
             fields, end = self._parse(buffer, start)
         except _Malformed:
@@ -197,30 +197,30 @@ class LineReader:
         if num_lines > 1 and not strict:
             inner = buffer[start:end].rstrip(_NEWLINE).split(_NEWLINE)[1:]
             if any(map(self._looks_like_a_row, inner)):
-                what = f"opens a quoted field that goes on for {num_lines - 1:,} lines, some of which look like rows"
+                what = f"opens a quoted field that continues for {num_lines - 1:,} lines, some of which look like rows"
                 raise self._refusal(line, buffer, start, what)
         return Outcome(Outcome.Kind.RECORD, end - start, num_lines, fields)
 
     def wrong_count(self, count: int) -> str:
-        """Reason for which a line of so many fields is lost."""
+        """Return the reason why a line with `count` fields is lost."""
         return f"has {count} {'field' if count == 1 else 'fields'} instead of {self.num_fields}"
 
     def report_stray_marks(self) -> None:
-        """Warn of marks that were taken for characters."""
+        """Warn about quotation marks that were read as characters."""
         if self._num_stray:
             logger.warning(
-                "%s: a quotation mark begins a field but does not enclose it (%s lines, the first is line %d). It is"
-                " read as a character. If no field of the file is enclosed in marks, quoting: none says so.",
+                "%s: a quotation mark starts a field but does not enclose it (%s lines, the first is line %d). It is"
+                " read as a character. If no field of the file is quoted, set quoting: none.",
                 self._path,
                 f"{self._num_stray:,}",
                 self._first_stray,
             )
 
     def _as_characters(self, buffer: bytes, start: int, line: int, is_last: bool) -> Outcome:
-        """The line at `start` with its marks as characters.
+        """Read the line at `start` with quotation marks as characters.
 
         Raises:
-            _Unclosed: where an escaped line end is the last one of the buffer, unless `is_last`.
+            _Unclosed: if the buffer ends with an escaped line end, unless `is_last`.
         """
         end = start + _line_length(buffer, start)
         while self._escape and buffer[end - 1 : end] == _NEWLINE and self._is_escaped(buffer, start, end - 1):
@@ -233,7 +233,7 @@ class LineReader:
         fields = self._split(text)
         num_lines = _num_lines(buffer, start, end)
         if self.has_quotes and not self._escape and b'\\"' in text:
-            raise self._refusal(line, buffer, start, "has a quotation mark behind a backslash", escaped=True)
+            raise self._refusal(line, buffer, start, "has a quotation mark after a backslash", escaped=True)
         if len(fields) != self.num_fields:
             return Outcome(Outcome.Kind.LOST, end - start, num_lines, reason=self.wrong_count(len(fields)))
         if self.has_quotes:
@@ -253,11 +253,11 @@ class LineReader:
     def _looks_like_a_row(self, line: bytes) -> bool:
         fields = self._split(line)
         return len(fields) == self.num_fields and all(
-            not fields[index].strip() or _DIGIT.search(fields[index]) for index in self._numbers
+            not fields[index].strip() or _DIGIT.search(fields[index]) for index in self._numeric
         )
 
     def _split(self, line: bytes) -> list[bytes]:
-        """Fields of a line in which marks are characters."""
+        """Split a line into fields, with quotation marks as characters."""
         if not self._escape or self._escape not in line:
             return line.split(self.separator)
         fields, at = [], 0
@@ -269,7 +269,7 @@ class LineReader:
             at = end + 1
 
     def _parse(self, buffer: bytes, start: int) -> tuple[list[bytes], int]:
-        """Fields of the record at `start`, and where the next one begins."""
+        """Return the fields of the record at `start`, and the start of the next one."""
         fields: list[bytes] = []
         at = start
         while True:
@@ -281,14 +281,14 @@ class LineReader:
             fields.append(value)
             if at >= len(buffer):
                 if self._escape and buffer.endswith(_NEWLINE):
-                    raise _Unclosed  # the line end is escaped, so the field goes on
+                    raise _Unclosed  # the line end is escaped, so the field continues
                 return fields, at
             at += 1
             if buffer[at - 1 : at] == _NEWLINE:
                 return fields, at
 
     def _quoted(self, buffer: bytes, start: int) -> tuple[bytes, int]:
-        """A quoted field whose content begins at `start`, and the place behind its closing mark."""
+        """Return a quoted field whose content starts at `start`, and the position after its closing mark."""
         at = start
         while True:
             end = buffer.find(_QUOTE, at)
@@ -304,17 +304,17 @@ class LineReader:
                 raise _Malformed
 
     def _field_end(self, buffer: bytes, start: int) -> int:
-        """Place of the separator or line's end behind an unquoted field."""
+        """Return the position of the separator or line end after an unquoted field."""
         at = start
         while True:
-            found = [place for mark in (self.separator, _NEWLINE) if (place := buffer.find(mark, at)) >= 0]
-            end = min(found, default=len(buffer))
+            ends = [index for mark in (self.separator, _NEWLINE) if (index := buffer.find(mark, at)) >= 0]
+            end = min(ends, default=len(buffer))
             if end == len(buffer) or not self._is_escaped(buffer, start, end):
                 return end
             at = end + 1
 
     def _is_escaped(self, buffer: bytes, start: int, at: int) -> bool:
-        """Tell whether an odd number of escapes precedes `at`."""
+        """True if an odd number of escape characters precedes `at`."""
         count = 0
         while self._escape and at - count > start and buffer[at - count - 1 : at - count] == self._escape:
             count += 1

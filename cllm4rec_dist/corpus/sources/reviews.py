@@ -1,4 +1,4 @@
-"""Amazon reviews, the Yelp open dataset and Steam: JSON lines with texts of users about items."""
+"""Readers of Amazon reviews, the Yelp open dataset and Steam: JSON lines with reviews."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Groups = Sequence[tuple[str, ...]]
 
 
 def _field(*names: str, convert: Callable[[Any], str | None]) -> Callable[[Object], str | None]:
-    """The first of the fields that has a value."""
+    """Return a getter of the first field with a value."""
 
     def get(entry: Object) -> str | None:
         for name in names:
@@ -71,7 +71,7 @@ def _add_texts(
 
 
 def read_amazon(source: AmazonSource) -> RawData:
-    """Reviews and metadata; the text of a review is its body, or its title where it has no body."""
+    """Read reviews and metadata; the text of a review is its body, or its title if it has no body."""
     log, rules = SkipLog(source.on_bad_line, source.max_lost), _rules(source, html=True)
     is_2023 = source.edition == "2023"
     user, rating, key = ("user_id", "rating", "parent_asin") if is_2023 else ("reviewerID", "overall", "asin")
@@ -99,7 +99,7 @@ def read_amazon(source: AmazonSource) -> RawData:
 
 
 def read_yelp(source: YelpSource) -> RawData:
-    """Reviews; a business's description is its categories and city, a user's text when they joined and were elite."""
+    """Read reviews, businesses (with categories and city) and users (with years of joining and of elite status)."""
     log, rules = SkipLog(source.on_bad_line, source.max_lost), _rules(source)
     getters: list[Getter] = [
         ("user", _field("user_id", convert=id_text)),
@@ -133,7 +133,7 @@ def _business(entry: Object) -> str | None:
 
 
 def _member(entry: Object) -> str | None:
-    # Counts and averages of the user's reviews are left out: they include the held-out ones.
+    # Counts and averages of the user's reviews would leak held-out reviews.
     since, elite = (plain_text(entry.get("yelping_since")) or "")[:4], plain_text(entry.get("elite"))
     return (
         ", ".join(part for part in (since and f"member since {since}", elite and f"elite in {elite}") if part) or None
@@ -141,7 +141,7 @@ def _member(entry: Object) -> str | None:
 
 
 def read_steam(source: SteamSource) -> RawData:
-    """Reviews, or the games that users own; nothing is rated, every game counts."""
+    """Read reviews, or lists of games; without ratings, every game is an interaction."""
     log, rules = SkipLog(source.on_bad_line, source.max_lost), _rules(source, rating=False)
     users, items = ("username", "user_id"), ("product_id", "item_id")
     getters: list[Getter] = [
@@ -165,14 +165,14 @@ def read_steam(source: SteamSource) -> RawData:
 
 
 def _each_game(objects: Iterator[tuple[int, Object]]) -> Iterator[tuple[int, Object]]:
-    """Yield an object for each game, where an object holds all games of a user."""
+    """Yield an object for each game; split objects with all games of a user."""
     for line, entry in objects:
         games = entry.get("items", entry.get("reviews"))
         if not isinstance(games, list):
             yield line, entry
             continue
         for game in games:
-            # Dates are sentences ("Posted November 5, 2011."), some without a year: the file's order is kept.
+            # Dates are sentences ("Posted November 5, 2011."), some without a year: use the file's order instead.
             fields = game if isinstance(game, dict) else {"item_id": game}
             row = {"user_id": entry.get("user_id"), "item_id": fields.get("item_id"), "review": fields.get("review")}
             yield line, row

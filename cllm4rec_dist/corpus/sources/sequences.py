@@ -1,4 +1,4 @@
-"""Files of user sequences: a user and the items in time order, as lines or as JSON."""
+"""Readers of user sequences: a user and the items in time order, as lines or JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cllm4rec_dist.corpus.sources.objects import read_members, read_objects
 from cllm4rec_dist.corpus.values import BadValue, id_text, plain_text
 from cllm4rec_dist.errors import DataError
 
-# Not str.split(): the wide blanks of other scripts may be part of an id.
+# Unlike str.split(), keeps the wide spaces of other scripts, which may be part of an id.
 _BLANKS = re.compile("[ \t]+")
 _OTHER_SEPARATORS = (",", ";", "|")
 Row = tuple[int, str | None, str | None]
@@ -30,7 +30,7 @@ Row = tuple[int, str | None, str | None]
 
 
 def read_sequences(source: SequencesSource) -> RawData:
-    """Sequences without ratings and times; a user with several lines goes on in the next one."""
+    """Read sequences without ratings and times; several lines of a user are concatenated."""
     log = SkipLog(source.on_bad_line, source.max_lost)
     rules = Rules(missing=source.missing, allow_unmatched=source.allow_unmatched)
     collector = InteractionCollector(log, rules)
@@ -65,30 +65,30 @@ def _line_rows(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator
     encoding = resolve_encoding(file.path, source.encoding)
     if source.separator is None:
         _refuse_other_separators(file.path, encoding)
-    for number, content in text_lines(file.path, encoding):
-        line = _decoded(content, file.path, number, log)
+    for line_number, content in text_lines(file.path, encoding):
+        line = _decoded(content, file.path, line_number, log)
         if line is None or not line.strip():
             continue
         user, items = _split(line, source.separator)
         if not items:
             log.read(file.path, 1)
-            log.lose("has a user without items", file.path, number, line)
+            log.lose("has a user without items", file.path, line_number, line)
         log.read(file.path, len(items))
         for item in items:
-            yield number, user, item
+            yield line_number, user, item
 
 
-def _decoded(content: bytes, path: str, number: int, log: SkipLog) -> str | None:
+def _decoded(content: bytes, path: str, line_number: int, log: SkipLog) -> str | None:
     try:
         return content.decode()
     except UnicodeDecodeError:
         log.read(path, 1)
-        log.lose("is not UTF-8 text", path, number, escaped(content[:100]))
+        log.lose("is not UTF-8 text", path, line_number, escaped(content[:100]))
         return None
 
 
 def _split(line: str, separator: str | None) -> tuple[str, list[str]]:
-    """User and items. With a separator the user ends at it, or at the first blank."""
+    """Split a line into user and items. With a separator, the user ends at the separator or the first space."""
     if separator is None:
         user, *items = _BLANKS.split(line.strip(" \t"))
     else:
@@ -107,7 +107,7 @@ def _refuse_other_separators(path: str, encoding: str) -> None:
             raise DataError(
                 path,
                 example,
-                f"and most other items hold {separator!r}, which looks like the separator of the items",
+                f"and most other items contain {separator!r}, which looks like the separator of the items",
                 f"Set separator: {separator!r} in the recipe, or separator: ' ' if it belongs to the ids.",
             )
 
@@ -116,54 +116,57 @@ def _json_rows(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator
     members = read_members(file.path, source.encoding)
     first = None if members is None else next(members, None)
     if members is not None and first is not None and isinstance(first[1], list):
-        for number, (user, items) in enumerate(chain([first], members), start=1):
+        for line_number, (user, items) in enumerate(chain([first], members), start=1):
             if not isinstance(items, list):
-                raise DataError(f"{file.path}: {user}", items, "is no list of items", "Write {user: [items]}.")
-            yield from _items_of(file.path, number, user, items, log)
+                raise DataError(f"{file.path}: {user}", items, "is not a list of items", "Write {user: [items]}.")
+            yield from _items_of(file.path, line_number, user, items, log)
         return
-    for number, entry in read_objects(file, log, source.encoding):
+    for line_number, entry in read_objects(file, log, source.encoding):
         lists = [value for value in entry.values() if isinstance(value, list)]
         others = [value for value in entry.values() if not isinstance(value, list | dict)]
         if len(lists) != 1 or len(others) != 1:
             raise DataError(
-                f"{file.path} line {number}",
+                f"{file.path} line {line_number}",
                 list(entry),
                 "are not one user and one list of items",
                 "Use format: table, or write {user: [items]}.",
             )
-        yield from _items_of(file.path, number, others[0], lists[0], log)
+        yield from _items_of(file.path, line_number, others[0], lists[0], log)
 
 
-def _items_of(path: str, number: int, user: Any, items: list[Any], log: SkipLog) -> Iterator[Row]:
+def _items_of(path: str, line_number: int, user: Any, items: list[Any], log: SkipLog) -> Iterator[Row]:
     try:
         row = id_text(user), [id_text(item) for item in items]
     except BadValue as error:
         log.read(path, 1)
-        log.lose(f"has an id that {error}", path, number, error.value)
+        log.lose(f"has an id that {error}", path, line_number, error.value)
         return
     log.read(path, len(row[1]))
-    yield from ((number, row[0], item) for item in row[1])
+    yield from ((line_number, row[0], item) for item in row[1])
 
 
 def _json_titles(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
     members = read_members(file.path, source.encoding)
     if members is None:
         raise DataError("file", file.path, "is not a JSON object {item: title}", "Choose another file of titles.")
-    for number, (item, value) in enumerate(members, start=1):
+    for line_number, (item, value) in enumerate(members, start=1):
         log.read(file.path, 1)
         if isinstance(value, dict):
             value = value.get("title", value)
         if isinstance(value, dict):
             raise DataError(
-                f"{file.path}: title of {item!r}", value, "is no text", "Write {item: title} or {item: {title: ...}}."
+                f"{file.path}: title of {item!r}",
+                value,
+                "is not a text",
+                "Write {item: title} or {item: {title: ...}}.",
             )
-        yield number, item, plain_text(value)
+        yield line_number, item, plain_text(value)
 
 
 def _text_titles(file: RawFile, source: SequencesSource, log: SkipLog) -> Iterator[Row]:
-    for number, content in text_lines(file.path, source.encoding):
-        line = _decoded(content, file.path, number, log)
+    for line_number, content in text_lines(file.path, source.encoding):
+        line = _decoded(content, file.path, line_number, log)
         if line is not None and line.strip():
             log.read(file.path, 1)
             item, *words = _BLANKS.split(line.strip(" \t"), maxsplit=1)
-            yield number, item, " ".join(words)
+            yield line_number, item, " ".join(words)

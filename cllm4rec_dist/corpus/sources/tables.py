@@ -1,4 +1,4 @@
-"""CSV, JSON and Parquet files whose columns the recipe names, and the one way from any of these to batches."""
+"""Reader of CSV, JSON and Parquet files whose columns the recipe names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CONVERSIONS = {"id": id_text, "number": number_text, "text": plain_text}
 
 
 def read_table(source: TableSource) -> RawData:
-    """Interactions, and texts where the recipe names files of them."""
+    """Read interactions and, if the recipe has files of them, texts."""
     log = SkipLog(source.on_bad_line, source.max_lost)
     table = source.interactions
     rules = Rules(
@@ -74,11 +74,11 @@ def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     collector = TextCollector("item", texts, raw.item_ids, log, rules, one_line=("title", "category"))
     for file in find_files(table.path):
         collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, names, roles, log), names))
-    found = collector.finish()
-    return found.select(
+    rows = collector.finish()
+    return rows.select(
         "item",
-        joined(found, list(titles)).alias("title"),
-        joined(found, list(columns)).alias("description"),
+        joined(rows, list(titles)).alias("title"),
+        joined(rows, list(columns)).alias("description"),
         *categories,
     )
 
@@ -92,12 +92,12 @@ def _user_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     collector = TextCollector("user", list(columns), raw.user_ids, log, replace(rules, has_html=table.html))
     for file in find_files(table.path):
         collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, names, roles, log), names))
-    found = collector.finish()
-    return found.select("user", joined(found, list(columns)).alias("text"))
+    rows = collector.finish()
+    return rows.select("user", joined(rows, list(columns)).alias("text"))
 
 
 def _renamed(batches: Iterator[Batch], names: dict[str, str]) -> Iterator[Batch]:
-    """The file's columns under the names of their roles; a column may have several."""
+    """Rename the file's columns to their roles; a column may have several."""
     for batch in batches:
         columns = batch.columns.select(batch.columns[name].alias(role) for role, name in names.items())
         yield Batch(batch.path, batch.lines, columns)
@@ -106,7 +106,7 @@ def _renamed(batches: Iterator[Batch], names: dict[str, str]) -> Iterator[Batch]
 def read_batches(
     file: RawFile, table: TableFile, encoding: str, names: dict[str, str], roles: dict[str, Role], log: SkipLog
 ) -> Iterator[Batch]:
-    """The columns `names` of a file, whatever its kind."""
+    """Yield the columns `names` of a file of any kind."""
     columns = list(dict.fromkeys(names.values()))
     encoding = table.encoding or encoding
     kind = table.kind if table.kind != "auto" else find_kind(file.path, encoding)
@@ -116,11 +116,11 @@ def read_batches(
         return read_delimited(file, columns, dialect, log, numeric)
     if kind == "parquet":
         return read_parquet(file, columns, log)
-    wanted = [name for name in columns if name not in file.partition]
-    # JSON is UTF-8 or says what it is; an encoding of the whole source is that of its delimited files.
-    objects = require_seen(file.path, read_objects(file, log, table.encoding or "auto", wanted), wanted)
+    fields = [name for name in columns if name not in file.partition]
+    # JSON is UTF-8 or has a byte order mark; the encoding of the source is meant for its delimited files.
+    objects = require_seen(file.path, read_objects(file, log, table.encoding or "auto", fields), fields)
     by_name = {name: roles[role] for role, name in reversed(names.items())}
-    getters: list[Getter] = [(name, partial(_get, name, by_name[name])) for name in wanted]
+    getters: list[Getter] = [(name, partial(_get, name, by_name[name])) for name in fields]
     return object_batches(file, objects, getters, log, columns)
 
 
@@ -129,7 +129,7 @@ def _get(name: str, role: Role, entry: dict[str, Any]) -> str | None:
 
 
 def find_kind(path: str, encoding: str) -> str:
-    """How a table is stored, by the first bytes of its file: csv, jsonl or parquet. DataError where by no means."""
+    """Detect the kind of a table from its file's first bytes: csv, jsonl or parquet; DataError for other kinds."""
     head = first_bytes(path, 4096)
     if head.startswith(PARQUET_MAGIC):
         return "parquet"
@@ -137,5 +137,5 @@ def find_kind(path: str, encoding: str) -> str:
     if text.lstrip().startswith(("{", "[")):
         return "jsonl"
     if "\x00" in text:
-        raise DataError("file", path, "is no text and no Parquet", "Save it as CSV, JSON lines or Parquet.")
+        raise DataError("file", path, "is neither text nor Parquet", "Save it as CSV, JSON lines or Parquet.")
     return "csv"
