@@ -24,7 +24,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cllm4rec_dist import preflight
-from cllm4rec_dist.audit import AuditLog
+from cllm4rec_dist.audit.log import AuditLog
 from cllm4rec_dist.checkpointing import checkpoint, leaks, warm_start
 from cllm4rec_dist.checkpointing.async_saver import AsyncSaver
 from cllm4rec_dist.checkpointing.find_run import find

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cllm4rec_dist import cli
-from cllm4rec_dist.audit import Audit, AuditError, AuditLog, check
+from cllm4rec_dist.audit.check import Audit, AuditError, check
+from cllm4rec_dist.audit.log import AuditLog
 from cllm4rec_dist.corpus.loader import StepBatch
 from cllm4rec_dist.corpus.stream import EpochSampler, batch_range, steps_per_epoch
 from cllm4rec_dist.distributed.topology import World

@@ -20,7 +20,7 @@ def audit(
     if not run.is_dir():
         find_trained(str(run))  # says what is there instead; a run may be audited before its first checkpoint
     step = newest_step(run)
-    from cllm4rec_dist.audit import check
+    from cllm4rec_dist.audit.check import check
 
     typer.echo(check(run, step).table())
     typer.echo("exactly once: yes")

@@ -1,0 +1,1 @@
+"""Audit: proof that a run read every example exactly once."""
