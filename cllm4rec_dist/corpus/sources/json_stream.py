@@ -18,7 +18,7 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 _LONGEST_TOKEN = 16
 """Distance of an error from the end of the buffer within which a token may be truncated."""
 _LONGEST_STRING = 1 << 26
-"""The same distance for strings."""
+"""This distance for strings."""
 
 
 class JsonStream:
