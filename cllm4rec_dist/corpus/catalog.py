@@ -287,7 +287,7 @@ def _part(
         drawn = np.arange(len(users))[::-1]
         drawn = drawn[np.argsort(users[drawn], kind="stable")]
         num_valid, num_test = _last_counts(lengths, config.split.num_valid, config.split.num_test)
-    if num_whole := int((num_valid + num_test == 0).sum()):  # no information: not counted as left out
+    if num_whole := int((num_valid + num_test == 0).sum()):  # logged, not counted as left out: they are trained on
         logger.info(
             "%s of %s users have too few items to hold any out: all of theirs are trained on",
             f"{num_whole:,}",
