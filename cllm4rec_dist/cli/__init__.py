@@ -1,7 +1,7 @@
 """The `cllm4rec` command: thin entry points over the package, a module for each group of commands.
 
-Every command that computes runs under any launcher (see `launch.py`). An error that input caused ends with its one
-message and exit status 2, one that a fault caused with status 1; a run that was told to stop and has saved, with 75.
+Commands that compute run under any launcher (see `launch.py`). Exit status: 2 for wrong input, with one message; 1 for
+a fault; 75 for a run that was stopped by a signal after saving a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`audit`: the proof that a run read every example exactly once."""
+"""`audit`: check that a run read every example exactly once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cllm4rec_dist.cli.options import expanded, find_trained
 
 @app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(help="Run folder that trained with audit=true.", callback=expanded)],
+    run: Annotated[Path, typer.Argument(help="Folder of a run trained with audit=true.", callback=expanded)],
 ) -> None:
-    """Prove from its audit log that a run read every user and text exactly once, whatever befell it."""
+    """Check in its audit log that a run read every user and text exactly once, through all restarts."""
     if not run.is_dir():
-        find_trained(str(run))  # says what is there instead; a run may be audited before its first checkpoint
+        find_trained(str(run))  # raises a clear error; a run can be audited before its first checkpoint
     step = newest_step(run)
     from cllm4rec_dist.audit.check import check
 

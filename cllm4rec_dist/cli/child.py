@@ -1,7 +1,8 @@
-"""A command of ours in a process of its own.
+"""Run a `cllm4rec` command in a subprocess.
 
-DeepSpeed keeps the groups of its first engine for the life of a process, so two stages cannot train in one. A signal to
-the parent reaches the child, which saves and stops; where the parent dies, the child is told to stop by the kernel.
+DeepSpeed keeps the process groups of its first engine for the life of a process, so two stages cannot train in one.
+Signals to the parent are forwarded to the child, which saves and stops. If the parent dies, the kernel sends the child
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPED = 75
-"""Exit status of a run that was told to stop and goes on by the same command (`interruption.EXIT_STATUS`)."""
+"""Exit status of a run that a signal stopped and that the same command resumes (`signals.EXIT_STATUS`)."""
 BAD_INPUT = 2
-"""Exit status of a command whose input is wrong, which its message names."""
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Exit status of a command whose input is wrong."""
+_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
 class CommandEnded(Exception):
-    """A command that ended with another status than 0, which it has explained itself.
+    """A command failed or was stopped, and has printed why.
 
     Attributes:
-        status: its exit status.
+        status: exit status of the command, not 0.
     """
 
     def __init__(self, name: str, status: int) -> None:
@@ -36,35 +37,35 @@ class CommandEnded(Exception):
 
 
 def run_command(name: str, *arguments: str) -> None:
-    """Run `cllm4rec NAME ARGUMENTS` and wait for its end.
+    """Run `cllm4rec NAME ARGUMENTS` and wait until it ends.
 
     Raises:
-        CommandEnded: for any status but 0; a command that a signal ended counts as stopped.
+        CommandEnded: for any status but 0; a command killed by a signal counts as stopped.
     """
     command = [sys.executable, "-m", "cllm4rec_dist", name, *arguments]
-    with subprocess.Popen(command, preexec_fn=_end_with_parent) as child, _passing_on(child):
+    with subprocess.Popen(command, preexec_fn=_end_with_parent) as child, _forward_signals(child):
         status = child.wait()
     if status:
         raise CommandEnded(name, status if status > 0 else STOPPED)
 
 
 def _end_with_parent() -> None:
-    """In the child: have Linux send SIGTERM when the parent is gone."""
+    """Make Linux send SIGTERM to this child process when the parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
-def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Inside, signals are the child's: it knows how to stop. (Ctrl-C in a terminal reaches it without us.)"""
+def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Forward signals to the child, which stops cleanly. Ctrl-C in a terminal reaches the child directly."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGINT or not sys.stdin.isatty():
-            child.send_signal(number)
+    def forward(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGINT or not sys.stdin.isatty():
+            child.send_signal(signum)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    handlers = {signum: signal.signal(signum, forward) for signum in _FORWARDED_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)

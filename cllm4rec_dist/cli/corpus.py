@@ -1,4 +1,4 @@
-"""`prepare` and `build-backbone`: what a run needs before it can train."""
+"""`prepare` and `build-backbone`: build the corpus and the backbone that training needs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def prepare(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file as in shards/.", callback=expanded)],
     output: Annotated[str, typer.Argument(help="Corpus folder or fsspec URL to write.", callback=expanded)],
     tokenizer: Annotated[
-        str, typer.Option(help="Backbone folder whose tokenizer the texts are read with.", callback=expanded)
+        str, typer.Option(help="Backbone folder with the tokenizer for the texts.", callback=expanded)
     ],
-    overwrite: Annotated[bool, typer.Option(help="Replace a corpus that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing corpus.")] = False,
     workers: Annotated[
-        int, typer.Option("--workers", "-w", min=1, help="Ray tasks that write shards at a time, here or on a cluster.")
+        int,
+        typer.Option("--workers", "-w", min=1, help="Ray tasks that write shards in parallel, here or on a cluster."),
     ] = 1,
     overrides: Overrides = None,
 ) -> None:
-    """Build a corpus of raw data: read, filter, split, tokenize, write shards and a manifest."""
+    """Build a corpus from raw data: read, filter, split, tokenize, write shards and a manifest."""
     config = load_config(PrepareConfig, recipe, overrides or ())
     preflight.require_none(preflight.tokenizer_problems(tokenizer, recipe), "prepare")
     manifest = make_corpus(config, tokenizer, output, overwrite=overwrite, workers=workers)
@@ -42,7 +43,7 @@ def prepare(
 def make_corpus(
     config: PrepareConfig, tokenizer: str, output: str, *, overwrite: bool = False, workers: int = 1
 ) -> Manifest:
-    """Build the corpus of a recipe with the tokenizer of a backbone."""
+    """Build the corpus of a recipe with a backbone's tokenizer and return its manifest."""
     if not is_url(output):
         preflight.require_none(preflight.folder_problems("output", output), "prepare")
     check_source(config.source)
@@ -59,7 +60,7 @@ def backbone(
     output: Annotated[Path, typer.Argument(help="Backbone folder to write.", callback=expanded)],
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file of its settings.", callback=expanded)
+        Path | None, typer.Option("--config", "-c", help="YAML file with its settings.", callback=expanded)
     ] = None,
 ) -> None:
     """Build a small decoder with random weights and a tokenizer trained on a recipe's texts.
@@ -75,7 +76,7 @@ def backbone(
 
 
 def make_backbone(recipe: PrepareConfig, config: BackboneConfig, output: Path) -> int:
-    """Build a small decoder and a tokenizer of a recipe's texts; returns the number of parameters."""
+    """Build a small decoder and a tokenizer of a recipe's texts, and return the number of parameters."""
     preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
     check_source(recipe.source)
     announce(f"build-backbone: reading the data of {recipe.name}")
@@ -84,5 +85,5 @@ def make_backbone(recipe: PrepareConfig, config: BackboneConfig, output: Path) -
     from cllm4rec_dist.corpus.sources import read_source
     from cllm4rec_dist.model.build_backbone import build_backbone
 
-    disable_progress_bar()  # of the one file that is written
+    disable_progress_bar()  # a single file is written
     return build_backbone(config, read_source(recipe.source).texts(), output)

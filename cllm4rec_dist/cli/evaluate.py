@@ -1,4 +1,4 @@
-"""`evaluate`: the metrics of a run beside the baselines."""
+"""`evaluate`: metrics of a run compared with baselines."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def evaluate(
     run: RunArgument,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the report; RUN/evaluation[-valid][-without-rows] otherwise.", callback=expanded),
+        typer.Option(help="Folder of the report; default RUN/evaluation[-valid][-without-rows].", callback=expanded),
     ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
-    baselines: Annotated[bool, typer.Option(help="Fit popularity, EASE, title-aware EASE and iALS beside it.")] = True,
+    baselines: Annotated[bool, typer.Option(help="Also fit popularity, EASE, title-aware EASE and iALS.")] = True,
     without_rows: Annotated[
         bool,
-        typer.Option("--without-rows", help="Rank known users from their history alone, as if they had no row."),
+        typer.Option("--without-rows", help="Rank known users from their history alone, without their embeddings."),
     ] = False,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
@@ -54,19 +54,19 @@ def evaluate(
     launcher: ShortLauncher = "auto",
     workers: Workers = "1",
 ) -> None:
-    """Rank the whole catalog for every user, print the metrics beside the baselines, write a report."""
+    """Rank the whole catalog for every user, print metrics next to the baselines, write a report."""
     require_launchable(launcher, workers, os.environ)
     folder = output or Path(run) / _folder_name(split, without_rows=without_rows)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     problems = preflight.metric_problems("--metrics", names)
-    if output is not None or Path(run).is_dir():  # else it is told what is wrong with RUN
+    if output is not None or Path(run).is_dir():  # else the error is about RUN
         problems += output_problems("--output", folder, launcher)
     if split not in ("test", "valid"):
         why = ": the model has learnt these items, so finding them shows nothing" if split == "train" else ""
         cure = f"Leave it out for test.{did_you_mean(split, ('test', 'valid'))}"
         problems.append(ConfigError("--split", split, f"is neither test nor valid{why}", cure))
     preflight.require_none(problems, "evaluate")
-    folder, found, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
+    folder, run_path, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
     announce(f"evaluate: reading {run}, importing torch", launcher)
     from cllm4rec_dist.evaluation.inference import evaluate_run
 
@@ -75,7 +75,7 @@ def evaluate(
         evaluate_run,
         launcher,
         workers,
-        run=found,
+        run=run_path,
         split=split,
         metrics=names,
         batch_users=batch_users,
@@ -92,6 +92,6 @@ def evaluate(
 
 
 def _folder_name(split: str, *, without_rows: bool) -> str:
-    """The report's folder in a run: what is no test, or not of all that is known, does not replace the usual one."""
+    """Name of the report's folder in a run; other splits and options do not overwrite the default report."""
     of_split = "" if split == "test" else f"-{split}"
     return f"evaluation{of_split}{'-without-rows' if without_rows else ''}"

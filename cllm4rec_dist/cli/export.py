@@ -1,4 +1,4 @@
-"""`export`: a run for other programs."""
+"""`export`: write a run for use by other programs."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from cllm4rec_dist.export.options import ExportOptions, option_problems, output_
 def export(
     run: RunArgument,
     output: Annotated[Path, typer.Argument(help="New folder to write.", callback=expanded)],
-    faiss: Annotated[bool, typer.Option("--faiss", help="Write a FAISS index of the items too.")] = False,
+    faiss: Annotated[bool, typer.Option("--faiss", help="Also write a FAISS index of the items.")] = False,
     hub: Annotated[
-        bool, typer.Option("--hub", help="Write a folder to publish: a model card, no users, no paths, all it needs.")
+        bool, typer.Option("--hub", help="Write a self-contained folder to publish: a model card, no users, no paths.")
     ] = False,
     with_users: Annotated[
         bool, typer.Option("--with-users", help="With --hub: users' ids and embeddings, which may be personal data.")
     ] = False,
     license: Annotated[
-        str | None, typer.Option("--license", help="With --hub: licence of the card, such as apache-2.0.")
+        str | None, typer.Option("--license", help="With --hub: license in the model card, such as apache-2.0.")
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option("--base-model", help="With --hub: hub id of a local backbone, to name it and not to copy it."),
+        typer.Option("--base-model", help="With --hub: hub id of a local backbone, named instead of copied."),
     ] = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload to the Hugging Face hub; means --hub.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push: into a private repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="With --push: to a private repository.")] = False,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
-    """Write a run for other programs: adapters or backbone, tables, ids, embeddings as Parquet, how to score."""
+    """Write a run for other programs: adapter or backbone, embedding tables, ids, Parquet, how to score."""
     options = ExportOptions(
         faiss=faiss, hub=hub, with_users=with_users, license=license, base_model=base_model, push=push, private=private
     )

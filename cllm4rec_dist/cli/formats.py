@@ -1,4 +1,4 @@
-"""How lists are written or printed."""
+"""Formats in which lists are written or printed."""
 
 from __future__ import annotations
 

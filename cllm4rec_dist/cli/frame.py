@@ -1,4 +1,4 @@
-"""The application that commands are added to, and how it ends."""
+"""The Typer application, its entry point and its error handling."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Train an LLM recommender (CLLM4Rec) on many GPUs, or on a laptop.
 
-With your own orders: **init** proposes a project, **run** does everything that is missing of it.
+For your own orders: **init** proposes a project, **run** does all of its missing steps.
 
 Step by step: **prepare** raw data into a corpus, **pretrain**, **finetune**, **evaluate**, **recommend**, **serve**.
-Without a pretrained decoder at hand, **build-backbone** builds a small one first.
+Without a pretrained decoder, build a small one first with **build-backbone**.
 
 **settings** prints every setting of a run; each may be given as `section.key=value`.""",
 )
 
 
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
+def _show_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"cllm4rec_dist {version('cllm4rec_dist')}")
         raise typer.Exit
 
@@ -46,11 +46,11 @@ def _options(
 def _require_new_command(arguments: list[str]) -> None:
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     if name in COMMANDS:
-        raise ConfigError("command", name, "has another name now", f"Write cllm4rec {COMMANDS[name]}.")
+        raise ConfigError("command", name, "was renamed", f"Write cllm4rec {COMMANDS[name]}.")
 
 
 def _require_options(arguments: list[str]) -> None:
-    """Refuse a setting that is written as an option; of other options that there are not, typer says so."""
+    """Refuse a setting written as an option. Typer reports other unknown options."""
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     if not takes_settings(name):
         return
@@ -62,11 +62,11 @@ def _require_options(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error of ours is one message and its exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
+    """Run the command line. A `CLLM4RecError` is printed as one message and sets the exit status."""
+    argv = sys.argv[1:] if arguments is None else arguments
     try:
-        _require_new_command(given)
-        _require_options(given)
+        _require_new_command(argv)
+        _require_options(argv)
         app(arguments)
     except CLLM4RecError as error:
         typer.secho(f"error: {error}", fg="red", err=True)

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and what is done with them before ranks start."""
+"""Arguments and options shared by commands, and their checks before ranks start."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 PathT = TypeVar("PathT", str, Path)
 
 LIST_LENGTH = 20
-"""Items of each list that is written to files."""
+"""Default number of items in each list written to files."""
 
 
 def expanded(option: typer.CallbackParam, path: PathT | None) -> PathT | None:
-    """A path of the command line with `~` and variables replaced, as in a run file: in quotes no shell does it."""
+    """Expand `~` and variables in a path, as in a run file; the shell does not expand them in quotes."""
     if path is None:
         return None
     try:
@@ -40,12 +40,12 @@ def expanded(option: typer.CallbackParam, path: PathT | None) -> PathT | None:
 
 
 def resolved_run(option: typer.CallbackParam, path: str) -> str:
-    """The run that an argument means: a folder of a project stands for the run that recommends."""
+    """Resolve a run argument; a project folder means its finetuning run."""
     return run_of(expanded(option, path) or path)
 
 
 def parse_number(text: str) -> float:
-    """A number of the command line; the refusal of `3,5` says how it is written."""
+    """Parse a number. The error for `3,5` explains the decimal point."""
     try:
         return float(text)
     except ValueError:
@@ -56,43 +56,46 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")
 ]
 ConfigFile = Annotated[
-    Path, typer.Option("--config", "-c", help="Run configuration, as in launch/configs/.", callback=expanded)
+    Path, typer.Option("--config", "-c", help="Run configuration; see launch/configs/ for examples.", callback=expanded)
 ]
 RunArgument = Annotated[
     str,
-    typer.Argument(help="Run (its best checkpoint), checkpoint, or folder of a project.", callback=resolved_run),
+    typer.Argument(help="Run (its best checkpoint), checkpoint, or project folder.", callback=resolved_run),
 ]
 LauncherOption = Annotated[
     str, typer.Option("--launcher", help="auto joins torchrun, deepspeed or srun and else starts Ray; ray; process.")
 ]
 ShortLauncher = Annotated[str, typer.Option("--launcher", help=LAUNCHER_HELP)]
 Workers = Annotated[
-    str, typer.Option("--workers", "-w", help="Ranks that Ray starts: 8, or 4:8 for as many as there are of these.")
+    str, typer.Option("--workers", "-w", help="Ranks that Ray starts: 8, or 4:8 for as many of these as are available.")
 ]
-MaxFailures = Annotated[
-    int, typer.Option("--max-failures", min=0, help="How often Ray starts again after a rank was lost.")
-]
+MaxFailures = Annotated[int, typer.Option("--max-failures", min=0, help="Restarts by Ray after a rank fails.")]
 MetricNames = Annotated[str, typer.Option("--metrics", help="Comma-separated recall@K and ndcg@K.")]
 Resume = Annotated[
     str | None,
-    typer.Option(help="auto (default): go on from this run's newest good checkpoint; none; or a checkpoint or run."),
+    typer.Option(help="auto (default): resume from this run's newest valid checkpoint; none; or a checkpoint or run."),
 ]
 BackboneOption = Annotated[
     str | None,
-    typer.Option("--backbone", help="Where the backbone is now, if not where the run says.", callback=expanded),
+    typer.Option("--backbone", help="New path of the backbone, if it has moved since training.", callback=expanded),
 ]
 CorpusOption = Annotated[
-    str | None, typer.Option("--corpus", help="Where the corpus is now, if not where the run says.", callback=expanded)
+    str | None,
+    typer.Option("--corpus", help="New path of the corpus, if it has moved since training.", callback=expanded),
 ]
 AllowLeak = Annotated[
     bool,
-    typer.Option("--allow-leak", help="Go on from a run that was trained on held-out interactions; reports say so."),
+    typer.Option("--allow-leak", help="Start from a run trained on held-out interactions; reports mention it."),
 ]
 BatchUsers = Annotated[int, typer.Option("--batch-users", min=1, help="Users ranked at a time by each rank.")]
 
 
 def find_trained(run: str) -> str:
-    """Where the ranks find a run; refused before they start where there is nothing to find."""
+    """Return the absolute path or URL of a run, for ranks in any working directory.
+
+    Raises:
+        CheckpointError: if the run has no checkpoint.
+    """
     try:
         find(run)
     except CheckpointError as error:
@@ -105,10 +108,10 @@ def find_trained(run: str) -> str:
 
 
 def moved_paths(backbone: str | None, corpus: str | None) -> dict[str, Any]:
-    """Paths that override those of a checkpoint, for ranks that run in another folder; a hub id stays.
+    """Return the paths that override those in a checkpoint, absolute; a hub id stays as it is.
 
     Raises:
-        CLLM4RecError: for a folder of the options that is none of its kind.
+        CLLM4RecError: if a path is no backbone or no corpus.
     """
     if backbone is not None:
         preflight.require_none(preflight.backbone_problems("--backbone", backbone), "backbone")
@@ -120,14 +123,14 @@ def moved_paths(backbone: str | None, corpus: str | None) -> dict[str, Any]:
 
 
 def output_problems(field: str, folder: Path, launcher: str) -> list[CLLM4RecError]:
-    """Why results cannot be written there, as far as this process can tell."""
+    """Return the reasons why results cannot be written to a folder, as far as this process can see it."""
     if is_url(str(folder)) or not ranks_are_elsewhere(launcher, os.environ):
         return preflight.folder_problems(field, str(folder), "Give a local folder by --output.")
     return []
 
 
 def announce(text: str, launcher: str = "process") -> None:
-    """Log the first line of a command that computes, before anything slow is imported; on rank 0 alone."""
+    """Log the first line of a command before slow imports; on rank 0 only."""
     hide_accelerator_notice()
     if is_main(launcher, os.environ):
         setup_logging()
@@ -135,7 +138,7 @@ def announce(text: str, launcher: str = "process") -> None:
 
 
 def announce_printed(text: str) -> None:
-    """As `announce`, for a command whose result is a small table: what is waited for in a terminal, then warnings."""
+    """Log the first line in a terminal only, then warnings only, for a command that prints a small table."""
     hide_accelerator_notice()
     setup_logging()
     if sys.stderr.isatty():
@@ -144,5 +147,5 @@ def announce_printed(text: str) -> None:
 
 
 def log_alone() -> None:
-    """Log as a command that has no ranks, also after ranks have run in this process."""
+    """Log as a command without ranks, also after ranks have run in this process."""
     setup_logging()

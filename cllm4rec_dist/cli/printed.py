@@ -1,4 +1,4 @@
-"""Lists that are printed: of one basket, one user, or the neighbours of one item."""
+"""Print the list of one basket or user, or the neighbours of one item."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def require_printed_format(file_format: Format | None) -> None:
 
 
 def split_basket(texts: Sequence[str], items: ItemCatalog) -> tuple[str, ...]:
-    """Ids of `A,B` lists; a text that is an id itself is not split."""
+    """Split `A,B` lists into ids; a text that is itself an id is not split."""
     ids = [part for text in texts for part in ([text] if items.row(text) is not None else text.split(","))]
     return tuple(name for part in ids if (name := part.strip()))
 
 
 def require_known_basket(names: Sequence[str], items: ItemCatalog) -> None:
-    """Refuse a basket of which nothing is known: a list of popular items would look like an answer to it.
+    """Refuse a basket without a known item: the list of popular items would look like an answer to it.
 
     Raises:
-        DataError: with ids, or items by their titles, that may be meant.
+        DataError: with suggestions of similar ids, or of items by title.
     """
     if not names or any(items.row(name) is not None for name in names):
         return
-    meant = {name: _meant(name, items) for name in dict.fromkeys(names)}
-    likely = "; ".join(f"{' or '.join(found)} for {name!r}" for name, found in meant.items() if found)
+    suggested = {name: _suggest(name, items) for name in dict.fromkeys(names)}
+    likely = "; ".join(f"{' or '.join(texts)} for {name!r}" for name, texts in suggested.items() if texts)
     hint = f"Did you mean {likely}?" if likely else f"The run has ids such as {items.ids[0]!r}."
     value = names[0] if len(names) == 1 else list(names)
     rule = "is no item of the run" if len(names) == 1 else "are no items of the run"
@@ -53,26 +53,26 @@ def require_known_basket(names: Sequence[str], items: ItemCatalog) -> None:
     )
 
 
-def _meant(name: str, items: ItemCatalog) -> list[str]:
-    """Ids spelt like a name, else items that have its words in their titles, as text."""
+def _suggest(name: str, items: ItemCatalog) -> list[str]:
+    """Return ids spelt like a name, else items with its words in their titles."""
     ids = similar_ids(name, items.ids)
     return ids or [f"{items.ids[row]} ({items.titles[row]})" for row in items.search(name, 3)]
 
 
-def tell_unknown(option: str, names: Sequence[str], items: ItemCatalog) -> None:
-    """Say which items of a basket are left out, and which may be meant."""
+def warn_unknown(option: str, names: Sequence[str], items: ItemCatalog) -> None:
+    """Print which items of a basket are unknown and left out, with suggestions."""
     for name in dict.fromkeys(names):
         if items.row(name) is None:
-            likely = _meant(name, items)
+            likely = _suggest(name, items)
             hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
             typer.echo(f"{option}: {name!r} is no item of the run and is left out{hint}", err=True)
 
 
 def as_table(answer: Answer) -> pd.DataFrame:
-    """Columns rank, item, title, score of a list."""
+    """Return a list as a table with columns rank, item, title and score."""
     import pandas as pd
 
-    rows = [(rank, found.item, found.title, found.score) for rank, found in enumerate(answer.items, 1)]
+    rows = [(rank, scored.item, scored.title, scored.score) for rank, scored in enumerate(answer.items, 1)]
     return pd.DataFrame(rows, columns=["rank", "item", "title", "score"]).astype({"score": "float32"})
 
 
@@ -101,5 +101,5 @@ def _show_table(table: pd.DataFrame) -> None:
     columns = (table[name].tolist() for name in ("rank", "item", "title", "score"))
     for rank, item, title, score in zip(*columns, strict=True):
         shown.add_row(str(rank), item, title, "" if math.isnan(score) else f"{score:.4f}")
-    # Where the output is no terminal nothing is cut off.
+    # Nothing is cut off if the output is not a terminal.
     Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False, emoji=False).print(shown)

@@ -1,4 +1,4 @@
-"""`init` and `run`: from files of orders to a recommender, in a folder of its own."""
+"""`init` and `run`: from files of orders to a recommender, in one project folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cllm4rec_dist.project.sample import Role
 from cllm4rec_dist.project.stages import Settings
 from cllm4rec_dist.project.summary import summarize
 
-_NAMES = "Names of the columns of a CSV file without a header, comma-separated."
+_NAMES = "Column names of a CSV file without a header, comma-separated."
 
 
 @app.command()
@@ -41,47 +41,47 @@ def init(
     items: Annotated[
         str | None, typer.Option(help="Items with titles; may be the same file.", callback=expanded)
     ] = None,
-    customers: Annotated[str | None, typer.Option(help="Customers with what they are like.", callback=expanded)] = None,
+    customers: Annotated[str | None, typer.Option(help="Customers with their attributes.", callback=expanded)] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(help="Folder of a pretrained decoder; a small one is built if left out.", callback=expanded),
+        typer.Option(help="Folder of a pretrained decoder; default: a small one is built.", callback=expanded),
     ] = None,
     user_column: Annotated[str | None, typer.Option(help="Orders' column of customer ids.")] = None,
     item_column: Annotated[str | None, typer.Option(help="Orders' column of item ids.")] = None,
     time_column: Annotated[str | None, typer.Option(help="Orders' column of times, or none.")] = None,
-    time_format: Annotated[str | None, typer.Option(help="Format of the times, as %d/%m/%Y %H:%M.")] = None,
+    time_format: Annotated[str | None, typer.Option(help="Format of the times, such as %d/%m/%Y %H:%M.")] = None,
     rating_column: Annotated[str | None, typer.Option(help="Orders' column of ratings, or none.")] = None,
     rating_threshold: Annotated[
-        float | None, typer.Option(help="Least rating that counts as liked.", parser=parse_number, metavar="FLOAT")
+        float | None, typer.Option(help="Lowest rating that counts as liked.", parser=parse_number, metavar="FLOAT")
     ] = None,
     review_column: Annotated[str | None, typer.Option(help="Orders' column of reviews, or none.")] = None,
     title_column: Annotated[str | None, typer.Option(help="Items' column of titles, or none.")] = None,
     category_column: Annotated[str | None, typer.Option(help="Items' column of categories, or none.")] = None,
     items_key: Annotated[str | None, typer.Option(help="Items' column of item ids.")] = None,
     customers_key: Annotated[str | None, typer.Option(help="Customers' column of customer ids.")] = None,
-    separator: Annotated[str | None, typer.Option(help="Between fields of CSV files; found if left out.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Field separator of CSV files; detected by default.")] = None,
     quoting: Annotated[
         Literal["auto", "double", "none"], typer.Option(help="What a quotation mark means in CSV files.")
     ] = "auto",
-    escape: Annotated[str | None, typer.Option(help="Letter that escapes in CSV files, as a backslash.")] = None,
+    escape: Annotated[str | None, typer.Option(help="Escape character of CSV files, such as a backslash.")] = None,
     encoding: Annotated[
-        str, typer.Option(help="Encoding of text files that are not UTF-8; found if left out.")
+        str, typer.Option(help="Encoding of text files that are not UTF-8; detected by default.")
     ] = "auto",
     orders_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
     items_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
     customers_names: Annotated[str | None, typer.Option(help=_NAMES)] = None,
 ) -> None:
-    """Propose a recipe and run files for your own data: columns, formats and sizes are guessed, shown and explained.
+    """Propose a recipe and run files for your data: columns, formats and sizes are guessed, shown and explained.
 
-    Nothing is trained. What cannot be told is asked for in a terminal; without one the message names the option.
+    Nothing is trained. If a guess is unsure, a terminal prompts for it; otherwise the error names the option to set.
     """
     from cllm4rec_dist.corpus.sources.records import Dialect
-    from cllm4rec_dist.project.create import Given, absolute, create, dialects
-    from cllm4rec_dist.project.guess import Wanted, refuse
+    from cllm4rec_dist.project.create import InitOptions, absolute, create, dialects
+    from cllm4rec_dist.project.guess import ColumnOptions, refuse
     from cllm4rec_dist.project.machine import this_machine
 
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
-    wanted = Wanted(
+    columns = ColumnOptions(
         user=user_column,
         item=item_column,
         time=time_column,
@@ -93,7 +93,7 @@ def init(
         customers_key=customers_key,
         time_format=time_format,
         rating_threshold=rating_threshold,
-        choose=_choose if sys.stdin.isatty() and sys.stdout.isatty() else refuse,
+        choose=_prompt if sys.stdin.isatty() and sys.stdout.isatty() else refuse,
     )
     common = Dialect(separator.replace("\\t", "\t") if separator else None, quoting, escape, encoding)
     names: dict[Role, tuple[str, ...] | None] = {
@@ -103,21 +103,21 @@ def init(
     }
     orders_path = absolute(orders)
     assert orders_path is not None
-    given = Given(
-        orders_path, absolute(items), absolute(customers), dialects(common, names), absolute(backbone), wanted
+    options = InitOptions(
+        orders_path, absolute(items), absolute(customers), dialects(common, names), absolute(backbone), columns
     )
-    create(name, given, this_machine(), typer.echo)
+    create(name, options, this_machine(), typer.echo)
 
 
 def _split(names: str | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(name.strip() for name in names.split(","))
 
 
-def _choose(option: str, question: str, names: Sequence[str]) -> str:
-    """Ask in the terminal until one of the names is given."""
+def _prompt(option: str, question: str, names: Sequence[str]) -> str:
+    """Prompt in the terminal until one of the names is chosen."""
     typer.echo(f"{option} {question}:")
-    for number, name in enumerate(names, start=1):
-        typer.echo(f"  {number}  {name}")
+    for index, name in enumerate(names, start=1):
+        typer.echo(f"  {index}  {name}")
     while True:
         answer = typer.prompt("Number or name").strip()
         if answer.isdigit() and 1 <= int(answer) <= len(names):
@@ -129,7 +129,7 @@ def _choose(option: str, question: str, names: Sequence[str]) -> str:
 
 @app.command()
 def run(
-    name: Annotated[Path, typer.Argument(help="Folder of the project, as `init` made it.", callback=expanded)],
+    name: Annotated[Path, typer.Argument(help="Folder of the project that `init` made.", callback=expanded)],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -139,7 +139,7 @@ def run(
         ),
     ] = None,
     launcher: Annotated[
-        str, typer.Option("--launcher", help="process (one rank, here), ray; auto: Ray where --workers asks for more.")
+        str, typer.Option("--launcher", help="process (one local rank), ray; auto: Ray if --workers is more than 1.")
     ] = "auto",
     workers: Workers = "1",
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Items of each list.")] = LIST_LENGTH,
@@ -147,16 +147,16 @@ def run(
         bool,
         typer.Option(
             "--redo",
-            help="Train again what is out of date; earlier runs are kept. With more epochs a run goes on, without"
-            " --redo and with it.",
+            help="Train again what is out of date; earlier runs are kept. If only the number of epochs grows, the run"
+            " is resumed, with or without --redo.",
         ),
     ] = False,
 ) -> None:
-    """Do what is missing of a project: prepare, build-backbone, pretrain, finetune, evaluate, recommend.
+    """Run the missing stages of a project: prepare, build-backbone, pretrain, finetune, evaluate, recommend.
 
-    Stopped at any point, the same command goes on. What has changed since (a file, the recipe, a setting) is said, and
-    made again; a trained run is replaced with --redo only. With more epochs it goes on; fewer than it was trained for
-    are a change like any other.
+    The same command resumes after a stop at any point. Stages whose file, recipe or setting has changed are reported
+    and run again; a trained run is replaced only with --redo. With more epochs training resumes; with fewer than it has
+    been trained for, the run is out of date.
     """
     chosen = _launcher(name, launcher, workers)
     project = require_project(name)
@@ -168,11 +168,11 @@ def run(
     try:
         run_stages(project, settings, commands, typer.echo, redo=redo, command_line=command_line)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: `{again}` goes on", err=True)
+        typer.echo(f"stopped: `{again}` resumes", err=True)
         raise typer.Exit(STOPPED) from None
     except CommandEnded as ended:
-        first = "mend it, then " if ended.status == BAD_INPUT else ""
-        typer.echo(f"{ended}: {first}`{again}` goes on from there", err=True)
+        first = "correct the input, then " if ended.status == BAD_INPUT else ""
+        typer.echo(f"{ended}: {first}`{again}` resumes from there", err=True)
         raise typer.Exit(ended.status) from None
     typer.echo(summarize(project, settings, command_line))
 
@@ -181,20 +181,20 @@ _DEFAULTS = {"--launcher": "auto", "--workers": "1", "--top": LIST_LENGTH}
 
 
 def _command_line(name: Path, overrides: Sequence[str], options: Mapping[str, str | int]) -> str:
-    """What was typed, for a shell: a call that left out an override would find everything out of date."""
+    """Return the command as typed, for a shell; without an override the stages would be out of date."""
     given = [(option, str(value)) for option, value in options.items() if value != _DEFAULTS[option]]
     return shlex.join(["cllm4rec", "run", str(name), *overrides, *(part for pair in given for part in pair)])
 
 
 def _launcher(name: Path, launcher: str, workers: str) -> str:
-    """The launcher of each stage: Ray only where more than one rank or a cluster is asked for."""
+    """Return the launcher of each stage: Ray only for several ranks or a cluster."""
     require_launchable(launcher, workers, os.environ)
     if joins(launcher, os.environ):
         raise ConfigError(
             "--launcher",
             launcher,
-            "finds the ranks of another launcher, and a project starts its own",
-            f"Give --launcher process or ray, or start the stages by that launcher: cllm4rec pretrain -c"
+            "joins the ranks of another launcher, but a project starts its ranks itself",
+            f"Give --launcher process or ray, or start the stages with that launcher: cllm4rec pretrain -c"
             f" {name}/pretrain.yaml, cllm4rec finetune -c {name}/finetune.yaml, cllm4rec evaluate {name}.",
         )
     alone = launcher == "auto" and workers == "1" and "RAY_ADDRESS" not in os.environ
@@ -204,9 +204,9 @@ def _launcher(name: Path, launcher: str, workers: str) -> str:
 def _commands(
     project: Project, settings: Settings, overrides: Mapping[str, Sequence[str]], launcher: str, workers: str
 ) -> dict[str, Callable[[], object]]:
-    """What each stage does: its own command, on the project's paths."""
+    """Return the command of each stage, on the project's paths."""
     ranks = ["--launcher", launcher, "--workers", workers]
-    trains = [*ranks, "--no-next"]  # the summary says what comes next
+    trains = [*ranks, "--no-next"]  # the summary prints the next commands
     folder = settings.pretrain.backbone if settings.backbone is None else str(project.backbone)
     backbone = _path_override("backbone", folder)
     first, second = str(project.pretrain_run), str(project.finetune_run)

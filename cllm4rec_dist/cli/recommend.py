@@ -35,7 +35,7 @@ from cllm4rec_dist.cli.printed import (
     require_printed_format,
     show,
     split_basket,
-    tell_unknown,
+    warn_unknown,
 )
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.launchers.launch import ranks_are_elsewhere, require_launchable
@@ -52,7 +52,7 @@ from cllm4rec_dist.serving.known_ids import (
 
 
 class KnownItems(StrEnum):
-    """What of the corpus counts as a user's items."""
+    """Items of the corpus that count as a user's items."""
 
     ALL = "all"
     TRAIN = "train"
@@ -62,14 +62,14 @@ TopOption = Annotated[int, typer.Option("--top", "-k", min=1, help="Items of a l
 ShownFormat = Annotated[Format | None, typer.Option("--format", help="table (default), csv or jsonl.")]
 
 
-@app.command(context_settings={"allow_extra_args": True})  # so that they can be explained
+@app.command(context_settings={"allow_extra_args": True})  # for a better message
 def recommend(
     context: typer.Context,
     run: RunArgument,
     output: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder to write; without it the list of --basket or of one --user is printed.", callback=expanded
+            help="Folder to write; if omitted, the list of --basket or of one --user is printed.", callback=expanded
         ),
     ] = None,
     top: Annotated[
@@ -78,13 +78,13 @@ def recommend(
     ] = None,
     user: Annotated[list[str] | None, typer.Option("--user", help="Only this user (may be repeated).")] = None,
     users_file: Annotated[
-        Path | None, typer.Option(help="Only the users of this file, one id a line.", callback=expanded)
+        Path | None, typer.Option(help="Only the users in this file, one id per line.", callback=expanded)
     ] = None,
     history: Annotated[
         str | None,
         typer.Option(
-            help="Later orders: CSV, JSON lines or Parquet with a user and an item in a row, and perhaps a time. Lists"
-            " are made for its users, new ones included, unless others are named.",
+            help="Later orders: CSV, JSON lines or Parquet with a user, an item and optionally a time in each row."
+            " Lists are made for its users, new ones included, unless others are named.",
             callback=expanded,
         ),
     ] = None,
@@ -92,36 +92,36 @@ def recommend(
     item_column: Annotated[str | None, typer.Option(help="Column of --history with item ids.")] = None,
     time_column: Annotated[str | None, typer.Option(help="Column of --history with times.")] = None,
     time_format: Annotated[
-        str | None, typer.Option(help="Format of the times of --history, as %d/%m/%Y %H:%M.")
+        str | None, typer.Option(help="Format of the times of --history, such as %d/%m/%Y %H:%M.")
     ] = None,
     separator: Annotated[
-        str | None, typer.Option(help="Between fields of --history, if it is CSV; found if left out.")
+        str | None, typer.Option(help="Field separator of --history, if it is CSV; detected by default.")
     ] = None,
-    encoding: Annotated[str | None, typer.Option(help="Encoding of --history; found if left out.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Encoding of --history; detected by default.")] = None,
     basket: Annotated[
         list[str] | None,
-        typer.Option("--basket", help="Items A,B of somebody, whose list is printed. With blanks in quotes: 'A, B'."),
+        typer.Option("--basket", help="Items A,B that a user has; prints their list. Quote blanks: 'A, B'."),
     ] = None,
     known_items: Annotated[
-        KnownItems, typer.Option(help="What of the corpus counts as a user's items: all, or the training items.")
+        KnownItems, typer.Option(help="Items of the corpus that count as a user's items: all, or train.")
     ] = KnownItems.ALL,
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="List items of the history too.")] = False,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Also list items of the history.")] = False,
     exclude_file: Annotated[
-        Path | None, typer.Option(help="Items never to be listed (sold out), one id a line.", callback=expanded)
+        Path | None, typer.Option(help="Items never to list (sold out), one id per line.", callback=expanded)
     ] = None,
     items_file: Annotated[
-        Path | None, typer.Option(help="List nothing but these items (a category), one id a line.", callback=expanded)
+        Path | None, typer.Option(help="List only these items (a category), one id per line.", callback=expanded)
     ] = None,
     min_score: Annotated[
-        float | None, typer.Option(help="Leave out items that score lower.", parser=parse_number, metavar="FLOAT")
+        float | None, typer.Option(help="Leave out items with a lower score.", parser=parse_number, metavar="FLOAT")
     ] = None,
     skip_unknown_users: Annotated[
-        bool, typer.Option("--skip-unknown-users", help="Leave out users of whom nothing is known, and count them.")
+        bool, typer.Option("--skip-unknown-users", help="Leave out and count unknown users.")
     ] = False,
-    titles: Annotated[bool, typer.Option("--titles", help="Write the items' titles too.")] = False,
+    titles: Annotated[bool, typer.Option("--titles", help="Also write the items' titles.")] = False,
     file_format: Annotated[
         Format | None,
-        typer.Option("--format", help="Of files: parquet (default), csv or jsonl. Printed: table, csv or jsonl."),
+        typer.Option("--format", help="Files: parquet (default), csv or jsonl. Printed: table, csv or jsonl."),
     ] = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
@@ -129,19 +129,19 @@ def recommend(
     launcher: ShortLauncher = "auto",
     workers: Workers = "1",
 ) -> None:
-    """Write each user's best items with scores, by external ids; or print the list of one basket or user.
+    """Write each user's top items with scores, by external ids; or print the list of one basket or user.
 
-    What a user has, held-out items included, is in the prompt and is left out of the list. Lists are in the order of
-    --user and --users-file, else of --history, else of the corpus. A list that OUTPUT holds already is replaced.
+    All items of a user, held-out ones included, are in the prompt and are left out of the list. Lists are in the order
+    of --user and --users-file, else of --history, else of the corpus. Lists already in OUTPUT are replaced.
     """
     require_launchable(launcher, workers, os.environ)
-    _require_one_place(output, context.args, basket)
+    _require_one_destination(output, context.args, basket)
     _require_new_history(history)
     if min_score is not None and min_score != min_score:
         raise ConfigError("--min-score", min_score, "must be a number", "Leave it out for no limit.")
     exclude, only = _item_ids(exclude_file, "--exclude-file"), _item_ids(items_file, "--items-file")
     if only is not None and not only:
-        raise DataError("--items-file", str(items_file), "has no ids", "Write one id a line, or leave the option out.")
+        raise DataError("--items-file", str(items_file), "has no ids", "Write one id per line, or omit the option.")
     if output is None:
         _require_printable(
             basket, user, users_file, history, file_format, known_items, skip_unknown_users=skip_unknown_users
@@ -167,19 +167,19 @@ def recommend(
             "--encoding": encoding,
         },
     )
-    found = find_trained(run)
+    run_path = find_trained(run)
     announce(f"recommend: reading {run}, importing torch", launcher)
     is_here = not ranks_are_elsewhere(launcher, os.environ) or runs_here(launcher, workers, os.environ)
-    known = read_known_ids(found, corpus) if is_here else None
+    known_ids = read_known_ids(run_path, corpus) if is_here else None
     orders = None
     if history is not None:
         from cllm4rec_dist.serving.history_file import HistoryFormat, read_histories
 
         separator = separator.replace("\\t", "\t") if separator else None
-        given = HistoryFormat(user_column, item_column, time_column, time_format, separator, encoding)
-        orders = read_histories(history, given, known.order_columns if known is not None else None)
-    if known is not None:
-        _require_known(known, users, orders or {}, only, exclude, skip_unknown_users=skip_unknown_users)
+        history_format = HistoryFormat(user_column, item_column, time_column, time_format, separator, encoding)
+        orders = read_histories(history, history_format, known_ids.order_columns if known_ids is not None else None)
+    if known_ids is not None:
+        _require_known(known_ids, users, orders or {}, only, exclude, skip_unknown_users=skip_unknown_users)
     from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
 
     request = BulkRequest(
@@ -200,7 +200,7 @@ def recommend(
         recommend_users,
         launcher,
         workers,
-        run=found,
+        run=run_path,
         request=request,
         output=str(output.absolute()),
         **moved_paths(backbone, corpus),
@@ -210,20 +210,20 @@ def recommend(
 @app.command()
 def similar(
     run: RunArgument,
-    item: Annotated[str, typer.Argument(help="Item id, or words of a title that one item alone has.")],
+    item: Annotated[str, typer.Argument(help="Item id, or words that only one item has in its title.")],
     top: TopOption = 10,
     file_format: ShownFormat = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
-    """Print the items whose trained embeddings are nearest to that of an item, by their cosine."""
+    """Print the items with the trained embeddings nearest to that of an item, by cosine similarity."""
     require_printed_format(file_format)
-    found = find_trained(run)
-    chosen = find_item("ITEM", item, read_known_ids(found, corpus).items)
+    run_path = find_trained(run)
+    chosen = find_item("ITEM", item, read_known_ids(run_path, corpus).items)
     announce_printed(f"similar: reading {run}, importing torch")
     from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(found, **moved_paths(backbone, corpus))
+    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus))
     show(recommender.similar(chosen, top), file_format)
 
 
@@ -239,18 +239,18 @@ def _print_list(
     corpus: str | None,
 ) -> None:
     """Print the list of a basket or a user."""
-    found = find_trained(run)
-    known = read_known_ids(found, corpus)
-    _require_known(known, user, {}, only, exclude, skip_unknown_users=False)
-    items = split_basket(basket, known.items)
+    run_path = find_trained(run)
+    known_ids = read_known_ids(run_path, corpus)
+    _require_known(known_ids, user, {}, only, exclude, skip_unknown_users=False)
+    items = split_basket(basket, known_ids.items)
     if user is None:
-        require_known_basket(items, known.items)
-    tell_unknown("--basket", items, known.items)
+        require_known_basket(items, known_ids.items)
+    warn_unknown("--basket", items, known_ids.items)
     announce_printed(f"recommend: reading {run}, importing torch")
     from cllm4rec_dist.serving.queries import Query
     from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(found, **moved_paths(backbone, corpus))
+    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus))
     query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)
     (answer,) = recommender.answer([query])
     if answer.fallback:
@@ -264,30 +264,30 @@ def _item_ids(path: Path | None, option: str) -> frozenset[str] | None:
     return None if path is None else frozenset(read_ids(path, option))
 
 
-def _require_one_place(output: Path | None, more: Sequence[str], basket: Sequence[str] | None) -> None:
-    """Refuse words behind OUTPUT, and OUTPUT for a basket, which is often the rest of one typed with blanks."""
-    behind = [*([] if output is None else [str(output)]), *more]
-    if basket and behind and any(text.rstrip().endswith(",") for text in basket):
-        what = f"ends at the blank behind its comma, so {', '.join(map(repr, behind))} is not in it"
+def _require_one_destination(output: Path | None, more: Sequence[str], basket: Sequence[str] | None) -> None:
+    """Refuse arguments after OUTPUT, and OUTPUT with a basket: it is often the rest of one typed with blanks."""
+    extra = [*([] if output is None else [str(output)]), *more]
+    if basket and extra and any(text.rstrip().endswith(",") for text in basket):
+        what = f"ends at the blank after its comma, so {', '.join(map(repr, extra))} is not in it"
         raise ConfigError("--basket", list(basket), what, "Write --basket A,B or, in quotes, --basket 'A, B'.")
     if more:
-        raise ConfigError("OUTPUT", behind, "must be one folder", "Write RUN OUTPUT, and in quotes what has blanks.")
+        raise ConfigError("OUTPUT", extra, "must be one folder", "Write RUN OUTPUT, with quotes around blanks.")
     if basket and output is not None:
         raise ConfigError("--basket", list(basket), "is printed, not written to OUTPUT", "Leave OUTPUT out.")
 
 
 def _require_history(history: str | None, options: Mapping[str, str | None]) -> None:
-    """Refuse options about a file of orders that is not given."""
+    """Refuse options for `--history` without `--history`."""
     for option, value in options.items():
         if history is None and value:
             raise ConfigError(option, value, "is about --history", "Give --history FILE too.")
 
 
 def _require_new_history(history: str | None) -> None:
-    """Refuse what `--history` meant in an earlier version."""
+    """Refuse the values that `--history` took in an earlier version."""
     if history in ("all", "train") and not Path(history).exists():
         raise ConfigError(
-            "--history", history, "is no file of later orders", f"What it used to mean is --known-items {history}."
+            "--history", history, "is no file of later orders", f"The option was renamed: --known-items {history}."
         )
 
 
@@ -301,7 +301,7 @@ def _require_printable(
     *,
     skip_unknown_users: bool,
 ) -> None:
-    """Refuse a call without OUTPUT that is not about one list, and options that are for files."""
+    """Refuse a call without OUTPUT for several lists or with options for files."""
     if not basket and (user is None or len(user) > 1 or users_file is not None or history is not None):
         raise ConfigError(
             "OUTPUT", None, "is missing", "Give a folder for the lists, or --basket A,B or one --user to print a list."
@@ -321,7 +321,7 @@ def _require_printable(
 
 
 def _require_known(
-    known: KnownIds,
+    known_ids: KnownIds,
     users: Sequence[str] | None,
     orders: Mapping[str, Sequence[str]],
     only: frozenset[str] | None,
@@ -329,17 +329,17 @@ def _require_known(
     *,
     skip_unknown_users: bool,
 ) -> None:
-    """Refuse users of whom nothing is known and a catalog of unknown items; tell of other unknown items."""
+    """Refuse unknown users and an `--items-file` without a known item; print other unknown items."""
     if users is not None and not skip_unknown_users:
-        known_users = set(known.users)
-        nobody = [name for name in dict.fromkeys(users) if name not in known_users and name not in orders]
-        if nobody:
-            raise unknown_error("users", nobody, known.users, "user", LATER_ORDERS)
-    require_joined_items("--history", (item for items in orders.values() for item in items), known.items)
-    known_items = set(known.items.ids)
+        known_users = set(known_ids.users)
+        unknown_users = [name for name in dict.fromkeys(users) if name not in known_users and name not in orders]
+        if unknown_users:
+            raise unknown_error("users", unknown_users, known_ids.users, "user", LATER_ORDERS)
+    require_joined_items("--history", (item for items in orders.values() for item in items), known_ids.items)
+    known_items = set(known_ids.items.ids)
     if only is not None and not only & known_items:
-        found = sorted(only)
-        raise unknown_error("--items-file", found, known.items.ids, "item", "Give ids of the catalog, one a line.")
+        cure = "Give ids of the catalog, one per line."
+        raise unknown_error("--items-file", sorted(only), known_ids.items.ids, "item", cure)
     for option, ids in (("--items-file", only), ("--exclude-file", exclude)):
         unknown = sorted((ids or frozenset()) - known_items)
         if unknown:

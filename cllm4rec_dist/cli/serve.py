@@ -1,4 +1,4 @@
-"""`serve`: a run as a service with a page."""
+"""`serve`: serve a run over HTTP."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from cllm4rec_dist.serving.options import ServiceOptions
 @app.command()
 def serve(
     run: RunArgument,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="Copies of the model on Ray Serve; one process without Ray if left out.")
+        int | None, typer.Option(min=1, help="Replicas on Ray Serve; default: one process without Ray.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests that one forward answers at most.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum requests in one forward pass.")] = 64,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests that a replica holds at a time; further ones are answered with 503.")
+        int, typer.Option(min=1, help="Maximum queued requests per replica; further ones get status 503.")
     ] = 256,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds within which a request is answered.")] = 10.0,
-    check: Annotated[float, typer.Option(min=0.1, help="Seconds between looks for a new checkpoint.")] = 10.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a request times out.")] = 10.0,
+    check: Annotated[float, typer.Option(min=0.1, help="Seconds between checks for a new checkpoint.")] = 10.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
-    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of a replica, with --replicas; 0.5 shares one.")] = 0.0,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs per replica, with --replicas; 0.5 shares one.")] = 0.0,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
     """Serve a run over HTTP: recommendations, similar items, search, a page at /, OpenAPI at /docs.
 
-    Takes up a new checkpoint of the run by itself. There is no authentication: put a proxy in front.
+    New checkpoints of the run are loaded automatically. There is no authentication: put a proxy in front.
     """
     _require_extra(with_ray=replicas is not None)
     if gpus and replicas is None:

@@ -1,4 +1,4 @@
-"""`settings`: what can be set, and what it means."""
+"""`settings`: print every setting with its meaning."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def settings(
     section: Annotated[
         str | None,
         typer.Argument(
-            help="Section of a run (optimizer), recipe, recipe.SECTION, or backbone; all of a run if left out."
+            help="Section of a run (optimizer), recipe, recipe.SECTION, or backbone; default: all of a run."
         ),
     ] = None,
 ) -> None:
-    """Print every setting with its type, default and meaning: of runs, recipes and the small backbone."""
+    """Print the settings of runs, recipes and the small backbone with type, default and meaning."""
     from cllm4rec_dist.cli.settings_reference import describe_settings
 
     typer.echo(describe_settings(section))

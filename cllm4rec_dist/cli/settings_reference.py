@@ -67,10 +67,10 @@ def list_sections(model: type[BaseModel], path: str = "") -> Iterator[Section]:
 
 
 def describe_settings(section: str | None = None) -> str:
-    """Settings of a run, of one of its sections, of `recipe` (or `recipe.SECTION`) or of `backbone`.
+    """Describe the settings of a run, one of its sections, `recipe` (or `recipe.SECTION`) or `backbone`.
 
     Raises:
-        ConfigError: for a section that there is not.
+        ConfigError: for an unknown section.
     """
     if section is None:
         others = ", ".join(f"`cllm4rec settings {name}`" for name in _ROOTS)
@@ -80,32 +80,32 @@ def describe_settings(section: str | None = None) -> str:
     models: list[type[BaseModel]] = [_ROOTS.get(root, RunConfig)]
     names = [name for name in (rest if root in _ROOTS else section).split(".") if name]
     prefix = ""
-    for number, name in enumerate(names):
-        found = [inner for model in models for key, inner in _subsections(model) if name in (key, _tag(inner))]
-        key = next((key for model in models for key, inner in _subsections(model) if inner in found), name)
-        if not found and number + 1 == len(names):
+    for index, name in enumerate(names):
+        sections = [inner for model in models for key, inner in _subsections(model) if name in (key, _tag(inner))]
+        key = next((key for model in models for key, inner in _subsections(model) if inner in sections), name)
+        if not sections and index + 1 == len(names):
             fields = [model.model_fields[name] for model in models if name in model.model_fields]
             if fields:
                 return "\n".join(_setting_lines(_setting(f"{prefix}{name}", fields[0])))
-        if not found:
-            raise _unknown(name, models, root in _ROOTS)
-        models, prefix = found, f"{prefix}{key}."
+        if not sections:
+            raise _unknown_section(name, models, root in _ROOTS)
+        models, prefix = sections, f"{prefix}{key}."
     return "\n\n".join("\n".join(_lines(model, prefix.rstrip("."))) for model in models)
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all settings of a class; one that several sections in a place have comes more than once."""
+    """Yield the dotted keys of all settings of a class; a key that alternative sections share is repeated."""
     nested = {key for key, _ in _subsections(model)}
     yield from (f"{prefix}{name}" for name in model.model_fields if name not in nested)
     for key, inner in _subsections(model):
         yield from setting_names(inner, f"{prefix}{key}.")
 
 
-def _unknown(name: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> ConfigError:
-    known = [name for model in models for key, inner in _subsections(model) for name in (key, _tag(inner)) if name]
-    known = list(dict.fromkeys(known if is_rooted else [*known, *_ROOTS]))
+def _unknown_section(name: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> ConfigError:
+    sections = [name for model in models for key, inner in _subsections(model) for name in (key, _tag(inner)) if name]
+    sections = list(dict.fromkeys(sections if is_rooted else [*sections, *_ROOTS]))
     keys = [key for model in models for key in model.model_fields]
-    cure = f"Give one of {', '.join(known)}, or none for all.{did_you_mean(name, [*known, *keys])}"
+    cure = f"Give one of {', '.join(sections)}, or none for all.{did_you_mean(name, [*sections, *keys])}"
     return ConfigError("section", name, "is no section of settings", cure)
 
 
@@ -150,7 +150,7 @@ def _first_sentence(model: type[BaseModel]) -> str:
 
 
 def _subsections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Keys and classes of the sections in a section; a key that takes one of several comes with each."""
+    """Yield keys and classes of the subsections; a key with alternative classes comes once per class."""
     for name, field in model.model_fields.items():
         for inner in _models(field.annotation):
             yield name, inner
@@ -165,7 +165,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _tag(model: type[BaseModel]) -> str:
-    """The word by which a section is told from others in its place; empty where it has none."""
+    """Return the discriminator value of a section among alternatives; empty if it has none."""
     for field in model.model_fields.values():
         values = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         if len(values) == 1:
@@ -174,7 +174,7 @@ def _tag(model: type[BaseModel]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation is NoneType:
         return "null"

@@ -1,4 +1,4 @@
-"""`status`: how far a run elsewhere is, and whether it lives."""
+"""`status`: progress of a run, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ _FOLLOW_SECONDS = 5.0
 def status(
     run: Annotated[str, typer.Argument(help="Run folder, project folder, or URL of checkpoints.", callback=expanded)],
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of runs.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print a line at each change until it ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print a line at each change until the run ends.")
+    ] = False,
 ) -> None:
-    """Show how far a run is, how it does, whether it lives, and how to go on. Reads its files alone."""
-    found = _read(run)
+    """Show a run's progress and metrics, whether it is alive, and how to resume it. Only reads its files."""
+    statuses = _read(run)
     if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
+        typer.echo(json.dumps([asdict(each) for each in statuses], indent=1))
     else:
-        typer.echo("\n\n".join(format_status(each) for each in found))
-    said = ""
-    while follow and any(each.lives for each in found):
+        typer.echo("\n\n".join(format_status(each) for each in statuses))
+    previous = ""
+    while follow and any(each.lives for each in statuses):
         time.sleep(_FOLLOW_SECONDS)
-        found = _read(run)
-        line = "\n".join(format_brief(each) for each in found)
-        if line != said:
+        statuses = _read(run)
+        line = "\n".join(format_brief(each) for each in statuses)
+        if line != previous:
             typer.echo(line)
-        said = line
+        previous = line
 
 
 def _read(run: str) -> list[RunStatus]:
@@ -47,5 +49,5 @@ def _read(run: str) -> list[RunStatus]:
     except ConfigError as error:
         if not is_project(run):
             raise
-        cure = f"`cllm4rec run {shlex.quote(run)}` does what is missing, and goes on where it was stopped."
-        raise ConfigError(error.field, run, "is a project of which nothing has been trained yet", cure) from None
+        cure = f"`cllm4rec run {shlex.quote(run)}` runs the missing stages, or resumes them."
+        raise ConfigError(error.field, run, "is a project without a trained run yet", cure) from None

@@ -1,4 +1,4 @@
-"""`pretrain` and `finetune`, and `plan`, which says what they will need."""
+"""`pretrain`, `finetune`, and `plan`, which estimates what they need."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 SaysNext = Annotated[
-    bool, typer.Option("--next/--no-next", hidden=True, help="Say which command comes next; `run` says it itself.")
+    bool, typer.Option("--next/--no-next", hidden=True, help="Print the next command; `run` prints it itself.")
 ]
 
 
@@ -53,7 +53,7 @@ def pretrain(
     allow_leak: AllowLeak = False,
     says_next: SaysNext = True,
 ) -> None:
-    """Mutually regularized pretraining of the collaborative and the content LLM. Resumes by itself."""
+    """Mutually regularized pretraining of the collaborative and content LLMs. Resumes automatically."""
     _train("pretrain", config, overrides, launcher, workers, resume, max_failures, allow_leak, says_next=says_next)
 
 
@@ -68,31 +68,35 @@ def finetune(
     allow_leak: AllowLeak = False,
     says_next: SaysNext = True,
 ) -> None:
-    """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes by itself."""
+    """Recommendation-oriented finetuning from a pretrained run (`init_from`). Resumes automatically."""
     _train("finetune", config, overrides, launcher, workers, resume, max_failures, allow_leak, says_next=says_next)
 
 
 @app.command()
 def plan(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs that the run shall have, a rank on each.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs, with one rank on each.")],
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option("--gpu", help="a100-40, a100-80, h100, h200, l40s or rtx4090.")] = "h100",
-    gpus_per_host: Annotated[int, typer.Option(min=1, help="GPUs that reach each other without the network.")] = 8,
-    stage: Annotated[str | None, typer.Option(help="pretrain, or finetune; told by init_from if left out.")] = None,
+    gpus_per_host: Annotated[int, typer.Option(min=1, help="GPUs per host.")] = 8,
+    stage: Annotated[
+        str | None, typer.Option(help="pretrain or finetune; default: finetune if init_from is set.")
+    ] = None,
     efficiency: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the GPU's peak that matrix products reach, assumed.")
+        float, typer.Option(min=0.01, max=1.0, help="Assumed fraction of the GPU's peak FLOP/s in matrix products.")
     ] = 0.45,
-    samples: Annotated[int, typer.Option(min=1, help="Steps of the corpus that are counted.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.", callback=expanded)] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Steps of the corpus to sample.")] = 2,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the plan to this JSON file.", callback=expanded)
+    ] = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
-    """Tell what a run will need before it starts: memory by part, bytes on the wire, FLOPs, time, what to change.
+    """Estimate what a run needs: memory by part, communication volume, FLOPs, time, and changes that help.
 
-    Starts nothing and loads no weights: the backbone's config.json, its tokenizer and the corpus are enough. Steps of
-    the corpus are composed as the ranks would do it, and the model is run on tensors without values. Ends with status 3
-    where the run does not fit.
+    Starts no run and loads no weights: it reads the backbone's config.json and tokenizer, and the corpus. It builds
+    micro-batches of the corpus as the ranks do, and runs the model on meta tensors. Exit status 3 if the run does not
+    fit.
     """
     import json
 
@@ -108,7 +112,7 @@ def plan(
     try:
         load_manifest(moved["corpus"] or read.corpus)
     except CorpusError as error:
-        cure = f"{error.cure} If it has moved, say where: --corpus PATH."
+        cure = f"{error.cure} If it has moved, give --corpus PATH."
         raise CorpusError(error.field, error.value, error.constraint, cure) from None
     announce(f"plan: reading {config}")
     from cllm4rec_dist.evaluation.trained_run import relocated
@@ -171,7 +175,7 @@ def _train(
 
 
 def train_on_rank(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult:
-    """Train as one rank. The driver of Ray, which only names this function to its workers, needs no torch for it."""
+    """Train as one rank. Torch is imported here, since the Ray driver passes this function on without running it."""
     from cllm4rec_dist.train import train
 
     return train(world, report, config)

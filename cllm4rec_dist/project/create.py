@@ -28,10 +28,10 @@ from cllm4rec_dist.filesystems import as_os_errors, is_url
 from cllm4rec_dist.project import files
 from cllm4rec_dist.project.facts import Facts, facts_of
 from cllm4rec_dist.project.guess import (
+    ColumnOptions,
     Customers,
     Interactions,
     Items,
-    Wanted,
     guess_customers,
     guess_interactions,
     guess_items,
@@ -47,7 +47,7 @@ READ_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Given:
+class InitOptions:
     """What the command line gives.
 
     Attributes:
@@ -62,7 +62,7 @@ class Given:
     customers: str | None
     dialects: dict[Role, Dialect]
     backbone: str | None
-    wanted: Wanted
+    wanted: ColumnOptions
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Proposal:
     left_out: dict[str, int]
 
 
-def create(folder: Path, given: Given, machine: Machine, tell: Callable[[str], None]) -> Project:
+def create(folder: Path, given: InitOptions, machine: Machine, tell: Callable[[str], None]) -> Project:
     """Make a project and say what was found.
 
     Raises:
@@ -105,7 +105,7 @@ def create(folder: Path, given: Given, machine: Machine, tell: Callable[[str], N
     return project
 
 
-def propose(name: str, given: Given, machine: Machine) -> Proposal:
+def propose(name: str, given: InitOptions, machine: Machine) -> Proposal:
     """Columns, recipe and sizes for some files."""
     wanted = given.wanted
     samples: dict[Role, Sample] = {"orders": _sample("orders", given.orders, given)}
@@ -145,7 +145,7 @@ def _others(role: Role, samples: dict[Role, Sample], facts: dict[Role, dict[str,
     return {} if sample is None or sample.path == samples["orders"].path else facts[role]
 
 
-def _sample(role: Role, path: str, given: Given) -> Sample:
+def _sample(role: Role, path: str, given: InitOptions) -> Sample:
     try:
         return read_sample(role, path, given.dialects[role])
     except DataError as error:
@@ -175,7 +175,7 @@ def _require_new(folder: Path) -> None:
         raise ConfigError("name", str(folder), what, "Choose another name; nothing was changed.")
 
 
-def _require_paths(given: Given) -> None:
+def _require_paths(given: InitOptions) -> None:
     for option, path in (("orders", given.orders), ("items", given.items), ("customers", given.customers)):
         if path is None or is_url(path) or any(letter in path for letter in "*?[") or Path(path).exists():
             continue
@@ -252,7 +252,7 @@ def _table(sample: Sample) -> dict[str, Any]:
     )
 
 
-def _numbers(recipe: dict[str, Any], orders: Sample, given: Given) -> tuple[Numbers, dict[str, int]]:
+def _numbers(recipe: dict[str, Any], orders: Sample, given: InitOptions) -> tuple[Numbers, dict[str, int]]:
     """Size of the data, and what could not be used of them: of everything, or of the sample of large files."""
     config = validate(PrepareConfig, recipe, "recipe")
     if _num_bytes(given) > READ_BYTES:
@@ -265,7 +265,7 @@ def _numbers(recipe: dict[str, Any], orders: Sample, given: Given) -> tuple[Numb
     return _measured(raw, config.rating_threshold), counts
 
 
-def _num_bytes(given: Given) -> int:
+def _num_bytes(given: InitOptions) -> int:
     paths = dict.fromkeys(path for path in (given.orders, given.items, given.customers) if path is not None)
     total = 0
     for file in find_files(list(paths)):

@@ -90,7 +90,7 @@ class Customers:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ColumnOptions:
     """What the user says of columns: the name of one, `none`, or nothing."""
 
     user: str | None = None
@@ -108,7 +108,7 @@ class Wanted:
 
 
 def guess_interactions(
-    sample: Sample, wanted: Wanted, item_ids: Mapping[str, Facts], user_ids: Mapping[str, Facts]
+    sample: Sample, wanted: ColumnOptions, item_ids: Mapping[str, Facts], user_ids: Mapping[str, Facts]
 ) -> Interactions:
     """The columns of orders.
 
@@ -169,7 +169,7 @@ def guess_interactions(
     )
 
 
-def guess_items(sample: Sample, wanted: Wanted, orders: Facts) -> Items:
+def guess_items(sample: Sample, wanted: ColumnOptions, orders: Facts) -> Items:
     """The columns of items.
 
     Args:
@@ -190,7 +190,7 @@ def guess_items(sample: Sample, wanted: Wanted, orders: Facts) -> Items:
     return Items(item, title, category, texts, any(facts[name].has_tags for name in used))
 
 
-def guess_customers(sample: Sample, wanted: Wanted, orders: Facts) -> Customers:
+def guess_customers(sample: Sample, wanted: ColumnOptions, orders: Facts) -> Customers:
     """The columns of customers; what tells who somebody is (names, addresses) is left out."""
     facts = facts_of(sample)
     is_same_file = sample.role == "orders"
@@ -202,7 +202,7 @@ def guess_customers(sample: Sample, wanted: Wanted, orders: Facts) -> Customers:
     )
 
 
-def _key(sample: Sample, option: str, given: str | None, wanted: Wanted, orders: Facts) -> str:
+def _key(sample: Sample, option: str, given: str | None, wanted: ColumnOptions, orders: Facts) -> str:
     """The column whose values are the ids in a column of the orders.
 
     One that joins far better than all others is it, whatever its name.
@@ -276,7 +276,7 @@ def _best(points: Mapping[str, float]) -> tuple[str | None, float]:
     return ranked[0], points[ranked[0]] - second
 
 
-def _time_format(facts: Facts, wanted: Wanted) -> str | None:
+def _time_format(facts: Facts, wanted: ColumnOptions) -> str | None:
     """The format of times, where the values alone do not say it: `3/4/2024`, `20240304`."""
     if wanted.time_format is not None:
         return wanted.time_format

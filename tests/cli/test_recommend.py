@@ -105,9 +105,9 @@ def test_files_with_titles_a_category_and_without_what_is_sold_out(run: Path, tm
 
 
 WRONG = [
-    (["out", "--history", "train"], "What it used to mean is --known-items train"),
+    (["out", "--history", "train"], "The option was renamed: --known-items train"),
     (["out", "--basket", "a"], "--basket: .* is printed"),
-    (["B", "--basket", "A,"], r"ends at the blank behind its comma, so 'B' is not in it. Write --basket A,B"),
+    (["B", "--basket", "A,"], r"ends at the blank after its comma, so 'B' is not in it. Write --basket A,B"),
     (["--basket", "A,", "B,", "C"], "so 'B,', 'C' is not in it"),
     (["out", "more"], r"OUTPUT: \['out', 'more'\] must be one folder"),
     (["--basket", "item-2", "--basket", "x"], r"are no items .* item-002 .*for 'item-2'. Give ids between commas"),
@@ -123,7 +123,7 @@ WRONG = [
     (["out", "--users-file", "nothing.txt"], "--users-file: .* cannot be read"),
     (["out", "--exclude-file", "nothing.txt"], "--exclude-file: .* cannot be read"),
     (["out", "--items-file", "wrong.txt"], r"--items-file: 'ITEM-1' is no item of the run\. Did you mean item-001"),
-    (["out", "--items-file", "blank.txt"], r"--items-file: 'blank.txt' has no ids\. Write one id a line"),
+    (["out", "--items-file", "blank.txt"], r"--items-file: 'blank.txt' has no ids\. Write one id per line"),
     (["--basket", "item-001", "--items-file", "blank.txt"], "--items-file: 'blank.txt' has no ids"),
     (["out", "--history", "nothing.csv"], "--history: 'nothing.csv' does not exist"),
     (["out", "--user-column", "x"], "is about --history"),

@@ -49,7 +49,7 @@ def test_two_commands_from_a_dirty_shop_to_lists(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started.send_signal(signal.SIGTERM)
-    assert f"`cllm4rec run shop {' '.join(SMALL)}` goes on from there" in told(started, status=75)
+    assert f"`cllm4rec run shop {' '.join(SMALL)}` resumes from there" in told(started, status=75)
 
     text = told(command(tmp_path, "run", "shop", *SMALL, "--top", "5"))
     assert "[2/6] prepare         done before" in text

@@ -274,7 +274,7 @@ def test_what_has_been_done_is_not_next(tmp_path: Path) -> None:
 def test_an_untrained_project_names_the_next_command(tmp_path: Path) -> None:
     for name in ("recipe.yaml", "finetune.yaml"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(ConfigError, match=f"nothing has been trained yet. `cllm4rec run {tmp_path}`"):
+    with pytest.raises(ConfigError, match=f"without a trained run yet. `cllm4rec run {tmp_path}`"):
         CliRunner().invoke(app, ["status", str(tmp_path)], catch_exceptions=False)
 
 

@@ -16,10 +16,10 @@ from cllm4rec_dist.corpus.sources.records import Dialect
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.project.facts import facts_of
 from cllm4rec_dist.project.guess import (
+    ColumnOptions,
     Customers,
     Interactions,
     Items,
-    Wanted,
     guess_customers,
     guess_interactions,
     guess_items,
@@ -47,9 +47,9 @@ def write(path: Path, columns: dict[str, Sequence[Any]], separator: str = ",") -
     return str(path)
 
 
-def guess(orders: str, items: str | None = None, wanted: Wanted | None = None) -> tuple[Interactions, Items]:
+def guess(orders: str, items: str | None = None, wanted: ColumnOptions | None = None) -> tuple[Interactions, Items]:
     """What `init` makes of files of orders and items."""
-    wanted = wanted or Wanted()
+    wanted = wanted or ColumnOptions()
     sample = read_sample("orders", orders, Dialect())
     about = sample if items is None else read_sample("items", items, Dialect())
     found = guess_interactions(sample, wanted, {} if items is None else facts_of(about), {})
@@ -183,14 +183,14 @@ def test_two_columns_that_may_be_it_are_not_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "orders.csv", {"customer_id": USERS, "client_id": column(USERS[::-1]), "sku": ITEMS})
     with pytest.raises(ConfigError, match=r"--user-column: \['customer_id', 'client_id'\] leave it open"):
         guess(path)
-    assert guess(path, wanted=Wanted(user="client_id"))[0].user == "client_id"
+    assert guess(path, wanted=ColumnOptions(user="client_id"))[0].user == "client_id"
     asked: list[str] = []
 
     def choose(option: str, question: str, names: Sequence[str]) -> str:
         asked.append(f"{option} {question} {list(names)}")
         return names[1]
 
-    assert guess(path, wanted=Wanted(choose=choose))[0].user == "client_id"
+    assert guess(path, wanted=ColumnOptions(choose=choose))[0].user == "client_id"
     assert asked == ["--user-column which column of --orders has the id of the customer ['customer_id', 'client_id']"]
 
 
@@ -219,7 +219,7 @@ def test_dates_that_may_be_read_in_two_ways_are_refused_with_both(tmp_path: Path
     )
     with pytest.raises(ConfigError, match=r"\['%d/%m/%Y %H:%M', '%m/%d/%Y %H:%M'\] leave it open how '3/4/2025 9:00'"):
         guess(path)
-    assert guess(path, wanted=Wanted(time_format="%m/%d/%Y %H:%M"))[0].time_format == "%m/%d/%Y %H:%M"
+    assert guess(path, wanted=ColumnOptions(time_format="%m/%d/%Y %H:%M"))[0].time_format == "%m/%d/%Y %H:%M"
 
 
 @pytest.mark.parametrize(
@@ -249,10 +249,10 @@ def test_ratings_that_most_rows_lack_are_left_alone(tmp_path: Path) -> None:
 def test_what_the_user_says_counts(tmp_path: Path) -> None:
     columns = {"user": USERS, "item": ITEMS, "rating": STARS, "date": column(["2025-01-01", "2025-01-02"])}
     path = write(tmp_path / "orders.csv", columns)
-    found, _ = guess(path, wanted=Wanted(user="item", item="user", rating="none", time="none"))
+    found, _ = guess(path, wanted=ColumnOptions(user="item", item="user", rating="none", time="none"))
     assert (found.user, found.item, found.rating, found.time) == ("item", "user", None, None)
     with pytest.raises(ConfigError, match=r"--time-column: 'dat' is no column of orders.csv.*Did you mean 'date'"):
-        guess(path, wanted=Wanted(time="dat"))
+        guess(path, wanted=ColumnOptions(time="dat"))
 
 
 def test_who_somebody_is_stays_out_of_the_texts(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_who_somebody_is_stays_out_of_the_texts(tmp_path: Path) -> None:
         "city": column(["Bern", "Leipzig"], len(people)),
     }
     sample = read_sample("customers", write(tmp_path / "customers.csv", columns), Dialect())
-    found = guess_customers(sample, Wanted(), facts_of(orders)["customer"])
+    found = guess_customers(sample, ColumnOptions(), facts_of(orders)["customer"])
     assert found == Customers(
         "customer", ("age_group", "city"), left_out=("name", "email", "phone", "birthday", "street")
     )
@@ -333,9 +333,9 @@ def test_a_key_that_stays_open_is_named_by_an_option(tmp_path: Path) -> None:
     items = write(tmp_path / "items.csv", {"left": CATALOG, "right": CATALOG, "title": NAMES})
     with pytest.raises(ConfigError, match=r"--items-key: \['left', 'right'\] leave it open .* Give --items-key"):
         guess(orders, items)
-    assert guess(orders, items, Wanted(items_key="right"))[1].item == "right"
+    assert guess(orders, items, ColumnOptions(items_key="right"))[1].item == "right"
     with pytest.raises(ConfigError, match=r"--items-key: 'rigth' is no column .* Did you mean 'right'"):
-        guess(orders, items, Wanted(items_key="rigth"))
+        guess(orders, items, ColumnOptions(items_key="rigth"))
 
 
 def test_ids_that_join_but_for_their_spelling_are_shown(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_a_rating_is_no_id_of_a_customer(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "orders.csv", columns)
     with pytest.raises(ConfigError, match=r"--user-column: \['Qui'\] leave it open"):
         guess(path)
-    found, _ = guess(path, wanted=Wanted(user="Qui"))
+    found, _ = guess(path, wanted=ColumnOptions(user="Qui"))
     assert (found.rating, found.rating_threshold) == (name, 4.0)
 
 
@@ -411,7 +411,7 @@ def test_ids_inside_of_objects_are_refused_with_a_line_that_flattens(tmp_path: P
         guess(str(array))
     for column_ in ("customer", "customer.id"):
         with pytest.raises(DataError, match=r"--user-column.*Flatten the file first"):
-            guess(str(lines), wanted=Wanted(user=column_, item="day"))
+            guess(str(lines), wanted=ColumnOptions(user=column_, item="day"))
     pl.DataFrame(rows).write_parquet(tmp_path / "orders.parquet")
     with pytest.raises(DataError, match=r"explode\('lines'\).*unnest\('customer'\)"):
         guess(str(tmp_path / "orders.parquet"))
