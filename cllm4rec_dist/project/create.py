@@ -1,7 +1,7 @@
-"""`cllm4rec init`: a project for files of orders, items and customers.
+"""`cllm4rec init`: create a project for files of orders, items and customers.
 
-Columns are guessed (`guess.py`), the recipe that follows is tried on the data, the model is sized to them
-(`sizing.py`), and commented files are written (`files.py`). Nothing is written before all of it has worked.
+Guess the columns (`guess.py`), try the resulting recipe on the data, choose model and batch sizes (`sizing.py`), and
+write commented files (`files.py`). Nothing is written unless all steps succeed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cllm4rec_dist.corpus.sources.records import Dialect
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.filesystems import as_os_errors, is_url
 from cllm4rec_dist.project import files
-from cllm4rec_dist.project.facts import Facts, facts_of
+from cllm4rec_dist.project.column_stats import ColumnStats, column_stats
 from cllm4rec_dist.project.guess import (
     ColumnOptions,
     Customers,
@@ -39,22 +39,22 @@ from cllm4rec_dist.project.guess import (
 from cllm4rec_dist.project.layout import Project, is_project
 from cllm4rec_dist.project.machine import Machine
 from cllm4rec_dist.project.sample import Role, Sample, read_sample
-from cllm4rec_dist.project.sizing import Core, Numbers, Sizes, choose_core, choose_sizes
+from cllm4rec_dist.project.sizing import Core, DataStats, Sizes, choose_core, choose_sizes
 from cllm4rec_dist.suggestions import did_you_mean_path
 
 READ_BYTES = 256 << 20
-"""Files up to this size are read as a whole; of larger ones the sample has to do."""
+"""Files up to this total size are read completely; beyond it, statistics come from the sample."""
 
 
 @dataclass(frozen=True)
 class InitOptions:
-    """What the command line gives.
+    """Options of `cllm4rec init`.
 
     Attributes:
-        orders, items, customers: path, pattern, folder or URL each; items and customers may be left out.
-        dialects: how their delimited text is written, as far as the user says it.
-        backbone: folder of a pretrained decoder, or None for a small one that is built.
-        wanted: what the user says of columns.
+        orders, items, customers: path, pattern, folder or URL; items and customers are optional.
+        dialects: dialect of the delimited text of each file, as far as given.
+        backbone: folder of a pretrained decoder, or None to build a small one.
+        columns: column names and formats given by the user.
     """
 
     orders: str
@@ -62,20 +62,20 @@ class InitOptions:
     customers: str | None
     dialects: dict[Role, Dialect]
     backbone: str | None
-    wanted: ColumnOptions
+    columns: ColumnOptions
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What was found and chosen.
+    """Guessed columns and chosen sizes of a project.
 
     Attributes:
-        samples: of the files, by what they are about.
-        interactions, items, customers: their columns.
-        recipe: the recipe, plain values.
-        numbers: size of the data.
-        core, sizes: chosen for them.
-        left_out: what the recipe leaves out of the data, by reason.
+        samples: first rows of each file, by role.
+        interactions, items, customers: guessed columns.
+        recipe: recipe as plain values.
+        data: statistics of the data.
+        core, sizes: filters and sizes for the data.
+        left_out: number of rows that the recipe leaves out, by reason.
     """
 
     samples: dict[Role, Sample]
@@ -83,77 +83,77 @@ class Proposal:
     items: Items | None
     customers: Customers | None
     recipe: dict[str, Any]
-    numbers: Numbers
+    data: DataStats
     core: Core
     sizes: Sizes
     left_out: dict[str, int]
 
 
-def create(folder: Path, given: InitOptions, machine: Machine, tell: Callable[[str], None]) -> Project:
-    """Make a project and say what was found.
+def create(folder: Path, options: InitOptions, machine: Machine, echo: Callable[[str], None]) -> Project:
+    """Create a project and print a description of it with `echo`.
 
     Raises:
-        CLLM4RecError: for a folder that is in use, files that cannot be read, and columns that cannot be told.
+        CLLM4RecError: if the folder is in use, a file cannot be read, or a column cannot be guessed.
     """
     _require_new(folder)
-    _require_paths(given)
-    proposal = propose(folder.name, given, machine)
+    _require_paths(options)
+    proposal = propose(folder.name, options, machine)
     project = Project(folder)
-    texts = files.render(project, proposal, given.backbone)
+    texts = files.render(project, proposal, options.backbone)
     _write(project, texts)
-    tell(files.describe(project, proposal, machine, given.backbone))
+    echo(files.describe(project, proposal, machine, options.backbone))
     return project
 
 
-def propose(name: str, given: InitOptions, machine: Machine) -> Proposal:
-    """Columns, recipe and sizes for some files."""
-    wanted = given.wanted
-    samples: dict[Role, Sample] = {"orders": _sample("orders", given.orders, given)}
-    if given.items is not None:
-        samples["items"] = _sample("items", given.items, given)
-    if given.customers is not None:
-        samples["customers"] = _sample("customers", given.customers, given)
-    others: dict[Role, dict[str, Facts]] = {role: facts_of(sample) for role, sample in samples.items()}
+def propose(name: str, options: InitOptions, machine: Machine) -> Proposal:
+    """Guess columns, and choose recipe and sizes for files of orders, items and customers."""
+    samples: dict[Role, Sample] = {"orders": _sample("orders", options.orders, options)}
+    if options.items is not None:
+        samples["items"] = _sample("items", options.items, options)
+    if options.customers is not None:
+        samples["customers"] = _sample("customers", options.customers, options)
+    stats: dict[Role, dict[str, ColumnStats]] = {role: column_stats(sample) for role, sample in samples.items()}
     interactions = guess_interactions(
-        samples["orders"], wanted, _others("items", samples, others), _others("customers", samples, others)
+        samples["orders"], options.columns, _separate("items", samples, stats), _separate("customers", samples, stats)
     )
-    items: Items | None = guess_items(_about("items", samples), wanted, others["orders"][interactions.item])
-    if given.items is None and items is not None and not (items.title or items.category or items.description):
+    item_ids = stats["orders"][interactions.item]
+    items: Items | None = guess_items(_sample_with("items", samples), options.columns, item_ids)
+    if options.items is None and items is not None and not (items.title or items.category or items.description):
         items = None
     customers = None
     if "customers" in samples:
-        about = _about("customers", samples)
-        customers = guess_customers(about, wanted, others["orders"][interactions.user])
+        sample = _sample_with("customers", samples)
+        customers = guess_customers(sample, options.columns, stats["orders"][interactions.user])
     recipe = _recipe(name, samples, interactions, items, customers)
-    numbers, left_out = _numbers(recipe, samples["orders"], given)
-    core = choose_core(numbers)
+    data, left_out = _data_stats(recipe, samples["orders"], options)
+    core = choose_core(data)
     recipe |= {"min_user_items": core.min_user_items, "min_item_users": core.min_item_users}
-    return Proposal(
-        samples, interactions, items, customers, recipe, numbers, core, choose_sizes(numbers, machine), left_out
-    )
+    return Proposal(samples, interactions, items, customers, recipe, data, core, choose_sizes(data, machine), left_out)
 
 
-def _about(role: Role, samples: dict[Role, Sample]) -> Sample:
-    """The sample of items or customers: that of the orders where there is no other file of them."""
+def _sample_with(role: Role, samples: dict[Role, Sample]) -> Sample:
+    """Return the sample with items or customers: the orders' sample if they have no separate file."""
     sample = samples.get(role)
     return samples["orders"] if sample is None or sample.path == samples["orders"].path else sample
 
 
-def _others(role: Role, samples: dict[Role, Sample], facts: dict[Role, dict[str, Facts]]) -> dict[str, Facts]:
-    """Columns of another file than that of the orders."""
+def _separate(
+    role: Role, samples: dict[Role, Sample], stats: dict[Role, dict[str, ColumnStats]]
+) -> dict[str, ColumnStats]:
+    """Return the columns of a role's file; none if it is the file of the orders."""
     sample = samples.get(role)
-    return {} if sample is None or sample.path == samples["orders"].path else facts[role]
+    return {} if sample is None or sample.path == samples["orders"].path else stats[role]
 
 
-def _sample(role: Role, path: str, given: InitOptions) -> Sample:
+def _sample(role: Role, path: str, options: InitOptions) -> Sample:
     try:
-        return read_sample(role, path, given.dialects[role])
+        return read_sample(role, path, options.dialects[role])
     except DataError as error:
-        raise _with_options(error) from None
+        raise _with_option(error) from None
 
 
-def _with_options(error: DataError) -> DataError:
-    """An error about delimited text that also says how the command line decides it."""
+def _with_option(error: DataError) -> DataError:
+    """Add the option of `init` that sets the dialect to the cure of an error about delimited text."""
     cure = error.cure
     for key in ("quoting", "escape", "encoding", "separator", "time_format"):
         if key in cure:
@@ -168,25 +168,25 @@ def _require_new(folder: Path) -> None:
             "name",
             str(folder),
             "is a project already",
-            f"Go on with `cllm4rec run {folder}`, or choose another name.",
+            f"Continue with `cllm4rec run {folder}`, or choose another name.",
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "is not empty" if folder.is_dir() else "is a file"
         raise ConfigError("name", str(folder), what, "Choose another name; nothing was changed.")
 
 
-def _require_paths(given: InitOptions) -> None:
-    for option, path in (("orders", given.orders), ("items", given.items), ("customers", given.customers)):
+def _require_paths(options: InitOptions) -> None:
+    for option, path in (("orders", options.orders), ("items", options.items), ("customers", options.customers)):
         if path is None or is_url(path) or any(letter in path for letter in "*?[") or Path(path).exists():
             continue
-        raise DataError(f"--{option}", path, "does not exist", f"Mend the path.{did_you_mean_path(path)}")
-    if given.backbone is not None and not (Path(given.backbone) / "config.json").is_file():
-        hint = did_you_mean_path(given.backbone)
+        raise DataError(f"--{option}", path, "does not exist", f"Correct the path.{did_you_mean_path(path)}")
+    if options.backbone is not None and not (Path(options.backbone) / "config.json").is_file():
+        hint = did_you_mean_path(options.backbone)
         raise ConfigError(
             "--backbone",
-            given.backbone,
+            options.backbone,
             "is no folder of a backbone (config.json)",
-            f"Give one, or leave it out for a small decoder.{hint}",
+            f"Give one, or omit it for a small decoder.{hint}",
         )
 
 
@@ -197,9 +197,9 @@ def _recipe(
     items: Items | None,
     customers: Customers | None,
 ) -> dict[str, Any]:
-    """The recipe as plain values, without what is left to its defaults."""
+    """Return the recipe as plain values, without defaults."""
     orders = _table(samples["orders"]) | {"user": interactions.user, "item": interactions.item}
-    orders |= _given(
+    orders |= _without_none(
         timestamp=interactions.time,
         time_format=interactions.time_format,
         rating=interactions.rating,
@@ -210,7 +210,7 @@ def _recipe(
     source: dict[str, Any] = {"format": "table", "interactions": orders}
     if items is not None:
         category = items.category if "category" in ItemTable.model_fields else None
-        source["items"] = _table(samples.get("items", samples["orders"])) | _given(
+        source["items"] = _table(samples.get("items", samples["orders"])) | _without_none(
             item=items.item,
             title=items.title,
             category=category,
@@ -218,7 +218,7 @@ def _recipe(
             html=items.has_html or None,
         )
     if customers is not None and customers.text:
-        source["users"] = _table(samples["customers"]) | _given(
+        source["users"] = _table(samples["customers"]) | _without_none(
             user=customers.user, text=list(customers.text), html=customers.has_html or None
         )
     recipe: dict[str, Any] = {"name": name, "source": source}
@@ -232,17 +232,17 @@ def _recipe(
     return recipe
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _without_none(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _table(sample: Sample) -> dict[str, Any]:
-    """Path and dialect of a file, in the words of a recipe."""
-    found: dict[str, Any] = {"path": sample.path.replace("$", "$$")}
+    """Return path and dialect of a file as keys of a recipe."""
+    table: dict[str, Any] = {"path": sample.path.replace("$", "$$")}
     if sample.kind != "csv":
-        return found | _given(encoding=sample.encoding)
+        return table | _without_none(encoding=sample.encoding)
     dialect = sample.dialect
-    return found | _given(
+    return table | _without_none(
         kind="csv" if dialect.names else None,
         names=None if dialect.names is None else list(dialect.names),
         separator=None if dialect.separator == "," else dialect.separator,
@@ -252,30 +252,30 @@ def _table(sample: Sample) -> dict[str, Any]:
     )
 
 
-def _numbers(recipe: dict[str, Any], orders: Sample, given: InitOptions) -> tuple[Numbers, dict[str, int]]:
-    """Size of the data, and what could not be used of them: of everything, or of the sample of large files."""
+def _data_stats(recipe: dict[str, Any], orders: Sample, options: InitOptions) -> tuple[DataStats, dict[str, int]]:
+    """Return statistics of the data and counts of unusable rows by reason; of large files, from the sample alone."""
     config = validate(PrepareConfig, recipe, "recipe")
-    if _num_bytes(given) > READ_BYTES:
+    if _num_bytes(options) > READ_BYTES:
         return _sampled(recipe, orders), {}
     try:
         raw = read_source(config.source)
     except DataError as error:
-        raise _with_options(error) from None
+        raise _with_option(error) from None
     counts = {reason: count for reason, count in raw.log.counts.items() if "without interactions" not in reason}
     return _measured(raw, config.rating_threshold), counts
 
 
-def _num_bytes(given: InitOptions) -> int:
-    paths = dict.fromkeys(path for path in (given.orders, given.items, given.customers) if path is not None)
+def _num_bytes(options: InitOptions) -> int:
+    paths = dict.fromkeys(path for path in (options.orders, options.items, options.customers) if path is not None)
     total = 0
     for file in find_files(list(paths)):
-        fs, place = fsspec.core.url_to_fs(file.path)
+        fs, path = fsspec.core.url_to_fs(file.path)
         with as_os_errors():
-            total += int(fs.info(place)["size"])
+            total += int(fs.info(path)["size"])
     return total
 
 
-def _measured(raw: RawData, threshold: float | None) -> Numbers:
+def _measured(raw: RawData, threshold: float | None) -> DataStats:
     frame = raw.interactions
     if threshold is not None:
         frame = frame.filter(pl.col("rating") >= threshold)
@@ -286,21 +286,21 @@ def _measured(raw: RawData, threshold: float | None) -> Numbers:
     lengths = [len(text) for text in raw.texts()]
     if not len(pairs):
         raise DataError("rating_threshold", threshold, "leaves no interaction", "Give --rating-threshold.")
-    return Numbers(len(users), len(items), items, users, len(lengths), sum(lengths), best_counts=best)
+    return DataStats(len(users), len(items), items, users, len(lengths), sum(lengths), best_counts=best)
 
 
-def _sampled(recipe: dict[str, Any], orders: Sample) -> Numbers:
+def _sampled(recipe: dict[str, Any], orders: Sample) -> DataStats:
     columns = recipe["source"]["interactions"]
     pairs = orders.columns.select(columns["user"], columns["item"]).drop_nulls().unique()
     users, items = (
         pairs[columns[name]].value_counts()["count"].to_numpy().astype(np.int64) for name in ("user", "item")
     )
     has_texts = len(recipe["source"]) > 2
-    return Numbers(len(users), len(items), items, users, len(items) * has_texts, 100 * len(items) * has_texts, True)
+    return DataStats(len(users), len(items), items, users, len(items) * has_texts, 100 * len(items) * has_texts, True)
 
 
 def _write(project: Project, texts: dict[Path, str]) -> None:
-    """Make the folder with its files, all or none."""
+    """Write the folder with all of its files, or nothing."""
     folder = project.folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -322,10 +322,10 @@ def _write(project: Project, texts: dict[Path, str]) -> None:
 
 
 def absolute(path: str | None) -> str | None:
-    """A path that holds in any folder; a URL stays."""
+    """Make a local path absolute; a URL stays as it is."""
     return path if path is None or is_url(path) else str(Path(path).absolute())
 
 
 def dialects(common: Dialect, names: dict[Role, tuple[str, ...] | None]) -> dict[Role, Dialect]:
-    """The dialect of each file: what holds for all, and its own names of columns."""
+    """Return the dialect of each file: the common one with the file's column names."""
     return {role: replace(common, names=columns) for role, columns in names.items()}

@@ -1,4 +1,4 @@
-"""The files of a new project, with comments, and what is said about them."""
+"""Render the commented files of a new project, and describe them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cllm4rec_dist.project.create import Proposal
 
 SHARED_USER_RATIO = 0.2
-"""Share of the training prompts that have the row for people without one of their own."""
+"""Fraction of the training prompts with the shared user embedding, which serves users without one."""
 _COMMENT_COLUMN = 44
 _COMMENTS = {
     "user": "who",
@@ -41,7 +41,7 @@ _COMMENTS = {
 
 
 def render(project: Project, proposal: Proposal, backbone: str | None) -> dict[Path, str]:
-    """Text of each file."""
+    """Return the text of each file."""
     texts = {
         project.recipe_file: _recipe(project, proposal),
         project.pretrain_file: _run(project, proposal, backbone, "pretrain"),
@@ -51,7 +51,7 @@ def render(project: Project, proposal: Proposal, backbone: str | None) -> dict[P
 
 
 def _scalar(value: Any) -> str:
-    """A value as YAML on one line."""
+    """Format a value as YAML on one line."""
     return (
         yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False)
         .removesuffix("...\n")
@@ -60,7 +60,7 @@ def _scalar(value: Any) -> str:
 
 
 def _line(indent: int, key: str, value: Any, comment: str | None = None) -> str:
-    """A line, with its comment behind it, or above it where there is no room."""
+    """Format a line with its comment after it, or above it if there is no room."""
     text = f"{' ' * indent}{key}: {_scalar(value)}"
     if comment is None:
         return text
@@ -78,8 +78,8 @@ def _recipe(project: Project, proposal: Proposal) -> str:
     recipe, source = proposal.recipe, proposal.recipe["source"]
     split = recipe["split"]
     lines = [
-        f"# How the data of {recipe['name']} are read, as `cllm4rec init` guessed it. Mend what is wrong: every key is",
-        "# explained by `cllm4rec settings recipe`, and docs/data.md says how values are read.",
+        f"# How the data of {recipe['name']} are read, as guessed by `cllm4rec init`. Correct what is wrong: every key",
+        "# is explained by `cllm4rec settings recipe`, and docs/data.md explains how values are read.",
         _line(0, "name", recipe["name"]),
         "source:",
         "  format: table",
@@ -175,18 +175,18 @@ def _optimizer(proposal: Proposal, *, pretrained: bool) -> dict[str, Any]:
 
 
 def describe(project: Project, proposal: Proposal, machine: Machine, backbone: str | None) -> str:
-    """What was found, what was chosen, and what to do next."""
+    """Describe the guessed columns, the chosen sizes and the next command."""
     lines = [line for role in proposal.samples for line in _columns(proposal, proposal.samples[role], role)]
-    numbers, sizes, core = proposal.numbers, proposal.sizes, proposal.core
-    about = " in the first rows" if numbers.is_estimate else ""
+    data, sizes, core = proposal.data, proposal.sizes, proposal.core
+    scope = " in the first rows" if data.is_estimate else ""
     lines += [
         "",
-        f"data      {numbers.users:,} customers, {numbers.items:,} items, {numbers.interactions:,} pairs{about}",
+        f"data      {data.users:,} customers, {data.items:,} items, {data.interactions:,} pairs{scope}",
     ]
     lines += [f"          left out: {count:,} x {reason}" for reason, count in proposal.left_out.items()]
     if proposal.interactions.time is None:
-        lines.append("          no column of times: what is held out is drawn at random, not the last")
-    num_rare = int((numbers.item_counts < core.min_item_users).sum())
+        lines.append("          no column of times: held-out items are drawn at random, not the last ones")
+    num_rare = int((data.item_counts < core.min_item_users).sum())
     rare = f"; {num_rare:,} items have fewer and will not be recommended" if num_rare else ""
     fewest = f"customers with {core.min_user_items}, items with {core.min_item_users} or more"
     lines.append(f"          kept: {fewest}{rare}")
@@ -209,7 +209,7 @@ def describe(project: Project, proposal: Proposal, machine: Machine, backbone: s
 
 
 def _columns(proposal: Proposal, sample: Sample, role: str) -> list[str]:
-    """A line for each column that is used, with a value of it."""
+    """Return a line for each column in use, with an example value."""
     kinds = {"csv": "CSV", "jsonl": "JSON", "parquet": "Parquet"}
     more = f" ({kinds[sample.kind]}"
     if sample.kind == "csv":
@@ -234,7 +234,7 @@ def _columns(proposal: Proposal, sample: Sample, role: str) -> list[str]:
 
 
 def _shown(path: str) -> str:
-    """A path as short as it can be: relative to the working folder where it is below it."""
+    """Shorten a path: relative to the working directory if it is below it."""
     relative = path if is_url(path) else os.path.relpath(path)
     return path if relative.startswith("..") else relative
 

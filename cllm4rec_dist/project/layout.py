@@ -1,4 +1,4 @@
-"""Where things are in the folder of a project, which `cllm4rec init` makes and `cllm4rec run` fills."""
+"""Layout of a project folder, which `cllm4rec init` creates and `cllm4rec run` fills."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Project:
     """Paths of a project.
 
     Attributes:
-        folder: of the project.
+        folder: project folder.
     """
 
     folder: Path
 
     @property
     def recipe_file(self) -> Path:
-        """How the raw data become a corpus."""
+        """Recipe of the corpus."""
         return self.folder / "recipe.yaml"
 
     @property
     def backbone_file(self) -> Path:
-        """Settings of the small decoder; absent where the project has a pretrained one."""
+        """Settings of the small decoder; absent if the project has a pretrained one."""
         return self.folder / "backbone.yaml"
 
     @property
@@ -40,12 +40,12 @@ class Project:
 
     @property
     def corpus(self) -> Path:
-        """The built corpus."""
+        """Prepared corpus."""
         return self.folder / "corpus"
 
     @property
     def backbone(self) -> Path:
-        """The small decoder."""
+        """Small decoder."""
         return self.folder / "backbone"
 
     @property
@@ -55,32 +55,32 @@ class Project:
 
     @property
     def finetune_run(self) -> Path:
-        """Run of the second stage, which recommends."""
+        """Run of the second stage, which makes the recommendations."""
         return self.folder / "runs" / "finetune"
 
     @property
     def has_runs(self) -> bool:
-        """True where anything has been trained, runs that were set aside included."""
+        """True if anything has been trained, including earlier runs that were kept."""
         runs = self.pretrain_run.parent
         return runs.is_dir() and any(child.is_dir() for child in runs.iterdir())
 
     @property
     def evaluation(self) -> Path:
-        """Metrics and report."""
+        """Folder of metrics and report."""
         return self.finetune_run / "evaluation"
 
     @property
     def recommendations(self) -> Path:
-        """Lists for all customers."""
+        """Folder of the lists for all customers."""
         return self.folder / "recommendations"
 
     def record(self, stage: str) -> Path:
-        """What a finished stage was made of."""
+        """Record of a stage's inputs and outputs."""
         return self.folder / ".stages" / f"{stage}.json"
 
 
 def is_project(path: str | Path) -> bool:
-    """True for a folder that `cllm4rec init` has made."""
+    """True for a folder that `cllm4rec init` has created."""
     if is_url(str(path)):
         return False
     project = Project(Path(path))
@@ -88,5 +88,5 @@ def is_project(path: str | Path) -> bool:
 
 
 def run_of(path: str) -> str:
-    """The run that a path means: that of a project's second stage, else the path itself."""
+    """Return the run of a project's second stage, or the path itself if it is no project."""
     return str(Project(Path(path)).finetune_run) if is_project(path) else path

@@ -1,4 +1,4 @@
-"""What this machine has to train with, found without torch."""
+"""Cores, memory and GPUs of this machine, detected without torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Machine:
     """Cores, memory and GPUs.
 
     Attributes:
-        cores: that this process may use.
-        memory: bytes that it may use.
-        gpu_memory: bytes of each GPU; empty without one.
+        cores: cores available to this process.
+        memory: bytes of memory available to it.
+        gpu_memory: bytes of each GPU; empty without GPUs.
     """
 
     cores: int
@@ -36,7 +36,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """What this process may use of the machine it runs on, limits of its container included."""
+    """Return the resources available to this process, within the limits of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(cores, min(memory, _container_limit() or memory), _gpus())
@@ -53,13 +53,13 @@ def _container_limit() -> int | None:
 
 
 def _gpus() -> tuple[int, ...]:
-    """Bytes of each NVIDIA GPU, as its driver tells them."""
+    """Return the bytes of each NVIDIA GPU, as reported by nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
     query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=_SECONDS, check=True)
+        completed = subprocess.run(query, capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(int(line) << 20 for line in found.stdout.split() if line.isdigit())
+    return tuple(int(line) << 20 for line in completed.stdout.split() if line.isdigit())

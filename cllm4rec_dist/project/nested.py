@@ -1,4 +1,4 @@
-"""Fields of JSON and Parquet that hold objects, which no recipe can name a column of, and how to flatten them."""
+"""Nested fields of JSON and Parquet, which a recipe cannot use as columns, and commands to flatten them."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from cllm4rec_dist.corpus.sources.encoding import first_text
 from cllm4rec_dist.corpus.values import unwrap
 
 Nesting = Literal["object", "list"]
-"""A field holds one object, or a list of them."""
+"""Nesting of a field: one object, or a list of objects."""
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def nested_fields(rows: Iterable[Mapping[str, Any]]) -> dict[str, Nesting]:
-    """Fields of JSON objects that hold objects, in the order in which they are seen."""
-    found: dict[str, Nesting] = {}
+    """Return the nested fields of JSON objects, in order of first appearance."""
+    nested: dict[str, Nesting] = {}
     for row in rows:
         for name, value in row.items():
             plain = unwrap(value)
             if isinstance(plain, dict):
-                found.setdefault(name, "object")
+                nested.setdefault(name, "object")
             elif isinstance(plain, list) and any(isinstance(each, dict) for each in plain):
-                found[name] = "list"
-    return found
+                nested[name] = "list"
+    return nested
 
 
 def nested_columns(columns: pl.DataFrame) -> dict[str, Nesting]:
-    """Columns of Parquet that hold structs."""
-    found: dict[str, Nesting] = {}
+    """Return the columns of Parquet that hold structs."""
+    nested: dict[str, Nesting] = {}
     for name, dtype in columns.schema.items():
         if isinstance(dtype, pl.Struct):
-            found[name] = "object"
+            nested[name] = "object"
         elif isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.Struct):
-            found[name] = "list"
-    return found
+            nested[name] = "list"
+    return nested
 
 
 def flattening(path: str, kind: str, nested: Mapping[str, Nesting]) -> str:
-    """How a file is made flat, as the end of a cure: one line for a shell or for Python."""
+    """Return the end of an error's cure: a line of shell or Python that flattens the file."""
     fields = ", ".join(repr(name) for name in nested)
     what = f"its field {fields} holds" if len(nested) == 1 else f"its fields {fields} hold"
     line = _polars_line(path, nested) if kind == "parquet" else _jq_line(path, nested)

@@ -1,8 +1,8 @@
-"""`cllm4rec run`: what is missing of a project's stages, one after another.
+"""`cllm4rec run`: run the missing stages of a project.
 
-A stage is a function that the command line gives, the same that its own command calls. Here is decided which of them
-run: what is done stays, what was interrupted goes on, what is out of date is made again, and a trained run is replaced
-only if that is asked for; it is then kept beside the new one.
+Each stage is a function passed by the command line. This module decides which of them run: finished stages are skipped,
+interrupted ones resume, and stages out of date run again. A trained run is replaced only with `--redo`, and the earlier
+run is kept under another name.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from cllm4rec_dist.project.stages import (
 )
 from cllm4rec_dist.suggestions import did_you_mean_path
 
-_OWN_FOLDER = {"build-backbone": "backbone", "pretrain": "pretrain_run", "finetune": "finetune_run"}
+_OUTPUT_FOLDERS = {"build-backbone": "backbone", "pretrain": "pretrain_run", "finetune": "finetune_run"}
 _PREFIXES = ("recipe", "backbone", "pretrain", "finetune")
 _RUN_PREFIXES = ("pretrain", "finetune")
-_OWN_SETTINGS = ("corpus", "backbone", "output", "init_from", "stage")
-"""Of a run file: what the project decides."""
+_PROJECT_SETTINGS = ("corpus", "backbone", "output", "init_from", "stage")
+"""Settings of a run file that the project sets."""
 
-Tell = Callable[[str], None]
+Echo = Callable[[str], None]
 
 
 def require_project(folder: Path) -> Project:
-    """The project in a folder.
+    """Return the project in a folder.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if the folder is no project.
     """
     if is_project(folder):
         return Project(folder)
@@ -64,39 +64,39 @@ def require_project(folder: Path) -> Project:
 
 
 def split_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Overrides by the file that they are for: `recipe.KEY=...` and the like; others are for both run files.
+    """Sort overrides by file: `recipe.KEY=...` and so on; those without prefix go to both run files.
 
     Raises:
-        ConfigError: for a path or a stage, which the project decides.
+        ConfigError: for a path or stage, which the project decides.
     """
-    found: dict[str, list[str]] = {prefix: [] for prefix in _PREFIXES}
+    by_file: dict[str, list[str]] = {prefix: [] for prefix in _PREFIXES}
     for override in overrides:
         key = override.partition("=")[0].strip()
         prefix, dot, rest = key.partition(".")
-        of_run = rest if prefix in _RUN_PREFIXES else key
-        if of_run in _OWN_SETTINGS:
+        setting = rest if prefix in _RUN_PREFIXES else key
+        if setting in _PROJECT_SETTINGS:
             raise ConfigError(
                 "override",
                 override,
-                f"sets {of_run}, which the project decides",
+                f"sets {setting}, which the project decides",
                 "Leave it out; `cllm4rec pretrain` and `cllm4rec finetune` take any.",
             )
         if dot and prefix in _PREFIXES:
-            found[prefix].append(override.removeprefix(f"{prefix}."))
+            by_file[prefix].append(override.removeprefix(f"{prefix}."))
         else:
-            found["pretrain"].append(override)
-            found["finetune"].append(override)
-    return found
+            by_file["pretrain"].append(override)
+            by_file["finetune"].append(override)
+    return by_file
 
 
 def load_settings(project: Project, overrides: Mapping[str, Sequence[str]], top: int) -> Settings:
-    """The project's files with overrides, all of them checked before anything runs."""
+    """Load and check the project's files with overrides, before any stage runs."""
     has_backbone = project.backbone_file.is_file()
     if overrides["backbone"] and not has_backbone:
         raise ConfigError(
             "override",
             overrides["backbone"][0],
-            "is of the small decoder, and the project has a pretrained one",
+            "is for the small decoder, and the project has a pretrained one",
             "Leave it out.",
         )
     settings = Settings(
@@ -111,7 +111,7 @@ def load_settings(project: Project, overrides: Mapping[str, Sequence[str]], top:
 
 
 def _require_consistent(settings: Settings) -> None:
-    """Refuse now what a later stage would refuse."""
+    """Refuse settings that a later stage would refuse."""
     problems = [*preflight.setting_problems(settings.pretrain), *preflight.setting_problems(settings.finetune)]
     every_epochs = settings.finetune.validation.every_epochs
     if settings.recipe.split.kind == "none" and every_epochs:
@@ -119,7 +119,7 @@ def _require_consistent(settings: Settings) -> None:
             ConfigError(
                 "finetune.yaml: validation.every_epochs",
                 every_epochs,
-                "asks for validation, and the recipe holds nothing out (split: {kind: none})",
+                "requires validation, but the recipe holds nothing out (split: {kind: none})",
                 "Set validation.every_epochs=0, or give the recipe another split.",
             )
         )
@@ -130,48 +130,48 @@ def run_stages(
     project: Project,
     settings: Settings,
     commands: Mapping[str, Callable[[], object]],
-    tell: Tell,
+    echo: Echo,
     *,
     redo: bool,
     command_line: str,
 ) -> None:
-    """Run what is missing.
+    """Run the missing stages.
 
     Args:
-        project: where.
-        settings: of its files.
-        commands: what each stage does, by its name.
-        tell: says a line.
+        project: project to run.
+        settings: its settings, with overrides.
+        commands: function of each stage, by name.
+        echo: prints a line.
         redo: replace trained runs that are out of date.
-        command_line: the call with its overrides, without `--redo`, for messages.
+        command_line: the `run` command with its overrides, without `--redo`, for messages.
 
     Raises:
-        ConfigError: where another process runs the project, or a trained run is out of date and `redo` is not set.
+        ConfigError: if another process runs the project, or a trained run is out of date and `redo` is False.
     """
     with _claim(project):
         stages = stages_of(project, settings)
         if not redo:
             _require_current(project, settings, stages, f"{command_line} --redo")
         width = max(len(stage.name) for stage in stages)
-        for number, stage in enumerate(stages, start=1):
-            head = f"[{number}/{len(stages)}] {stage.name:<{width}}"
+        for index, stage in enumerate(stages, start=1):
+            head = f"[{index}/{len(stages)}] {stage.name:<{width}}"
             state = state_of(project, settings, stage)
             if state.status is Status.DONE:
                 record = read_record(project, stage.name)
-                tell(f"{head}  done before ({duration(record.seconds if record else 0)})")
+                echo(f"{head}  done before ({duration(record.seconds if record else 0)})")
                 continue
-            tell(f"{head}  {stage.what}{_why(state)}")
+            echo(f"{head}  {stage.what}{_why(state)}")
             if redo and state.status is Status.EXTENDED:
-                tell(f"      --redo trains nothing again here, as this can go on: to start anew, rename {_run(state)}")
-            _run_stage(project, settings, state, commands[stage.name], tell)
+                echo(f"      --redo trains nothing again, as this run can resume: to start anew, rename {_run(state)}")
+            _run_stage(project, settings, state, commands[stage.name], echo)
 
 
 def _why(state: State) -> str:
     match state.status:
         case Status.UNFINISHED:
-            return " (goes on where it stopped)"
+            return " (resumes)"
         case Status.EXTENDED:
-            return f" (goes on: {'; '.join(state.changes)})"
+            return f" (resumes: {'; '.join(state.changes)})"
         case Status.STALE:
             return f" (again: {'; '.join(dict.fromkeys(state.changes))})"
         case _:
@@ -182,15 +182,15 @@ def _run(state: State) -> str:
     return shlex.quote(str(state.stage.output.parent))
 
 
-def _run_stage(project: Project, settings: Settings, state: State, command: Callable[[], object], tell: Tell) -> None:
+def _run_stage(project: Project, settings: Settings, state: State, command: Callable[[], object], echo: Echo) -> None:
     name = state.stage.name
-    goes_on = state.status in (Status.UNFINISHED, Status.EXTENDED)
-    if name in _OWN_FOLDER and not (goes_on and state.stage.trains):
-        _set_aside(getattr(project, _OWN_FOLDER[name]), tell)
+    resumes = state.status in (Status.UNFINISHED, Status.EXTENDED)
+    if name in _OUTPUT_FOLDERS and not (resumes and state.stage.trains):
+        _keep_earlier(getattr(project, _OUTPUT_FOLDERS[name]), echo)
     if name == "prepare" and state.status is Status.STALE and project.has_runs:
-        _set_aside(project.corpus, tell)  # a run that is kept is of no use without its corpus
-    before = read_record(project, name) if goes_on else None
-    record = Record(with_digests(inputs_of(project, settings, name)), 0.0 if before is None else before.seconds)
+        _keep_earlier(project.corpus, echo)  # an earlier run needs its corpus
+    previous = read_record(project, name) if resumes else None
+    record = Record(with_digests(inputs_of(project, settings, name)), 0.0 if previous is None else previous.seconds)
     write_record(project, name, record)
     started = time.monotonic()
     try:
@@ -203,10 +203,10 @@ def _run_stage(project: Project, settings: Settings, state: State, command: Call
 
 
 def _require_current(project: Project, settings: Settings, stages: Sequence[Stage], redo: str) -> None:
-    """Refuse to replace what took long to train, before anything is touched.
+    """Refuse to replace a trained run, before any stage runs.
 
     Args:
-        redo: the command line that replaces it.
+        redo: command line that replaces it.
     """
     changes: list[str] = []
     for stage in stages:
@@ -218,22 +218,22 @@ def _require_current(project: Project, settings: Settings, stages: Sequence[Stag
                 f"project {project.folder}",
                 stage.name,
                 f"was trained with other inputs ({why})",
-                f"Take the change back, or train again with `{redo}`; the earlier run is then kept beside the new one"
-                " with its corpus and backbone, and every command can still use it.",
+                f"Undo the change, or train again with `{redo}`; the earlier run is then kept under another name with"
+                " its corpus and backbone, and every command can still use it.",
             )
         if state.status in (Status.STALE, Status.EXTENDED):
             changes += state.changes
 
 
 def _has_trained(project: Project, stage: Stage) -> bool:
-    """True where a stage has something to lose; one that was refused at its start has not."""
+    """True if a stage has trained any step; False if it failed at its start."""
     record = read_record(project, stage.name)
     return record is not None and (record.is_complete or newest_step(stage.output.parent) > 0)
 
 
 @contextmanager
 def _claim(project: Project) -> Iterator[None]:
-    """Hold the project: two that run it would undo each other's stages."""
+    """Lock the project, as two processes would overwrite each other's stages."""
     folder = project.record("x").parent
     try:
         folder.mkdir(exist_ok=True)
@@ -253,30 +253,30 @@ def _claim(project: Project) -> Iterator[None]:
         lock.release()
 
 
-def _set_aside(folder: Path, tell: Tell) -> None:
-    """Rename an earlier output, which is not lost."""
+def _keep_earlier(folder: Path, echo: Echo) -> None:
+    """Rename an earlier output, to keep it."""
     if not folder.exists():
         return
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
-        number += 1
+    index = 1
+    while (kept := folder.with_name(f"{folder.name}-earlier-{index}")).exists():
+        index += 1
     folder.rename(kept)
-    tell(f"      the earlier {folder.name} is now {kept}{_use_of(folder.name, shlex.quote(str(kept)))}")
+    echo(f"      the earlier {folder.name} is now {kept}{_use_of(folder.name, shlex.quote(str(kept)))}")
 
 
 def _use_of(name: str, kept: str) -> str:
-    """What an output that was set aside is still good for."""
+    """Return how to use an earlier output, as the end of a message."""
     match name:
         case "finetune":
             return f"; to use it: cllm4rec serve {kept}, or cllm4rec recommend {kept} FOLDER"
         case "corpus" | "backbone":
-            return "; earlier runs find it there"
+            return "; earlier runs use it"
         case _:
             return ""
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 5 min."""
+    """Format seconds as 12 s, 3 min 20 s or 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,7 +1,7 @@
-"""The first rows of a file of orders, items or customers, whatever kind it is of.
+"""Read the first rows of a file of orders, items or customers, in any format.
 
-Read by the readers of `corpus/sources`, so that what is guessed from a sample holds for the file: encoding and
-compression by the first bytes, delimiters by the header, JSON in any shape, Parquet in its own types.
+The readers of `corpus/sources` read the sample too, so that guesses from it hold for the whole file: encoding and
+compression by the first bytes, delimiters by the header, JSON in any shape, Parquet in its types.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from cllm4rec_dist.project.nested import Nesting, flattening, nested_columns, ne
 from cllm4rec_dist.project.words import kinds_of
 
 ROWS = 50_000
-"""Rows that are looked at."""
+"""Rows in a sample."""
 _SEPARATORS = (",", ";", "\t", "|")
 _UNICODE = ("utf-8", "utf-16", "utf-32")
 _USEFUL = {"user", "item", "time", "rating", "review", "title", "category", "id"}
-"""What the name of a column must speak of for the column to be of use."""
+"""Kinds of column names that can be used."""
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)*|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?")
 Role = Literal["orders", "items", "customers"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of the first of the files that a path means.
+    """First rows of the first file of a path.
 
     Attributes:
-        role: what the files are about, as the command line names it.
-        path: as it was given, local ones absolute.
-        file: the one that was read.
+        role: content of the files, as named by the command line.
+        path: path as given; local ones are absolute.
+        file: file of the rows.
         kind: csv, jsonl or parquet.
-        dialect: of a CSV file; its separator is known.
-        columns: at most `ROWS` rows, in the types that the file has.
-        is_whole: there are no more rows, in this file or another one.
-        encoding: what a recipe must say of the file's encoding; None for what is found.
-        nested: columns that hold objects: they have texts, and are no ids.
-        repeated: names that several columns have, of which none can be used.
+        dialect: dialect of a CSV file, with its separator.
+        columns: at most `ROWS` rows, in the types of the file.
+        is_whole: True if there are no more rows, in this file or another one.
+        encoding: encoding that a recipe must name; None if it is detected.
+        nested: columns that hold objects: they may have texts but no ids.
+        repeated: names of several columns, which cannot be used.
     """
 
     role: Role
@@ -75,15 +75,15 @@ class Sample:
 
 
 def read_sample(role: Role, path: str, dialect: Dialect) -> Sample:
-    """The first rows of what a path means.
+    """Read the first rows of a path.
 
     Args:
-        role: for messages.
+        role: content of the files, for messages.
         path: file, pattern, folder of parts, or URL.
-        dialect: what the user says about delimited text; the rest is found.
+        dialect: dialect of delimited text, as far as given; the rest is detected.
 
     Raises:
-        DataError: for a path without files, a file of no known kind, one that is empty, and one without a header.
+        DataError: for a path without files, an unsupported or empty file, or one without a header.
     """
     files = find_files([path])
     file = files[0]
@@ -113,14 +113,14 @@ def read_sample(role: Role, path: str, dialect: Dialect) -> Sample:
 
 
 def _encoding(path: str, given: str) -> str:
-    """The encoding of one file. One that is given for several files is that of those that are not UTF-8."""
+    """Return the encoding of one file. One given for several files holds for those that are not UTF-8."""
     if given not in ("auto", *_UNICODE) and is_utf8_beyond_ascii(path):
         return "utf-8"
     return resolve_encoding(path, given)
 
 
 def _separator(role: Role, file: RawFile, dialect: Dialect) -> str:
-    """The separator: the one that cuts the header and the lines below it alike."""
+    """Return the given separator, or the one that splits the header into the most fields."""
     lines, named = header_lines(file.path, dialect.encoding)
     if not lines:
         raise DataError(f"--{role}", file.path, "is empty", "Give a file with a header and rows.")
@@ -129,26 +129,26 @@ def _separator(role: Role, file: RawFile, dialect: Dialect) -> str:
 
 
 def _require_names(role: Role, file: RawFile, repeated: Sequence[str]) -> None:
-    """Refuse a header that names two columns alike, where the name is one that could be used."""
+    """Refuse a header with two columns of one name, if the name could be used."""
     for name in repeated:
         if kinds_of(name) & _USEFUL:
             raise DataError(
                 f"--{role}",
                 name,
-                f"is the name of several columns of {file.path}, and nothing says which of them is meant",
+                f"is the name of several columns of {file.path}, and it is unclear which one is meant",
                 f"Rename all but one in the file's header, for example to {name + '_2'!r}.",
             )
 
 
 def _num_fields(lines: Sequence[bytes], separator: str, dialect: Dialect) -> int:
-    """Fields of the header, if the line below it has several too."""
+    """Return the number of fields in the header, or 1 if the line below it has one field."""
     fields = len(LineReader(dialect, separator).header(lines))
     below = len(LineReader(dialect, separator).header(lines[1:])) if len(lines) > 1 else fields
     return fields if below > 1 else 1
 
 
 def _delimited(file: RawFile, dialect: Dialect) -> tuple[pl.DataFrame, list[str]]:
-    """Rows, and names that several columns have."""
+    """Return the rows, and the names of several columns."""
     assert dialect.separator is not None
     lines, _ = header_lines(file.path, dialect.encoding)
     header = list(dialect.names or LineReader(dialect, dialect.separator).header(lines))
@@ -164,10 +164,10 @@ def _repeated(names: Sequence[str]) -> list[str]:
 
 
 def _require_header(role: Role, file: RawFile, columns: pl.DataFrame) -> None:
-    """Refuse a file whose first line is a row itself: one with numbers or dates, or with values that come again."""
+    """Refuse a file whose first line looks like a row: with numbers or dates, or with values that repeat below."""
     numbers = [name for name in columns.columns if _NUMBER.fullmatch(name)]
-    again = [name for name in columns.columns if (columns[name].str.strip_chars() == name).any()]
-    if numbers or (len(columns.columns) > 1 and len(again) > 1):
+    repeated = [name for name in columns.columns if (columns[name].str.strip_chars() == name).any()]
+    if numbers or (len(columns.columns) > 1 and len(repeated) > 1):
         shown = ", ".join(columns.columns)
         raise DataError(
             f"--{role}",
@@ -178,35 +178,35 @@ def _require_header(role: Role, file: RawFile, columns: pl.DataFrame) -> None:
 
 
 def _parquet(file: RawFile) -> tuple[pl.DataFrame, list[str]]:
-    """Rows, and names that several columns have."""
+    """Return the rows, and the names of several columns."""
     with open_binary(file.path) as content:
         names = list(pq.read_schema(content).names) if content.seekable() else []
-    found = {}
+    columns = {}
     for name in dict.fromkeys([*names, *file.partition]):
         try:
             batch = next(read_parquet(file, [name], SkipLog("skip", max_lost=1.0)), None)
         except DataError:
-            continue  # a type that has no text: no column of interest
+            continue  # a type without text: the column cannot be used
         if batch is not None:
-            found[name] = batch.columns[name].head(ROWS)
-    return pl.DataFrame(found), _repeated(names)
+            columns[name] = batch.columns[name].head(ROWS)
+    return pl.DataFrame(columns), _repeated(names)
 
 
 def _objects(file: RawFile, encoding: str) -> tuple[pl.DataFrame, dict[str, Nesting]]:
-    """Rows of a JSON file, as texts, and which of its fields hold objects.
+    """Return the rows of a JSON file as texts, and its nested fields.
 
-    Lists and objects give their texts one behind the other.
+    The texts of lists and objects are concatenated.
     """
-    found = _rows(file, encoding, ())
-    if len(found) == 1 and all(isinstance(value, dict | list) for value in found[0].values()):
-        found = _rows(file, encoding, tuple(found[0]))  # a column each
-    names = dict.fromkeys(name for row in found for name in row)
-    texts = {str(name): [_text(row.get(name)) for row in found] for name in names}
-    return pl.DataFrame(texts, schema=dict.fromkeys(texts, pl.String)), nested_fields(found)
+    rows = _rows(file, encoding, ())
+    if len(rows) == 1 and all(isinstance(value, dict | list) for value in rows[0].values()):
+        rows = _rows(file, encoding, tuple(rows[0]))  # one object of columns
+    names = dict.fromkeys(name for row in rows for name in row)
+    texts = {str(name): [_text(row.get(name)) for row in rows] for name in names}
+    return pl.DataFrame(texts, schema=dict.fromkeys(texts, pl.String)), nested_fields(rows)
 
 
-def _rows(file: RawFile, encoding: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
-    objects = read_objects(file, SkipLog("skip", max_lost=1.0), encoding, wanted)
+def _rows(file: RawFile, encoding: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    objects = read_objects(file, SkipLog("skip", max_lost=1.0), encoding, fields)
     return [{**file.partition, **row} for _, row in islice(objects, ROWS)]
 
 
@@ -218,10 +218,11 @@ def _text(value: Any) -> str | None:
 
 
 def require_columns(sample: Sample, option: str, name: str) -> str:
-    """The name of a column that the user gave.
+    """Check that the file has a column, and return its name.
 
     Raises:
-        ConfigError: where the file does not have it, with the one that was meant.
+        DataError: if the name is inside of a nested field.
+        ConfigError: if the file does not have it, with a suggestion.
     """
     from cllm4rec_dist.suggestions import did_you_mean
 
@@ -238,5 +239,5 @@ def require_columns(sample: Sample, option: str, name: str) -> str:
 
 
 def flatten_cure(sample: Sample) -> str:
-    """What to do about a file whose ids are inside of objects."""
+    """Return the cure for a file whose ids are inside of objects."""
     return flattening(sample.file.path, sample.kind, sample.nested)

@@ -1,7 +1,7 @@
-"""How large a model and its batches should be for some data on some machine.
+"""Choose model and batch sizes for the data and the machine.
 
-The rule follows the runs in launch/configs/, which were tuned on 938 to 22,363 users, and grows from there; it is
-written out in docs/first-run.md. Everything that it chooses is in the files that `cllm4rec init` writes.
+The rules extrapolate from the runs in launch/configs/, which were tuned on 938 to 22,363 users; docs/first-run.md
+describes them. All choices are in the files that `cllm4rec init` writes.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import numpy as np
 from cllm4rec_dist.project.machine import Machine
 
 _FEW_CUSTOMERS = 200_000
-"""Up to so many, everyone gets a row; beyond, those with one or two items cost more than they teach."""
-_LOST_SHARE = 0.01
-"""Share of the interactions that rare items may cost."""
+"""Up to this number every user gets an embedding; beyond it, those with one or two items cost more than they teach."""
+_MAX_LOST_FRACTION = 0.01
+"""Largest fraction of the interactions that is left out with rare items."""
 _BYTES_PER_ENTRY = 24
-"""Of the tables: two sets of fp32 rows, each with two moments."""
-_PLACES = 1 << 13
-"""Tokens of a micro-batch for each 4 GiB of memory, at most."""
+"""Bytes per entry of the embedding tables: two sets of fp32 rows, each with two moments."""
+_MICRO_BATCH_TOKENS = 1 << 13
+"""Maximum tokens of a micro-batch per 4 GiB of memory."""
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Size of the data, after ratings are filtered.
+class DataStats:
+    """Statistics of the data, after the rating filter.
 
     Attributes:
-        users, items: distinct ones in the interactions.
-        item_counts: int64, users of each item.
-        history_lengths: int64, items of each user.
-        num_texts, num_letters: texts about users and items, and letters in them.
-        is_estimate: from a part of the data.
-        best_counts: int64, users of the most popular item of each user; empty where unknown.
+        users, items: number of distinct users and items.
+        item_counts: int64 [items], users of each item.
+        history_lengths: int64 [users], items of each user.
+        num_texts, num_letters: number of texts, and of characters in them.
+        is_estimate: True if only a part of the data was read.
+        best_counts: int64 [users], users of the most popular item of each user; empty if unknown.
     """
 
     users: int
@@ -47,17 +47,17 @@ class Numbers:
 
     @property
     def interactions(self) -> int:
-        """Of a user with an item, each pair once."""
+        """Number of distinct user-item pairs."""
         return int(self.item_counts.sum())
 
     def users_with(self, core: Core) -> int:
-        """Users who keep an item once the rare ones are left out."""
+        """Return the number of users who keep an item after the rare ones are left out."""
         return int((self.best_counts >= core.min_item_users).sum()) if len(self.best_counts) else self.users
 
 
 @dataclass(frozen=True)
 class Core:
-    """Fewest items of a user and fewest users of an item."""
+    """Least items of a user and least users of an item (k-core filter)."""
 
     min_user_items: int
     min_item_users: int
@@ -65,16 +65,17 @@ class Core:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the run files say.
+    """Sizes in the run files.
 
     Attributes:
-        hidden_size, num_layers, num_heads, vocab_size: of the small decoder.
-        users, texts: of a step.
-        gradient_accumulation_steps: micro-batches of a step.
-        max_history: items in a prompt.
-        dropout: of user and item embeddings.
-        pretrain_epochs, finetune_epochs, patience: passes over the users, and validations without a better one.
-        warmup_steps: of the learning rates; one epoch of the corpus at most, so that a run of one can be tried.
+        hidden_size, num_layers, num_heads, vocab_size: sizes of the small decoder.
+        users, texts: users and texts per step.
+        gradient_accumulation_steps: micro-batches per step.
+        max_history: maximum items in a prompt.
+        dropout: dropout of user and item embeddings.
+        pretrain_epochs, finetune_epochs: passes over the users.
+        patience: validations without improvement before early stopping.
+        warmup_steps: warm-up of the learning rates; one epoch at most, so that a run of one epoch works.
         precision: fp32 or bf16.
     """
 
@@ -94,54 +95,54 @@ class Sizes:
     precision: str
 
 
-def choose_core(numbers: Numbers) -> Core:
-    """Everyone who bought something, and every item but those that hardly anybody bought."""
-    total = max(1, numbers.interactions)
-    fewest = 1
+def choose_core(data: DataStats) -> Core:
+    """Choose filters that keep (almost) all users, and all items except rare ones."""
+    total = max(1, data.interactions)
+    min_item_users = 1
     for least in (2, 3, 5):
-        if numbers.item_counts[numbers.item_counts < least].sum() <= _LOST_SHARE * total:
-            fewest = least
-    return Core(1 if numbers.users <= _FEW_CUSTOMERS else 3, fewest)
+        if data.item_counts[data.item_counts < least].sum() <= _MAX_LOST_FRACTION * total:
+            min_item_users = least
+    return Core(1 if data.users <= _FEW_CUSTOMERS else 3, min_item_users)
 
 
-def choose_sizes(numbers: Numbers, machine: Machine) -> Sizes:
-    """Sizes for the data that fit the machine."""
+def choose_sizes(data: DataStats, machine: Machine) -> Sizes:
+    """Choose sizes for the data that fit the machine."""
     has_gpu = bool(machine.gpu_memory)
-    users = _power_of_two(numbers.users / 16, 16, 1024 if has_gpu else 256)
-    steps = math.ceil(numbers.users / users)
-    lengths = numbers.history_lengths
+    users = _power_of_two(data.users / 16, 16, 1024 if has_gpu else 256)
+    steps = math.ceil(data.users / users)
+    lengths = data.history_lengths
     max_history = next(size for size in (50, 100, 200, 400) if size >= min(np.percentile(lengths, 99), 400))
     pretrain_epochs = min(6, max(2, math.ceil(100 / steps)))
     finetune_epochs = min(40, max(14, math.ceil(900 / steps)))
     memory = min(machine.gpu_memory) if has_gpu else machine.memory
-    places = users * (np.minimum(lengths, max_history).mean() + 10)
+    num_tokens = users * (np.minimum(lengths, max_history).mean() + 10)
     return Sizes(
-        hidden_size=_width(numbers, memory * max(1, len(machine.gpu_memory)), has_gpu=has_gpu),
+        hidden_size=_width(data, memory * max(1, len(machine.gpu_memory)), has_gpu=has_gpu),
         num_layers=2 if has_gpu else 1,
         num_heads=4,
-        vocab_size=int(np.clip(round(8 * math.sqrt(numbers.num_letters), -2), 500, 16_000)),
+        vocab_size=int(np.clip(round(8 * math.sqrt(data.num_letters), -2), 500, 16_000)),
         users=users,
-        texts=_power_of_two(numbers.num_texts / steps, 8, 64) if numbers.num_texts else 0,
-        gradient_accumulation_steps=_power_of_two(places / (_PLACES * max(1, memory >> 32)), 1, 16),
+        texts=_power_of_two(data.num_texts / steps, 8, 64) if data.num_texts else 0,
+        gradient_accumulation_steps=_power_of_two(num_tokens / (_MICRO_BATCH_TOKENS * max(1, memory >> 32)), 1, 16),
         max_history=max_history,
         dropout=0.5 if lengths.mean() >= 20 else 0.7,
         pretrain_epochs=pretrain_epochs,
         finetune_epochs=finetune_epochs,
         patience=8 if steps < 40 else 3,
-        warmup_steps=min(100, math.ceil(numbers.users_with(choose_core(numbers)) / users)),
+        warmup_steps=min(100, math.ceil(data.users_with(choose_core(data)) / users)),
         precision="bf16" if has_gpu else "fp32",
     )
 
 
-def _width(numbers: Numbers, memory: int, *, has_gpu: bool) -> int:
-    """Of embeddings and decoder: as wide as the catalog deserves, and as half of the memory holds."""
-    wanted = 128 if numbers.items < 1000 else 512 if has_gpu and numbers.items >= 100_000 else 256
-    rows = numbers.users + numbers.items
-    while wanted > 64 and rows * wanted * _BYTES_PER_ENTRY > memory / 2:
-        wanted //= 2
-    return wanted
+def _width(data: DataStats, memory: int, *, has_gpu: bool) -> int:
+    """Choose the hidden size of embeddings and decoder by the catalog's size, within half of the memory."""
+    width = 128 if data.items < 1000 else 512 if has_gpu and data.items >= 100_000 else 256
+    rows = data.users + data.items
+    while width > 64 and rows * width * _BYTES_PER_ENTRY > memory / 2:
+        width //= 2
+    return width
 
 
 def _power_of_two(value: float, least: int, most: int) -> int:
-    """The next power of two from `value` on, within limits."""
+    """Round up to a power of two, within limits."""
     return min(most, max(least, 1 << max(0, math.ceil(math.log2(max(value, 1))))))

@@ -1,10 +1,10 @@
-"""The stages of a project, what each is made of, and whether what it has made is still that.
+"""Stages of a project: inputs, outputs and status.
 
-A stage writes a record when it begins and completes it when it has ended (`.stages/NAME.json`): its inputs as plain
-values, with size, time and sha256 of raw files, fingerprints of what earlier stages have made, and all settings; of
-what it has made for people, also size, time and sha256 of each file. A stage is done where its record is complete, its
-output is there as it left it, and the inputs are what they were. Settings that a run may change when it goes on (its
-epochs) make it go on; anything else makes it out of date.
+A stage writes a record when it starts and completes it when it ends (`.stages/NAME.json`): its inputs as plain values,
+with size, time and sha256 of raw files, digests of the outputs of earlier stages, and all settings; and size, time and
+sha256 of each result file. A stage is done if its record is complete and neither its output nor its inputs have
+changed. A change of settings that a resumed run may change (its epochs) resumes it; any other change makes the stage
+stale.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ _PATH_KEYS = {
 """Keys of a recipe's source that name files."""
 _PATHS = ("corpus", "backbone", "output", "init_from")
 _TYPED_AS = {"build-backbone": "backbone.", "pretrain": "pretrain.", "finetune": "finetune.", "recommend": "--"}
-"""How the command line names the settings of a stage."""
-_MOST_CHANGES = 8
+"""Prefix of a stage's settings on the command line."""
+_MAX_CHANGES = 8
 
 
 class Status(Enum):
-    """How a stage is."""
+    """Status of a stage."""
 
     MISSING = "missing"
     UNFINISHED = "unfinished"
     EXTENDED = "extended"
-    """Done for other settings, from which it may go on."""
+    """Done with other settings, from which it can resume."""
     STALE = "stale"
     DONE = "done"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a stage was made of.
+    """Record of a stage.
 
     Attributes:
-        inputs: plain values.
-        seconds: that it took, over all times that it was begun.
-        is_complete: it has ended.
-        files: of its output, by path; None where they are not recorded.
+        inputs: inputs as plain values.
+        seconds: total run time, over all starts.
+        is_complete: True if the stage has ended.
+        files: result files by path; None if not recorded.
     """
 
     inputs: dict[str, Any]
@@ -82,7 +82,7 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """Tells one making of the stage from another."""
+        """Digest that identifies this run of the stage."""
         return _sha256(json.dumps([self.inputs, self.seconds], sort_keys=True).encode())
 
 
@@ -91,11 +91,11 @@ class Stage:
     """One command of a project.
 
     Attributes:
-        name: of the command.
-        what: it does, for a line on the screen.
-        output: a file that is there when it has ended.
-        trains: its output took long, and is never replaced unless that is asked for.
-        results: folder of what it makes for people, which other commands may write to.
+        name: name of the command.
+        what: short description, for printing.
+        output: file or folder that exists when the stage has ended.
+        trains: True if the stage trains; its output is replaced only with `--redo`.
+        results: folder of results for users, which other commands may change.
     """
 
     name: str
@@ -107,12 +107,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Settings:
-    """The files of a project, with overrides applied.
+    """Settings of a project, with overrides applied.
 
     Attributes:
-        recipe, pretrain, finetune: read and validated.
+        recipe, pretrain, finetune: validated settings.
         backbone: settings of the small decoder; None for a pretrained one.
-        top: items of each list.
+        top: number of items in each list.
     """
 
     recipe: PrepareConfig
@@ -124,11 +124,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class State:
-    """A stage as it is now.
+    """Current state of a stage.
 
     Attributes:
-        status: how it is.
-        changes: of its inputs, one clause each.
+        status: status of the stage.
+        changes: changes of its inputs, one clause each.
     """
 
     stage: Stage
@@ -137,31 +137,31 @@ class State:
 
 
 def stages_of(project: Project, settings: Settings) -> list[Stage]:
-    """All stages that the project has, in their order."""
-    found = [
+    """Return the stages of a project in order."""
+    stages = [
         Stage("prepare", "read the data, filter, split, write the corpus", project.corpus / "manifest.json"),
         Stage("pretrain", "users, items and texts learn each other", project.pretrain_run / "config.yaml", trains=True),
         Stage("finetune", "learn to recommend", project.finetune_run / "config.yaml", trains=True),
         Stage(
             "evaluate",
-            "rank held-out items beside the baselines",
+            "rank held-out items, compare with the baselines",
             project.evaluation / "report.html",
             results=project.evaluation,
         ),
         Stage("recommend", "lists for all customers", project.recommendations, results=project.recommendations),
     ]
     if settings.backbone is not None:
-        found.insert(
+        stages.insert(
             0,
             Stage("build-backbone", "a small decoder and a tokenizer of your texts", project.backbone / "config.json"),
         )
     if settings.recipe.split.kind == "none":
-        found = [stage for stage in found if stage.name != "evaluate"]
-    return found
+        stages = [stage for stage in stages if stage.name != "evaluate"]
+    return stages
 
 
 def state_of(project: Project, settings: Settings, stage: Stage) -> State:
-    """Whether a stage is done, by its record and its inputs as they are now."""
+    """Return the state of a stage, by comparing its record with its current inputs."""
     record = read_record(project, stage.name)
     if record is None or (record.is_complete and not stage.output.exists()):
         return State(stage, Status.MISSING)
@@ -177,19 +177,19 @@ def state_of(project: Project, settings: Settings, stage: Stage) -> State:
 
 
 def _steps_past_end(project: Project, settings: Settings, stage: Stage) -> Iterator[str]:
-    """That a run has been trained further than its settings now say, in words: it cannot go on to an earlier end."""
+    """Yield a clause if a run was trained further than its settings say: it cannot resume to an earlier end."""
     config = settings.pretrain if stage.name == "pretrain" else settings.finetune
     try:
         manifest, _ = load_manifest(str(project.corpus))
     except CLLM4RecError:
-        return  # the stage says what is wrong with it
+        return  # the stage reports the error
     step, last = newest_step(stage.output.parent), total_steps(config, manifest)
     if step > last:
         yield f"{step:,} steps are trained already, and it now ends after {last:,}"
 
 
 def inputs_of(project: Project, settings: Settings, name: str) -> dict[str, Any]:
-    """What a stage is made of, as plain values."""
+    """Return the inputs of a stage as plain values."""
     recipe = settings.recipe.model_dump(mode="json")
     backbone = _backbone_inputs(project, settings)
     match name:
@@ -215,22 +215,22 @@ def inputs_of(project: Project, settings: Settings, name: str) -> dict[str, Any]
 
 
 def _backbone_inputs(project: Project, settings: Settings) -> Any:
-    """Fingerprints of the backbone's files; its name where it is on a hub."""
+    """Return digests of the backbone's files, or its hub id."""
     folder = Path(settings.pretrain.backbone) if settings.backbone is None else project.backbone
     names = ("config.json", "tokenizer.json")
     return {name: _digest(folder / name) for name in names} if folder.is_dir() else settings.pretrain.backbone
 
 
 def _trained(project: Project, name: str) -> dict[str, Any]:
-    """What a training stage has made: its record, and the checkpoint that is used of it, which may be a later one."""
+    """Return the digest of a training stage and the checkpoint that later stages read, which may be newer."""
     record = read_record(project, name)
     run = project.pretrain_run if name == "pretrain" else project.finetune_run
-    made = None if record is None else record.digest
-    return {"pretraining" if name == "pretrain" else "finetuning": made, "checkpoint": _checkpoint(run)}
+    digest = None if record is None else record.digest
+    return {"pretraining" if name == "pretrain" else "finetuning": digest, "checkpoint": _checkpoint(run)}
 
 
 def _checkpoint(run: Path) -> dict[str, str] | None:
-    """Name and content of the checkpoint that other commands use of a run; None where there is none."""
+    """Return name and content digest of the checkpoint that other commands read of a run; None without one."""
     try:
         store, names = find(str(run))
         return {"name": names[0], "content": _sha256(store.marker(names[0]).model_dump_json().encode())}
@@ -239,16 +239,16 @@ def _checkpoint(run: Path) -> dict[str, str] | None:
 
 
 def _raw_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Size, time and content of each raw file; only the first two are looked at where they are the same."""
-    found = {}
+    """Return size and time of each raw file; contents are compared only if these differ."""
+    stats = {}
     for path in sorted(set(_paths_in(recipe["source"]))):
         try:
             files = find_files([path])
         except CLLM4RecError:
-            continue  # the stage says what is wrong with it
+            continue  # the stage reports the error
         for file in files:
-            found[file.path] = _file_facts(file.path)
-    return found
+            stats[file.path] = _file_stat(file.path)
+    return stats
 
 
 def _paths_in(tree: Mapping[str, Any]) -> Iterator[str]:
@@ -259,20 +259,20 @@ def _paths_in(tree: Mapping[str, Any]) -> Iterator[str]:
             yield from [value] if isinstance(value, str) else (each for each in value if isinstance(each, str))
 
 
-def _file_facts(path: str) -> dict[str, Any]:
+def _file_stat(path: str) -> dict[str, Any]:
     if not is_url(path):
-        found = Path(path).stat()
-        return {"bytes": found.st_size, "time": found.st_mtime_ns}
-    fs, place = fsspec.core.url_to_fs(path)
+        stat = Path(path).stat()
+        return {"bytes": stat.st_size, "time": stat.st_mtime_ns}
+    fs, path = fsspec.core.url_to_fs(path)
     with as_os_errors():
-        return {"bytes": fs.info(place)["size"], "key": fs.ukey(place)}
+        return {"bytes": fs.info(path)["size"], "key": fs.ukey(path)}
 
 
 def result_files(stage: Stage) -> dict[str, Any] | None:
-    """Size, time and sha256 of each file that a stage has made for people; None where it makes none."""
+    """Return size, time and sha256 of each result file; None for a stage without results."""
     if stage.results is None:
         return None
-    return {path: _file_facts(str(file)) | {"sha256": _digest(file)} for path, file in _files_in(stage.results)}
+    return {path: _file_stat(str(file)) | {"sha256": _digest(file)} for path, file in _files_in(stage.results)}
 
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -280,68 +280,68 @@ def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _changed_results(stage: Stage, record: Record) -> Iterator[str]:
-    """What another command has done to the results of a stage that has ended, in words."""
+    """Yield the changes by other commands to the results of a stage, one clause each."""
     if stage.name == "evaluate":
         yield from _other_evaluation(stage.output.with_name(EVALUATION_FILE))
     if stage.results is None or record.files is None:
         return
-    found = dict(_files_in(stage.results))
-    whats = {path: _what_became_of(record.files.get(path), found.get(path)) for path in sorted(record.files | found)}
-    changed = [f"{stage.results.name}/{path} {what}" for path, what in whats.items() if what]
-    yield from changed[:_MOST_CHANGES]
-    if len(changed) > _MOST_CHANGES:
-        yield f"and {len(changed) - _MOST_CHANGES} more files"
+    now = dict(_files_in(stage.results))
+    changes = {path: _file_change(record.files.get(path), now.get(path)) for path in sorted(record.files | now)}
+    changed = [f"{stage.results.name}/{path} {change}" for path, change in changes.items() if change]
+    yield from changed[:_MAX_CHANGES]
+    if len(changed) > _MAX_CHANGES:
+        yield f"and {len(changed) - _MAX_CHANGES} more files"
 
 
 def _other_evaluation(path: Path) -> Iterator[str]:
-    """Why an evaluation is not that of the project, in words."""
+    """Yield how an evaluation differs from that of the project, one clause each."""
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        evaluation = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return
-    if found.get("split", "test") != "test":
-        yield f"the evaluation is of the split {found['split']!r}"
-    if found.get("without_rows"):
+    if evaluation.get("split", "test") != "test":
+        yield f"the evaluation is of the split {evaluation['split']!r}"
+    if evaluation.get("without_rows"):
         yield "the evaluation is without the users' rows"
 
 
-def _what_became_of(before: Mapping[str, Any] | None, file: Path | None) -> str | None:
-    """What another command has done to a file; None for nothing."""
+def _file_change(before: Mapping[str, Any] | None, file: Path | None) -> str | None:
+    """Describe the change of a file since its record; None for no change."""
     if file is None:
         return "is gone"
     if before is None:
         return "is new"
-    return "is another one" if _differs(str(file), before, _file_facts(str(file))) else None
+    return "has changed" if _differs(str(file), before, _file_stat(str(file))) else None
 
 
 def with_digests(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs for a record: with the sha256 of local raw files, so that a copy with a new time is known."""
+    """Add the sha256 of local raw files to the inputs, so that a copy with a new time counts as unchanged."""
     files = {
-        path: facts if is_url(path) else facts | {"sha256": _digest(Path(path))}
-        for path, facts in inputs.get("raw files", {}).items()
+        path: stat if is_url(path) else stat | {"sha256": _digest(Path(path))}
+        for path, stat in inputs.get("raw files", {}).items()
     }
     return inputs | {"raw files": files} if files else inputs
 
 
 def _changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs of a stage, in words; a raw file of another time but the same content does not."""
+    """Yield the changes of a stage's inputs, one clause each; a raw file with a new time alone is unchanged."""
     keys = _changed_keys(before, now)
     was, is_now = dict(dotted_items(_without_files(before))), dict(dotted_items(_without_files(now)))
-    for key in keys[:_MOST_CHANGES]:
+    for key in keys[:_MAX_CHANGES]:
         if key.startswith("raw files "):
             yield f"{key.removeprefix('raw files ')} has changed"
         elif key in ("corpus", "pretraining", "finetuning") or key.startswith(("backbone", "checkpoint")):
-            yield f"the {key.partition('.')[0]} is another one"
+            yield f"the {key.partition('.')[0]} has changed"
         else:
             typed = f"{_TYPED_AS[name]}{key.removeprefix('settings.')}" if key.startswith("settings.") else key
             yield f"{typed}: {was.get(key)!r} is now {is_now.get(key)!r}"
-    if len(keys) > _MOST_CHANGES:
-        yield f"and {len(keys) - _MOST_CHANGES} more"
+    if len(keys) > _MAX_CHANGES:
+        yield f"and {len(keys) - _MAX_CHANGES} more"
 
 
 def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     was, is_now = dict(dotted_items(_without_files(before))), dict(dotted_items(_without_files(now)))
-    # Every setting is in a record, so one that is not there is of a later version, and has its default.
+    # A record has all settings of its version: a missing one was added later and has its default.
     keys = [key for key, value in was.items() if is_now.get(key, _ABSENT) != value]
     files_before, files_now = before.get("raw files", {}), now.get("raw files", {})
     changed = [path for path in files_before | files_now if _differs(path, files_before.get(path), files_now.get(path))]
@@ -365,7 +365,7 @@ def _differs(path: str, before: Mapping[str, Any] | None, now: Mapping[str, Any]
 
 
 def _digest(path: Path) -> str | None:
-    """sha256 of a file; None where there is none."""
+    """Return the sha256 of a file; None if it does not exist."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -378,14 +378,14 @@ def _sha256(content: bytes) -> str:
 
 
 def read_record(project: Project, name: str) -> Record | None:
-    """The record of a stage; None where there is none, or none that can be read."""
+    """Read the record of a stage; None if it is missing or unreadable."""
     try:
-        found = json.loads(project.record(name).read_text(encoding="utf-8"))
-        files = found.get("files")
+        content = json.loads(project.record(name).read_text(encoding="utf-8"))
+        files = content.get("files")
         return Record(
-            dict(found["inputs"]),
-            float(found["seconds"]),
-            bool(found["is_complete"]),
+            dict(content["inputs"]),
+            float(content["seconds"]),
+            bool(content["is_complete"]),
             None if files is None else dict(files),
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -393,7 +393,7 @@ def read_record(project: Project, name: str) -> Record | None:
 
 
 def write_record(project: Project, name: str, record: Record) -> None:
-    """Replace the record of a stage, as a whole."""
+    """Replace the record of a stage atomically."""
     path = project.record(name)
     path.parent.mkdir(exist_ok=True)
     part = path.with_suffix(".part")

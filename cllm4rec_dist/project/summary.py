@@ -1,4 +1,4 @@
-"""What `cllm4rec run` ends with: the data, the time, the table beside the baselines, where things are, what next."""
+"""Summary at the end of `cllm4rec run`: data, time, metrics next to the baselines, paths and next commands."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.pipeline import duration
 from cllm4rec_dist.project.stages import Settings, read_record, stages_of
 
-_MOST_REASONS = 5
+_MAX_REASONS = 5
 
 
 def summarize(project: Project, settings: Settings, command_line: str) -> str:
-    """The summary, as lines of at most 100 letters where paths allow it.
+    """Return the summary, in lines of at most 100 characters if paths allow it.
 
     Args:
-        command_line: the call of `run` with its overrides, without `--redo`.
+        command_line: the `run` command with its overrides, without `--redo`.
     """
     manifest, _ = load_manifest(str(project.corpus))
-    parts = [_data(manifest), _times(project, settings), _table(project), _places(project)]
+    parts = [_data(manifest), _times(project, settings), _table(project), _paths(project)]
     return "\n".join([line for part in parts for line in part] + _next(project, command_line))
 
 
@@ -38,10 +38,10 @@ def _data(manifest: Manifest) -> Iterator[str]:
         parts = ", ".join(f"{n:,} {_NEW_PURPOSES.get(name, name)}" for name, n in manifest.num_new_interactions.items())
         yield f"          {manifest.num_new_users:,} of these customers are held out whole: {parts}"
     reasons = sorted(manifest.skipped.items(), key=lambda pair: -pair[1].count)
-    for reason, found in reasons[:_MOST_REASONS]:
-        yield f"          left out: {found.count:,} x {reason}"
-    if len(reasons) > _MOST_REASONS:
-        yield f"          left out: {len(reasons) - _MOST_REASONS} more reasons, in corpus/manifest.json"
+    for reason, skipped in reasons[:_MAX_REASONS]:
+        yield f"          left out: {skipped.count:,} x {reason}"
+    if len(reasons) > _MAX_REASONS:
+        yield f"          left out: {len(reasons) - _MAX_REASONS} more reasons, in corpus/manifest.json"
 
 
 _PURPOSES = {"train": "train", "valid": "validate", "test": "test"}
@@ -56,7 +56,7 @@ def _times(project: Project, settings: Settings) -> Iterator[str]:
 
 
 def _table(project: Project) -> Iterator[str]:
-    """Metrics of each model; the best of a column is marked."""
+    """Yield the metrics of each model; the best in a column is marked."""
     rows = _results(project.evaluation / "results.json")
     if not rows:
         return
@@ -79,7 +79,7 @@ def _results(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _places(project: Project) -> Iterator[str]:
+def _paths(project: Project) -> Iterator[str]:
     yield f"model     {project.finetune_run}"
     if (project.evaluation / "report.html").is_file():
         yield f"report    {project.evaluation / 'report.html'}"

@@ -1,8 +1,8 @@
-"""What the name of a column says about it, in several languages.
+"""Kinds of a column by its name, in several languages.
 
-A name is cut into words (`customerId`, `customer_id`, `Kunden-Nr.`), and a word is looked up as a whole, or as the
-beginning or end of a compound (`Kundennummer`, `Bestelldatum`). A name may say several things: `product_name` is about
-an item and is a name. What a column is, its values decide as well (`guess.py`).
+A name is split into words (`customerId`, `customer_id`, `Kunden-Nr.`). A word matches as a whole, or as the beginning
+or end of a compound (`Kundennummer`, `Bestelldatum`). A name can have several kinds: `product_name` is both `item` and
+`title`. Values count too (`guess.py`).
 """
 
 from __future__ import annotations
@@ -97,38 +97,40 @@ KINDS: dict[str, tuple[str, ...]] = {
         clave codice chave clef cle hash 番号 编号 번호
     """),
 }
-"""Words by what they say, without accents and in lower case."""
+"""Words of each kind, lower case and without accents."""
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _WORD = re.compile(r"[^\W_]+")
-_COMPOUND = 4
-"""Letters from which on a word may be a part of a compound."""
+_MIN_COMPOUND_LETTERS = 4
+"""Least length of a word that may be a part of a compound."""
 _ENDINGS = ("id", "nr", "no", "num", "key", "code")
-_UNCUT = {"title", "count", "rate", "line", "data", "item"}
-"""Words that others begin or end with by chance, as `country` does with `count`."""
+_NO_COMPOUNDS = {"title", "count", "rate", "line", "data", "item"}
+"""Words that unrelated words begin or end with, as `country` does with `count`."""
 
 
 def fold(text: str) -> str:
-    """Lower case without accents."""
+    """Convert to lower case without accents."""
     letters = unicodedata.normalize("NFKD", text.casefold())
     return unicodedata.normalize("NFKC", "".join(each for each in letters if not unicodedata.combining(each)))
 
 
 @cache
 def kinds_of(name: str) -> frozenset[str]:
-    """Which of `KINDS` the name of a column speaks of."""
+    """Return the `KINDS` that a column name matches."""
     words = [fold(word) for part in _CAMEL.split(name) for word in _WORD.findall(part)]
     joined = "".join(words)
     words = list(dict.fromkeys([*words, joined]))
     return frozenset(
-        kind for kind, known in KINDS.items() if any(_matches(word, each) for word in words for each in known)
+        kind for kind, keywords in KINDS.items() if any(_matches(word, each) for word in words for each in keywords)
     )
 
 
-def _matches(word: str, known: str) -> bool:
-    if word == known:
+def _matches(word: str, keyword: str) -> bool:
+    if word == keyword:
         return True
-    if not known.isascii():
-        return known in word
-    if word.startswith(known) and word[len(known) :] in _ENDINGS:
+    if not keyword.isascii():
+        return keyword in word
+    if word.startswith(keyword) and word[len(keyword) :] in _ENDINGS:
         return True
-    return len(known) >= _COMPOUND and known not in _UNCUT and (word.startswith(known) or word.endswith(known))
+    if len(keyword) < _MIN_COMPOUND_LETTERS or keyword in _NO_COMPOUNDS:
+        return False
+    return word.startswith(keyword) or word.endswith(keyword)

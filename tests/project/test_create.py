@@ -16,7 +16,7 @@ from cllm4rec_dist.corpus.recipe import LastSplit, PrepareConfig, RandomSplit, T
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.project.layout import is_project, run_of
 from cllm4rec_dist.project.machine import Machine, this_machine
-from cllm4rec_dist.project.sizing import Core, Numbers, choose_core, choose_sizes
+from cllm4rec_dist.project.sizing import Core, DataStats, choose_core, choose_sizes
 from tests.integration.shop_data import Shop, make_shop
 
 GIB = 1 << 30
@@ -122,11 +122,11 @@ def test_what_cannot_be_told_is_never_asked_without_a_terminal(tmp_path: Path) -
     assert "Give --item-column with one of them" in found.stderr
 
 
-def numbers(users: int, items: int, mean: float = 8.0, letters: int = 50_000) -> Numbers:
+def numbers(users: int, items: int, mean: float = 8.0, letters: int = 50_000) -> DataStats:
     draw = np.random.default_rng(0)
     lengths = np.maximum(1, draw.poisson(mean, users))
     counts = np.bincount(draw.integers(0, items, int(lengths.sum())), minlength=items)
-    return Numbers(users, items, counts[counts > 0], lengths, items, letters)
+    return DataStats(users, items, counts[counts > 0], lengths, items, letters)
 
 
 def test_sizes_follow_the_runs_that_train_well() -> None:
@@ -166,10 +166,10 @@ def test_sizes_fit_the_machine() -> None:
 
 
 def test_the_core_leaves_out_what_hardly_anybody_bought() -> None:
-    few = Numbers(10, 3, np.array([20, 20, 1]), np.full(10, 4))
+    few = DataStats(10, 3, np.array([20, 20, 1]), np.full(10, 4))
     assert choose_core(few) == Core(1, 1), "a fortieth of the orders is too much to lose"
-    assert choose_core(Numbers(10, 3, np.array([200, 200, 1]), np.full(10, 40))) == Core(1, 5)
-    assert choose_core(Numbers(300_000, 2, np.array([9, 9]), np.array([1]))).min_user_items == 3
+    assert choose_core(DataStats(10, 3, np.array([200, 200, 1]), np.full(10, 40))) == Core(1, 5)
+    assert choose_core(DataStats(300_000, 2, np.array([9, 9]), np.array([1]))).min_user_items == 3
 
 
 def test_the_machine_is_known_without_torch() -> None:

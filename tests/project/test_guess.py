@@ -14,7 +14,7 @@ import pytest
 
 from cllm4rec_dist.corpus.sources.records import Dialect
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.project.facts import facts_of
+from cllm4rec_dist.project.column_stats import column_stats
 from cllm4rec_dist.project.guess import (
     ColumnOptions,
     Customers,
@@ -52,8 +52,8 @@ def guess(orders: str, items: str | None = None, wanted: ColumnOptions | None = 
     wanted = wanted or ColumnOptions()
     sample = read_sample("orders", orders, Dialect())
     about = sample if items is None else read_sample("items", items, Dialect())
-    found = guess_interactions(sample, wanted, {} if items is None else facts_of(about), {})
-    return found, guess_items(about, wanted, facts_of(sample)[found.item])
+    found = guess_interactions(sample, wanted, {} if items is None else column_stats(about), {})
+    return found, guess_items(about, wanted, column_stats(sample)[found.item])
 
 
 LANGUAGES = {
@@ -269,7 +269,7 @@ def test_who_somebody_is_stays_out_of_the_texts(tmp_path: Path) -> None:
         "city": column(["Bern", "Leipzig"], len(people)),
     }
     sample = read_sample("customers", write(tmp_path / "customers.csv", columns), Dialect())
-    found = guess_customers(sample, ColumnOptions(), facts_of(orders)["customer"])
+    found = guess_customers(sample, ColumnOptions(), column_stats(orders)["customer"])
     assert found == Customers(
         "customer", ("age_group", "city"), left_out=("name", "email", "phone", "birthday", "street")
     )

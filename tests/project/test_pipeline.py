@@ -112,7 +112,7 @@ def test_a_stage_that_failed_goes_on_and_what_was_before_stays(shop: Shop) -> No
     (shop.project.finetune_run / "checkpoints").mkdir(parents=True)
     shop.fails = None
     assert shop.run() == ALL[3:]
-    assert any("goes on where it stopped" in line for line in shop.told)
+    assert any("(resumes)" in line for line in shop.told)
     assert (shop.project.finetune_run / "checkpoints").is_dir(), "what it had trained is still there"
 
 
@@ -166,7 +166,7 @@ def test_more_epochs_go_on_with_the_run(shop: Shop) -> None:
     (shop.project.finetune_run / "checkpoints").mkdir()
     assert shop.run("finetune.epochs=5") == ["finetune", "evaluate", "recommend"]
     assert (shop.project.finetune_run / "checkpoints").is_dir()
-    assert any("(goes on: finetune.epochs: 3 is now 5)" in line for line in shop.told)
+    assert any("(resumes: finetune.epochs: 3 is now 5)" in line for line in shop.told)
     with pytest.raises(ConfigError, match=r"'finetune' was trained with other inputs \(pretrain.epochs: 3 is now 5\)"):
         shop.run("pretrain.epochs=5", "finetune.epochs=5")
 
@@ -176,7 +176,7 @@ def test_with_redo_more_epochs_go_on_too_and_the_screen_says_so(shop: Shop) -> N
     (shop.project.finetune_run / "checkpoints").mkdir()
     assert shop.run("finetune.epochs=5", redo=True) == ["finetune", "evaluate", "recommend"]
     assert (shop.project.finetune_run / "checkpoints").is_dir()
-    line = f"--redo trains nothing again here, as this can go on: to start anew, rename {shop.project.finetune_run}"
+    line = f"--redo trains nothing again, as this run can resume: to start anew, rename {shop.project.finetune_run}"
     assert any(line in each for each in shop.told)
 
 
@@ -188,7 +188,7 @@ def test_fewer_epochs_than_are_trained_are_refused_and_with_redo_train_anew(shop
     write_manifest(shop, num_users=512)
     commit(shop.project.finetune_run, "step-00000006")
     assert "finetune" in shop.run("finetune.epochs=3"), "it goes on to its end: so many are trained"
-    assert any("(goes on: finetune.epochs: 40 is now 3)" in line for line in shop.told)
+    assert any("(resumes: finetune.epochs: 40 is now 3)" in line for line in shop.told)
     with pytest.raises(ConfigError, match=r"is now .*; 6 steps are trained already, and it now ends after [45]\)"):
         shop.run(override)
     assert shop.run(override, redo=True)[:1] == ["finetune"]
@@ -209,7 +209,7 @@ def test_what_is_set_aside_is_said_with_the_command_that_uses_it(shop: Shop) -> 
     shop.run("recipe.min_user_items=2", redo=True)
     folder = shop.project.folder
     told = "\n".join(shop.told)
-    assert f"the earlier corpus is now {folder}/corpus-earlier-1; earlier runs find it there" in told
+    assert f"the earlier corpus is now {folder}/corpus-earlier-1; earlier runs use it" in told
     kept = folder / "runs/finetune-earlier-1"
     assert f"is now {kept}; to use it: cllm4rec serve {kept}, or cllm4rec recommend {kept} FOLDER" in told
 
@@ -231,10 +231,10 @@ def test_a_run_that_was_trained_further_by_its_own_command_is_evaluated_again(sh
     shop.run()
     commit(shop.project.finetune_run, "best-00000020")
     assert shop.run() == ["evaluate", "recommend"]
-    assert any("again: the checkpoint is another one" in line for line in shop.told)
+    assert any("again: the checkpoint has changed" in line for line in shop.told)
     assert shop.run() == []
     commit(shop.project.pretrain_run, "step-00000020")
-    with pytest.raises(ConfigError, match=r"'finetune' was trained with other inputs .the checkpoint is another one"):
+    with pytest.raises(ConfigError, match=r"'finetune' was trained with other inputs .the checkpoint has changed"):
         shop.run()
 
 
@@ -245,7 +245,7 @@ def test_results_that_another_command_has_changed_are_made_again(shop: Shop) -> 
     assert shop.run() == ["recommend"], "the folder alone is no list"
     lists.write_text("three for each")
     assert shop.run() == ["recommend"]
-    assert any("again: recommendations/list.parquet is another one" in line for line in shop.told)
+    assert any("again: recommendations/list.parquet has changed" in line for line in shop.told)
     content = lists.read_bytes()
     lists.unlink()
     lists.write_bytes(content)
@@ -289,7 +289,7 @@ def test_lists_of_another_length_are_made_again(shop: Shop) -> None:
 
 
 def test_without_held_out_items_nothing_is_evaluated(shop: Shop) -> None:
-    with pytest.raises(ConfigError, match=r"every_epochs: 1 asks for validation, .* holds nothing out"):
+    with pytest.raises(ConfigError, match=r"every_epochs: 1 requires validation, .* holds nothing out"):
         shop.run("recipe.split={kind: none}")
     ran = shop.run("recipe.split={kind: none}", "finetune.validation.every_epochs=0")
     assert ran == [name for name in ALL if name != "evaluate"]
