@@ -1,1 +1,1 @@
-"""Using a trained run in one process: the Python API, and what the service and the commands are built on."""
+"""Inference with a trained run: the Python API, batch recommendation and the HTTP service."""

@@ -1,8 +1,8 @@
-"""Starting the service: in this process, or as replicas of Ray Serve; the same application in both.
+"""Start the service in this process or as replicas on Ray Serve, with the same application.
 
 cllm4rec serve RUN                                               one process, without Ray
-cllm4rec serve RUN --replicas 4                                  Ray Serve, here or on the cluster of RAY_ADDRESS
-serve run cllm4rec_dist.serving.app:build run=RUN replicas=4     the same by Ray's own command
+cllm4rec serve RUN --replicas 4                                  Ray Serve, here or on the cluster at RAY_ADDRESS
+serve run cllm4rec_dist.serving.app:build run=RUN replicas=4     the same with Ray's command
 serve build cllm4rec_dist.serving.app:build ...                  a configuration file for a cluster
 """
 
@@ -50,17 +50,17 @@ _MAX_CONNECTIONS = 2_000
 _SHUTDOWN_SECONDS = 30
 _START_TRIES = 3
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
-"""Ray Serve's logs; ours tell what happens to a checkpoint, and metrics count requests."""
+"""Logging of Ray Serve. Requests are counted by metrics, and our logger reports checkpoints."""
 
 _ONE_LOOP = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-"""Variables that spare a request of Ray Serve two changes of thread; what takes time here has threads of its own."""
+"""Environment variables that save two thread switches per request. Slow work here runs in separate threads."""
 
 
 def open_run(options: ServiceOptions) -> LiveRecommender:
-    """A run's best checkpoint, loaded.
+    """Load a run's best checkpoint.
 
     Raises:
-        CLLM4RecError: where there is no whole checkpoint, or the backbone or corpus is gone or another one.
+        CLLM4RecError: if there is no intact checkpoint, or the backbone or corpus is missing or has changed.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -69,33 +69,33 @@ def open_run(options: ServiceOptions) -> LiveRecommender:
 
 
 def _best_checkpoint(run: str) -> tuple[str, str]:
-    """Path and contents of the marker of the checkpoint that a run means now."""
+    """Path of a run's best checkpoint, and the contents of its marker."""
     store, names = find(run)
     try:
         return store.path(names[0]), store.marker(names[0]).model_dump_json()
     except DamagedCheckpointError as error:
-        return store.path(names[0]), str(error)  # loading it says the same
+        return store.path(names[0]), str(error)  # loading it raises the same error
 
 
 def serve_here(options: ServiceOptions, listener: socket.socket) -> None:
-    """Serve in this process until SIGINT or SIGTERM; requests that are running are finished.
+    """Serve in this process until SIGINT or SIGTERM, then finish running requests.
 
     Args:
         listener: a listening socket.
 
     Raises:
-        CLLM4RecError: as `open_run`.
+        CLLM4RecError: as for `open_run`.
     """
     from uvicorn import Server
 
     live = open_run(options)
     app = create_app(live, options)
-    _tell(f"{options.run} ({live.info.checkpoint}, step {live.info.step})", *listener.getsockname()[:2])
+    _log_address(f"{options.run} ({live.info.checkpoint}, step {live.info.step})", *listener.getsockname()[:2])
     Server(server_config(app)).run(sockets=[listener])
 
 
 def server_config(app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> Config:
-    """How this process serves an application."""
+    """uvicorn settings for serving an application in this process."""
     from uvicorn import Config
 
     from cllm4rec_dist.serving.slow_clients import TimedHeaderProtocol
@@ -116,7 +116,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
     """The Ray Serve application of a run, for `serve run` and `serve build`.
 
     Args:
-        arguments: settings of `ServiceOptions`, of which `run` is needed; a path that every host can read.
+        arguments: fields of `ServiceOptions`. `run` is required, and its path must be readable on every host.
     """
     from ray import serve
 
@@ -136,7 +136,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
 
 
 class _Replica:
-    """A copy of the model with the application over it, in a process of Ray Serve."""
+    """Replica on Ray Serve: the model and the application."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         setup_logging()
@@ -150,21 +150,21 @@ class _Replica:
         return self._served
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> HttpAnswer:
-        """The application's answer to a request of `Gateway`."""
+        """Answer a request from `Gateway`."""
         from cllm4rec_dist.serving.gateway import call_whole
 
         return await call_whole(self._served, scope, body)
 
 
 def serve_on_ray(options: ServiceOptions, listener: socket.socket) -> None:
-    """Serve by replicas on Ray until SIGINT or SIGTERM. Joins the cluster of RAY_ADDRESS, or starts one here.
+    """Serve with replicas on Ray until SIGINT or SIGTERM. Joins the cluster at RAY_ADDRESS, or starts one here.
 
     Args:
         listener: a listening socket, served by this process.
 
     Raises:
-        ConfigError: where a cluster of this host has too few processors or GPUs.
-        FaultError: where the replicas do not start.
+        ConfigError: if a cluster on this host has too few CPUs or GPUs.
+        FaultError: if the replicas do not start.
     """
     for variable, value in _ONE_LOOP.items():
         os.environ.setdefault(variable, value)
@@ -175,27 +175,27 @@ def serve_on_ray(options: ServiceOptions, listener: socket.socket) -> None:
     from cllm4rec_dist.serving.gateway import Gateway
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
-    _require_room(options)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _exit)
+    _require_resources(options)
     host, port = listener.getsockname()[:2]
-    # Unique on a cluster that others use too, and the same when this command is started again.
+    # Unique on a shared cluster, and unchanged when this command is restarted.
     name = f"{NAME}-{socket.gethostname()}-{host}-{port}".replace(":", ".")
     serve.start(proxy_location="Disabled", logging_config=_QUIET)
     with asyncio.Runner() as runner:
         try:
             gateway = Gateway(_deploy(options, name), options.timeout_seconds)
-            _tell(f"{options.run} by {options.replicas} replica{'s' * (options.replicas > 1)}", host, port)
+            _log_address(f"{options.run} by {options.replicas} replica{'s' * (options.replicas > 1)}", host, port)
             runner.run(Server(server_config(gateway, lifespan="off")).serve(sockets=[listener]))
         finally:
-            runner.run(asyncio.to_thread(serve.delete, name))  # in the loop's lifetime: Ray reports to it
+            runner.run(asyncio.to_thread(serve.delete, name))  # while the loop is alive: Ray reports to it
 
 
 def _deploy(options: ServiceOptions, name: str) -> DeploymentHandle[Any]:
-    """Start the replicas, without a proxy of Ray's in front.
+    """Start the replicas without Ray's HTTP proxy.
 
     Raises:
-        FaultError: where they do not start.
+        FaultError: if they do not start.
     """
     from ray import serve
 
@@ -207,13 +207,13 @@ def _deploy(options: ServiceOptions, name: str) -> DeploymentHandle[Any]:
         ) from None
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """End this process as one that did what it was to do; Ray itself ends with the number of the signal."""
+def _exit(signum: int, frame: FrameType | None) -> None:
+    """Exit with status 0; Ray's handler would exit with the signal's number."""
     raise SystemExit(0)
 
 
-def _require_room(options: ServiceOptions) -> None:
-    """Refuse more replicas than a cluster of this host can hold; one that was joined may grow."""
+def _require_resources(options: ServiceOptions) -> None:
+    """Reject more replicas than a local cluster can hold; an external cluster may still grow."""
     import ray
 
     total = ray.cluster_resources()
@@ -223,13 +223,15 @@ def _require_room(options: ServiceOptions) -> None:
         text = f"{options.replicas} with {each:g} {kind} each"
         if ray_address(os.environ) == "local":
             raise ConfigError(
-                "--replicas", text, f"need more than the {total.get(kind, 0.0):g} of this host", "Ask for fewer."
+                "--replicas", text, f"need more than the {total.get(kind, 0.0):g} of this host", "Use fewer replicas."
             )
         logger.warning("%s: the cluster has %g now; waiting for more hosts", text, total.get(kind, 0.0))
 
 
-def _tell(what: str, host: str, port: int) -> None:
-    logger.info("serving %s", what)
+def _log_address(served: str, host: str, port: int) -> None:
+    logger.info("serving %s", served)
     logger.info("page: %s   for programs: %s/docs   end: Ctrl-C", url(host, port), url(host, port))
     if host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("anybody who reaches %s may ask: there is no authentication (see docs/serving.md)", host)
+        logger.warning(
+            "anybody who can reach %s can send requests: there is no authentication (see docs/serving.md)", host
+        )

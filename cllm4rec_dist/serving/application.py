@@ -1,8 +1,8 @@
-"""The Ray Serve application for `serve build`, which hands over no arguments: they are variables of the environment.
+"""The Ray Serve application for `serve build`, configured by environment variables, as it passes no arguments.
 
     CLLM4REC_RUN=/shared/shop CLLM4REC_REPLICAS=4 serve build cllm4rec_dist.serving.application:application
 
-Each setting of `ServiceOptions` is a variable of its name in capital letters behind `CLLM4REC_`.
+Each field of `ServiceOptions` is read from `CLLM4REC_` followed by its name in capital letters.
 """
 
 from __future__ import annotations
@@ -14,4 +14,4 @@ from cllm4rec_dist.serving.options import ServiceOptions
 
 _VARIABLES = {name: f"CLLM4REC_{name.upper()}" for name in ServiceOptions.model_fields}
 
-application = build({name: os.environ[found] for name, found in _VARIABLES.items() if found in os.environ})
+application = build({name: os.environ[variable] for name, variable in _VARIABLES.items() if variable in os.environ})

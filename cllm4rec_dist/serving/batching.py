@@ -1,7 +1,7 @@
 """Dynamic batching: the next batch is whatever arrived while the model was busy.
 
-A request that finds the model idle runs at once; nothing is ever delayed to wait for company. One thread runs the
-model, so that batches do not compete for the processor, and the event loop stays free to take requests.
+If the model is idle, a request runs at once; none is delayed to fill a batch. A single thread runs the model, so that
+batches do not compete for the processor and the event loop stays free to accept requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class OverloadError(FaultError):
-    """More requests at a time than the service holds."""
+    """More concurrent requests than the service accepts."""
 
     def __init__(self, limit: int) -> None:
         super().__init__("requests", limit, "are being answered, and no more fit", "Send the request again later.")
@@ -31,12 +31,12 @@ class OverloadError(FaultError):
 
 
 class Batcher(Generic[Q, A]):
-    """Answers single queries by running them in batches. Belongs to one event loop.
+    """Answer single queries in batches, for one event loop.
 
     Args:
-        answer: answers a batch in the model's thread: an answer, or the error of that query, for each.
-        max_batch: queries of a batch at most.
-        max_waiting: queries and calls held at a time, running and waiting.
+        answer: answers a batch in the model's thread; returns an answer or an exception for each query.
+        max_batch: maximum number of queries in a batch.
+        max_waiting: maximum number of running and waiting queries and calls.
         observe: called with the size of every batch.
     """
 
@@ -53,16 +53,16 @@ class Batcher(Generic[Q, A]):
         self._drain: asyncio.Task[None] | None = None
         self._busy_since: float | None = None
         self.num_held = 0
-        """Queries and calls that are running or waiting."""
+        """Number of running and waiting queries and calls."""
 
     async def submit(self, query: Q) -> A:
-        """The answer to a query.
+        """Return the answer to a query.
 
         Raises:
-            OverloadError: at once, where `max_waiting` are held already.
-            Exception: what `answer` gave for this query.
+            OverloadError: at once, if `max_waiting` queries and calls are pending.
+            Exception: the exception that `answer` returned for this query.
         """
-        self._take_place()
+        self._reserve()
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append((query, future))
         if self._drain is None:
@@ -73,25 +73,25 @@ class Batcher(Generic[Q, A]):
             self.num_held -= 1
 
     async def call(self, function: Callable[[], T]) -> T:
-        """The result of `function`, run in the model's thread between two batches."""
-        self._take_place()
+        """Run `function` in the model's thread between two batches and return its result."""
+        self._reserve()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._timed, function)
         finally:
             self.num_held -= 1
 
     def busy_seconds(self) -> float:
-        """How long the model has been at its present batch or call; 0 if it is idle."""
+        """Return the seconds since the current batch or call began; 0 if the model is idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     async def close(self) -> None:
-        """Finish what is held and end the thread."""
+        """Finish pending queries and calls, then stop the thread."""
         if self._drain is not None:
             await self._drain
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
 
-    def _take_place(self) -> None:
+    def _reserve(self) -> None:
         if self.num_held >= self._max_waiting:
             raise OverloadError(self._max_waiting)
         self.num_held += 1
@@ -104,7 +104,7 @@ class Batcher(Generic[Q, A]):
             self._drain = None
 
     def _next_batch(self) -> list[tuple[Q, asyncio.Future[A]]]:
-        """The longest waiting queries; those that were given up meanwhile are dropped."""
+        """Take the queries that have waited longest; drop those cancelled meanwhile."""
         batch: list[tuple[Q, asyncio.Future[A]]] = []
         while self._waiting and len(batch) < self._max_batch:
             entry = self._waiting.popleft()
@@ -120,7 +120,7 @@ class Batcher(Generic[Q, A]):
         try:
             answers = await loop.run_in_executor(self._thread, self._timed, lambda: self._answer(queries))
             assert len(answers) == len(batch)
-        except Exception as error:  # of the whole batch: each of its requests reports it
+        except Exception as error:  # fails the whole batch: each of its requests reports it
             answers = [error] * len(batch)
         for (_, future), answer in zip(batch, answers, strict=True):
             if future.done():

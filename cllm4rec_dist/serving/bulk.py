@@ -1,4 +1,4 @@
-"""Lists for many people as files, on one process or on all ranks of a run."""
+"""Batch recommendation: write lists for many people to files, on one process or on all ranks."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BulkRequest:
-    """Lists that are wanted. Ids are external ones.
+    """Request for lists. All ids are external.
 
     Attributes:
-        top: length of a list; one is shorter where fewer items are left.
-        users: who gets one; None for those of `orders`, and without orders for everyone in the corpus.
+        top: length of a list; shorter if fewer items are left.
+        users: people who get a list; None for those of `orders`, or everyone in the corpus if there are no orders.
         orders: later orders by user, oldest first.
-        skip_unknown_users: leave out people of whom nothing is known instead of refusing them.
-        known_items: what of the corpus a prompt shows and a list leaves out: `all`, held-out items included, or
+        skip_unknown_users: leave out people who are neither in the corpus nor in `orders` instead of raising.
+        known_items: corpus items that a prompt shows and a list leaves out: `all`, including held-out items, or
             `train`.
-        exclude: items never to be listed.
-        only: list nothing but these items; None for the whole catalog.
-        min_score: leave out items that score lower, and lists that have no scores.
-        include_seen: list items of the history too.
+        exclude: items to leave out.
+        only: items to choose from; None for the whole catalog.
+        min_score: leave out items with a lower score, and lists without scores.
+        include_seen: also list items of the history.
         titles: write a column of titles.
-        file_format: of the files.
-        batch_users: people in a forward of each rank.
+        file_format: format of the files.
+        batch_users: people per forward of a rank.
     """
 
     top: int
@@ -61,7 +61,7 @@ class BulkRequest:
 
 @dataclass
 class _Counts:
-    """What one rank has listed."""
+    """Counts of one rank."""
 
     rows: int = 0
     fallbacks: int = 0
@@ -69,9 +69,9 @@ class _Counts:
     people: int = 0
 
     def total(self, world: World) -> _Counts:
-        """Over all ranks. One all-reduce."""
-        own = torch.tensor([self.rows, self.fallbacks, self.short, self.people], device=world.device)
-        return _Counts(*all_reduce_sum(own, world, "counts").tolist())
+        """Sum over all ranks. One all-reduce."""
+        local = torch.tensor([self.rows, self.fallbacks, self.short, self.people], device=world.device)
+        return _Counts(*all_reduce_sum(local, world, "counts").tolist())
 
 
 def recommend_users(
@@ -83,21 +83,21 @@ def recommend_users(
     backbone: str | None = None,
     corpus: str | None = None,
 ) -> None:
-    """Write the lists that are wanted, one file a rank, below `output` (see `recommendations.py`). Collective.
+    """Write the requested lists to `output`, one file per rank (see `recommendations.py`). Collective.
 
-    People are in the order of the request, consecutive parts of it in the files of rising ranks.
+    People keep the order of the request; each rank writes a consecutive part, in rank order.
 
     Args:
-        backbone, corpus: where they are now, if not where the checkpoint says.
+        backbone, corpus: current paths, if they differ from those in the checkpoint.
 
     Raises:
-        DataError: for people of whom nothing is known, unless they are to be left out.
+        DataError: for unknown people, unless `skip_unknown_users` is set.
     """
     system, _ = load(run, world, backbone, corpus)
     people = gather_people(
         system.corpus, request.users, request.orders, request.known_items, skip_unknown=request.skip_unknown_users
     )
-    items = ItemCatalog.of(system.corpus)
+    items = ItemCatalog.from_corpus(system.corpus)
     folder, counts = Path(output), _Counts()
     make_folder(folder)
     bar = progress_bar(world, len(people.names), "recommend", "user")
@@ -116,12 +116,12 @@ class _Lists:
     """Lists of some people.
 
     Attributes:
-        people: int64 [m] positions of the people that the rows are of, those of one together, best first.
+        people: int64 [m] position of the person of each entry; entries of a person are consecutive, best first.
         items: int64 [m] item rows.
         ranks: int64 [m], from 1.
         scores: float32 [m], NaN for a popular item.
-        lengths: rows of each of the people.
-        fallbacks: people whose list is one of popular items.
+        lengths: number of entries of each person.
+        fallbacks: number of people who get popular items.
     """
 
     people: np.ndarray
@@ -138,7 +138,7 @@ def _lists(
     candidates = items.candidates(request.only, request.exclude)
     order = items.by_popularity if candidates is None else items.by_popularity[candidates[items.by_popularity]]
     popular = order[: request.top] if request.min_score is None else order[:0]
-    nobody = (people.rows < 0) & (people.histories.lengths == 0)
+    unknown = (people.rows < 0) & (people.histories.lengths == 0)
     seen = None if request.include_seen else people.histories
     rankings = topk.rank_users(
         system,
@@ -151,20 +151,20 @@ def _lists(
         candidates=candidates,
     )
     for ranked in rankings:
-        yield _kept(ranked, nobody[ranked.index], popular, request.min_score)
+        yield _select(ranked, unknown[ranked.index], popular, request.min_score)
 
 
-def _kept(ranked: Ranking, nobody: np.ndarray, popular: np.ndarray, min_score: float | None) -> _Lists:
-    """The items that are listed; `popular` ones, without a score, where nothing is known."""
+def _select(ranked: Ranking, unknown: np.ndarray, popular: np.ndarray, min_score: float | None) -> _Lists:
+    """Select the items to list; people with `unknown` set get the `popular` items, without a score."""
     listed = np.isfinite(ranked.scores) & (ranked.scores >= (-np.inf if min_score is None else min_score))
     items, scores = ranked.items.copy(), ranked.scores.astype(np.float32)
-    listed[nobody] = np.arange(items.shape[1]) < len(popular)
-    items[nobody, : len(popular)] = popular
-    scores[nobody] = np.nan
-    place, column = np.nonzero(listed)
+    listed[unknown] = np.arange(items.shape[1]) < len(popular)
+    items[unknown, : len(popular)] = popular
+    scores[unknown] = np.nan
+    index, column = np.nonzero(listed)
     lengths = listed.sum(axis=1)
     return _Lists(
-        ranked.index[place], items[place, column], column + 1, scores[place, column], lengths, int(nobody.sum())
+        ranked.index[index], items[index, column], column + 1, scores[index, column], lengths, int(unknown.sum())
     )
 
 
@@ -174,26 +174,26 @@ def _tables(
     schema = list_schema(titles=request.titles)
     ids, titles = pa.array(items.ids, pa.string()), pa.array(items.titles, pa.string())
     users = pa.array(names, pa.string())
-    for found in lists:
-        counts.rows += len(found.items)
-        counts.fallbacks += found.fallbacks
-        counts.short += int((found.lengths < request.top).sum())
-        counts.people += len(found.lengths)
+    for batch in lists:
+        counts.rows += len(batch.items)
+        counts.fallbacks += batch.fallbacks
+        counts.short += int((batch.lengths < request.top).sum())
+        counts.people += len(batch.lengths)
         columns = {
-            "user": users.take(pa.array(found.people)),
-            "item": ids.take(pa.array(found.items)),
-            "title": titles.take(pa.array(found.items)),
-            "rank": pa.array(found.ranks, pa.int32()),
-            "score": pa.array(found.scores, pa.float32(), from_pandas=True),  # NaN becomes null
+            "user": users.take(pa.array(batch.people)),
+            "item": ids.take(pa.array(batch.items)),
+            "title": titles.take(pa.array(batch.items)),
+            "rank": pa.array(batch.ranks, pa.int32()),
+            "score": pa.array(batch.scores, pa.float32(), from_pandas=True),  # NaN becomes null
         }
         yield pa.table([columns[name] for name in schema.names], schema=schema)
 
 
 def _summary(people: People, counts: _Counts, request: BulkRequest) -> str:
-    """What was written and what was not, for people."""
+    """Summary for the log: what was written and what was left out."""
     parts = [f"{counts.people:,} users, {counts.rows:,} rows"]
     if counts.fallbacks:
-        parts.append(f"{counts.fallbacks:,} users of whom nothing is known (popular items, without a score)")
+        parts.append(f"{counts.fallbacks:,} users without a known item (popular items, without a score)")
     if people.unknown_items:
         parts.append(f"{people.unknown_items:,} ordered items unknown to the run and left out")
     if counts.short:

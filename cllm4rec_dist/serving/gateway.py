@@ -1,7 +1,7 @@
-"""The HTTP side of a service on Ray Serve: hands whole requests to the replicas, and again where a replica is lost.
+"""HTTP front end of a service on Ray Serve: sends complete requests to replicas, and retries if a replica dies.
 
-Ray's own proxies give up a request whose replica dies, and send further ones to it until they have noticed. Every
-request here only reads, so it may be answered twice.
+Ray's proxies drop a request whose replica dies, and keep sending requests to it until they notice. Every request here
+is read-only, so retries are safe.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SENT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
-"""What a replica gets of an ASGI scope; the rest is of this process."""
+"""Keys of the ASGI scope that a replica receives; the others are local to this process."""
 _TRIES = 3
 _GRACE_SECONDS = 1.0
-"""More time than a replica has to answer, so that its own refusal arrives."""
+"""Time beyond the replica's limit, so that its own error response arrives."""
 
 HttpAnswer = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers and body."""
 
 
 class Gateway:
-    """ASGI application that has each request answered by a replica.
+    """ASGI application that forwards each request to a replica.
 
     Args:
         replicas: handle of a deployment whose method `answer(scope, body)` returns an `HttpAnswer`.
-        seconds: within which a replica answers.
+        seconds: a replica's time limit for an answer.
     """
 
     def __init__(self, replicas: DeploymentHandle[Any], seconds: float) -> None:
@@ -59,15 +59,17 @@ class Gateway:
         await response(scope, receive, send)
 
     async def _answer(self, scope: Scope, body: bytes) -> HttpAnswer:
-        """The answer of the first replica that lives to give one; RequestError with 503 where none does in time."""
+        """Return the answer of the first replica that gives one. Raises RequestError with status 503 if none does."""
         try:
             async with asyncio.timeout(self._seconds + _GRACE_SECONDS):
                 for _ in range(_TRIES):
                     try:
                         return await self._replicas.answer.remote(scope, body)
                     except (RayActorError, ObjectLostError) as error:
-                        logger.warning("a replica was lost; its request goes to another one (%s)", type(error).__name__)
-            raise _unavailable("lost a replica with every try to answer")
+                        logger.warning(
+                            "a replica was lost; its request is sent to another one (%s)", type(error).__name__
+                        )
+            raise _unavailable("lost a replica at every attempt to answer")
         except (BackPressureError, DeploymentUnavailableError):
             raise _unavailable("has too many requests to answer already") from None
         except TimeoutError:
@@ -85,7 +87,7 @@ def _refuse(error: RequestError) -> Response:
 
 
 async def call_whole(app: ASGIApp, scope: Scope, body: bytes) -> HttpAnswer:
-    """The answer of an ASGI application to a request that is here completely."""
+    """Return the response of an ASGI application to a completely received request."""
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[Message] = []
 

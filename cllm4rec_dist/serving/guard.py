@@ -1,4 +1,4 @@
-"""What holds for every request before any route sees it: sizes, times, headers, counting, and no traceback."""
+"""Middleware for every request: body size and time limits, security headers, metrics, and errors without traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cllm4rec_dist.serving.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 BODY_SECONDS = 10.0
-"""Time within which a request's body has to be here."""
+"""Time limit for receiving a request's body."""
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -33,7 +33,7 @@ class Guard:
     """ASGI middleware around the whole application.
 
     Args:
-        paths: that the application has; others are counted together, so that nobody can make up labels.
+        paths: paths of the application; all others share one metric label, so that clients cannot create labels.
     """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry, paths: Collection[str]) -> None:
@@ -74,17 +74,17 @@ FAILED = request_error("service", "failed to answer", "Send the request again; t
 
 
 def add_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Headers of an answer with those for security that it lacks."""
+    """Add missing security headers to the headers of a response."""
     given = list(headers)
     names = {name.lower() for name, _ in given}
     return [*given, *(header for header in [*_HEADERS, *_API_HEADERS] if header[0] not in names)]
 
 
 async def read_body(scope: Scope, receive: Receive) -> bytes:
-    """The whole body of a request.
+    """Read the whole body of a request.
 
     Raises:
-        RequestError: for one that is too large or too slow.
+        RequestError: if it is too large or too slow.
     """
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
@@ -96,7 +96,7 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
-                    break  # the client is gone: the application will see it
+                    break  # the client has disconnected: the application will notice
                 chunks.append(message.get("body", b""))
                 size += len(chunks[-1])
                 if size > MAX_BODY_BYTES:
@@ -111,7 +111,7 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that has been read, then what comes."""
+    """Return a `receive` that replays a body already read, then continues with the original."""
     whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,7 +1,7 @@
-"""Files of later orders: CSV, JSON lines or Parquet with a user and an item in each row, and perhaps a time.
+"""Files of later orders: CSV, JSON lines or Parquet with a user, an item and optionally a time in each row.
 
-Read by the readers that `prepare` uses, so that encodings, separators, dirty lines and ids are treated as they were
-when the corpus was built. Columns are found by their names. Nothing here imports torch.
+They are read like the raw data of `prepare`, so that encodings, separators, dirty lines and ids are treated as when the
+corpus was built. Columns are detected by their names. Without torch.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _NAMES = {
     "time": "time timestamp date datetime orderdate ordertime orderedat boughtat purchasedate purchasedat createdat"
     " created when day datum zeit ts unixtime unixreviewtime invoicedate eventtime",
 }
-"""Usual names of columns, in lower case and without anything but letters, the likelier ones first."""
+"""Usual column names, lower case letters only, most likely first."""
 _SEPARATORS = ",;\t|"
 _SAMPLE = 1000
-"""First times by which the recipe's format is tried."""
+"""Number of times with which the recipe's time format is tried."""
 Columns = tuple[str, str, str | None]
 
 
 @dataclass(frozen=True)
 class HistoryFormat:
-    """What the user says of the file: names of columns, and how it is written; None finds it."""
+    """Format of the file as given by the user; None means to detect it."""
 
     user_column: str | None = None
     item_column: str | None = None
@@ -63,19 +63,19 @@ class HistoryFormat:
 def read_histories(
     path: str, given: HistoryFormat | None = None, recipe: OrderColumns | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """Items of each user, by external ids, users in the order in which the file first names them.
+    """Read the item ids of each user, by external id, users in order of first appearance.
 
-    A user's items are in the order of time, or in that of the lines where there is no column of times.
+    A user's items are in order of time, or in file order if there is no time column.
 
     Args:
         path: file, pattern or folder of parts.
-        given: what the user says of it.
-        recipe: names of columns in the files that the corpus was made of, which come first where the file has them;
-            other columns are found by their usual names.
+        given: format as given by the user.
+        recipe: column names of the corpus' raw data, which are preferred if the file has them; other columns are
+            detected by their usual names.
 
     Raises:
-        DataError: for a file that cannot be read, or without a usable row.
-        ConfigError: for columns that are not there or cannot be found, and for one column given twice.
+        DataError: if the file cannot be read or has no usable row.
+        ConfigError: if a column is missing or cannot be detected, or one column is given twice.
     """
     try:
         raw = _read(path, given or HistoryFormat(), recipe)
@@ -83,11 +83,11 @@ def read_histories(
         raise _with_options(error) from None
     for reason, count in raw.log.counts.items():
         logger.info("%s: left out %d x %s", path, count, reason)
-    return _grouped(raw)
+    return _group_by_user(raw)
 
 
 def _read(path: str, given: HistoryFormat, recipe: OrderColumns | None) -> RawData:
-    """The file's interactions, by the reader of `prepare`."""
+    """Read the file's interactions with the reader of `prepare`."""
     written = {"path": path, "separator": given.separator, "encoding": given.encoding}
     validate(TableFile, written, "--history")
     file = _first_file(path)
@@ -100,8 +100,8 @@ def _read(path: str, given: HistoryFormat, recipe: OrderColumns | None) -> RawDa
     return read_table(TableSource(format="table", interactions=table))
 
 
-def _grouped(raw: RawData) -> dict[str, tuple[str, ...]]:
-    """Items of each user; an unknown time counts as the oldest, as in `prepare`."""
+def _group_by_user(raw: RawData) -> dict[str, tuple[str, ...]]:
+    """Group items by user; an unknown time counts as the oldest, as in `prepare`."""
     frame = raw.interactions.with_columns(pl.col("timestamp").fill_nan(-np.inf))
     first = frame.group_by("user").agg(pl.col("position").min().alias("first"))
     frame = frame.sort("timestamp", "position", maintain_order=True)
@@ -119,7 +119,7 @@ def _first_file(path: str) -> RawFile:
 
 
 def _recipe_format(file: RawFile, table: InteractionTable, recipe: OrderColumns | None) -> str | None:
-    """The recipe's format of times, if the file's first times are written in it."""
+    """Return the recipe's time format if it parses the file's first times, else None."""
     if recipe is None or recipe.time_format is None or table.timestamp is None:
         return None
     log = SkipLog("skip", max_lost=1.0)
@@ -132,7 +132,7 @@ def _recipe_format(file: RawFile, table: InteractionTable, recipe: OrderColumns 
 
 
 def _with_options(error: DataError) -> DataError:
-    """An error about the file that also names the option that decides it."""
+    """Add the command line option to the cure of an error about the file."""
     keys = [key for key in ("time_format", "encoding", "separator") if key in error.cure]
     option = f" (recommend: --{keys[0].replace('_', '-')})" if keys else ""
     return DataError(error.field, error.value, error.constraint, f"{error.cure.rstrip()}{option}")
@@ -145,28 +145,30 @@ def _columns(path: str, file: RawFile, given: HistoryFormat, recipe: OrderColumn
     if recipe is not None:
         usual = {"user": recipe.user, "item": recipe.item, "time": recipe.timestamp}
         usual = {role: name if name in names and name not in named.values() else None for role, name in usual.items()}
-    found: dict[str, str | None] = {}
+    columns: dict[str, str | None] = {}
     for role, name in named.items():
         if name is not None and name not in names:
             likely = similar_ids(name, names)
             hint = f"Did you mean {', '.join(likely)}?" if likely else "Name one of them."
-            raise ConfigError(f"--{role}-column", name, f"is no column of {path}, which has {', '.join(names)}", hint)
-        taken = {*found.values(), *named.values(), *usual.values()}
-        found[role] = name or usual[role] or _guess(role, [each for each in names if each not in taken])
-    _require_different(found)
+            raise ConfigError(
+                f"--{role}-column", name, f"is not a column of {path}, which has {', '.join(names)}", hint
+            )
+        used = {*columns.values(), *named.values(), *usual.values()}
+        columns[role] = name or usual[role] or _guess(role, [each for each in names if each not in used])
+    _require_different(columns)
     for role in ("user", "item"):
-        if found[role] is None:
+        if columns[role] is None:
             raise ConfigError(
                 f"--{role}-column",
                 path,
                 f"has no column with a usual name of {role}s, only {', '.join(names)}",
                 f"Name the column of {role} ids: --{role}-column NAME.",
             )
-    return str(found["user"]), str(found["item"]), found["time"]
+    return str(columns["user"]), str(columns["item"]), columns["time"]
 
 
 def _require_different(columns: Mapping[str, str | None]) -> None:
-    """Refuse one column for two of users, items and times."""
+    """Reject a column that has two of the roles user, item and time."""
     for role, other in combinations(columns, 2):
         if columns[role] is not None and columns[role] == columns[other]:
             raise ConfigError(
@@ -178,13 +180,13 @@ def _require_different(columns: Mapping[str, str | None]) -> None:
 
 
 def _guess(role: str, names: list[str]) -> str | None:
-    """The column with the likeliest of the usual names."""
+    """Return the column with the most likely of the usual names, if any."""
     plain = {re.sub(r"[\W_\d]+", "", name).casefold(): name for name in reversed(names)}
     return next((plain[usual] for usual in _NAMES[role].split() if usual in plain), None)
 
 
 def _column_names(file: RawFile, given: HistoryFormat, recipe: OrderColumns | None) -> list[str]:
-    """Names of a file's columns, those that its folders name included."""
+    """Column names of a file, including partition columns of its folders."""
     encoding = given.encoding or "auto"
     kind = find_kind(file.path, encoding)
     if kind == "parquet":

@@ -1,7 +1,4 @@
-"""The items of a run by row: external ids, titles, categories, popularity, and search by title or id.
-
-Nothing here imports torch.
-"""
+"""Item catalog of a run: external ids, titles, categories, popularity, and search by title or id. Without torch."""
 
 from __future__ import annotations
 
@@ -24,21 +21,21 @@ if TYPE_CHECKING:
 _ACCENTS = re.compile("[\u0300-\u036f]")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _LAST = chr(0x10FFFF)
-"""No text that begins with P sorts behind P with this character."""
+"""Largest code point: no text with prefix P sorts after P followed by it."""
 _HAN_AND_KANA = r"\u{3040}-\u{30FF}\u{3400}-\u{9FFF}"
-"""Written without blanks between words, so each character counts as one."""
+"""Scripts without spaces between words; each character counts as a word."""
 _WORDS = rf"[{_HAN_AND_KANA}]|[\w--[{_HAN_AND_KANA}]]+"
 
 
 @dataclass(frozen=True)
 class ItemCatalog:
-    """The items of a run, by row.
+    """Items of a run, by row.
 
     Attributes:
         ids: I external ids.
-        titles: I titles, "" where an item has none.
-        categories: I categories, "" where an item has none; None where the corpus has no categories.
-        popularity: int64 [I] training interactions.
+        titles: I titles, "" for an item without one.
+        categories: I categories, "" for an item without one; None if the corpus has no categories.
+        popularity: int64 [I] numbers of training interactions.
     """
 
     ids: Sequence[str]
@@ -47,8 +44,8 @@ class ItemCatalog:
     popularity: np.ndarray
 
     @classmethod
-    def of(cls, corpus: Corpus) -> ItemCatalog:
-        """The items of a corpus."""
+    def from_corpus(cls, corpus: Corpus) -> ItemCatalog:
+        """Read the items of a corpus."""
         table = corpus.items()
         categories = None
         if "category" in table.column_names:
@@ -64,15 +61,15 @@ class ItemCatalog:
 
     @cached_property
     def by_popularity(self) -> np.ndarray:
-        """int64 [I] rows, the most popular first; equal ones in the order of the rows."""
+        """int64 [I] rows, most popular first; ties in row order."""
         return np.argsort(-self.popularity, kind="stable")
 
     def rows(self, items: Iterable[str]) -> list[int]:
-        """Rows of those of `items` that the run knows."""
+        """Return the rows of the known ids among `items`."""
         return [row for item in items if (row := self.row_of.get(item)) is not None]
 
     def candidates(self, only: Collection[str] | None, exclude: Collection[str]) -> np.ndarray | None:
-        """bool [I] of the items to choose from; None for all of them."""
+        """Return a bool [I] mask of the items to choose from; None for all items."""
         if only is None and not exclude:
             return None
         mask = np.full(len(self.ids), only is None)
@@ -81,16 +78,16 @@ class ItemCatalog:
         return mask
 
     def row(self, item: str) -> int | None:
-        """Row of an external id; None for one that the run does not know."""
+        """Return the row of an external id; None for an unknown id."""
         return self.row_of.get(item)
 
     def search(self, query: str, limit: int = 10) -> list[int]:
-        """Rows of the items that a search finds, best first.
+        """Return the rows of the items that match `query`, best first.
 
-        An item is found where every word of `query` is in its title, or where its id begins with `query`; the last word
-        may be the beginning of one. Case and accents are ignored, and a ligature is its letters. An item whose id is
-        the query comes first; then items that have the last word whole, items that have its beginning, and ids, each
-        by popularity; ids before titles where the query has punctuation.
+        An item matches if its title contains every word of `query`, the last of which may be a prefix, or if its id
+        begins with `query`. Case and accents are ignored, and ligatures are expanded. An item whose id equals the query
+        comes first, then titles with the complete last word, titles with the prefix, and ids, each by popularity. If
+        the query has punctuation, ids come before titles.
         """
         query = query.strip()
         if not query:
@@ -99,11 +96,11 @@ class ItemCatalog:
         words = _words([query])[0].to_list()
         titles = self._titled(words, limit + 1) if words else []
         ids = self._sorted(self._identified(query))[: limit + 1]
-        found = ids + titles if _PUNCTUATION.search(query) else titles + ids
-        return list(dict.fromkeys(exact + found))[:limit]
+        matches = ids + titles if _PUNCTUATION.search(query) else titles + ids
+        return list(dict.fromkeys(exact + matches))[:limit]
 
     def titled(self, query: str) -> list[int]:
-        """Rows of all items that have every word of `query` in their titles, whole, the most popular first."""
+        """Return the rows of all items whose titles contain every word of `query`, most popular first."""
         words = _words([query])[0].to_list()
         return self._sorted(self._with_all(words)) if words else []
 
@@ -118,7 +115,7 @@ class ItemCatalog:
         return (best + self._sorted(before & beginning & ~whole))[:limit]
 
     def _identified(self, prefix: str) -> np.ndarray:
-        """bool [I] where an id begins with `prefix`."""
+        """bool [I], True if an id begins with `prefix`."""
         ids, rows = self._sorted_ids
         start, stop = _prefixed(ids, _folded([prefix])[0])
         kept = np.zeros(len(self.ids), dtype=bool)
@@ -126,30 +123,30 @@ class ItemCatalog:
         return kept
 
     def _with_all(self, words: list[str]) -> np.ndarray:
-        """bool [I] where a title has all of `words`."""
+        """bool [I], True if a title contains all of `words`."""
         vocabulary, rows = self._index
         kept = np.ones(len(self.ids), dtype=bool)
         for word in words:
-            place = vocabulary.search_sorted(word)
+            position = vocabulary.search_sorted(word)
             has = np.zeros(len(self.ids), dtype=bool)
-            if place < len(vocabulary) and vocabulary[place] == word:
-                has[rows[place]] = True
+            if position < len(vocabulary) and vocabulary[position] == word:
+                has[rows[position]] = True
             kept &= has
         return kept
 
     def _sorted(self, kept: np.ndarray) -> list[int]:
-        found = np.flatnonzero(kept)
-        return found[np.argsort(-self.popularity[found], kind="stable")].tolist()
+        rows = np.flatnonzero(kept)
+        return rows[np.argsort(-self.popularity[rows], kind="stable")].tolist()
 
     @cached_property
     def _sorted_ids(self) -> tuple[pl.Series, np.ndarray]:
-        """Folded ids, sorted, and the row of each. Made at the first search."""
+        """Sorted folded ids and their rows, built at the first search."""
         pairs = pl.DataFrame({"id": _folded(self.ids), "row": np.arange(len(self.ids))}).sort("id")
         return pairs["id"], pairs["row"].to_numpy()
 
     @cached_property
     def _index(self) -> tuple[pl.Series, Ragged]:
-        """Distinct words of the titles, sorted, and the rows of each word's items. Made at the first search."""
+        """Inverted index: sorted distinct title words and the item rows of each, built at the first search."""
         pairs = pl.DataFrame({"word": _words(self.titles), "row": np.arange(len(self.ids))})
         pairs = pairs.explode("word").drop_nulls().unique().sort("word", "row")
         words = pairs["word"].unique(maintain_order=True)
@@ -158,12 +155,12 @@ class ItemCatalog:
 
 
 def _words(texts: Sequence[str]) -> pl.Series:
-    """The words of each text, folded."""
+    """Split each text into folded words."""
     return _folded(texts).str.extract_all(_WORDS)
 
 
 def _folded(texts: Sequence[str]) -> pl.Series:
-    """Each text case folded, without accents, and with Latin letters that have none in ASCII spelt out (œ, ø, ł)."""
+    """Case-fold each text, strip accents, and transliterate other Latin letters to ASCII (œ, ø, ł)."""
     text = unicodedata.normalize("NFKD", "\n".join(text.replace("\n", " ") for text in texts).casefold())
     text = _ACCENTS.sub("", text)
     for letter in set(text):
@@ -173,5 +170,5 @@ def _folded(texts: Sequence[str]) -> pl.Series:
 
 
 def _prefixed(ordered: pl.Series, prefix: str) -> tuple[int, int]:
-    """The range of sorted texts that begin with `prefix`."""
+    """Range of the sorted texts that begin with `prefix`."""
     return int(ordered.search_sorted(prefix)), int(ordered.search_sorted(prefix + _LAST))

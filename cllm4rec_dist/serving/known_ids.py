@@ -1,4 +1,4 @@
-"""Users and items of a run by external id, read without torch: a mistyped id is refused at once."""
+"""External ids of a run's users and items, read without torch, so that a mistyped id is rejected at once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ logger = logging.getLogger(__name__)
 
 LATER_ORDERS = "Give --history FILE for people who came later, or --skip-unknown-users to leave them out."
 _SHOWN = 10
-"""Items that a message names."""
+"""Number of items that an error message lists."""
 
 
 @dataclass(frozen=True)
 class KnownIds:
-    """External ids of users, those without rows last, and the items, whose popularity is not read.
+    """External ids of a run.
 
-    `order_columns` is what the corpus' recipe calls the columns of orders, None where that is not known.
+    Attributes:
+        users: ids of users, those without rows last.
+        items: catalog without categories and popularity.
+        order_columns: column names of orders in the corpus' recipe; None if they are not recorded.
     """
 
     users: list[str]
@@ -37,14 +40,14 @@ class KnownIds:
 
 
 def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
-    """The ids of a run's corpus, which is found by the run's best checkpoint.
+    """Read the ids of the corpus that is recorded in a run's best checkpoint.
 
     Args:
-        run: as `checkpoint_search.find` takes it.
-        corpus: where the corpus is now, if not where the run says.
+        run: as for `find_run.find`.
+        corpus: current path of the corpus, if it differs from the recorded one.
 
     Raises:
-        CLLM4RecError: where there is no checkpoint or corpus, or it cannot be read.
+        CLLM4RecError: if there is no checkpoint or corpus, or it cannot be read.
     """
     url = corpus or _corpus_of(run)
     users, items = _table(url, "users"), _table(url, "items")
@@ -58,7 +61,7 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
 
 
 def _corpus_of(run: str) -> str:
-    """Where the corpus of a run's checkpoint is. What is wrong with its configuration the ranks will say."""
+    """Path of the corpus of a run's best checkpoint. Its configuration is validated later, by the ranks."""
     store, names = find(run)
     marker = store.marker(names[0])
     state = json.loads(store.fetch(names[0], "state.json", marker.files["state.json"]).read_bytes())
@@ -67,7 +70,7 @@ def _corpus_of(run: str) -> str:
 
 
 def _table(url: str, kind: str) -> pl.DataFrame:
-    # By polars: a process that ends soon after pyarrow has read Parquet is aborted by pyarrow's threads now and then.
+    # polars: pyarrow's threads sometimes abort a process that exits soon after reading Parquet.
     manifest, _ = load_manifest(url)
     fs, root = locate("corpus", url, CorpusError)
     (entry,) = manifest.of_kind(kind)
@@ -79,10 +82,10 @@ def _table(url: str, kind: str) -> pl.DataFrame:
 
 
 def unknown_error(field: str, unknown: Sequence[str], known: Sequence[str], kind: str, cure: str) -> CLLM4RecError:
-    """That ids are not of the run, with those that may be meant."""
+    """Return the error for ids that are not in the run, with similar ids that are."""
     shown = list(unknown[:5])
     hints = {name: similar_ids(name, known) for name in shown}
-    likely = "; ".join(f"{' or '.join(found)} for {name}" for name, found in hints.items() if found)
+    likely = "; ".join(f"{' or '.join(similar)} for {name}" for name, similar in hints.items() if similar)
     if len(shown) == 1 and likely:
         likely = " or ".join(hints[shown[0]])
     value = shown[0] if len(unknown) == 1 else shown
@@ -92,12 +95,12 @@ def unknown_error(field: str, unknown: Sequence[str], known: Sequence[str], kind
 
 
 def require_joined_items(field: str, ordered: Iterable[str], items: ItemCatalog) -> None:
-    """Refuse orders of which no item is in the catalog, and warn where fewer than half of them are, as `prepare` does.
+    """Reject orders without any item of the catalog, and warn if fewer than half are in it, as `prepare` does.
 
-    Ids that a spreadsheet has rewritten (leading zeros, 8.4E+09) would otherwise make lists as if nothing was ordered.
+    Otherwise ids rewritten by a spreadsheet (leading zeros, 8.4E+09) would silently count as no orders.
 
     Raises:
-        DataError: with an id of each side.
+        DataError: with an example id from the orders and from the catalog.
     """
     distinct = list(dict.fromkeys(ordered))
     known = set(items.ids)
@@ -118,23 +121,23 @@ def require_joined_items(field: str, ordered: Iterable[str], items: ItemCatalog)
 
 
 def find_item(field: str, text: str, items: ItemCatalog) -> str:
-    """The id of an item that an id means, or words of its title.
+    """Return the id of the item with this id, or whose title contains these words.
 
     Raises:
-        DataError: where no item has all of the words in its title, or several have.
+        DataError: if no title, or more than one, contains all of the words.
     """
     if items.row(text) is not None:
         return text
-    found = items.titled(text)
-    same = [row for row in found if items.titles[row].casefold() == text.strip().casefold()]
-    if len(same) == 1 or len(found) == 1:
-        return items.ids[(same or found)[0]]
-    if found:
-        shown = "".join(f"\n  {items.ids[row]}  {items.titles[row]}" for row in found[:_SHOWN])
-        more = f"\n  and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-        raise DataError(field, text, f"is in the titles of {len(found):,} items", f"Give the id of one:{shown}{more}")
+    rows = items.titled(text)
+    same = [row for row in rows if items.titles[row].casefold() == text.strip().casefold()]
+    if len(same) == 1 or len(rows) == 1:
+        return items.ids[(same or rows)[0]]
+    if rows:
+        shown = "".join(f"\n  {items.ids[row]}  {items.titles[row]}" for row in rows[:_SHOWN])
+        more = f"\n  and {len(rows) - _SHOWN:,} more" if len(rows) > _SHOWN else ""
+        raise DataError(field, text, f"is in the titles of {len(rows):,} items", f"Give the id of one:{shown}{more}")
     cure = "Give an id, or words of its title."
-    begun = items.search(text, 3)
-    if begun:
-        cure = f"Did you mean {' or '.join(f'{items.ids[row]} ({items.titles[row]})' for row in begun)}?"
+    similar = items.search(text, 3)
+    if similar:
+        cure = f"Did you mean {' or '.join(f'{items.ids[row]} ({items.titles[row]})' for row in similar)}?"
     raise unknown_error(field, [text], items.ids, "item", cure)

@@ -1,8 +1,8 @@
-"""The recommender in use, and its replacement when the run has a better checkpoint.
+"""The recommender in use, replaced when its run has a better checkpoint.
 
-A new checkpoint is loaded beside the one in use, has to answer a query, and only then takes its place; batches that run
-meanwhile finish on the old one, so no request is lost. One that cannot be loaded is reported and tried again later,
-with growing pauses; the old one serves on. During a change both are in memory.
+A new checkpoint is loaded while the current one serves, and replaces it after answering a test query. Running batches
+finish on the old one, so no request is lost. If loading fails, the error is logged and loading is retried with
+exponential backoff, while the old checkpoint keeps serving. During a change both are in memory.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Outcome = Literal["unchanged", "loaded", "failed"]
 
 @dataclass(frozen=True)
 class Served:
-    """A recommender with what is looked up beside it.
+    """A recommender with its categories.
 
     Attributes:
-        items_of: item ids by category; empty where the run has no categories.
+        items_of: item ids by category; empty if the run has no categories.
     """
 
     recommender: Recommender
     items_of: Mapping[str, frozenset[str]]
 
     def category(self, item: str) -> str | None:
-        """Category of an item of the run; None where it has none."""
+        """Return the category of an item; None if it has none."""
         categories = self.recommender.items.categories
         row = self.recommender.items.row(item)
         return None if categories is None or row is None else categories[row] or None
@@ -49,82 +49,82 @@ def _by_category(recommender: Recommender) -> dict[str, frozenset[str]]:
     for item, category in zip(items.ids, items.categories or (), strict=items.categories is not None):
         if category:
             grouped.setdefault(category, []).append(item)
-    return {category: frozenset(found) for category, found in grouped.items()}
+    return {category: frozenset(ids) for category, ids in grouped.items()}
 
 
 class LiveRecommender:
-    """A recommender that follows its run.
+    """A recommender that follows the best checkpoint of its run.
 
     Args:
-        load: reads the checkpoint at a path.
-        best: path of the checkpoint to use now, and a fingerprint of its contents; None where there is none.
-        path: what to load first: the run, which may fall back on an earlier checkpoint where its best is damaged.
+        load: loads the checkpoint at a path.
+        best: returns the path and a content fingerprint of the best checkpoint; None if there is none.
+        path: path to load first. A run's path falls back to an earlier checkpoint if the best one is damaged.
 
     Attributes:
-        current: what answers; a caller keeps one for as long as its request takes.
+        current: recommender in use; a request keeps its reference until it is answered.
 
     Raises:
-        CLLM4RecError: where there is nothing to start with.
+        CLLM4RecError: if no checkpoint can be loaded.
     """
 
     def __init__(
         self, load: Callable[[str], Recommender], best: Callable[[], tuple[str, str] | None], path: str
     ) -> None:
         self._load, self._best = load, best
-        found = best()
-        self.current = self._ready(path)
-        loaded_best = found is not None and found[0].rpartition("/")[2] == self.info.checkpoint
-        self._using = found if loaded_best else None
+        candidate = best()
+        self.current = self._load_and_warm_up(path)
+        loaded_best = candidate is not None and candidate[0].rpartition("/")[2] == self.info.checkpoint
+        self._using = candidate if loaded_best else None
         self._failed: tuple[str, str] | None = None
         self._failures, self._next_try = 0, 0.0
         self._last_message = ""
 
     @property
     def info(self) -> RunInfo:
-        """What is in use."""
+        """Description of the checkpoint in use."""
         return self.current.recommender.info
 
-    def _ready(self, path: str) -> Served:
-        """A recommender that has answered and searched once, so that its first request is as fast as the others."""
+    def _load_and_warm_up(self, path: str) -> Served:
+        """Load a recommender and warm it up with a query and a search, so that its first request is fast."""
         recommender = self._load(path)
         recommender.answer([Query(history=tuple(recommender.items.ids[:1]), top=1)])
         recommender.items.search("a", 1)
         return Served(recommender, _by_category(recommender))
 
     def check(self, pause_seconds: float) -> Outcome:
-        """Take up the run's best checkpoint if it is not the one in use. Blocks while it loads.
+        """Switch to the run's best checkpoint if it is not in use yet. Blocks while it loads.
 
         Args:
-            pause_seconds: before a checkpoint that failed is tried again; doubles each time.
+            pause_seconds: base delay before a failed checkpoint is retried; doubles with each failure.
         """
         try:
-            found = self._best()
+            candidate = self._best()
         except CLLM4RecError as error:
             if str(error) != self._last_message:
                 logger.warning("cannot look for a new checkpoint: %s", error)
             self._last_message = str(error)
             return "unchanged"
-        if found is None or found == self._using:
+        if candidate is None or candidate == self._using:
             return "unchanged"
-        if found == self._failed and time.monotonic() < self._next_try:
+        if candidate == self._failed and time.monotonic() < self._next_try:
             return "unchanged"
         try:
-            self.current = self._ready(found[0])
-        except Exception as error:  # whatever it is: the old checkpoint serves on
-            self._report_failure(found, error, pause_seconds)
+            self.current = self._load_and_warm_up(candidate[0])
+        except Exception as error:  # whatever it is: the old checkpoint keeps serving
+            self._report_failure(candidate, error, pause_seconds)
             return "failed"
-        self._using, self._failed, self._failures = found, None, 0
-        logger.info("now serving %s, step %d", found[0], self.info.step)
+        self._using, self._failed, self._failures = candidate, None, 0
+        logger.info("now serving %s, step %d", candidate[0], self.info.step)
         return "loaded"
 
-    def _report_failure(self, found: tuple[str, str], error: Exception, pause_seconds: float) -> None:
-        self._failures = self._failures + 1 if found == self._failed else 1
-        self._failed = found
+    def _report_failure(self, candidate: tuple[str, str], error: Exception, pause_seconds: float) -> None:
+        self._failures = self._failures + 1 if candidate == self._failed else 1
+        self._failed = candidate
         pause = min(pause_seconds * 2**self._failures, MAX_PAUSE_SECONDS)
         self._next_try = time.monotonic() + pause
         logger.error(
-            "NEW CHECKPOINT NOT USED: %s (%s); step %d is served on; next try in %.0f s",
-            found[0],
+            "NEW CHECKPOINT NOT USED: %s (%s); still serving step %d; next attempt in %.0f s",
+            candidate[0],
             error,
             self.info.step,
             pause,
@@ -132,7 +132,7 @@ class LiveRecommender:
         )
 
     async def watch(self, every_seconds: float, observe: Callable[[Outcome], object]) -> None:
-        """Check for ever, in a thread; ends when it is cancelled."""
+        """Check periodically in a thread until cancelled."""
         while True:
             await asyncio.sleep(every_seconds)
             observe(await asyncio.to_thread(self.check, every_seconds))

@@ -1,4 +1,4 @@
-"""How a run is served: the settings that `cllm4rec serve` and `serve run` share, and the limits of a request."""
+"""Settings of the service, shared by `cllm4rec serve` and `serve run`, and limits of a request."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from cllm4rec_dist.config import StrictModel
 
 MAX_BODY_BYTES = 1_000_000
 MAX_HISTORY = 1_000
-"""Items of a history that a request may send."""
+"""Maximum number of history items in a request."""
 MAX_TOP = 100
 MAX_IDS = 10_000
-"""Ids that a request may exclude, or choose from."""
+"""Maximum number of ids that a request may exclude or choose from."""
 MAX_ID_LENGTH = 1_000
 MAX_EXPLAINED = 100
-"""Items of a history that can be explained: each costs a forward."""
+"""Maximum number of history items for `explain`; each costs a forward."""
 MAX_CATEGORIES = 100
 MAX_QUERY_LENGTH = 200
-"""Characters of a search."""
+"""Maximum length of a search, in characters."""
 MAX_FOUND = 50
-"""Items that a search lists."""
+"""Maximum number of items that a search lists."""
 
 
 class ServiceOptions(StrictModel):
@@ -28,20 +28,20 @@ class ServiceOptions(StrictModel):
     run: str
     """Run folder or URL, folder of one checkpoint, or project folder."""
     backbone: str | None = None
-    """Where the backbone is now, if not where the run says."""
+    """Current path of the backbone, if it differs from the one in the run."""
     corpus: str | None = None
-    """Where the corpus is now, if not where the run says."""
+    """Current path of the corpus, if it differs from the one in the run."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the model; more than one needs Ray Serve."""
     max_batch: int = Field(default=64, ge=1)
-    """Requests that one forward answers at most."""
+    """Maximum number of requests in a forward."""
     max_waiting: int = Field(default=256, ge=1)
-    """Requests that a replica holds at a time, running and waiting; further ones are answered with 503."""
+    """Maximum number of running and waiting requests of a replica; further ones get status 503."""
     timeout_seconds: float = Field(default=10.0, gt=0)
-    """Time within which a request is answered, or given up with 503."""
+    """Time limit of a request; after it the answer is status 503."""
     check_seconds: float = Field(default=10.0, gt=0)
-    """Time between looks for a new checkpoint."""
+    """Interval between checks for a new checkpoint."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the model; as many as there are cores if left out, and one for each replica of Ray Serve."""
+    """CPU threads of the model. Default: all cores, or one per replica on Ray Serve."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of a replica under Ray Serve; a fraction shares one."""
+    """GPUs per replica on Ray Serve; a fraction shares a GPU."""

@@ -1,6 +1,6 @@
-"""The page and the OpenAPI page: files of the package, read once and served from memory.
+"""The web page and the OpenAPI page: files of the package, read once and served from memory.
 
-Neither loads anything from elsewhere. Swagger UI comes from the package fastapi-offline.
+Neither loads external resources. Swagger UI comes from the package fastapi-offline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PAGE = (
 _DOCS = _PAGE.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
     "img-src 'self'", "img-src 'self' data:"
 )
-"""Swagger UI styles its elements inline and has images in its style sheet."""
+"""Swagger UI uses inline styles, and data: images in its style sheet."""
 
 
 class _File(NamedTuple):
@@ -42,7 +42,7 @@ _FILES = {
 
 
 def add_pages(app: FastAPI) -> None:
-    """Add the routes of all files to an application."""
+    """Add a route for each file to an application."""
     for path, file in _FILES.items():
         app.add_api_route(path, _serve(file), methods=["GET", "HEAD"], include_in_schema=False)
 

@@ -1,4 +1,4 @@
-"""Who gets a list: users of the run, people who came later, and what each of them has had.
+"""People who get a list: users of the run and people who came later, each with a history.
 
 Legend: n people.
 """
@@ -27,9 +27,9 @@ class People:
     Attributes:
         names: external ids.
         rows: int64 [n] user rows; -1 for people without one.
-        histories: n rows of distinct items, oldest first.
-        unknown_items: items of later orders that the run does not know, counted once a person.
-        unknown_users: people of whom nothing is known, who were left out.
+        histories: distinct items of each person, oldest first.
+        unknown_items: unknown items of later orders, counted once per person.
+        unknown_users: people without a row or an order, who were left out.
     """
 
     names: list[str]
@@ -41,11 +41,11 @@ class People:
 
 @dataclass(frozen=True)
 class CorpusPeople:
-    """Everyone in a corpus: the users with rows, and behind them the new users, whom a split holds out whole.
+    """Everyone in a corpus: users with rows, then the new users, whom the split holds out entirely.
 
     Attributes:
         names: external ids.
-        num_known: how many have rows; their positions are these.
+        num_known: number of users with rows; their positions are their rows.
         histories: distinct items of each, oldest first.
     """
 
@@ -54,11 +54,11 @@ class CorpusPeople:
     histories: Ragged
 
     @classmethod
-    def of(cls, corpus: Corpus, known_items: KnownItems = "all") -> CorpusPeople:
-        """Read them.
+    def from_corpus(cls, corpus: Corpus, known_items: KnownItems = "all") -> CorpusPeople:
+        """Read the people of a corpus.
 
         Args:
-            known_items: what counts as somebody's: everything, or what predictions are evaluated from.
+            known_items: items of a history: all, or only those from which evaluation predicts.
         """
         known, new = corpus.users()["user"].to_pylist(), corpus.new_users()["user"].to_pylist()
         if known_items == "train":
@@ -73,7 +73,7 @@ class CorpusPeople:
         return {name: position for position, name in enumerate(self.names)}
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """int64 user rows, -1 for people without one and for positions outside."""
+        """Return int64 user rows; -1 for people without one and for positions out of range."""
         return np.where(positions < self.num_known, positions, -1)
 
 
@@ -85,41 +85,41 @@ def gather_people(
     *,
     skip_unknown: bool = False,
 ) -> People:
-    """The people that are asked for.
+    """Collect the people to recommend for, with their histories.
 
     Args:
-        users: external ids, of which one that is named twice counts once. None for those of `orders`, and without
-            orders for everyone in the corpus.
-        orders: later orders by user, oldest first. They go behind what the corpus has of a user.
-        known_items: what of the corpus counts as a user's: everything, or the training items alone.
-        skip_unknown: leave out people of whom nothing is known instead of refusing them.
+        users: external ids; duplicates count once. None for the users of `orders`, or everyone in the corpus if there
+            are no orders.
+        orders: later orders by user, oldest first. They are appended to the user's items in the corpus.
+        known_items: corpus items of a history: all, or the training items only.
+        skip_unknown: leave out people who are neither in the corpus nor in `orders` instead of raising.
 
     Raises:
-        DataError: for people of whom nothing is known.
+        DataError: for people who are neither in the corpus nor in `orders`.
     """
-    people = CorpusPeople.of(corpus, known_items)
+    people = CorpusPeople.from_corpus(corpus, known_items)
     if users is None and orders is None:
         return People(people.names, people.rows(np.arange(len(people.names))), people.histories, 0, [])
     orders, position_of = orders or {}, people.position_of
-    wanted = list(dict.fromkeys(orders if users is None else users))
-    nobody = [name for name in wanted if name not in position_of and name not in orders]
-    if nobody and not skip_unknown:
-        raise unknown_error("users", nobody, people.names, "user", LATER_ORDERS)
-    names = [name for name in wanted if name in position_of or name in orders]
+    requested = list(dict.fromkeys(orders if users is None else users))
+    unknown_users = [name for name in requested if name not in position_of and name not in orders]
+    if unknown_users and not skip_unknown:
+        raise unknown_error("users", unknown_users, people.names, "user", LATER_ORDERS)
+    names = [name for name in requested if name in position_of or name in orders]
     outside = len(people.names)
     positions = np.array([position_of.get(name, outside) for name in names], dtype=np.int64)
-    had = _with_nobody(people.histories).take(positions)
-    later, unknown = _item_rows(corpus, [orders.get(name, ()) for name in names])
-    return People(names, people.rows(positions), _distinct(had, later), unknown, nobody)
+    histories = _with_empty_row(people.histories).take(positions)
+    later, unknown_items = _item_rows(corpus, [orders.get(name, ()) for name in names])
+    return People(names, people.rows(positions), _distinct(histories, later), unknown_items, unknown_users)
 
 
-def _with_nobody(had: Ragged) -> Ragged:
-    """The same with one more row, an empty one."""
-    return Ragged(np.append(had.offsets, had.offsets[-1]), had.values)
+def _with_empty_row(histories: Ragged) -> Ragged:
+    """Append an empty row."""
+    return Ragged(np.append(histories.offsets, histories.offsets[-1]), histories.values)
 
 
 def _item_rows(corpus: Corpus, orders: Sequence[Sequence[str]]) -> tuple[list[list[int]], int]:
-    """Item rows of orders, and how many items are unknown."""
+    """Item rows of orders, and the number of unknown items."""
     if not any(orders):
         return [[] for _ in orders], 0
     row_of = {name: row for row, name in enumerate(corpus.items()["item"].to_pylist())}
@@ -127,8 +127,8 @@ def _item_rows(corpus: Corpus, orders: Sequence[Sequence[str]]) -> tuple[list[li
     return [[row_of[item] for item in each if item in row_of] for each in orders], unknown
 
 
-def _distinct(had: Ragged, later: Sequence[Sequence[int]]) -> Ragged:
-    """Items of each person with the later ones behind, each item once."""
+def _distinct(histories: Ragged, later: Sequence[Sequence[int]]) -> Ragged:
+    """Append later items to each history and keep the first occurrence of each item."""
     if not any(later):
-        return had
-    return Ragged.from_lists([first_of_each([*had[n].tolist(), *each]) for n, each in enumerate(later)])
+        return histories
+    return Ragged.from_lists([first_of_each([*histories[n].tolist(), *each]) for n, each in enumerate(later)])

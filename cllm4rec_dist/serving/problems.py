@@ -1,4 +1,4 @@
-"""Requests as strict JSON, and what is wrong with them in words: field, rule and cure. Nothing else is shown."""
+"""Strict parsing of JSON requests, and error responses that name field, rule and cure, and nothing internal."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cllm4rec_dist.serving.schemas import Problem, Violation
 RequestT = TypeVar("RequestT", bound=BaseModel)
 MAX_REPORTED = 10
 _SHOWN = 100
-"""Characters of a value that a message repeats."""
+"""Maximum length of a value in an error message, in characters."""
 _JSON_CURE = 'Send one JSON object in UTF-8, such as {"history": ["ITEM"]}.'
 
 
 class RequestError(CLLM4RecError):
-    """A request that cannot be answered as it is.
+    """A request that cannot be answered.
 
     Args:
-        violations: everything that was found wrong with it.
+        violations: what is wrong with it; at least one.
         status: HTTP status.
-        headers: more headers of the answer.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class RequestError(CLLM4RecError):
 
 
 def request_error(field: str, constraint: str, cure: str, status: int = 422, **headers: str) -> RequestError:
-    """An error with one violation."""
+    """Return a RequestError with one violation."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return RequestError([Violation(field=field, constraint=constraint, cure=cure)], status, named)
 
 
 def parse_request(model: type[RequestT], body: bytes) -> RequestT:
-    """A request body, validated.
+    """Parse and validate a request body.
 
     Raises:
-        RequestError: naming up to `MAX_REPORTED` violations.
+        RequestError: with up to `MAX_REPORTED` violations.
     """
     try:
         parsed = model.model_validate_json(body)
@@ -62,10 +62,10 @@ def parse_request(model: type[RequestT], body: bytes) -> RequestT:
 
 
 def require_once(names: Sequence[str]) -> None:
-    """Refuse a request that names a field more than once.
+    """Reject a request that repeats a field.
 
     Raises:
-        RequestError: naming it.
+        RequestError: for the first repeated field.
     """
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
@@ -73,51 +73,51 @@ def require_once(names: Sequence[str]) -> None:
 
 
 def from_validation_errors(errors: Sequence[Any], model: type[BaseModel]) -> RequestError:
-    """Errors in pydantic's form, of which up to `MAX_REPORTED` are named."""
-    return RequestError([_violation(found, model) for found in errors[:MAX_REPORTED]])
+    """Convert pydantic's error dictionaries, at most `MAX_REPORTED` of them."""
+    return RequestError([_violation(error, model) for error in errors[:MAX_REPORTED]])
 
 
 def problem_response(error: RequestError) -> Response:
-    """A problem as JSON."""
+    """Return the JSON response for an error."""
     detail = "; ".join(f"{v.field}: {v.constraint}. {v.cure}" for v in error.violations)
     content = Problem(detail=detail, errors=list(error.violations)).model_dump_json()
     return Response(content, error.status, headers=error.headers, media_type="application/json")
 
 
 def from_input_error(error: CLLM4RecError) -> RequestError:
-    """An error of ours that a request caused."""
+    """Convert a DataError that was caused by a request."""
     assert isinstance(error, DataError)
     return request_error(error.field, f"{shown(error.value)} {error.constraint}", error.cure)
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut to a readable length."""
+    """Format a value as JSON, truncated to `_SHOWN` characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def did_you_mean(value: str, known: Sequence[str]) -> str:
-    """The beginning of a cure that names the most similar of what is known; "" where nothing is similar."""
+    """Return a sentence that suggests the most similar known name; "" if none is similar."""
     similar = difflib.get_close_matches(value, known, 1)
     return f"Did you mean {shown(similar[0])}? " if similar else ""
 
 
-def _violation(found: dict[str, Any], model: type[BaseModel]) -> Violation:
-    location = found["loc"][1:] if found["loc"][:1] == ("query",) else found["loc"]  # of the URL, in FastAPI's form
+def _violation(error: dict[str, Any], model: type[BaseModel]) -> Violation:
+    location = error["loc"][1:] if error["loc"][:1] == ("query",) else error["loc"]  # FastAPI prefixes URL parameters
     field = ".".join(map(str, location)) or "body"
-    kind = found["type"]
+    kind = error["type"]
     if kind == "extra_forbidden":
         fields = list(model.model_fields)
         cure = f"{did_you_mean(field, fields)}The fields are {', '.join(fields)}."
         return Violation(field=field[:_SHOWN], constraint="is not a field of this request", cure=cure)
-    constraint, cure = _explained(kind, found.get("ctx", {}), found["msg"])
+    constraint, cure = _explain(kind, error.get("ctx", {}), error["msg"])
     if kind not in ("json_invalid", "missing", "model_type"):
-        constraint = f"{shown(found['input'])} {constraint}"
+        constraint = f"{shown(error['input'])} {constraint}"
     return Violation(field=field, constraint=constraint, cure=cure)
 
 
-def _explained(kind: str, context: dict[str, Any], message: str) -> tuple[str, str]:
-    """Rule and cure of a violation that pydantic found."""
+def _explain(kind: str, context: dict[str, Any], message: str) -> tuple[str, str]:
+    """Rule and cure for a pydantic error type."""
     match kind:
         case "json_invalid":
             return f"is not JSON ({context['error']})", _JSON_CURE
@@ -146,4 +146,4 @@ def _explained(kind: str, context: dict[str, Any], message: str) -> tuple[str, s
         case "greater_than_equal":
             return f"is less than {context['ge']:,}", f"Send {context['ge']:,} or more."
         case _:
-            return f"is invalid ({message})", "See /docs for what it may be."
+            return f"is invalid ({message})", "See /docs for the allowed values."

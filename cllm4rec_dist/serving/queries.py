@@ -1,4 +1,4 @@
-"""One request for a list of items, its answer, and the checks of what people give as ids and numbers."""
+"""A query for a list of items, its answer, and validation of ids and numbers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from operator import index
 from cllm4rec_dist.errors import DataError
 
 _SHOWN = 3
-"""Ids of a list that a message repeats."""
+"""Number of ids that an error message repeats."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """One request for a list.
+    """A query for a list of items.
 
     Attributes:
-        history: item ids, oldest first. For a known user what came after training: it goes behind what the corpus has.
-        user: a known user, whose row and items are used; None for anyone else.
+        history: item ids, oldest first. For a known user those after training; they are appended to the corpus' items.
+        user: id of a known user, whose row and items are used; None for anyone else.
         top: length of the list.
-        exclude: item ids never to be listed (sold out); those that the run does not know are ignored.
-        only: list nothing but these item ids (a category); None for the whole catalog.
-        min_score: leave out items that score lower; of a fallback that is all of them.
-        include_seen: list items of the history too.
+        exclude: item ids to leave out (sold out); unknown ids are ignored.
+        only: item ids to choose from (a category); None for the whole catalog.
+        min_score: leave out items with a lower score; a fallback list has no scores, so all of it.
+        include_seen: also list items of the history.
 
     Raises:
-        DataError: for a value of another kind.
+        DataError: for a value of the wrong type.
     """
 
     history: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Recommendation:
 
     Attributes:
         title: the item's title; "" where it has none.
-        score: the model's; None where popular items are listed for want of a history.
+        score: the model's score; None in a fallback list of popular items.
     """
 
     item: str
@@ -67,13 +67,13 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Answer:
-    """The list that a query asked for.
+    """Answer to a query.
 
     Attributes:
-        items: best first; fewer than asked for where no more are left.
-        unknown_items: of the query's history, not known to the run and left out.
-        fallback: True where nothing is known of the history, so that popular items are listed.
-        known_user: True where the user has a row in the run.
+        items: best first; fewer than `top` if no more are left.
+        unknown_items: items of the history that are unknown to the run and were ignored.
+        fallback: True if there is no user row and no known item, so that popular items are listed.
+        known_user: True if the user has a row in the run.
     """
 
     items: tuple[Recommendation, ...]
@@ -83,10 +83,10 @@ class Answer:
 
 
 def checked_id(field: str, value: object) -> str:
-    """An external id.
+    """Validate an external id.
 
     Raises:
-        DataError: for anything but a text.
+        DataError: if it is not a string.
     """
     if isinstance(value, str):
         return str(value)
@@ -97,23 +97,23 @@ def checked_id(field: str, value: object) -> str:
 
 
 def checked_ids(field: str, values: object) -> tuple[str, ...]:
-    """External ids in order, of a list, a tuple, an array or a column.
+    """Validate ordered external ids: a list, tuple, array or column.
 
     Raises:
-        DataError: for one text, what has no order, or an element that is not a text.
+        DataError: for a single string, an unordered collection, or an element that is not a string.
     """
     if isinstance(values, tuple) and all(type(value) is str for value in values):
         return values
     if isinstance(values, Set | Mapping):
         raise DataError(field, type(values).__name__, "has no order", "Give a list of ids, the oldest first.")
-    return tuple(checked_id(f"{field}[{place}]", value) for place, value in enumerate(_each(field, values)))
+    return tuple(checked_id(f"{field}[{position}]", value) for position, value in enumerate(_each(field, values)))
 
 
 def checked_set(field: str, values: object) -> frozenset[str]:
-    """External ids in no order.
+    """Validate a collection of external ids whose order does not matter.
 
     Raises:
-        DataError: for one text, or an element that is not a text.
+        DataError: for a single string, or an element that is not a string.
     """
     if isinstance(values, frozenset) and all(type(value) is str for value in values):
         return values
@@ -129,10 +129,10 @@ def _each(field: str, values: object) -> Iterable[object]:
 
 
 def checked_top(value: object) -> int:
-    """The length of a list.
+    """Validate the length of a list.
 
     Raises:
-        DataError: for anything but a whole number of 1 or more.
+        DataError: if it is not an integer of at least 1.
     """
     try:
         top = 0 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
@@ -144,10 +144,10 @@ def checked_top(value: object) -> int:
 
 
 def checked_number(field: str, value: object) -> float:
-    """A real number.
+    """Validate a real number.
 
     Raises:
-        DataError: for anything else, NaN included.
+        DataError: for anything else, including NaN.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
         raise DataError(field, value, "must be a number", f"Leave {field} out for no limit.")
@@ -155,10 +155,13 @@ def checked_number(field: str, value: object) -> float:
 
 
 def checked_histories(histories: object) -> tuple[list[object], list[tuple[str, ...]]]:
-    """Names and items of several histories: a list of lists, named by position, or lists by name.
+    """Validate histories and return their names and item ids.
+
+    Args:
+        histories: a list of lists, which are named by position, or a mapping from names to lists.
 
     Raises:
-        DataError: where it is neither.
+        DataError: if it is neither.
     """
     if isinstance(histories, Mapping):
         names, lists = list(histories), list(histories.values())
@@ -175,5 +178,5 @@ def checked_histories(histories: object) -> tuple[list[object], list[tuple[str, 
 
 
 def first_of_each(values: Sequence[int]) -> list[int]:
-    """Distinct values in the order of their first place: an item counts once, where it first came, as in a corpus."""
+    """Return distinct values in the order of their first occurrence, as a corpus keeps the items of a history."""
     return list(dict.fromkeys(values))

@@ -1,13 +1,12 @@
-"""The folder that `recommend` writes: one file a rank, replaced as a whole.
+"""The output folder of `recommend`: one file per rank, replaced as a whole.
 
-    OUTPUT/recommendations-00001-of-00002.parquet      user, item (external ids), title if asked for, rank from 1, score
+    OUTPUT/recommendations-00001-of-00002.parquet      user, item (external ids), optional title, rank from 1, score
 
-Files are Parquet, CSV with a header, or JSON lines. A list of an earlier run, of whatever format and number of ranks,
-stays until every rank has written its part of the new one under a hidden name, and is gone before the first new file
-appears. So a reader of the folder never sees two lists, and a run that fails leaves the earlier list as it was. Other
-files of the folder are left alone.
+Files are Parquet, CSV with a header, or JSON lines. Every rank first writes its new file under a hidden name. Only then
+are the files of earlier runs removed, whatever their format and number of ranks, and the new files renamed. A reader
+never sees a mix of two runs, and a failed run leaves the earlier files unchanged. Other files of the folder are kept.
 
-A title in a CSV that a spreadsheet would take for a formula (`=1+1`) gets an apostrophe in front. Ids never change.
+In CSV, a title that a spreadsheet would run as a formula (`=1+1`) is prefixed with an apostrophe. Ids never change.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from cllm4rec_dist.errors import ConfigError
 
 FileFormat = Literal["parquet", "csv", "jsonl"]
 FORMULA_START, PLAIN_START = r"^([=+\-@\t\r\n＝＋－＠])", r"'\1"
-"""Beginning of a text that spreadsheets run as a formula, and its replacement that they show as text."""
+"""Pattern for text that a spreadsheet runs as a formula, and the replacement that it shows as text."""
 _LISTS = re.compile(r"recommendations-\d+-of-\d+\.(parquet|csv|jsonl)")
 _PARTS = re.compile(rf"\.{_LISTS.pattern}\.part")
 
 
 def list_schema(*, titles: bool = False) -> pa.Schema:
-    """Columns of a list; a score is null where it is one of popular items."""
+    """Return the schema of the files; the score of a popular item is null."""
     title = [("title", pa.string())] if titles else []
     return pa.schema(
         [("user", pa.string()), ("item", pa.string()), *title, ("rank", pa.int32()), ("score", pa.float32())]
@@ -44,29 +43,29 @@ def list_schema(*, titles: bool = False) -> pa.Schema:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder.
+    """Create the output folder.
 
     Raises:
-        ConfigError: where it cannot be one.
+        ConfigError: if it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            "output", str(folder), f"cannot be made a folder ({error.strerror})", "Choose another output."
+            "output", str(folder), f"cannot be created as a folder ({error.strerror})", "Choose another output."
         ) from error
 
 
 def write_recommendations(
     tables: Iterable[pa.Table], folder: Path, world: World, file_format: FileFormat = "parquet", *, titles: bool = False
 ) -> None:
-    """Write this rank's `tables` (of `list_schema`) and replace the list that the folder holds. Collective.
+    """Write this rank's tables and replace the earlier files of the folder. Collective.
 
     Args:
-        tables: exhausted on all ranks before anything of the folder changes; may be none.
-        folder: exists; shared by all ranks, or one on each host.
-        file_format: of the files.
-        titles: the tables have titles.
+        tables: tables with `list_schema`, possibly none; consumed on all ranks before the folder changes.
+        folder: existing folder, shared by all ranks or local to each host.
+        file_format: format of the files.
+        titles: True if the tables have a title column.
     """
     path = folder / f"recommendations-{world.rank:05d}-of-{world.size:05d}.{file_format}"
     part = folder / f".{path.name}.part"
@@ -85,7 +84,7 @@ def write_recommendations(
 
 @contextmanager
 def _writer(path: Path, file_format: FileFormat, schema: pa.Schema) -> Iterator[Callable[[pa.Table], object]]:
-    """A function that appends tables to a new file."""
+    """Yield a function that appends tables to a new file."""
     if file_format == "jsonl":
         with path.open("wb") as file:
             yield lambda table: file.writelines(orjson.dumps(row) + b"\n" for row in table.to_pylist())
@@ -96,18 +95,18 @@ def _writer(path: Path, file_format: FileFormat, schema: pa.Schema) -> Iterator[
 
 
 def _as_text(table: pa.Table) -> pa.Table:
-    """The table with titles that no spreadsheet runs."""
-    place = table.schema.get_field_index("title")
-    if place < 0:
+    """Escape titles that a spreadsheet would run as formulas."""
+    column = table.schema.get_field_index("title")
+    if column < 0:
         return table
     titles = pc.replace_substring_regex(table["title"], FORMULA_START, PLAIN_START)
-    return table.set_column(place, table.schema.field(place), titles)
+    return table.set_column(column, table.schema.field(column), titles)
 
 
 def _remove_earlier(folder: Path, num_ranks: int, file_format: FileFormat) -> None:
-    """Remove the list of an earlier run, and what one that died was writing. Every rank may do so at once."""
+    """Remove the files of earlier runs, including partial ones. Safe to call on all ranks at once."""
     names = [f"recommendations-{rank:05d}-of-{num_ranks:05d}.{file_format}" for rank in range(num_ranks)]
     current = {f".{name}.part" for name in names}
-    for found in folder.iterdir():
-        if _LISTS.fullmatch(found.name) or (_PARTS.fullmatch(found.name) and found.name not in current):
-            found.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _LISTS.fullmatch(path.name) or (_PARTS.fullmatch(path.name) and path.name not in current):
+            path.unlink(missing_ok=True)

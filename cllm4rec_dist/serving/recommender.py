@@ -1,9 +1,9 @@
 """The Python API: a trained run loaded into one process, on a CPU or one GPU, without DeepSpeed or a process group.
 
-People are known or not. A known user has a row of their own and the items that the corpus has, held-out ones included;
-what they took later goes behind these. Users whom a split holds out whole have items and no row. Anyone else is their
-history alone, with the row that the model has for people without one. An item counts once, where it first came, as in a
-corpus; items that the run does not know are left out.
+A known user has a trained row and a history in the corpus, held-out items included; later items are appended to it.
+A user whom the split holds out entirely has a history and no row. Anyone else is represented by the given history and
+the shared user row. Repeated items count once, at their first position, as in a corpus. Items unknown to the run are
+ignored.
 
 Legend: n queries, U users, I items, D hidden.
 """
@@ -51,60 +51,60 @@ __all__ = ["Answer", "ItemCatalog", "Query", "Recommendation", "Recommender", "R
 logger = logging.getLogger(__name__)
 
 _BATCH = 256
-"""Histories in a forward at most."""
+"""Maximum number of histories in a forward."""
 _BATCH_ITEMS = 1 << 15
-"""Items of all histories of a forward at most: bounds its memory."""
-_MANY = 1000
-"""Excluded items from which on they are cut out of the catalog instead of being masked query by query."""
+"""Maximum number of history items in a forward; bounds its memory."""
+_MAX_MASKED = 1000
+"""Excluded items that are masked per query; longer lists are removed from the candidates instead."""
 
 
 @dataclass(frozen=True)
 class _Person:
-    """A user row, or -1, and the distinct item rows of the whole history, oldest first."""
+    """User row (-1 if there is none) and distinct item rows of the whole history, oldest first."""
 
     row: int
     items: list[int]
 
     @property
-    def is_nobody(self) -> bool:
-        """True where nothing is known that a list could be made of."""
+    def is_unknown(self) -> bool:
+        """True if there is neither a user row nor a known item."""
         return self.row < 0 and not self.items
 
 
 class Recommender:
-    """A trained run in this process. Threads may share one; their forwards take turns.
+    """A trained run in this process. Thread-safe: forwards are serialized by a lock.
 
     Attributes:
-        info: what is loaded.
-        items: the items, with search by title.
-        users: external ids of the users by row.
+        info: run and checkpoint that are loaded.
+        items: item catalog, with search by title.
+        users: external ids of the users, by row.
     """
 
     def __init__(self, system: InferenceSystem, info: RunInfo) -> None:
-        """Of a system with its weights; `load` makes one of a run."""
+        """Wrap a system whose weights are loaded; use `load` to open a run."""
         self._system, self.info = system, info
-        self.items = ItemCatalog.of(system.corpus)
-        self._people = CorpusPeople.of(system.corpus)
+        self.items = ItemCatalog.from_corpus(system.corpus)
+        self._people = CorpusPeople.from_corpus(system.corpus)
         self.users = self._people.names[: self._people.num_known]
         system.train(False)
         with torch.no_grad():
-            self._operand = system.recommender.output_weight()
-        self._forward = threading.Lock()  # a forward keeps state in the backbone
+            self._output_weight = system.recommender.output_weight()
+        self._forward = threading.Lock()  # the backbone keeps state during a forward
 
     @classmethod
     def load(
         cls, run: str | Path, *, backbone: str | None = None, corpus: str | None = None, device: str | None = None
     ) -> Self:
-        """Read a run's best checkpoint.
+        """Load a run's best checkpoint.
 
         Args:
             run: a run folder (its best checkpoint), a folder of one checkpoint, or a project folder of `cllm4rec init`.
-            backbone, corpus: where they are now, if not where the run says.
-            device: as torch names it; a GPU where there is one, else the CPU.
+            backbone, corpus: current paths, if they differ from those recorded in the run.
+            device: torch device; by default a GPU if there is one, else the CPU.
 
         Raises:
-            CLLM4RecError: where there is no whole checkpoint, the backbone or corpus is gone or another one, or the
-                device is not there.
+            CLLM4RecError: if there is no intact checkpoint, the backbone or corpus is missing or has changed, or the
+                device does not exist.
         """
         system, checkpoint = load_local(run_of(str(run)), find_device(device), backbone, corpus)
         return cls(system, describe_run(str(run), system, checkpoint))
@@ -116,21 +116,21 @@ class Recommender:
         )
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """One answer for each query, of forwards over as many queries as fit.
+        """Answer each query; queries share forwards up to the batch limits.
 
         Raises:
-            DataError: for a user that the run does not know.
+            DataError: for a user unknown to the run.
         """
         people = [self._person(query.user, query.history) for query in queries]
-        listed = self._listed(queries, people)
+        lists = self._make_lists(queries, people)
         return [
             Answer(
                 items=tuple(Recommendation(self.items.ids[row], self.items.titles[row], score) for row, score in best),
                 unknown_items=self._unknown(query.history),
-                fallback=person.is_nobody,
+                fallback=person.is_unknown,
                 known_user=person.row >= 0,
             )
-            for query, person, best in zip(queries, people, listed, strict=True)
+            for query, person, best in zip(queries, people, lists, strict=True)
         ]
 
     def recommend(
@@ -143,22 +143,22 @@ class Recommender:
         min_score: float | None = None,
         include_seen: bool = False,
     ) -> pd.DataFrame:
-        """Lists for users of the run, or for histories of anyone, in the order given.
+        """Recommend items for users of the run, or for arbitrary histories, in the given order.
 
         Args:
-            users: external ids. Either these or `histories` must be given.
-            histories: item ids, oldest first: a list of them for each person, or by name.
-            top: length of a list; one is shorter where fewer items are left.
-            exclude: item ids never to be listed (sold out); those that the run does not know are ignored.
-            only: list nothing but these item ids (a category).
-            min_score: leave out items that score lower.
-            include_seen: list items of the history too.
+            users: external ids. Give either these or `histories`.
+            histories: lists of item ids, oldest first, or a mapping from names to such lists.
+            top: length of a list; shorter if fewer items are left.
+            exclude: item ids to leave out (sold out); unknown ids are ignored.
+            only: item ids to choose from (a category).
+            min_score: leave out items with a lower score.
+            include_seen: also list items of the history.
 
-        Returns columns user, item, title, rank (from 1), score. The user of a history is its name or its position. A
-        score is null where popular items are listed, because nothing is known of a history; a warning counts these.
+        Returns columns user, item, title, rank (from 1), score. The user of a history is its name or its position. If
+        no item of a history is known, popular items are listed with a null score, and a warning counts these lists.
 
         Raises:
-            DataError: for a user that the run does not know, or a value of another kind.
+            DataError: for a user unknown to the run, or a value of the wrong type.
         """
         if (users is None) == (histories is None):
             given = "neither" if users is None else "both"
@@ -166,39 +166,39 @@ class Recommender:
         names: list[object]
         if histories is None:
             names = list(checked_ids("users", users))
-            asked: list[tuple[tuple[str, ...], str | None]] = [((), str(name)) for name in names]
+            requests: list[tuple[tuple[str, ...], str | None]] = [((), str(name)) for name in names]
         else:
             names, lists = checked_histories(histories)
-            asked = [(history, None) for history in lists]
+            requests = [(history, None) for history in lists]
         more = {"exclude": checked_set("exclude", exclude), "only": None if only is None else checked_set("only", only)}
         answers = self.answer(
             [
                 Query(history, user, top=top, min_score=min_score, include_seen=include_seen, **more)  # type: ignore[arg-type]
-                for history, user in asked
+                for history, user in requests
             ]
         )
-        _tell_losses(answers)
+        _log_omissions(answers)
         rows = [
-            (name, found.item, found.title, rank, found.score)
+            (name, listed.item, listed.title, rank, listed.score)
             for name, answer in zip(names, answers, strict=True)
-            for rank, found in enumerate(answer.items, 1)
+            for rank, listed in enumerate(answer.items, 1)
         ]
         table = pd.DataFrame(rows, columns=["user", "item", "title", "rank", "score"])
         return table.astype({"rank": "int32", "score": "float32"})
 
     def score(self, history: Sequence[str], items: Sequence[str], user: str | None = None) -> pd.Series:
-        """Scores of `items` after a history, float32, indexed by item; NaN for an item that the run does not know.
+        """Return the scores of `items` given a history, float32, indexed by item; NaN for an unknown item.
 
         Args:
-            history: item ids, oldest first; for a known user what came after training. May be empty.
+            history: item ids, oldest first; for a known user those that came after training. May be empty.
 
         Raises:
-            DataError: for a user that the run does not know, or a value of another kind.
+            DataError: for a user unknown to the run, or a value of the wrong type.
         """
         names = checked_ids("items", items)
         person = self._person(user, checked_ids("history", history))
         rows = [self.items.row(name) for name in names]
-        known = [place for place, row in enumerate(rows) if row is not None]
+        known = [index for index, row in enumerate(rows) if row is not None]
         scores = np.full(len(names), np.nan, dtype=np.float32)
         scores[known] = self._scores([person], [row for row in rows if row is not None])[0]
         if len(known) < len(names):
@@ -208,12 +208,12 @@ class Recommender:
         return pd.Series(scores, index=_index(names, "item"), name="score")
 
     def similar(self, item: str, top: int = 10) -> pd.DataFrame:
-        """Items whose trained rows have the largest cosine with that of `item`.
+        """Return the items whose embeddings have the largest cosine similarity with that of `item`.
 
         Returns columns item, title, rank, score (the cosine).
 
         Raises:
-            DataError: for an item that the run does not know.
+            DataError: for an item unknown to the run.
         """
         row, top = self._item_row(item), checked_top(top)
         model, device = self._system.recommender, self._system.world.device
@@ -223,45 +223,47 @@ class Recommender:
         if num_best:
             itself = torch.tensor([[0, row]], device=device)
             query = normalized[row : row + 1]
-            found = sharded_topk(query, normalized, num_best, itself, model.item_partition, self._system.world)
-            scores, rows = found[0][0].cpu(), found[1][0].cpu()
+            top_scores, top_rows = sharded_topk(
+                query, normalized, num_best, itself, model.item_partition, self._system.world
+            )
+            scores, rows = top_scores[0].cpu(), top_rows[0].cpu()
         return pd.DataFrame(
             {
-                "item": [self.items.ids[found] for found in rows.tolist()],
-                "title": [self.items.titles[found] for found in rows.tolist()],
+                "item": [self.items.ids[neighbor] for neighbor in rows.tolist()],
+                "title": [self.items.titles[neighbor] for neighbor in rows.tolist()],
                 "rank": np.arange(1, len(rows) + 1, dtype=np.int32),
                 "score": scores.numpy(),
             }
         )
 
     def known_history(self, user: str) -> list[str] | None:
-        """Item ids that the corpus has of a user, oldest first; None for a user that the run does not know."""
+        """Return a user's item ids in the corpus, oldest first; None for a user unknown to the run."""
         position = self._people.position_of.get(user)
         return (
             None if position is None else [self.items.ids[item] for item in self._people.histories[position].tolist()]
         )
 
     def explain(self, history: Sequence[str], item: str, user: str | None = None) -> pd.DataFrame:
-        """What each item of a history contributes to the score of `item`: the score with it minus the one without it.
+        """Return each history item's contribution to the score of `item`: the score with it minus the score without it.
 
-        Differences of scores that are all computed, nothing is estimated. They need not add up to the score, as items
-        of a history act together.
+        Both scores are computed exactly. Contributions need not add up to the score, because items of a history
+        interact.
 
         Args:
-            history: item ids, oldest first; for a known user what came after training.
+            history: item ids, oldest first; for a known user those that came after training.
 
-        Returns columns item, title, contribution, a line for each distinct item of the history (of a known user the
-        items of the corpus too) that the run knows, the largest contribution first.
+        Returns columns item, title, contribution: one line for each distinct known item of the history (including a
+        known user's items in the corpus), largest contribution first.
 
         Raises:
-            DataError: for an item or a user that the run does not know.
+            DataError: for an item or user unknown to the run.
         """
         table = self.contributions(history, [item], user).set_axis(["contribution"], axis=1).reset_index()
         table.insert(1, "title", [self.items.titles[self._item_row(name)] for name in table["item"]])
         return table.sort_values("contribution", ascending=False, kind="stable", ignore_index=True)
 
     def contributions(self, history: Sequence[str], items: Sequence[str], user: str | None = None) -> pd.DataFrame:
-        """As `explain`, for several items at the cost of one: a column for each, indexed by the item of the history."""
+        """Like `explain` for several items at the cost of one: one column per item, indexed by history item."""
         rows = [self._item_row(name) for name in checked_ids("items", items)]
         person = self._person(user, checked_ids("history", history))
         without = [_Person(person.row, [o for o in person.items if o != left_out]) for left_out in person.items]
@@ -270,11 +272,11 @@ class Recommender:
         return pd.DataFrame(scores[:1] - scores[1:], index=_index(names, "item"), columns=_index(items, None))
 
     def item_embeddings(self) -> pd.DataFrame:
-        """Trained item rows, float32 [I, D], indexed by external id."""
+        """Return the trained item embeddings, float32 [I, D], indexed by external id."""
         return _embeddings(self._system.recommender.collaborative.items.local_rows, self.items.ids, "item")
 
     def user_embeddings(self) -> pd.DataFrame:
-        """Trained user rows, float32 [U, D], indexed by external id."""
+        """Return the trained user embeddings, float32 [U, D], indexed by external id."""
         rows = self._system.recommender.collaborative.users.local_rows
         return _embeddings(rows[: len(self.users)], self.users, "user")
 
@@ -293,7 +295,7 @@ class Recommender:
                     "user",
                     user,
                     "is not a user of the run",
-                    f"{hint}Give the history alone for somebody who came later.",
+                    f"{hint}For somebody who came later, give the history alone.",
                 )
             row = position if position < self._people.num_known else -1
             items = self._people.histories[position].tolist()
@@ -311,51 +313,52 @@ class Recommender:
         return row
 
     def _queries(self, people: Sequence[_Person]) -> Tensor:
-        """What the item operand is multiplied with for each person, [n, D or D+1]."""
-        found = torch.empty(len(people), self._operand.shape[1], device=self._operand.device)
+        """Query vectors, [n, D or D+1], whose products with the output weight are the scores."""
+        weight = self._output_weight
+        encoded = torch.empty(len(people), weight.shape[1], device=weight.device)
         for batch in _batches([len(person.items) for person in people]):
-            users = np.array([people[place].row for place in batch], dtype=np.int64)
-            histories = Ragged.from_lists([people[place].items for place in batch])
+            users = np.array([people[index].row for index in batch], dtype=np.int64)
+            histories = Ragged.from_lists([people[index].items for index in batch])
             with torch.no_grad(), self._forward:
-                found[torch.tensor(batch)] = encode_histories(self._system, users, histories).to(found.dtype)
-        return found
+                encoded[torch.tensor(batch)] = encode_histories(self._system, users, histories).to(encoded.dtype)
+        return encoded
 
     def _scores(self, people: Sequence[_Person], rows: Sequence[int]) -> np.ndarray:
-        """float32 [n, len(rows)] scores of items."""
-        chosen = self._operand[torch.tensor(rows, dtype=torch.int64, device=self._operand.device)]
+        """Scores of items, float32 [n, len(rows)]."""
+        chosen = self._output_weight[torch.tensor(rows, dtype=torch.int64, device=self._output_weight.device)]
         return (self._queries(people) @ chosen.T).float().cpu().numpy()
 
-    def _listed(self, queries: Sequence[Query], people: Sequence[_Person]) -> list[list[tuple[int, float | None]]]:
+    def _make_lists(self, queries: Sequence[Query], people: Sequence[_Person]) -> list[list[tuple[int, float | None]]]:
         """Item rows and scores of each list, best first."""
-        listed: list[list[tuple[int, float | None]]] = [
-            self._popular(query) if person.is_nobody else [] for query, person in zip(queries, people, strict=True)
+        lists: list[list[tuple[int, float | None]]] = [
+            self._popular(query) if person.is_unknown else [] for query, person in zip(queries, people, strict=True)
         ]
-        able = [place for place, person in enumerate(people) if not person.is_nobody]
-        encoded = self._queries([people[place] for place in able])
+        scored = [index for index, person in enumerate(people) if not person.is_unknown]
+        encoded = self._queries([people[index] for index in scored])
         groups: dict[tuple[frozenset[str] | None, frozenset[str]], list[int]] = {}
-        for number, place in enumerate(able):
-            query = queries[place]
-            cut = query.exclude if len(query.exclude) >= _MANY else frozenset()
-            groups.setdefault((query.only, cut), []).append(number)
-        for (only, cut), numbers in groups.items():
-            places = [able[number] for number in numbers]
-            ranked = self._best(
-                encoded[torch.tensor(numbers)],
-                [queries[p] for p in places],
-                [people[p] for p in places],
-                self.items.candidates(only, cut),
+        for row, index in enumerate(scored):
+            query = queries[index]
+            removed = query.exclude if len(query.exclude) >= _MAX_MASKED else frozenset()
+            groups.setdefault((query.only, removed), []).append(row)
+        for (only, removed), rows in groups.items():
+            indices = [scored[row] for row in rows]
+            ranked = self._rank(
+                encoded[torch.tensor(rows)],
+                [queries[index] for index in indices],
+                [people[index] for index in indices],
+                self.items.candidates(only, removed),
             )
-            for place, best in zip(places, ranked, strict=True):
-                listed[place] = best
-        return listed
+            for index, best in zip(indices, ranked, strict=True):
+                lists[index] = best
+        return lists
 
-    def _best(
+    def _rank(
         self, encoded: Tensor, queries: Sequence[Query], people: Sequence[_Person], candidates: np.ndarray | None
     ) -> Iterator[list[tuple[int, float | None]]]:
-        """The lists of queries that choose among the same candidates, bool [I] or all items."""
+        """Lists of queries that share their candidates, bool [I]; None for all items."""
         world, partition = self._system.world, self._system.recommender.item_partition
-        left_out = [self._left_out(query, person) for query, person in zip(queries, people, strict=True)]
-        pairs = [(number, row) for number, rows in enumerate(left_out) for row in rows]
+        masked = [self._masked_rows(query, person) for query, person in zip(queries, people, strict=True)]
+        pairs = [(index, row) for index, rows in enumerate(masked) for row in rows]
         seen = torch.tensor(pairs, dtype=torch.int64, device=world.device).view(-1, 2)
         size = len(self.items.ids) if candidates is None else int(candidates.sum())
         num_best = min(max(query.top for query in queries), size)
@@ -364,20 +367,22 @@ class Recommender:
             return
         mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
         with torch.no_grad():
-            found = sharded_topk(encoded, self._operand, num_best, seen, partition, world, candidates=mask)
-        for query, scores, rows in zip(queries, found[0].tolist(), found[1].tolist(), strict=True):
+            top_scores, top_rows = sharded_topk(
+                encoded, self._output_weight, num_best, seen, partition, world, candidates=mask
+            )
+        for query, scores, rows in zip(queries, top_scores.tolist(), top_rows.tolist(), strict=True):
             lowest = -np.inf if query.min_score is None else query.min_score
             listed = zip(rows[: query.top], scores[: query.top], strict=True)
             yield [(row, score) for row, score in listed if np.isfinite(score) and score >= lowest]
 
-    def _left_out(self, query: Query, person: _Person) -> set[int]:
-        """Item rows that are masked for one query."""
+    def _masked_rows(self, query: Query, person: _Person) -> set[int]:
+        """Item rows that are masked for a query."""
         seen = set() if query.include_seen else set(person.items)
-        excluded = query.exclude if len(query.exclude) < _MANY else ()
+        excluded = query.exclude if len(query.exclude) < _MAX_MASKED else ()
         return seen | set(self.items.rows(excluded))
 
     def _popular(self, query: Query) -> list[tuple[int, float | None]]:
-        """The list for somebody of whom nothing is known; none has a score that could reach a `min_score`."""
+        """Popular items for an unknown person. They have no score, so `min_score` removes all of them."""
         if query.min_score is not None:
             return []
         kept = self.items.candidates(query.only, query.exclude)
@@ -386,14 +391,14 @@ class Recommender:
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of histories that go through the backbone together, of like length."""
+    """Indices of histories of similar length for each forward."""
     batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        longest = max(1, lengths[place])
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        longest = max(1, lengths[index])
         if batch and (len(batch) == _BATCH or (len(batch) + 1) * longest > _BATCH_ITEMS):
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(index)
     if batch:
         yield batch
 
@@ -406,14 +411,14 @@ def _index(names: Sequence[str], kind: str | None) -> pd.Index:
     return pd.Index(np.array(names, dtype=object), name=kind)
 
 
-def _tell_losses(answers: Sequence[Answer]) -> None:
-    """Log what lists were made without."""
+def _log_omissions(answers: Sequence[Answer]) -> None:
+    """Warn of unknown items and of lists of popular items."""
     unknown = [answer.unknown_items for answer in answers if answer.unknown_items]
     if unknown:
         items = sum(map(len, unknown))
-        logger.warning("%d items of %d histories are unknown to the run and were left out", items, len(unknown))
+        logger.warning("%d items of %d histories are unknown to the run and were ignored", items, len(unknown))
     fallbacks = sum(answer.fallback for answer in answers)
     if fallbacks:
         logger.warning(
-            "nothing is known of %d of %d histories: popular items are listed, without a score", fallbacks, len(answers)
+            "%d of %d histories have no known item: popular items are listed, without a score", fallbacks, len(answers)
         )

@@ -1,4 +1,4 @@
-"""What is loaded: which run and checkpoint, how large, and how good it was found."""
+"""Description of a loaded run: checkpoint, sizes and validation metric."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from cllm4rec_dist.system import InferenceSystem
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is loaded.
+    """Description of a loaded run.
 
     Attributes:
-        run: as it was given to `Recommender.load`.
+        run: as given to `Recommender.load`.
         checkpoint: name of the checkpoint, such as best-00000010.
         step: completed optimizer steps.
-        date: when the checkpoint was written, ISO 8601 in UTC, to the second; "" where the store does not say.
+        date: time at which the checkpoint was written, ISO 8601 in UTC, in seconds; "" if the store does not record it.
         stage: pretrain or finetune.
-        best_metric, best_value: validation metric that checkpoints are chosen by, and the best value so far; None where
-            the run never validated.
+        best_metric, best_value: validation metric that selects checkpoints, and its best value so far; None if the run
+            never validated.
         corpus: name of the corpus.
         num_users, num_items: rows of the run.
         backbone: path or hub id.
         num_parameters: backbone, adapters, word embeddings, tables and head together.
-        num_trained: of these the trained ones.
-        has_categories: True where the corpus has a category of its items.
+        num_trained: trainable parameters among these.
+        has_categories: True if the corpus has item categories.
     """
 
     run: str
@@ -45,7 +45,7 @@ class RunInfo:
 
 
 def describe_run(run: str, system: InferenceSystem, checkpoint: Checkpoint) -> RunInfo:
-    """Of a checkpoint and the system that its weights are in; `run` is what the run is called."""
+    """Describe the run whose checkpoint has been loaded into `system`; `run` is its path."""
     config, state, model = system.config, checkpoint.metadata.run, system.recommender
     written = checkpoint.store.modified(checkpoint.name)
     tables = [parameter for parameter in model.parameters() if parameter.requires_grad]

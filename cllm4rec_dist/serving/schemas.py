@@ -1,4 +1,4 @@
-"""Requests and answers of the service, as JSON. Types are strict: "10" is no number and 1 is no boolean."""
+"""JSON requests and answers of the service. Types are strict: "10" is not a number and 1 is not a boolean."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ class _Answer(BaseModel):
 
 
 class RecommendRequest(_Request):
-    """A customer, a history, or both; with neither, popular items are listed."""
+    """A user, a history, or both; with neither, popular items are listed."""
 
     user: Id | None = None
-    """Id of a user of the run; their items are known and need not be sent."""
+    """Id of a user of the run; their items in the corpus need not be sent."""
     history: list[Id] = Field(default=[], max_length=options.MAX_HISTORY)
-    """Item ids, oldest first: a basket, or what a known user has taken since the training. Unknown ids are left out and
+    """Item ids, oldest first: a basket, or a known user's items since training. Unknown ids are ignored and
     listed in the answer."""
     top: int = Field(default=10, ge=1, le=options.MAX_TOP)
     """Length of the list."""
     exclude: list[Id] = Field(default=[], max_length=options.MAX_IDS)
-    """Item ids not to list, such as what is sold out."""
+    """Item ids to leave out, such as sold-out items."""
     only: list[Id] | None = Field(default=None, max_length=options.MAX_IDS)
-    """Item ids to choose from; the whole catalog if left out."""
+    """Item ids to choose from; default: the whole catalog."""
     exclude_categories: list[Id] = Field(default=[], max_length=options.MAX_CATEGORIES)
-    """Categories not to list."""
+    """Categories to leave out."""
     min_score: float | None = Field(default=None, allow_inf_nan=False)
-    """Lowest score of an item that is listed."""
+    """Lowest score of a listed item."""
     include_seen: bool = False
-    """List items of the history too."""
+    """Also list items of the history."""
     explain: bool = False
-    """Say for each item what every item of the history contributes to its score."""
+    """Return the contribution of every history item to each score."""
 
 
 class SimilarRequest(_Request):
-    """An item whose neighbours are wanted."""
+    """An item to find similar items for."""
 
     item: Id
     """Item id."""
@@ -58,9 +58,9 @@ class ItemsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     query: str = Field(min_length=1, max_length=options.MAX_QUERY_LENGTH)
-    """Words of a title, of which the last may be unfinished; or an item id."""
+    """Words of a title, the last of which may be incomplete, or the beginning of an item id."""
     limit: int = Field(default=10, ge=1, le=options.MAX_FOUND)
-    """Items to list."""
+    """Maximum number of items to list."""
 
 
 class Item(_Answer):
@@ -69,55 +69,55 @@ class Item(_Answer):
     item: str
     """Item id."""
     title: str
-    """Title; empty where the item has none."""
+    """Title; empty if the item has none."""
     category: str | None
-    """Category; null where the run has none."""
+    """Category; null if the item has none."""
 
 
 class Contribution(_Answer):
-    """What an item of the history adds to a score."""
+    """Contribution of a history item to a score."""
 
     item: str
     """Item id."""
     title: str
-    """Title; empty where the item has none."""
+    """Title; empty if the item has none."""
     contribution: float
-    """The score minus the score that the list's item has without this one; negative where it lowers the score."""
+    """The score with this history item minus the score without it; negative if it lowers the score."""
 
 
 class RecommendedItem(Item):
     """An item of a list."""
 
     score: float | None
-    """The model's score, comparable within one list; null where popular items are listed."""
+    """The model's score, comparable within one list; null for popular items."""
     because: list[Contribution] | None
-    """Contributions, largest first; null unless `explain` is true and the model made the list."""
+    """Contributions, largest first; null unless `explain` is set and `fallback` is false."""
 
 
 class RecommendAnswer(_Answer):
     """A list of items, best first."""
 
     items: list[RecommendedItem]
-    """Fewer than `top` where no more are left."""
+    """Fewer than `top` if no more are left."""
     unknown_items: list[str]
-    """Ids of the history that the run does not know; they are left out."""
+    """History ids that are unknown to the run and were ignored."""
     fallback: bool
-    """True where nothing of the history is known, so that popular items are listed."""
+    """True if no user row and no item is known, so that popular items are listed."""
     known_user: bool
-    """True where the run has learned this user."""
+    """True if the run has trained a row for this user."""
     checkpoint: str
     """Name of the checkpoint that made the list."""
 
 
 class SimilarItem(Item):
-    """A neighbour of an item."""
+    """An item similar to another one."""
 
     score: float
     """Cosine of the items' embeddings."""
 
 
 class SimilarAnswer(_Answer):
-    """Neighbours of an item, nearest first."""
+    """Similar items, most similar first."""
 
     items: list[SimilarItem]
     checkpoint: str
@@ -125,25 +125,25 @@ class SimilarAnswer(_Answer):
 
 
 class FoundItems(_Answer):
-    """Items whose titles a search finds, best first."""
+    """Items that match a search, best match first."""
 
     items: list[Item]
 
 
 class Run(_Answer):
-    """What is served."""
+    """The run in use."""
 
     run: str
     """Name of the run's folder."""
     checkpoint: str
     step: int
-    """Training steps of the checkpoint."""
+    """Optimizer steps of the checkpoint."""
     date: str
-    """When the checkpoint was written, in UTC."""
+    """Time at which the checkpoint was written, in UTC."""
     stage: str
     """pretrain or finetune."""
     best_metric: str | None
-    """Validation metric that the checkpoint was chosen by; null where the run never validated."""
+    """Validation metric that selected the checkpoint; null if the run never validated."""
     best_value: float | None
     corpus: str
     num_users: int
@@ -151,14 +151,14 @@ class Run(_Answer):
     backbone: str
     num_parameters: int
     num_trained: int
-    """Parameters that were trained."""
+    """Number of trainable parameters."""
     has_categories: bool
     version: str
     """Version of cllm4rec_dist."""
 
 
 class Health(_Answer):
-    """That the service answers."""
+    """Health of the service."""
 
     status: str
     checkpoint: str
@@ -166,13 +166,13 @@ class Health(_Answer):
 
 
 class Violation(_Answer):
-    """What is wrong with a request."""
+    """A rule that a request breaks."""
 
     field: str
     constraint: str
-    """The rule that it breaks, with the value that it has."""
+    """The rule, with the given value."""
     cure: str
-    """What to do about it."""
+    """How to fix it."""
 
 
 class Problem(_Answer):

@@ -1,4 +1,4 @@
-"""What the service does with a valid request, without HTTP: queries in, answers in words out."""
+"""The service without HTTP: turns valid requests into queries, and answers into response models."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from cllm4rec_dist.serving.queries import Answer, Query
 from cllm4rec_dist.serving.telemetry import Telemetry
 
 STUCK_SECONDS = 60.0
-"""A model that has been at one batch for longer is reported as unhealthy."""
+"""Time on one batch after which the model is reported as unhealthy."""
 
 
 class Service:
-    """A live recommender with its queue and its counters. Belongs to one event loop.
+    """A live recommender with its request queue and metrics, for one event loop.
 
     Args:
         live: the recommender in use.
-        options: of the service.
-        replica: name of this copy, for its metrics.
+        options: settings of the service.
+        replica: name of this replica, for its metrics.
     """
 
     def __init__(self, live: LiveRecommender, options: ServiceOptions, replica: str) -> None:
@@ -40,7 +40,7 @@ class Service:
         self.telemetry.waiting.set_function(lambda: self.batcher.num_held)
 
     async def recommend(self, request: schemas.RecommendRequest) -> schemas.RecommendAnswer:
-        """A list for a customer or a history."""
+        """Recommend items for a user, a history, or both."""
         query = _query(request, self.live.current)
         reasons: Sequence[list[schemas.Contribution] | None] | None = None
         async with self._deadline():
@@ -52,13 +52,13 @@ class Service:
         return schemas.RecommendAnswer(
             items=[
                 schemas.RecommendedItem(
-                    item=found.item,
-                    title=found.title,
-                    category=served.category(found.item),
-                    score=found.score,
+                    item=listed.item,
+                    title=listed.title,
+                    category=served.category(listed.item),
+                    score=listed.score,
                     because=because,
                 )
-                for found, because in zip(answer.items, reasons or [None] * len(answer.items), strict=True)
+                for listed, because in zip(answer.items, reasons or [None] * len(answer.items), strict=True)
             ],
             unknown_items=list(answer.unknown_items),
             fallback=answer.fallback,
@@ -67,7 +67,7 @@ class Service:
         )
 
     async def similar(self, request: schemas.SimilarRequest) -> schemas.SimilarAnswer:
-        """Neighbours of an item."""
+        """Return the most similar items of an item."""
         served = self.live.current
         if served.recommender.items.row(request.item) is None:
             raise request_error(
@@ -84,7 +84,7 @@ class Service:
         )
 
     def find(self, query: str, limit: int) -> schemas.FoundItems:
-        """Items by words of their titles. Safe to call from any thread."""
+        """Search items by title or id. Thread-safe."""
         served = self.live.current
         items = served.recommender.items
         return schemas.FoundItems(
@@ -95,7 +95,7 @@ class Service:
         )
 
     def run(self) -> schemas.Run:
-        """What is served; of paths only the last part."""
+        """Describe the run in use; paths are reduced to their last component."""
         info = self.live.info
         return schemas.Run(
             run=_name(self.options.run, info.stage),
@@ -116,14 +116,14 @@ class Service:
         )
 
     def health(self) -> schemas.Health:
-        """That the model answers, or that it hangs."""
+        """Report whether the model answers or hangs."""
         info = self.live.info
         status = "ok" if self.batcher.busy_seconds() < STUCK_SECONDS else "stuck"
         return schemas.Health(status=status, checkpoint=info.checkpoint, step=info.step)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Inside, the run is watched for a new checkpoint; at the end what is held is finished."""
+        """Check for new checkpoints inside the context; finish pending requests on exit."""
         watch = asyncio.create_task(self.live.watch(self.options.check_seconds, self._count_reload))
         try:
             yield
@@ -136,7 +136,7 @@ class Service:
             self.telemetry.reloads.labels(outcome).inc()
 
     def _answer(self, queries: Sequence[Query]) -> list[tuple[Served, Answer] | Exception]:
-        """Answers of one batch, with what made them; a query that is refused or fails takes no other one with it."""
+        """Answer a batch. If it fails, each query is retried alone, so that an error affects only its own query."""
         served = self.live.current
         try:
             return [(served, answer) for answer in served.recommender.answer(queries)]
@@ -147,7 +147,7 @@ class Service:
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
-        """Inside, too many requests or too long a time become a 503 that says when to try again."""
+        """Turn overload and timeouts inside the context into status 503 with a Retry-After header."""
         seconds = self.options.timeout_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -171,7 +171,7 @@ class Service:
 
 
 def _name(run: str, stage: str) -> str:
-    """What people call a run: the name of its folder, or of the folder above where the folder is called like its stage.
+    """Display name of a run: its last path component that is neither the stage nor `runs`.
 
     SHOP/runs/finetune -> SHOP; runs/DEMO/finetune -> DEMO; RUN -> RUN.
     """
@@ -180,19 +180,19 @@ def _name(run: str, stage: str) -> str:
 
 
 def _query(request: schemas.RecommendRequest, served: Served) -> Query:
-    """The query of a request; RequestError for what this run cannot answer."""
+    """Build the query of a request. Raises RequestError if this run cannot answer it."""
     known = () if request.user is None else served.recommender.known_history(request.user)
     if known is None:
         raise request_error(
             "user",
             f"{shown(request.user)} is not a user of this run",
-            "For somebody who came later leave user out and send what they have as history.",
+            "For somebody who came later, leave user out and send their items as history.",
         )
-    whole = len({*known, *request.history})
-    if request.explain and whole > MAX_EXPLAINED:
+    num_items = len({*known, *request.history})
+    if request.explain and num_items > MAX_EXPLAINED:
         raise request_error(
             "explain",
-            f"takes a history of at most {MAX_EXPLAINED} items, and this one has {whole}",
+            f"requires a history of at most {MAX_EXPLAINED} items, but this one has {num_items}",
             "Leave explain out, or send a shorter history without user.",
         )
     exclude = frozenset(request.exclude)
@@ -224,9 +224,9 @@ def _unknown_category(index: int, category: str, served: Served) -> Exception:
 
 
 def _reasons(served: Served, query: Query, answer: Answer) -> list[list[schemas.Contribution]]:
-    """For each item of a list, what each item of the history contributes, largest first."""
-    table = served.recommender.contributions(query.history, [found.item for found in answer.items], query.user)
-    columns = (table[found.item] for found in answer.items)
+    """Contributions of the history to each listed item, largest first."""
+    table = served.recommender.contributions(query.history, [listed.item for listed in answer.items], query.user)
+    columns = (table[listed.item] for listed in answer.items)
     items = served.recommender.items
     names = [(items.ids[row], items.titles[row]) for row in items.rows(table.index)]
     return [

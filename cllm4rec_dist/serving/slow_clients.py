@@ -1,4 +1,4 @@
-"""Connections of clients that do not come to the end of a request's header; uvicorn itself waits for them for ever."""
+"""Time limit for request headers: without it uvicorn waits for a slow client forever."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
-"""Time within which a request's header has to be here, from the connection or the first byte after the last answer."""
+"""Time limit for a request's headers, from the connection or the first byte after the previous response."""
 
 
 class TimedHeaderProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with a connection closed whose next header is not complete in time."""
+    """uvicorn's HTTP protocol that closes a connection whose next headers are not complete in time."""
 
     _header_timer: asyncio.TimerHandle | None = None
 

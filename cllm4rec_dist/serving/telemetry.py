@@ -1,4 +1,4 @@
-"""What a service counts, for Prometheus."""
+"""Prometheus metrics of the service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class _Labelled(Collector):
-    """Metrics of a registry with one more label on each."""
+    """Collector that adds labels to all metrics of a registry."""
 
     def __init__(self, registry: CollectorRegistry, **labels: str) -> None:
         self._registry, self._labels = registry, labels
@@ -27,10 +27,10 @@ class _Labelled(Collector):
 
 
 class Telemetry:
-    """Counters, gauges and histograms of one replica, in a registry of its own.
+    """Metrics of one replica, in a separate registry.
 
     Args:
-        replica: name of the replica, a label of every metric: a scrape through a proxy is answered by any of them.
+        replica: name of the replica, a label of every metric, because a scrape through a proxy reaches any replica.
     """
 
     def __init__(self, replica: str) -> None:
@@ -45,16 +45,16 @@ class Telemetry:
             "cllm4rec_request_seconds", "Time to answer a request.", ["path"], buckets=_SECONDS, registry=registry
         )
         self.batch_size = Histogram(
-            "cllm4rec_batch_size", "Requests that one forward answered.", buckets=_SIZES, registry=registry
+            "cllm4rec_batch_size", "Requests answered by one forward.", buckets=_SIZES, registry=registry
         )
         self.fallbacks = Counter(
-            "cllm4rec_fallbacks", "Lists of popular items, for want of a known history.", registry=registry
+            "cllm4rec_fallbacks", "Lists of popular items, because no item of the history is known.", registry=registry
         )
         self.unknown_items = Counter(
-            "cllm4rec_unknown_history_items", "Items of histories that the run does not know.", registry=registry
+            "cllm4rec_unknown_history_items", "History items unknown to the run.", registry=registry
         )
         self.waiting = Gauge(
-            "cllm4rec_waiting_requests", "Requests running and waiting for the model.", registry=registry
+            "cllm4rec_waiting_requests", "Requests running or waiting for the model.", registry=registry
         )
         self.step = Gauge("cllm4rec_checkpoint_step", "Training step of the checkpoint in use.", registry=registry)
         self.reloads = Counter(
@@ -62,5 +62,5 @@ class Telemetry:
         )
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._all)

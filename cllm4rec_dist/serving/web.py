@@ -1,7 +1,6 @@
-"""The HTTP application, the same in one process and in every replica of a cluster.
+"""The HTTP application, shared by a single process and the replicas of a cluster.
 
-Routes read nothing but memory: what a request names are ids, and no path of a file follows from one. There is no
-authentication; that is left to a proxy in front.
+Routes only read memory: a request names ids, which never become file paths. There is no authentication; use a proxy.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ from cllm4rec_dist.serving.telemetry import CONTENT_TYPE_LATEST
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: {"model": schemas.Problem, "description": "The request is too large."},
-    422: {"model": schemas.Problem, "description": "A field is wrong; says which, and what to do about it."},
-    503: {"model": schemas.Problem, "description": "Too many requests; Retry-After says when to come again."},
+    422: {"model": schemas.Problem, "description": "A field is wrong; the answer names it and says how to fix it."},
+    503: {"model": schemas.Problem, "description": "Too many requests; Retry-After says when to try again."},
 }
 
 
 def create_app(live: LiveRecommender, options: ServiceOptions, replica: str = "alone") -> FastAPI:
-    """The application over a loaded recommender. Needs no Ray.
+    """Create the application for a loaded recommender, without Ray.
 
     Args:
         live: the recommender in use.
-        options: of the service.
-        replica: name of this copy, for its metrics.
+        options: settings of the service.
+        replica: name of this replica, for its metrics.
     """
     service = Service(live, options, replica)
 
@@ -77,39 +76,39 @@ def create_app(live: LiveRecommender, options: ServiceOptions, replica: str = "a
 def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/recommend", **_body(schemas.RecommendRequest, schemas.RecommendAnswer))
     async def recommend(request: Request) -> Response:
-        """The best items of the whole catalog for a customer, a history, or both."""
+        """Recommend the best items of the whole catalog for a user, a history, or both."""
         return _json(await service.recommend(await _read(request, schemas.RecommendRequest)))
 
     @app.post("/similar", **_body(schemas.SimilarRequest, schemas.SimilarAnswer))
     async def similar(request: Request) -> Response:
-        """The items that are most like one item."""
+        """Return the items most similar to an item."""
         return _json(await service.similar(await _read(request, schemas.SimilarRequest)))
 
     @app.get("/items", response_model=schemas.FoundItems, responses={422: _PROBLEMS[422]})
     def items(request: Request, parameters: Annotated[schemas.ItemsRequest, Parameters()]) -> Response:
-        """Items by words of their titles, or by their id or its beginning."""
+        """Search items by words of their titles, or by the beginning of their ids."""
         require_once([name for name, _ in request.query_params.multi_items()])
         return _json(service.find(parameters.query, parameters.limit))
 
     @app.get("/run", response_model=schemas.Run)
     async def run() -> Response:
-        """What is served: checkpoint, date, validation metric, sizes."""
+        """Describe the run in use: checkpoint, date, validation metric, sizes."""
         return _json(service.run())
 
     @app.get("/healthz", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
     async def healthz() -> Response:
-        """200 while the model answers, 503 when it hangs."""
+        """Return 200 while the model answers, 503 if it hangs."""
         health = service.health()
         return _json(health, 200 if health.status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Counters of this replica in Prometheus' text format."""
+        """Return the metrics of this replica in Prometheus' text format."""
         return Response(service.telemetry.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def _body(request: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of a route whose body is parsed by `_read`."""
+    """OpenAPI description of a route whose body is parsed by `_read`."""
     content = {"application/json": {"schema": request.model_json_schema()}}
     return {
         "response_model": answer,
@@ -142,13 +141,15 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    """404 and 405 of the router."""
+    """Convert the router's 404 and 405."""
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        made = request_error("method", f"{method} is not what {path} takes", f"Use {allowed or 'GET or POST'}.", 405)
-        return problem_response(RequestError(made.violations, 405, {"Allow": allowed} if allowed else {}))
+        refusal = request_error(
+            "method", f"{method} is not allowed for {path}", f"Use {allowed or 'GET or POST'}.", 405
+        )
+        return problem_response(RequestError(refusal.violations, 405, {"Allow": allowed} if allowed else {}))
     return problem_response(
-        request_error("path", "is not of this service", "See /docs for what there is.", error.status_code)
+        request_error("path", "is not a path of this service", "See /docs for the available paths.", error.status_code)
     )

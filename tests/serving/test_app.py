@@ -205,7 +205,7 @@ def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path)
         assert slow.result() < 2 * HEADER_SECONDS
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    assert "a replica was lost; its request goes to another one" in log.read_text()
+    assert "a replica was lost; its request is sent to another one" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 

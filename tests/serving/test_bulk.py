@@ -67,7 +67,7 @@ def test_lists_are_those_of_the_python_api(
         np.testing.assert_allclose(rows["score"], wanted, atol=1e-5)
         assert rows["rank"].tolist() == list(range(1, 5))
     assert line == (
-        f"{tmp_path / 'out'}: 5 users, 20 rows; 1 users of whom nothing is known (popular items, without a score);"
+        f"{tmp_path / 'out'}: 5 users, 20 rows; 1 users without a known item (popular items, without a score);"
         " 2 ordered items unknown to the run and left out"
     )
 

@@ -93,7 +93,7 @@ def test_a_request_whose_replica_is_lost_goes_to_another_one(make: Make, failure
 @pytest.mark.parametrize(
     ("failures", "settings", "says"),
     [
-        (LOST, {}, "lost a replica with every try"),
+        (LOST, {}, "lost a replica at every attempt"),
         (
             [BackPressureError(num_queued_requests=9, max_queued_requests=9, status_code=503, retry_after_s=None)],
             {},

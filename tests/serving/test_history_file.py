@@ -49,7 +49,7 @@ def test_columns_that_are_not_there_or_cannot_be_told_are_refused(tmp_path: Path
     path.write_text("x_ref,item\nu1,a\n")
     with pytest.raises(ConfigError, match=r"--user-column: .*no column with a usual name of users, only x_ref, item"):
         read_histories(str(path))
-    with pytest.raises(ConfigError, match=r"--user-column: 'X_Ref' is no column .* Did you mean x_ref\?"):
+    with pytest.raises(ConfigError, match=r"--user-column: 'X_Ref' is not a column .* Did you mean x_ref\?"):
         read_histories(str(path), HistoryFormat(user_column="X_Ref"))
     assert read_histories(str(path), HistoryFormat(user_column="x_ref")) == {"u1": ("a",)}
 

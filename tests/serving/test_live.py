@@ -59,7 +59,7 @@ def test_a_damaged_one_is_told_once_and_tried_again_later(
         assert live.info.step == 10
     assert caplog.text.count("NEW CHECKPOINT NOT USED") == 1
     assert NEWER in caplog.text
-    assert "step 10 is served on" in caplog.text
+    assert "still serving step 10" in caplog.text
     time.sleep(0.11)
     run.damaged.clear()
     assert live.check(0.05) == "loaded"

@@ -87,9 +87,9 @@ def test_nobody_is_an_empty_list_that_can_be_read(tmp_path: Path) -> None:
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made a folder"):
+    with pytest.raises(ConfigError, match="cannot be created as a folder"):
         make_folder(tmp_path / "file")
-    with pytest.raises(ConfigError, match="cannot be made a folder"):
+    with pytest.raises(ConfigError, match="cannot be created as a folder"):
         make_folder(tmp_path / "file" / "below")
 
 

@@ -201,7 +201,7 @@ def test_what_is_excluded_is_not_listed_and_only_that_of_a_category_is(
     assert len(whole) == ITEMS - len(BASKET)
     sold_out = whole["item"][:3].tolist()
     for many in (1000, 2):  # masked query by query, or cut out of the catalog
-        monkeypatch.setattr("cllm4rec_dist.serving.recommender._MANY", many)
+        monkeypatch.setattr("cllm4rec_dist.serving.recommender._MAX_MASKED", many)
         left = recommender.recommend(histories=[BASKET], top=50, exclude=[*sold_out, "nothing"])
         assert left["item"].tolist() == whole["item"][3:].tolist()
     category = ["nothing", *whole["item"][5:9], BASKET[0]]
@@ -224,7 +224,7 @@ def test_nothing_known_of_a_history_lists_popular_items_and_says_so(
     with caplog.at_level(logging.WARNING, "cllm4rec_dist"):
         logging.getLogger("cllm4rec_dist").propagate = True
         found = recommender.recommend(histories=[[], ["nothing", "nobody"], BASKET], top=3, exclude=popular[:1])
-    assert "2 of 3 histories: popular items" in caplog.text
+    assert "2 of 3 histories have no known item: popular items" in caplog.text
     assert "2 items of 1 histories are unknown" in caplog.text
     assert found["item"][:6].tolist() == popular[1:4] * 2
     assert found["score"].isna().tolist() == [True] * 6 + [False] * 3

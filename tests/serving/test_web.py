@@ -203,7 +203,7 @@ def test_a_field_that_comes_a_hundred_thousand_times_is_refused(client: TestClie
 
 def test_a_cure_helps(client: TestClient) -> None:
     assert '"history"' in refused(client, {"histroy": []})["cure"]
-    assert "send what they have as history" in refused(client, {"user": "bob"})["cure"]
+    assert "send their items as history" in refused(client, {"user": "bob"})["cure"]
     assert '"Brushes"' in refused(client, {"exclude_categories": ["Brushs"]})["cure"]
     assert "GET /items" in refused(client, {"item": "gone"}, "/similar")["cure"]
     assert refused(client, {}, "/similar")["field"] == "item"

@@ -1,7 +1,7 @@
-// The page over POST /recommend, GET /items and GET /run. Titles are other people's text: they only ever become text
-// nodes. URLs are relative, so that the service may be below any path of a proxy.
+// The page for POST /recommend, GET /items and GET /run. Titles are untrusted, so they only become text nodes.
+// URLs are relative, so that a proxy may serve the page below any path.
 
-const MOST_EXPLAINED = 100; // items of a basket, as the service allows
+const MOST_EXPLAINED = 100; // limit of the service on basket items
 const SHOWN_REASONS = 3;
 const SMALLEST_REASON = 0.005; // smaller ones would be shown as 0.00
 const TOP = 10;
@@ -16,9 +16,9 @@ const list = byId("list");
 const state = {
   basket: [], // items: {item, title, category}, oldest first
   soldOut: [],
-  categories: [], // names that are left out
-  options: [], // items that the search found
-  active: -1, // of the options
+  categories: [], // names of excluded categories
+  options: [], // search results
+  active: -1, // index into options
   checkpoint: null,
 };
 
@@ -47,7 +47,7 @@ class Refused extends Error {
   }
 }
 
-async function ask(path, options = {}) {
+async function request(path, options = {}) {
   let response;
   try {
     response = await fetch(path, options);
@@ -61,7 +61,7 @@ async function ask(path, options = {}) {
   throw new Refused(problem.detail || `The service answered with status ${response.status}.`, retryAfter);
 }
 
-const post = (path, body, signal) => ask(path, {
+const post = (path, body, signal) => request(path, {
   method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
 });
 
@@ -121,7 +121,7 @@ async function find(text) {
   searching = new AbortController();
   const { signal } = searching;
   try {
-    const answer = await ask(`items?${new URLSearchParams({ query: text, limit: "10" })}`, { signal });
+    const answer = await request(`items?${new URLSearchParams({ query: text, limit: "10" })}`, { signal });
     if (!signal.aborted) showFound(answer.items);
   } catch (error) {
     if (!signal.aborted) byId("search-note").textContent = error.message;
@@ -231,14 +231,14 @@ function changed() {
 
 // ---- Recommendations
 
-let asking = null;
+let pending = null;
 let retryTimer = 0;
 
 async function refresh(retries = MOST_RETRIES) {
   clearTimeout(retryTimer);
-  asking?.abort();
-  asking = new AbortController();
-  const { signal } = asking;
+  pending?.abort();
+  pending = new AbortController();
+  const { signal } = pending;
   list.setAttribute("aria-busy", "true");
   try {
     const answer = await post("recommend", {
@@ -281,7 +281,7 @@ function showAnswer(answer) {
   announce(`${byId("results-title").textContent}: ${plural(answer.items.length, "product")}`);
 }
 
-// A list is made anew; who was on one of its buttons stays at that place of the list.
+// The list is rebuilt; a focused button keeps its position in the list.
 function focusKey() {
   const focused = document.activeElement;
   if (!list.contains(focused)) return null;
@@ -346,7 +346,7 @@ byId("retry").addEventListener("click", () => refresh());
 async function showRun() {
   let run;
   try {
-    run = await ask("run");
+    run = await request("run");
   } catch (error) {
     byId("run-line").textContent = error.message;
     document.querySelector(".dot").classList.add("off");
