@@ -1,8 +1,8 @@
-"""The model card of a folder to publish: README.md with the hub's front matter, from the templates beside this file.
+"""The model card of a folder to publish: README.md with the hub's front matter, rendered from `templates/`.
 
-Data, method, results beside the baselines, training, limits, licence, and the few lines of Python that compute scores
-from the folder alone. Nothing in it names a path, a user or a raw value: of what was left out of the data it tells
-reasons and counts, of the settings those that decide the result.
+It describes data, method, results compared with the baselines, training, limits and licence, and has a Python snippet
+that computes scores from the folder alone. It contains no path, user or raw value: for data left out it gives only
+reasons and counts, and only the settings that affect the result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SETTINGS = (
     "batch",
     "optimizer",
 )
-"""Settings that decide the result; the others are paths, or how the run was watched and kept."""
+"""Settings that affect the result; the others are paths, or concern logging and checkpoints."""
 _LIBRARIES = {"lora": "peft", "full": "transformers", "none": "transformers"}
 _TAGS = ["recommendation", "recommender-system", "collaborative-filtering", "cllm4rec"]
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -53,7 +53,7 @@ def write_card(source: Source, options: ExportOptions, scoring: dict[str, Any], 
 
     Args:
         scoring: contents of the folder's scoring.json.
-        path: README.md in the folder, which holds everything else already.
+        path: README.md in the folder; all other files must exist already.
     """
     assert source.corpus is not None, "open_source(needs_corpus=True)"
     manifest = source.corpus.manifest
@@ -78,7 +78,7 @@ def write_card(source: Source, options: ExportOptions, scoring: dict[str, Any], 
         has_content=CONTENT in source.llms,
         num_user_texts=_num_user_texts(manifest) if CONTENT in source.llms else 0,
         results=results,
-        # Their own notes name the runs that this one started from.
+        # Without the notes of the results, which name the runs that this one started from.
         table="" if results is None else markdown_table(results.model_copy(update={"notes": ()})),
         notes=_notes(source),
         best=_best(source),
@@ -89,7 +89,7 @@ def write_card(source: Source, options: ExportOptions, scoring: dict[str, Any], 
 
 
 def score_lines(scoring: dict[str, Any], options: ExportOptions) -> str:
-    """The lines of Python that compute the scores of every item in the folder of an export.
+    """Return the Python snippet that computes the scores of all items from an exported folder.
 
     Args:
         scoring: contents of the folder's scoring.json.
@@ -116,14 +116,14 @@ def _environment() -> Environment:
 
 
 def escape_markdown(text: object) -> str:
-    """A text that Markdown, tables included, shows as it is, on one line."""
+    """Escape a text for Markdown, including tables, and put it on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
 
 
 def _metadata(
     source: Source, options: ExportOptions, title: str, manifest: Manifest, results: Results | None, split: str
 ) -> str:
-    """The front matter, with its marks."""
+    """The YAML front matter, with its delimiters."""
     measured = {} if results is None else results.rows[0].metrics
     dataset = re.sub(r"[^\w.-]+", "-", manifest.name).strip("-.") or "dataset"
     evaluations = [
@@ -153,7 +153,7 @@ def _metadata(
 
 
 def _read_evaluation(source: Source) -> tuple[Results | None, str]:
-    """Results of this checkpoint, and the split that they are of; None where this checkpoint was not evaluated."""
+    """Read the results of this checkpoint and the split they were computed on; None if it was not evaluated."""
     for run in dict.fromkeys((Path(source.run).absolute(), Path(source.opened.path).absolute().parent.parent)):
         folder = run / "evaluation"
         try:
@@ -162,17 +162,17 @@ def _read_evaluation(source: Source) -> tuple[Results | None, str]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, CLLM4RecError) as error:
-            logger.warning("the card is without results: %s", error)
+            logger.warning("the card has no results: %s", error)
             continue
-        if _is_of(evaluated, source):
+        if _matches(evaluated, source):
             return results, str(evaluated["split"])
-        logger.warning("the card is without results: %s is of another checkpoint than %s", folder, source.opened.path)
-    logger.warning("%s was not evaluated, so its card shows no figures; `cllm4rec evaluate` first has them", source.run)
+        logger.warning("the card has no results: %s evaluates another checkpoint than %s", folder, source.opened.path)
+    logger.warning("%s was not evaluated, so the card has no results; run `cllm4rec evaluate` first", source.run)
     return None, ""
 
 
-def _is_of(evaluated: dict[str, Any], source: Source) -> bool:
-    """True where an evaluation is of the checkpoint that is exported, wherever both were then."""
+def _matches(evaluated: dict[str, Any], source: Source) -> bool:
+    """True if an evaluation belongs to the exported checkpoint, even if either has been moved."""
     about, settings = source.opened.metadata, evaluated.get("config", {})
     return (
         Path(str(evaluated.get("checkpoint"))).name == source.opened.name
@@ -182,23 +182,23 @@ def _is_of(evaluated: dict[str, Any], source: Source) -> bool:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """What of the folder is what, in the order of reading."""
-    known = {
+    """Description of each file that the folder contains."""
+    descriptions = {
         "backbone": "the backbone",
         COLLABORATIVE: "PEFT adapter of the collaborative LLM, for `AutoModel` and `AutoModelForCausalLM`",
-        f"{COLLABORATIVE}-causal-lm": "the same of task type CAUSAL_LM",
+        f"{COLLABORATIVE}-causal-lm": "the same with task type CAUSAL_LM",
         CONTENT: "PEFT adapter of the content LLM",
-        f"{CONTENT}-causal-lm": "the same of task type CAUSAL_LM",
+        f"{CONTENT}-causal-lm": "the same with task type CAUSAL_LM",
         "tables.safetensors": "embeddings and item head",
-        "items.parquet": "item ids in the order of the rows",
+        "items.parquet": "item ids in row order",
         "item_embeddings.parquet": "item, title, `vector` (the trained embedding), `score_vector` (its inner product"
         " with a query is the score)",
         "items.faiss": "exact FAISS index of the score vectors, by inner product",
-        "users.parquet": "user ids in the order of the rows",
+        "users.parquet": "user ids in row order",
         "user_embeddings.parquet": "user, `vector`",
         "scoring.json": "how scores are computed",
     }
-    return {name: content for name, content in known.items() if (folder / name).exists()}
+    return {name: content for name, content in descriptions.items() if (folder / name).exists()}
 
 
 def _packages(scoring: dict[str, Any]) -> list[str]:
@@ -218,8 +218,8 @@ def _user_row(options: ExportOptions) -> str:
 
 def _without_row(source: Source) -> str:
     if source.opened.metadata.has_shared_user:
-        return "`collaborative.shared_user` was trained in the place of users' rows, for people who have none."
-    return "`collaborative.shared_user` is zero: nothing was trained for people without a row of their own."
+        return "`collaborative.shared_user` was trained as the row of people who have none."
+    return "`collaborative.shared_user` is zero: no row was trained for people who have none."
 
 
 def _num_user_texts(manifest: Manifest) -> int:
@@ -244,14 +244,12 @@ def _split(manifest: Manifest) -> str:
 
 
 def _notes(source: Source) -> list[str]:
-    """What a reader of the figures must know, without the names of runs."""
+    """Caveats about the results, without names of runs."""
     lineage, notes = source.opened.metadata.lineage, []
     if lineage is not None and lineage.leak is not None:
-        notes.append(f"trained on {lineage.leak.count} held-out interactions: the figures are not comparable")
+        notes.append(f"trained on {lineage.leak.count} held-out interactions: the results are not comparable")
     if lineage is not None and lineage.unknown:
-        notes.append(
-            "it started from a run of which is not known what it was trained on: perhaps held-out interactions"
-        )
+        notes.append("it started from a run whose training data is not recorded: perhaps held-out interactions")
     return notes
 
 

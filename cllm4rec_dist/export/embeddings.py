@@ -1,14 +1,14 @@
 """Embeddings for other programs: Parquet files with a vector for each id, and a FAISS index of the items.
 
-Items have two vectors. `vector` is the trained row of the collaborative LLM (z_rec after finetuning), in units of the
-backbone's embedding scale: what the model reads where the item stands in a prompt. `score_vector` is what a query is
-multiplied with, so that an inner product is the score:
+Items have two vectors. `vector` is the trained embedding of the collaborative LLM (z_rec after finetuning), in units of
+the backbone's embedding scale: the model's input for the item in a prompt. `score_vector` is the vector whose inner
+product with a query is the score:
 
     score[i] = query . score_vector[i]
-    score_vector = vector, or normalize(vector) for a cosine head; with the item's bias behind it where items have one
-    query        = q, or normalize(q) / temperature for a cosine head; with a 1 behind it where items have a bias
+    score_vector = vector, or normalize(vector) for a cosine head; followed by the item's bias if items have one
+    query        = q, or normalize(q) / temperature for a cosine head; followed by a 1 if items have a bias
 
-q is the hidden state of the prompt's last token, with the pooled history added where the head does so (`scoring.json`).
+q is the hidden state of the prompt's last token, plus the pooled history if the head uses it (`scoring.json`).
 
 Legend: U users, I items, D hidden, S width of a score vector: D, or D + 1 with a bias.
 """
@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GROUP_BYTES = 32 << 20
-"""Vectors of a row group: enough to be read at speed, little beside the tables."""
+"""Size of a row group: large enough for fast reads, small compared with the tables."""
 
 
 def score_vectors(rows: Tensor, bias: Tensor | None, similarity: str) -> Tensor:
-    """Item rows [n, D] and their biases [n] -> what a query is multiplied with, [n, S]."""
+    """Return the score vectors, [n, S], of item rows [n, D] and their biases [n]."""
     vectors = F.normalize(rows, dim=1) if similarity == "cosine" else rows
     return vectors if bias is None else torch.cat([vectors, bias[:, None]], dim=1)
 
@@ -40,7 +40,7 @@ def write_items(
     """Write columns item, title, vector [D] and score_vector [S], a row group at a time.
 
     Args:
-        titles: null where an item has none.
+        titles: null for an item without one.
         rows: [I, D].
         bias: [I], or None.
         similarity: dot or cosine, of the head.
@@ -83,12 +83,12 @@ def write_index(path: Path, rows: Tensor, bias: Tensor | None, similarity: str) 
 def _writer(path: Path, id_name: str, others: dict[str, pa.DataType], vectors: dict[str, int]) -> pq.ParquetWriter:
     fields = [pa.field(id_name, pa.string(), nullable=False), *(pa.field(name, kind) for name, kind in others.items())]
     fields += [pa.field(name, pa.list_(pa.float32(), width), nullable=False) for name, width in vectors.items()]
-    # Neither pays for trained floats: all are different, and no query asks for a range of one.
+    # Dictionaries and statistics do not pay off for floats: all differ, and nobody filters by their range.
     return pq.ParquetWriter(path, pa.schema(fields), use_dictionary=False, write_statistics=[id_name, *others])
 
 
 def _groups(num_rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of fp32 vectors of `width` in all, for one row group each."""
+    """Row ranges of the row groups, for fp32 vectors of total width `width`."""
     size = max(1, _GROUP_BYTES // (4 * width))
     return ((start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 

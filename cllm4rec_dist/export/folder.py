@@ -1,18 +1,18 @@
-"""A checkpoint in the formats of other programs: the folder that `cllm4rec export` writes.
+"""Export of a checkpoint in standard formats: the folder that `cllm4rec export` writes.
 
-    collaborative/, content/             PEFT adapters that load into AutoModel and into AutoModelForCausalLM; content/
-                                         where the run has a content LLM
-    collaborative-causal-lm/, content-causal-lm/    the same as adapters of task_type CAUSAL_LM, for programs that go by
-                                         it (AutoPeftModelForCausalLM) and for AutoModelForCausalLM alone
-    backbone/                            instead of adapters, where the backbone is trained whole; for both classes
-    tables.safetensors                   rows and head, see `source.read_tables`
+    collaborative/, content/             PEFT adapters for AutoModel and AutoModelForCausalLM; content/ only if the run
+                                         has a content LLM
+    collaborative-causal-lm/, content-causal-lm/    the same with task_type CAUSAL_LM, for AutoModelForCausalLM only and
+                                         programs that check it (AutoPeftModelForCausalLM)
+    backbone/                            a fully trained backbone instead of adapters, for both classes
+    tables.safetensors                   embeddings and item head, see `source.read_tables`
     users.parquet, items.parquet         external ids of the rows
-    item_embeddings.parquet, user_embeddings.parquet    the same with titles and vectors (`embeddings.py`)
-    items.faiss                          if asked for: an exact index of the items' score vectors
-    scoring.json                         how scores are computed from all these (`scoring.py`)
+    item_embeddings.parquet, user_embeddings.parquet    ids with vectors, items also with titles (`embeddings.py`)
+    items.faiss                          optional: an exact index of the items' score vectors
+    scoring.json                         how to compute scores from these files (`scoring.py`)
 
-A folder to publish has a model card too (README.md), leaves users out unless they are asked for, names no path of this
-machine, and holds a backbone that is on no hub: it is complete by itself.
+A folder to publish also has a model card (README.md), omits users unless requested, contains no local path, and
+includes a backbone that is not on the hub, so that it is self-contained.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ def export(
     """Write a run's best checkpoint to a new folder, and upload it where `options.push` says so.
 
     Args:
-        options: what is written, by default everything but an index; `option_problems` says what is wrong with them.
-        backbone: where it is now, if not where the checkpoint says.
-        corpus: where it is now, likewise. Titles and the model card are made of it.
+        options: what to write, by default everything but an index; must have passed `option_problems`.
+        backbone: current path of the backbone, if it differs from the one in the checkpoint.
+        corpus: likewise for the corpus, which provides titles and the model card.
 
     Returns:
-        the names of what was written.
+        names of the written files and folders.
 
     Raises:
-        CheckpointError: where no checkpoint is whole, or the backbone or the corpus is another one.
-        ConfigError: where the output exists, the backbone is gone, or the hub refuses.
-        CorpusError: where the corpus is gone and a folder to publish needs it.
+        CheckpointError: if no checkpoint is intact, or the backbone or corpus has changed.
+        ConfigError: if the output exists, the backbone is missing, or the hub refuses.
+        CorpusError: if the corpus is missing and a folder to publish needs it.
     """
     options = options or ExportOptions()
-    disable_progress_bar()  # of transformers, for each file
+    disable_progress_bar()  # transformers shows one per file
     require_none(output_problems(output), "export")
     source = open_source(run, backbone, corpus, base_model=options.base_model, needs_corpus=options.is_public)
     if options.push is not None:
@@ -87,20 +87,20 @@ def _write(source: Source, options: ExportOptions, output: Path) -> None:
     (output / SCORING_FILE).write_text(json.dumps(scoring, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.is_public:
         write_card(source, options, scoring, output / CARD_FILE)
-        _tell_missing_licenses(source, options, output / BACKBONE_FOLDER)
+        _warn_missing_licenses(source, options, output / BACKBONE_FOLDER)
 
 
-def _tell_missing_licenses(source: Source, options: ExportOptions, backbone: Path) -> None:
-    """Say in one line which licences a folder to publish lacks."""
+def _warn_missing_licenses(source: Source, options: ExportOptions, backbone: Path) -> None:
+    """Log one warning for the licences that a folder to publish lacks."""
     missing = [] if options.license else ["the model card names none (--license apache-2.0)"]
     if backbone.is_dir() and not models.copy_licenses(source.backbone, backbone):
-        missing.append(f"{source.backbone}, which goes into the folder, has no licence file")
+        missing.append(f"{source.backbone}, which is copied into the folder, has no licence file")
     if missing:
-        logger.warning("no licence: %s; without one nobody else may use what you publish", "; ".join(missing))
+        logger.warning("no licence: %s; without one nobody else may use the published model", "; ".join(missing))
 
 
 def _write_models(source: Source, options: ExportOptions, output: Path) -> str:
-    """Adapters or backbone; the name by which the folder's reader finds the backbone."""
+    """Write adapters or backbone; return the name under which a reader of the folder loads the backbone."""
     kind = source.config.adapter.kind
     if not options.is_public:
         backbone = source.config.backbone
@@ -110,7 +110,7 @@ def _write_models(source: Source, options: ExportOptions, output: Path) -> str:
         backbone = BACKBONE_FOLDER
         if kind != "full":
             logger.warning(
-                "the backbone %s goes into the folder with all of its weights; if it is one of the hub, name it by"
+                "the backbone %s is copied into the folder with all of its weights; if it is on the hub, name it with"
                 " --base-model ORG/NAME instead",
                 source.backbone,
             )
@@ -137,7 +137,7 @@ def _write_ids_and_embeddings(source: Source, options: ExportOptions, output: Pa
 
 
 def _titles(source: Source) -> pa.ChunkedArray:
-    """Titles of the items; null where there is none, or no corpus to read it from."""
+    """Titles of the items; null for an item without one, or if there is no corpus."""
     if source.corpus is None:
         return pa.chunked_array([pa.nulls(source.opened.metadata.num_items, pa.string())])
     titles = source.corpus.items()["title"].cast(pa.string())
@@ -146,7 +146,7 @@ def _titles(source: Source) -> pa.ChunkedArray:
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that becomes `output` when it is whole, so that a failed export is not in the way of the next."""
+    """Yield a temporary folder that is renamed to `output` at the end, so that a failed export leaves nothing."""
     part = output.absolute().with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Uploading a folder to the Hugging Face hub, which is made to hold this folder and nothing else.
+"""Upload of a folder to a model repository on the Hugging Face hub.
 
-The repository is created, and its visibility checked, before anything is written, so that a token without write access
-or a name that is taken costs no time. Files that an earlier export left there and this one does not have are deleted:
-users that are no longer exported must not stay. (They stay in the repository's history.)
+The repository is created, and its visibility checked, before anything is exported, so that a token without write access
+or a name in use fails early. Files of an earlier export that this one does not have are deleted, so that users who are
+no longer exported do not remain. (They remain in the repository's history.)
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ logger = logging.getLogger(__name__)
 
 
 def create_repository(name: str, *, private: bool) -> None:
-    """Create a model repository, or take the one that is there.
+    """Create a model repository, or use the existing one.
 
     Args:
         name: ORG/NAME.
-        private: refuse one that is there and public. Otherwise a new one has the organisation's default.
+        private: create it as private, and reject an existing public one. If False, the organisation's default applies.
 
     Raises:
-        ConfigError: where the hub refuses, or cannot be reached.
+        ConfigError: if the hub refuses or cannot be reached.
     """
     api = HfApi()
-    with _asking("--push", name, "Check the name, and that the token may write there (`hf auth whoami`)."):
+    with _hub_errors("--push", name, "Check the name, and that the token may write there (`hf auth whoami`)."):
         api.create_repo(name, repo_type="model", private=private or None, exist_ok=True)
         if private and not api.repo_info(name, repo_type="model").private:
             raise ConfigError(
-                "--private", name, "is there already and public", "Choose another name, or hide it first."
+                "--private", name, "exists already and is public", "Choose another name, or make it private first."
             )
 
 
 def upload(folder: Path, name: str) -> str:
-    """Make a repository hold the files of `folder` and no others; the address of the commit.
+    """Replace the contents of a repository with the files of `folder`; return the URL of the commit.
 
     Raises:
-        ConfigError: where the hub refuses, or cannot be reached.
+        ConfigError: if the hub refuses or cannot be reached.
     """
-    with _asking("--push", name, f"{folder} is complete: try again with `hf upload {name} {folder} --delete '*'`."):
+    with _hub_errors("--push", name, f"{folder} is complete: try again with `hf upload {name} {folder} --delete '*'`."):
         commit = HfApi().upload_folder(
             repo_id=name,
             repo_type="model",
@@ -57,11 +57,11 @@ def upload(folder: Path, name: str) -> str:
 
 
 @contextmanager
-def _asking(field: str, value: str, cure: str) -> Iterator[None]:
+def _hub_errors(field: str, value: str, cure: str) -> Iterator[None]:
     try:
         yield
     except CLLM4RecError:
         raise
-    except Exception as error:  # of the hub, of its client, of the network
+    except Exception as error:  # from the hub, its client or the network
         reason = " ".join(str(error).split())
         raise ConfigError(field, value, f"failed at the hub ({type(error).__name__}: {reason})", cure) from error

@@ -1,8 +1,8 @@
-"""What the engine trained, as other programs load it: PEFT adapters, or a whole backbone; and a backbone as it is.
+"""Export of model weights: trained PEFT adapters, a fully trained backbone, or an unchanged copy of a backbone.
 
-AutoModelForCausalLM nests the decoder below a prefix, and PEFT finds a weight by the name of its module. A weight under
-another name is passed over with no more than a warning, so the adapters for both classes hold each weight under the
-names of both: the word head must not be computed from a model without its adapter.
+AutoModelForCausalLM nests the decoder below a prefix, and PEFT matches weights by module name, with only a warning for
+a weight that matches none. Therefore adapters for both classes store each weight under both names: otherwise one of
+them would silently run without its adapter.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from cllm4rec_dist.model.weights import CONFIG, INDEX, WEIGHTS, read_settings, w
 logger = logging.getLogger(__name__)
 
 CAUSAL_LM = "-causal-lm"
-"""Behind the names of the folders of adapters for AutoModelForCausalLM alone."""
+"""Folder suffix of adapters for AutoModelForCausalLM only."""
 _PREFIX = "decoder."
 _LICENSE = re.compile(r"licen[cs]e|notice|copying", re.IGNORECASE)
-"""How the names of files begin that go where the weights go."""
+"""Pattern for the names of files that must accompany the weights."""
 _PATH_KEYS = ("_name_or_path", "name_or_path")
-"""Where transformers notes the folder that a model or tokenizer was loaded from."""
+"""Keys under which transformers records the folder that a model or tokenizer was loaded from."""
 
 
 def write_adapters(source: Source, backbone: str, output: Path) -> None:
-    """Write each LLM's adapter twice: for both model classes, and for AutoModelForCausalLM alone.
+    """Write each LLM's adapter twice: for both model classes, and for AutoModelForCausalLM only.
 
     Args:
         backbone: hub id or path, for `base_model_name_or_path`.
@@ -56,13 +56,13 @@ def write_adapters(source: Source, backbone: str, output: Path) -> None:
             settings.base_model_name_or_path = backbone
             settings.inference_mode = True
             settings.save_pretrained(str(output / name))
-            # Cloned, as safetensors stores no memory under two names.
+            # Cloned, because safetensors does not store shared memory.
             named = {f"base_model.model.{p}{key}": value.clone() for p in prefixes for key, value in weights.items()}
             save_file(named, output / name / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def write_trained_backbone(source: Source, output: Path) -> None:
-    """Write the backbone with its trained weights, its own word embeddings and word head, and its tokenizer."""
+    """Write the backbone with its trained weights, original word embeddings and LM head, and its tokenizer."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.backbone, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
@@ -73,13 +73,13 @@ def write_trained_backbone(source: Source, output: Path) -> None:
     assert not kept.unexpected_keys, kept.unexpected_keys
     if missing:
         logger.warning(
-            "%s has no word head (%s): what is exported loads into AutoModel, and has none for AutoModelForCausalLM",
+            "%s has no LM head (%s): the export loads into AutoModel, but has no LM head for AutoModelForCausalLM",
             source.backbone,
             ", ".join(missing),
         )
     (decoder if missing else model).save_pretrained(output)
     _copy(source.backbone, output, _present(source.backbone, TOKENIZER_FILES))
-    _forget_paths(output)
+    _remove_local_paths(output)
 
 
 def copy_backbone(folder: Path, output: Path) -> None:
@@ -89,11 +89,11 @@ def copy_backbone(folder: Path, output: Path) -> None:
     others = ["generation_config.json", *TOKENIZER_FILES, *([index] if weights != [WEIGHTS] else [])]
     output.mkdir()
     _copy(folder, output, {CONFIG, *weights, *_present(folder, others)})
-    _forget_paths(output)
+    _remove_local_paths(output)
 
 
 def copy_licenses(folder: Path, output: Path) -> list[str]:
-    """Copy the licence and notices that are beside the weights of a backbone; their names."""
+    """Copy the licence and notice files of a backbone; return their names."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and _LICENSE.match(path.name))
     _copy(folder, output, names)
     return names
@@ -109,8 +109,8 @@ def _copy(folder: Path, output: Path, names: Iterable[str]) -> None:
         shutil.copyfile(folder / name, output / name)
 
 
-def _forget_paths(folder: Path) -> None:
-    """Take the folder that a model was loaded from out of its JSON files."""
+def _remove_local_paths(folder: Path) -> None:
+    """Remove the path that a model was loaded from from its JSON files."""
     for path in folder.glob("*config.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))
         if any(key in settings for key in _PATH_KEYS):

@@ -1,4 +1,4 @@
-"""What an export may be asked for, checked before torch is imported and before anything is read."""
+"""Options of an export, checked before torch is imported and before anything is read."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.preflight import folder_problems
 
 LICENSES = tuple(Path(__file__).with_name("licenses.txt").read_text(encoding="utf-8").split())
-"""Identifiers that the Hugging Face hub takes as a `license`."""
+"""Licence identifiers of the Hugging Face hub."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is exported beside adapters, tables and embeddings.
+    """Options of an export, in addition to adapters, tables and embeddings.
 
     Attributes:
-        faiss: a FAISS index of the items.
-        hub: a folder to publish: a model card, no users, no paths of this machine, a local backbone included.
-        with_users: users' rows and ids in a folder to publish.
-        license: identifier for the model card.
-        base_model: hub id of the backbone, which is then named instead of included.
-        push: ORG/NAME to upload to; means `hub`.
-        private: of a repository that `push` creates.
+        faiss: write a FAISS index of the items.
+        hub: write a folder to publish: with a model card and a local backbone, without users and local paths.
+        with_users: include users' rows and ids in a folder to publish.
+        license: licence identifier for the model card.
+        base_model: hub id of the backbone, which is then referenced instead of included.
+        push: ORG/NAME to upload to; implies `hub`.
+        private: create the repository as private.
     """
 
     faiss: bool = False
@@ -38,24 +38,24 @@ class ExportOptions:
 
     @property
     def is_public(self) -> bool:
-        """True for a folder that is made to be published."""
+        """True for a folder to publish."""
         return self.hub or self.push is not None
 
     @property
     def includes_users(self) -> bool:
-        """True where users' rows and ids are written."""
+        """True if users' rows and ids are written."""
         return self.with_users or not self.is_public
 
 
 def output_problems(output: Path) -> list[CLLM4RecError]:
-    """Why `output` cannot become a folder of an export."""
+    """Return errors if `output` cannot be created."""
     if output.exists():
         return [ConfigError("output", str(output), "exists", "Choose another folder, or remove it.")]
     return folder_problems("output", str(output))
 
 
 def option_problems(options: ExportOptions) -> list[CLLM4RecError]:
-    """What is wrong with the options, or missing on this machine for them."""
+    """Return errors for invalid options and missing dependencies."""
     problems: list[CLLM4RecError] = []
     if options.faiss and importlib.util.find_spec("faiss") is None:
         problems.append(
@@ -72,7 +72,7 @@ def option_problems(options: ExportOptions) -> list[CLLM4RecError]:
     if options.license is not None and options.license not in LICENSES:
         problems.append(_unknown_license(options.license))
     if options.base_model is not None and not _is_repository(options.base_model):
-        problems.append(ConfigError("--base-model", options.base_model, "is no hub id", "Write it as ORG/NAME."))
+        problems.append(ConfigError("--base-model", options.base_model, "is not a hub id", "Write it as ORG/NAME."))
     if options.push is not None:
         problems += _push_problems(options.push)
     return problems
@@ -84,8 +84,8 @@ def _unknown_license(name: str) -> ConfigError:
     return ConfigError(
         "--license",
         name,
-        "is no identifier of the Hugging Face hub",
-        f"{hint}For a licence that it does not list give other, and add license_name and license_link to README.md.",
+        "is not a licence identifier of the Hugging Face hub",
+        f"{hint}For an unlisted licence use other, and add license_name and license_link to README.md.",
     )
 
 
@@ -108,7 +108,7 @@ def _push_problems(repository: str) -> list[CLLM4RecError]:
             ConfigError(
                 "--push",
                 repository,
-                "is no name of a repository on the hub",
+                "is not a valid repository name",
                 "Write it as ORG/NAME: letters, digits, - _ and . (96 at most).",
             )
         ]
@@ -119,7 +119,7 @@ def _push_problems(repository: str) -> list[CLLM4RecError]:
             ConfigError(
                 "--push",
                 repository,
-                "needs a token of the hub, and there is none",
+                "needs a hub token, but there is none",
                 "Run `hf auth login`, or set HF_TOKEN to a token with write access"
                 " (https://huggingface.co/settings/tokens). --hub alone writes the folder.",
             )

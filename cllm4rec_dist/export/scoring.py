@@ -1,16 +1,15 @@
-"""How scores are computed from an exported run, for a program that has only the exported files and the backbone.
+"""`scoring.json`: how to compute scores from the exported files and the backbone alone.
 
-`scoring.json` says what `PromptBuilder.prediction`, `Recommender.item_queries` and `ItemHead` do, with the run's
-settings:
+It describes `PromptBuilder.prediction`, `Recommender.item_queries` and `ItemHead` with the settings of the run:
 
-    prompt      tokens in order: a number is a word id of the backbone's tokenizer, "user" the user, "history" the items
-    history     which items: the last `longest` of the user's, oldest first
-    users       where the rows of users are: `rows`, which a folder to publish leaves out (null), and `without_row`, the
-                row for anyone who has none
-    inputs      one embedding a token: the backbone's input embedding of a word, a row of a user, or a row of
-                collaborative.items; rows are rounded to `rows_dtype` first
-    hidden      of the last token, behind the decoder's final norm, with `adapter.folder` loaded
-    head        similarity, temperature, item_bias, pool_residual (`HeadConfig`); `formula` is the score by them
+    prompt      tokens in order: a token id of the backbone's tokenizer, "user" for the user, or "history" for the items
+    history     the user's last `longest` items, oldest first
+    users       names of the tables of user rows: `rows`, null in a folder to publish without users, and `without_row`,
+                the row for anyone who has none
+    inputs      one embedding per token: the backbone's input embedding, a user row, or a row of collaborative.items;
+                user and item rows are first rounded to `rows_dtype`
+    hidden      hidden state of the last token after the decoder's final norm, with `adapter.folder` loaded
+    head        similarity, temperature, item_bias, pool_residual (`HeadConfig`); `formula` is the resulting score
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ BACKBONE_FOLDER = "backbone"
 
 
 def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_paths: bool) -> dict[str, Any]:
-    """Contents of `scoring.json`.
+    """Return the contents of `scoring.json`.
 
     Args:
-        backbone: hub id, path, or folder of the export that holds it.
-        with_users: True where the users' rows are exported.
-        with_paths: name checkpoint and corpus by their paths on this machine too.
+        backbone: hub id, path, or folder in the export.
+        with_users: True if users' rows are exported.
+        with_paths: include the local paths of checkpoint and corpus.
     """
     opened, config, temperature = source.opened, source.config, source.tables.get("head.temperature")
     folders = {"lora": COLLABORATIVE, "full": BACKBONE_FOLDER, "none": None}
@@ -76,7 +75,7 @@ def _prompt(source: Source) -> list[int | str]:
 
 
 def _formula(source: Source) -> list[str]:
-    """The score of item i, a line a step."""
+    """The score of item i, one line per step."""
     lines = ["q = hidden"]
     if source.config.head.pool_residual:
         lines.append("q = q + sqrt(D) * normalize(sum of collaborative.items over the history; zero where it is empty)")

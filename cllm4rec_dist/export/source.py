@@ -1,7 +1,6 @@
-"""What is exported: a run's best checkpoint with its backbone and, where it is at hand, its corpus. Refuses here.
+"""Source of an export: a run's best checkpoint with its backbone and, if available, its corpus.
 
-Read from the checkpoint's files alone, by one process and without building the run's model: the ranks' slices are put
-together tensor by tensor.
+One process reads the checkpoint's files without building the model; the ranks' shards are assembled tensor by tensor.
 
 Legend: U users, I items, D hidden.
 """
@@ -35,19 +34,19 @@ SHARED_USER = "shared_user"
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """Everything an export reads.
 
     Attributes:
-        run: the run or checkpoint as it was given.
+        run: path of the run or checkpoint as given.
         opened: the checkpoint.
-        config: its configuration, with the paths of corpus and backbone as they are now.
-        corpus: the corpus, where it is at hand and the checkpoint's.
+        config: its configuration, with the current paths of corpus and backbone.
+        corpus: the corpus of the checkpoint; None if it is not available.
         backbone: folder of the backbone.
-        base_model: hub id of the backbone; None for a folder that is from no hub.
-        decoder: the backbone's configuration.
-        tokenizer: the backbone's.
-        tensors: what the engine trains, whole, by the names that it has there.
-        tables: rows and item head, see `read_tables`.
+        base_model: hub id of the backbone; None for a local folder.
+        decoder: configuration of the backbone.
+        tokenizer: tokenizer of the backbone.
+        tensors: full tensors trained by the engine, by the engine's parameter names.
+        tables: embeddings and item head, see `read_tables`.
     """
 
     run: str
@@ -63,47 +62,47 @@ class Source:
 
     @property
     def llms(self) -> list[str]:
-        """LLMs that were trained. Without texts the content LLM has an adapter too, as it started."""
+        """LLMs that were trained. Without texts the content LLM only has an untrained adapter."""
         return [llm for llm in (COLLABORATIVE, CONTENT) if f"{llm}.items" in self.tables]
 
 
 def open_source(
     run: str, backbone: str | None, corpus: str | None, *, base_model: str | None = None, needs_corpus: bool = False
 ) -> Source:
-    """Open a run's best checkpoint and everything that belongs to it.
+    """Open a run's best checkpoint, its backbone and its corpus.
 
     Args:
-        backbone: where it is now, if not where the checkpoint says.
-        corpus: a corpus that must be the run's. If left out, that of the checkpoint is used where it still is.
-        base_model: hub id of the backbone, where neither `backbone` nor the checkpoint says it.
-        needs_corpus: refuse a run whose corpus is not at hand.
+        backbone: current path of the backbone, if it differs from the one in the checkpoint.
+        corpus: path of a corpus that must be the run's. By default the recorded path is used if it still exists.
+        base_model: hub id of the backbone, if neither `backbone` nor the checkpoint has one.
+        needs_corpus: raise if the corpus is not available.
 
     Raises:
-        CheckpointError: where no checkpoint is whole, or the backbone or the corpus is another one.
-        ConfigError: where the backbone is gone.
-        CorpusError: where a needed corpus is gone.
+        CheckpointError: if no checkpoint is intact, or the backbone or corpus has changed.
+        ConfigError: if the backbone is missing.
+        CorpusError: if a required corpus is missing.
     """
     store, names = find(run)
     world = World(0, 1, 0, torch.device("cpu"))
-    found = checkpoint.load_first_valid(store, names, world, lambda opened: (_tensors(opened), read_tables(opened)))
-    if found is None:
+    loaded = checkpoint.load_first_valid(store, names, world, lambda opened: (_tensors(opened), read_tables(opened)))
+    if loaded is None:
         raise checkpoint.all_damaged(run, store, names)
-    opened, (tensors, tables) = found
+    opened, (tensors, tables) = loaded
     in_project = corpus_in_project(opened.store, opened.metadata.fingerprints.get("corpus"))
-    # The recorded path even if it is gone: a corpus is not needed for everything.
+    # The recorded path even if it does not exist: a corpus is optional.
     config = recorded_config(opened, backbone, corpus or in_project or str(opened.metadata.config["corpus"]))
     folder = local_folder(config.backbone)
-    decoder = load_config(folder)  # refuses a backbone that cannot be used
+    decoder = load_config(folder)  # raises for an unusable backbone
     tokenizer = WordTokenizer.load(folder)
     checkpoint.require_same_fingerprints(opened, {"backbone": fingerprint(folder), "tokenizer": tokenizer.fingerprint})
-    found_corpus = _open_corpus(opened, config.corpus, required=needs_corpus or corpus is not None)
+    run_corpus = _open_corpus(opened, config.corpus, required=needs_corpus or corpus is not None)
     log_choice(store, names, opened)
     candidates = (base_model, config.backbone, str(opened.metadata.config["backbone"]))
     return Source(
         run=run,
         opened=opened,
         config=config,
-        corpus=found_corpus,
+        corpus=run_corpus,
         backbone=folder,
         base_model=next((name for name in candidates if name and _is_hub_id(name)), None),
         decoder=decoder,
@@ -120,51 +119,53 @@ def _open_corpus(opened: Checkpoint, url: str, *, required: bool) -> Corpus | No
     except (CorpusError, CheckpointError) as error:
         if required:
             raise
-        logger.warning("without titles, which are the corpus'; to have them, give --corpus PATH (%s)", error)
+        logger.warning(
+            "no titles, because the corpus is not available; to include them, give --corpus PATH (%s)", error
+        )
         return None
     return corpus
 
 
 def _is_hub_id(name: str) -> bool:
-    """True for what `local_folder` looks for on the hub."""
+    """True if `local_folder` treats the name as a hub id."""
     return not Path(name).expanduser().is_dir() and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def _tensors(opened: Checkpoint) -> dict[str, Tensor]:
-    """What the engine trains, whole, under the names that it has there."""
-    found: dict[str, Tensor] = {}
+    """Full tensors trained by the engine, by the engine's parameter names."""
+    tensors: dict[str, Tensor] = {}
     for name, shape in opened.metadata.shapes.items():
         flat = opened.rows(ADAPTER + name, math.prod(shape), 0, math.prod(shape))
         if flat is None:
             raise CheckpointError(opened.path, name, "is missing", "Use another checkpoint.")
-        found[name] = flat.reshape(shape)
-    return found
+        tensors[name] = flat.reshape(shape)
+    return tensors
 
 
 def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
-    """User and item rows, and the parameters of the item head, whole and in fp32.
+    """Read the full user and item embeddings and the parameters of the item head, in fp32.
 
     Returns:
         collaborative.users [U, D], collaborative.items [I, D]: rows in the order of users.parquet and items.parquet.
-        content.users [U, D], content.items [I, D]: likewise, where the run has a content LLM.
-        collaborative.shared_user, content.shared_user [1, D]: for anyone without a row of their own; zero where the run
-            has trained no such row.
-        head.bias [I], head.temperature []: where the run has them.
+        content.users [U, D], content.items [I, D]: likewise, if the run has a content LLM.
+        collaborative.shared_user, content.shared_user [1, D]: row for anyone without one; zero if the run has not
+            trained it.
+        head.bias [I], head.temperature []: if the run has them.
     """
     about = opened.metadata
-    found: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     for llm in (COLLABORATIVE, CONTENT):
         users = opened.rows(f"{llm}.users", about.num_user_rows, 0, about.num_user_rows)
         items = opened.rows(f"{llm}.items", about.num_items, 0, about.num_items)
         if users is None or items is None:
             continue
-        found |= {f"{llm}.users": users[: about.num_users], f"{llm}.items": items}
+        tables |= {f"{llm}.users": users[: about.num_users], f"{llm}.items": items}
         shared = users[about.num_users :] if about.has_shared_user else torch.zeros_like(users[:1])
-        found[f"{llm}.{SHARED_USER}"] = shared.clone()  # safetensors stores no memory under two names
+        tables[f"{llm}.{SHARED_USER}"] = shared.clone()  # safetensors does not store shared memory
     bias = opened.rows("head.bias", about.num_items, 0, about.num_items)
     if bias is not None:
-        found["head.bias"] = bias.flatten()
+        tables["head.bias"] = bias.flatten()
     log_temperature = opened.replicated().get("head.log_temperature")
     if log_temperature is not None:
-        found["head.temperature"] = log_temperature.exp()
-    return found
+        tables["head.temperature"] = log_temperature.exp()
+    return tables

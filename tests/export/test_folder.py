@@ -213,7 +213,7 @@ def test_a_backbone_without_word_head_is_exported_without_one(tmp_path: Path, ca
     config = make_config(made, tmp_path / "run", adapter={"kind": "full"}, max_steps=1, batch={"users": 9, "texts": 0})
     run_ranks(1, run, config)
     export(str(tmp_path / "run"), tmp_path / "exported")
-    assert "has no word head (lm_head.weight)" in caplog.text
+    assert "has no LM head (lm_head.weight)" in caplog.text
     names = load_file(tmp_path / "exported" / "backbone" / "model.safetensors").keys()
     assert not any("lm_head" in name for name in names)
 

@@ -50,7 +50,7 @@ def test_a_repository_is_created_or_taken(calls: Calls) -> None:
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="is there already and public"):
+    with pytest.raises(ConfigError, match="exists already and is public"):
         create_repository("shop/books", private=True)
     assert calls[0][1]["private"] is True
     monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(private=True))

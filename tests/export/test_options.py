@@ -39,7 +39,7 @@ def test_a_licence_is_one_that_the_hub_knows() -> None:
     assert not any(problems(hub=True, license=name) for name in LICENSES)
     assert {"apache-2.0", "mit", "cc-by-nc-sa-4.0", "openrail++", "other"} <= set(LICENSES)
     assert "Did you mean apache-2.0" in problems(hub=True, license="Apache2.0")
-    assert "give other" in problems(hub=True, license="our own")
+    assert "use other" in problems(hub=True, license="our own")
 
 
 def test_an_upload_needs_a_token_and_a_hub_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
