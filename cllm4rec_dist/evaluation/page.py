@@ -1,4 +1,4 @@
-"""What the report page says: verdicts, tables and shares, worked out from an evaluation, for the template to show."""
+"""Contents of the report page, computed from an evaluation for the template: verdicts, tables and fractions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cllm4rec_dist.evaluation.per_user import LengthBin, Rival
 from cllm4rec_dist.evaluation.results import ResultRow, Results, metric_label
 
 POPULARITY = "Popularity"
-"""Name of the baseline that lists the same popular items for everyone."""
+"""Name of the baseline that recommends the same popular items to everyone."""
 NUM_MOST_RECOMMENDED = 10
 _GROUP_TITLES = {"known": "Known users", "new": "New users"}
 _PHRASES = {
@@ -31,9 +31,9 @@ class Verdict:
     """The model against the best baseline of each metric, for one group of users.
 
     Attributes:
-        tone: ahead, level or behind: the colour of the whole.
-        rivals: the best baseline of each metric.
-        popularity: the same against popularity; empty where that is not among the baselines.
+        tone: ahead, level or behind; selects the colour.
+        rivals: comparison with the best baseline of each metric.
+        popularity: comparison with popularity; empty if it is not among the baselines.
     """
 
     tone: str
@@ -45,12 +45,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Group:
-    """Users of one kind: their verdict, table and bins.
+    """A group of users (known or new): verdict, table and bins.
 
     Attributes:
-        title: empty where the evaluation has a single kind of users.
-        rows: the model and the baselines, counted over these users.
-        baseline: name of the baseline beside the model in `bins`; None without baselines.
+        title: empty if the evaluation has a single group.
+        rows: metrics of the model and the baselines over these users.
+        baseline: name of the baseline shown with the model in `bins`; None without baselines.
         bins: the first metric by length of history.
     """
 
@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class MostRecommended:
-    """An item that stands in many lists; `share` is of all lists."""
+    """An item that is in many lists; `share` is its fraction of all lists."""
 
     title: str
     count: int
@@ -76,8 +76,8 @@ class CatalogSection:
     """How the lists use the catalog.
 
     Attributes:
-        uses: name of a model -> use.
-        training_share: share of training interactions that the most popular tenth has.
+        uses: catalog use by model name.
+        training_share: fraction of training interactions with the most popular tenth.
     """
 
     uses: Mapping[str, CatalogUse]
@@ -86,16 +86,16 @@ class CatalogSection:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join words as in `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def headline(rivals: Sequence[Rival], *, comparable: bool = True) -> tuple[str, str]:
-    """The verdict as one sentence, and its tone.
+    """Return the verdict as one sentence, and its tone.
 
     Args:
         rivals: one test for each metric, at least one.
-        comparable: False where notes say what must be known before comparing; the tone is level then.
+        comparable: False if notes limit the comparison; the tone is then level.
     """
     by_verdict: dict[str, list[Rival]] = {}
     for rival in rivals:
@@ -111,20 +111,20 @@ def headline(rivals: Sequence[Rival], *, comparable: bool = True) -> tuple[str, 
             parts.append(" ".join(filter(None, (phrase, *object_words, "in", where))))
     sentence = ", ".join(parts) + "."
     if not comparable:
-        return f"Mind the warning above; by the figures alone {sentence}", "level"
+        return f"See the warning above; by the metrics alone {sentence}", "level"
     sentence = sentence[0].upper() + sentence[1:]
-    found = set(by_verdict)
-    tone = "ahead" if "ahead" in found and "behind" not in found else "level"
-    return sentence, "behind" if "behind" in found and "ahead" not in found else tone
+    verdicts = set(by_verdict)
+    tone = "ahead" if "ahead" in verdicts and "behind" not in verdicts else "level"
+    return sentence, "behind" if "behind" in verdicts and "ahead" not in verdicts else tone
 
 
 def lead(rival: Rival, popularity: Rival | None, hidden: str) -> str:
-    """The first metric in plain words.
+    """Describe the first metric in one sentence.
 
     Args:
-        rival: the model against the best baseline.
-        popularity: the same against popularity, if that is another one.
-        hidden: what the held-out items are, such as "the items that a user took next".
+        rival: comparison with the best baseline.
+        popularity: comparison with popularity, if that is not the best baseline.
+        hidden: description of the held-out items, such as "the items that a user took next".
     """
     kind, _, cutoff = rival.metric.partition("@")
     if kind != "recall":
@@ -143,9 +143,9 @@ def lead(rival: Rival, popularity: Rival | None, hidden: str) -> str:
 def make_verdict(
     users: pl.DataFrame, baselines: pl.DataFrame, metrics: Sequence[str], hidden: str, *, comparable: bool
 ) -> Verdict | None:
-    """The verdict on some users; None where no baseline has a value for any of them."""
-    found = [per_user.best_rival(users, baselines, metric) for metric in metrics]
-    rivals = tuple(rival for rival in found if rival is not None)
+    """Return the verdict for some users; None if no baseline has a value for any of them."""
+    best_rivals = [per_user.best_rival(users, baselines, metric) for metric in metrics]
+    rivals = tuple(rival for rival in best_rivals if rival is not None)
     if not rivals:
         return None
     over_popularity = [per_user.compare_with(users, baselines, POPULARITY, rival.metric) for rival in rivals]
@@ -158,7 +158,7 @@ def make_verdict(
 def make_groups(
     users: pl.DataFrame, baselines: pl.DataFrame | None, results: Results, hidden: str
 ) -> tuple[Group, ...]:
-    """Known and new users, as far as the evaluation has them."""
+    """Return the groups of known and new users that the evaluation has."""
     present = [group for group in per_user.GROUPS if (users["group"] == group).any()]
     return tuple(
         _make_group(
@@ -190,7 +190,7 @@ def _make_group(
 
 
 def _row(row: ResultRow, users: pl.DataFrame, metrics: Sequence[str]) -> ResultRow:
-    """A line of the table with means over other users."""
+    """A row of the table with means over the given users."""
     means = per_user.means(users, metrics)
     return row.model_copy(
         update={
@@ -201,7 +201,7 @@ def _row(row: ResultRow, users: pl.DataFrame, metrics: Sequence[str]) -> ResultR
 
 
 def is_of_evaluation(users: pl.DataFrame, row: ResultRow) -> bool:
-    """True if per-user values have the means of a row of the table, over all users or over one group."""
+    """Return True if per-user values have the same means as a row of the table, over all users or over one group."""
     parts = [users, *(per_user.group_of(users, group) for group in per_user.GROUPS)]
     return any(
         means.keys() == row.metrics.keys() and all(abs(means[m].value - row.metrics[m]) < 1e-6 for m in means)
@@ -210,23 +210,23 @@ def is_of_evaluation(users: pl.DataFrame, row: ResultRow) -> bool:
 
 
 def make_catalog(recommended: Mapping[str, pl.DataFrame], items: pl.DataFrame, num_lists: int) -> CatalogSection:
-    """Coverage, popularity and concentration of the lists of each model; the first one is the model itself.
+    """Return coverage, popularity and concentration of each model's lists; the first one is the model itself.
 
     Args:
-        recommended: name -> item and count of lists that it is in.
+        recommended: by model name, items and the number of lists that contain them.
         items: item, title and popularity of the whole catalog, by row.
-        num_lists: lists of the model.
+        num_lists: number of lists of the model.
     """
     popularity = items["popularity"].to_numpy()
     counts = {
-        name: items.join(found, on="item", how="left", maintain_order="left")["count"].fill_null(0).to_numpy()
-        for name, found in recommended.items()
+        name: items.join(listed, on="item", how="left", maintain_order="left")["count"].fill_null(0).to_numpy()
+        for name, listed in recommended.items()
     }
     of_model = next(iter(counts.values()))
     order = np.argsort(-of_model.astype(np.int64), kind="stable")[:NUM_MOST_RECOMMENDED]
     titles = items["title"]
     return CatalogSection(
-        uses={name: catalog_use(found, popularity) for name, found in counts.items()},
+        uses={name: catalog_use(count, popularity) for name, count in counts.items()},
         training_share=share_of_popular(popularity, popularity),
         most_recommended=tuple(
             MostRecommended(titles[int(row)], int(of_model[row]), float(of_model[row] / num_lists))
@@ -237,7 +237,7 @@ def make_catalog(recommended: Mapping[str, pl.DataFrame], items: pl.DataFrame, n
 
 
 def reproduce_commands(run: str, stage: str, split: str, metrics: Sequence[str]) -> list[str]:
-    """Shell commands that train such a run again and evaluate it."""
+    """Return shell commands that repeat the training and the evaluation of a run."""
     return [
         f"cllm4rec {stage} --config {shlex.quote(f'{run}/config.yaml')} output=NEW_RUN",
         f"cllm4rec evaluate NEW_RUN --split {split} --metrics {shlex.quote(','.join(metrics))}",

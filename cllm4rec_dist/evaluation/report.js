@@ -11,10 +11,10 @@
       const words = plain(box.value).split(/\s+/).filter(Boolean);
       let shown = 0;
       examples.forEach((example, index) => {
-        const found = words.every((word) => texts[index].includes(word));
-        example.hidden = !found;
-        if (found) shown += 1;
-        if (words.length) example.open = found && shown <= 3;
+        const matches = words.every((word) => texts[index].includes(word));
+        example.hidden = !matches;
+        if (matches) shown += 1;
+        if (words.length) example.open = matches && shown <= 3;
       });
       count.textContent = words.length ? `${shown} of ${examples.length} examples` : "";
     };

@@ -1,9 +1,9 @@
-"""Using a trained run: which of its checkpoints is read, where its corpus and backbone are now, and loading it.
+"""Loading a trained run: choose its checkpoint, locate its corpus and backbone, and load its weights.
 
-A run is loaded in this process alone where that will do (`load_local`), else on all ranks (`load_sharded`). Checkpoints
-record the paths of their corpus and backbone; when a run has moved to another machine, other paths may be given, and
-the fingerprints in the checkpoint decide whether they are the right ones (`require_same_fingerprints`). A run of a
-project finds them in that project first, so that a copy of a project does not read what the original has become.
+A run is loaded in a single process (`load_local`), or on all ranks (`load_sharded`). Checkpoints record the paths of
+corpus and backbone. If a run has been moved, other paths may be given, and fingerprints in the checkpoint verify them
+(`checkpoint.require_same`). In a project these are first looked up in that project, so that a copied project does not
+read the original's files.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ SystemT = TypeVar("SystemT", bound=InferenceSystem)
 def load(
     run: str, world: World, backbone: str | None = None, corpus: str | None = None
 ) -> tuple[InferenceSystem, Checkpoint]:
-    """The system of a run's best checkpoint (or of the checkpoint given), and that checkpoint. Collective.
+    """Load a run's best checkpoint (or the given checkpoint); return the system and the checkpoint. Collective.
 
-    One rank alone goes without DeepSpeed, unless the run's DeepSpeed file offloads what its device cannot hold.
+    A single rank does not use DeepSpeed, unless the run's DeepSpeed file offloads parameters.
 
     Args:
-        backbone, corpus: where they are now, if not where the checkpoint says.
+        backbone, corpus: current paths, if they differ from those in the checkpoint.
 
     Raises:
-        CheckpointError: where none is whole, or its backbone, corpus or tokenizer has changed or is gone.
+        CheckpointError: if no checkpoint is intact, or its backbone, corpus or tokenizer is missing or has changed.
     """
 
     def build(config: RunConfig) -> InferenceSystem:
@@ -74,14 +74,14 @@ def load(
 def load_sharded(
     run: str, world: World, backbone: str | None = None, corpus: str | None = None
 ) -> tuple[System, Checkpoint]:
-    """As `load`, with all that training needs, content LLM included, on any number of ranks. Collective."""
-    return _load(run, world, lambda config: assemble(without_missing_deepspeed_file(config), world), backbone, corpus)
+    """Like `load`, with everything that training needs, including the content LLM. Collective."""
+    return _load(run, world, lambda config: assemble(with_deepspeed_at_hand(config), world), backbone, corpus)
 
 
 def load_local(
     run: str, device: torch.device, backbone: str | None = None, corpus: str | None = None
 ) -> tuple[InferenceSystem, Checkpoint]:
-    """As `load`, in this process alone and whole on one device."""
+    """Like `load`, unsharded on one device in this process."""
     world = World(0, 1, 0, device)
     return _load(run, world, lambda config: assemble_for_inference(config, world), backbone, corpus)
 
@@ -90,21 +90,23 @@ def _load(
     run: str, world: World, build: Callable[[RunConfig], SystemT], backbone: str | None, corpus: str | None
 ) -> tuple[SystemT, Checkpoint]:
     store, names = find(run)
-    opened = checkpoint.load_first_valid(store, names, world, lambda found: recorded_config(found, backbone, corpus))
-    if opened is not None:
-        system = build(opened[1])
-        checkpoint.require_same_fingerprints(opened[0], system.fingerprints)
-        found = checkpoint.load_first_valid(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
-        if found is not None:
-            checkpoint.restore_weights(system, found[1])
+    configured = checkpoint.load_first_valid(
+        store, names, world, lambda opened: recorded_config(opened, backbone, corpus)
+    )
+    if configured is not None:
+        system = build(configured[1])
+        checkpoint.require_same_fingerprints(configured[0], system.fingerprints)
+        loaded = checkpoint.load_first_valid(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
+        if loaded is not None:
+            checkpoint.restore_weights(system, loaded[1])
             if world.is_main:
-                log_choice(store, names, found[0])
-            return system, found[0]
+                log_choice(store, names, loaded[0])
+            return system, loaded[0]
     raise checkpoint.all_damaged(run, store, names)
 
 
 def _offloads_parameters(config: RunConfig) -> bool:
-    """True where the run's DeepSpeed file is at hand and keeps parameters off the device."""
+    """True if the run's DeepSpeed file exists and offloads parameters."""
     if config.deepspeed is None or not Path(config.deepspeed).is_file():
         return False
     try:
@@ -115,10 +117,10 @@ def _offloads_parameters(config: RunConfig) -> bool:
 
 
 def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
-    """Log which checkpoint is read and what it was chosen by, and warn of newer weights that nobody has validated.
+    """Log which checkpoint is used and why, and warn of newer checkpoints that were not validated.
 
     Args:
-        names: checkpoints among which `used` was chosen, as `find` gives them.
+        names: candidates from which `used` was chosen, as returned by `checkpoint.find`.
     """
     logger.info("reading %s: %s", used.path, _describe(used))
     newest = max((name for name in names if name.startswith(STEP)), default=None)
@@ -127,12 +129,12 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
     try:
         latest = Checkpoint.open(store, newest)
     except CLLM4RecError:
-        return  # damaged: nothing that could have been read instead
+        return  # damaged, so it is not an alternative
     validated = _last_validation(latest.metadata.run)
     if validated is not None and latest.metadata.run.step > max(validated, used.metadata.run.step):
         logger.warning(
-            "NEWER CHECKPOINT NOT VALIDATED: %s went on to step %d, the last validation was at step %d; to use it, give"
-            " its path instead of the run's, or let the run go on with validation",
+            "NEWER CHECKPOINT NOT VALIDATED: %s is at step %d, but the last validation was at step %d; to use it, give"
+            " its path instead of the run's, or resume the run with validation",
             latest.path,
             latest.metadata.run.step,
             validated,
@@ -150,14 +152,14 @@ def _describe(used: Checkpoint) -> str:
 
 
 def _last_validation(state: RunState) -> int | None:
-    """The step of the last validation; None where a checkpoint from before `validated_step` does not tell."""
+    """Step of the last validation; None if a checkpoint older than the field `validated_step` does not imply it."""
     if state.validated_step is not None:
         return state.validated_step
     return state.best_step if state.validations_since_best == 0 else None
 
 
 def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
-    """What an evaluation that ends now says of its model."""
+    """Return the provenance of an evaluation that ends now."""
     state = used.metadata.run
     trained, frozen = parameter_counts(system)
     return Provenance(
@@ -177,13 +179,12 @@ def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
 
 
 def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str | None = None) -> RunConfig:
-    """The configuration of a checkpoint, with the paths of corpus and backbone as they are now.
+    """Return the configuration of a checkpoint, with the current paths of corpus and backbone.
 
-    These are the ones given, else those in the run's project that have the checkpoint's fingerprints, else the recorded
-    ones.
+    These are the given paths, else those in the run's project with matching fingerprints, else the recorded paths.
 
     Raises:
-        ConfigError: where a recorded path is no longer there and no other one is given or found.
+        ConfigError: if a recorded path no longer exists and there is no replacement.
     """
     config = validate(RunConfig, used.metadata.config, f"{used.path}: configuration")
     corpus = corpus or corpus_in_project(used.store, used.metadata.fingerprints.get("corpus"))
@@ -191,27 +192,27 @@ def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str |
 
 
 def _backbone_in_project(used: Checkpoint) -> str | None:
-    """The backbone of a checkpoint in the project that its run is of; None where there is none."""
-    wanted = used.metadata.fingerprints.get("backbone")
+    """Path of the checkpoint's backbone in the project of its run; None if it is not there."""
+    expected = used.metadata.fingerprints.get("backbone")
     folders = [folder for folder in folders_in_project(used.store, "backbone") if (folder / "config.json").is_file()]
     for folder in folders:
         try:
-            if fingerprint(folder) == wanted:
+            if fingerprint(folder) == expected:
                 return str(folder)
         except (CLLM4RecError, OSError):
-            continue  # damaged, so it is not the one
+            continue  # damaged, so it cannot match
     return None
 
 
 def relocated(config: RunConfig, origin: str, backbone: str | None, corpus: str | None) -> RunConfig:
-    """A configuration with other paths of corpus and backbone, where they have moved.
+    """Return a configuration with replaced paths of corpus and backbone.
 
     Args:
-        origin: where the configuration is from, for errors.
-        backbone, corpus: the paths as they are now; None for those of the configuration.
+        origin: source of the configuration, for error messages.
+        backbone, corpus: current paths; None to keep those of the configuration.
 
     Raises:
-        ConfigError: where a path of the configuration is not there and no other one is given.
+        ConfigError: if a path of the configuration does not exist and no replacement is given.
     """
     if backbone is None and _looks_local(config.backbone) and not Path(config.backbone).is_dir():
         raise _missing(origin, "backbone", config.backbone)
@@ -221,7 +222,7 @@ def relocated(config: RunConfig, origin: str, backbone: str | None, corpus: str 
 
 
 def _looks_local(backbone: str) -> bool:
-    """Whether it is a path and no hub id, which has the form of a relative path with at most one slash."""
+    """True for a path. A hub id looks like a relative path with at most one slash."""
     return Path(backbone).is_absolute() or backbone.startswith((".", "~")) or backbone.count("/") > 1
 
 
@@ -231,8 +232,8 @@ def _has_corpus(url: str) -> bool:
         with as_os_errors():
             return bool(fs.exists(f"{root}/{MANIFEST_NAME}"))
     except OSError:
-        return True  # a store that does not answer: opening the corpus says what is wrong
+        return True  # the store does not answer: opening the corpus reports the error
 
 
 def _missing(origin: str, kind: str, path: str) -> ConfigError:
-    return ConfigError(f"{origin}: {kind}", path, f"holds no {kind}", f"If it has moved, say where: --{kind} PATH.")
+    return ConfigError(f"{origin}: {kind}", path, f"holds no {kind}", f"If it has moved, give its path: --{kind} PATH.")

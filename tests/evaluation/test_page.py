@@ -50,7 +50,7 @@ def test_headlines(rivals, sentence, tone):
 
 def test_a_warning_takes_the_colour_and_the_claim_away():
     sentence, tone = headline([rival("recall@20", "ahead")], comparable=False)
-    assert sentence == "Mind the warning above; by the figures alone ahead of EASE in Recall@20."
+    assert sentence == "See the warning above; by the metrics alone ahead of EASE in Recall@20."
     assert tone == "level"
 
 

@@ -116,7 +116,8 @@ def test_report_writes_everything_self_contained(results, log, tmp_path):
     for part in (
         "u1 1 of 2 held-out items in the list of 1",
         "u2 none of 1 held-out item in the list of 1",
-        "1 user whose list holds a held-out item, and 1 whose list holds none. Of all users, 12.5% have such a list.",
+        "1 user whose list contains a held-out item, and 1 whose list contains none.",
+        "Of all users, 12.5% have such a list.",
     ):
         assert part in text
     assert "Training time 1 min 8 s" in text
@@ -146,7 +147,7 @@ def test_the_verdict_stands_in_words_with_its_test(tmp_path):
     assert "10.0% 2 of 20" in text  # coverage
     assert "Title 1 40 lists 66.7%" in text
     assert "No verdict" not in text
-    assert "Known users" not in text.partition("What the words mean")[0]
+    assert "Known users" not in text.partition("Glossary")[0]
 
 
 def test_new_users_have_a_verdict_and_a_table_of_their_own(tmp_path):
@@ -187,8 +188,8 @@ def test_warnings_come_first_and_no_claim_is_made_beside_them(tmp_path):
     note = "trained on 12 held-out interactions: the figures are not comparable"
     results = results_of(users, baselines).model_copy(update={"notes": (note,)})
     html = write_report(tmp_path, results, Background(split="valid")).read_text(encoding="utf-8")
-    assert html.index(note) < html.index("Mind the warning above")
-    assert "the figures are too good" in text_of(html)
+    assert html.index(note) < html.index("See the warning above")
+    assert "the results are too optimistic" in text_of(html)
     assert 'class="card verdict level"' in html
 
 

@@ -98,8 +98,8 @@ def test_a_moved_run_names_the_cure_and_fingerprints_decide(made: Made) -> None:
         (folder / name).rename(elsewhere / name)
     moved, backbone, corpus = (str(elsewhere / name) for name in ("run", "backbone", "corpus"))
 
-    assert "If it has moved, say where: --backbone PATH" in run_ranks(1, loaded, moved, None, None)[0]
-    assert "If it has moved, say where: --corpus PATH" in run_ranks(1, loaded, moved, backbone, None)[0]
+    assert "If it has moved, give its path: --backbone PATH" in run_ranks(1, loaded, moved, None, None)[0]
+    assert "If it has moved, give its path: --corpus PATH" in run_ranks(1, loaded, moved, backbone, None)[0]
     for found in run_ranks(2, loaded, moved, backbone, corpus):
         assert found == f"{corpus} {backbone}"
     other = make_corpus(folder / "other", make_catalog(seed=1), Path(backbone))
