@@ -1,7 +1,7 @@
-"""What can be said of a run from its folder: for `cllm4rec status`, without torch and without disturbing the run.
+"""Status of a run, read from its folder for `cllm4rec status`, without torch and without affecting the run.
 
-The record (`status.json`) says what the run last knew of itself, the lock whether it still lives, `metrics.jsonl` how
-far it is, the store which checkpoints there are. Each may be missing or damaged: that is said, and the rest is shown.
+`status.json` has the last state that the run recorded, the lock shows whether its process is alive, `metrics.jsonl` has
+its progress, and the store its checkpoints. A missing or damaged file is reported, and the rest is shown.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from cllm4rec_dist.monitoring.progress import (
 )
 
 Condition = Literal["starting", "running", "silent", "done", "interrupted", "failed", "killed", "unknown"]
-"""`silent`: alive, but without a line for longer than its steps take. `killed`: gone without a word."""
+"""`silent`: alive, but no metrics for much longer than a step takes. `killed`: ended without recording why."""
 _SHORTEST_SILENCE = 60.0
 _LINES_OF_SILENCE = 20
-"""A run is silent after so many times the usual time between two lines, and never before `_SHORTEST_SILENCE`."""
+"""A run is silent after this multiple of the usual time between two lines, but not before `_SHORTEST_SILENCE`."""
 _STARTING_SECONDS = 900.0
-"""What loading a large backbone may take."""
+"""Time that loading a large backbone may take."""
 _RECENT_LINES = 200
 _STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
 class Newest:
-    """A checkpoint that is whole by its marker and the sizes of its files; its age in seconds where that is known."""
+    """A checkpoint that is intact by its marker and file sizes, with its age in seconds if known."""
 
     name: str
     age: float | None
@@ -64,16 +64,16 @@ class Newest:
 
 @dataclass
 class RunStatus:
-    """What is known of a run; None and empty values are not known.
+    """Status of a run; None and empty values are unknown.
 
     Attributes:
         updated: seconds since the last line of metrics.
-        losses, tokens_per_second: of the last lines.
-        eta: seconds to the end, of a run that lives.
-        validation: metrics of the last one, at `validated_step`.
-        damaged: newer checkpoints than these, or all, that cannot be used.
+        losses, tokens_per_second: from the last lines of metrics.
+        eta: seconds to the end, if the run is alive.
+        validation: metrics of the last validation, at `validated_step`.
+        damaged: unusable checkpoints that are newer than the usable ones, or all if none is usable.
         problems: files that are missing or cannot be read.
-        next: commands that go on.
+        next: suggested commands.
     """
 
     run: str
@@ -104,14 +104,14 @@ class RunStatus:
 
     @property
     def schedule(self) -> Schedule | None:
-        """The run's steps, once they are known."""
+        """Schedule of the run; None until its steps are known."""
         if not self.total_steps or not self.steps_per_epoch:
             return None
         return Schedule(0, self.total_steps, self.steps_per_epoch)
 
     @property
     def lives(self) -> bool:
-        """True while a process works on it."""
+        """True while the process of the run is alive."""
         return self.condition in ("starting", "running", "silent")
 
 
@@ -123,7 +123,7 @@ def read_statuses(path: str, now: float) -> list[RunStatus]:
         now: Unix time.
 
     Raises:
-        ConfigError: for a path at which there is no run.
+        ConfigError: if there is no run at the path.
     """
     if is_url(path):
         return [_read_store(path, now)]
@@ -169,7 +169,7 @@ def _read_run(run: Path, now: float) -> RunStatus:
     try:
         _add_checkpoints(Store(store_of_run(str(run))), status, now)
     except CLLM4RecError as error:
-        if str(error) not in status.problems:  # the configuration is read for its settings and for the store
+        if str(error) not in status.problems:  # the settings may have raised the same error
             status.problems.append(str(error))
     status.condition = _condition(record, is_locked(run), status, pace, now)
     status.problems += _problems_of_metrics(status, num_lines, num_read)
@@ -180,14 +180,14 @@ def _read_run(run: Path, now: float) -> RunStatus:
 
 
 def _read_store(url: str, now: float) -> RunStatus:
-    """Read checkpoints alone, as they are in an object store: whether the run lives is not known there."""
+    """Read checkpoints without a run folder, as in an object store, where it is unknown if the run is alive."""
     status = RunStatus(url)
     store = Store(url)
     _add_checkpoints(store, status, now)
     newest = status.checkpoint or status.best_checkpoint
     if newest is None:
         what = (
-            f"holds damaged checkpoints alone: {', '.join(status.damaged)}" if status.damaged else "holds no checkpoint"
+            f"holds only damaged checkpoints: {', '.join(status.damaged)}" if status.damaged else "holds no checkpoint"
         )
         raise ConfigError("RUN", url, what, "Give the folder or URL that checkpoint.dir names.")
     files = store.marker(newest.name).files
@@ -216,14 +216,16 @@ def _read_record(run: Path, status: RunStatus) -> RunRecord | None:
     try:
         return RunRecord.model_validate_json((run / STATUS_FILE).read_bytes())
     except FileNotFoundError:
-        status.problems.append(f"{STATUS_FILE} is missing: the run did not come so far, or an earlier version wrote it")
+        status.problems.append(
+            f"{STATUS_FILE} is missing: the run ended before writing it, or is of an earlier version"
+        )
     except (OSError, ValidationError) as error:
         status.problems.append(f"{STATUS_FILE} cannot be read: {str(error).splitlines()[0]}")
     return None
 
 
 def _count_lines(file: Path) -> int | None:
-    """Finished lines that are not blank; None where there is no file."""
+    """Number of complete lines that are not blank; None if there is no file."""
     if not file.is_file():
         return None
     with file.open("rb") as lines:
@@ -231,10 +233,10 @@ def _count_lines(file: Path) -> int | None:
 
 
 def _problems_of_metrics(status: RunStatus, num_lines: int | None, num_read: int) -> Iterator[str]:
-    """What is wrong with lines of which `num_lines` were there and `num_read` could be read."""
+    """Describe what is wrong with metrics, of whose `num_lines` lines `num_read` could be read."""
     if num_lines and num_read < num_lines:
-        share = "none can" if num_read == 0 else f"{num_lines - num_read} cannot"
-        yield f"{METRICS_FILE} is damaged: of {num_lines} lines {share} be read"
+        unreadable = "none can" if num_read == 0 else f"{num_lines - num_read} cannot"
+        yield f"{METRICS_FILE} is damaged: of {num_lines} lines {unreadable} be read"
     elif not num_read and (status.step or status.condition == "done"):
         yield f"{METRICS_FILE} {'is missing' if num_lines is None else 'is empty'}, although steps have been taken"
     elif not num_read:
@@ -242,7 +244,7 @@ def _problems_of_metrics(status: RunStatus, num_lines: int | None, num_read: int
 
 
 def _add_metrics(run: Path, status: RunStatus, config: Mapping[str, Any], now: float) -> tuple[float | None, int]:
-    """Fill in what the lines say. Returns the usual seconds between two lines of steps, and how many could be read."""
+    """Add metrics to the status. Returns the median seconds between training lines, and the number of lines read."""
     validation = config.get("validation")
     chosen = validation.get("metrics") if isinstance(validation, dict) else None
     metric = str(chosen[0]) if isinstance(chosen, list) and chosen else None
@@ -253,13 +255,13 @@ def _add_metrics(run: Path, status: RunStatus, config: Mapping[str, Any], now: f
         last, num_read = line, num_read + 1
         if "loss" in line:
             steps.append(line)
-        found = {key.removeprefix("valid/"): value for key, value in _numbers(line, "valid/")}
-        if not found:
+        validated = {key.removeprefix("valid/"): value for key, value in _numbers(line, "valid/")}
+        if not validated:
             continue
-        status.validation, status.validated_step = found, line["step"]
-        value = found.get(metric or next(iter(found)))
+        status.validation, status.validated_step = validated, line["step"]
+        value = validated.get(metric or next(iter(validated)))
         if value is not None and (status.best is None or value > status.best):
-            status.best, status.best_metric, status.best_step = value, metric or next(iter(found)), line["step"]
+            status.best, status.best_metric, status.best_step = value, metric or next(iter(validated)), line["step"]
     if not last:
         return None, 0
     status.step = last["step"]
@@ -288,40 +290,40 @@ def _numbers(line: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]
 
 def _add_checkpoints(store: Store, status: RunStatus, now: float) -> None:
     status.checkpoints = store.url
-    status.checkpoint = _newest_whole(store, STEP, status, now)
-    status.best_checkpoint = _newest_whole(store, BEST, status, now)
+    status.checkpoint = _newest_intact(store, STEP, status, now)
+    status.best_checkpoint = _newest_intact(store, BEST, status, now)
     if status.checkpoint is None:
         status.damaged += store.quarantined_names(STEP)
     steps = [name.removeprefix(STEP) for name in store.names(STEP)]
     status.step = max(status.step, *(int(step) for step in steps if step.isdecimal()), 0)
 
 
-def _newest_whole(store: Store, prefix: str, status: RunStatus, now: float) -> Newest | None:
+def _newest_intact(store: Store, prefix: str, status: RunStatus, now: float) -> Newest | None:
     for name in reversed(store.names(prefix)):
         problem = _damage(store, name)
         if problem is None:
             written = store.modified(name)
             age = None if written is None else max(0.0, now - written.astimezone(UTC).timestamp())
             return Newest(name, age)
-        if store.is_committed(name):  # else the run has removed it meanwhile
+        if store.is_committed(name):  # otherwise the run has removed it meanwhile
             status.damaged.append(name)
             status.problems.append(f"{name} is damaged: {problem}")
     return None
 
 
 def _damage(store: Store, name: str) -> str | None:
-    """Why a checkpoint cannot be used, as far as that is seen without reading its files; None where it can."""
+    """Return why a checkpoint is unusable, judged without reading its files; None if it seems intact."""
     try:
         unseen = store.unseen(name, store.marker(name).files)
     except CheckpointError as error:
         return f"{COMMIT} {error.constraint}"
-    return f"{', '.join(unseen)} missing or cut off" if unseen else None
+    return f"{', '.join(unseen)} missing or truncated" if unseen else None
 
 
 def _condition(
     record: RunRecord | None, is_held: bool | None, status: RunStatus, pace: float | None, now: float
 ) -> Condition:
-    """How the run is, from what it last said of itself and whether its lock is held."""
+    """Derive the condition of a run from its record, its lock and the age of its metrics."""
     if is_held is False or is_held is None:
         if record is None:
             return "unknown"
@@ -331,26 +333,26 @@ def _condition(
     if record is None or record.state == "starting" or status.updated is None:
         began = now if record is None else record.started
         return "silent" if now - began > _STARTING_SECONDS else "starting"
-    quiet = min(status.updated, now - record.started)  # the last line may be one of the process before
+    quiet = min(status.updated, now - record.started)  # the last line may be from the previous process
     patience = max(_SHORTEST_SILENCE, _LINES_OF_SILENCE * (pace or 0.0))
     return "silent" if quiet > patience else "running"
 
 
 def _next(status: RunStatus, run: Path, *, has_config: bool) -> list[str]:
-    """Commands that go on; none where they would be refused."""
+    """Suggested commands; none that would be rejected."""
     if status.stage is None or status.lives or status.checkpoints is None:
         return []
     if status.condition == "done":
         is_usable = status.checkpoint is not None or status.best_checkpoint is not None
-        if not is_usable or not (has_config or status.stage == "finetune") or _is_gone_on_with(run):
+        if not is_usable or not (has_config or status.stage == "finetune") or _has_successor(run):
             return []
         return next_commands(status.stage, run, is_evaluated=_is_evaluated(run, status))
     only_damaged = status.checkpoint is None and any(name.startswith(STEP) for name in status.damaged)
     return [resume_command(status.stage, run, status.num_ranks or 1)] if has_config and not only_damaged else []
 
 
-def _is_gone_on_with(run: Path) -> bool:
-    """True where a run beside it started from this one, by name: the paths in a copied folder are the original's."""
+def _has_successor(run: Path) -> bool:
+    """True if a sibling run started from this one. Compares names, because a copied folder has the original's paths."""
     for file in run.parent.glob(f"*/{CONFIG_FILE}"):
         try:
             start = read_config(file.parent).get("init_from")
@@ -362,7 +364,7 @@ def _is_gone_on_with(run: Path) -> bool:
 
 
 def _is_evaluated(run: Path, status: RunStatus) -> bool:
-    """True where the evaluation in the run's folder is of the checkpoint that other commands use."""
+    """True if the run's folder has an evaluation of the checkpoint that other commands use."""
     used = status.best_checkpoint or status.checkpoint
     try:
         checkpoint = json.loads((run / "evaluation" / EVALUATION_FILE).read_text(encoding="utf-8"))["checkpoint"]
@@ -374,17 +376,17 @@ def _is_evaluated(run: Path, status: RunStatus) -> bool:
 _SENTENCES: dict[Condition, str] = {
     "starting": "is starting",
     "running": "is running",
-    "silent": "is running, but has been silent for longer than its steps take",
+    "silent": "is running, but has logged nothing for longer than its steps take",
     "done": "is done",
     "interrupted": "was interrupted and has saved",
     "failed": "has failed",
-    "killed": "ended without a word (killed, out of memory, machine gone)",
-    "unknown": "does not say how it ended",
+    "killed": "ended without recording why (killed, out of memory, machine lost)",
+    "unknown": "has no record of how it ended",
 }
 
 
 def format_status(status: RunStatus) -> str:
-    """A headline and a line for each thing that is known."""
+    """Format the status as a headline and one line for each known property."""
     rows: list[tuple[str, str]] = []
     schedule = status.schedule
     if status.message:
@@ -393,9 +395,9 @@ def format_status(status: RunStatus) -> str:
         ranks = f"{status.num_ranks} rank{'s' * (status.num_ranks > 1)} on {status.device}, rank 0 on {status.host}"
         rows.append(("machine", ranks))
     if schedule is not None:
-        share = status.step / schedule.total_steps
+        fraction = status.step / schedule.total_steps
         epoch = f"epoch {schedule.epoch(status.step)} of {schedule.num_epochs}"
-        rows.append(("progress", f"{epoch}, step {status.step:,} of {schedule.total_steps:,} ({share:.0%})"))
+        rows.append(("progress", f"{epoch}, step {status.step:,} of {schedule.total_steps:,} ({fraction:.0%})"))
     elif status.step:
         rows.append(("progress", f"step {status.step:,}"))
     if status.tokens_per_second is not None:
@@ -413,7 +415,7 @@ def format_status(status: RunStatus) -> str:
             rows.append((label, f"{newest.name}{age}"))
     if status.checkpoints is not None and status.checkpoint is None and status.best_checkpoint is None:
         is_early = status.lives or not status.step
-        none = "none that is whole" if status.damaged else "none yet" if is_early else "none"
+        none = "none that is intact" if status.damaged else "none yet" if is_early else "none"
         rows.append(("checkpoint", f"{none} in {status.checkpoints}"))
     if status.updated is not None:
         rows.append(("updated", f"{format_duration(status.updated)} ago"))
@@ -431,7 +433,7 @@ def _best(status: RunStatus) -> str:
 
 
 def format_brief(status: RunStatus) -> str:
-    """One line, for a run that is followed."""
+    """Format the status as one line, for `--follow`."""
     parts = [f"{status.stage or 'run'} {status.condition}"]
     schedule = status.schedule
     if schedule is not None:

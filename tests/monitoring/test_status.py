@@ -104,8 +104,8 @@ def test_looking_at_a_run_does_not_take_its_lock(tmp_path: Path) -> None:
         (make_record(state="done", ended=NOW - 3), "done", "is done"),
         (make_record(state="interrupted", message="SIGTERM"), "interrupted", "was interrupted and has saved"),
         (make_record(state="failed", message="step 46: loss is not finite"), "failed", "has failed"),
-        (make_record(), "killed", "ended without a word"),
-        (make_record(state="starting", total_steps=0, steps_per_epoch=0), "killed", "ended without a word"),
+        (make_record(), "killed", "ended without recording why"),
+        (make_record(state="starting", total_steps=0, steps_per_epoch=0), "killed", "ended without recording why"),
     ],
 )
 def test_a_run_that_ended_says_how_and_how_to_go_on(
@@ -163,7 +163,7 @@ DAMAGE = [
     ("checkpoints/step-00000040/COMMIT.json", None, ""),
     ("checkpoints/step-00000040/COMMIT.json", "x", "step-00000040 is damaged: COMMIT.json is not readable"),
     ("checkpoints/step-00000040/COMMIT.json", "{}", "step-00000040 is damaged: COMMIT.json is not readable"),
-    ("checkpoints/step-00000040/state.json", None, "step-00000040 is damaged: state.json missing or cut off"),
+    ("checkpoints/step-00000040/state.json", None, "step-00000040 is damaged: state.json missing or truncated"),
 ]
 
 
@@ -207,11 +207,11 @@ def remove_checkpoints(run: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "state", "num_next", "checkpoint"),
     [
-        (spoil_markers, "done", 0, "none that is whole in "),
+        (spoil_markers, "done", 0, "none that is intact in "),
         (remove_checkpoints, "done", 0, "none in "),
         (spoil_config, "done", 0, None),
         (spoil_steps, "done", 2, "best-00000020"),
-        (spoil_markers, "failed", 0, "none that is whole in "),
+        (spoil_markers, "failed", 0, "none that is intact in "),
         (spoil_steps, "failed", 0, "best-00000020"),
         (set_steps_aside, "failed", 0, "best-00000020"),
         (remove_checkpoints, "failed", 1, "none in "),  # it starts anew
@@ -302,7 +302,7 @@ def test_checkpoints_at_a_url_say_what_they_know(tmp_path: Path) -> None:
         read_statuses(f"file://{tmp_path}/bucket", NOW)
     for name in ("step-00000040", "best-00000020"):
         (tmp_path / "bucket" / name / COMMIT).write_text("x")
-    with pytest.raises(ConfigError, match="holds damaged checkpoints alone: step-00000040, best-00000020"):
+    with pytest.raises(ConfigError, match="holds only damaged checkpoints: step-00000040, best-00000020"):
         read_statuses(f"file://{tmp_path}/bucket", NOW)
 
 
