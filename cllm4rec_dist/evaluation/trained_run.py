@@ -2,7 +2,7 @@
 
 A run is loaded in a single process (`load_local`), or on all ranks (`load_sharded`). Checkpoints record the paths of
 corpus and backbone. If a run has been moved, other paths may be given, and fingerprints in the checkpoint verify them
-(`checkpoint.require_same`). In a project these are first looked up in that project, so that a copied project does not
+(`checkpoint.require_same_fingerprints`). In a project these are first looked up in that project, so that a copied project does not
 read the original's files.
 """
 
@@ -75,7 +75,7 @@ def load_sharded(
     run: str, world: World, backbone: str | None = None, corpus: str | None = None
 ) -> tuple[System, Checkpoint]:
     """Like `load`, with everything that training needs, including the content LLM. Collective."""
-    return _load(run, world, lambda config: assemble(with_deepspeed_at_hand(config), world), backbone, corpus)
+    return _load(run, world, lambda config: assemble(without_missing_deepspeed_file(config), world), backbone, corpus)
 
 
 def load_local(
