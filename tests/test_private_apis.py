@@ -333,7 +333,7 @@ def test_deepspeed_compiles_no_collectives_on_a_cpu(ranks: list[dict[str, Any]])
 
 @relies_on("planning/tracing.py", "linear", "scaled_dot_product_attention")
 def test_deepspeed_replaces_linear_layers_by_name(ranks: list[dict[str, Any]]) -> None:
-    """The planner's `emulate_kernels` overwrites `F.linear` as ZeRO-3 does, whose function keeps the input of frozen layers.
+    """The planner's `emulate_kernels` overwrites `F.linear` as ZeRO-3 does, whose function keeps frozen layers' input.
 
     If this fails, ZeRO-3 has another linear layer (`zero3_linear_wrap` in deepspeed/runtime/zero/linear.py); compare
     what it saves for backward with `_Linear` in planning/tracing.py, and run the slow tests of tests/planning.

@@ -2,8 +2,8 @@
 
 A run is loaded in a single process (`load_local`), or on all ranks (`load_sharded`). Checkpoints record the paths of
 corpus and backbone. If a run has been moved, other paths may be given, and fingerprints in the checkpoint verify them
-(`checkpoint.require_same_fingerprints`). In a project these are first looked up in that project, so that a copied project does not
-read the original's files.
+(`checkpoint.require_same_fingerprints`). In a project these are first looked up in that project, so that a copied
+project does not read the original's files.
 """
 
 from __future__ import annotations
