@@ -196,7 +196,7 @@ class RunConfig(StrictModel):
     store set `checkpoint.dir`."""
     init_from: str | None = None
     """Run folder or checkpoint with the initial embeddings and adapters of a new run: for finetuning after pretraining,
-    or training with another catalog (rows are matched by external id, see docs/operations.md)."""
+    or training with another catalog (rows are matched by external id, see docs/running.md)."""
     allow_leak: bool = False
     """Allow an `init_from` that was trained on interactions which this corpus holds out. Evaluations of the run then
     report how many."""
@@ -225,7 +225,7 @@ class RunConfig(StrictModel):
     """Steps between logged metrics."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Trackers of metrics, in addition to OUTPUT/metrics.jsonl: `tensorboard` (OUTPUT/tensorboard), `wandb`, `mlflow`
-    (each an extra to install; see docs/operations.md). A failing tracker does not end the run."""
+    (each an extra to install; see docs/monitoring.md). A failing tracker does not end the run."""
     audit: bool = False
     """Record the users and texts that each rank reads at each step, in OUTPUT/audit, so that `cllm4rec audit` can prove
     that each was read exactly once; about 7 bytes per example. OUTPUT must be a folder that all hosts can access."""

@@ -99,7 +99,8 @@ class Recommender:
 
         Args:
             run: a run folder (its best checkpoint), a folder of one checkpoint, or a project folder of `cllm4rec init`.
-            backbone, corpus: current paths, if they differ from those recorded in the run.
+            backbone: current path of the backbone, if it differs from the one recorded in the run.
+            corpus: current path of the corpus, if it differs from the one recorded in the run.
             device: torch device; by default a GPU if there is one, else the CPU.
 
         Raises:
