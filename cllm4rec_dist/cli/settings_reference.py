@@ -94,11 +94,8 @@ def describe_settings(section: str | None = None) -> str:
 
 
 def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all settings of a class; a key that alternative sections share is repeated."""
-    nested = {key for key, _ in _subsections(model)}
-    yield from (f"{prefix}{name}" for name in model.model_fields if name not in nested)
-    for key, inner in _subsections(model):
-        yield from setting_names(inner, f"{prefix}{key}.")
+    """Return the dotted keys of all settings of a class; a key that alternative sections share is repeated."""
+    return (f"{prefix}{setting.key}" for section in list_sections(model) for setting in section.settings)
 
 
 def _unknown_section(name: str, models: Sequence[type[BaseModel]], is_rooted: bool) -> ConfigError:
