@@ -38,7 +38,7 @@ docs: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# sdist and wheel in dist/, checked: data files are in the wheel, and the command runs where nothing else of it is.
+# sdist and wheel in dist/; fails where the wheel lacks a file of the package.
 dist: install
 	rm -rf dist
 	$(BIN)/pip install --quiet build
