@@ -21,12 +21,13 @@ COPIED = {
     "contributing.md": "CONTRIBUTING.md",
 }
 """Pages that are files of the repository outside of docs/."""
-MADE = {
-    "settings.md": reference.settings_page,
-    "recipe-keys.md": reference.recipe_page,
-    "commands.md": reference.commands_page,
+REFERENCE = {
+    "run_settings": reference.run_settings,
+    "backbone_settings": reference.backbone_settings,
+    "recipe_keys": reference.recipe_keys,
+    "commands": reference.commands,
 }
-"""Pages that are made from the code."""
+"""What takes the place of `<!-- reference: NAME -->` in a page."""
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 logger = logging.getLogger("mkdocs.hooks.cllm4rec")  # a warning here ends a strict build
@@ -36,13 +37,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     for name, source in COPIED.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
-    for name, make in MADE.items():
-        files.append(File.generated(config, name, content=make()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite relative links, which are written for the repository, for the site."""
+    """Fill in what is made from the code, and rewrite relative links, which are written for the repository."""
+    markdown = re.sub(r"<!-- reference: (\w+) -->", lambda match: REFERENCE[match[1]](), markdown)
     uri = page.file.src_uri
     folder = posixpath.dirname(COPIED.get(uri, f"docs/{uri}"))
     repository = config.extra.get("repository")
@@ -58,7 +58,7 @@ def _link(link: re.Match[str], folder: str, page: str, repository: str | None) -
     path, _, anchor = target.partition("#")
     path = posixpath.normpath(posixpath.join(folder, path))
     uri = {source: name for name, source in COPIED.items()}.get(path, path.removeprefix("docs/"))
-    if uri in (*COPIED, *MADE) or path.startswith("docs/"):
+    if uri in COPIED or path.startswith("docs/"):
         relative = posixpath.relpath(uri, posixpath.dirname(page) or ".")
         return f"{mark}[{text}]({relative}{f'#{anchor}' if anchor else ''})"
     if not (ROOT / path).exists():

@@ -1,4 +1,4 @@
-"""Reference pages that are made from the code when the site is built: settings, recipe keys and commands."""
+"""What the reference pages say, made from the code when the site is built: settings, recipe keys and commands."""
 
 from __future__ import annotations
 
@@ -15,49 +15,33 @@ from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 
 
-def settings_page() -> str:
-    """Markdown of every setting of a run and of a small backbone."""
-    return f"""# Run settings
-
-Settings of `cllm4rec pretrain` and `cllm4rec finetune`. They come from a YAML file (`--config`), and each can be given
-on the command line as `section.key=value`. An unknown key or a wrong type is refused before anything starts. In a
-terminal `cllm4rec settings` prints the same list, `cllm4rec settings optimizer` one section.
-
-{_sections(RunConfig, "Run")}
-## A small backbone
-
-Settings of `cllm4rec build-backbone`: `KEY=VALUE` on the command line, or a YAML file (`--config`).
-
-{_sections(BackboneConfig, "", "backbone-")}"""
+def run_settings() -> str:
+    """Markdown of every setting of a run."""
+    return _sections(RunConfig, "Run")
 
 
-def recipe_page() -> str:
+def backbone_settings() -> str:
+    """Markdown of every setting of a small backbone, without a heading."""
+    return _sections(BackboneConfig, "", "backbone-")
+
+
+def recipe_keys() -> str:
     """Markdown of every key of a recipe."""
-    return f"""# Recipe keys
-
-Keys of the YAML file that `cllm4rec prepare` reads. `source` takes one of several formats and `split` one of several
-kinds; each is a section here, with the value that chooses it in brackets. [Your data](data.md) explains how values are
-read. In a terminal `cllm4rec settings recipe` prints the same list.
-
-{_sections(PrepareConfig, "Recipe")}"""
+    return _sections(PrepareConfig, "Recipe")
 
 
-def commands_page() -> str:
+def commands() -> str:
     """Markdown of every command with its arguments and options."""
     group = get_command(app)
     context = group.context_class(group, info_name="cllm4rec")
-    parts = [
-        "# Commands",
-        "`cllm4rec COMMAND --help` prints the same in a terminal.",
-        "Exit statuses are in [Running](running.md#start-stop-resume).",
-    ]
+    parts: list[str] = []
     for name, command in group.commands.items():  # type: ignore[attr-defined]  # typer's group, its class is private
         child = command.context_class(command, info_name=name, parent=context)
         usage = command.get_usage(child).removeprefix("Usage: ")
         parts += [f"## {name}", command.help or "", f"```text\n{usage}\n```"]
         records = [parameter.get_help_record(child) for parameter in command.params]
         parts += [_definition(f"`{label}`", meaning) for label, meaning in filter(None, records)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _sections(model: type[BaseModel], root: str, anchor: str = "") -> str:

@@ -12,7 +12,7 @@ from typer.main import get_command
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.corpus.recipe import ItemTable, PrepareConfig, RecboleSource, UsersSplit
-from docs.reference import commands_page, recipe_page, settings_page
+from docs.reference import backbone_settings, commands, recipe_keys, run_settings
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -26,15 +26,16 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def test_settings_have_type_default_and_meaning() -> None:
-    page = settings_page()
-    for key in (*keys(RunConfig), *keys(BackboneConfig)):
-        assert f"`{key}` <small>" in page, key
+    page = run_settings()
+    for model, text in ((RunConfig, page), (BackboneConfig, backbone_settings())):
+        for key in keys(model):
+            assert f"`{key}` <small>" in text, key
     assert "`optimizer.lr` <small>number, &gt; 0; default `0.001`</small>\n:   Peak learning rate" in page
     assert "`corpus` <small>text; required</small>" in page
 
 
 def test_recipe_keys_of_all_formats_and_splits() -> None:
-    page = recipe_page()
+    page = recipe_keys()
     expected = (*keys(RecboleSource, "source."), *keys(ItemTable, "source.items."), *keys(UsersSplit, "split."))
     for key in (*expected, *(set(keys(PrepareConfig)) - {"source", "split"})):
         assert f"`{key}` <small>" in page, key
@@ -42,17 +43,17 @@ def test_recipe_keys_of_all_formats_and_splits() -> None:
         assert f"## `source` (`{name}`)" in page
 
 
-@pytest.mark.parametrize("make", [settings_page, recipe_page])
-def test_every_anchor_comes_once(make: object) -> None:
-    anchors = re.findall(r'id="([^"]+)"', make())  # type: ignore[operator]
+@pytest.mark.parametrize("page", [run_settings() + backbone_settings(), recipe_keys()], ids=["settings", "recipe"])
+def test_every_anchor_comes_once(page: str) -> None:
+    anchors = re.findall(r'id="([^"]+)"', page)
     assert anchors
     assert len(anchors) == len(set(anchors))
 
 
 def test_commands_with_all_options() -> None:
-    page = commands_page()
+    page = commands()
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        assert f"\n## {name}\n" in page
+        assert f"## {name}\n" in page
         shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
         for option in (name for parameter in shown for name in parameter.opts if name.startswith("-")):
             assert re.search(rf"`[^`\n]*{option}\b[^`\n]*`\n:   \S", page), f"{name} {option}"
