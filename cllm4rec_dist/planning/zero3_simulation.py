@@ -33,8 +33,8 @@ def warn_of_other_version() -> None:
     installed = version("deepspeed")
     if installed != SIMULATED_VERSION:
         logger.warning(
-            "DeepSpeed %s is installed and the plan follows the rules of %s: gathered weights and bytes on the wire may"
-            " differ",
+            "DeepSpeed %s is installed and the plan follows the rules of %s: gathered weights and communication"
+            " may differ",
             installed,
             SIMULATED_VERSION,
         )

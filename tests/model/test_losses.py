@@ -90,7 +90,7 @@ def sharded(world: World) -> dict[str, Any]:
     return {kind: item_loss(queries, weight) for kind, queries in gathering.items()}
 
 
-def test_each_ranks_sum_is_that_of_its_own_users_over_the_whole_catalog() -> None:
+def test_each_ranks_sum_is_that_of_its_users_over_the_whole_catalog() -> None:
     for rank, losses in enumerate(run_ranks(3, sharded)):
         for kind in CASES:
             assert losses[kind].item() == pytest.approx(by_hand(kind, rank), rel=1e-12, abs=1e-12)
