@@ -49,7 +49,7 @@ def export(
     backbone: str | None = None,
     corpus: str | None = None,
 ) -> list[str]:
-    """Write a run's best checkpoint to a new folder, and upload it where `options.push` says so.
+    """Write a run's best checkpoint to a new folder, and upload it if `options.push` is set.
 
     Args:
         options: what to write, by default everything but an index; must have passed `option_problems`.

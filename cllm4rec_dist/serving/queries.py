@@ -56,7 +56,7 @@ class Recommendation:
     """An item of a list.
 
     Attributes:
-        title: the item's title; "" where it has none.
+        title: the item's title; "" if it has none.
         score: the model's score; None in a fallback list of popular items.
     """
 

@@ -46,17 +46,17 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
     validation = {"metrics": ["recall@5"], "batch_users": 5}
     config = make_config(made, output, "finetune", validation=validation, epochs=1)
     run_ranks(1, run, config)
-    (told,) = said_of(str(output), caplog)
-    assert "best-00000003: step 3, best recall@5=0." in told
+    (message,) = said_of(str(output), caplog)
+    assert "best-00000003: step 3, best recall@5=0." in message
 
     silent = config.validation.model_copy(update={"every_epochs": 0})
     run_ranks(1, run, config.model_copy(update={"epochs": 2, "validation": silent}))
-    told, warning = said_of(str(output), caplog)
-    assert "best-00000003" in told
+    message, warning = said_of(str(output), caplog)
+    assert "best-00000003" in message
     assert "NEWER CHECKPOINT NOT VALIDATED" in warning
     assert "step 6, the last validation was at step 3" in warning
-    (told,) = said_of(f"{output}/checkpoints/step-00000006", caplog)
-    assert "step 6, not the best one (best recall@5=" in told
+    (message,) = said_of(f"{output}/checkpoints/step-00000006", caplog)
+    assert "step 6, not the best one (best recall@5=" in message
 
     # A validation that finds the newer weights worse is a validation.
     frozen = config.optimizer.model_copy(update={"lr": 1e-12, "embeddings_lr": 1e-12})
@@ -70,8 +70,8 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
 @pytest.mark.slow
 def test_a_run_without_validation_says_so(made: Made, caplog: pytest.LogCaptureFixture) -> None:
     run_ranks(1, run, make_config(made, made[0] / "run", max_steps=1))
-    (told,) = said_of(str(made[0] / "run"), caplog)
-    assert told.endswith("step-00000001: step 1, never validated")
+    (message,) = said_of(str(made[0] / "run"), caplog)
+    assert message.endswith("step-00000001: step 1, never validated")
 
 
 def loaded(world: World, folder: str, backbone: str | None, corpus: str | None) -> str:
@@ -100,8 +100,8 @@ def test_a_moved_run_names_the_cure_and_fingerprints_decide(made: Made) -> None:
 
     assert "If it has moved, give its path: --backbone PATH" in run_ranks(1, loaded, moved, None, None)[0]
     assert "If it has moved, give its path: --corpus PATH" in run_ranks(1, loaded, moved, backbone, None)[0]
-    for found in run_ranks(2, loaded, moved, backbone, corpus):
-        assert found == f"{corpus} {backbone}"
+    for result in run_ranks(2, loaded, moved, backbone, corpus):
+        assert result == f"{corpus} {backbone}"
     other = make_corpus(folder / "other", make_catalog(seed=1), Path(backbone))
     assert "corpus fingerprint" in run_ranks(2, loaded, moved, backbone, other)[1]
     strange = str(make_backbone(folder / "strange", make_catalog(), seed=1))
@@ -136,10 +136,10 @@ def test_a_run_of_a_copied_project_reads_the_copys_corpus_and_backbone(tmp_path:
     for name in ("recipe.yaml", "finetune.yaml"):
         (shop / name).write_text("{}")
     shutil.copytree(shop, copy)
-    found = load_local(str(copy / "runs/finetune"), torch.device("cpu"))[0].config
-    assert (found.corpus, found.backbone) == (str(copy / "corpus"), str(copy / "backbone"))
+    result = load_local(str(copy / "runs/finetune"), torch.device("cpu"))[0].config
+    assert (result.corpus, result.backbone) == (str(copy / "corpus"), str(copy / "backbone"))
     shutil.rmtree(shop)
-    assert load_local(str(copy / "runs/finetune"), torch.device("cpu"))[0].config == found
+    assert load_local(str(copy / "runs/finetune"), torch.device("cpu"))[0].config == result
     assert len(read_known_ids(str(copy / "runs/finetune")).users) == catalog.num_users
     assert open_source(str(copy / "runs/finetune"), None, None).config.corpus == str(copy / "corpus")
 
@@ -147,9 +147,9 @@ def test_a_run_of_a_copied_project_reads_the_copys_corpus_and_backbone(tmp_path:
     (copy / "corpus").rename(copy / "corpus-earlier-2")
     (copy / "runs/finetune").rename(copy / "runs/finetune-earlier-1")
     other = make_corpus(copy / "corpus", make_catalog(seed=1), copy / "backbone")
-    found = load_local(str(copy / "runs/finetune-earlier-1"), torch.device("cpu"))[0].config
-    assert found.corpus == str(copy / "corpus-earlier-2")
-    assert load_manifest(other)[1] != load_manifest(found.corpus)[1]
+    result = load_local(str(copy / "runs/finetune-earlier-1"), torch.device("cpu"))[0].config
+    assert result.corpus == str(copy / "corpus-earlier-2")
+    assert load_manifest(other)[1] != load_manifest(result.corpus)[1]
 
 
 def test_a_damaged_checkpoint_is_told_of_alone_and_a_run_of_damaged_ones_as_such(

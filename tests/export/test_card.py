@@ -86,11 +86,11 @@ def scores(world: World, folder: str) -> tuple[Tensor, Tensor]:
     num_items, histories = system.corpus.num_items, Ragged.from_lists([np.array(h, np.int32) for h in HISTORIES])
 
     def ranked(user: int) -> Tensor:
-        found = torch.zeros(len(HISTORIES), num_items)
+        actual = torch.zeros(len(HISTORIES), num_items)
         for block in rank_users(system, np.full(len(HISTORIES), user), histories, num_items, 5):
             rows, items = torch.from_numpy(block.index), torch.from_numpy(block.items)
-            found[rows[:, None], items] = torch.from_numpy(block.scores)
-        return found
+            actual[rows[:, None], items] = torch.from_numpy(block.scores)
+        return actual
 
     return ranked(-1), ranked(USER)
 
@@ -98,7 +98,7 @@ def scores(world: World, folder: str) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     folder, catalog = tmp_path_factory.mktemp("cards"), make_catalog()
-    found = {}
+    actual = {}
     for index, (name, changes) in enumerate(RUNS.items()):
         backbone = folder / f"backbone-{index % 2}"
         if not backbone.exists():
@@ -114,8 +114,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         export(str(output / "run"), output / "hub", ExportOptions(hub=True, license="mit"))
         export(str(output / "run"), output / "users", ExportOptions(hub=True, with_users=True))
         ((anyone, known),) = run_ranks(1, scores, str(output / "run"))
-        found[name] = Case(output / "run", output / "hub", output / "users", anyone, known)
-    return found
+        actual[name] = Case(output / "run", output / "hub", output / "users", anyone, known)
+    return actual
 
 
 def code_of(folder: Path) -> str:
@@ -200,8 +200,8 @@ def test_the_front_matter_is_what_the_hub_reads(cases: dict[str, Case]) -> None:
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "other")
     assert "recommendation" in data.tags
     results = json.loads((cases[EVALUATED].run / "evaluation" / "results.json").read_text())["rows"][0]["metrics"]
-    found = {result.metric_type: result.metric_value for result in data.eval_results}
-    assert found == {name: pytest.approx(value, abs=1e-4) for name, value in results.items()}
+    actual = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert actual == {name: pytest.approx(value, abs=1e-4) for name, value in results.items()}
     assert {(r.dataset_name, r.dataset_type, r.dataset_split) for r in data.eval_results} == {(NAME, "Books-b", "test")}
     adapted = card_of(cases["lora"]).data
     assert (adapted.library_name, adapted.eval_results, adapted.base_model) == ("peft", None, None)
@@ -210,7 +210,7 @@ def test_the_front_matter_is_what_the_hub_reads(cases: dict[str, Case]) -> None:
 @pytest.mark.slow
 def test_a_card_tells_of_data_results_and_training(cases: dict[str, Case]) -> None:
     text = card_of(cases[EVALUATED]).text
-    for told in (
+    for part in (
         "| users | 23 |",
         "| interactions, train | 106 |",
         "| EASE |",
@@ -220,7 +220,7 @@ def test_a_card_tells_of_data_results_and_training(cases: dict[str, Case]) -> No
         "2311.01343",
         "popular items",
     ):
-        assert told in text, told
+        assert part in text, part
     assert "Books \\| \\<b\\>" in text
     assert "<b>" not in text.replace("\\<b\\>", "")
     assert "was not evaluated" in card_of(cases["lora"]).text

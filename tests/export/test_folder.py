@@ -50,23 +50,23 @@ def computed(world: World, folder: str) -> dict[str, Any]:
     """What the run computes: hidden states of both LLMs, and every user's scores of every item."""
     system, _ = load_sharded(folder, world)
     system.train(False)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     with torch.no_grad():
         for llm, boundary in zip(LLMS, (EMBEDDINGS.shape[:2].numel(), 0), strict=True):
-            found[llm] = system.engine(EMBEDDINGS, None, boundary)
-            found[f"{llm} of words"] = system.engine(
+            result[llm] = system.engine(EMBEDDINGS, None, boundary)
+            result[f"{llm} of words"] = system.engine(
                 F.embedding(WORDS, system.recommender.words.embedding), None, boundary
             )
-    found |= {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
+    result |= {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
     users, items = np.arange(system.corpus.num_users), system.corpus.num_items
     history = system.corpus.split("train")
     for name, named in (("scores", users), ("scores without row", np.full_like(users, -1))):
-        found[name] = torch.zeros(len(users), items)
+        result[name] = torch.zeros(len(users), items)
         for block in rank_users(system, named, history, items, 5):
             rows = torch.from_numpy(users[block.index])
-            found[name][rows[:, None], torch.from_numpy(block.items)] = torch.from_numpy(block.scores)
-    found["history"] = [history[user].tolist() for user in users]
-    return found
+            result[name][rows[:, None], torch.from_numpy(block.items)] = torch.from_numpy(block.scores)
+    result["history"] = [history[user].tolist() for user in users]
+    return result
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def exported_scores(
     """[users, items] by what `scoring.json` says, of the users or of people without a row who have their histories."""
     scoring, tables = json.loads((output / SCORING_FILE).read_text()), load_file(output / TABLES_FILE)
     users, items, head = tables["collaborative.users"], tables["collaborative.items"], scoring["head"]
-    found = []
+    result = []
     for user, history in enumerate(histories):
         shown = items[history[-scoring["history"]["longest"] :]]
         row = tables[scoring["users"]["without_row"]] if without_row else users[user : user + 1]
@@ -89,12 +89,12 @@ def exported_scores(
             score = F.normalize(query, dim=0) @ F.normalize(items, dim=1).T / head["temperature"]
         else:
             score = query @ items.T
-        found.append(score + tables["head.bias"] if head["item_bias"] else score)
-    return torch.stack(found)
+        result.append(score + tables["head.bias"] if head["item_bias"] else score)
+    return torch.stack(result)
 
 
 def untie(backbone: Path) -> None:
-    """Give a backbone a word head of its own."""
+    """Give a backbone a separate LM head."""
     model = AutoModelForCausalLM.from_pretrained(backbone, tie_word_embeddings=False)
     torch.nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(backbone)
@@ -112,14 +112,14 @@ def test_exported_adapters_compute_the_same_in_both_model_classes(tmp_path: Path
     output = tmp_path / "exported"
     folders = [*LLMS, *(llm + CAUSAL_LM for llm in LLMS)]
     assert export(str(tmp_path / "run"), output) == sorted([*folders, *FILES])
-    (wanted,) = run_ranks(1, computed, str(tmp_path / "run"))
+    (expected,) = run_ranks(1, computed, str(tmp_path / "run"))
 
     plain = base(AutoModel, made[2])(inputs_embeds=EMBEDDINGS)[0]
     logits = base(AutoModelForCausalLM, made[2])(WORDS).logits
     for llm in LLMS:
-        assert not torch.allclose(wanted[llm], plain, atol=1e-3)
+        assert not torch.allclose(expected[llm], plain, atol=1e-3)
         decoder = PeftModel.from_pretrained(base(AutoModel, made[2]), str(output / llm)).eval()
-        torch.testing.assert_close(decoder(inputs_embeds=EMBEDDINGS)[0], wanted[llm], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoder(inputs_embeds=EMBEDDINGS)[0], expected[llm], rtol=1e-5, atol=1e-5)
         head = base(AutoModelForCausalLM, made[2]).get_output_embeddings()
         language_models = [
             PeftModel.from_pretrained(base(AutoModelForCausalLM, made[2]), str(output / llm)),
@@ -127,18 +127,18 @@ def test_exported_adapters_compute_the_same_in_both_model_classes(tmp_path: Path
             AutoPeftModelForCausalLM.from_pretrained(str(output / (llm + CAUSAL_LM))),
         ]
         for model in language_models:
-            found = model.eval()(input_ids=WORDS).logits
-            assert not torch.allclose(found, logits, atol=1e-3)
-            torch.testing.assert_close(found, head(wanted[f"{llm} of words"]), rtol=1e-4, atol=1e-5)
+            result = model.eval()(input_ids=WORDS).logits
+            assert not torch.allclose(result, logits, atol=1e-3)
+            torch.testing.assert_close(result, head(expected[f"{llm} of words"]), rtol=1e-4, atol=1e-5)
 
     tables = load_file(output / TABLES_FILE)
-    assert torch.equal(tables["collaborative.items"], wanted["collaborative.items"])
-    assert torch.equal(tables["content.users"], wanted["content.users"])
+    assert torch.equal(tables["collaborative.items"], expected["collaborative.items"])
+    assert torch.equal(tables["content.users"], expected["content.users"])
     assert pq.read_table(output / "items.parquet")["item"].to_pylist() == make_catalog().item_ids.to_list()
     decoder = PeftModel.from_pretrained(base(AutoModel, made[2]), str(output / "collaborative")).eval()
     embed = base(AutoModel, made[2]).get_input_embeddings().weight
-    scores = exported_scores(output, decoder, embed, wanted["history"])
-    torch.testing.assert_close(scores, wanted["scores"], rtol=1e-4, atol=1e-4)
+    scores = exported_scores(output, decoder, embed, expected["history"])
+    torch.testing.assert_close(scores, expected["scores"], rtol=1e-4, atol=1e-4)
 
 
 HEADS = [
@@ -162,21 +162,21 @@ def test_an_exported_whole_backbone_keeps_its_word_head_and_every_form_of_the_it
     run_ranks(2, run, config)
     output = tmp_path / "exported"
     assert "backbone" in export(str(tmp_path / "run"), output)
-    (wanted,) = run_ranks(1, computed, str(tmp_path / "run"))
+    (expected,) = run_ranks(1, computed, str(tmp_path / "run"))
     decoder = base(AutoModel, output / "backbone")
-    torch.testing.assert_close(decoder(inputs_embeds=EMBEDDINGS)[0], wanted["content"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder(inputs_embeds=EMBEDDINGS)[0], expected["content"], rtol=1e-5, atol=1e-5)
     head_weight = base(AutoModelForCausalLM, made[2]).get_output_embeddings().weight
     model = base(AutoModelForCausalLM, output / "backbone")
     assert torch.equal(model.get_output_embeddings().weight, head_weight)
-    hidden = wanted["content of words"]
+    hidden = expected["content of words"]
     torch.testing.assert_close(model(WORDS).logits, hidden @ head_weight.T, rtol=1e-4, atol=1e-5)
-    scores = exported_scores(output, decoder, decoder.get_input_embeddings().weight, wanted["history"])
-    torch.testing.assert_close(scores, wanted["scores"], rtol=1e-4, atol=1e-4)
-    assert len(load_file(output / TABLES_FILE)["collaborative.users"]) == len(wanted["history"])
+    scores = exported_scores(output, decoder, decoder.get_input_embeddings().weight, expected["history"])
+    torch.testing.assert_close(scores, expected["scores"], rtol=1e-4, atol=1e-4)
+    assert len(load_file(output / TABLES_FILE)["collaborative.users"]) == len(expected["history"])
     without_row = exported_scores(
-        output, decoder, decoder.get_input_embeddings().weight, wanted["history"], without_row=True
+        output, decoder, decoder.get_input_embeddings().weight, expected["history"], without_row=True
     )
-    torch.testing.assert_close(without_row, wanted["scores without row"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(without_row, expected["scores without row"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(without_row, scores, atol=1e-4)
 
 
@@ -194,12 +194,12 @@ def test_a_run_of_rows_alone_exports_no_model(tmp_path: Path) -> None:
     run_ranks(2, run, make_config(made, tmp_path / "run", "finetune", adapter={"kind": "none"}, max_steps=3))
     output = tmp_path / "exported"
     assert export(str(tmp_path / "run"), output) == FILES
-    (wanted,) = run_ranks(1, computed, str(tmp_path / "run"))
+    (expected,) = run_ranks(1, computed, str(tmp_path / "run"))
     decoder = base(AutoModel, made[2])
     embed = decoder.get_input_embeddings().weight
     for name in ("scores", "scores without row"):
-        scores = exported_scores(output, decoder, embed, wanted["history"], without_row=name != "scores")
-        torch.testing.assert_close(scores, wanted[name], rtol=1e-4, atol=1e-4)
+        scores = exported_scores(output, decoder, embed, expected["history"], without_row=name != "scores")
+        torch.testing.assert_close(scores, expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

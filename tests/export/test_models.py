@@ -29,6 +29,6 @@ def test_a_copied_backbone_is_the_same_and_forgets_where_it_was(tmp_path: Path, 
     assert not (tmp_path / "to" / "optimizer.pt").exists()
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "to").iterdir())
     copied = AutoModelForCausalLM.from_pretrained(tmp_path / "to", local_files_only=True)
-    for (name, wanted), (_, found) in zip(model.named_parameters(), copied.named_parameters(), strict=True):
-        assert torch.equal(wanted, found), name
+    for (name, expected), (_, result) in zip(model.named_parameters(), copied.named_parameters(), strict=True):
+        assert torch.equal(expected, result), name
     assert AutoTokenizer.from_pretrained(tmp_path / "to")("espresso trail") == tokenizer("espresso trail")

@@ -65,8 +65,8 @@ def test_the_command_line_tells_all_of_it_at_once(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as ended:
         main(["export", "nowhere", str(tmp_path), "--license", "mti", "--private"])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert all(name in told for name in ("output", "--license", "--private"))
+    stderr = capsys.readouterr().err
+    assert all(name in stderr for name in ("output", "--license", "--private"))
 
 
 def test_without_a_token_nothing_is_read_or_written(

@@ -47,19 +47,19 @@ def test_similar_items_by_numpy_and_by_sql(folder: Path) -> None:
     table = pd.read_parquet(folder / "items.parquet")
     vectors = np.stack(table["vector"].to_numpy())
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    wanted = table["item"].to_numpy()[np.argsort(-(unit @ unit[7]), kind="stable")[:5]].tolist()
+    expected = table["item"].to_numpy()[np.argsort(-(unit @ unit[7]), kind="stable")[:5]].tolist()
     query = f"""
         SELECT b.item FROM '{folder / "items.parquet"}' a, '{folder / "items.parquet"}' b WHERE a.item = 'item-7'
         ORDER BY list_cosine_similarity(a.vector, b.vector) DESC LIMIT 5"""
-    assert [row[0] for row in duckdb.sql(query).fetchall()] == wanted
+    assert [row[0] for row in duckdb.sql(query).fetchall()] == expected
 
 
 def test_faiss_and_numpy_give_equal_lists(folder: Path) -> None:
     faiss = pytest.importorskip("faiss")
     table = pl.read_parquet(folder / "items.parquet")
     queries = np.random.default_rng(0).standard_normal((20, D + 1)).astype(np.float32)
-    wanted = np.argsort(-(queries @ table["score_vector"].to_numpy().T), axis=1, kind="stable")[:, :10]
-    _, found = faiss.read_index(str(folder / "items.faiss")).search(queries, 10)
-    assert [[table["item"][int(row)] for row in rows] for rows in found] == [
-        [table["item"][int(row)] for row in rows] for rows in wanted
+    expected = np.argsort(-(queries @ table["score_vector"].to_numpy().T), axis=1, kind="stable")[:, :10]
+    _, result = faiss.read_index(str(folder / "items.faiss")).search(queries, 10)
+    assert [[table["item"][int(row)] for row in rows] for rows in result] == [
+        [table["item"][int(row)] for row in rows] for rows in expected
     ]

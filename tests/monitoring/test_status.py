@@ -316,14 +316,14 @@ def test_what_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_the_command_prints_text_or_json(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", record=make_record(state="done"))
-    told = CliRunner().invoke(app, ["status", str(run)])
-    assert told.exit_code == 0
-    assert "finetune is done" in told.stdout
-    (found,) = json.loads(CliRunner().invoke(app, ["status", str(run), "--json"]).stdout)
-    assert (found["condition"], found["step"], found["best"]) == ("done", 46, 0.5)
-    assert found["checkpoint"]["name"] == "step-00000040"
+    result = CliRunner().invoke(app, ["status", str(run)])
+    assert result.exit_code == 0
+    assert "finetune is done" in result.stdout
+    (actual,) = json.loads(CliRunner().invoke(app, ["status", str(run), "--json"]).stdout)
+    assert (actual["condition"], actual["step"], actual["best"]) == ("done", 46, 0.5)
+    assert actual["checkpoint"]["name"] == "step-00000040"
     followed = CliRunner().invoke(app, ["status", str(run), "--follow"])  # ends at once: nothing lives
-    assert len(followed.stdout.splitlines()) == len(told.stdout.splitlines())
+    assert len(followed.stdout.splitlines()) == len(result.stdout.splitlines())
 
 
 def test_a_run_is_followed_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,9 +334,9 @@ def test_a_run_is_followed_until_it_ends(tmp_path: Path, monkeypatch: pytest.Mon
     looks = iter([[state] for state in states])
     monkeypatch.setattr(status_command, "read_statuses", lambda path, now: next(looks))
     monkeypatch.setattr(status_command, "_FOLLOW_SECONDS", 0.0)
-    told = CliRunner().invoke(app, ["status", str(run), "--follow"]).stdout.splitlines()
+    lines = CliRunner().invoke(app, ["status", str(run), "--follow"]).stdout.splitlines()
     middle = "loss 9.600 (items 4.600, text 5.000, mutual 5.0e-05)  ndcg@100 0.4000, recall@20 0.5000"
-    assert told[-3:] == [
+    assert lines[-3:] == [
         f"finetune running  epoch 5/12  step 46/120  {middle}  ETA 2 min 28 s",
         f"finetune running  epoch 5/12  step 47/120  {middle}  ETA 2 min 26 s",
         f"finetune done  epoch 5/12  step 47/120  {middle}  ETA 2 min 28 s",

@@ -44,13 +44,13 @@ SHOP = {
 
 def chromium() -> str:
     """Path of Chromium; skips the test where there is none, unless CLLM4REC_REQUIRE_BROWSER forbids that."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
         reason = "no Chromium on this machine (apt-get install chromium)"
         if os.environ.get("CLLM4REC_REQUIRE_BROWSER"):
             pytest.fail(reason)
         pytest.skip(reason)
-    return found
+    return executable
 
 
 @contextmanager

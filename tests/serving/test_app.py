@@ -70,7 +70,7 @@ def wait_until(client: TestClient, checkpoint: str) -> None:
 def test_answers_are_those_of_the_python_api(runs: dict[str, Path], recommender: Recommender) -> None:
     options = ServiceOptions(run=str(runs["paper"]))
     with TestClient(create_app(open_run(options), options)) as client:
-        for request, wanted in (
+        for request, expected in (
             ({"history": BASKET}, recommender.recommend(histories=[BASKET], top=5)),
             ({"user": "user-008"}, recommender.recommend(users=["user-008"], top=5)),
             (
@@ -79,19 +79,19 @@ def test_answers_are_those_of_the_python_api(runs: dict[str, Path], recommender:
             ),
         ):
             answer = client.post("/recommend", json=request | {"top": 5}).json()
-            assert [item["item"] for item in answer["items"]] == wanted["item"].tolist()
-            assert [item["score"] for item in answer["items"]] == pytest.approx(wanted["score"].tolist(), abs=1e-5)
+            assert [item["item"] for item in answer["items"]] == expected["item"].tolist()
+            assert [item["score"] for item in answer["items"]] == pytest.approx(expected["score"].tolist(), abs=1e-5)
         answer = client.post("/recommend", json={"history": BASKET, "explain": True, "top": 2}).json()
         for item in answer["items"]:
-            wanted = recommender.explain(BASKET, item["item"])
-            assert [reason["item"] for reason in item["because"]] == wanted["item"].tolist()
+            expected = recommender.explain(BASKET, item["item"])
+            assert [reason["item"] for reason in item["because"]] == expected["item"].tolist()
             assert [reason["contribution"] for reason in item["because"]] == pytest.approx(
-                wanted["contribution"].tolist(), abs=1e-5
+                expected["contribution"].tolist(), abs=1e-5
             )
         assert client.post("/recommend", json={}).json()["fallback"] is True
-        wanted = recommender.similar("item-003", top=4)
+        expected = recommender.similar("item-003", top=4)
         answer = client.post("/similar", json={"item": "item-003", "top": 4}).json()
-        assert [item["item"] for item in answer["items"]] == wanted["item"].tolist()
+        assert [item["item"] for item in answer["items"]] == expected["item"].tolist()
         assert client.get("/items", params={"query": "item-005"}).json()["items"][0]["item"] == "item-005"
         assert client.get("/run").json()["num_items"] == len(recommender.items.ids)
         refused = client.post("/recommend", json={"user": "user-999"})
@@ -120,14 +120,14 @@ def test_a_new_checkpoint_is_taken_up_and_a_damaged_one_is_not(run: Path, caplog
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert client.post("/recommend", json={"history": BASKET}).json() == after
-    (told,) = [message for message in caplog.messages if message.startswith("NEW CHECKPOINT NOT USED")]
-    assert f"{spoilt}' is damaged. Use another checkpoint." in told
+    (message,) = [message for message in caplog.messages if message.startswith("NEW CHECKPOINT NOT USED")]
+    assert f"{spoilt}' is damaged. Use another checkpoint." in message
     assert f"{spoilt} cannot be used (ranks [0])" in caplog.messages[-2]  # and nothing of one that is tried instead
 
 
 @contextmanager
 def command(log: IO[str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`cllm4rec serve` in a process of its own."""
+    """`cllm4rec serve` in a separate process."""
     started = [sys.executable, "-m", "cllm4rec_dist", "serve", *arguments]
     process = subprocess.Popen(started, stdout=log, stderr=subprocess.STDOUT, text=True)
     try:
@@ -137,7 +137,7 @@ def command(log: IO[str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.wait(60)
 
 
-def ask(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def post(port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     content = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", content, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as response:
@@ -160,7 +160,7 @@ def test_the_command_serves_until_it_is_told_to_end(runs: dict[str, Path], tmp_p
     with log.open("w") as file, command(file, str(runs["paper"]), "--port", "0") as process:
         said = wait_for(process, log, "page: http://127.0.0.1:")
         port = int(said.partition("page: http://127.0.0.1:")[2].split()[0])
-        assert len(ask(port, "/recommend", {"history": BASKET, "top": 3})["items"]) == 3
+        assert len(post(port, "/recommend", {"history": BASKET, "top": 3})["items"]) == 3
         process.send_signal(signal.SIGTERM)
         process.wait(30)
     assert "Traceback" not in log.read_text()
@@ -194,14 +194,14 @@ def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path)
     with log.open("w") as file, command(file, *arguments) as process, ThreadPoolExecutor(9) as clients:
         port = int(wait_for(process, log, "page: http://127.0.0.1:").partition("127.0.0.1:")[2].split()[0])
         slow = clients.submit(seconds_to_be_cut_off, port)
-        wanted = listed(port)
+        expected = listed(port)
         below = psutil.Process(process.pid).children(recursive=True)
         replicas = [child for child in below if "ServeReplica" in " ".join(child.cmdline())]
         assert len(replicas) == 2
         answers = [clients.submit(listed, port) for _ in range(400)]
         answers[100].result()
         replicas[0].kill()
-        assert [answer.result() for answer in answers] == [wanted] * 400
+        assert [answer.result() for answer in answers] == [expected] * 400
         assert slow.result() < 2 * HEADER_SECONDS
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -211,7 +211,7 @@ def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path)
 
 def listed(port: int) -> list[str]:
     """The items of an answer; their scores may differ by the rounding of another batch."""
-    return [item["item"] for item in ask(port, "/recommend", {"history": BASKET, "top": 3})["items"]]
+    return [item["item"] for item in post(port, "/recommend", {"history": BASKET, "top": 3})["items"]]
 
 
 def seconds_to_be_cut_off(port: int) -> float:

@@ -54,17 +54,17 @@ def test_lists_are_those_of_the_python_api(
         top=4, orders=ORDERS, titles=True, exclude=frozenset(["item-007", "!"]), min_score=None, batch_users=2
     )
     line = said(caplog, runs["cosine"], request, tmp_path / "out")
-    found = written(tmp_path / "out")
-    assert found.columns.tolist() == ["user", "item", "title", "rank", "score"]
-    assert found["user"].drop_duplicates().tolist() == list(ORDERS)
+    result = written(tmp_path / "out")
+    assert result.columns.tolist() == ["user", "item", "title", "rank", "score"]
+    assert result["user"].drop_duplicates().tolist() == list(ORDERS)
     for name, items in ORDERS.items():
         user = name if name.startswith("user") else None
         (answer,) = recommender.answer([Query(items, user, top=4, exclude=request.exclude)])
-        rows = found[found["user"] == name]
+        rows = result[result["user"] == name]
         assert rows["item"].tolist() == [entry.item for entry in answer.items]
         assert rows["title"].tolist() == [entry.title for entry in answer.items]
-        wanted = [np.nan if entry.score is None else entry.score for entry in answer.items]
-        np.testing.assert_allclose(rows["score"], wanted, atol=1e-5)
+        expected = [np.nan if entry.score is None else entry.score for entry in answer.items]
+        np.testing.assert_allclose(rows["score"], expected, atol=1e-5)
         assert rows["rank"].tolist() == list(range(1, 5))
     assert line == (
         f"{tmp_path / 'out'}: 5 users, 20 rows; 1 users without a known item (popular items, without a score);"
@@ -105,10 +105,10 @@ def test_what_a_user_has_is_in_the_prompt_and_left_out_of_the_list(runs: dict[st
         for include_seen in (False, True):
             request = BulkRequest(top=17, known_items=known, include_seen=include_seen)  # type: ignore[arg-type]
             write(alone(), str(runs["cosine"]), request, str(tmp_path / f"{known}-{include_seen}"))
-            found = written(tmp_path / f"{known}-{include_seen}")
-            scores[known, include_seen] = {(u, i): s for u, i, _, s in found.itertuples(index=False)}
+            result = written(tmp_path / f"{known}-{include_seen}")
+            scores[known, include_seen] = {(u, i): s for u, i, _, s in result.itertuples(index=False)}
             for user, name in enumerate(catalog.user_ids):
-                rows = found[found["user"] == name]
+                rows = result[result["user"] == name]
                 seen = {catalog.item_ids[int(i)] for split in splits for i in split[user]}
                 assert set(rows["item"]) == set(catalog.item_ids) - (set() if include_seen else seen)
                 assert rows["rank"].tolist() == list(range(1, len(rows) + 1))

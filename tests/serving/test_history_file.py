@@ -13,7 +13,7 @@ from cllm4rec_dist.serving.history_file import HistoryFormat, read_histories
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         ("user_id,item_id\nu2,b\nu1,a\nu2,a\n", {"u2": ("b", "a"), "u1": ("a",)}),
         ("Customer ID;SKU;qty;Order date\nu1;a;1;2024-01-05\nu1;b;2;2024-01-01\n", {"u1": ("b", "a")}),
@@ -24,13 +24,13 @@ from cllm4rec_dist.serving.history_file import HistoryFormat, read_histories
     ],
 )
 def test_users_come_in_the_order_of_their_first_line(
-    tmp_path: Path, content: str, wanted: dict[str, tuple[str, ...]]
+    tmp_path: Path, content: str, expected: dict[str, tuple[str, ...]]
 ) -> None:
     path = tmp_path / "orders"
     path.write_text(content, encoding="utf-8")
-    found = read_histories(str(path))
-    assert found == wanted
-    assert list(found) == list(wanted)
+    result = read_histories(str(path))
+    assert result == expected
+    assert list(result) == list(expected)
 
 
 def test_parquet_and_named_columns(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ SPANISH = OrderColumns(user="cliente", item="producto", timestamp="fecha", time_
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         ("cliente;producto;fecha\nu1;a;03/04/2026\nu1;b;04/03/2026\n", ("b", "a")),
         ("cliente;producto;fecha\nu1;a;2026-04-03\nu1;b;2026-03-04\n", ("b", "a")),
@@ -102,10 +102,10 @@ SPANISH = OrderColumns(user="cliente", item="producto", timestamp="fecha", time_
         ("cliente;producto;x,y,z,w,v\nu1;a;1,2,3,4,5\n", ("a",)),
     ],
 )
-def test_columns_of_the_recipe_come_first(tmp_path: Path, content: str, wanted: tuple[str, ...]) -> None:
+def test_columns_of_the_recipe_come_first(tmp_path: Path, content: str, expected: tuple[str, ...]) -> None:
     path = tmp_path / "orders.csv"
     path.write_text(content, encoding="utf-8")
-    assert read_histories(str(path), recipe=SPANISH) == {"u1": wanted}
+    assert read_histories(str(path), recipe=SPANISH) == {"u1": expected}
 
 
 def test_a_named_column_is_not_the_recipes_other_one(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from cllm4rec_dist.serving.id_list import read_ids
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         (b"", []),
         (b"\n \n\t\r\n", []),
@@ -25,10 +25,10 @@ from cllm4rec_dist.serving.id_list import read_ids
         ("a\u2028b\x0bc\n".encode(), ["a\u2028b\x0bc"]),
     ],
 )
-def test_ids_are_distinct_lines_without_blanks_around_them(tmp_path: Path, content: bytes, wanted: list[str]) -> None:
+def test_ids_are_distinct_lines_without_blanks_around_them(tmp_path: Path, content: bytes, expected: list[str]) -> None:
     path = tmp_path / "users.txt"
     path.write_bytes(content)
-    assert read_ids(path, "--users-file") == wanted
+    assert read_ids(path, "--users-file") == expected
 
 
 def test_what_is_no_list_is_one_clear_message(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ CATALOG = ItemCatalog(
 
 
 @pytest.mark.parametrize(
-    ("query", "wanted"),
+    ("query", "expected"),
     [
         ("coffee", [8, 3, 2, 1]),
         ("coffee maker", [3, 1]),
@@ -48,8 +48,8 @@ CATALOG = ItemCatalog(
         ('"coffee" AND (maker', []),
     ],
 )
-def test_items_are_found_by_words_of_their_titles(query: str, wanted: list[int]) -> None:
-    assert CATALOG.search(query) == wanted
+def test_items_are_found_by_words_of_their_titles(query: str, expected: list[int]) -> None:
+    assert CATALOG.search(query) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_letters_that_have_no_accent_to_drop_are_spelt_out(title: str, queries: 
 
 
 @pytest.mark.parametrize(
-    ("query", "wanted"),
+    ("query", "expected"),
     [
         ("LIV/003-7", [1, 4]),  # the id itself before more popular ones that begin with it
         ("LIV/003", [2, 4, 1]),
@@ -85,10 +85,10 @@ def test_letters_that_have_no_accent_to_drop_are_spelt_out(title: str, queries: 
         ("œ:", [6]),
     ],
 )
-def test_items_are_found_by_the_beginning_of_their_id(query: str, wanted: list[int]) -> None:
+def test_items_are_found_by_the_beginning_of_their_id(query: str, expected: list[int]) -> None:
     ids = ["x", "LIV/003-7", "LIV/003", "LIV/1", "LIV/003-70", "SKU_1", "Œ:1"]
     catalog = ItemCatalog(ids, ["Liv", *[""] * 6], None, np.array([0, 1, 1, 0, 9, 0, 0]))
-    assert catalog.search(query) == wanted
+    assert catalog.search(query) == expected
 
 
 def test_titles_do_not_crowd_out_an_id_with_punctuation() -> None:

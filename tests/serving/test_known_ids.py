@@ -25,19 +25,19 @@ def test_ids_are_read_without_torch(runs: dict[str, Path]) -> None:
         "import sys; from cllm4rec_dist.serving.known_ids import read_known_ids;"
         f"print(read_known_ids({str(runs['paper'])!r}).users[3], 'torch' in sys.modules)"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment()
     )
-    assert found.stdout.split() == ["user-003", "False"]
+    assert result.stdout.split() == ["user-003", "False"]
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
         read_known_ids(str(runs["paper"].parent))
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"), [("1", "1"), ("lamp", "lamp"), ("blue", "3"), ("Chair blue", "3"), ("red LAMP", "1")]
+    ("text", "expected"), [("1", "1"), ("lamp", "lamp"), ("blue", "3"), ("Chair blue", "3"), ("red LAMP", "1")]
 )
-def test_an_item_is_meant_by_its_id_or_by_words_of_its_title(text: str, wanted: str) -> None:
-    assert find_item("ITEM", text, CATALOG) == wanted
+def test_an_item_is_meant_by_its_id_or_by_words_of_its_title(text: str, expected: str) -> None:
+    assert find_item("ITEM", text, CATALOG) == expected
 
 
 def test_what_means_several_items_or_none_is_refused_with_candidates() -> None:
@@ -50,7 +50,7 @@ def test_what_means_several_items_or_none_is_refused_with_candidates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("101", ["000101"]),
         ("101.0", ["000101"]),
@@ -59,8 +59,8 @@ def test_what_means_several_items_or_none_is_refused_with_candidates() -> None:
         ("entirely other", []),
     ],
 )
-def test_ids_that_may_be_meant(name: str, wanted: list[str]) -> None:
-    assert similar_ids(name, ["000101", "ABC-007", "x"])[:1] == wanted
+def test_ids_that_may_be_meant(name: str, expected: list[str]) -> None:
+    assert similar_ids(name, ["000101", "ABC-007", "x"])[:1] == expected
 
 
 def test_orders_that_do_not_meet_the_catalog_are_refused_and_half_of_them_warned_of(

@@ -1,4 +1,4 @@
-"""Too many requests and a model that hangs: told with 503, and over as soon as they are over."""
+"""Too many requests and a model that hangs: reported with 503, and gone as soon as the load is."""
 
 from __future__ import annotations
 

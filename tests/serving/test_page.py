@@ -96,8 +96,8 @@ def test_everything_works_by_keyboard_alone(page: Page) -> None:
     page.keyboard.type("soap")
     expect(page.get_by_role("option").first).to_be_visible()
     expect(search).to_have_attribute("aria-expanded", "true")
-    found = page.get_by_role("option").count()
-    assert found > 2
+    num_options = page.get_by_role("option").count()
+    assert num_options > 2
 
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")

@@ -25,11 +25,11 @@ def corpus(runs: dict[str, Path]) -> Corpus:
 
 
 def test_everyone_has_what_the_corpus_has(corpus: Corpus) -> None:
-    for known, wanted in (("all", corpus.history()), ("train", corpus.split("train"))):
+    for known, expected in (("all", corpus.history()), ("train", corpus.split("train"))):
         people = gather_people(corpus, None, None, known)  # type: ignore[arg-type]
         assert people.names == [f"user-{row:03d}" for row in range(23)]
         assert people.rows.tolist() == list(range(23))
-        assert [row.tolist() for row in people.histories] == [row.tolist() for row in wanted]
+        assert [row.tolist() for row in people.histories] == [row.tolist() for row in expected]
 
 
 def test_later_orders_go_behind_and_new_people_have_no_row(corpus: Corpus) -> None:

@@ -64,8 +64,8 @@ def test_a_list_of_another_number_of_ranks_is_replaced_and_other_files_stay(tmp_
         run_ranks(size, written, str(tmp_path), name)
         parts = {f"recommendations-{rank:05d}-of-{size:05d}.parquet" for rank in range(size)}
         assert {path.name for path in tmp_path.iterdir()} == parts | set(others)
-        found = sorted(user for part in parts for user in pd.read_parquet(tmp_path / part)["user"])
-        assert found == [f"{name}-{rank}" for rank in range(size)]
+        result = sorted(user for part in parts for user in pd.read_parquet(tmp_path / part)["user"])
+        assert result == [f"{name}-{rank}" for rank in range(size)]
 
 
 def test_a_list_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_a_list_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -
 
 def test_nobody_is_an_empty_list_that_can_be_read(tmp_path: Path) -> None:
     write_recommendations([], tmp_path, alone())
-    found = pd.read_parquet(tmp_path)
-    assert found.columns.tolist() == list_schema().names
-    assert len(found) == 0
+    result = pd.read_parquet(tmp_path)
+    assert result.columns.tolist() == list_schema().names
+    assert len(result) == 0
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -108,18 +108,18 @@ def test_every_format_keeps_ids_titles_and_missing_scores(tmp_path: Path, file_f
     (path,) = tmp_path.iterdir()
     assert path.name == f"recommendations-00000-of-00001.{file_format}"
     if file_format == "csv":
-        found = pd.read_csv(path, dtype={"user": str, "item": str}, keep_default_na=False)
-        found["score"] = pd.to_numeric(found["score"])
+        result = pd.read_csv(path, dtype={"user": str, "item": str}, keep_default_na=False)
+        result["score"] = pd.to_numeric(result["score"])
     elif file_format == "jsonl":
-        found = pd.read_json(path, lines=True, dtype={"user": str, "item": str, "title": str})
+        result = pd.read_json(path, lines=True, dtype={"user": str, "item": str, "title": str})
     else:
-        found = pd.read_parquet(path)
-    assert found.columns.tolist() == ["user", "item", "title", "rank", "score"]
-    assert found.drop(columns="score").to_dict("records") == [
+        result = pd.read_parquet(path)
+    assert result.columns.tolist() == ["user", "item", "title", "rank", "score"]
+    assert result.drop(columns="score").to_dict("records") == [
         {key: value for key, value in row.items() if key != "score"} for row in ROWS
     ]
-    assert found["score"][0] == 0.5
-    assert pd.isna(found["score"][1])
+    assert result["score"][0] == 0.5
+    assert pd.isna(result["score"][1])
 
 
 TITLES = {
@@ -137,23 +137,23 @@ TITLES = {
 def test_titles_of_a_csv_are_no_formulas_and_ids_stay(tmp_path: Path) -> None:
     rows = [{"user": "=u", "item": "-7", "title": title, "rank": 1, "score": -0.5} for title in TITLES]
     tables = [pa.Table.from_pylist(rows, schema=list_schema(titles=True))]
-    for file_format, wanted in (("csv", list(TITLES.values())), ("jsonl", list(TITLES)), ("parquet", list(TITLES))):
+    for file_format, expected in (("csv", list(TITLES.values())), ("jsonl", list(TITLES)), ("parquet", list(TITLES))):
         write_recommendations(tables, tmp_path, alone(), file_format, titles=True)  # type: ignore[arg-type]
         (path,) = tmp_path.iterdir()
         read = {"csv": pd.read_csv, "jsonl": partial(pd.read_json, lines=True, dtype=False), "parquet": pd.read_parquet}
-        found = read[file_format](path)
-        assert found["title"].tolist() == wanted
-        assert set(found["user"]) == {"=u"}
-        assert set(found["item"].astype(str)) == {"-7"}
-        assert set(found["score"]) == {-0.5}
+        result = read[file_format](path)
+        assert result["title"].tolist() == expected
+        assert set(result["user"]) == {"=u"}
+        assert set(result["item"].astype(str)) == {"-7"}
+        assert set(result["score"]) == {-0.5}
 
 
 def test_printed_titles_are_no_formulas_either(capsys: pytest.CaptureFixture[str]) -> None:
     columns = {"rank": 1, "item": "-7", "title": list(TITLES), "score": 0.5}
     show(pd.DataFrame(columns), Format.CSV)
-    found = pd.read_csv(StringIO(capsys.readouterr().out), dtype=str)
-    assert found["title"].tolist() == list(TITLES.values())
-    assert set(found["item"]) == {"-7"}
+    result = pd.read_csv(StringIO(capsys.readouterr().out), dtype=str)
+    assert result["title"].tolist() == list(TITLES.values())
+    assert set(result["item"]) == {"-7"}
     show(pd.DataFrame(columns), Format.JSONL)
     assert '"title":"+1"' in capsys.readouterr().out
 

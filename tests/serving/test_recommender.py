@@ -47,11 +47,11 @@ class Dense:
 
     def history(self, items: list[int], user: int) -> list[int]:
         known = [] if user < 0 else self.system.corpus.history()[user].tolist()
-        found: list[int] = []
+        result: list[int] = []
         for item in [*known, *items]:
-            if item not in found:
-                found.append(item)
-        return found
+            if item not in result:
+                result.append(item)
+        return result
 
     @torch.no_grad()
     def scores(self, items: list[int], user: int) -> Tensor:
@@ -107,15 +107,15 @@ def test_scores_and_lists_equal_the_dense_reference(
     history, user = PEOPLE[who]
     row = -1 if user is None else recommender.users.index(user)
     items = reference.history(rows(recommender, history), row)
-    wanted = reference.scores(items, row)
-    found = recommender.score(list(history), recommender.items.ids, user)
-    assert found.index.tolist() == list(recommender.items.ids)
-    np.testing.assert_allclose(found.to_numpy(), wanted.numpy(), atol=2e-5)
+    expected = reference.scores(items, row)
+    result = recommender.score(list(history), recommender.items.ids, user)
+    assert result.index.tolist() == list(recommender.items.ids)
+    np.testing.assert_allclose(result.to_numpy(), expected.numpy(), atol=2e-5)
 
     (answer,) = recommender.answer([Query(history, user, top=50)])
-    order = [i for i in wanted.argsort(descending=True).tolist() if i not in items]
+    order = [i for i in expected.argsort(descending=True).tolist() if i not in items]
     assert [entry.item for entry in answer.items] == [recommender.items.ids[i] for i in order]
-    np.testing.assert_allclose([entry.score for entry in answer.items], wanted[order].numpy(), atol=2e-5)
+    np.testing.assert_allclose([entry.score for entry in answer.items], expected[order].numpy(), atol=2e-5)
     assert (answer.fallback, answer.known_user) == (False, user is not None)
     assert answer.unknown_items == tuple(item for item in history if item == "nothing")
 
@@ -128,15 +128,15 @@ def test_explanations_are_differences_of_dense_scores(
     for history, user in (PEOPLE["repeated and unknown items"], PEOPLE["a known user with later orders"]):
         row = -1 if user is None else recommender.users.index(user)
         items = reference.history(rows(recommender, history), row)
-        found = recommender.explain(history, "item-007", user)
-        assert found["contribution"].is_monotonic_decreasing
-        assert sorted(found["item"]) == sorted(recommender.items.ids[i] for i in items)
+        result = recommender.explain(history, "item-007", user)
+        assert result["contribution"].is_monotonic_decreasing
+        assert sorted(result["item"]) == sorted(recommender.items.ids[i] for i in items)
         whole = reference.scores(items, row)[7]
-        for item, title, contribution in found.itertuples(index=False):
-            place = recommender.items.row_of[item]
-            without = reference.scores([i for i in items if i != place], row)[7]
+        for item, title, contribution in result.itertuples(index=False):
+            row_of_item = recommender.items.row_of[item]
+            without = reference.scores([i for i in items if i != row_of_item], row)[7]
             assert contribution == pytest.approx(float(whole - without), abs=3e-5)
-            assert title == recommender.items.titles[place]
+            assert title == recommender.items.titles[row_of_item]
 
 
 def test_contributions_to_several_items_are_those_of_each(recommender: Recommender) -> None:
@@ -151,19 +151,19 @@ def test_items_whose_ids_are_names_of_columns_are_explained(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {"item-003": "item", "item-011": "title", "item-000": "contribution", "item-007": "index"}
-    wanted = recommender.explain(BASKET, "item-007")
+    expected = recommender.explain(BASKET, "item-007")
     ids = [names.get(name, name) for name in recommender.items.ids]
     row_of = {name: row for row, name in enumerate(ids)}
     monkeypatch.setattr(recommender, "items", replace(recommender.items, ids=ids))
     for item in names.values():
         history = [names[other] for other in BASKET]
-        found = recommender.explain(history, item)
-        assert found.columns.tolist() == ["item", "title", "contribution"]
-        assert sorted(found["item"]) == sorted(history)
-        assert found["title"].tolist() == [recommender.items.titles[row_of[name]] for name in found["item"]]
-    found = recommender.explain(history, "index")
-    assert found["item"].tolist() == [names[name] for name in wanted["item"]]
-    np.testing.assert_allclose(found["contribution"], wanted["contribution"], atol=1e-6)
+        result = recommender.explain(history, item)
+        assert result.columns.tolist() == ["item", "title", "contribution"]
+        assert sorted(result["item"]) == sorted(history)
+        assert result["title"].tolist() == [recommender.items.titles[row_of[name]] for name in result["item"]]
+    result = recommender.explain(history, "index")
+    assert result["item"].tolist() == [names[name] for name in expected["item"]]
+    np.testing.assert_allclose(result["contribution"], expected["contribution"], atol=1e-6)
 
 
 def test_answers_do_not_depend_on_what_else_is_asked(recommender: Recommender) -> None:
@@ -180,10 +180,10 @@ def test_answers_do_not_depend_on_what_else_is_asked(recommender: Recommender) -
 
 def test_lists_are_in_the_order_given(recommender: Recommender) -> None:
     users = ["user-012", "user-003", "user-012"]
-    found = recommender.recommend(users=users, top=2)
-    assert found.columns.tolist() == ["user", "item", "title", "rank", "score"]
-    assert found["user"].tolist() == [user for user in users for _ in range(2)]
-    assert found["rank"].tolist() == [1, 2] * 3
+    result = recommender.recommend(users=users, top=2)
+    assert result.columns.tolist() == ["user", "item", "title", "rank", "score"]
+    assert result["user"].tolist() == [user for user in users for _ in range(2)]
+    assert result["rank"].tolist() == [1, 2] * 3
     named = recommender.recommend(histories={"Ann": BASKET, "Bo": BASKET[:1]}, top=1)
     assert named["user"].tolist() == ["Ann", "Bo"]
     numbered = recommender.recommend(histories=[BASKET, BASKET[:1]], top=1)
@@ -223,11 +223,11 @@ def test_nothing_known_of_a_history_lists_popular_items_and_says_so(
     popular = [recommender.items.ids[row] for row in np.argsort(-recommender.items.popularity, kind="stable")]
     with caplog.at_level(logging.WARNING, "cllm4rec_dist"):
         logging.getLogger("cllm4rec_dist").propagate = True
-        found = recommender.recommend(histories=[[], ["nothing", "nobody"], BASKET], top=3, exclude=popular[:1])
+        result = recommender.recommend(histories=[[], ["nothing", "nobody"], BASKET], top=3, exclude=popular[:1])
     assert "2 of 3 histories have no known item: popular items" in caplog.text
     assert "2 items of 1 histories are unknown" in caplog.text
-    assert found["item"][:6].tolist() == popular[1:4] * 2
-    assert found["score"].isna().tolist() == [True] * 6 + [False] * 3
+    assert result["item"][:6].tolist() == popular[1:4] * 2
+    assert result["score"].isna().tolist() == [True] * 6 + [False] * 3
     (answer,) = recommender.answer([Query(("nothing",), top=2)])
     assert answer.fallback
     assert [entry.score for entry in answer.items] == [None, None]
@@ -242,10 +242,10 @@ def test_neighbours_are_those_of_the_cosine(recommender: Recommender) -> None:
     unit = rows.to_numpy(np.float64) / np.linalg.norm(rows.to_numpy(np.float64), axis=1, keepdims=True)
     cosines = unit @ unit[4]
     order = [i for i in np.argsort(-cosines) if i != 4]
-    found = recommender.similar("item-004", top=99)
-    assert found["item"].tolist() == [recommender.items.ids[i] for i in order]
-    assert found["rank"].tolist() == list(range(1, ITEMS))
-    np.testing.assert_allclose(found["score"], cosines[order], atol=1e-6)
+    result = recommender.similar("item-004", top=99)
+    assert result["item"].tolist() == [recommender.items.ids[i] for i in order]
+    assert result["rank"].tolist() == list(range(1, ITEMS))
+    np.testing.assert_allclose(result["score"], cosines[order], atol=1e-6)
 
 
 def test_a_recommender_shows_its_run_and_size(recommender: Recommender) -> None:
@@ -314,8 +314,8 @@ def test_other_calls_check_their_input_too(recommender: Recommender) -> None:
 
 
 def test_an_unknown_item_has_no_score(recommender: Recommender) -> None:
-    found = recommender.score(BASKET, ["item-001", "nothing", "item-001"])
-    assert found.isna().tolist() == [False, True, False]
+    result = recommender.score(BASKET, ["item-001", "nothing", "item-001"])
+    assert result.isna().tolist() == [False, True, False]
     assert recommender.score([], []).empty
     assert len(recommender.score([], ["item-001"])) == 1
 

@@ -119,8 +119,8 @@ def test_finds_similar_items(client: TestClient) -> None:
 
 
 def test_finds_items_by_title(client: TestClient) -> None:
-    found = client.get("/items", params={"query": "brush"}).json()["items"]
-    assert found == [
+    result = client.get("/items", params={"query": "brush"}).json()["items"]
+    assert result == [
         {"item": "b1", "title": "Hair brush", "category": "Brushes"},
         {"item": "b2", "title": "Tooth brush", "category": "Brushes"},
     ]
