@@ -254,7 +254,7 @@ def _print_list(
     query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)
     (answer,) = recommender.answer([query])
     if answer.fallback:
-        typer.echo("nothing is known of the basket: popular items, without a score", err=True)
+        typer.echo("no known item in the history: popular items, without a score", err=True)
     show(as_table(answer), file_format)
     if len(answer.items) < query.top:
         typer.echo(f"{len(answer.items)} of {query.top} items: no more are left", err=True)

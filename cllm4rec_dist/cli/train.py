@@ -102,7 +102,7 @@ def plan(
 
     from cllm4rec_dist.planning.hardware import find_gpu
 
-    place = find_gpu(gpu), gpus, gpus_per_host, efficiency
+    hardware = find_gpu(gpu), gpus, gpus_per_host, efficiency
     read, problems = preflight.resolve_paths(
         load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
     )
@@ -124,7 +124,7 @@ def plan(
     read = relocated(read, str(config), backbone, corpus)
     if stage is None and read.init_from is not None:
         read = read.model_copy(update={"stage": "finetune"})
-    made = make_plan(read, Cluster(*place), samples)
+    made = make_plan(read, Cluster(*hardware), samples)
     typer.echo(format_plan(made))
     changes = list(suggest_changes(read, made, samples))
     if changes:
