@@ -16,10 +16,10 @@ from cllm4rec_dist.serving.recommender import Recommender
 
 
 def called(*arguments: str | Path) -> tuple[str, str]:
-    """What a command prints, and what it tells beside."""
-    found = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert found.exit_code == 0, found.output
-    return found.stdout, found.stderr
+    """Return stdout and stderr of a command."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout, result.stderr
 
 
 def refused(*arguments: str | Path) -> str:
@@ -37,20 +37,20 @@ def run(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_basket_is_answered_in_the_terminal(run: Path, recommender: Recommender) -> None:
-    wanted = recommender.recommend(histories=[["item-003", "item-011"]], top=3)
-    printed, told = called("recommend", run, "--basket", "item-003, item-011,item-0x3", "--top", "3")
-    assert "'item-0x3' is no item of the run and is left out; did you mean item-0" in told
+    expected = recommender.recommend(histories=[["item-003", "item-011"]], top=3)
+    printed, warnings = called("recommend", run, "--basket", "item-003, item-011,item-0x3", "--top", "3")
+    assert "'item-0x3' is no item of the run and is left out; did you mean item-0" in warnings
     header, *lines = printed.splitlines()
     assert header.split() == ["rank", "item", "title", "score"]
-    assert [line.split()[1] for line in lines] == wanted["item"].tolist()
-    assert [line.split()[-1] for line in lines] == [f"{score:.4f}" for score in wanted["score"]]
-    assert all(title in line for title, line in zip(wanted["title"], lines, strict=True))
+    assert [line.split()[1] for line in lines] == expected["item"].tolist()
+    assert [line.split()[-1] for line in lines] == [f"{score:.4f}" for score in expected["score"]]
+    assert all(title in line for title, line in zip(expected["title"], lines, strict=True))
 
     printed, _ = called(
         "recommend", run, "--basket", "item-003", "--basket", "item-011", "-k", "3", "--format", "jsonl"
     )
-    assert [json.loads(line)["item"] for line in printed.splitlines()] == wanted["item"].tolist()
-    printed, told = called("recommend", run, "--user", "user-003", "--format", "csv")
+    assert [json.loads(line)["item"] for line in printed.splitlines()] == expected["item"].tolist()
+    printed, warnings = called("recommend", run, "--user", "user-003", "--format", "csv")
     assert printed.splitlines()[0] == "rank,item,title,score"
     assert len(printed.splitlines()) == 11
     both, _ = called("recommend", run, "--user", "user-003", "--basket", "item-003", "--format", "csv")
@@ -72,15 +72,15 @@ def test_words_of_titles_in_a_basket_are_answered_with_the_items(run: Path, reco
 
 
 def test_an_empty_basket_lists_popular_items_and_says_so(run: Path) -> None:
-    printed, told = called("recommend", run, "--basket", "", "--top", "2", "--format", "jsonl")
-    assert "popular items, without a score" in told
+    printed, warnings = called("recommend", run, "--basket", "", "--top", "2", "--format", "jsonl")
+    assert "popular items, without a score" in warnings
     assert [json.loads(line)["score"] for line in printed.splitlines()] == [None, None]
 
 
 def test_neighbours_are_found_by_id_or_title(run: Path, recommender: Recommender) -> None:
-    wanted = recommender.similar("item-004", top=3)["item"].tolist()
+    expected = recommender.similar("item-004", top=3)["item"].tolist()
     printed, _ = called("similar", run, "item-004", "--top", "3", "--format", "csv")
-    assert [line.split(",")[1] for line in printed.splitlines()[1:]] == wanted
+    assert [line.split(",")[1] for line in printed.splitlines()[1:]] == expected
     titles = recommender.items.titles
     (row,) = [row for row, title in enumerate(titles) if titles.count(title) == 1 and len(title.split()) > 3][:1]
     by_title, _ = called("similar", run, titles[row].upper(), "--format", "csv")
@@ -95,13 +95,13 @@ def test_files_with_titles_a_category_and_without_what_is_sold_out(run: Path, tm
     (tmp_path / "orders.csv").write_text("customer;sku\nnew;item-016\nuser-008;item-016\nnew;?\n")
     options = ["--exclude-file", tmp_path / "sold-out.txt", "--items-file", tmp_path / "category.txt", "--titles"]
     more = ["--history", tmp_path / "orders.csv", "--top", "20", "--format", "csv"]
-    _, told = called("recommend", run, tmp_path / "out", *options, *more)
-    assert "--exclude-file: 1 items are unknown to the run, such as 'nothing'" in told
-    found = pd.read_csv(tmp_path / "out/recommendations-00000-of-00001.csv")
-    assert found.columns.tolist() == ["user", "item", "title", "rank", "score"]
-    assert found["user"].drop_duplicates().tolist() == ["new", "user-008"]
-    assert set(found["item"]) <= {f"item-{row:03d}" for row in range(2, 9)}
-    assert len(found[found["user"] == "new"]) == 7
+    _, warnings = called("recommend", run, tmp_path / "out", *options, *more)
+    assert "--exclude-file: 1 items are unknown to the run, such as 'nothing'" in warnings
+    table = pd.read_csv(tmp_path / "out/recommendations-00000-of-00001.csv")
+    assert table.columns.tolist() == ["user", "item", "title", "rank", "score"]
+    assert table["user"].drop_duplicates().tolist() == ["new", "user-008"]
+    assert set(table["item"]) <= {f"item-{row:03d}" for row in range(2, 9)}
+    assert len(table[table["user"] == "new"]) == 7
 
 
 WRONG = [
@@ -134,7 +134,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[" ".join(options) for options, _ in WRONG])
-def test_mistakes_are_told_before_anything_is_loaded(
+def test_mistakes_are_reported_before_anything_is_loaded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -31,15 +31,15 @@ def test_every_setting_is_there(section: str | None, model: type[BaseModel]) -> 
 
 
 def test_a_recipe_has_all_its_formats_and_splits() -> None:
-    told = describe_settings("recipe")
+    text = describe_settings("recipe")
     for name in ("recbole", "grouplens", "amazon", "yelp", "steam", "mind", "sequences", "table", "synthetic"):
-        assert f"source ({name}): " in told
+        assert f"source ({name}): " in text
     for key in (
         *keys(LastSplit, "split."),
         *keys(ItemTable, "source.items."),
         *(set(keys(PrepareConfig)) - {"source"}),
     ):
-        assert key == "split" or f"\n{key}  (" in told, key
+        assert key == "split" or f"\n{key}  (" in text, key
 
 
 @pytest.mark.parametrize("section", [None, "recipe", "backbone", "optimizer", "recipe.table"])
@@ -48,16 +48,16 @@ def test_lines_fit_a_terminal(section: str | None) -> None:
 
 
 def test_types_bounds_defaults_and_meaning() -> None:
-    told = describe_settings("optimizer")
-    assert "optimizer.lr  (number, > 0; default 0.001)\n    Peak learning rate" in told
-    assert "optimizer.betas  (list of 2: number, number; default [0.9, 0.999])" in told
-    assert "optimizer.schedule  (constant | cosine | linear; default constant)" in told
+    text = describe_settings("optimizer")
+    assert "optimizer.lr  (number, > 0; default 0.001)\n    Peak learning rate" in text
+    assert "optimizer.betas  (list of 2: number, number; default [0.9, 0.999])" in text
+    assert "optimizer.schedule  (constant | cosine | linear; default constant)" in text
     assert describe_settings("optimizer.lr").startswith("optimizer.lr  (number")
     assert "corpus  (text; required)" in describe_settings()
     assert "source.items.title  (text or null; default null)" in describe_settings("recipe.source.items")
 
 
-def test_a_section_that_there_is_not_names_those_that_there_are() -> None:
+def test_an_unknown_section_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"adapter, embeddings.*backbone, or none for all. Did you mean 'validation'"):
         describe_settings("validaton")
     with pytest.raises(ConfigError, match="Did you mean 'epochs'"):

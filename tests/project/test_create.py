@@ -28,7 +28,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     return make_shop(tmp_path_factory.mktemp("shop"), num_customers=120, num_products=60)
 
 
-def test_a_project_of_a_dirty_shop(
+def test_init_of_a_shop_with_dirty_data(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -36,7 +36,7 @@ def test_a_project_of_a_dirty_shop(
     with pytest.raises(SystemExit) as ended:
         main(["init", "mine", *files])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     recipe = load_config(PrepareConfig, "mine/recipe.yaml")
     source = recipe.source
     assert isinstance(source, TableSource)
@@ -58,13 +58,13 @@ def test_a_project_of_a_dirty_shop(
         assert (config.corpus, config.backbone, config.output) == ("mine/corpus", "mine/backbone", f"mine/runs/{stage}")
     load_config(BackboneConfig, "mine/backbone.yaml")
     for words in ("Kundennummer", "'A-00", "120 customers", "has 3 fields instead of 6", "next      cllm4rec run mine"):
-        assert words in told
+        assert words in output
     assert is_project("mine")
     assert run_of("mine") == "mine/runs/finetune"
     assert run_of("elsewhere") == "elsewhere"
 
 
-def test_without_times_the_split_is_random_and_said(
+def test_without_times_the_split_is_random_and_reported(
     shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -97,7 +97,7 @@ def test_a_pretrained_backbone_gets_adapters(shop: Shop, tmp_path: Path) -> None
     assert not (tmp_path / "mine" / "backbone.yaml").exists()
 
 
-def test_nothing_is_written_where_something_is_wrong(shop: Shop, tmp_path: Path) -> None:
+def test_nothing_is_written_on_an_error(shop: Shop, tmp_path: Path) -> None:
     (tmp_path / "orders.csv").write_text("customer,sku\n" + "c1,s1\n" * 3)
     before = sorted(tmp_path.iterdir())
     for options in (["--orders", "nothing.csv"], ["--orders", str(tmp_path / "orders.csv"), "--time-column", "day"]):
@@ -107,9 +107,9 @@ def test_nothing_is_written_where_something_is_wrong(shop: Shop, tmp_path: Path)
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_cannot_be_told_is_never_asked_without_a_terminal(tmp_path: Path) -> None:
+def test_without_a_terminal_an_unsure_guess_is_an_error_not_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "orders.csv").write_text("a,b\n" + "".join(f"{n % 9},{n % 7}\n" for n in range(60)))
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "cllm4rec_dist", "init", "mine", "--orders", "orders.csv"],
         cwd=tmp_path,
         capture_output=True,
@@ -118,8 +118,8 @@ def test_what_cannot_be_told_is_never_asked_without_a_terminal(tmp_path: Path) -
         timeout=60,
         stdin=subprocess.PIPE,
     )
-    assert found.returncode == 2
-    assert "Give --item-column with one of them" in found.stderr
+    assert completed.returncode == 2
+    assert "Give --item-column with one of them" in completed.stderr
 
 
 def numbers(users: int, items: int, mean: float = 8.0, letters: int = 50_000) -> DataStats:
@@ -165,17 +165,17 @@ def test_sizes_fit_the_machine() -> None:
         assert sizes.hidden_size % (2 * sizes.num_heads) == 0
 
 
-def test_the_core_leaves_out_what_hardly_anybody_bought() -> None:
+def test_the_core_leaves_out_rare_items() -> None:
     few = DataStats(10, 3, np.array([20, 20, 1]), np.full(10, 4))
     assert choose_core(few) == Core(1, 1), "a fortieth of the orders is too much to lose"
     assert choose_core(DataStats(10, 3, np.array([200, 200, 1]), np.full(10, 40))) == Core(1, 5)
     assert choose_core(DataStats(300_000, 2, np.array([9, 9]), np.array([1]))).min_user_items == 3
 
 
-def test_the_machine_is_known_without_torch() -> None:
-    found = this_machine()
-    assert found.cores >= 1
-    assert found.memory > GIB // 4
+def test_the_machine_is_detected_without_torch() -> None:
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert machine.memory > GIB // 4
     assert "no GPU" in str(LAPTOP)
 
 

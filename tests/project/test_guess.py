@@ -32,14 +32,14 @@ _draw = random.Random(3)
 MOMENTS = [datetime(2025, 1, 1) + timedelta(hours=_draw.randrange(8000)) for _ in range(ROWS)]
 USERS = [f"u{_draw.randrange(40)}" for _ in range(ROWS)]
 ITEMS = [f"{100 + _draw.randrange(30)}" for _ in range(ROWS)]
-CATALOG = [f"{100 + number}" for number in range(30)]
+CATALOG = [f"{100 + index}" for index in range(30)]
 STARS = [str(_draw.randint(1, 5)) for _ in range(ROWS)]
-NAMES = [f"Blue thing number {number}" for number in range(30)]
-WORDS = [f"I like this thing a lot, said customer {number % 50}." for number in range(ROWS)]
+NAMES = [f"Blue thing number {index}" for index in range(30)]
+WORDS = [f"I like this thing a lot, said customer {index % 50}." for index in range(ROWS)]
 
 
 def column(values: Sequence[str], rows: int = ROWS) -> list[str]:
-    return [values[number % len(values)] for number in range(rows)]
+    return [values[index % len(values)] for index in range(rows)]
 
 
 def write(path: Path, columns: dict[str, Sequence[Any]], separator: str = ",") -> str:
@@ -47,13 +47,13 @@ def write(path: Path, columns: dict[str, Sequence[Any]], separator: str = ",") -
     return str(path)
 
 
-def guess(orders: str, items: str | None = None, wanted: ColumnOptions | None = None) -> tuple[Interactions, Items]:
+def guess(orders: str, items: str | None = None, options: ColumnOptions | None = None) -> tuple[Interactions, Items]:
     """What `init` makes of files of orders and items."""
-    wanted = wanted or ColumnOptions()
+    options = options or ColumnOptions()
     sample = read_sample("orders", orders, Dialect())
     about = sample if items is None else read_sample("items", items, Dialect())
-    found = guess_interactions(sample, wanted, {} if items is None else column_stats(about), {})
-    return found, guess_items(about, wanted, column_stats(sample)[found.item])
+    guessed = guess_interactions(sample, options, {} if items is None else column_stats(about), {})
+    return guessed, guess_items(about, options, column_stats(sample)[guessed.item])
 
 
 LANGUAGES = {
@@ -78,7 +78,7 @@ def test_columns_of_a_shop_in_many_languages(language: str, tmp_path: Path) -> N
     order, user, item, quantity, price, time = orders.split()
     key, title, category, brand = items.split()
     columns = {
-        order: [f"B{number}" for number in range(ROWS)],
+        order: [f"B{index}" for index in range(ROWS)],
         user: USERS,
         item: ITEMS,
         quantity: column("123"),
@@ -86,11 +86,11 @@ def test_columns_of_a_shop_in_many_languages(language: str, tmp_path: Path) -> N
         time: [f"{moment:%Y-%m-%d %H:%M:%S}" for moment in MOMENTS],
     }
     catalog = {key: CATALOG, title: NAMES, category: column(["A", "B", "C"], 30), brand: column(["X & Y", "Z Ltd"], 30)}
-    found, about = guess(
+    guessed, about = guess(
         write(tmp_path / "orders.csv", columns, separator), write(tmp_path / "items.csv", catalog, separator)
     )
-    assert (found.user, found.item, found.time) == (user, item, time)
-    assert (found.rating, found.text, found.time_format) == (None, None, None), "a quantity is no rating"
+    assert (guessed.user, guessed.item, guessed.time) == (user, item, time)
+    assert (guessed.rating, guessed.text, guessed.time_format) == (None, None, None), "a quantity is no rating"
     assert (about.item, about.title, about.category) == (key, title, category)
     assert category in about.description
     assert price not in about.description
@@ -98,7 +98,7 @@ def test_columns_of_a_shop_in_many_languages(language: str, tmp_path: Path) -> N
 
 def test_a_retailer_with_everything_in_one_file_and_dates_of_america(tmp_path: Path) -> None:
     columns = {
-        "InvoiceNo": [f"{536365 + number // 2}" for number in range(ROWS)],
+        "InvoiceNo": [f"{536365 + index // 2}" for index in range(ROWS)],
         "StockCode": ITEMS,
         "Description": [f"RED HEART NO {item}" for item in ITEMS],
         "Quantity": column("126"),
@@ -107,9 +107,9 @@ def test_a_retailer_with_everything_in_one_file_and_dates_of_america(tmp_path: P
         "CustomerID": USERS,
         "Country": column(["UK", "France"]),
     }
-    found, about = guess(write(tmp_path / "retail.csv", columns))
-    assert (found.user, found.item, found.time) == ("CustomerID", "StockCode", "InvoiceDate")
-    assert found.time_format == "%m/%d/%Y %H:%M"
+    guessed, about = guess(write(tmp_path / "retail.csv", columns))
+    assert (guessed.user, guessed.item, guessed.time) == ("CustomerID", "StockCode", "InvoiceDate")
+    assert guessed.time_format == "%m/%d/%Y %H:%M"
     assert about.item == "StockCode"
     assert "Description" in (about.title, *about.description)
 
@@ -133,8 +133,8 @@ def test_reviews_as_json_lines(tmp_path: Path) -> None:
         [{"asin": key, "title": name, "categories": ["Toys"]} for key, name in zip(CATALOG, NAMES, strict=True)]
     )
     (tmp_path / "items.json").write_text(items)
-    found, about = guess(str(tmp_path / "reviews.json"), str(tmp_path / "items.json"))
-    assert found == Interactions(
+    guessed, about = guess(str(tmp_path / "reviews.json"), str(tmp_path / "items.json"))
+    assert guessed == Interactions(
         user="reviewerID", item="asin", time="unixReviewTime", rating="overall", rating_threshold=4.0, text="reviewText"
     )
     assert (about.item, about.title) == ("asin", "title")
@@ -151,21 +151,21 @@ def test_typed_columns_of_parquet(tmp_path: Path) -> None:
         }
     )
     frame.rename({"seen_on": "date"}).write_parquet(tmp_path / "views.parquet")
-    found, _ = guess(str(tmp_path / "views.parquet"))
-    assert (found.user, found.item, found.time) == ("member", "film", "date")
-    assert (found.rating, found.rating_threshold) == ("stars", 8.0)
+    guessed, _ = guess(str(tmp_path / "views.parquet"))
+    assert (guessed.user, guessed.item, guessed.time) == ("member", "film", "date")
+    assert (guessed.rating, guessed.rating_threshold) == ("stars", 8.0)
 
 
-def test_names_that_say_nothing_are_told_by_what_joins(tmp_path: Path) -> None:
+def test_columns_with_meaningless_names_are_recognised_by_their_join(tmp_path: Path) -> None:
     orders = write(tmp_path / "orders.csv", {"customer": USERS, "b": ITEMS, "c": column("12345")})
     items = write(tmp_path / "items.csv", {"x": CATALOG, "title": NAMES})
-    found, about = guess(orders, items)
-    assert (found.user, found.item, about.item) == ("customer", "b", "x")
+    guessed, about = guess(orders, items)
+    assert (guessed.user, guessed.item, about.item) == ("customer", "b", "x")
 
 
 def test_ids_are_preferred_to_names_and_to_ids_of_orders(tmp_path: Path) -> None:
     columns = {
-        "customer_id": [f"o{number}" for number in range(ROWS)],
+        "customer_id": [f"o{index}" for index in range(ROWS)],
         "customer_unique_id": USERS,
         "customer_name": [f"Name of {user}" for user in USERS],
         "order_item_id": column("123"),
@@ -174,24 +174,30 @@ def test_ids_are_preferred_to_names_and_to_ids_of_orders(tmp_path: Path) -> None
         "shipped_at": ["2025-03-01"] * ROWS,
         "order_purchase_timestamp": [f"{moment:%Y-%m-%d %H:%M:%S}" for moment in MOMENTS],
     }
-    found, about = guess(write(tmp_path / "olist.csv", columns))
-    assert (found.user, found.item, found.time) == ("customer_unique_id", "product_id", "order_purchase_timestamp")
+    guessed, about = guess(write(tmp_path / "olist.csv", columns))
+    assert (guessed.user, guessed.item, guessed.time) == (
+        "customer_unique_id",
+        "product_id",
+        "order_purchase_timestamp",
+    )
     assert about.title == "product_name"
 
 
-def test_two_columns_that_may_be_it_are_not_guessed(tmp_path: Path) -> None:
+def test_two_equally_likely_columns_are_not_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "orders.csv", {"customer_id": USERS, "client_id": column(USERS[::-1]), "sku": ITEMS})
     with pytest.raises(ConfigError, match=r"--user-column: \['customer_id', 'client_id'\] leave it open"):
         guess(path)
-    assert guess(path, wanted=ColumnOptions(user="client_id"))[0].user == "client_id"
-    asked: list[str] = []
+    assert guess(path, options=ColumnOptions(user="client_id"))[0].user == "client_id"
+    questions: list[str] = []
 
     def choose(option: str, question: str, names: Sequence[str]) -> str:
-        asked.append(f"{option} {question} {list(names)}")
+        questions.append(f"{option} {question} {list(names)}")
         return names[1]
 
-    assert guess(path, wanted=ColumnOptions(choose=choose))[0].user == "client_id"
-    assert asked == ["--user-column which column of --orders has the id of the customer ['customer_id', 'client_id']"]
+    assert guess(path, options=ColumnOptions(choose=choose))[0].user == "client_id"
+    assert questions == [
+        "--user-column which column of --orders has the id of the customer ['customer_id', 'client_id']"
+    ]
 
 
 DATES = [
@@ -205,12 +211,12 @@ DATES = [
 
 
 @pytest.mark.parametrize(("written", "days", "format_"), DATES)
-def test_the_form_of_dates_is_said_where_they_do_not_say_it(
+def test_the_date_format_is_set_if_the_values_do_not_decide_it(
     written: str, days: list[int], format_: str | None, tmp_path: Path
 ) -> None:
-    times = [datetime(2025, 1 + number % 9, days[number % 3], 10, 30).strftime(written) for number in range(ROWS)]
-    found, _ = guess(write(tmp_path / "orders.csv", {"user": USERS, "item": ITEMS, "date": times}))
-    assert (found.time, found.time_format) == ("date", format_)
+    times = [datetime(2025, 1 + index % 9, days[index % 3], 10, 30).strftime(written) for index in range(ROWS)]
+    guessed, _ = guess(write(tmp_path / "orders.csv", {"user": USERS, "item": ITEMS, "date": times}))
+    assert (guessed.time, guessed.time_format) == ("date", format_)
 
 
 def test_dates_that_may_be_read_in_two_ways_are_refused_with_both(tmp_path: Path) -> None:
@@ -219,7 +225,7 @@ def test_dates_that_may_be_read_in_two_ways_are_refused_with_both(tmp_path: Path
     )
     with pytest.raises(ConfigError, match=r"\['%d/%m/%Y %H:%M', '%m/%d/%Y %H:%M'\] leave it open how '3/4/2025 9:00'"):
         guess(path)
-    assert guess(path, wanted=ColumnOptions(time_format="%m/%d/%Y %H:%M"))[0].time_format == "%m/%d/%Y %H:%M"
+    assert guess(path, options=ColumnOptions(time_format="%m/%d/%Y %H:%M"))[0].time_format == "%m/%d/%Y %H:%M"
 
 
 @pytest.mark.parametrize(
@@ -237,8 +243,8 @@ def test_the_threshold_follows_the_scale(
     values: Sequence[str], threshold: float | None, decimal: str, tmp_path: Path
 ) -> None:
     columns = {"user": USERS, "item": ITEMS, "rating": column(values)}
-    found, _ = guess(write(tmp_path / "orders.csv", columns, ";"))
-    assert (found.rating, found.rating_threshold, found.decimal) == ("rating", threshold, decimal)
+    guessed, _ = guess(write(tmp_path / "orders.csv", columns, ";"))
+    assert (guessed.rating, guessed.rating_threshold, guessed.decimal) == ("rating", threshold, decimal)
 
 
 def test_ratings_that_most_rows_lack_are_left_alone(tmp_path: Path) -> None:
@@ -246,31 +252,31 @@ def test_ratings_that_most_rows_lack_are_left_alone(tmp_path: Path) -> None:
     assert guess(write(tmp_path / "orders.csv", columns))[0].rating is None
 
 
-def test_what_the_user_says_counts(tmp_path: Path) -> None:
+def test_options_of_the_user_override_guesses(tmp_path: Path) -> None:
     columns = {"user": USERS, "item": ITEMS, "rating": STARS, "date": column(["2025-01-01", "2025-01-02"])}
     path = write(tmp_path / "orders.csv", columns)
-    found, _ = guess(path, wanted=ColumnOptions(user="item", item="user", rating="none", time="none"))
-    assert (found.user, found.item, found.rating, found.time) == ("item", "user", None, None)
+    guessed, _ = guess(path, options=ColumnOptions(user="item", item="user", rating="none", time="none"))
+    assert (guessed.user, guessed.item, guessed.rating, guessed.time) == ("item", "user", None, None)
     with pytest.raises(ConfigError, match=r"--time-column: 'dat' is no column of orders.csv.*Did you mean 'date'"):
-        guess(path, wanted=ColumnOptions(time="dat"))
+        guess(path, options=ColumnOptions(time="dat"))
 
 
-def test_who_somebody_is_stays_out_of_the_texts(tmp_path: Path) -> None:
+def test_personal_data_stays_out_of_the_texts(tmp_path: Path) -> None:
     orders = read_sample("orders", write(tmp_path / "orders.csv", {"customer": USERS, "item": ITEMS}), Dialect())
     people = sorted(set(USERS))
     columns = {
         "customer": people,
         "name": [f"Jane {user}" for user in people],
         "email": [f"{user}@x.de" for user in people],
-        "phone": [f"+49 {number}" for number in range(len(people))],
+        "phone": [f"+49 {index}" for index in range(len(people))],
         "birthday": ["1990-01-01"] * len(people),
         "street": column(["Main Street", "High Street"], len(people)),
         "age_group": column(["18-29", "60+"], len(people)),
         "city": column(["Bern", "Leipzig"], len(people)),
     }
     sample = read_sample("customers", write(tmp_path / "customers.csv", columns), Dialect())
-    found = guess_customers(sample, ColumnOptions(), column_stats(orders)["customer"])
-    assert found == Customers(
+    guessed = guess_customers(sample, ColumnOptions(), column_stats(orders)["customer"])
+    assert guessed == Customers(
         "customer", ("age_group", "city"), left_out=("name", "email", "phone", "birthday", "street")
     )
 
@@ -282,7 +288,7 @@ def test_files_that_do_not_join_are_refused(tmp_path: Path) -> None:
         guess(orders, items)
 
 
-def test_a_separator_is_one_that_cuts_header_and_rows(tmp_path: Path) -> None:
+def test_a_separator_splits_header_and_rows(tmp_path: Path) -> None:
     path = tmp_path / "orders.csv"
     path.write_text(
         "customer;sku;note, long\n" + "".join(f"{u};{i};a, b, c, d\n" for u, i in zip(USERS, ITEMS, strict=True))
@@ -320,15 +326,15 @@ def test_names_are_cut_into_words(name: str, kinds: set[str]) -> None:
 
 
 def test_the_key_of_items_is_what_joins_whatever_its_name(tmp_path: Path) -> None:
-    many = [f"R{number:03d}" for number in range(120)]
+    many = [f"R{index:03d}" for index in range(120)]
     orders = write(tmp_path / "orders.csv", {"client": column(USERS, 240), "Cote": column(many, 240)})
-    names = [f"Thing number {number}" for number in range(120)]
-    keys = {"id": [str(number) for number in range(120)], "Ref interne": names[::-1], "Cote": many, "title": names}
-    found, about = guess(orders, write(tmp_path / "items.csv", keys))
-    assert (found.item, about.item, about.title) == ("Cote", "Cote", "title")
+    names = [f"Thing number {index}" for index in range(120)]
+    keys = {"id": [str(index) for index in range(120)], "Ref interne": names[::-1], "Cote": many, "title": names}
+    guessed, about = guess(orders, write(tmp_path / "items.csv", keys))
+    assert (guessed.item, about.item, about.title) == ("Cote", "Cote", "title")
 
 
-def test_a_key_that_stays_open_is_named_by_an_option(tmp_path: Path) -> None:
+def test_an_ambiguous_key_is_refused_with_its_option(tmp_path: Path) -> None:
     orders = write(tmp_path / "orders.csv", {"customer": USERS, "sku": ITEMS})
     items = write(tmp_path / "items.csv", {"left": CATALOG, "right": CATALOG, "title": NAMES})
     with pytest.raises(ConfigError, match=r"--items-key: \['left', 'right'\] leave it open .* Give --items-key"):
@@ -338,7 +344,7 @@ def test_a_key_that_stays_open_is_named_by_an_option(tmp_path: Path) -> None:
         guess(orders, items, ColumnOptions(items_key="rigth"))
 
 
-def test_ids_that_join_but_for_their_spelling_are_shown(tmp_path: Path) -> None:
+def test_ids_that_differ_only_in_spelling_are_reported(tmp_path: Path) -> None:
     orders = write(tmp_path / "orders.csv", {"customer": USERS, "sku": [f"sku-{item}" for item in ITEMS]})
     items = write(tmp_path / "items.csv", {"Cote": [f"SKU-{key}" for key in CATALOG], "words": NAMES})
     with pytest.raises(DataError, match=r"In 'Cote' \d+ ids differ only in upper and lower case, such as 'sku-100'"):
@@ -356,8 +362,8 @@ def test_epochs_of_any_unit_are_times(name: str, unit: int, tmp_path: Path) -> N
         name: epochs,
         "serial": range(10**9, 10**9 + ROWS),
     }
-    found, _ = guess(write(tmp_path / "orders.csv", columns))
-    assert (found.user, found.item, found.time, found.time_format) == ("user", "item", name, None)
+    guessed, _ = guess(write(tmp_path / "orders.csv", columns))
+    assert (guessed.user, guessed.item, guessed.time, guessed.time_format) == ("user", "item", name, None)
 
 
 @pytest.mark.parametrize("name", ["Note", "note"])
@@ -366,8 +372,8 @@ def test_a_rating_is_no_id_of_a_customer(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "orders.csv", columns)
     with pytest.raises(ConfigError, match=r"--user-column: \['Qui'\] leave it open"):
         guess(path)
-    found, _ = guess(path, wanted=ColumnOptions(user="Qui"))
-    assert (found.rating, found.rating_threshold) == (name, 4.0)
+    guessed, _ = guess(path, options=ColumnOptions(user="Qui"))
+    assert (guessed.rating, guessed.rating_threshold) == (name, 4.0)
 
 
 @pytest.mark.parametrize("name", ["user", "Item", "order date", "id"])
@@ -378,7 +384,7 @@ def test_a_name_that_two_columns_have_is_refused(name: str, tmp_path: Path) -> N
         read_sample("orders", str(path), Dialect())
 
 
-def test_a_name_twice_that_says_nothing_is_left_out(tmp_path: Path) -> None:
+def test_a_repeated_name_without_a_kind_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "orders.csv"
     path.write_text("user,x1,x1,sku\n" + "".join(f"{u},a,b,{i}\n" for u, i in zip(USERS, ITEMS, strict=True)))
     sample = read_sample("orders", str(path), Dialect())
@@ -404,14 +410,14 @@ def test_ids_inside_of_objects_are_refused_with_a_line_that_flattens(tmp_path: P
     lines, array = tmp_path / "lines.json", tmp_path / "my array.json"
     lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     array.write_text(json.dumps(rows))
-    wanted = r"'customer', 'lines' hold objects, .*jq -c '%s\. \+ \(\.customer // {}.*\.lines\[\]\?.*%s > flat.json"
-    with pytest.raises(DataError, match=wanted % ("", "lines.json")):
+    pattern = r"'customer', 'lines' hold objects, .*jq -c '%s\. \+ \(\.customer // {}.*\.lines\[\]\?.*%s > flat.json"
+    with pytest.raises(DataError, match=pattern % ("", "lines.json")):
         guess(str(lines))
-    with pytest.raises(DataError, match=wanted % (r"\.\[\] \| ", "my array.json'")):
+    with pytest.raises(DataError, match=pattern % (r"\.\[\] \| ", "my array.json'")):
         guess(str(array))
     for column_ in ("customer", "customer.id"):
         with pytest.raises(DataError, match=r"--user-column.*Flatten the file first"):
-            guess(str(lines), wanted=ColumnOptions(user=column_, item="day"))
+            guess(str(lines), options=ColumnOptions(user=column_, item="day"))
     pl.DataFrame(rows).write_parquet(tmp_path / "orders.parquet")
     with pytest.raises(DataError, match=r"explode\('lines'\).*unnest\('customer'\)"):
         guess(str(tmp_path / "orders.parquet"))
@@ -438,5 +444,5 @@ def test_each_file_has_its_own_encoding(tmp_path: Path) -> None:
 def test_columns_of_other_shops(user: str, item: str, date: str, tmp_path: Path) -> None:
     people = [f"{name}@x.org" for name in USERS] if user == "Email" else USERS
     times = [int(moment.timestamp()) * 1000 if date == "ts_ms" else f"{moment:%Y年%m月%d日}" for moment in MOMENTS]
-    found, _ = guess(write(tmp_path / "orders.csv", {date: times, user: people, "x": column("ab"), item: ITEMS}))
-    assert (found.user, found.item, found.time) == (user, item, date)
+    guessed, _ = guess(write(tmp_path / "orders.csv", {date: times, user: people, "x": column("ab"), item: ITEMS}))
+    assert (guessed.user, guessed.item, guessed.time) == (user, item, date)

@@ -36,7 +36,7 @@ class Shop:
         self.project = Project(folder / "shop")
         self.orders = folder / "orders.csv"
         self.ran: list[str] = []
-        self.told: list[str] = []
+        self.output: list[str] = []
         self.fails: str | None = None
         self.num_written = 0
         self.project.folder.mkdir()
@@ -48,12 +48,12 @@ class Shop:
 
     def run(self, *overrides: str, redo: bool = False, top: int = 20) -> list[str]:
         """Names of the stages that a run of the project has done."""
-        self.ran, self.told = [], []
+        self.ran, self.output = [], []
         by_file = split_overrides(overrides)
         settings = load_settings(self.project, by_file, top)
         commands: dict[str, Callable[[], object]] = {name: self._command(name) for name in OUTPUTS}
         line = shlex.join(["cllm4rec", "run", str(self.project.folder), *overrides])
-        run_stages(self.project, settings, commands, self.told.append, redo=redo, command_line=line)
+        run_stages(self.project, settings, commands, self.output.append, redo=redo, command_line=line)
         return self.ran
 
     def _command(self, name: str) -> Callable[[], None]:
@@ -71,7 +71,7 @@ class Shop:
 
 
 def write_manifest(shop: Shop, **changes: Any) -> None:
-    """Put a manifest that can be read into the place of the corpus'."""
+    """Write a readable manifest as the corpus."""
     manifest = {
         "name": "shop",
         "num_users": 3,
@@ -101,10 +101,10 @@ def shop(tmp_path: Path) -> Shop:
 def test_everything_runs_once(shop: Shop) -> None:
     assert shop.run() == ALL
     assert shop.run() == []
-    assert all("done before" in line for line in shop.told)
+    assert all("done before" in line for line in shop.output)
 
 
-def test_a_stage_that_failed_goes_on_and_what_was_before_stays(shop: Shop) -> None:
+def test_a_failed_stage_resumes_and_earlier_ones_stay(shop: Shop) -> None:
     shop.fails = "finetune"
     with pytest.raises(FaultError):
         shop.run()
@@ -112,11 +112,11 @@ def test_a_stage_that_failed_goes_on_and_what_was_before_stays(shop: Shop) -> No
     (shop.project.finetune_run / "checkpoints").mkdir(parents=True)
     shop.fails = None
     assert shop.run() == ALL[3:]
-    assert any("(resumes)" in line for line in shop.told)
+    assert any("(resumes)" in line for line in shop.output)
     assert (shop.project.finetune_run / "checkpoints").is_dir(), "what it had trained is still there"
 
 
-def test_an_output_that_is_gone_is_made_again(shop: Shop) -> None:
+def test_a_missing_output_is_made_again(shop: Shop) -> None:
     shop.run()
     (shop.project.evaluation / "report.html").unlink()
     assert shop.run() == ["evaluate"]
@@ -128,13 +128,13 @@ def test_before_anything_is_trained_a_changed_recipe_is_followed(shop: Shop) -> 
         shop.run()
     shop.fails = None
     assert shop.run("recipe.min_user_items=2") == ALL[1:]
-    assert any("again: recipe.min_user_items: 1 is now 2" in line for line in shop.told)
+    assert any("again: recipe.min_user_items: 1 is now 2" in line for line in shop.output)
 
 
 @pytest.mark.parametrize(
     "overrides", [["recipe.min_user_items=2"], ["backbone.hidden_size=64"], ["optimizer.lr=0.5"], ["pretrain.seed=3"]]
 )
-def test_a_trained_run_is_replaced_only_if_that_is_asked_for(overrides: list[str], shop: Shop) -> None:
+def test_a_trained_run_is_replaced_only_with_redo(overrides: list[str], shop: Shop) -> None:
     shop.run()
     with pytest.raises(ConfigError, match=r"trained with other inputs .* is now .*--redo"):
         shop.run(*overrides)
@@ -161,23 +161,23 @@ def test_a_raw_file_with_new_rows_is_noticed_and_a_copy_of_it_is_not(shop: Shop)
     assert kept.is_file(), "the earlier run is of no use without its corpus"
 
 
-def test_more_epochs_go_on_with_the_run(shop: Shop) -> None:
+def test_more_epochs_resume_the_run(shop: Shop) -> None:
     shop.run()
     (shop.project.finetune_run / "checkpoints").mkdir()
     assert shop.run("finetune.epochs=5") == ["finetune", "evaluate", "recommend"]
     assert (shop.project.finetune_run / "checkpoints").is_dir()
-    assert any("(resumes: finetune.epochs: 3 is now 5)" in line for line in shop.told)
+    assert any("(resumes: finetune.epochs: 3 is now 5)" in line for line in shop.output)
     with pytest.raises(ConfigError, match=r"'finetune' was trained with other inputs \(pretrain.epochs: 3 is now 5\)"):
         shop.run("pretrain.epochs=5", "finetune.epochs=5")
 
 
-def test_with_redo_more_epochs_go_on_too_and_the_screen_says_so(shop: Shop) -> None:
+def test_more_epochs_resume_with_redo_too_and_it_is_reported(shop: Shop) -> None:
     shop.run()
     (shop.project.finetune_run / "checkpoints").mkdir()
     assert shop.run("finetune.epochs=5", redo=True) == ["finetune", "evaluate", "recommend"]
     assert (shop.project.finetune_run / "checkpoints").is_dir()
     line = f"--redo trains nothing again, as this run can resume: to start anew, rename {shop.project.finetune_run}"
-    assert any(line in each for each in shop.told)
+    assert any(line in each for each in shop.output)
 
 
 @pytest.mark.parametrize("override", ["finetune.epochs=2", "finetune.max_steps=5"])
@@ -187,8 +187,8 @@ def test_fewer_epochs_than_are_trained_are_refused_and_with_redo_train_anew(shop
     shop.run("finetune.epochs=40", redo=True)
     write_manifest(shop, num_users=512)
     commit(shop.project.finetune_run, "step-00000006")
-    assert "finetune" in shop.run("finetune.epochs=3"), "it goes on to its end: so many are trained"
-    assert any("(resumes: finetune.epochs: 40 is now 3)" in line for line in shop.told)
+    assert "finetune" in shop.run("finetune.epochs=3"), "it resumes to its end: this many are trained"
+    assert any("(resumes: finetune.epochs: 40 is now 3)" in line for line in shop.output)
     with pytest.raises(ConfigError, match=r"is now .*; 6 steps are trained already, and it now ends after [45]\)"):
         shop.run(override)
     assert shop.run(override, redo=True)[:1] == ["finetune"]
@@ -204,17 +204,17 @@ def test_messages_repeat_the_overrides(shop: Shop) -> None:
     assert f"`cllm4rec run {shop.project.folder} epochs=4 {line}" in str(caught.value)
 
 
-def test_what_is_set_aside_is_said_with_the_command_that_uses_it(shop: Shop) -> None:
+def test_earlier_outputs_are_reported_with_the_command_that_uses_them(shop: Shop) -> None:
     shop.run()
     shop.run("recipe.min_user_items=2", redo=True)
     folder = shop.project.folder
-    told = "\n".join(shop.told)
-    assert f"the earlier corpus is now {folder}/corpus-earlier-1; earlier runs use it" in told
+    output = "\n".join(shop.output)
+    assert f"the earlier corpus is now {folder}/corpus-earlier-1; earlier runs use it" in output
     kept = folder / "runs/finetune-earlier-1"
-    assert f"is now {kept}; to use it: cllm4rec serve {kept}, or cllm4rec recommend {kept} FOLDER" in told
+    assert f"is now {kept}; to use it: cllm4rec serve {kept}, or cllm4rec recommend {kept} FOLDER" in output
 
 
-def test_the_corpus_of_a_run_that_was_set_aside_is_kept_where_the_next_run_was_not_begun(shop: Shop) -> None:
+def test_the_corpus_of_an_earlier_run_is_kept_if_the_next_run_has_not_started(shop: Shop) -> None:
     shop.run()
     shop.project.pretrain_run.rename(shop.project.pretrain_run.with_name("pretrain-earlier-1"))
     shop.run("recipe.min_user_items=2", redo=True)
@@ -227,11 +227,11 @@ def commit(run: Path, name: str) -> None:
     store.commit(name, {"state.json": store.write(name, "state.json", lambda path: path.write_text(name))})
 
 
-def test_a_run_that_was_trained_further_by_its_own_command_is_evaluated_again(shop: Shop) -> None:
+def test_a_run_trained_further_by_another_command_is_evaluated_again(shop: Shop) -> None:
     shop.run()
     commit(shop.project.finetune_run, "best-00000020")
     assert shop.run() == ["evaluate", "recommend"]
-    assert any("again: the checkpoint has changed" in line for line in shop.told)
+    assert any("again: the checkpoint has changed" in line for line in shop.output)
     assert shop.run() == []
     commit(shop.project.pretrain_run, "step-00000020")
     with pytest.raises(ConfigError, match=r"'finetune' was trained with other inputs .the checkpoint has changed"):
@@ -245,7 +245,7 @@ def test_results_that_another_command_has_changed_are_made_again(shop: Shop) -> 
     assert shop.run() == ["recommend"], "the folder alone is no list"
     lists.write_text("three for each")
     assert shop.run() == ["recommend"]
-    assert any("again: recommendations/list.parquet has changed" in line for line in shop.told)
+    assert any("again: recommendations/list.parquet has changed" in line for line in shop.output)
     content = lists.read_bytes()
     lists.unlink()
     lists.write_bytes(content)
@@ -257,13 +257,15 @@ def test_results_that_another_command_has_changed_are_made_again(shop: Shop) -> 
 
 
 @pytest.mark.parametrize(
-    ("found", "why"),
+    ("content", "why"),
     [
         ({"split": "valid"}, "of the split 'valid'"),
         ({"split": "test", "without_rows": True}, "without the users' rows"),
     ],
 )
-def test_an_evaluation_of_another_kind_is_not_that_of_the_project(found: dict[str, Any], why: str, shop: Shop) -> None:
+def test_an_evaluation_of_another_kind_is_not_that_of_the_project(
+    content: dict[str, Any], why: str, shop: Shop
+) -> None:
     shop.run()
     record = json.loads(shop.project.record("evaluate").read_text())
     del record["files"]  # as before they were recorded
@@ -271,9 +273,9 @@ def test_an_evaluation_of_another_kind_is_not_that_of_the_project(found: dict[st
     file = shop.project.evaluation / "evaluation.json"
     file.write_text(json.dumps({"split": "test", "without_rows": False}))
     assert shop.run() == []
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(content))
     assert shop.run() == ["evaluate"]
-    assert any(f"again: the evaluation is {why}" in line for line in shop.told)
+    assert any(f"again: the evaluation is {why}" in line for line in shop.output)
 
 
 @pytest.mark.parametrize("prefix", ["", "pretrain.", "finetune."])
@@ -295,7 +297,7 @@ def test_without_held_out_items_nothing_is_evaluated(shop: Shop) -> None:
     assert ran == [name for name in ALL if name != "evaluate"]
 
 
-def test_a_damaged_record_is_as_none(shop: Shop) -> None:
+def test_a_damaged_record_counts_as_missing(shop: Shop) -> None:
     shop.run()
     shop.project.record("recommend").write_text("{")
     assert shop.run() == ["recommend"]
@@ -308,13 +310,13 @@ def test_a_pretrained_backbone_is_not_built(shop: Shop) -> None:
         shop.run("backbone.hidden_size=8")
 
 
-def test_the_summary_has_data_times_table_and_places(shop: Shop) -> None:
+def test_the_summary_has_data_times_table_and_paths(shop: Shop) -> None:
     shop.run()
     write_manifest(shop)
     rows = [{"name": "CLLM4Rec", "metrics": {"recall@20": 0.5}}, {"name": "EASE", "metrics": {"recall@20": 0.25}}]
     (shop.project.evaluation / "results.json").write_text(json.dumps({"rows": rows}))
     line = f"cllm4rec run {shop.project.folder} epochs=4"
-    told = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20), line)
+    output = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20), line)
     for words in (
         "3 customers, 2 items, 6 interactions",
         "left out: 7 x row that is odd",
@@ -323,15 +325,15 @@ def test_the_summary_has_data_times_table_and_places(shop: Shop) -> None:
         f"cllm4rec recommend {shop.project.folder}",
         f"{line} --redo",
     ):
-        assert words in told
+        assert words in output
 
 
 def test_the_summary_counts_customers_who_are_held_out_whole(shop: Shop) -> None:
     shop.run()
     write_manifest(shop, num_new_users=2, num_new_interactions={"history": 6, "valid": 1, "test": 2})
-    told = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20), "cllm4rec run shop")
-    assert "5 customers, 2 items, 15 interactions" in told
-    assert "2 of these customers are held out whole: 6 shown as their history, 1 to validate, 2 to test" in told
+    output = summarize(shop.project, load_settings(shop.project, split_overrides([]), 20), "cllm4rec run shop")
+    assert "5 customers, 2 items, 15 interactions" in output
+    assert "2 of these customers are held out whole: 6 shown as their history, 1 to validate, 2 to test" in output
 
 
 def test_durations_are_readable() -> None:
