@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from cllm4rec_dist.serving.recommender import Recommender
+    from tests.training import Made
 
 PAPER = {"adapter": {"kind": "lora", "rank": 4}}
 """Dot product, no bias; people without a row are the zero vector."""
@@ -35,6 +36,15 @@ def _reset_logger() -> None:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    from tests.harness import make_backbone, make_catalog, make_corpus
+
+    folder, catalog = tmp_path_factory.mktemp("made"), make_catalog()
+    backbone = make_backbone(folder / "backbone", catalog)
+    return folder, make_corpus(folder / "corpus", catalog, backbone), str(backbone)
 
 
 @pytest.fixture(scope="session")

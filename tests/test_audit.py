@@ -21,7 +21,7 @@ from cllm4rec_dist.corpus.loader import StepBatch
 from cllm4rec_dist.corpus.stream import EpochSampler, batch_range, steps_per_epoch
 from cllm4rec_dist.distributed.topology import World
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.test_train import Made, make_config, run
+from tests.training import Made, make_config, run
 
 NUM_USERS, BATCH_USERS, BATCH_TEXTS = 23, 9, 7
 TEXT_SIZES = [4, 4, 4, 4, 1]

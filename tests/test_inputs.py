@@ -36,7 +36,7 @@ from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.known_ids import KnownIds
 from tests.damage import DAMAGE
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.test_train import make_config, refused
+from tests.training import make_config, refused
 
 ROOT = Path(__file__).parents[1]
 patient = settings(

@@ -24,14 +24,14 @@ from cllm4rec_dist import preflight
 from cllm4rec_dist.checkpointing import checkpoint
 from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.checkpointing.format import ADAPTER, Checkpoint, CheckpointMetadata, RunState
-from cllm4rec_dist.checkpointing.run_folder import BEST, METRICS_FILE
+from cllm4rec_dist.checkpointing.run_folder import BEST
 from cllm4rec_dist.checkpointing.store import FileEntry, Store
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import Preparation
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, DataError
+from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.evaluation import inference
 from cllm4rec_dist.evaluation.inference import evaluate_run
 from cllm4rec_dist.model import recommender as recommender_module
@@ -39,52 +39,7 @@ from cllm4rec_dist.step import StepResult
 from cllm4rec_dist.system import System
 from cllm4rec_dist.train import train
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks, with_messages
-
-Made = tuple[Path, str, str]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("train")
-    catalog = make_catalog()
-    backbone = make_backbone(folder / "backbone", catalog)
-    return folder, make_corpus(folder / "corpus", catalog, backbone), str(backbone)
-
-
-def make_config(made: Made, output: Path, stage: str = "pretrain", **changes: Any) -> RunConfig:
-    tree = {
-        "stage": stage,
-        "corpus": made[1],
-        "backbone": made[2],
-        "output": str(output),
-        "epochs": 3,
-        "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2},
-        "adapter": {"kind": "lora", "rank": 4},
-        "embeddings": {"init": "spectral", "dropout": 0.3, "lambda_l": 0.01, "lambda_c": 0.1},
-        "method": {"max_history": 100},
-        "optimizer": {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2},
-        "checkpoint": {"every_steps": 3, "keep": 10},
-        "validation": {"metrics": ["recall@5", "ndcg@10"], "batch_users": 5},
-    } | changes
-    return validate(RunConfig, tree, "test")
-
-
-def run(world: World, config: RunConfig) -> None:
-    train(world, lambda metrics: None, config)
-
-
-def refused(world: World, config: RunConfig) -> str:
-    try:
-        train(world, lambda metrics: None, config)
-    except CLLM4RecError as error:
-        return str(error)
-    return ""
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    volatile = {"time", "tokens_per_second", "stage", "packing_efficiency"}  # depend on machine or ranks
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
+from tests.training import Made, make_config, metrics, refused, run
 
 
 @pytest.mark.slow

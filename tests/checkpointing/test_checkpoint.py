@@ -27,7 +27,7 @@ from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.system import System, assemble
 from tests.damage import DAMAGE, Spoil
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.test_train import make_config, run
+from tests.training import make_config, run
 
 OLDER, NEWER = "step-00000003", "step-00000006"
 

@@ -23,7 +23,7 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.evaluation.inference import evaluate_run
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, with_messages, with_new_users
-from tests.test_train import Made, make_config, refused, run
+from tests.training import Made, make_config, refused, run
 
 SWAPPED = 5
 

@@ -32,7 +32,7 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.build_backbone import build_backbone
 from cllm4rec_dist.system import assemble, init_embeddings
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.test_train import Made, make_config, metrics, refused, run
+from tests.training import Made, make_config, metrics, refused, run
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("CLLM4REC_DATA") or ROOT.parent / "shared" / "data")

@@ -18,9 +18,7 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import assemble, init_embeddings
 from tests.harness import run_ranks
-from tests.test_train import Made, made, make_config
-
-__all__ = ["made"]  # a fixture
+from tests.training import Made, make_config
 
 
 def saved_by_deepspeed(world: World, config: RunConfig, folder: str) -> dict[str, dict[str, Tensor]]:

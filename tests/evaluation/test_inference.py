@@ -19,7 +19,7 @@ from cllm4rec_dist.evaluation.inference import LIST_LENGTH, _choose_examples, ev
 from cllm4rec_dist.evaluation.metrics import user_metrics
 from cllm4rec_dist.evaluation.topk import rank_users
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, with_new_users
-from tests.test_train import Made, make_config, run
+from tests.training import Made, make_config, run
 
 METRICS = ["recall@5", "ndcg@10"]
 

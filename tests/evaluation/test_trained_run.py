@@ -21,7 +21,7 @@ from cllm4rec_dist.evaluation.trained_run import load_local, log_choice, relocat
 from cllm4rec_dist.export.source import open_source
 from cllm4rec_dist.serving.known_ids import read_known_ids
 from tests.harness import make_backbone, make_catalog, make_corpus, make_run, run_ranks, with_messages
-from tests.test_train import Made, make_config, run
+from tests.training import Made, make_config, run
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from cllm4rec_dist.export.folder import export
 from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.serving.recommender import Recommender
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.test_train import make_config, run
+from tests.training import make_config, run
 
 HEAD = {"similarity": "cosine", "item_bias": True, "pool_residual": True}
 DOT = {"similarity": "dot", "item_bias": False, "pool_residual": False}

@@ -25,7 +25,7 @@ from cllm4rec_dist.export.folder import SCORING_FILE, TABLES_FILE, export
 from cllm4rec_dist.export.models import CAUSAL_LM
 from cllm4rec_dist.export.options import ExportOptions
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.test_train import Made, make_config, run
+from tests.training import Made, make_config, run
 
 EMBEDDINGS = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
 WORDS = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(0))

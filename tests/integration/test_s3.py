@@ -11,7 +11,7 @@ from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.corpus.shards import Corpus
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.s3 import BUCKET, get, put, serve_s3
-from tests.test_train import Made, make_config, metrics, refused, run
+from tests.training import Made, make_config, metrics, refused, run
 
 pytestmark = pytest.mark.integration
 

@@ -1,0 +1,52 @@
+"""Small training runs, as many tests need them; the fixture `made` has their corpus and backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.train import train
+
+Made = tuple[Path, str, str]
+"""A folder, and the paths of a corpus and of a backbone."""
+
+
+def make_config(made: Made, output: Path, stage: str = "pretrain", **changes: Any) -> RunConfig:
+    tree = {
+        "stage": stage,
+        "corpus": made[1],
+        "backbone": made[2],
+        "output": str(output),
+        "epochs": 3,
+        "batch": {"users": 9, "texts": 7, "gradient_accumulation_steps": 2},
+        "adapter": {"kind": "lora", "rank": 4},
+        "embeddings": {"init": "spectral", "dropout": 0.3, "lambda_l": 0.01, "lambda_c": 0.1},
+        "method": {"max_history": 100},
+        "optimizer": {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 3, "keep": 10},
+        "validation": {"metrics": ["recall@5", "ndcg@10"], "batch_users": 5},
+    } | changes
+    return validate(RunConfig, tree, "test")
+
+
+def run(world: World, config: RunConfig) -> None:
+    train(world, lambda metrics: None, config)
+
+
+def refused(world: World, config: RunConfig) -> str:
+    try:
+        train(world, lambda metrics: None, config)
+    except CLLM4RecError as error:
+        return str(error)
+    return ""
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    volatile = {"time", "tokens_per_second", "stage", "packing_efficiency"}  # depend on machine or ranks
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
