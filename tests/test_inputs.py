@@ -80,6 +80,7 @@ FILES = [(RunConfig, path) for path in sorted((ROOT / "launch" / "configs").glob
 FILES += [(PrepareConfig, path) for path in sorted((ROOT / "shards").glob("*.yaml"))]
 
 
+@pytest.mark.slow
 @patient
 @given(which=st.sampled_from(FILES), data=st.data())
 def test_spoilt_configurations(which: tuple[Any, Path], data: st.DataObject, tmp_path: Path) -> None:
@@ -105,6 +106,7 @@ def test_damaged_configuration_files(which: tuple[Any, Path], seed: int, kind: s
         assert isinstance(load_config(model, spoilt), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -161,6 +163,7 @@ def forge(folder: Path, name: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(tree))
 
 
+@pytest.mark.slow
 def test_damaged_corpora(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +230,7 @@ def decoder(corpus: Path) -> Path:
     return corpus.parent / "backbone"
 
 
+@pytest.mark.slow
 def test_damaged_backbones(
     decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +271,7 @@ def test_weights_that_do_not_fit_the_backbone_are_never_made_up(decoder: Path, t
         assert "mlp" in message
 
 
+@pytest.mark.slow
 @settings(patient, derandomize=True)  # libraries read these files: damage the same ones in every run
 @given(data=st.data())
 def test_spoilt_backbone_configurations(decoder: Path, data: st.DataObject, tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_answered_at_once_with_its_cure(name: str, answers: dict[str, Any]) -> None:
     status, output, seconds, modules = answers[name]

@@ -251,6 +251,7 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
     return copies | {"steps": torch.tensor(engine.steps_taken())}
 
 
+@pytest.mark.slow
 @relies_on("distributed/engine.py", "ds_numel", "ds_shape", "ds_tensor", "ds_status", "partition_numel")
 def test_deepspeed_cuts_each_flattened_weight_into_equal_parts(llama: Path, ranks: list[dict[str, Any]]) -> None:
     """`Engine` reads and writes ZeRO-3's parts itself, for checkpoints that any number of ranks can read.

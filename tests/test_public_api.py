@@ -36,6 +36,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not heavy & set(found.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_recommender_needs_neither_deepspeed_nor_ray() -> None:
     code = "import sys; from cllm4rec_dist import Recommender; print(*sorted(sys.modules))"
     found = subprocess.run(

@@ -99,6 +99,7 @@ REFUSED: list[tuple[Callable[[Path, Path], Path], dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "changes", "named"), REFUSED)
 def test_run_and_plan_refuse_the_same_backbones(
     made: Made,
@@ -208,6 +209,7 @@ def test_a_backbone_cut_below_its_tokenizer_is_refused(made: Made, tmp_path: Pat
     assert "vocab_size: 10 word embeddings" in refusal
 
 
+@pytest.mark.slow
 def test_a_second_weight_file_changes_nothing_in_a_run(made: Made, tmp_path: Path) -> None:
     """The content LLM's loss is that of the model that transformers loads."""
     second = copied(made[1], tmp_path / "second")

@@ -183,6 +183,7 @@ def test_filters_that_leave_nothing_are_refused() -> None:
         build_catalog(raw, recipe(min_user_items=2))
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_users_take_seconds() -> None:
     random = np.random.default_rng(0)
     frame = pd.DataFrame(

@@ -102,6 +102,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.slow
 def test_damaged_raw_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     outcomes: Counter[str] = Counter()

@@ -292,6 +292,7 @@ def test_every_order_and_every_mask_is_equally_likely() -> None:
     assert (shown[:, 0] < shown[:, 1]).mean() == pytest.approx(0.5, abs=5 * (0.25 / count) ** 0.5)
 
 
+@pytest.mark.slow
 def test_masked_shares_are_uniform() -> None:
     count = 20_000
     histories = Ragged.from_lengths(np.full(count, 100), np.tile(np.arange(100), count))

@@ -81,6 +81,7 @@ QUOTING = st.sampled_from(["auto", "double", "none"])
 ESCAPE = st.sampled_from([None, "\\"])
 
 
+@pytest.mark.slow
 @given(body=MESSY, quoting=QUOTING, escape=ESCAPE)
 @settings(max_examples=100, deadline=None)
 def test_blocks_of_any_size_give_the_same_rows(path: Path, body: str, quoting: Any, escape: str | None) -> None:

@@ -68,6 +68,7 @@ def expected(queries: Tensor, rows: Tensor, seen: Tensor, cutoff: int) -> tuple[
     return scores.gather(1, order), order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_logits", MAX_LOGITS)
 @pytest.mark.parametrize("cutoff", CUTOFFS)

@@ -44,6 +44,7 @@ def test_other_jobs_are_launched_as_ever(monkeypatch: pytest.MonkeyPatch) -> Non
         launch_short(print, "mpi", "1")
 
 
+@pytest.mark.slow
 def test_a_job_here_imports_neither_ray_nor_deepspeed() -> None:
     code = (
         "import sys; from cllm4rec_dist.launchers.short_jobs import launch_short\n"

@@ -55,6 +55,7 @@ def starts() -> dict[int, dict[str, Tensor]]:
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["users", "items", "content", "few"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_initial_rows_do_not_depend_on_the_world_size(starts: Any, size: int, name: str) -> None:

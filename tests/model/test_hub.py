@@ -113,6 +113,7 @@ def test_what_is_not_in_the_cache_is_refused_offline(offline: Path) -> None:
             local_folder(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_an_offline_process_reads_the_cache(folders: dict[str, Path], tmp_path: Path, variable: str) -> None:
     snapshot = in_cache(folders["gpt2"], tmp_path, tree=["config.json", "tokenizer.json", "added_tokens.json", *OTHERS])

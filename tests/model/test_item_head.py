@@ -268,6 +268,7 @@ def sampled_ranks() -> dict[int, list[dict[str, Any]]]:
     return {size: run_ranks(size, sampled) for size in WORLDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "index", "num_items"), SHARDED)
 def test_a_sampled_softmax_is_the_dense_one_over_the_same_sample(
     sampled_ranks: Any, size: int, index: int, num_items: int

@@ -40,6 +40,7 @@ def test_a_plan_reports_everything_and_starts_nothing(config: RunConfig) -> None
     json.dumps(figures)
 
 
+@pytest.mark.slow
 def test_more_ranks_hold_less_and_send_more(config: RunConfig) -> None:
     alone, few, many = (make_plan(config, replace(CLUSTER, num_ranks=n)) for n in (1, 2, 8))
     for part in ("tables", "optimizer"):

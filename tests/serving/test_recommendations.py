@@ -55,6 +55,7 @@ def users(folder: Path) -> list[str]:
     return sorted(pd.read_parquet(folder)["user"])
 
 
+@pytest.mark.slow
 def test_a_list_of_another_number_of_ranks_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
     others = ["notes.txt", "recommendations.txt", "my-recommendations-00000-of-00002.parquet.bak"]
     for name in others:
@@ -68,6 +69,7 @@ def test_a_list_of_another_number_of_ranks_is_replaced_and_other_files_stay(tmp_
         assert result == [f"{name}-{rank}" for rank in range(size)]
 
 
+@pytest.mark.slow
 def test_a_list_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -> None:
     run_ranks(2, written, str(tmp_path), "first")
     before = sorted(path.name for path in tmp_path.iterdir())

@@ -53,6 +53,7 @@ def seconds_to_end(client: socket.socket, trickle: bytes) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "trickle"),
     [
@@ -71,6 +72,7 @@ def test_a_header_without_an_end_is_cut_off(address: tuple[str, int], first: byt
         assert seconds_to_end(client, trickle) < 5 * SECONDS
 
 
+@pytest.mark.slow
 def test_slow_answers_and_later_requests_are_not_cut_off(address: tuple[str, int]) -> None:
     body = b'{"history": ["s1"]}'
     client = HTTPConnection(*address, timeout=30)
