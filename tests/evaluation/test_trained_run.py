@@ -54,7 +54,7 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
     message, warning = said_of(str(output), caplog)
     assert "best-00000003" in message
     assert "NEWER CHECKPOINT NOT VALIDATED" in warning
-    assert "step 6, the last validation was at step 3" in warning
+    assert "step 6, but the last validation was at step 3" in warning
     (message,) = said_of(f"{output}/checkpoints/step-00000006", caplog)
     assert "step 6, not the best one (best recall@5=" in message
 
@@ -64,7 +64,7 @@ def test_newer_weights_that_nobody_validated_are_told(made: Made, caplog: pytest
     run_ranks(1, run, config)
     assert len(said_of(f"{output}-2", caplog)) == 1
     run_ranks(1, run, config.model_copy(update={"epochs": 3, "validation": silent}))
-    assert "step 9, the last validation was at step 6" in said_of(f"{output}-2", caplog)[1]
+    assert "step 9, but the last validation was at step 6" in said_of(f"{output}-2", caplog)[1]
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_a_moved_run_names_the_cure_and_fingerprints_decide(made: Made) -> None:
 
     output = elsewhere / "evaluation"
     (_, messages), _ = run_ranks(2, with_messages, evaluated, moved, backbone, corpus, str(output))
-    assert any("zero3.json is not here" in message for message in messages)
+    assert any("zero3.json does not exist" in message for message in messages)
     compare(output, ["recall@5"], with_baselines=False, seconds=1.0)
     assert json.loads((output / "results.json").read_text())["config"]["corpus"] == corpus
     assert (output / "report.html").is_file()

@@ -253,7 +253,7 @@ def test_results_of_another_checkpoint_are_not_shown(
     file = run_folder / "evaluation" / "evaluation.json"
     file.write_text(file.read_text().replace(names[0], "best-00000099"))
     export(str(run_folder), tmp_path / "hub", ExportOptions(hub=True))
-    assert "is of another checkpoint" in caplog.text
+    assert "evaluates another checkpoint" in caplog.text
     assert ModelCard.load(tmp_path / "hub" / "README.md").data.eval_results is None
     export(str(run_folder / "checkpoints" / names[0]), tmp_path / "other", ExportOptions(hub=True))
     assert ModelCard.load(tmp_path / "other" / "README.md").data.eval_results is None
