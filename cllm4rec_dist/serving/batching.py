@@ -1,6 +1,8 @@
 """Dynamic batching: the next batch is whatever arrived while the model was busy.
 
-If the model is idle, a request runs at once; none is delayed to fill a batch. A single thread runs the model, so that
+If the model is idle, a request runs at once. If requests are queued already, the next batch waits for up to a tenth of
+the last one's duration, so that clients that were just answered can join it with their next request. Otherwise clients
+fall into two groups that take turns, and each waits for the other's batch. A single thread runs the model, so that
 batches do not compete for the processor and the event loop stays free to accept requests.
 """
 
@@ -18,6 +20,10 @@ from cllm4rec_dist.errors import FaultError
 Q = TypeVar("Q")
 A = TypeVar("A")
 T = TypeVar("T")
+
+_REFILL_RATIO = 0.1
+"""Of the time of a batch, how long the next one waits at most for clients that were just answered."""
+_REFILL_CHECK_SECONDS = 0.001
 
 
 class OverloadError(FaultError):
@@ -99,9 +105,18 @@ class Batcher(Generic[Q, A]):
     async def _run_batches(self) -> None:
         try:
             while batch := self._next_batch():
+                started = time.monotonic()
                 await self._run(batch)
+                if self._waiting:
+                    full = min(self._max_batch, len(self._waiting) + len(batch))
+                    await self._refill(full, time.monotonic() + _REFILL_RATIO * (time.monotonic() - started))
         finally:
             self._drain = None
+
+    async def _refill(self, full: int, deadline: float) -> None:
+        """Wait until `full` queries are waiting, or for the deadline."""
+        while len(self._waiting) < full and time.monotonic() < deadline:
+            await asyncio.sleep(_REFILL_CHECK_SECONDS)
 
     def _next_batch(self) -> list[tuple[Q, asyncio.Future[A]]]:
         """Take the queries that have waited longest; drop those cancelled meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -34,6 +35,30 @@ def test_an_idle_model_runs_at_once() -> None:
         assert [await batcher.submit(number) for number in range(3)] == [0, 2, 4]
         assert model.batches == [[0], [1], [2]]
         await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_clients_that_take_turns_come_into_one_batch() -> None:
+    async def main() -> None:
+        sizes: list[int] = []
+
+        def answer(queries: Sequence[int]) -> list[int]:
+            time.sleep(0.05)
+            return [*queries]
+
+        batcher = Batcher(answer, 8, 100, sizes.append)
+
+        async def client(start: float) -> None:
+            await asyncio.sleep(start)
+            for query in range(8):
+                await batcher.submit(query)
+
+        # Two clients begin together, the others while the first batch runs.
+        await asyncio.gather(*(client(0.01 * (index >= 2)) for index in range(6)))
+        await batcher.close()
+        assert sizes[0] == 2
+        assert sizes.count(6) >= 5, sizes
 
     asyncio.run(main())
 
