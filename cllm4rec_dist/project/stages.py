@@ -25,27 +25,14 @@ from cllm4rec_dist.config import BackboneConfig, RunConfig, dotted_items
 from cllm4rec_dist.config.resume_rules import may_change
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.sources.check import PATH_FIELDS
 from cllm4rec_dist.corpus.sources.files import find_files
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.filesystems import as_os_errors, is_url
 from cllm4rec_dist.preflight import total_steps
 from cllm4rec_dist.project.layout import Project
 
-_PATH_KEYS = {
-    "path",
-    "interactions",
-    "items",
-    "users",
-    "folder",
-    "reviews",
-    "metadata",
-    "businesses",
-    "games",
-    "behaviors",
-    "news",
-    "sequences",
-    "titles",
-}
+_PATH_KEYS = {"path", *PATH_FIELDS}
 """Keys of a recipe's source that name files."""
 _PATHS = ("corpus", "backbone", "output", "init_from")
 _TYPED_AS = {"build-backbone": "backbone.", "pretrain": "pretrain.", "finetune": "finetune.", "recommend": "--"}

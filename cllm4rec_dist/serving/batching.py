@@ -22,7 +22,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 _REFILL_RATIO = 0.1
-"""Of the time of a batch, how long the next one waits at most for clients that were just answered."""
+"""Longest wait for clients that were just answered, as a fraction of the last batch's duration."""
 _REFILL_CHECK_SECONDS = 0.001
 
 

@@ -15,7 +15,7 @@ from cllm4rec_dist.suggestions import did_you_mean_path
 
 _LARGE = 32 << 20
 """Columns of files larger than this many bytes are checked only when they are read: even their first lines are slow."""
-_PATH_FIELDS = (
+PATH_FIELDS = (
     "interactions",
     "items",
     "users",
@@ -29,6 +29,7 @@ _PATH_FIELDS = (
     "titles",
     "folder",
 )
+"""Fields of sources that name files or folders."""
 
 
 def check_source(source: SourceConfig) -> None:
@@ -49,7 +50,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def _paths(source: SourceConfig) -> Iterator[tuple[str, str]]:
-    for field in _PATH_FIELDS:
+    for field in PATH_FIELDS:
         value = getattr(source, field, None)
         if isinstance(value, TableFile):
             yield from ((f"{field}.path", path) for path in value.path)
