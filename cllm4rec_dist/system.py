@@ -167,7 +167,7 @@ def _prompt_builder(
     config: RunConfig, corpus: Corpus, tokenizer: WordTokenizer, words: backbone.FrozenEmbeddings
 ) -> PromptBuilder:
     space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
-    return PromptBuilder(tokenizer, space, config.method, config.seed)
+    return PromptBuilder(tokenizer, space, config.method, config.seed, config.stage)
 
 
 def _fingerprints(folder: Path, corpus: Corpus, tokenizer: WordTokenizer) -> dict[str, str]:

@@ -17,6 +17,7 @@ Legend: n documents.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import numpy as np
 
@@ -51,14 +52,22 @@ class PromptBuilder:
         space: token ids of words, users and items; the last user row is the shared one, if the method has one.
         method: order, target, mask ratio, longest history, ratio of prompts with the shared user row.
         seed: seed of orders, masks and dropout keys.
+        stage: stage of the run, whose prompt predictions use.
 
     Arguments of the methods, for n documents: `users`, `items`, `kinds`: int64 [n] rows or kinds; `histories`, `words`:
     n lists of item rows or word ids; `counts`: int64 [n] lengths of these lists; `epochs`: int64 [n]; `keys`,
     `num_masked`: the draws of a `plan_...` method.
     """
 
-    def __init__(self, tokenizer: WordTokenizer, space: TokenSpace, method: MethodConfig, seed: int) -> None:
-        self.space, self.method, self.seed = space, method, seed
+    def __init__(
+        self,
+        tokenizer: WordTokenizer,
+        space: TokenSpace,
+        method: MethodConfig,
+        seed: int,
+        stage: Literal["pretrain", "finetune"] = "finetune",
+    ) -> None:
+        self.space, self.method, self.seed, self.stage = space, method, seed, stage
         begin, end = RECOMMENDATION_PROMPT.split("{items}")
         assert begin + "{items}" == COLLABORATIVE_PROMPT
         texts = [CONTENT_PROMPTS[ContentKind(kind)] for kind in range(len(ContentKind))]
@@ -99,7 +108,10 @@ class PromptBuilder:
         return self._recommended(self._with_shared_user(users, keys), arranged.keep(~masked), targets, keys)
 
     def prediction(self, users: np.ndarray, histories: Ragged) -> Documents:
-        """Build finetuning prompts over whole histories in stored order, without targets; the last position predicts.
+        """Build prompts over whole histories in stored order, without targets; the last position predicts.
+
+        They have the form that the stage trains: the finetuning prompt, or after pretraining the items alone, of which
+        the last one predicts the next.
 
         Args:
             users: -1 for a user without a row, who gets the shared row, or the zero vector if there is none.
@@ -165,7 +177,8 @@ class PromptBuilder:
     def _recommended(self, users: np.ndarray, shown: Ragged, targets: Ragged, keys: np.ndarray) -> Documents:
         """Build finetuning prompts whose last token predicts every target."""
         items = Ragged(shown.offsets, shown.values.astype(np.int64) + self.space.first_item)
-        ends = Ragged.from_lengths(np.full(len(users), len(self._end)), np.tile(self._end, len(users)))
+        end = self._end if self.stage == "finetune" else self._end[:0]
+        ends = Ragged.from_lengths(np.full(len(users), len(end)), np.tile(end, len(users)))
         tokens = Ragged.hstack([self._prompts(_HISTORY, users), items, self._fill(ends, users)])
         queries = Ragged(np.arange(len(users) + 1), tokens.lengths - 1)
         only_query = Ragged(targets.offsets, np.zeros_like(targets.values))

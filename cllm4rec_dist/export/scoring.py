@@ -68,7 +68,7 @@ def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_pa
 
 def _prompt(source: Source) -> list[int | str]:
     space = TokenSpace(source.decoder.vocab_size, 1, 1)
-    prompts = PromptBuilder(source.tokenizer, space, source.config.method, source.config.seed)
+    prompts = PromptBuilder(source.tokenizer, space, source.config.method, source.config.seed, source.config.stage)
     documents = prompts.prediction(np.zeros(1, np.int64), Ragged.from_lists([[0]]))
     slots = {space.first_user: "user", space.first_item: "history"}
     return [slots.get(token, token) for token in documents.tokens[0].tolist()]

@@ -155,7 +155,7 @@ def prompt_builder_of(config: RunConfig, corpus: Corpus) -> PromptBuilder:
         backbone.require_head(folder, decoder, None)
     require_embeddings(corpus, tokenizer, decoder.vocab_size)
     space = TokenSpace(decoder.vocab_size, config.method.num_user_rows(corpus.num_users), corpus.num_items)
-    return PromptBuilder(tokenizer, space, config.method, config.seed)
+    return PromptBuilder(tokenizer, space, config.method, config.seed, config.stage)
 
 
 def dry_run_fullest(meta_run: MetaRun, samples: list[StepSample]) -> tuple[DryRun, tuple[MicroBatchSample, int]]:

@@ -433,3 +433,14 @@ def test_somebody_without_a_row_is_the_shared_user_or_nobody() -> None:
     assert batch.ids["collaborative.items"].tolist() == [*ITEMS.tolist(), *ITEMS.tolist()]
     assert int(batch.word_ids.max()) < SPACE.num_words
     assert collate(shared, SPACE).no_user_positions is None
+
+
+def test_a_pretrained_run_predicts_the_next_item_of_the_documents_that_it_was_trained_on() -> None:
+    histories, users = Ragged.from_lists([ITEMS, ITEMS[:0]]), array(4, 2)
+    prompts = PromptBuilder(TOKENIZER, SPACE, MethodConfig(order="fixed"), 0, stage="pretrain")
+    trained = prompts.collaborative(users, histories, array(0, 1).astype(np.uint64))
+    predicted = prompts.prediction(users, histories)
+    for index in range(len(users)):
+        assert predicted.tokens[index].tolist() == trained.tokens[index].tolist()
+    # Without a history the last token is the prompt's, which predicts the first item in training.
+    assert predicted.queries.values.tolist() == [len(tokens) - 1 for tokens in (trained.tokens[0], trained.tokens[1])]
