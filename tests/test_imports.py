@@ -19,6 +19,7 @@ ORDER = [
     "cli",
     "serving",
     "project",
+    "ablation",
     "launchers",
     "export",
     "planning",

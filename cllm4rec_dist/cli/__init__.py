@@ -18,6 +18,7 @@ for _module in (
     "train",
     "status",
     "evaluate",
+    "ablate",
     "recommend",
     "serve",
     "export",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -18,6 +17,7 @@ from cllm4rec_dist.cli.child import BAD_INPUT, STOPPED, CommandEnded, run_comman
 from cllm4rec_dist.cli.corpus import make_backbone, make_corpus
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import LIST_LENGTH, Workers, expanded, parse_number
+from cllm4rec_dist.config import path_override
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers.launch import joins, require_launchable
 from cllm4rec_dist.project.layout import Project
@@ -208,12 +208,12 @@ def _commands(
     ranks = ["--launcher", launcher, "--workers", workers]
     trains = [*ranks, "--no-next"]  # the summary prints the next commands
     folder = settings.pretrain.backbone if settings.backbone is None else str(project.backbone)
-    backbone = _path_override("backbone", folder)
+    backbone = path_override("backbone", folder)
     first, second = str(project.pretrain_run), str(project.finetune_run)
-    corpus = _path_override("corpus", str(project.corpus))
-    pretrain = [*overrides["pretrain"], corpus, backbone, _path_override("output", first)]
-    finetune = [*overrides["finetune"], corpus, backbone, _path_override("output", second)]
-    finetune.append(_path_override("init_from", first))
+    corpus = path_override("corpus", str(project.corpus))
+    pretrain = [*overrides["pretrain"], corpus, backbone, path_override("output", first)]
+    finetune = [*overrides["finetune"], corpus, backbone, path_override("output", second)]
+    finetune.append(path_override("init_from", first))
     lists = str(project.recommendations)
     return {
         "build-backbone": partial(_build_backbone, project, settings),
@@ -228,7 +228,3 @@ def _commands(
 def _build_backbone(project: Project, settings: Settings) -> None:
     assert settings.backbone is not None
     make_backbone(settings.recipe, settings.backbone, project.backbone)
-
-
-def _path_override(key: str, path: str) -> str:
-    return f"{key}={json.dumps(path.replace('$', '$$'))}"

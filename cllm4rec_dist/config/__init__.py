@@ -1,6 +1,6 @@
 """Configuration of runs: settings, loading from files and overrides, and which settings may change on resume."""
 
-from cllm4rec_dist.config.loading import StrictModel, dotted_items, load_config, validate
+from cllm4rec_dist.config.loading import StrictModel, dotted_items, load_config, path_override, validate
 from cllm4rec_dist.config.schema import (
     METRIC_NAME,
     AdapterConfig,
@@ -34,5 +34,6 @@ __all__ = [
     "ValidationConfig",
     "dotted_items",
     "load_config",
+    "path_override",
     "validate",
 ]

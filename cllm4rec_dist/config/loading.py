@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,6 +150,11 @@ def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
         return model.model_validate(tree)
     except ValidationError as error:
         raise config_error(model, error, source) from None
+
+
+def path_override(key: str, path: str | Path) -> str:
+    """Return the override that sets a path, in which `$` is no variable."""
+    return f"{key}={json.dumps(str(path).replace('$', '$$'))}"
 
 
 def dotted_items(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,145 @@
+"""Cells of an ablation: one variant trained with one seed, with its folders and resolved settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm4rec_dist.ablation.variants import Stage, Variant
+from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
+from cllm4rec_dist.config import RunConfig, load_config, path_override
+from cllm4rec_dist.errors import ConfigError
+
+_PROVIDED = ("output", "init_from", "seed", "stage", "backbone", "resume", "checkpoint.dir")
+"""Settings that the ablation decides; a variant's backbone is `given` or `random`."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant and seed.
+
+    Attributes:
+        folder: folder of the cell, with the finetuning run and the evaluation.
+        pretrain_run: pretraining run; cells that pretrain alike share that of the first of them.
+        given_backbone: backbone of the run files, a folder or hub id.
+        pretrain, finetune: resolved settings.
+    """
+
+    variant: Variant
+    seed: int
+    folder: Path
+    pretrain_run: Path
+    given_backbone: str
+    pretrain: RunConfig
+    finetune: RunConfig
+
+    @property
+    def backbone(self) -> str:
+        """Backbone of the cell; a random one does not exist before the cell runs."""
+        return self.pretrain.backbone
+
+    @property
+    def finetune_run(self) -> Path:
+        """Finetuning run."""
+        return self.folder / "finetune"
+
+    @property
+    def ranked_run(self) -> Path:
+        """Run whose model is evaluated."""
+        return self.pretrain_run if self.variant.config.ranked_by == "pretrain" else self.finetune_run
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of the evaluation."""
+        return self.folder / "evaluation"
+
+    @property
+    def is_evaluated(self) -> bool:
+        """True if the cell has an evaluation, which is written last."""
+        return (self.evaluation / EVALUATION_FILE).is_file() and (self.evaluation / "results.json").is_file()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the stages that the cell runs, as plain values, without the paths of its own folders."""
+        stages = {"pretrain": self.pretrain}
+        if self.variant.config.ranked_by == "finetune":
+            stages["finetune"] = self.finetune
+        own = {"output", "init_from"} | ({"backbone"} if self.variant.config.backbone == "random" else set())
+        settings: dict[str, Any] = {
+            stage: config.model_dump(mode="json", exclude=own) for stage, config in stages.items()
+        }
+        return settings | {"backbone": self.variant.config.backbone}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Run files of the whole method, with overrides of both."""
+
+    pretrain: Path
+    finetune: Path
+    overrides: Sequence[str] = ()
+
+    def load(self, stage: Stage, more: Sequence[str]) -> RunConfig:
+        """Load the settings of a stage.
+
+        Raises:
+            ConfigError: for settings that are not valid, or that the ablation decides.
+        """
+        path = self.pretrain if stage == "pretrain" else self.finetune
+        return load_config(RunConfig, path, [*self.overrides, *more, f"stage={stage}"])
+
+
+def make_cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int], output: Path) -> list[Cell]:
+    """Return all cells, a seed after the other, so that an interrupted ablation compares all variants on few seeds.
+
+    Raises:
+        ConfigError: if the settings of any variant are not valid.
+    """
+    _require_free(files.overrides, "override")
+    for variant in variants:
+        _require_free([*variant.overrides("pretrain"), *variant.overrides("finetune")], f"variant {variant.name}")
+    return list(_cells(files, variants, seeds, output))
+
+
+def _cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int], output: Path) -> Iterator[Cell]:
+    pretrained: dict[str, Path] = {}
+    for seed in seeds:
+        for variant in variants:
+            folder = output / variant.name / f"seed-{seed}"
+            common = [f"seed={seed}", "resume=auto"]
+            given = files.load("pretrain", common).backbone
+            random = variant.config.backbone == "random"
+            backbone = str(output / "random-backbones" / f"seed-{seed}") if random else given
+            common.append(path_override("backbone", backbone))
+            pretrain = files.load("pretrain", [*variant.overrides("pretrain"), *common, "output=pretrain"])
+            run = pretrained.setdefault(pretrain.model_dump_json(), folder / "pretrain")
+            finetune = files.load(
+                "finetune",
+                [*variant.overrides("finetune"), *common, "output=finetune", path_override("init_from", run)],
+            )
+            yield Cell(variant, seed, folder, run, given, pretrain, finetune)
+
+
+def without_duplicates(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
+    """Leave out variants that equal an earlier one with these run files; return their names with that of the earlier.
+
+    With a backbone that is trained whole, for example, `llm-ftall` is the whole method.
+    """
+    first: dict[str, str] = {}
+    duplicates: dict[str, str] = {}
+    for cell in cells:
+        same = first.setdefault(json.dumps([cell.variant.config.ranked_by, cell.settings]), cell.variant.name)
+        if same != cell.variant.name:
+            duplicates[cell.variant.name] = same
+    return [cell for cell in cells if cell.variant.name not in duplicates], duplicates
+
+
+def _require_free(overrides: Sequence[str], where: str) -> None:
+    """Refuse settings that the ablation decides."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in _PROVIDED:
+            raise ConfigError(where, override, f"sets {key}, which the ablation decides", "Leave it out.")

@@ -1,0 +1,165 @@
+"""Cells of an ablation, what runs again, and the table; stages are replaced by a function that writes results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from cllm4rec_dist.ablation.ablate import ablate
+from cllm4rec_dist.ablation.cells import Cell, RunFiles, make_cells, without_duplicates
+from cllm4rec_dist.ablation.variants import load_variants
+from cllm4rec_dist.checkpointing.run_folder import RunRecord, write_record
+from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.evaluation.files import USERS_FILE
+from cllm4rec_dist.evaluation.results import ResultRow, Results
+
+NUM_USERS = 40
+
+
+class Stages:
+    """Stands for the commands: records them, and writes results that depend on the variant and the seed."""
+
+    def __init__(self, fail: Callable[[str, Path], bool] = lambda name, path: False) -> None:
+        self.commands: list[list[str]] = []
+        self.random_backbones: list[tuple[str, int]] = []
+        self.fail = fail
+
+    def __call__(self, name: str, *arguments: str) -> None:
+        self.commands.append([name, *arguments])
+        values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+        if name == "evaluate":
+            self._evaluate(Path(arguments[arguments.index("--output") + 1]), arguments)
+            return
+        run = Path(json.loads(values["output"]))
+        if self.fail(name, run):
+            raise RuntimeError("stopped")
+        run.mkdir(parents=True, exist_ok=True)
+        record = RunRecord(stage=name, state="done", started=0.0, host="a", num_ranks=1, device="CPU")  # type: ignore[arg-type]
+        write_record(run, record)
+        lines = [{"step": step, "time": 10.0 * step, "stage": name} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def _evaluate(self, folder: Path, arguments: tuple[str, ...]) -> None:
+        variant, seed = folder.parent.parent.name, int(folder.parent.name.removeprefix("seed-"))
+        value = (0.5 if variant == "full" else 0.3) + 0.01 * seed
+        users = np.linspace(-0.1, 0.1, NUM_USERS) * (1 if variant == "full" else -1) + value
+        rows = [ResultRow(name="CLLM4Rec", metrics={"recall@20": value, "ndcg@100": value / 2})]
+        if "--baselines" in arguments:
+            rows.append(ResultRow(name="EASE", metrics={"recall@20": 0.25, "ndcg@100": 0.1}, baseline=True))
+        folder.mkdir(parents=True)
+        results = Results(dataset="tiny", rows=tuple(rows), num_users=NUM_USERS, seconds=1.0)
+        (folder / "results.json").write_text(results.model_dump_json())
+        (folder / "evaluation.json").write_text("{}")
+        ids = [str(user) for user in range(NUM_USERS)]
+        pl.DataFrame({"user": ids, "recall@20": users}).write_parquet(folder / USERS_FILE)
+
+    def make_random_backbone(self, backbone: str, folder: Path, seed: int) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        self.random_backbones.append((backbone, seed))
+
+    @property
+    def names(self) -> list[str]:
+        return [command[0] for command in self.commands]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> RunFiles:
+    for stage in ("pretrain", "finetune"):
+        (tmp_path / f"{stage}.yaml").write_text(f"corpus: corpus\nbackbone: decoder\noutput: runs/{stage}\n")
+    return RunFiles(tmp_path / "pretrain.yaml", tmp_path / "finetune.yaml")
+
+
+def cells_of(files: RunFiles, names: list[str], seeds: list[int], tmp_path: Path) -> list[Cell]:
+    return make_cells(files, load_variants(names), seeds, tmp_path / "out")
+
+
+def run(cells: list[Cell], files: RunFiles, stages: Stages, tmp_path: Path) -> str:
+    output, ranks = tmp_path / "out", ["--launcher", "process"]
+    return ablate(cells, files, ranks, stages, stages.make_random_backbone, output, lambda line: None, baselines=True)
+
+
+def test_the_table_has_means_over_seeds_their_errors_and_a_paired_test(files: RunFiles, tmp_path: Path) -> None:
+    stages = Stages()
+    table = run(cells_of(files, ["full", "llm-cf"], [0, 1, 2], tmp_path), files, stages, tmp_path)
+    # Seeds give .50 .51 .52: a standard deviation of .01 over sqrt(3).
+    assert "| CLLM4Rec | 3 | 0.5100 ± 0.0058 | 0.2550 ± 0.0029 | – | – | 20 s |" in table
+    assert "| LLM-CF | 3 | 0.3100 ± 0.0058 |" in table
+    assert "| -0.2000 (-0.2383 to -0.1617), behind |" in table
+    assert "| EASE |  | 0.2500 | 0.1000 |" in table
+    content = json.loads((tmp_path / "out/ablation.json").read_text())
+    assert content["variants"][1]["against_first"]["verdict"] == "behind"
+    assert content["variants"][0]["values"]["recall@20"] == [0.5, 0.51, 0.52]
+    assert (tmp_path / "out/ablation.md").read_text() == table
+
+
+def test_baselines_are_fitted_once_and_cells_that_pretrain_alike_share_it(files: RunFiles, tmp_path: Path) -> None:
+    stages = Stages()
+    cells = cells_of(files, ["full", "llm-prerec"], [0, 1], tmp_path)
+    run(cells, files, stages, tmp_path)
+    assert stages.names == ["pretrain", "finetune", "evaluate", "evaluate"] * 2
+    assert [command.count("--baselines") for command in stages.commands if command[0] == "evaluate"] == [1, 0, 0, 0]
+    assert cells[1].pretrain_run == cells[0].pretrain_run != cells[2].pretrain_run
+    ranked = [command[1] for command in stages.commands if command[0] == "evaluate"]
+    assert ranked[:2] == [str(cells[0].finetune_run), str(cells[0].pretrain_run)]
+
+
+def test_a_random_decoder_of_the_backbones_shape_for_each_seed(files: RunFiles, tmp_path: Path) -> None:
+    stages = Stages()
+    run(cells_of(files, ["full", "llm-scratch"], [0, 3], tmp_path), files, stages, tmp_path)
+    assert stages.random_backbones == [("decoder", 0), ("decoder", 3)]
+    folder = tmp_path / "out/random-backbones/seed-3"
+    trained = [command for command in stages.commands if f'backbone="{folder}"' in command]
+    assert [command[0] for command in trained] == ["pretrain", "finetune"]
+    assert all('adapter.kind="full"' in command and "seed=3" in command for command in trained)
+
+
+def test_an_interrupted_ablation_resumes_and_does_nothing_twice(files: RunFiles, tmp_path: Path) -> None:
+    cells = cells_of(files, ["full", "llm-cf"], [0], tmp_path)
+    stopped = Stages(fail=lambda name, run: name == "finetune" and "llm-cf" in str(run))
+    with pytest.raises(RuntimeError):
+        run(cells, files, stopped, tmp_path)
+    assert "| CLLM4Rec | 1 | 0.5000 |" in (tmp_path / "out/ablation.md").read_text(), "the table so far is kept"
+    resumed = Stages()
+    table = run(cells, files, resumed, tmp_path)
+    assert resumed.names == ["finetune", "evaluate"], "the evaluated cell and the ended pretraining do not run again"
+    assert "| LLM-CF | 1 |" in table
+    again = Stages()
+    assert run(cells, files, again, tmp_path) == table
+    assert again.commands == []
+
+
+def test_a_cell_of_other_settings_is_refused_before_anything_runs(files: RunFiles, tmp_path: Path) -> None:
+    run(cells_of(files, ["full"], [0], tmp_path), files, Stages(), tmp_path)
+    changed = RunFiles(files.pretrain, files.finetune, ["optimizer.lr=0.5"])
+    stages = Stages()
+    with pytest.raises(ConfigError, match=r"seed-0: pretrain\.optimizer\.lr: 0\.5 was 0\.001") as error:
+        run(cells_of(changed, ["llm-cf", "full"], [0], tmp_path), changed, stages, tmp_path)
+    assert "another --output" in str(error.value)
+    assert stages.commands == []
+
+
+def test_a_variant_that_equals_another_is_left_out(files: RunFiles, tmp_path: Path) -> None:
+    whole = RunFiles(files.pretrain, files.finetune, ["adapter.kind=full"])
+    cells = cells_of(whole, ["full", "llm-ftall", "llm-scratch", "llm-prerec"], [0, 1], tmp_path)
+    kept, duplicates = without_duplicates(cells)
+    assert duplicates == {"llm-ftall": "full"}
+    assert [cell.variant.name for cell in kept] == ["full", "llm-scratch", "llm-prerec"] * 2
+
+
+@pytest.mark.parametrize("override", ["seed=3", "output=x", "backbone=other"])
+def test_settings_that_the_ablation_decides_are_refused(files: RunFiles, tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="the ablation decides"):
+        cells_of(RunFiles(files.pretrain, files.finetune, [override]), ["full"], [0], tmp_path)
+
+
+def test_an_invalid_setting_of_any_variant_is_refused_at_once(files: RunFiles, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("label: wrong\nfinetune: {optimizer: {lr: -1}}\n")
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        cells_of(files, ["full", str(wrong)], [0], tmp_path)
