@@ -11,9 +11,7 @@ Legend: n queries, U users, I items, D hidden.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -23,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.distributed.topology import find_device
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.topk import encode_histories, sharded_topk
+from cllm4rec_dist.evaluation.topk import sharded_topk
 from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.project.layout import run_of
 from cllm4rec_dist.serving.id_list import similar_ids
@@ -44,31 +41,15 @@ from cllm4rec_dist.serving.queries import (
     first_of_each,
 )
 from cllm4rec_dist.serving.run_info import RunInfo, describe_run
+from cllm4rec_dist.serving.scorer import Person, Scorer
 from cllm4rec_dist.system import InferenceSystem
 
 __all__ = ["Answer", "ItemCatalog", "Query", "Recommendation", "Recommender", "RunInfo"]
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 256
-"""Maximum number of histories in a forward."""
-_BATCH_ITEMS = 1 << 15
-"""Maximum number of history items in a forward; bounds its memory."""
 _MAX_MASKED = 1000
 """Excluded items that are masked per query; longer lists are removed from the candidates instead."""
-
-
-@dataclass(frozen=True)
-class _Person:
-    """User row (-1 if there is none) and distinct item rows of the whole history, oldest first."""
-
-    row: int
-    items: list[int]
-
-    @property
-    def is_unknown(self) -> bool:
-        """True if there is neither a user row nor a known item."""
-        return self.row < 0 and not self.items
 
 
 class Recommender:
@@ -86,10 +67,7 @@ class Recommender:
         self.items = ItemCatalog.from_corpus(system.corpus)
         self._people = CorpusPeople.from_corpus(system.corpus)
         self.users = self._people.names[: self._people.num_known]
-        system.train(False)
-        with torch.no_grad():
-            self._output_weight = system.recommender.output_weight()
-        self._forward = threading.Lock()  # the backbone keeps state during a forward
+        self._scorer = Scorer(system)
 
     @classmethod
     def load(
@@ -201,7 +179,7 @@ class Recommender:
         rows = [self.items.row(name) for name in names]
         known = [index for index, row in enumerate(rows) if row is not None]
         scores = np.full(len(names), np.nan, dtype=np.float32)
-        scores[known] = self._scores([person], [row for row in rows if row is not None])[0]
+        scores[known] = self._scorer.scores([person], [row for row in rows if row is not None])[0]
         if len(known) < len(names):
             logger.warning(
                 "%d of %d items are unknown to the run and have no score", len(names) - len(known), len(names)
@@ -267,8 +245,8 @@ class Recommender:
         """Like `explain` for several items at the cost of one: one column per item, indexed by history item."""
         rows = [self._item_row(name) for name in checked_ids("items", items)]
         person = self._person(user, checked_ids("history", history))
-        without = [_Person(person.row, [o for o in person.items if o != left_out]) for left_out in person.items]
-        scores = self._scores([person, *without], rows)
+        without = [Person(person.row, [o for o in person.items if o != left_out]) for left_out in person.items]
+        scores = self._scorer.scores([person, *without], rows)
         names = [self.items.ids[row] for row in person.items]
         return pd.DataFrame(scores[:1] - scores[1:], index=_index(names, "item"), columns=_index(items, None))
 
@@ -285,7 +263,7 @@ class Recommender:
     def _normalized_items(self) -> Tensor:
         return F.normalize(self._system.recommender.collaborative.items.local_rows.detach(), dim=1)
 
-    def _person(self, user: str | None, history: Sequence[str]) -> _Person:
+    def _person(self, user: str | None, history: Sequence[str]) -> Person:
         row, items = -1, []
         if user is not None:
             position = self._people.position_of.get(checked_id("user", user))
@@ -300,7 +278,7 @@ class Recommender:
                 )
             row = position if position < self._people.num_known else -1
             items = self._people.histories[position].tolist()
-        return _Person(row, first_of_each([*items, *self.items.rows(history)]))
+        return Person(row, first_of_each([*items, *self.items.rows(history)]))
 
     def _unknown(self, history: Sequence[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(item for item in history if self.items.row(item) is None))
@@ -313,29 +291,13 @@ class Recommender:
             raise DataError("item", item, "is not an item of the run", hint)
         return row
 
-    def _queries(self, people: Sequence[_Person]) -> Tensor:
-        """Query vectors, [n, D or D+1], whose products with the output weight are the scores."""
-        weight = self._output_weight
-        encoded = torch.empty(len(people), weight.shape[1], device=weight.device)
-        for batch in _batches([len(person.items) for person in people]):
-            users = np.array([people[index].row for index in batch], dtype=np.int64)
-            histories = Ragged.from_lists([people[index].items for index in batch])
-            with torch.no_grad(), self._forward:
-                encoded[torch.tensor(batch)] = encode_histories(self._system, users, histories).to(encoded.dtype)
-        return encoded
-
-    def _scores(self, people: Sequence[_Person], rows: Sequence[int]) -> np.ndarray:
-        """Scores of items, float32 [n, len(rows)]."""
-        chosen = self._output_weight[torch.tensor(rows, dtype=torch.int64, device=self._output_weight.device)]
-        return (self._queries(people) @ chosen.T).float().cpu().numpy()
-
-    def _make_lists(self, queries: Sequence[Query], people: Sequence[_Person]) -> list[list[tuple[int, float | None]]]:
+    def _make_lists(self, queries: Sequence[Query], people: Sequence[Person]) -> list[list[tuple[int, float | None]]]:
         """Item rows and scores of each list, best first."""
         lists: list[list[tuple[int, float | None]]] = [
             self._popular(query) if person.is_unknown else [] for query, person in zip(queries, people, strict=True)
         ]
         scored = [index for index, person in enumerate(people) if not person.is_unknown]
-        encoded = self._queries([people[index] for index in scored])
+        encoded = self._scorer.encode([people[index] for index in scored])
         groups: dict[tuple[frozenset[str] | None, frozenset[str]], list[int]] = {}
         for row, index in enumerate(scored):
             query = queries[index]
@@ -354,29 +316,22 @@ class Recommender:
         return lists
 
     def _rank(
-        self, encoded: Tensor, queries: Sequence[Query], people: Sequence[_Person], candidates: np.ndarray | None
+        self, encoded: Tensor, queries: Sequence[Query], people: Sequence[Person], candidates: np.ndarray | None
     ) -> Iterator[list[tuple[int, float | None]]]:
         """Lists of queries that share their candidates, bool [I]; None for all items."""
-        world, partition = self._system.world, self._system.recommender.item_partition
-        masked = [self._masked_rows(query, person) for query, person in zip(queries, people, strict=True)]
-        pairs = [(index, row) for index, rows in enumerate(masked) for row in rows]
-        seen = torch.tensor(pairs, dtype=torch.int64, device=world.device).view(-1, 2)
         size = len(self.items.ids) if candidates is None else int(candidates.sum())
         num_best = min(max(query.top for query in queries), size)
         if num_best == 0:
             yield from ([] for _ in queries)
             return
-        mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
-        with torch.no_grad():
-            top_scores, top_rows = sharded_topk(
-                encoded, self._output_weight, num_best, seen, partition, world, candidates=mask
-            )
+        masked = [self._masked_rows(query, person) for query, person in zip(queries, people, strict=True)]
+        top_scores, top_rows = self._scorer.top(encoded, masked, num_best, candidates)
         for query, scores, rows in zip(queries, top_scores.tolist(), top_rows.tolist(), strict=True):
             lowest = -np.inf if query.min_score is None else query.min_score
             listed = zip(rows[: query.top], scores[: query.top], strict=True)
             yield [(row, score) for row, score in listed if np.isfinite(score) and score >= lowest]
 
-    def _masked_rows(self, query: Query, person: _Person) -> set[int]:
+    def _masked_rows(self, query: Query, person: Person) -> set[int]:
         """Item rows that are masked for a query."""
         seen = set() if query.include_seen else set(person.items)
         excluded = query.exclude if len(query.exclude) < _MAX_MASKED else ()
@@ -389,19 +344,6 @@ class Recommender:
         kept = self.items.candidates(query.only, query.exclude)
         order = self.items.by_popularity
         return [(row, None) for row in (order if kept is None else order[kept[order]])[: query.top].tolist()]
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of histories of similar length for each forward."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        longest = max(1, lengths[index])
-        if batch and (len(batch) == _BATCH or (len(batch) + 1) * longest > _BATCH_ITEMS):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _embeddings(rows: Tensor, names: Sequence[str], kind: str) -> pd.DataFrame:

@@ -1,0 +1,97 @@
+"""Scores of a loaded system for people given by item rows, in this process: forwards in batches, and top-K.
+
+Legend: n people, I items, D hidden.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.evaluation.topk import encode_histories, sharded_topk
+from cllm4rec_dist.system import InferenceSystem
+
+_BATCH = 256
+"""Maximum number of histories in a forward."""
+_BATCH_ITEMS = 1 << 15
+"""Maximum number of history items in a forward; bounds its memory."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """User row (-1 if there is none) and distinct item rows of the whole history, oldest first."""
+
+    row: int
+    items: list[int]
+
+    @property
+    def is_unknown(self) -> bool:
+        """True if there is neither a user row nor a known item."""
+        return self.row < 0 and not self.items
+
+
+class Scorer:
+    """Scores items for people. Thread-safe: forwards are serialized by a lock."""
+
+    def __init__(self, system: InferenceSystem) -> None:
+        self._system = system
+        system.train(False)
+        with torch.no_grad():
+            self._output_weight = system.recommender.output_weight()
+        self._forward = threading.Lock()  # the backbone keeps state during a forward
+
+    def encode(self, people: Sequence[Person]) -> Tensor:
+        """Query vectors, [n, D or D+1], whose products with the output weight are the scores."""
+        weight = self._output_weight
+        encoded = torch.empty(len(people), weight.shape[1], device=weight.device)
+        for batch in _batches([len(person.items) for person in people]):
+            users = np.array([people[index].row for index in batch], dtype=np.int64)
+            histories = Ragged.from_lists([people[index].items for index in batch])
+            with torch.no_grad(), self._forward:
+                encoded[torch.tensor(batch)] = encode_histories(self._system, users, histories).to(encoded.dtype)
+        return encoded
+
+    def scores(self, people: Sequence[Person], rows: Sequence[int]) -> np.ndarray:
+        """Scores of items, float32 [n, len(rows)]."""
+        chosen = self._output_weight[torch.tensor(rows, dtype=torch.int64, device=self._output_weight.device)]
+        return (self.encode(people) @ chosen.T).float().cpu().numpy()
+
+    def top(
+        self,
+        encoded: Tensor,
+        masked: Sequence[Collection[int]],
+        num_best: int,
+        candidates: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and item rows [n, num_best] of the best items, best first; masked ones have the score -inf.
+
+        Args:
+            encoded: [n, D or D+1], from `encode`.
+            masked: item rows to leave out for each person.
+            candidates: bool [I], rank only these; None for all items.
+        """
+        world, partition = self._system.world, self._system.recommender.item_partition
+        pairs = [(index, row) for index, rows in enumerate(masked) for row in rows]
+        seen = torch.tensor(pairs, dtype=torch.int64, device=world.device).view(-1, 2)
+        mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
+        with torch.no_grad():
+            return sharded_topk(encoded, self._output_weight, num_best, seen, partition, world, candidates=mask)
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of histories of similar length for each forward."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        longest = max(1, lengths[index])
+        if batch and (len(batch) == _BATCH or (len(batch) + 1) * longest > _BATCH_ITEMS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
