@@ -1,21 +1,17 @@
-"""Filter raw interactions, assign rows to users and items, and split into training, validation and test.
+"""Filter raw interactions, assign rows to users and items, and make the lists of each part of the split.
 
-Rows follow the sorted external ids, so they do not depend on the order of lines in a file. A random split is drawn for
-each user from the recipe's seed and the ids: adding or removing other users does not change it. Reviews of held-out
+Rows follow the sorted external ids, so they do not depend on the order of lines in a file. Reviews of held-out
 interactions are left out, because they would leak the target. Users who are held out whole have no row and no text;
 items that only they have keep theirs, as do items whose interactions are all held out.
 
 Everything is arrays, sorted once by user and time: a hundred million interactions take minutes. `sources/` reads,
-`writer.py` writes.
+`split.py` splits, `writer.py` writes.
 
 Legend: U users, I items, N interactions.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -24,17 +20,11 @@ import polars as pl
 
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.raw import RawData
-from cllm4rec_dist.corpus.recipe import GivenSplit, NoSplit, PrepareConfig, RandomSplit, UsersSplit
+from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.stateless_rng import mix
+from cllm4rec_dist.corpus.split import HISTORY, TEST, TRAIN, VALID, assign_parts
 from cllm4rec_dist.errors import DataError
-
-logger = logging.getLogger(__name__)
-
-TRAIN, VALID, TEST, HISTORY = range(4)
-"""Parts of the interactions; the history of users who are held out whole is neither trained on nor predicted."""
-
 
 @dataclass(frozen=True)
 class Reviews:
@@ -138,7 +128,7 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
         frame = _with_training(frame, log)
     users, ids["user"] = _assign_rows(frame["user"], ids["user"])
     items, ids["item"] = _assign_rows(frame["item"], ids["item"])
-    part = _part(frame, users, items, ids, config)
+    part = assign_parts(frame, users, items, ids, config)
     users, ids["user"], new_users = _separate_new_users(users, items, part, ids["user"])
     masks = [(users >= 0) & (part == p) for p in (TRAIN, VALID, TEST)]
     parts = [_ragged(users[mask], items[mask], len(ids["user"])) for mask in masks]
@@ -255,74 +245,6 @@ def _assign_rows(ranks: pl.Series, names: pl.Series) -> tuple[np.ndarray, pl.Ser
     return rows[values], names.filter(pl.Series(used))
 
 
-def _hashes(seed: int, kind: str, names: Sequence[str] | pl.Series) -> np.ndarray:
-    """Hash ids to uint64; equal on every machine and in every process."""
-    digests = b"".join(hashlib.sha256(f"{seed}/{kind}/{name}".encode()).digest()[:8] for name in names)
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
-def _part(
-    frame: pl.DataFrame,
-    users: np.ndarray,
-    items: np.ndarray,
-    ids: dict[str, pl.Series],
-    config: PrepareConfig,
-) -> np.ndarray:
-    """Return the part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
-    lengths = np.bincount(users, minlength=len(ids["user"]))
-    if isinstance(config.split, GivenSplit) or "part" in frame.columns:
-        return _given_part(frame, config)
-    if isinstance(config.split, NoSplit):
-        return np.full(len(users), TRAIN, dtype=np.uint8)
-    group = np.full(len(lengths), TRAIN, dtype=np.uint8)
-    if isinstance(config.split, RandomSplit | UsersSplit):
-        drawn = _drawn_order(users, items, ids, config.seed)
-        num_valid, num_test = _random_counts(lengths, config.split)
-        if isinstance(config.split, UsersSplit):
-            group = _groups(lengths, ids["user"], config.split, config.seed)
-            num_held = np.clip(np.floor(lengths * config.split.held_out + 0.5).astype(np.int64), 1, lengths - 1)
-            num_valid = np.where(group == TRAIN, num_valid, num_held * (group == VALID))
-            num_test = np.where(group == TRAIN, num_test, num_held * (group == TEST))
-    else:
-        drawn = np.arange(len(users))[::-1]
-        drawn = drawn[np.argsort(users[drawn], kind="stable")]
-        num_valid, num_test = _last_counts(lengths, config.split.num_valid, config.split.num_test)
-    if num_whole := int((num_valid + num_test == 0).sum()):  # logged, not counted as left out: they are trained on
-        logger.info(
-            "%s of %s users have too few items to hold any out: all of theirs are trained on",
-            f"{num_whole:,}",
-            f"{len(lengths):,}",
-        )
-    # Index of each draw among its user's draws: the first ones are test, the next ones validation.
-    within = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    owner = users[drawn]
-    part = np.full(len(users), TRAIN, dtype=np.uint8)
-    part[drawn[within < (num_test + num_valid)[owner]]] = VALID
-    part[drawn[within < num_test[owner]]] = TEST
-    part[(part == TRAIN) & (group != TRAIN)[users]] = HISTORY
-    return part
-
-
-def _groups(lengths: np.ndarray, names: pl.Series, split: UsersSplit, seed: int) -> np.ndarray:
-    """Return uint8 [U]: VALID or TEST for users who are held out whole, TRAIN for the others."""
-    draw = _hashes(seed, "new user", names) * 2.0**-64
-    eligible = lengths >= 3
-    group = np.full(len(names), TRAIN, dtype=np.uint8)
-    group[eligible & (draw < split.test_users + split.valid_users)] = VALID
-    group[eligible & (draw < split.test_users)] = TEST
-    for code, key in ((VALID, "valid_users"), (TEST, "test_users")):
-        if getattr(split, key) > 0 and not (group == code).any():
-            raise DataError(
-                f"split.{key}",
-                getattr(split, key),
-                f"holds out none of the {int(eligible.sum()):,} users with three or more items",
-                "Raise it, or write split: {kind: random}.",
-            )
-    if not (group == TRAIN).any():
-        raise DataError("split", split.kind, "holds out all users", "Lower split.valid_users and split.test_users.")
-    return group
-
-
 def _separate_new_users(
     users: np.ndarray, items: np.ndarray, part: np.ndarray, names: pl.Series
 ) -> tuple[np.ndarray, pl.Series, NewUsers]:
@@ -353,45 +275,6 @@ def _count_profiles(raw: RawData, new_users: NewUsers, log: SkipLog) -> None:
         int(profiles["user"].is_in(new_users.ids.implode()).sum()) if len(new_users) else 0,
         len(profiles),
     )
-
-
-def _given_part(frame: pl.DataFrame, config: PrepareConfig) -> np.ndarray:
-    if "part" not in frame.columns:
-        raise DataError(
-            "split.kind", "given", "needs files of a split, and the source has none", "Choose another split."
-        )
-    if not isinstance(config.split, GivenSplit):
-        raise DataError(
-            "split.kind",
-            config.split.kind,
-            "would replace the split of the data set's files",
-            "Write split: {kind: given}, or give one file of all interactions.",
-        )
-    return frame["part"].to_numpy()
-
-
-def _drawn_order(users: np.ndarray, items: np.ndarray, ids: dict[str, pl.Series], seed: int) -> np.ndarray:
-    """Return each user's interactions in random order, user by user; int64 [N]."""
-    user_keys, item_keys = _hashes(seed, "user", ids["user"]), _hashes(seed, "item", ids["item"])
-    keys = pl.DataFrame({"user": users, "key": mix(mix(user_keys)[users] + item_keys[items])})
-    return keys.select(pl.arg_sort_by("user", "key", maintain_order=True)).to_series().to_numpy().astype(np.int64)
-
-
-def _random_counts(lengths: np.ndarray, split: RandomSplit | UsersSplit) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of validation and test items of each user, int64 [U] each.
-
-    Fractions are rounded half up; at least one item is left for training.
-    """
-    available = np.where(lengths < 3, 0, lengths - 1)
-    num_test = np.minimum(np.floor(lengths * split.test + 0.5).astype(np.int64), available)
-    num_valid = np.minimum(np.floor(lengths * split.valid + 0.5).astype(np.int64), available - num_test)
-    return num_valid, num_test
-
-
-def _last_counts(lengths: np.ndarray, num_valid: int, num_test: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of validation and test items of each user; 0 if none would be left to train on."""
-    has_enough = (lengths >= 3) & (lengths > num_valid + num_test)
-    return has_enough * num_valid, has_enough * num_test
 
 
 def _ragged(users: np.ndarray, items: np.ndarray, num_users: int) -> Ragged:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 
 from cllm4rec_dist.corpus.catalog import build_catalog
+from cllm4rec_dist.corpus.make_shards import Tokenizer
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import GivenSplit, PrepareConfig
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.tasks import ray_tasks
-from cllm4rec_dist.corpus.writer import Tokenizer, check_room, write_corpus
+from cllm4rec_dist.corpus.writer import check_room, write_corpus
 
 logger = logging.getLogger(__name__)
 
