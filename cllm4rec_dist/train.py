@@ -12,7 +12,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
         interrupted = False
         save_timer = _SaveTimer(config.checkpoint.every_minutes)
         with (
-            AuditLog(run, world, config, source, state.step) as audit,
+            closing(AuditLog(run, world, config, source, state.step)) as audit,
             _open_saver(store, system, trained_on) as saver,
         ):
             for batch in _watch_reading(world, prefetch(source.make, state.step, last_step)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cllm4rec_dist import cli
-from cllm4rec_dist.audit.check import Audit, AuditError, check
+from cllm4rec_dist.audit.check import Audit, check
 from cllm4rec_dist.audit.log import AuditLog
+from cllm4rec_dist.audit.sessions import AuditError
 from cllm4rec_dist.corpus.loader import StepBatch
 from cllm4rec_dist.corpus.stream import EpochSampler, batch_range, steps_per_epoch
 from cllm4rec_dist.distributed.topology import World
@@ -269,12 +271,12 @@ def test_a_log_goes_on_on_a_fresh_line_after_a_torn_one(tmp_path: Path) -> None:
     source: Any = SimpleNamespace(num_users=2, has_texts=True, text_record_sizes=np.array([2, 2, 1]))
     alone = World(0, 1, 0, torch.device("cpu"))
     batches = [StepBatch([], step, [1, 0], [(0, step // 2, step % 2)]) for step in range(3)]
-    with AuditLog(tmp_path, alone, config, source, 0) as log:
+    with closing(AuditLog(tmp_path, alone, config, source, 0)) as log:
         for step in (0, 1):
             log.record(step, batches[step], accepted=True)
     path = file(tmp_path, 0, 1)
     path.write_bytes(path.read_bytes()[:-9])
-    with AuditLog(tmp_path, alone, config, source, 1) as log:
+    with closing(AuditLog(tmp_path, alone, config, source, 1)) as log:
         log.record(1, batches[1], accepted=False)
         log.record(2, batches[2], accepted=True)
         log.sync()

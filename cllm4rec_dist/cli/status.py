@@ -13,7 +13,8 @@ import typer
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import expanded
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.monitoring.status import RunStatus, format_brief, format_status, read_statuses
+from cllm4rec_dist.monitoring.status import RunStatus, read_statuses
+from cllm4rec_dist.monitoring.status_text import format_brief, format_status
 from cllm4rec_dist.project.layout import is_project
 
 _FOLLOW_SECONDS = 5.0

@@ -6,8 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
 from cllm4rec_dist.distributed.topology import World
@@ -46,12 +45,7 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.write(step, numbers)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
 

@@ -11,7 +11,7 @@ import logging
 import platform
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +100,7 @@ class RunReporter:
         trackers = open_trackers(config, self._run, schedule.first_step) if world.is_main else []
         for tracker in trackers:
             self._open.push(partial(self._close_tracker, tracker))
-        self._metrics = self._open.enter_context(MetricsLog(self._run, world, schedule.first_step, trackers))
+        self._metrics = self._open.enter_context(closing(MetricsLog(self._run, world, schedule.first_step, trackers)))
         self._bar = progress_bar(world, schedule.total_steps, config.stage, "step", schedule.first_step)
         self._open.callback(self._bar.close)
         self._loop_started = time.monotonic()

@@ -20,7 +20,8 @@ from cllm4rec_dist.checkpointing.store import COMMIT, Store
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.cli import status as status_command
 from cllm4rec_dist.errors import ConfigError, DamagedCheckpointError
-from cllm4rec_dist.monitoring.status import RunStatus, format_status, read_statuses
+from cllm4rec_dist.monitoring.status import RunStatus, read_statuses
+from cllm4rec_dist.monitoring.status_text import format_status
 
 NOW = 1_000_000.0
 STARTED = NOW - 100
