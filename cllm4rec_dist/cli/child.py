@@ -24,29 +24,38 @@ _PR_SET_PDEATHSIG = 1
 
 
 class CommandEnded(Exception):
-    """A command failed or was stopped, and has printed why.
+    """A command failed or was stopped.
+
+    Args:
+        name: name of the command.
+        returncode: its exit status, not 0, or minus the number of the signal that ended it.
 
     Attributes:
-        status: exit status of the command, not 0.
+        status: exit status of the command; `STOPPED` if a signal ended it.
     """
 
-    def __init__(self, name: str, status: int) -> None:
-        what = "was stopped and has saved" if status == STOPPED else f"ended with status {status}"
+    def __init__(self, name: str, returncode: int) -> None:
+        self.status = returncode if returncode > 0 else STOPPED
+        if returncode < 0:
+            what = f"was ended by a signal ({signal.strsignal(-returncode)})"
+        elif returncode == STOPPED:
+            what = "was stopped and has saved"
+        else:
+            what = f"ended with status {returncode}"
         super().__init__(f"{name} {what}")
-        self.status = status
 
 
 def run_command(name: str, *arguments: str) -> None:
     """Run `cllm4rec NAME ARGUMENTS` and wait until it ends.
 
     Raises:
-        CommandEnded: for any status but 0; a command killed by a signal counts as stopped.
+        CommandEnded: for any status but 0.
     """
     command = [sys.executable, "-m", "cllm4rec_dist", name, *arguments]
     with subprocess.Popen(command, preexec_fn=_end_with_parent) as child, _forward_signals(child):
-        status = child.wait()
-    if status:
-        raise CommandEnded(name, status if status > 0 else STOPPED)
+        returncode = child.wait()
+    if returncode:
+        raise CommandEnded(name, returncode)
 
 
 def _end_with_parent() -> None:

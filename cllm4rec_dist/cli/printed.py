@@ -44,7 +44,7 @@ def require_known_basket(names: Sequence[str], items: ItemCatalog) -> None:
     likely = "; ".join(f"{' or '.join(texts)} for {name!r}" for name, texts in suggested.items() if texts)
     hint = f"Did you mean {likely}?" if likely else f"The run has ids such as {items.ids[0]!r}."
     value = names[0] if len(names) == 1 else list(names)
-    rule = "is no item of the run" if len(names) == 1 else "are no items of the run"
+    rule = "is not an item of the run" if len(names) == 1 else "are not items of the run"
     raise DataError(
         "--basket",
         value,
@@ -65,7 +65,7 @@ def warn_unknown(option: str, names: Sequence[str], items: ItemCatalog) -> None:
         if items.row(name) is None:
             likely = _suggest(name, items)
             hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
-            typer.echo(f"{option}: {name!r} is no item of the run and is left out{hint}", err=True)
+            typer.echo(f"{option}: {name!r} is not an item of the run and is left out{hint}", err=True)
 
 
 def as_table(answer: Answer) -> pd.DataFrame:

@@ -90,7 +90,8 @@ def unknown_error(field: str, unknown: Sequence[str], known: Sequence[str], kind
         likely = " or ".join(hints[shown[0]])
     value = shown[0] if len(unknown) == 1 else shown
     many = f" ({len(unknown):,} in all)" if len(unknown) > len(shown) else ""
-    rule = f"is no {kind} of the run" if len(unknown) == 1 else f"are no {kind}s of the run{many}"
+    article = "an" if kind == "item" else "a"
+    rule = f"is not {article} {kind} of the run" if len(unknown) == 1 else f"are not {kind}s of the run{many}"
     return DataError(field, value, rule, f"Did you mean {likely}? {cure}" if likely else cure)
 
 

@@ -39,7 +39,7 @@ def run(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_basket_is_answered_in_the_terminal(run: Path, recommender: Recommender) -> None:
     expected = recommender.recommend(histories=[["item-003", "item-011"]], top=3)
     printed, warnings = called("recommend", run, "--basket", "item-003, item-011,item-0x3", "--top", "3")
-    assert "'item-0x3' is no item of the run and is left out; did you mean item-0" in warnings
+    assert "'item-0x3' is not an item of the run and is left out; did you mean item-0" in warnings
     header, *lines = printed.splitlines()
     assert header.split() == ["rank", "item", "title", "score"]
     assert [line.split()[1] for line in lines] == expected["item"].tolist()
@@ -110,19 +110,19 @@ WRONG = [
     (["B", "--basket", "A,"], r"ends at the blank after its comma, so 'B' is not in it. Write --basket A,B"),
     (["--basket", "A,", "B,", "C"], "so 'B,', 'C' is not in it"),
     (["out", "more"], r"OUTPUT: \['out', 'more'\] must be one folder"),
-    (["--basket", "item-2", "--basket", "x"], r"are no items .* item-002 .*for 'item-2'. Give ids between commas"),
-    (["--basket", "TITLE"], r"--basket: 'TITLE' is no item of the run\. "),
+    (["--basket", "item-2", "--basket", "x"], r"are not items .* item-002 .*for 'item-2'. Give ids between commas"),
+    (["--basket", "TITLE"], r"--basket: 'TITLE' is not an item of the run\. "),
     ([], "OUTPUT: None is missing"),
     (["--user", "user-001", "--user", "user-002"], "OUTPUT: None is missing"),
     (["--basket", "item-001", "--known-items", "train"], "--known-items: 'train' is for lists that are written"),
     (["--basket", "item-001", "--skip-unknown-users"], "--skip-unknown-users"),
     (["--basket", "item-001", "--format", "parquet"], "--format: 'parquet' cannot be printed"),
     (["out", "--format", "table"], "--format: 'table' is for the terminal"),
-    (["--user", "user-8"], r"'user-8' is no user of the run\. Did you mean user-008"),
-    (["out", "--user", "user-8"], r"'user-8' is no user of the run\. Did you mean user-008"),
+    (["--user", "user-8"], r"'user-8' is not a user of the run\. Did you mean user-008"),
+    (["out", "--user", "user-8"], r"'user-8' is not a user of the run\. Did you mean user-008"),
     (["out", "--users-file", "nothing.txt"], "--users-file: .* cannot be read"),
     (["out", "--exclude-file", "nothing.txt"], "--exclude-file: .* cannot be read"),
-    (["out", "--items-file", "wrong.txt"], r"--items-file: 'ITEM-1' is no item of the run\. Did you mean item-001"),
+    (["out", "--items-file", "wrong.txt"], r"--items-file: 'ITEM-1' is not an item of the run\. Did you mean item-001"),
     (["out", "--items-file", "blank.txt"], r"--items-file: 'blank.txt' has no ids\. Write one id per line"),
     (["--basket", "item-001", "--items-file", "blank.txt"], "--items-file: 'blank.txt' has no ids"),
     (["out", "--history", "nothing.csv"], "--history: 'nothing.csv' does not exist"),

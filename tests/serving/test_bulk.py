@@ -78,7 +78,7 @@ def test_the_closing_line_counts_what_is_short_or_left_out(
     request = BulkRequest(
         top=9, users=["user-001", "nobody", "x"], only=frozenset(["item-000", "item-001", "item-002"])
     )
-    with pytest.raises(DataError, match="are no users of the run"):
+    with pytest.raises(DataError, match="are not users of the run"):
         write(alone(), str(runs["paper"]), request, str(tmp_path / "out"))
     line = said(caplog, runs["paper"], replace(request, skip_unknown_users=True), tmp_path / "out")
     assert line.endswith("1 users with fewer than 9 items; 2 unknown users left out, such as 'nobody'")

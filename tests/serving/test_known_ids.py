@@ -43,9 +43,9 @@ def test_an_item_is_meant_by_its_id_or_by_words_of_its_title(text: str, expected
 def test_what_means_several_items_or_none_is_refused_with_candidates() -> None:
     with pytest.raises(DataError, match=r"is in the titles of 2 items. Give the id of one:\n  1  Red lamp\n  2  Red"):
         find_item("ITEM", "red", CATALOG)
-    with pytest.raises(DataError, match=r"'blue cha' is no item.*Did you mean 3 \(Blue chair\)\?"):
+    with pytest.raises(DataError, match=r"'blue cha' is not an item.*Did you mean 3 \(Blue chair\)\?"):
         find_item("ITEM", "blue cha", CATALOG)
-    with pytest.raises(DataError, match=r"'lamb' is no item of the run. Did you mean lamp\?"):
+    with pytest.raises(DataError, match=r"'lamb' is not an item of the run. Did you mean lamp\?"):
         find_item("ITEM", "lamb", CATALOG)
 
 
@@ -67,7 +67,7 @@ def test_orders_that_do_not_meet_the_catalog_are_refused_and_half_of_them_warned
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     items = ItemCatalog(["0071", "0072", "0073"], ["", "", ""], None, np.zeros(3, np.int64))
-    with pytest.raises(DataError, match=r"--history: \['71', '72'\] are no items of the run. Did you mean 0071 for 71"):
+    with pytest.raises(DataError, match=r"--history: \['71', '72'\] are not items of the run. Did you mean 0071"):
         require_joined_items("--history", ["71", "72", "71"], items)
     require_joined_items("--history", ["0071", "72"], items)
     require_joined_items("--history", [], items)

@@ -55,7 +55,7 @@ def test_named_users_are_listed_once_in_their_order(corpus: Corpus) -> None:
 
 
 def test_people_of_whom_nothing_is_known_are_refused_or_counted(corpus: Corpus) -> None:
-    with pytest.raises(DataError, match=r"users: \['user-3', 'Bo'\] are no users.*user-003 for user-3.*--skip-unknown"):
+    with pytest.raises(DataError, match=r"users: \['user-3', 'Bo'\] are not users.*user-003 for.*--skip-unknown"):
         gather_people(corpus, ["user-001", "user-3", "Bo"], None)
     people = gather_people(corpus, ["user-001", "user-3", "Bo"], None, skip_unknown=True)
     assert people.names == ["user-001"]
