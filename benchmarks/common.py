@@ -1,4 +1,4 @@
-"""Shared by benchmarks: options, a description of the machine, a table, and a JSON file of the results."""
+"""Shared by benchmarks: options, settings, a description of the machine, a table, and a JSON file of the results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from cllm4rec_dist.config import RunConfig, validate
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -29,6 +33,29 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
         "--json", type=Path, default=RESULTS / f"{name}.json", help="file for the results (%(default)s)"
     )
     return options
+
+
+def run_config(chosen: argparse.Namespace, stage: str, **batch: int) -> RunConfig:
+    """Settings of a run with LoRA on the corpus and backbone of the options.
+
+    Args:
+        batch: settings of `batch`.
+    """
+    return validate(
+        RunConfig,
+        {
+            "stage": stage,
+            "corpus": chosen.corpus,
+            "backbone": chosen.backbone,
+            "output": tempfile.gettempdir(),
+            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
+            "adapter": {"rank": 8},
+            "embeddings": {"init": "prior"},
+            "batch": batch,
+            "method": {"max_history": 200},
+        },
+        "benchmark",
+    )
 
 
 def machine() -> str:

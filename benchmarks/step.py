@@ -15,7 +15,6 @@ import argparse
 import math
 import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from benchmarks.common import parser, show_table, write_json
-from cllm4rec_dist.config import RunConfig, validate
+from benchmarks.common import parser, run_config, show_table, write_json
+from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.distributed.engine import start_world
@@ -36,7 +35,6 @@ from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import System, assemble, init_embeddings
 from tests.documents import Document, documents_of_step
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("data", "lookup", "backbone", "head", "optimizer")
 
 
@@ -184,21 +182,7 @@ class Clock:
 
 def measure(chosen: argparse.Namespace, stage: str, users: int, texts: int) -> dict[str, Any]:
     """Tokens per second of all forms, over the same steps in turns."""
-    config = validate(
-        RunConfig,
-        {
-            "stage": stage,
-            "corpus": chosen.corpus,
-            "backbone": chosen.backbone,
-            "output": tempfile.gettempdir(),
-            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
-            "adapter": {"rank": 8},
-            "embeddings": {"init": "prior"},
-            "batch": {"users": users, "texts": texts, "gradient_accumulation_steps": 2},
-            "method": {"max_history": 200},
-        },
-        "benchmark",
-    )
+    config = run_config(chosen, stage, users=users, texts=texts, gradient_accumulation_steps=2)
     system = assemble(config, start_world())
     init_embeddings(system)
     source, clock = BatchLoader(system.corpus, system.prompts, config, system.world), Clock(system)

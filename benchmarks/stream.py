@@ -28,8 +28,7 @@ import webdataset as wds
 from torch import Tensor
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, show, show_table, write_json
-from cllm4rec_dist.config import RunConfig, validate
+from benchmarks.common import parser, run_config, show, show_table, write_json
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.prompts import CONTENT_PROMPTS, RECOMMENDATION_PROMPT, ContentKind, PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
@@ -41,7 +40,6 @@ from cllm4rec_dist.step import train_step
 from cllm4rec_dist.system import assemble, init_embeddings
 from tests.documents import documents_of_step
 
-ROOT = Path(__file__).parents[1]
 NEEDED = {
     "interactions": ["users.npy", "train_offsets.npy", "train_items.npy"],
     "content": ["kind.npy", "users.npy", "items.npy", "offsets.npy", "tokens.npy"],
@@ -167,24 +165,6 @@ def our_epoch(source: BatchLoader, num_steps: int) -> int:
     return tokens
 
 
-def configured(chosen: argparse.Namespace, stage: str, users: int, num_texts: int) -> RunConfig:
-    return validate(
-        RunConfig,
-        {
-            "stage": stage,
-            "corpus": chosen.corpus,
-            "backbone": chosen.backbone,
-            "output": tempfile.gettempdir(),
-            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
-            "adapter": {"rank": 8},
-            "embeddings": {"init": "prior"},
-            "batch": {"users": users, "texts": num_texts},
-            "method": {"max_history": 200},
-        },
-        "benchmark",
-    )
-
-
 def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
     """Examples per second of every form, over whole epochs in turns."""
     corpus, tokenizer = Corpus.open(chosen.corpus, verify=False), WordTokenizer.load(chosen.backbone)
@@ -192,7 +172,7 @@ def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
     # As many batches of texts as of users, so that both end with their epoch.
     num_steps = -(-corpus.num_users // chosen.users)
     num_texts = -(-corpus.content.num_examples // num_steps)
-    config = configured(chosen, "pretrain", chosen.users, num_texts)
+    config = run_config(chosen, "pretrain", users=chosen.users, texts=num_texts)
     prompts = PromptBuilder(tokenizer, space, config.method, config.seed)
     source = BatchLoader(corpus, prompts, config, World(0, 1, 0, torch.device("cpu")))
     prompts = Prompts(tokenizer, space, config.method.max_history)
@@ -233,7 +213,7 @@ def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
 def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
     """Largest number of tokens of a rank over the mean, for a split by number of examples and for ours."""
     corpus, tokenizer = Corpus.open(chosen.corpus, verify=False), WordTokenizer.load(chosen.backbone)
-    config = configured(chosen, "pretrain", chosen.users, chosen.texts)
+    config = run_config(chosen, "pretrain", users=chosen.users, texts=chosen.texts)
     prompts = PromptBuilder(
         tokenizer, TokenSpace(len(tokenizer), corpus.num_users, corpus.num_items), config.method, config.seed
     )
@@ -255,7 +235,7 @@ def imbalance(chosen: argparse.Namespace, size: int) -> dict[str, float]:
 
 def waiting(chosen: argparse.Namespace, stage: str) -> dict[str, float]:
     """Time that training steps of one rank wait for their batches, and time to make a batch."""
-    config = configured(chosen, stage, chosen.users, chosen.texts)
+    config = run_config(chosen, stage, users=chosen.users, texts=chosen.texts)
     world = start_world()
     system = assemble(config, world)
     init_embeddings(system)
