@@ -16,6 +16,7 @@ from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources.check import check_source
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.filesystems import is_url
+from cllm4rec_dist.launchers.imports import importing_libraries
 
 
 @app.command()
@@ -48,8 +49,9 @@ def make_corpus(
         preflight.require_none(preflight.folder_problems("output", output), "prepare")
     check_source(config.source)
     announce(f"prepare: reading the data of {config.name}")
-    from cllm4rec_dist.corpus.prepare import prepare as build
-    from cllm4rec_dist.corpus.tokenizer import WordTokenizer
+    with importing_libraries():
+        from cllm4rec_dist.corpus.prepare import prepare as build
+        from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 
     return build(config, WordTokenizer.load(tokenizer), output, overwrite=overwrite, num_workers=workers)
 
@@ -80,10 +82,11 @@ def make_backbone(recipe: PrepareConfig, config: BackboneConfig, output: Path) -
     preflight.require_none(preflight.folder_problems("output", str(output)), "build-backbone")
     check_source(recipe.source)
     announce(f"build-backbone: reading the data of {recipe.name}")
-    from transformers.utils.logging import disable_progress_bar
+    with importing_libraries():
+        from transformers.utils.logging import disable_progress_bar
 
-    from cllm4rec_dist.corpus.sources import read_source
-    from cllm4rec_dist.model.build_backbone import build_backbone
+        from cllm4rec_dist.corpus.sources import read_source
+        from cllm4rec_dist.model.build_backbone import build_backbone
 
     disable_progress_bar()  # a single file is written
     return build_backbone(config, read_source(recipe.source).texts(), output)

@@ -27,6 +27,7 @@ from cllm4rec_dist.cli.options import (
     output_problems,
 )
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.launchers.launch import is_main, require_launchable
 from cllm4rec_dist.launchers.short_jobs import launch_short
 from cllm4rec_dist.suggestions import did_you_mean
@@ -68,7 +69,8 @@ def evaluate(
     preflight.require_none(problems, "evaluate")
     folder, run_path, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
     announce(f"evaluate: reading {run}, importing torch", launcher)
-    from cllm4rec_dist.evaluation.inference import evaluate_run
+    with importing_libraries():
+        from cllm4rec_dist.evaluation.inference import evaluate_run
 
     started = time.monotonic()
     launch_short(

@@ -19,6 +19,7 @@ from cllm4rec_dist.cli.options import (
     moved_paths,
 )
 from cllm4rec_dist.export.options import ExportOptions, option_problems, output_problems
+from cllm4rec_dist.launchers.imports import importing_libraries
 
 
 @app.command()
@@ -54,6 +55,7 @@ def export(
     find_trained(run)
     moved_paths(backbone, corpus)
     announce(f"export: reading {run}")
-    from cllm4rec_dist.export.folder import export
+    with importing_libraries():
+        from cllm4rec_dist.export.folder import export
 
     typer.echo(f"exported to {output}: {', '.join(export(run, output, options, backbone, corpus))}")

@@ -38,6 +38,7 @@ from cllm4rec_dist.cli.printed import (
     warn_unknown,
 )
 from cllm4rec_dist.errors import ConfigError, DataError
+from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.launchers.launch import ranks_are_elsewhere, require_launchable
 from cllm4rec_dist.launchers.short_jobs import launch_short, runs_here
 from cllm4rec_dist.serving.id_list import read_ids
@@ -180,7 +181,8 @@ def recommend(
         orders = read_histories(history, history_format, known_ids.order_columns if known_ids is not None else None)
     if known_ids is not None:
         _require_known(known_ids, users, orders or {}, only, exclude, skip_unknown_users=skip_unknown_users)
-    from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
+    with importing_libraries():
+        from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
 
     request = BulkRequest(
         top=top or LIST_LENGTH,
@@ -221,7 +223,8 @@ def similar(
     run_path = find_trained(run)
     chosen = find_item("ITEM", item, read_known_ids(run_path, corpus).items)
     announce_printed(f"similar: reading {run}, importing torch")
-    from cllm4rec_dist.serving.recommender import Recommender
+    with importing_libraries():
+        from cllm4rec_dist.serving.recommender import Recommender
 
     recommender = Recommender.load(run_path, **moved_paths(backbone, corpus))
     show(recommender.similar(chosen, top), file_format)
@@ -247,8 +250,9 @@ def _print_list(
         require_known_basket(items, known_ids.items)
     warn_unknown("--basket", items, known_ids.items)
     announce_printed(f"recommend: reading {run}, importing torch")
-    from cllm4rec_dist.serving.queries import Query
-    from cllm4rec_dist.serving.recommender import Recommender
+    with importing_libraries():
+        from cllm4rec_dist.serving.queries import Query
+        from cllm4rec_dist.serving.recommender import Recommender
 
     recommender = Recommender.load(run_path, **moved_paths(backbone, corpus))
     query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)

@@ -11,6 +11,7 @@ import typer
 from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import BackboneOption, CorpusOption, RunArgument, find_trained, log_alone, moved_paths
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.launchers.launch import require_launchable
 from cllm4rec_dist.serving.address import listen
 from cllm4rec_dist.serving.options import ServiceOptions
@@ -57,7 +58,8 @@ def serve(
         **moved_paths(backbone, corpus),
     )
     log_alone()
-    from cllm4rec_dist.serving import app as service
+    with importing_libraries():
+        from cllm4rec_dist.serving import app as service
 
     if replicas is None:
         service.serve_here(options, listener)

@@ -27,6 +27,7 @@ from cllm4rec_dist.cli.options import (
 from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CorpusError
+from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.launchers.launch import is_main, launch, ranks_are_elsewhere, require_launchable
 from cllm4rec_dist.monitoring.next_steps import next_commands
 from cllm4rec_dist.signals import EXIT_STATUS
@@ -176,6 +177,7 @@ def _train(
 
 def train_on_rank(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult:
     """Train as one rank. Torch is imported here, since the Ray driver passes this function on without running it."""
-    from cllm4rec_dist.train import train
+    with importing_libraries():
+        from cllm4rec_dist.train import train
 
     return train(world, report, config)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,10 @@ def run_rank(
     hide_accelerator_notice()
     if "torch" not in sys.modules:
         logger.info("importing torch and DeepSpeed")
-    import torch.distributed as dist  # after the launcher's choice: a Ray driver needs neither torch nor DeepSpeed
+    with importing_libraries():  # after the launcher's choice: a Ray driver needs neither torch nor DeepSpeed
+        import torch.distributed as dist
 
-    from cllm4rec_dist.distributed.engine import start_world
+        from cllm4rec_dist.distributed.engine import start_world
 
     owns_group = not dist.is_initialized()
     world = replace(start_world(collective_timeout_seconds), has_terminal=has_terminal)
