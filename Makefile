@@ -70,11 +70,12 @@ bench: install
 	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
-# Two files of tests at a time; what starts Ray, Slurm and launchers, alone.
+# Two files of tests at a time, those that start whole runs first (tests/conftest.py): while one waits for its ranks, the
+# other uses the cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 test: install lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not integration"
-	$(BIN)/python -m pytest -m integration
+	$(PYTEST)
 
 # What to run before each commit: under two minutes on two cores.
 fast: install lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not integration"
+	$(PYTEST) -m "not slow and not integration"

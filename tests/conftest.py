@@ -23,6 +23,15 @@ COSINE = {
 RUNS = {"paper": PAPER, "cosine": COSINE}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process of pytest-xdist, as they share fixtures, and start with the longest."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
 @pytest.fixture(autouse=True)
 def logs_reach_pytest() -> Iterator[None]:
     """Undo what `setup_logging` did to the package's logger: pytest records twice what does not propagate at first."""

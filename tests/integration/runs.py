@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def wait_for_step(output: Path, step: int, started: subprocess.Popen[str]) -> No
 
 def losses(config: Path, *command: str, environment: dict[str, str] | None = None, timeout: int = 300) -> list[float]:
     """Run `command` on the configuration and give the loss of every step."""
-    output = config.parent / f"run-{len(list(config.parent.iterdir()))}"
+    output = Path(tempfile.mkdtemp(prefix="run-", dir=config.parent)) / "run"
     everything = [*command, "launch/pretrain.py", "--config", str(config), f"output={output}"]
     if "--workers" in command:  # options of the script go behind it
         workers = everything.index("--workers")

@@ -22,29 +22,19 @@ from tests.integration.runs import (
     losses,
     losses_of,
     wait_for_step,
-    write_config,
 )
 
+RAY = pytest.mark.xdist_group("ray")
+"""One Ray at a time: these run with test_ray.py."""
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("launchers"))
-
-
-@pytest.fixture(scope="module")
-def wanted(config: Path) -> list[float]:
-    found = losses(config, str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2")
-    assert len(found) == 6
-    return found
+pytestmark = pytest.mark.integration
 
 
-@pytest.mark.integration
 def test_one_plain_process(config: Path, wanted: list[float]) -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     assert losses(config, sys.executable, environment=environment) == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.integration
 def test_a_process_in_any_folder_takes_nothing_that_another_launcher_left(
     config: Path, wanted: list[float], tmp_path: Path
 ) -> None:
@@ -67,7 +57,6 @@ def test_a_process_in_any_folder_takes_nothing_that_another_launcher_left(
     assert "--workers 2 is for Ray and is not used" in found.stderr
 
 
-@pytest.mark.integration
 def test_a_used_port_of_deepspeed_is_one_message(config: Path) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -90,7 +79,6 @@ def test_a_used_port_of_deepspeed_is_one_message(config: Path) -> None:
     assert "Traceback" not in found.stdout
 
 
-@pytest.mark.integration
 def test_torchrun_on_two_nodes_of_one_host(config: Path, wanted: list[float]) -> None:
     output = config.parent / "two-nodes"
     command = [
@@ -121,13 +109,12 @@ def test_torchrun_on_two_nodes_of_one_host(config: Path, wanted: list[float]) ->
     assert losses_of(output) == wanted
 
 
-@pytest.mark.integration
 def test_deepspeed(config: Path, wanted: list[float]) -> None:
     command = (str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", "--no_local_rank")
     assert losses(config, *command) == wanted
 
 
-@pytest.mark.integration
+@RAY
 def test_ray_train_starts_a_local_ray_by_itself_and_shows_nothing_of_it(config: Path, wanted: list[float]) -> None:
     output = config.parent / "local-ray"
     started = subprocess.Popen(
@@ -149,14 +136,13 @@ def test_ray_train_starts_a_local_ray_by_itself_and_shows_nothing_of_it(config: 
     assert f"next: cllm4rec finetune -c {config} init_from={output}" in told
 
 
-@pytest.mark.integration
+@RAY
 def test_ray_job_submit(config: Path, wanted: list[float]) -> None:
     with ray_head(num_cpus=3) as (_, address):
         command = (str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable)
         assert losses(config, *command, "--workers", "2", environment=TOKEN) == wanted
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_signal_to_the_launcher_saves_and_stops(config: Path, launcher: str) -> None:
     """What Ctrl-C, a scheduler or a host that goes down sends to all processes: ranks save the step that they are at.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import BIN, ROOT, clean_environment, losses, losses_of, write_config
+from tests.integration.runs import BIN, ROOT, clean_environment, losses, losses_of
 
 SCRIPT = ROOT / "tests" / "integration" / "slurm.sh"
 EPOCHS = 40
@@ -34,16 +34,6 @@ def slurm() -> Iterator[dict[str, str]]:
             yield clean_environment(SLURM_CONF=f"{folder}/slurm.conf", RANKS_PER_NODE="2")
         finally:
             subprocess.run([SCRIPT, "stop", folder], check=False)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("slurm"))
-
-
-@pytest.fixture(scope="module")
-def wanted(config: Path) -> list[float]:
-    return losses(config, str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2")
 
 
 def submit(slurm: dict[str, str], script: str, output: Path, tasks: int, *arguments: str) -> str:
