@@ -227,4 +227,10 @@ def _commands(
 
 def _build_backbone(project: Project, settings: Settings) -> None:
     assert settings.backbone is not None
-    make_backbone(settings.recipe, settings.backbone, project.backbone)
+    reading = logging.getLogger("cllm4rec_dist.corpus")
+    level = reading.level
+    reading.setLevel(logging.ERROR)  # `prepare` reads the same files next, and logs what it leaves out of them
+    try:
+        make_backbone(settings.recipe, settings.backbone, project.backbone)
+    finally:
+        reading.setLevel(level)

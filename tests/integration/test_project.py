@@ -49,7 +49,9 @@ def test_two_commands_from_a_dirty_shop_to_lists(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started.send_signal(signal.SIGTERM)
-    assert f"`cllm4rec run shop {' '.join(SMALL)}` resumes from there" in told(started, status=75)
+    text = told(started, status=75)
+    assert f"`cllm4rec run shop {' '.join(SMALL)}` resumes from there" in text
+    assert text.count(" are left out: ") == 1, "two stages read the files, and one says what it leaves out"
 
     text = told(command(tmp_path, "run", "shop", *SMALL, "--top", "5"))
     assert "[2/6] prepare         done before" in text
