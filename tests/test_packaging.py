@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cllm4rec_dist"
@@ -28,3 +30,13 @@ def test_versions_agree() -> None:
     newest = re.search(r"^## (\S+)", changelog, re.MULTILINE)
     assert newest is not None
     assert citation["version"] == newest[1] == version
+
+
+def test_what_is_installed_is_pinned_within_its_bounds() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for_gpus = ("flash", "kernels")  # not installed by `make`, nor where there is no GPU
+    listed = [line for extra, lines in extras.items() if extra not in for_gpus for line in lines]
+    for requirement in map(Requirement, [*PROJECT["project"]["dependencies"], *listed]):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
