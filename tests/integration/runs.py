@@ -59,7 +59,7 @@ def foreign_lines(told: str) -> list[str]:
     return [line for line in told.splitlines() if line.strip() and not ours.match(line)]
 
 
-def finish(started: subprocess.Popen[str], timeout: int = 300) -> str:
+def finish(started: subprocess.Popen[str], timeout: int = 600) -> str:
     """What a command told, at its end. One that goes on for longer is killed, or it would slow all later tests."""
     try:
         told, _ = started.communicate(timeout=timeout)
@@ -71,14 +71,14 @@ def finish(started: subprocess.Popen[str], timeout: int = 300) -> str:
 
 def wait_for_step(output: Path, step: int, started: subprocess.Popen[str]) -> None:
     """Until a run has taken so many steps."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not (output / "metrics.jsonl").exists() or len(losses_of(output)) < step:
         assert started.poll() is None, finish(started)[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def losses(config: Path, *command: str, environment: dict[str, str] | None = None, timeout: int = 300) -> list[float]:
+def losses(config: Path, *command: str, environment: dict[str, str] | None = None, timeout: int = 600) -> list[float]:
     """Run `command` on the configuration and give the loss of every step."""
     output = Path(tempfile.mkdtemp(prefix="run-", dir=config.parent)) / "run"
     everything = [*command, "launch/pretrain.py", "--config", str(config), f"output={output}"]
