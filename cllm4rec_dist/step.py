@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cllm4rec_dist.config import OptimizerConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.distributed.collectives import all_reduce_sum, sum_on_host
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.system import System
 
 SQUARE_CHUNK = 1 << 22
@@ -124,14 +125,13 @@ def _complete_gradients(system: System) -> Tensor:
     Tables hold the gradient of the sum over ranks of losses that carry a factor W, so they are divided by W once.
     Replicated parameters are all-reduced first; each rank counts one W-th of their squared norm.
     """
-    world, model = system.world, system.recommender
+    world = system.world
     squared_norm = torch.zeros((), dtype=torch.float64, device=world.device)
-    replicated = dict(model.replicated_parameters())
+    replicated = dict(system.recommender.replicated_parameters())
+    _sum_over_ranks([*replicated.values()], world)
     for name, parameter in zip(system.embedding_optimizer.names, system.embedding_optimizer.parameters, strict=True):
         if parameter.grad is None:
             continue
-        if name in replicated:
-            parameter.grad = all_reduce_sum(parameter.grad, world, f"the gradient of {name}")
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
         values = _values(parameter.grad).div_(world.size)
@@ -139,6 +139,18 @@ def _complete_gradients(system: System) -> Tensor:
     for gradient in system.engine.gradients().values():
         squared_norm += gradient.double().square().sum()
     return squared_norm
+
+
+def _sum_over_ranks(parameters: list[nn.Parameter], world: World) -> None:
+    """Sum the gradients of replicated parameters over the ranks. One all-reduce of all of them."""
+    gradients = {p: p.grad for p in parameters if p.grad is not None}
+    if not gradients or world.size == 1:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    total = all_reduce_sum(flat, world, "gradients of replicated parameters")
+    parts = total.split([gradient.numel() for gradient in gradients.values()])
+    for (parameter, gradient), part in zip(gradients.items(), parts, strict=True):
+        parameter.grad = part.view_as(gradient)
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:

@@ -309,11 +309,16 @@ def _sync_control_flags(system: System, state: RunState, got_signal: bool, save_
     Raises:
         FaultError: if ranks disagree; continuing would train diverged replicas.
     """
-    replicated = b"".join(p.detach().cpu().numpy().tobytes() for _, p in system.recommender.replicated_parameters())
-    must_match = {"step": state.step, "replicated weights": zlib.crc32(replicated)}
+    must_match = {"step": state.step, "replicated weights": _checksum(system)}
     require_agreement(must_match, system.world)
     flags = gather_integers([got_signal, save_is_due], system.world)
     return any(signal for signal, _ in flags), bool(flags[0][1])
+
+
+def _checksum(system: System) -> int:
+    """Sum of the bits of the replicated parameters as integers, computed on their device."""
+    sums = [p.detach().view(torch.int32).sum() for _, p in system.recommender.replicated_parameters()]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 def _watch_reading(world: World, batches: Iterator[T]) -> Iterator[T]:

@@ -17,7 +17,7 @@ PAPER = {"adapter": {"kind": "lora", "rank": 4}}
 """Dot product, no bias; people without a row are the zero vector."""
 COSINE = {
     "adapter": {"kind": "full"},
-    "head": {"similarity": "cosine", "item_bias": True, "pool_residual": True},
+    "head": {"similarity": "cosine", "item_bias": True, "pool_residual": True, "projection": True},
     "method": {"shared_user_ratio": 0.2, "max_history": 5},
 }
 RUNS = {"paper": PAPER, "cosine": COSINE}

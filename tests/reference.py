@@ -38,6 +38,10 @@ class DenseRun:
         self.bias = torch.zeros(space.num_items, requires_grad=True) if config.head.item_bias else None
         cosine = config.head.similarity == "cosine"
         self.log_temperature = torch.tensor(math.log(config.head.temperature), requires_grad=True) if cosine else None
+        self.projection = None
+        if config.head.projection:
+            self.projection = torch.zeros(words.embedding.shape[1], rows["collaborative.items"].shape[1])
+            self.projection.requires_grad_()
         self.adapters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.steps = 0
@@ -49,6 +53,8 @@ class DenseRun:
             parameters["head.bias"] = self.bias
         if self.log_temperature is not None:
             parameters["head.log_temperature"] = self.log_temperature
+        if self.projection is not None:
+            parameters["head.projection"] = self.projection
         return parameters
 
     def _embed(self, which: str, token_ids: Tensor) -> Tensor:
@@ -63,15 +69,19 @@ class DenseRun:
         total = torch.zeros((), dtype=hidden.dtype)
         for query, target in zip(document.target_query.tolist(), document.targets.tolist(), strict=True):
             position = int(document.queries[query])
-            state = hidden[position]
+            state, length = hidden[position], math.sqrt(items.shape[1])
+            if self.projection is not None:
+                state = (state / state.square().mean().sqrt()) @ self.projection
             if self.config.head.pool_residual:
                 read = [embedded[t] for t in range(position + 1) if document.token_ids[t] >= self.space.first_item]
                 if read:
-                    state = state + F.normalize(torch.stack(read).sum(0), dim=0) * math.sqrt(len(state))
+                    state = state + F.normalize(torch.stack(read).sum(0), dim=0) * length
             if self.log_temperature is None:
                 logits = items @ state
             else:
-                logits = F.cosine_similarity(items, state[None], dim=1) / self.log_temperature.exp()
+                shortest = length / 2 if self.projection is not None else 1e-12
+                direction = state / state.square().sum().add(1e-30).sqrt().clamp_min(shortest)
+                logits = F.normalize(items, dim=1) @ direction / self.log_temperature.exp()
             if self.bias is not None:
                 logits = logits + self.bias
             total = total - torch.log_softmax(logits, 0)[target]

@@ -30,7 +30,7 @@ from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_r
 from tests.reference import DenseRun
 
 STEPS = 4
-REPLICATED = "head.log_temperature"
+REPLICATED = {"head.log_temperature", "head.projection"}
 PAPER_HEAD = {"similarity": "dot", "item_bias": False, "pool_residual": False}
 
 
@@ -154,8 +154,7 @@ CASES = {
     "pretrain-paper-whole": ("pretrain", {"head": PAPER_HEAD, "adapter": {"kind": "full"}}),
     "finetune-paper-rows-only": ("finetune", {"head": PAPER_HEAD, "adapter": {"kind": "none"}}),
 }
-
-
+PROJECTING = {"head": {"similarity": "cosine", "projection": True}}
 SLOW_CASES = [(case, size) for size in (2, 3) for case in CASES if (case, size) != ("pretrain-cosine", 2)]
 
 
@@ -166,6 +165,15 @@ SLOW_CASES = [(case, size) for size in (2, 3) for case in CASES if (case, size) 
 def test_sharded_steps_equal_dense_steps(made: tuple[str, str], tmp_path: Path, case: str, size: int) -> None:
     stage, changes = CASES[case]
     assert_same_run(make_config(made, stage, **changes), size, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "stage"), [(1, "finetune"), (2, "pretrain"), (3, "finetune")])
+def test_steps_with_a_projecting_head_equal_dense_steps(
+    made: tuple[str, str], tmp_path: Path, size: int, stage: str
+) -> None:
+    first = assert_same_run(make_config(made, stage, **PROJECTING), size, tmp_path)
+    assert first["head.projection"].abs().max() > 0
 
 
 @pytest.mark.slow
@@ -193,13 +201,13 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
     assert ranks[0]["norms"] == pytest.approx([r["norm"] for r in results], rel=1e-5)
 
     # No parameter is left out of the norm, however small its part: in fp64 each of them is seen.
-    parts = [g for rank in ranks for name, g in rank["gradients"].items() if name != REPLICATED or rank is ranks[0]]
+    parts = [g for rank in ranks for name, g in rank["gradients"].items() if name not in REPLICATED or rank is ranks[0]]
     assert ranks[0]["norms"][0] ** 2 == pytest.approx(sum(g.double().square().sum().item() for g in parts), rel=1e-12)
 
     first = results[0]["gradients"]
     for name in run.outside():
         parts = [rank["gradients"][name] for rank in ranks]
-        whole = parts[0] if name == REPLICATED else torch.cat(parts)
+        whole = parts[0] if name in REPLICATED else torch.cat(parts)
         assert_same_gradient(name, whole, first[name])
     for name in run.adapters:
         whole = torch.cat([rank["gradients"][f"adapter:{name}"].flatten() for rank in ranks])[: first[name].numel()]
@@ -210,6 +218,9 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
     assert saved.metadata.shapes.keys() - {"anchor"} == run.adapters.keys() - {"anchor"}
     for name, value in parameters.items():
         torch.testing.assert_close(saved.rows(name, len(value), 0, len(value)), value.detach(), rtol=0, atol=2e-5)
+    for name, value in saved.replicated().items():
+        if name in REPLICATED:
+            torch.testing.assert_close(value, run.outside()[name].detach(), rtol=0, atol=2e-5)
     return first
 
 

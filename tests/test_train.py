@@ -156,10 +156,13 @@ def test_a_run_resumes_on_any_number_of_ranks(made: Made, tmp_path: Path) -> Non
     # 2 -> 3 -> 1 -> 4 in one run, each leg inside of an epoch, with moments in every optimizer.
     for stage in ("pretrain", "finetune"):
         whole, parts = tmp_path / f"whole-{stage}", tmp_path / f"parts-{stage}"
-        method = {"max_history": 100, "shared_user_ratio": 0.3 if stage == "finetune" else 0.0}
-        run_ranks(2, run, make_config(made, whole, stage, method=method))
+        changes = {
+            "method": {"max_history": 100, "shared_user_ratio": 0.3 if stage == "finetune" else 0.0},
+            "head": {"projection": stage == "finetune"},
+        }
+        run_ranks(2, run, make_config(made, whole, stage, **changes))
         for size, until in ((2, 2), (3, 4), (1, 7), (4, None)):
-            run_ranks(size, run, make_config(made, parts, stage, method=method, max_steps=until))
+            run_ranks(size, run, make_config(made, parts, stage, **changes, max_steps=until))
         got, expected = ([line for line in metrics(folder) if "loss" in line] for folder in (parts, whole))
         for one, other in zip(got, expected, strict=True):
             for key in other:
@@ -204,10 +207,15 @@ def test_settings_that_came_later_have_their_defaults_in_an_older_checkpoint(tmp
     tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
     old = validate(RunConfig, tree, "test").model_dump(mode="json")
     del old["quantization"], old["embeddings"]["comm_dtype"], old["optimizer"]["embeddings_state"]
+    del old["head"]["projection"]
     candidate = SimpleNamespace(path="old", metadata=SimpleNamespace(config=old))
     train_module._require_same_trajectory(cast(Checkpoint, candidate), validate(RunConfig, tree, "test"))
     changed = validate(RunConfig, tree | {"embeddings": {"comm_dtype": "bf16"}}, "test")
     with pytest.raises(CheckpointError, match="comm_dtype"):
+        train_module._require_same_trajectory(cast(Checkpoint, candidate), changed)
+    assert not validate(RunConfig, old, "test").head.projection, "older checkpoints have the plain form"
+    changed = validate(RunConfig, tree | {"head": {"projection": True}}, "test")
+    with pytest.raises(CheckpointError, match=r"head\.projection"):
         train_module._require_same_trajectory(cast(Checkpoint, candidate), changed)
 
 

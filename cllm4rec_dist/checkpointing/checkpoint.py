@@ -184,12 +184,14 @@ def _require_all(system: System, checkpoint: Checkpoint, shard: CheckpointShard)
 
 
 def restore_weights(system: InferenceSystem, shard: CheckpointShard) -> None:
-    """Load weights. Tables that the checkpoint lacks (of a run without texts) are unchanged, with a warning."""
-    missing = sorted(_partitions(system).keys() - shard.weights.keys())
+    """Load weights. What the checkpoint lacks (tables of a run without texts) is unchanged, with a warning."""
+    replicated = dict(system.recommender.replicated_parameters())
+    missing = [*(_partitions(system).keys() - shard.weights.keys()), *(replicated.keys() - shard.replicated.keys())]
     if missing:
-        logger.warning("the checkpoint holds no %s; they stay as they are", ", ".join(missing))
-    parameters = {name: p for name, p, _ in system.recommender.sharded_parameters()}
-    parameters |= dict(system.recommender.replicated_parameters())
+        logger.warning("the checkpoint holds no %s; they stay as they are", ", ".join(sorted(missing)))
+    if "head.projection" in shard.replicated.keys() - replicated.keys():
+        logger.warning("the checkpoint's head.projection is not used, because this run has head.projection=false")
+    parameters = {name: p for name, p, _ in system.recommender.sharded_parameters()} | replicated
     with torch.no_grad():
         for name, parameter in parameters.items():
             value = (shard.weights | shard.replicated).get(name)

@@ -8,7 +8,7 @@ product with a query is the score:
     score_vector = vector, or normalize(vector) for a cosine head; followed by the item's bias if items have one
     query        = q, or normalize(q) / temperature for a cosine head; followed by a 1 if items have a bias
 
-q is the hidden state of the prompt's last token, plus the pooled history if the head uses it (`scoring.json`).
+q is the hidden state of the prompt's last token in the form of the head (`formula` in `scoring.json`).
 
 Legend: U users, I items, D hidden, S width of a score vector: D, or D + 1 with a bias.
 """

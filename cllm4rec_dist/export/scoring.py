@@ -9,7 +9,8 @@ It describes `PromptBuilder.prediction`, `Recommender.item_queries` and `ItemHea
     inputs      one embedding per token: the backbone's input embedding, a user row, or a row of collaborative.items;
                 user and item rows are first rounded to `rows_dtype`
     hidden      hidden state of the last token after the decoder's final norm, with `adapter.folder` loaded
-    head        similarity, temperature, item_bias, pool_residual (`HeadConfig`); `formula` is the resulting score
+    head        similarity, temperature, item_bias, pool_residual, projection (`HeadConfig`); `formula` is the resulting
+                score
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.export.source import SHARED_USER, Source
 from cllm4rec_dist.model.backbone import COLLABORATIVE
+from cllm4rec_dist.model.item_head import SHORTEST_QUERY
 
 SCHEMA_VERSION = 1
 BACKBONE_FOLDER = "backbone"
@@ -61,6 +63,7 @@ def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_pa
             "temperature": None if temperature is None else float(temperature),
             "item_bias": "head.bias" in source.tables,
             "pool_residual": config.head.pool_residual,
+            "projection": "head.projection" in source.tables,
         },
         "formula": _formula(source),
     }
@@ -75,12 +78,14 @@ def _prompt(source: Source) -> list[int | str]:
 
 
 def _formula(source: Source) -> list[str]:
-    """The score of item i, one line per step."""
-    lines = ["q = hidden"]
+    """The score of item i, one line per step, with D the width of hidden states and d that of rows."""
+    projects = "head.projection" in source.tables
+    lines = ["q = sqrt(D) * normalize(hidden) @ head.projection" if projects else "q = hidden"]
     if source.config.head.pool_residual:
-        lines.append("q = q + sqrt(D) * normalize(sum of collaborative.items over the history; zero where it is empty)")
+        lines.append("q = q + sqrt(d) * normalize(sum of collaborative.items over the history; zero where it is empty)")
     if source.config.head.similarity == "cosine":
-        lines.append("score[i] = normalize(q) . normalize(collaborative.items[i]) / temperature")
+        direction = f"q / max(|q|, {SHORTEST_QUERY} * sqrt(d))" if projects else "normalize(q)"
+        lines.append(f"score[i] = {direction} . normalize(collaborative.items[i]) / temperature")
     else:
         lines.append("score[i] = q . collaborative.items[i]")
     if "head.bias" in source.tables:

@@ -150,7 +150,7 @@ def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
         content.users [U, D], content.items [I, D]: likewise, if the run has a content LLM.
         collaborative.shared_user, content.shared_user [1, D]: row for anyone without one; zero if the run has not
             trained it.
-        head.bias [I], head.temperature []: if the run has them.
+        head.bias [I], head.temperature [], head.projection [D, d]: if the run has them.
     """
     about = opened.metadata
     tables: dict[str, Tensor] = {}
@@ -165,7 +165,9 @@ def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
     bias = opened.rows("head.bias", about.num_items, 0, about.num_items)
     if bias is not None:
         tables["head.bias"] = bias.flatten()
-    log_temperature = opened.replicated().get("head.log_temperature")
-    if log_temperature is not None:
-        tables["head.temperature"] = log_temperature.exp()
+    replicated = opened.replicated()
+    if "head.log_temperature" in replicated:
+        tables["head.temperature"] = replicated["head.log_temperature"].exp()
+    if "head.projection" in replicated:
+        tables["head.projection"] = replicated["head.projection"]
     return tables

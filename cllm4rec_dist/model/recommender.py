@@ -4,7 +4,7 @@
 
 The backbone is an argument of the forward, because ZeRO-3 wraps it.
 
-Legend: R rows, L their length, D hidden size, Q positions that predict, U users, I items.
+Legend: R rows, L their length, D hidden size, d width of the tables, Q positions that predict, U users, I items.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Recommender(nn.Module):
             temperature=head.temperature,
             item_bias=head.item_bias,
             pool_residual=head.pool_residual,
+            projection=(words.embedding.shape[1], sizes[2]) if head.projection else None,
         )
 
     @property
@@ -116,6 +117,8 @@ class Recommender(nn.Module):
         """Yield the parameters that every rank holds whole; their gradients must be summed over the ranks."""
         if self.head.log_temperature is not None:
             yield "head.log_temperature", self.head.log_temperature
+        if self.head.projection is not None:
+            yield "head.projection", self.head.projection
 
     def route(self, batches: Sequence[MicroBatch]) -> list[Route]:
         """Send the user and item ids of a step to the ranks that own their rows. Two all-to-alls.
@@ -208,15 +211,15 @@ class Recommender(nn.Module):
         return losses
 
     def item_queries(self, hidden: Tensor, item_rows: Tensor, batch: MicroBatch) -> Tensor:
-        """Hidden states [R, L, D] -> queries of the item head, [Q, D or D+1]."""
+        """Hidden states [R, L, D] -> queries of the item head, [Q, d or d+1]."""
         queries = hidden.flatten(0, 1)[batch.query_positions["items"]]
-        pooled = torch.zeros_like(queries, dtype=item_rows.dtype)
+        pooled = item_rows.new_zeros(len(queries), item_rows.shape[1])
         if self.head.pool_residual:
             pooled = _sum_of_items_so_far(item_rows, batch)
         return self.head.queries(queries, pooled)
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the item softmax's weight, [rows, D or D+1]."""
+        """This rank's rows of the item softmax's weight, [rows, d or d+1]."""
         return self.head.output_weight(self.collaborative.items.local_rows)
 
     def mutual_loss(self, touched: Mapping[str, Tensor], lambda_l: float, lambda_c: float) -> Tensor:

@@ -29,7 +29,7 @@ PARTS = {
     "weights": "frozen backbone: this rank's partition, and small persistent weights",
     "words": "word embeddings and word head, one copy per rank",
     "adapters": "weights that the engine trains: this rank's partition, and small persistent weights",
-    "tables": "user and item rows of this rank, item bias",
+    "tables": "user and item rows of this rank, item bias, projections",
     "optimizer": "fp32 masters and Adam's moments",
     GRADIENTS: "of the engine (this rank's partition), and dense ones of tables",
     "activations": "what the backbone keeps for backward or recomputes",
@@ -115,5 +115,7 @@ def in_step(meta_run: MetaRun, traced: DryRun) -> Memory:
     """Bytes on top of `resident` at the peak of clipping and optimizer step."""
     trained = _parts(meta_run, meta_run.trained, FLOAT) * (not meta_run.offload_optimizer)
     dense = traced.remaining[GRADIENTS]
+    replicated_bytes = sum(_bytes(parameter) for _, parameter in meta_run.model.replicated_parameters())
     squared = min(dense // FLOAT, SQUARE_CHUNK) * 2 * DOUBLE
-    return Counter({GRADIENTS: dense, "buffers": max(squared, 3 * trained)})
+    copied = 2 * replicated_bytes * (meta_run.num_ranks > 1)
+    return Counter({GRADIENTS: dense, "buffers": max(squared, copied, 3 * trained)})

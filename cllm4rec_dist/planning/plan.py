@@ -183,11 +183,12 @@ def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
     """Collect what determines the traffic of a run."""
     reduced = [p for p in meta_run.trained if p is not getattr(meta_run.dual, "anchor", None)]  # it has no gradient
     return Model(
-        meta_run.model.words.embedding.shape[1],
+        meta_run.model.collaborative.items.width,
         gathers,
         meta_run.zero.padded(reduced),
         meta_run.dtype.itemsize,
         meta_run.num_groups,
+        sum(parameter.numel() for _, parameter in meta_run.model.replicated_parameters()),
     )
 
 
@@ -239,6 +240,7 @@ def step_seconds(
         *(t for t in meta_run.model.tables.values() if not t.sparse_gradients),
     }
     entries = sum(table.local_rows.numel() for table in tables)
+    entries += sum(parameter.numel() for _, parameter in meta_run.model.replicated_parameters())
     return {
         "backbone": decoder,
         "item head": max(compute[HEAD], launches[HEAD]),

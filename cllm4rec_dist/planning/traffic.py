@@ -50,6 +50,7 @@ class Model:
         trained: elements that ZeRO-3 reduces in each micro-batch, padded, over all ranks.
         element: bytes per element of the backbone.
         num_groups: number of flat groups of ZeRO-3's optimizer.
+        replicated: entries of the replicated parameters.
     """
 
     width: int
@@ -57,6 +58,7 @@ class Model:
     trained: int
     element: int
     num_groups: int
+    replicated: int
 
 
 def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
@@ -64,7 +66,7 @@ def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int)
     total = lookup_traffic(model, config, sample, rank)
     for batch in sample.micro_batches:
         total += item_head_traffic(model, config, batch, rank)
-    return total + zero_traffic(model, sample) + bookkeeping_traffic(config, sample.num_ranks)
+    return total + zero_traffic(model, sample) + bookkeeping_traffic(model, sample.num_ranks)
 
 
 def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
@@ -111,13 +113,13 @@ def zero_traffic(model: Model, sample: StepSample) -> Traffic:
     return sent
 
 
-def bookkeeping_traffic(config: RunConfig, num_ranks: int) -> Traffic:
+def bookkeeping_traffic(model: Model, num_ranks: int) -> Traffic:
     """Traffic of `step._global_counts`, of the losses and the norm, and of the replicated parameters' gradients."""
     sent: Traffic = Counter()
     sent["counts"] += all_reduce(5 * INTEGER, num_ranks)
     sent["norms"] += all_reduce(4 * DOUBLE, num_ranks)
-    if config.head.similarity == "cosine":
-        sent["temperature"] += all_reduce(FLOAT, num_ranks)
+    if model.replicated:
+        sent["replicated gradients"] += all_reduce(model.replicated * FLOAT, num_ranks)
     return sent
 
 

@@ -39,6 +39,9 @@ DATA = Path(os.environ.get("CLLM4REC_DATA") or ROOT.parent / "shared" / "data")
 _KINDS = {"users": 29, "items": 21}
 
 
+PROJECTING = {"projection": True}
+
+
 def other_catalog() -> Catalog:
     """Without users 0 and 1 and items 0 to 2 of the old one, with eight and seven new ones, in another order."""
     catalog = make_catalog(29, 21, seed=3)
@@ -56,7 +59,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Made]:
     catalog, other = make_catalog(), other_catalog()
     backbone = make_backbone(folder / "backbone", catalog)
     made = folder, make_corpus(folder / "corpus", catalog, backbone), str(backbone)
-    run_ranks(3, run, make_config(made, folder / "old", max_steps=5))
+    run_ranks(3, run, make_config(made, folder / "old", max_steps=5, head=PROJECTING))
     return made, (folder, make_corpus(folder / "other", other, backbone), str(backbone))
 
 
@@ -69,6 +72,14 @@ def tables(world: World, config: RunConfig, *, load: bool) -> dict[str, Tensor]:
     else:
         init_embeddings(system)
     return {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
+
+
+def loaded_projection(world: World, config: RunConfig) -> Tensor:
+    """Return the head's projection as a run starts with the weights of `init_from`."""
+    system = assemble(config, world)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    train_module._resume_or_init(system, Store(store_url(config)))
+    return dict(system.recommender.replicated_parameters())["head.projection"].detach()
 
 
 def loaded_tables(world: World, config: RunConfig) -> dict[str, Tensor]:
@@ -130,6 +141,17 @@ def test_rows_follow_their_external_ids_at_any_world_size(grown: tuple[Made, Mad
         "users": {"matched": 21, "new": 8, "removed": ["user-000", "user-001"]},
         "items": {"matched": 14, "new": 7, "removed": ["item-000", "item-001", "item-002"]},
     }
+
+
+@pytest.mark.slow
+def test_the_projection_of_the_head_is_carried_over(grown: tuple[Made, Made], tmp_path: Path) -> None:
+    (folder, *_), other = grown
+    store, names = find(str(folder / "old"))
+    saved = Checkpoint.open(store, names[0]).replicated()["head.projection"]
+    assert saved.abs().max() > 0
+    config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True, head=PROJECTING)
+    for projection in run_ranks(2, loaded_projection, config):
+        assert torch.equal(projection, saved)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ HEAD = {"similarity": "cosine", "item_bias": True, "pool_residual": True}
 DOT = {"similarity": "dot", "item_bias": False, "pool_residual": False}
 LORA = {"kind": "lora", "rank": 4}
 RUNS: dict[str, dict[str, Any]] = {
-    "lora": {"adapter": LORA, "head": HEAD, "method": {"shared_user_ratio": 0.5}},
+    "lora": {"adapter": LORA, "head": HEAD | {"projection": True}, "method": {"shared_user_ratio": 0.5}},
     "lora in bf16": {
         "adapter": LORA,
         "head": DOT | {"pool_residual": True},

@@ -83,10 +83,14 @@ def exported_scores(
         slots = {"user": row, "history": shown}
         tokens = [slots[t] if isinstance(t, str) else embed[t : t + 1] for t in scoring["prompt"]]
         query = decoder(inputs_embeds=torch.cat(tokens)[None])[0][0, -1]
+        length = items.shape[1] ** 0.5
+        if head["projection"]:
+            query = query / query.square().mean().sqrt() @ tables["head.projection"]
         if head["pool_residual"]:
-            query = query + len(query) ** 0.5 * F.normalize(shown.sum(dim=0), dim=0)
+            query = query + length * F.normalize(shown.sum(dim=0), dim=0)
         if head["similarity"] == "cosine":
-            score = F.normalize(query, dim=0) @ F.normalize(items, dim=1).T / head["temperature"]
+            direction = query / query.norm().clamp_min(length / 2 if head["projection"] else 0.0)
+            score = direction @ F.normalize(items, dim=1).T / head["temperature"]
         else:
             score = query @ items.T
         result.append(score + tables["head.bias"] if head["item_bias"] else score)
@@ -142,7 +146,7 @@ def test_exported_adapters_compute_the_same_in_both_model_classes(tmp_path: Path
 
 
 HEADS = [
-    {"similarity": "cosine", "item_bias": True, "pool_residual": False},
+    {"similarity": "cosine", "item_bias": True, "pool_residual": False, "projection": True},
     {"similarity": "dot", "item_bias": False, "pool_residual": True},
     {"similarity": "dot", "item_bias": True, "pool_residual": False},
 ]

@@ -351,6 +351,52 @@ def test_a_position_that_has_read_no_item_adds_nothing() -> None:
     torch.testing.assert_close(head.queries(HIDDEN, torch.zeros_like(HIDDEN)), HIDDEN)
 
 
+PROJECTION = normal(7, WIDTH, seed=5)
+WIDE = normal(3, 7, seed=6)
+
+
+def projecting_head(projection: Tensor, **form: Any) -> ItemHead:
+    settings = {"similarity": "cosine", "temperature": TEMPERATURE, "item_bias": False, "pool_residual": True} | form
+    head = ItemHead(4, alone(), **settings, projection=tuple(projection.shape)).double()
+    assert head.projection is not None
+    assert not head.projection.any(), "it starts at zero"
+    head.projection.data = projection
+    return head
+
+
+def test_the_projection_multiplies_hidden_states_of_unit_root_mean_square() -> None:
+    added = WIDE / WIDE.square().mean(1, keepdim=True).sqrt() @ PROJECTION
+    pooled = unit(POOLED) * math.sqrt(WIDTH)
+    for form, query in (({"pool_residual": False}, added), ({}, added + pooled)):
+        got = projecting_head(PROJECTION, **form, similarity="dot").queries(WIDE, POOLED)
+        torch.testing.assert_close(got, query)
+    query = added + pooled
+    assert query.norm(dim=1).min() > math.sqrt(WIDTH) / 2
+    got = projecting_head(PROJECTION).queries(WIDE, POOLED)
+    torch.testing.assert_close(got, unit(query) / TEMPERATURE, rtol=1e-6, atol=0)
+
+
+def test_a_projection_of_zero_scores_as_the_pooled_rows_alone() -> None:
+    zero = torch.zeros_like(PROJECTION)
+    for scale in (1, 1e6):  # whatever the backbone says
+        queries = projecting_head(zero).queries(WIDE * scale, POOLED)
+        torch.testing.assert_close(queries, unit(POOLED) / TEMPERATURE, rtol=1e-6, atol=0)
+
+
+def test_a_projected_query_shorter_than_half_the_pooled_direction_is_not_normalized() -> None:
+    """Without items a query starts at zero; normalizing zero would have a gradient of 1e12."""
+    nothing = torch.zeros_like(POOLED)
+    for scale in (0.0, 1e-12, 1e-3):
+        head = projecting_head(PROJECTION * scale)
+        queries = head.queries(WIDE, nothing)
+        expected = WIDE / WIDE.square().mean(1, keepdim=True).sqrt() @ PROJECTION * scale
+        torch.testing.assert_close(queries, 2 * expected / math.sqrt(WIDTH) / TEMPERATURE)
+        queries.sum().backward()
+        assert head.projection is not None
+        assert head.projection.grad is not None
+        assert 0 < head.projection.grad.abs().max() < 100
+
+
 def test_queries_of_half_precision_states_are_fp32() -> None:
     head = ItemHead(4, alone(), similarity="cosine", temperature=1.0, item_bias=True, pool_residual=True)
     assert head.queries(HIDDEN.bfloat16(), POOLED.bfloat16()).dtype is torch.float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -106,12 +108,12 @@ def recommender(
     return model
 
 
-def with_sparse_gradients() -> Recommender:
+def with_sparse_gradients(**head: Any) -> Recommender:
     words, options = (
         FrozenEmbeddings(*torch.zeros(2, SPACE.num_words, WIDTH)),
         {"dropout": 0.0, "comm_dtype": torch.float32},
     )
-    return Recommender(4, 6, words, HeadConfig(), alone(), **options, sparse_gradients=True, content=True)
+    return Recommender(4, 6, words, HeadConfig(**head), alone(), **options, sparse_gradients=True, content=True)
 
 
 def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
@@ -239,7 +241,7 @@ def test_a_batch_without_documents_passes_through() -> None:
 
 
 def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
-    model = with_sparse_gradients()
+    model = with_sparse_gradients(projection=True)
     sharded = {name: partition.num_rows for name, _, partition in model.sharded_parameters()}
     assert sharded == {
         "collaborative.users": 4,
@@ -248,7 +250,8 @@ def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
         "content.items": 6,
         "head.bias": 6,
     }
-    assert [name for name, _ in model.replicated_parameters()] == ["head.log_temperature"]
+    assert [name for name, _ in model.replicated_parameters()] == ["head.log_temperature", "head.projection"]
+    assert [name for name, _ in with_sparse_gradients().replicated_parameters()] == ["head.log_temperature"]
     named = {id(p) for _, p, _ in model.sharded_parameters()} | {id(p) for _, p in model.replicated_parameters()}
     assert named == {id(p) for p in model.parameters()}
     assert model.content is not None

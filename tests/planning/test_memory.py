@@ -29,9 +29,13 @@ ZERO = {
 }
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "lora": (1, "llama", {}),
-    "checkpointed": (2, "llama", {"activation_checkpointing": True}),
+    "checkpointed": (2, "llama", {"activation_checkpointing": True, "head": {"projection": True}}),
     "full, bf16": (2, "gpt2", {"adapter": {"kind": "full"}, "precision": "bf16"}),
-    "wide catalog": (1, "qwen2", {"adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}}),
+    "wide catalog": (
+        1,
+        "qwen2",
+        {"adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}, "head": {"projection": True}},
+    ),
     "sampled": (2, "qwen2", {"batch": {"users": 8, "texts": 4}, "head": {"num_negatives": 3000}}),
     "wide and dense": (
         1,

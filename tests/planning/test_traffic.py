@@ -57,7 +57,11 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
     "lora, eager": (
         3,
         "llama",
-        {"adapter": {"kind": "lora", "rank": 4}, "method": {"shared_user_ratio": 0.4}},
+        {
+            "adapter": {"kind": "lora", "rank": 4},
+            "head": {"projection": True},
+            "method": {"shared_user_ratio": 0.4},
+        },
         EAGER,
     ),
     "checkpointed": (

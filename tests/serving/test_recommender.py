@@ -71,10 +71,14 @@ class Dense:
                 tokens.append(person if token < space.first_item else self.items[token - space.first_item])
         hidden = self.decoder(torch.stack(tokens)[None], None, len(tokens))[0, -1]
         head, weight = self.system.recommender.head, self.items
+        length = weight.shape[1] ** 0.5
+        if head.projection is not None:
+            hidden = hidden / hidden.square().mean().sqrt() @ head.projection.detach().double()
         if head.pool_residual and shown:
-            hidden = hidden + len(hidden) ** 0.5 * F.normalize(self.items[shown].sum(0), dim=0)
+            hidden = hidden + length * F.normalize(self.items[shown].sum(0), dim=0)
         if head.log_temperature is not None:
-            hidden = F.normalize(hidden, dim=0) / head.log_temperature.detach().double().exp()
+            shortest = length / 2 if head.projection is not None else 0.0
+            hidden = hidden / hidden.norm().clamp_min(shortest) / head.log_temperature.detach().double().exp()
             weight = F.normalize(weight, dim=1)
         bias = 0.0 if head.local_bias is None else head.local_bias.detach().double()[:, 0]
         return weight @ hidden + bias
