@@ -134,6 +134,10 @@ def _run(project: Project, proposal: Proposal, backbone: str | None, stage: str)
         lines.append(_line(0, "precision", sizes.precision))
     adapter: dict[str, Any] = {"kind": "full"} if backbone is None else {"kind": "lora", "rank": 16}
     why = "random weights: nothing to keep frozen" if backbone is None else "the pretrained weights stay as they are"
+    head: dict[str, Any] = {"similarity": "cosine", "pool_residual": True}
+    from_items = None
+    if backbone is not None:
+        head["projection"], from_items = True, "scores start from the items alone and learn what the backbone adds"
     dropout = "heavy dropout: titles pay, little is learnt by heart"
     batch = {
         "users": sizes.users,
@@ -144,7 +148,7 @@ def _run(project: Project, proposal: Proposal, backbone: str | None, stage: str)
     lines += [
         _line(0, "adapter", adapter, why),
         _line(0, "embeddings", {"init": "spectral", "dropout": sizes.dropout}, dropout),
-        _line(0, "head", {"similarity": "cosine", "pool_residual": True}),
+        _line(0, "head", head, from_items),
         _line(0, "method", _method(sizes.max_history, is_first=is_first)),
         _line(0, "batch", batch, "over all ranks, at each step"),
         _line(0, "optimizer", optimizer, "embeddings learn slowly, or they learn by heart"),

@@ -94,6 +94,7 @@ def test_a_pretrained_backbone_gets_adapters(shop: Shop, tmp_path: Path) -> None
         main(["init", str(tmp_path / "mine"), *options])
     config = load_config(RunConfig, tmp_path / "mine" / "finetune.yaml", ["stage=finetune"])
     assert (config.adapter.kind, config.backbone) == ("lora", str(tmp_path / "llm"))
+    assert config.head.projection
     assert not (tmp_path / "mine" / "backbone.yaml").exists()
 
 
