@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cllm4rec_dist.checkpointing.run_folder import STEP, store_url
 from cllm4rec_dist.checkpointing.store import Store
-from cllm4rec_dist.config import METRIC_NAME, OptimizerConfig, RunConfig, TrackerName
+from cllm4rec_dist.config import METRIC_NAME, EmbeddingsConfig, OptimizerConfig, RunConfig, TrackerName
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
@@ -23,6 +23,7 @@ from cllm4rec_dist.suggestions import closest, closest_path, did_you_mean_path
 
 _METRIC_CURE = "Write for example recall@20 or ndcg@100."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_QUICKLY_READ_BYTES = 64 << 20
 _STORE_CURE = "Give a folder; for checkpoints in an object store set checkpoint.dir."
 
 
@@ -53,7 +54,9 @@ def resolve_paths(config: RunConfig) -> tuple[RunConfig, list[CLLM4RecError]]:
         paths["resume"] = resolve("resume", config.resume)
     folder = resolve("checkpoint.dir", config.checkpoint.dir)
     checkpoint = config.checkpoint.model_copy(update={"dir": folder})
-    return config.model_copy(update={**paths, "checkpoint": checkpoint}), errors
+    vectors = resolve("embeddings.item_vectors", config.embeddings.item_vectors)
+    embeddings = config.embeddings.model_copy(update={"item_vectors": vectors})
+    return config.model_copy(update={**paths, "checkpoint": checkpoint, "embeddings": embeddings}), errors
 
 
 def require_ready(
@@ -185,6 +188,33 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
             return
         if not is_url(config.checkpoint.dir):
             yield from folder_problems("checkpoint.dir", config.checkpoint.dir)
+    reads_vectors = config.embeddings.item_vectors is not None and "embeddings.item_vectors" not in unresolved
+    if reads_vectors and not _has_checkpoints(config):  # a run with checkpoints does not read them
+        yield from item_vectors_problems(config.embeddings)
+
+
+def item_vectors_problems(config: EmbeddingsConfig) -> Iterator[CLLM4RecError]:
+    """Yield an error for item vectors that cannot be used. Vectors themselves are read from small local files only."""
+    path, field = config.item_vectors, "embeddings.item_vectors"
+    if path is None:
+        return
+    if config.init == "prior":
+        yield ConfigError(field, path, "has no effect with embeddings.init=prior", "Set embeddings.init=spectral.")
+    if is_url(path):
+        return
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        yield ConfigError(field, path, what, f"Give a Parquet file.{did_you_mean_path(path)}")
+        return
+    from cllm4rec_dist.corpus import item_vectors  # imports pyarrow; most runs have no vectors
+
+    try:
+        if Path(path).stat().st_size > _QUICKLY_READ_BYTES:
+            item_vectors.require_columns(path)
+        else:
+            item_vectors.require_valid(path)
+    except DataError as error:
+        yield error
 
 
 def backbone_problems(field: str, name: str, option: str | None = None) -> list[CLLM4RecError]:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.prompts import PromptBuilder, largest_prompt_id
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.corpus.shards import ContentKind, Corpus
+from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.distributed.local_engine import ForwardEngine, LocalEngine
 from cllm4rec_dist.distributed.topology import World
@@ -29,6 +29,7 @@ from cllm4rec_dist.errors import ConfigError, CorpusError
 from cllm4rec_dist.model import backbone, embedding_init
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
+from cllm4rec_dist.model.init_cache import InitCache
 from cllm4rec_dist.model.recommender import Recommender
 
 if TYPE_CHECKING:
@@ -261,50 +262,53 @@ def without_missing_deepspeed_file(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"deepspeed": None})
 
 
-def init_embeddings(system: System) -> None:
-    """Fill the tables of a new run (see `model/embedding_init.py`), from factors computed on rank 0. Collective."""
+def init_embeddings(system: System, *, items: bool = True) -> None:
+    """Fill the tables of a new run (see `model/embedding_init.py`). Collective.
+
+    Args:
+        items: False leaves out the spectral initialization of the items, for a caller that replaces all of their rows.
+    """
     config, world, model = system.config, system.world, system.recommender
     scale = model.words.scale
-    directions = None
-    if world.is_main and config.embeddings.init != "prior":
-        logger.info("computing the %s initialization of %d items", config.embeddings.init, system.corpus.num_items)
-        width = model.words.embedding.shape[1]
-        directions = embedding_init.spectral_item_init(
-            interaction_matrix(system.corpus.split("train"), system.corpus.num_items),
-            word_counts(system.corpus, system.prompts.space),
-            config.embeddings.init_text_weight,
-            width,
+    embedding_init.init_prior(model.collaborative.items, scale, world, config.seed, 0)
+    if items and config.embeddings.init == "spectral":
+        factors = embedding_init.spectral_item_factors(
+            system.corpus,
+            config.embeddings,
+            system.prompts.space.num_words,
+            model.collaborative.items.width,
+            model.item_partition,
+            world,
             config.seed,
+            vectors=_text_vectors(system),
+            cache=InitCache(config.corpus, config.output, world),
         )
-    if config.embeddings.init == "prior":
-        embedding_init.init_prior(model.collaborative.items, scale, world, config.seed, 0)
-    else:
-        embedding_init.init_items(model.collaborative.items, directions, scale, world, config.seed)
+        embedding_init.init_items(model.collaborative.items, factors, scale, config.seed)
     embedding_init.init_prior(model.collaborative.users, scale, world, config.seed, 1)
-    if model.content is not None:
-        for index, (content, collaborative) in enumerate(
-            [(model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)],
-            start=2,
-        ):
-            embedding_init.init_content(content, collaborative, config.embeddings, scale, world, config.seed, index)
+    init_content_embeddings(system)
+
+
+def init_content_embeddings(system: System) -> None:
+    """Draw content rows, if there are any, around the collaborative ones. No collective."""
+    config, model = system.config, system.recommender
+    if model.content is None:
+        return
+    pairs = (model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)
+    for index, (content, collaborative) in enumerate(pairs, start=2):
+        embedding_init.init_content(
+            content, collaborative, config.embeddings, model.words.scale, system.world, config.seed, index
+        )
+
+
+def _text_vectors(system: System) -> embedding_init.TextVectors | None:
+    """Return the source of dense vectors that the run's settings name."""
+    url = system.config.embeddings.item_vectors
+    if url is None:
+        return None
+    return embedding_init.vectors_from_file(url, system.corpus, system.recommender.item_partition, system.world)
 
 
 def interaction_matrix(lists: Ragged, num_items: int) -> sp.csr_matrix:
     """Binary matrix [n, I] of n users' items, fp32."""
     ones = np.ones(len(lists.values), dtype=np.float32)
     return sp.csr_matrix((ones, lists.values, lists.offsets), shape=(len(lists), num_items))
-
-
-def word_counts(corpus: Corpus, space: TokenSpace) -> sp.csr_matrix:
-    """Count how often each word occurs in the texts about each item, reviews of the training split included: [I, V]."""
-    items, words = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for index in range(len(corpus.content.record_sizes)):
-        record = corpus.content.read_record(index)
-        about = np.where(record["kind"] == ContentKind.USER_PROFILE, corpus.num_items, record["items"])
-        items.append(np.repeat(about, np.diff(record["offsets"])))
-        words.append(record["tokens"].astype(np.int64))
-    rows, columns = np.concatenate(items), np.concatenate(words)
-    is_item = rows < corpus.num_items
-    ones = np.ones(int(is_item.sum()), dtype=np.float32)
-    shape = (corpus.num_items, space.num_words)
-    return sp.coo_matrix((ones, (rows[is_item], columns[is_item])), shape=shape).tocsr()

@@ -45,7 +45,7 @@ from cllm4rec_dist.monitoring.progress import Schedule
 from cllm4rec_dist.monitoring.run_reporter import RunReporter
 from cllm4rec_dist.signals import GracefulShutdown
 from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
-from cllm4rec_dist.system import System, assemble, init_embeddings
+from cllm4rec_dist.system import System, assemble, init_content_embeddings, init_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +198,10 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
             "Restore one from a copy, or choose another output to start from scratch.",
         )
     trained_on = leaks.trained_on_by_new_run(system, config.init_from)
-    init_embeddings(system)
-    origin = (
-        "from scratch" if config.init_from is None else f"weights of {_load_initial_weights(system, config.init_from)}"
-    )
-    return RunState(), trained_on, origin
+    if config.init_from is None:
+        init_embeddings(system)
+        return RunState(), trained_on, "from scratch"
+    return RunState(), trained_on, f"weights of {_load_initial_weights(system, config.init_from)}"
 
 
 def _warn_if_init_from_is_ignored(resumed: Checkpoint, system: System) -> None:
@@ -218,7 +217,10 @@ def _warn_if_init_from_is_ignored(resumed: Checkpoint, system: System) -> None:
 
 
 def _load_initial_weights(system: System, path: str) -> str:
-    """Load the weights of another run, whose catalog and shared user may differ; return the checkpoint's path."""
+    """Load the weights of another run, whose catalog and shared user may differ; return the checkpoint's path.
+
+    Only rows that the other run lacks are initialized.
+    """
     fingerprints = dict(system.fingerprints)
     corpus = fingerprints.pop("corpus")
 
@@ -235,9 +237,12 @@ def _load_initial_weights(system: System, path: str) -> str:
         raise CheckpointError("init_from", path, "holds no whole checkpoint", "Use another one.")
     candidate, contents = loaded
     if isinstance(contents, warm_start.WarmStart):
+        init_embeddings(system, items=contents.matches["items"].num_new > 0)
         warm_start.restore(system, contents)
     else:
         checkpoint.restore_weights(system, contents)
+        if "content.items" not in contents.weights:
+            init_content_embeddings(system)
     return candidate.path
 
 

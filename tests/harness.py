@@ -31,6 +31,7 @@ from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.corpus.writer import write_corpus
+from cllm4rec_dist.distributed.diagnosis import HANG_SECONDS
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.build_backbone import build_backbone
 from cllm4rec_dist.system import assemble_for_inference
@@ -42,7 +43,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _enter(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], out: str) -> None:
+def _enter(
+    rank: int,
+    size: int,
+    port: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    out: str,
+    timeout: float,
+) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # spares a second: DeepSpeed collects garbage when an engine starts
     os.environ |= {
@@ -52,17 +61,21 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., Any], argume
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    world = cllm4rec_dist.distributed.engine.start_world()
+    world = cllm4rec_dist.distributed.engine.start_world(timeout)
     with world.watch:
         torch.save(function(world, *arguments), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run `function(world, *arguments)` on `size` ranks; return the results, tensors or plain values, by rank."""
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = HANG_SECONDS) -> list[Any]:
+    """Run `function(world, *arguments)` on `size` ranks; return the results, tensors or plain values, by rank.
+
+    Args:
+        timeout: `faults.collective_timeout_seconds`.
+    """
     with tempfile.TemporaryDirectory() as out:
         # Daemons, so that hanging ranks do not outlive a test that is stopped.
-        enter = (size, free_port(), function, arguments, out)
+        enter = (size, free_port(), function, arguments, out, timeout)
         ranks = mp.start_processes(_enter, enter, nprocs=size, join=False, daemon=True, start_method="fork")
         try:
             while not ranks.join():

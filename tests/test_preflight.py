@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cllm4rec_dist import cli, preflight
@@ -61,6 +63,31 @@ def test_settings_that_end_a_run_late_are_refused(override: str, wrong: list[str
 @pytest.mark.parametrize("override", ["stage=pretrain", "validation.every_epochs=0"])
 def test_metrics_that_nobody_computes_are_not_looked_at(override: str) -> None:
     assert not preflight.setting_problems(config("validation.metrics=[mrr@10]", override))
+
+
+def test_item_vectors_are_checked_before_anything_starts(tmp_path: Path) -> None:
+    vectors = tmp_path / "vectors.parquet"
+
+    def problems(*overrides: str) -> list[str]:
+        run = config(f"output={tmp_path}", f"embeddings.item_vectors={vectors}", *overrides)
+        return [str(problem) for problem in preflight.item_vectors_problems(run.embeddings)]
+
+    assert "does not exist" in problems()[0]
+    pq.write_table(pa.table({"item": ["a", "a"], "vector": [[1.0], [2.0]]}), vectors)
+    assert "row 2: 'a' is also the id of row 1" in problems()[0]
+    pq.write_table(pa.table({"item": ["a"], "vector": [[1.0]]}), vectors)
+    assert not problems()
+    assert "no effect with embeddings.init=prior" in problems("embeddings.init=prior")[0]
+    vectors.unlink()
+    vectors.mkdir()
+    assert "is a folder" in problems()[0]
+
+
+def test_the_path_of_item_vectors_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    resolved, errors = preflight.resolve_paths(config("embeddings.item_vectors=v.parquet"))
+    assert resolved.embeddings.item_vectors == str(tmp_path / "v.parquet")
+    assert not errors
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_with_numbers() -> None:

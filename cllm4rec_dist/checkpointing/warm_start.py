@@ -132,12 +132,16 @@ def read(system: System, candidate: Checkpoint) -> WarmStart:
 
 
 def restore(system: System, warm: WarmStart) -> None:
-    """Load weights over tables that are initialized as for a new run, and log what is new. Collective."""
+    """Load weights over tables that are initialized as for a new run, and log what is new. Collective.
+
+    Collaborative items need no spectral initialization if none of them is new.
+    """
     fresh = {name: p.detach() for name, p, _ in system.recommender.sharded_parameters()}
     weights: dict[str, Tensor] = {}
     for name, kind in _kinds(system).items():
         table = fresh[name]
-        if name == "collaborative.items" and system.config.embeddings.init == "spectral":
+        has_new_items = warm.matches["items"].num_new > 0
+        if name == "collaborative.items" and has_new_items and system.config.embeddings.init == "spectral":
             table = _mapped(system, table, warm)
         elif name.startswith("content."):
             collaborative = name.replace("content.", "collaborative.")

@@ -20,11 +20,12 @@ _MAY_CHANGE = {
     "audit",
     "trackers",
     "batch.gradient_accumulation_steps",
+    "embeddings.item_vectors",
     "optimizer.embeddings_state",
 }
 """Settings, or whole sections, that may change on resume. Corpus and backbone may have moved: their fingerprints are
-compared. Epochs and steps may be raised; this also moves the end of a decaying learning rate. Checkpoints always
-contain fp32 moments, whatever `optimizer.embeddings_state` is."""
+compared. Item vectors are read only by a new run. Epochs and steps may be raised; this also moves the end of a
+decaying learning rate. Checkpoints always contain fp32 moments, whatever `optimizer.embeddings_state` is."""
 
 
 def may_change(key: str) -> bool:

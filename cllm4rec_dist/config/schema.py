@@ -41,9 +41,14 @@ class EmbeddingsConfig(StrictModel):
     """Precision of content embeddings around collaborative ones, N(z_l, 1/lambda_c), per predicted token."""
     init: Literal["prior", "spectral"] = "spectral"
     """Mean of the initial item embeddings. `prior`: zero, as in the paper. `spectral`: singular vectors of the training
-    interactions and of the items' words."""
+    interactions and of the items' words, and of `item_vectors`."""
     init_text_weight: float = Field(default=0.4, ge=0)
-    """Weight of words relative to interactions in spectral initialization; 0 ignores words."""
+    """Weight of texts (words and vectors) relative to interactions in spectral initialization; 0 ignores texts."""
+    item_vectors: str | None = None
+    """Dense vectors of the items' texts for spectral initialization: a Parquet file with columns `item` (external ids)
+    and `vector`, from any embedding model; items without one are initialized from the rest. None if left out."""
+    init_vectors_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of `item_vectors` in the weight of texts, in squares; the rest is that of words."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of user and item embeddings at the input."""
     comm_dtype: Literal["fp32", "bf16"] = "fp32"

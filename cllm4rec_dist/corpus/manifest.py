@@ -26,6 +26,8 @@ from cllm4rec_dist.suggestions import did_you_mean_path
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+INIT_CACHE = "init-cache"
+"""Folder of a corpus with spectral factors of its items (`model/init_cache.py`). Not part of the corpus itself."""
 SPLITS = ("train", "valid", "test")
 NEW_USER_SPLITS = ("history", "valid", "test")
 """Parts of the items of users who are held out whole: input of the prediction, and held-out items."""

@@ -38,6 +38,7 @@ from cllm4rec_dist.corpus.make_shards import (
     text_slices,
 )
 from cllm4rec_dist.corpus.manifest import (
+    INIT_CACHE,
     MANIFEST_NAME,
     NEW_USER_SPLITS,
     SPLITS,
@@ -155,7 +156,7 @@ def check_room(out: str, *, overwrite: bool) -> None:
     names = {path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)}
     if not names:
         return
-    if other_names := sorted(names - _CORPUS_NAMES):
+    if other_names := sorted(names - _CORPUS_NAMES - {INIT_CACHE}):
         raise CorpusError("out", root, f"has files that are not of a corpus ({other_names[0]})", "Give another folder.")
     if not overwrite:
         raise CorpusError("out", root, "is not empty", "Give another folder, or --overwrite to replace it.")

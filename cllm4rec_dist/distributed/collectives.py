@@ -279,21 +279,3 @@ def exchange_counts(send_counts: Tensor, world: World) -> Tensor:
     with world.watch.collective("all-to-all of counts"):
         dist.all_to_all_single(received, sent)
         return received.cpu()  # inside, because here the host waits for its GPU
-
-
-def scatter_rows(rows: Tensor | None, partition_sizes: list[int], width: int, world: World) -> Tensor:
-    """Scatter rank 0's fp32 [sum of sizes, width]: return this rank's block [sizes[rank], width] on its device."""
-    if world.size == 1:
-        assert rows is not None
-        return rows.to(world.device)
-    longest = max(partition_sizes)
-    local = torch.empty(longest, width, device=world.device)
-    parts = None
-    if world.rank == 0:
-        assert rows is not None
-        parts = [torch.zeros(longest, width, device=world.device) for _ in partition_sizes]
-        for part, block in zip(parts, rows.split(partition_sizes), strict=True):
-            part[: len(block)] = block.to(world.device)
-    with world.watch.collective("scatter of rows"):
-        dist.scatter(local, parts, src=0)
-    return local[: partition_sizes[world.rank]].clone()

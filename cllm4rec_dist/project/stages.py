@@ -23,7 +23,7 @@ from cllm4rec_dist.checkpointing.find_run import find, newest_step
 from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
 from cllm4rec_dist.config import BackboneConfig, RunConfig, dotted_items
 from cllm4rec_dist.config.resume_rules import may_change
-from cllm4rec_dist.corpus.manifest import load_manifest
+from cllm4rec_dist.corpus.manifest import INIT_CACHE, load_manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources.check import PATH_FIELDS
 from cllm4rec_dist.corpus.sources.files import find_files
@@ -263,7 +263,9 @@ def result_files(stage: Stage) -> dict[str, Any] | None:
 
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    return ((str(file.relative_to(folder)), file) for file in sorted(folder.rglob("*")) if file.is_file())
+    """Yield the files of a folder, without those that runs keep in a corpus."""
+    files = ((file.relative_to(folder), file) for file in sorted(folder.rglob("*")) if file.is_file())
+    return ((str(path), file) for path, file in files if path.parts[0] != INIT_CACHE)
 
 
 def _changed_results(stage: Stage, record: Record) -> Iterator[str]:

@@ -17,7 +17,6 @@ from cllm4rec_dist.distributed.collectives import (
     exchange_counts,
     gather_counts,
     reduce_scatter_rows,
-    scatter_rows,
 )
 from cllm4rec_dist.distributed.topology import World
 from tests.harness import alone, run_ranks
@@ -85,8 +84,6 @@ def everything(world: World) -> dict[str, Any]:
         results[f"combine-{index}"] = combined(world, counts)
         integers = torch.arange(sum(counts)).split(counts)[world.rank]
         results[f"integers-{index}"] = all_gather_rows(integers, counts, world)
-        rows = random(sum(counts), WIDTH, seed=50).float() if world.rank == 0 else None
-        results[f"rows-{index}"] = scatter_rows(rows, counts, WIDTH, world)
     local = torch.tensor([1.0, 10.0]) * (world.rank + 1)
     local.requires_grad_()
     total = all_reduce_sum(local, world)
@@ -153,14 +150,6 @@ def test_combined_logsumexp_equals_one_process(ranks: Any, size: int, index: int
         torch.testing.assert_close(rank[f"combine-{index}"]["grad"], leaf.grad)
 
 
-@pytest.mark.parametrize(("size", "index"), CASES)
-def test_scattered_rows_are_the_blocks_of_rank_0(ranks: Any, size: int, index: int) -> None:
-    counts = COUNTS[size][index]
-    blocks = random(sum(counts), WIDTH, seed=50).float().split(counts)
-    for rank, block in zip(ranks[size], blocks, strict=True):
-        torch.testing.assert_close(rank[f"rows-{index}"], block, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("size", COUNTS)
 def test_counts_sums_and_exchanged_rows_reach_every_rank(ranks: Any, size: int) -> None:
     for rank, results in enumerate(ranks[size]):
@@ -184,7 +173,6 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     assert broadcast_text("ü", world, "a text") == "ü"
     assert exchange_counts(torch.tensor([7]), world).tolist() == [7]
     torch.testing.assert_close(all_to_all_rows(x, [4], [4], world), x, rtol=0, atol=0)
-    torch.testing.assert_close(scatter_rows(x.detach(), [4], WIDTH, world), x.detach(), rtol=0, atol=0)
     summed = all_reduce_sum(x, world)
     assert not summed.requires_grad
     assert summed.data_ptr() != x.data_ptr()

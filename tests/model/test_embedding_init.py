@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from cllm4rec_dist.config import EmbeddingsConfig
+from cllm4rec_dist.corpus.catalog import Reviews
+from cllm4rec_dist.corpus.reviews import ReviewStore
+from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.model.embedding_init import init_content, init_items, init_prior, spectral_item_init, standard_normal
+from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.model import embedding_init
+from cllm4rec_dist.model.embedding_init import (
+    init_content,
+    init_items,
+    init_prior,
+    spectral_item_factors,
+    vectors_from_file,
+)
+from cllm4rec_dist.model.init_cache import InitCache
 from cllm4rec_dist.model.sharded_embedding import RowShardedEmbedding
-from tests.harness import alone, run_ranks
+from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks
 
 SCALE = 0.02
 NUM_ROWS = 9001  # three noise blocks of 4,096 rows, which no shard of 2 or 3 ranks begins or ends with
-WIDTH = 6
+WIDTH, NUM_FACTORS = 6, 4
 
 
 def table(num_rows: int, width: int, world: World) -> RowShardedEmbedding:
     return RowShardedEmbedding(num_rows, width, world, sparse_gradients=False)
 
 
-def directions() -> Tensor:
+def factors() -> Tensor:
     """Unit rows, and zero for every third item."""
-    rows = torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(NUM_ROWS, NUM_FACTORS, generator=torch.Generator().manual_seed(1))
     rows = rows / rows.norm(dim=1, keepdim=True)
     rows[::3] = 0
     return rows
@@ -38,7 +54,8 @@ def started(world: World) -> dict[str, Tensor]:
     users, items, content = (table(NUM_ROWS, WIDTH, world) for _ in range(3))
     few = table(2, WIDTH, world)  # more ranks than rows
     init_prior(users, SCALE, world, seed=3, index=1)
-    init_items(items, directions() if world.is_main else None, SCALE, world, seed=3)
+    init_prior(items, SCALE, world, seed=3, index=0)
+    init_items(items, factors()[slice(*items.partition.range(world.rank))], SCALE, seed=3)
     init_content(content, items, EmbeddingsConfig(lambda_l=0.1, lambda_c=0.4), SCALE, world, seed=3, index=2)
     init_prior(few, SCALE, world, seed=3, index=1)
     tables = {"users": users, "items": items, "content": content, "few": few}
@@ -62,13 +79,18 @@ def test_initial_rows_do_not_depend_on_the_world_size(starts: Any, size: int, na
     torch.testing.assert_close(starts[size][name], starts[1][name], rtol=0, atol=0)
 
 
-def test_items_start_from_their_direction_or_from_the_prior(starts: Any) -> None:
-    items, direction = starts[1]["items"], directions()
-    has_direction = direction.norm(dim=1) > 0
-    expected = direction[has_direction] * math.sqrt(WIDTH) * SCALE
-    torch.testing.assert_close(items[has_direction], expected)
+def test_items_start_from_their_factors_or_from_the_prior(starts: Any) -> None:
+    items, factor = starts[1]["items"], factors()
+    has_factors = factor.norm(dim=1) > 0
+    # A rotation into more dimensions keeps inner products.
+    some = items[has_factors][:50].double()
+    expected = (factor[has_factors] @ factor[has_factors].T)[:50, :50].double() * (WIDTH * SCALE**2)
+    torch.testing.assert_close(some @ some.T, expected, rtol=0, atol=1e-9)
+    drawn = table(NUM_ROWS, WIDTH, alone())
+    init_prior(drawn, SCALE, alone(), seed=3, index=0)
+    assert torch.equal(items[~has_factors], drawn.local_rows[~has_factors])
     # Both kinds have entries of root mean square `scale`.
-    for part in (items[has_direction], items[~has_direction]):
+    for part in (items[has_factors], items[~has_factors]):
         assert part.square().mean().sqrt().item() == pytest.approx(SCALE, rel=0.02)
 
 
@@ -101,67 +123,116 @@ def test_content_rows_are_samples_around_the_collaborative_ones(lambda_l: float,
 
 
 def test_noise_depends_on_seed_and_table() -> None:
-    partition = RowPartition(50, 1)
-
     def noise(seed: int, index: int) -> Tensor:
-        return standard_normal(partition, 4, alone(), seed, index)
+        rows = table(50, 4, alone())
+        init_prior(rows, SCALE, alone(), seed, index)
+        return rows.local_rows.detach()
 
     assert torch.equal(noise(1, 0), noise(1, 0))
     assert not torch.equal(noise(1, 0), noise(2, 0))
     assert not torch.equal(noise(1, 0), noise(1, 1))
 
 
-def matrices() -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Interactions of 30 users with 12 items in two tastes; words that pair other items; item 11 has neither."""
-    random = np.random.default_rng(0)
-    train = np.zeros((30, 12), dtype=np.float32)
-    for user in range(30):
-        train[user, random.choice(np.arange(user % 2, 11, 2), 3, replace=False)] = 1
-    words = np.zeros((12, 8), dtype=np.float32)
-    for item in range(11):
-        words[item, item // 3] = 2
-        words[item, 4 + item % 4] = 1
-    return sp.csr_matrix(train), sp.csr_matrix(words)
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """17 items, the last of which has neither interactions nor texts."""
+    folder, catalog = tmp_path_factory.mktemp("init"), make_catalog()
+    last = catalog.num_items - 1
+    none = np.empty(0, np.int64)
+    catalog = dataclasses.replace(
+        catalog,
+        train=catalog.train.keep(catalog.train.values != last),
+        item_titles=pl.Series([*catalog.item_titles[:last], ""]),
+        reviews=Reviews(none, none, none, ReviewStore()),
+    )
+    return make_corpus(folder / "corpus", catalog, make_backbone(folder / "backbone", catalog))
 
 
-def test_items_have_a_direction_of_unit_norm_or_zero_without_data() -> None:
-    rows = spectral_item_init(*matrices(), text_weight=0.4, width=16, seed=0)
-    assert rows.shape == (12, 16)
-    assert rows.dtype is torch.float32
-    torch.testing.assert_close(rows[:11].norm(dim=1), torch.ones(11))
-    assert not rows[11].any()
+def item_factors(world: World, url: str, width: int = 16, **options: Any) -> Tensor:
+    vectors, cache = options.pop("vectors", None), options.pop("cache", None)
+    partition = RowPartition(17, world.size)
+    source = None if vectors is None else vectors_from_file(vectors, Corpus.open(url), partition, world)
+    cache = None if cache is None else InitCache(cache, cache, world)
+    return spectral_item_factors(
+        Corpus.open(url), EmbeddingsConfig(**options), 300, width, partition, world, 0, vectors=source, cache=cache
+    )
 
 
-def test_items_of_one_taste_are_nearer_to_each_other() -> None:
-    train, words = matrices()
-    rows = spectral_item_init(train, words, text_weight=0.0, width=16, seed=0)
-    cosines = rows[:11] @ rows[:11].T
-    same = torch.arange(11)[:, None] % 2 == torch.arange(11)[None] % 2
-    off_diagonal = ~torch.eye(11, dtype=torch.bool)
+def write_vectors(path: Path, num_items: int = 17) -> str:
+    vectors = np.random.default_rng(0).standard_normal((num_items, 4)).tolist()
+    ids = [f"item-{i:03d}" for i in range(num_items)]
+    pq.write_table(pa.table({"item": ids, "vector": vectors}), path)
+    return str(path)
+
+
+def test_items_have_factors_of_unit_norm_or_zero_without_data(corpus: str) -> None:
+    rows = item_factors(alone(), corpus)
+    assert (rows.shape, rows.dtype) == ((17, 16), torch.float32)
+    torch.testing.assert_close(rows[:16].norm(dim=1), torch.ones(16))
+    assert not rows[16].any()
+    assert item_factors(alone(), corpus, width=5).shape == (17, 5)
+
+
+def test_items_of_one_taste_are_nearer_to_each_other(corpus: str) -> None:
+    rows = item_factors(alone(), corpus, init_text_weight=0.0)[:16]
+    cosines = rows @ rows.T
+    same = torch.arange(16)[:, None] % 2 == torch.arange(16)[None] % 2
+    off_diagonal = ~torch.eye(16, dtype=torch.bool)
     assert cosines[same & off_diagonal].mean() > cosines[~same].mean() + 0.2
 
 
-def test_a_text_weight_of_zero_ignores_the_texts() -> None:
-    train, words = matrices()
-    without = spectral_item_init(train, sp.csr_matrix(words.shape, dtype=np.float32), text_weight=0.4, width=16, seed=0)
-    assert torch.equal(spectral_item_init(train, words, text_weight=0.0, width=16, seed=0), without)
-    assert not torch.allclose(spectral_item_init(train, words, text_weight=0.4, width=16, seed=0), without, atol=1e-3)
+def test_vectors_count_by_their_share(corpus: str, tmp_path: Path) -> None:
+    vectors = write_vectors(tmp_path / "vectors.parquet")
+    without = item_factors(alone(), corpus)
+    assert torch.equal(item_factors(alone(), corpus, vectors=vectors, init_vectors_share=0.0), without)
+    some = item_factors(alone(), corpus, vectors=vectors)
+    assert (some @ some.T - without @ without.T).abs().max() > 0.05
+    assert some[16].norm().item() == pytest.approx(1.0), "an item with a vector alone has factors"
+    fewer = write_vectors(tmp_path / "fewer.parquet", 9)
+    assert not item_factors(alone(), corpus, vectors=fewer)[16].any()
 
 
-def test_an_item_without_interactions_starts_from_its_texts() -> None:
-    train, words = matrices()
-    train = sp.csr_matrix(train.toarray() * (np.arange(12) != 5))
-    rows = spectral_item_init(train, words, text_weight=0.4, width=16, seed=0)
-    assert rows[5].norm().item() == pytest.approx(1.0)
-    assert not spectral_item_init(train, words, text_weight=0.0, width=16, seed=0)[5].any()
+def test_vectors_of_no_item_are_refused(corpus: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"item": ["other"], "vector": [[1.0]]}), tmp_path / "v")
+    with pytest.raises(DataError, match="no vector of an item"):
+        item_factors(alone(), corpus, vectors=str(tmp_path / "v"))
 
 
-def test_directions_have_the_cosines_of_the_exact_decomposition() -> None:
-    train, words = matrices()
-    x = train.toarray().astype(np.float64)
-    x /= np.sqrt(np.maximum(x.sum(1, keepdims=True), 1)) * np.sqrt(np.maximum(x.sum(0, keepdims=True), 1))
-    left, values, _ = np.linalg.svd(x.T, full_matrices=False)
-    exact = left[:, :4] * np.sqrt(values[:4])
-    exact = exact[:11] / np.linalg.norm(exact[:11], axis=1, keepdims=True)
-    rows = spectral_item_init(train, words, text_weight=0.0, width=4, seed=0)[:11].double().numpy()
-    np.testing.assert_allclose(rows @ rows.T, exact @ exact.T, atol=1e-4)
+def test_unknown_ids_are_counted_in_a_warning(corpus: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    item_factors(alone(), corpus, vectors=write_vectors(tmp_path / "v", 20))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "vectors of 17 of 17 items, and 3 of unknown items" in warning
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_factors_do_not_depend_on_the_world_size(corpus: str, tmp_path: Path, size: int) -> None:
+    options: dict[str, Any] = {"vectors": write_vectors(tmp_path / "v")}
+    rows = torch.cat(run_ranks(size, _with_options, corpus, options))
+    torch.testing.assert_close(rows, item_factors(alone(), corpus, **options), rtol=0, atol=1e-4)
+
+
+def _with_options(world: World, url: str, options: dict[str, Any]) -> Tensor:
+    return item_factors(world, url, **options)
+
+
+def test_factors_are_computed_once_for_the_same_settings(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, vectors = str(tmp_path / "cache"), write_vectors(tmp_path / "v")
+    first = item_factors(alone(), corpus, cache=cache)
+    with_vectors = item_factors(alone(), corpus, cache=cache, vectors=vectors)
+    computed: list[int] = []
+
+    def compute(*_: Any) -> Tensor:
+        computed.append(1)
+        return first
+
+    monkeypatch.setattr(embedding_init, "spectral_rows", compute)
+    assert torch.equal(item_factors(alone(), corpus, cache=cache), first)
+    assert torch.equal(item_factors(alone(), corpus, cache=cache, vectors=vectors), with_vectors)
+    assert not computed
+    write_vectors(tmp_path / "v", 12)
+    changes: list[dict[str, Any]] = [{"init_text_weight": 0.3}, {"width": 8}, {"vectors": vectors}]
+    for changed in changes:
+        item_factors(alone(), corpus, cache=cache, **changed)
+    assert len(computed) == 3
