@@ -15,7 +15,14 @@ from pathlib import Path
 
 from cllm4rec_dist.checkpointing.run_folder import STEP, store_url
 from cllm4rec_dist.checkpointing.store import Store
-from cllm4rec_dist.config import METRIC_NAME, EmbeddingsConfig, OptimizerConfig, RunConfig, TrackerName
+from cllm4rec_dist.config import (
+    BACKBONE_VECTORS,
+    METRIC_NAME,
+    EmbeddingsConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackerName,
+)
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, Manifest, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
@@ -54,8 +61,10 @@ def resolve_paths(config: RunConfig) -> tuple[RunConfig, list[CLLM4RecError]]:
         paths["resume"] = resolve("resume", config.resume)
     folder = resolve("checkpoint.dir", config.checkpoint.dir)
     checkpoint = config.checkpoint.model_copy(update={"dir": folder})
-    vectors = resolve("embeddings.item_vectors", config.embeddings.item_vectors)
-    embeddings = config.embeddings.model_copy(update={"item_vectors": vectors})
+    embeddings = config.embeddings
+    if embeddings.item_vectors != BACKBONE_VECTORS:
+        vectors = resolve("embeddings.item_vectors", embeddings.item_vectors)
+        embeddings = embeddings.model_copy(update={"item_vectors": vectors})
     return config.model_copy(update={**paths, "checkpoint": checkpoint, "embeddings": embeddings}), errors
 
 
@@ -200,7 +209,7 @@ def item_vectors_problems(config: EmbeddingsConfig) -> Iterator[CLLM4RecError]:
         return
     if config.init == "prior":
         yield ConfigError(field, path, "has no effect with embeddings.init=prior", "Set embeddings.init=spectral.")
-    if is_url(path):
+    if path == BACKBONE_VECTORS or is_url(path):
         return
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"

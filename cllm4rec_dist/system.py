@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.config import BACKBONE_VECTORS, RunConfig
 from cllm4rec_dist.corpus.prompts import PromptBuilder, largest_prompt_id
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
@@ -26,7 +27,7 @@ from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.distributed.local_engine import ForwardEngine, LocalEngine
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import ConfigError, CorpusError
-from cllm4rec_dist.model import backbone, embedding_init
+from cllm4rec_dist.model import backbone, embedding_init, hidden_vectors
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.init_cache import InitCache
@@ -302,10 +303,34 @@ def init_content_embeddings(system: System) -> None:
 
 def _text_vectors(system: System) -> embedding_init.TextVectors | None:
     """Return the source of dense vectors that the run's settings name."""
-    url = system.config.embeddings.item_vectors
-    if url is None:
+    source = system.config.embeddings.item_vectors
+    if source is None:
         return None
-    return embedding_init.vectors_from_file(url, system.corpus, system.recommender.item_partition, system.world)
+    if source == BACKBONE_VECTORS:
+        return _backbone_vectors(system)
+    return embedding_init.vectors_from_file(source, system.corpus, system.recommender.item_partition, system.world)
+
+
+def _backbone_vectors(system: System) -> embedding_init.TextVectors:
+    """Hidden states of the item texts after the middle layer of the backbone, before it or its adapters are trained."""
+    config, world, words = system.config, system.world, system.recommender.words.embedding
+    layers = system.engine.layers
+    middle = max(0, len(layers) // 2 - 1)
+
+    @torch.no_grad()
+    def encode(word_ids: Tensor, positions: Tensor) -> Tensor:
+        with hidden_vectors.recorded_output(layers[middle]) as outputs:
+            embedded = F.embedding(word_ids, words)
+            system.backbone(embedded, positions, word_ids.numel())
+        return outputs[0].view_as(embedded)
+
+    def compute() -> Tensor:
+        system.train(False)
+        texts = hidden_vectors.local_item_texts(system.corpus, system.recommender.item_partition, world)
+        return hidden_vectors.mean_hidden_states(texts, words.shape[1], encode, world)
+
+    digest = f"{system.fingerprints['backbone']} layer {middle} {config.precision} {config.quantization}"
+    return embedding_init.TextVectors(digest, compute)
 
 
 def interaction_matrix(lists: Ragged, num_items: int) -> sp.csr_matrix:

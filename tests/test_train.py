@@ -45,8 +45,9 @@ from tests.training import Made, make_config, metrics, refused, run
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_worlds_1_to_4_give_the_same_run(made: Made, tmp_path: Path, stage: str) -> None:
+    # With seed 0 the items of a prompt nearly cancel at one step, where the direction of their sum multiplies rounding.
     for size in (1, 2, 3, 4):
-        run_ranks(size, run, make_config(made, tmp_path / str(size), stage))
+        run_ranks(size, run, make_config(made, tmp_path / str(size), stage, seed=1))
     alone = metrics(tmp_path / "1")
     assert len(alone) >= 9
     assert alone[0]["loss"] > alone[8]["loss"]

@@ -2,6 +2,7 @@
 
 from cllm4rec_dist.config.loading import StrictModel, dotted_items, load_config, path_override, validate
 from cllm4rec_dist.config.schema import (
+    BACKBONE_VECTORS,
     METRIC_NAME,
     AdapterConfig,
     BackboneConfig,
@@ -18,6 +19,7 @@ from cllm4rec_dist.config.schema import (
 )
 
 __all__ = [
+    "BACKBONE_VECTORS",
     "METRIC_NAME",
     "AdapterConfig",
     "BackboneConfig",

@@ -12,6 +12,8 @@ from cllm4rec_dist.config.loading import StrictModel
 from cllm4rec_dist.config.renames import BACKBONE_SETTINGS, RUN_SETTINGS
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+BACKBONE_VECTORS = "backbone"
+"""Value of `embeddings.item_vectors` for the backbone's hidden states."""
 METRIC_NAME = re.compile(r"(recall|ndcg)@([1-9][0-9]*)")
 """A ranking metric: kind and cutoff."""
 
@@ -46,7 +48,8 @@ class EmbeddingsConfig(StrictModel):
     """Weight of texts (words and vectors) relative to interactions in spectral initialization; 0 ignores texts."""
     item_vectors: str | None = None
     """Dense vectors of the items' texts for spectral initialization: a Parquet file with columns `item` (external ids)
-    and `vector`, from any embedding model; items without one are initialized from the rest. None if left out."""
+    and `vector`, from any embedding model, or `backbone` for the hidden states of a pretrained backbone. Items without
+    one are initialized from the rest. No vectors if left out."""
     init_vectors_share: float = Field(default=0.5, ge=0, le=1)
     """Share of `item_vectors` in the weight of texts, in squares; the rest is that of words."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

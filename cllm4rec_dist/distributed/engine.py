@@ -208,7 +208,8 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         layers: Iterable[nn.Module],
     ) -> None:
-        for layer in layers:
+        self.layers = [*layers]
+        for layer in self.layers:
             set_z3_leaf_module(layer, True)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.trainable: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -73,13 +73,15 @@ def local_interactions(corpus: Corpus, partition: RowPartition, world: World) ->
     """This rank's rows of N^T, [n, U] fp32. Exchanges the interactions."""
     first_users = np.cumsum(corpus.interactions.record_sizes) - corpus.interactions.record_sizes
     items, users, degrees = [], [], []
-    for index in _records_of(corpus.interactions, world):
+    for index in records_of(corpus.interactions, world):
         record = corpus.interactions.read_record(index, ("users", "train_offsets", "train_items"))
         lengths = np.diff(record["train_offsets"])
         items.append(record["train_items"])
         users.append(np.repeat(first_users[index] + np.arange(len(lengths)), lengths))
         degrees.append(np.repeat(lengths, lengths))
-    rows, columns, degree = _send_to_owners((_join(items), _join(users), _join(degrees)), partition, world)
+    rows, columns, degree = send_to_owners(
+        (join_parts(items), join_parts(users), join_parts(degrees)), partition, world
+    )
     num_local = partition.num_local(world.rank)
     item_degree = np.bincount(rows, minlength=num_local)
     values = (degree.astype(np.float64) * item_degree[rows]) ** -0.5
@@ -92,7 +94,7 @@ def local_tfidf(corpus: Corpus, num_words: int, partition: RowPartition, world: 
     Reviews of the training split count as texts about their item. Exchanges the counts and all-reduces [V].
     """
     items, words, counts = [], [], []
-    for index in _records_of(corpus.content, world):
+    for index in records_of(corpus.content, world):
         record = corpus.content.read_record(index)
         about = np.where(record["kind"] == ContentKind.USER_PROFILE, corpus.num_items, record["items"])
         pairs = np.repeat(about, np.diff(record["offsets"])) * num_words + record["tokens"]
@@ -100,7 +102,7 @@ def local_tfidf(corpus: Corpus, num_words: int, partition: RowPartition, world: 
         items.append(distinct // num_words)
         words.append(distinct % num_words)
         counts.append(times)
-    rows, columns, times = _send_to_owners((_join(items), _join(words), _join(counts)), partition, world)
+    rows, columns, times = send_to_owners((join_parts(items), join_parts(words), join_parts(counts)), partition, world)
     tfidf = _csr(rows, columns, times, (partition.num_local(world.rank), num_words))
     local = torch.from_numpy(np.bincount(tfidf.indices, minlength=num_words)).to(world.device)
     frequencies = all_reduce_sum(local, world, "document frequencies").cpu().numpy()
@@ -112,15 +114,15 @@ def local_tfidf(corpus: Corpus, num_words: int, partition: RowPartition, world: 
     return tfidf
 
 
-def _records_of(shards: ShardSet, world: World) -> range:
+def records_of(shards: ShardSet, world: World) -> range:
     return range(world.rank, len(shards.record_sizes), world.size)
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
+def join_parts(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int32)
 
 
-def _send_to_owners(entries: _Entries, partition: RowPartition, world: World) -> _Entries:
+def send_to_owners(entries: _Entries, partition: RowPartition, world: World) -> _Entries:
     """Send entries, int32, to the owners of their rows; returned rows are local. Two all-to-alls."""
     owners = entries[0] // partition.block
     order = np.argsort(owners, kind="stable")

@@ -29,6 +29,7 @@ from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.model import embedding_init
 from cllm4rec_dist.model.build_backbone import build_backbone
 from cllm4rec_dist.system import assemble, init_embeddings
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
@@ -246,6 +247,32 @@ def test_a_checkpoint_that_cannot_be_matched_is_refused_or_skipped(grown: tuple[
     (loaded,) = run_ranks(1, loaded_tables, config)
     opened = Checkpoint.open(store, before)
     assert torch.equal(loaded["collaborative.items"][-1:], opened.rows("collaborative.items", 17, 3, 4))
+
+
+@pytest.mark.slow
+def test_only_rows_that_the_old_run_lacks_are_initialized(
+    grown: tuple[Made, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, other = grown
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("computed factors")
+
+    vectors = {"init": "spectral", "item_vectors": "backbone", "init_text_weight": 0.5}
+    started = {"init_from": str(made[0] / "old"), "embeddings": vectors, "allow_leak": True}
+    run_ranks(
+        2, loaded_tables, make_config(other, tmp_path / "new", **started)
+    )  # runs the backbone, then loads adapters
+
+    monkeypatch.setattr(embedding_init, "spectral_item_factors", refuse)
+    started["embeddings"] = {"init": "spectral", "init_text_weight": 0.6}  # which no cache has
+    (loaded,) = run_ranks(1, loaded_tables, make_config(made, tmp_path / "same", **started))
+    for name, table in trained(made[0] / "old").items():
+        assert torch.equal(loaded[name], table)
+    fewer = dataclasses.replace(make_catalog(), user_ids=pl.Series([f"user-{u + 3:03d}" for u in range(23)]))
+    corpus = make_corpus(tmp_path / "fewer", fewer, Path(made[2]))
+    (loaded,) = run_ranks(1, loaded_tables, make_config((made[0], corpus, made[2]), tmp_path / "users", **started))
+    assert torch.equal(loaded["collaborative.items"], trained(made[0] / "old")["collaborative.items"])
 
 
 CONFIG = {
