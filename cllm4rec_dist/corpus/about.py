@@ -18,12 +18,14 @@ from cllm4rec_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+_PLACES = {"code": pl.UInt32, "file": pl.UInt32, "line": pl.Int64}
+"""Code of a text's id, and its file and line."""
 _MAX_COMPARED = 100_000
 """Ids of each side that are compared to find similar ones for a message."""
 
 
 class TextCollector:
-    """Collects texts about the users or items with interactions.
+    """Collects texts about the users or items with interactions, and about new items if the rules keep them.
 
     If several rows have the same id, the first value of each column is used.
 
@@ -47,14 +49,15 @@ class TextCollector:
     ) -> None:
         self._kind, self._texts, self._log, self._rules, self._one_line = kind, list(columns), log, rules, one_line
         self._ids, self._num_ids = interaction_ids, len(interaction_ids)
+        self._keeps_new = kind == "item" and rules.new_items
         # `100.0` on one side matches `100` on the other, unless the interactions have both.
         whole = whole_ids(interaction_ids)
         self._ignores_zero = whole.n_unique() == len(interaction_ids)
         self._codes = IdCodes()
         self._codes.encode(whole if self._ignores_zero else interaction_ids)
         self._rows: list[pl.DataFrame] = []
-        self._num_rows = self._num_unmatched = 0
-        self._first_unmatched: tuple[str, int, str] | None = None
+        self._num_rows = 0
+        self._unmatched: list[pl.DataFrame] = []
         self._paths: list[str] = []
 
     def add_file(self, path: str, batches: Iterable[Batch]) -> None:
@@ -83,37 +86,35 @@ class TextCollector:
         codes = self._codes.encode(whole_ids(ids) if self._ignores_zero else ids)
         is_matched = codes < self._num_ids
         self._num_rows += len(ids)
-        if not is_matched.all():
-            first = int(np.flatnonzero(~is_matched)[0])
-            self._num_unmatched += int((~is_matched).sum())
-            self._first_unmatched = self._first_unmatched or (batch.path, int(batch.lines[first]), ids[first])
-        kept = batch.keep(is_matched)
+        paths = pl.Series("file", [len(self._paths) - 1], dtype=pl.UInt32).new_from_index(0, len(ids))
+        places = pl.DataFrame({"code": codes, "file": paths, "line": batch.lines})
+        self._unmatched.append(places.filter(pl.Series(~is_matched)))
+        is_kept = is_matched | self._keeps_new
+        kept = batch.keep(is_kept)
         texts = {
             name: read_texts(
                 kept, name, f"{batch.path}: {name}", self._rules, self._log, one_line=name in self._one_line
             )
             for name in self._texts
         }
-        paths = pl.Series("file", [len(self._paths) - 1], dtype=pl.UInt32).new_from_index(0, len(kept.lines))
-        self._rows.append(pl.DataFrame({"code": codes[is_matched], "file": paths, "line": kept.lines, **texts}))
+        self._rows.append(places.filter(pl.Series(is_kept)).with_columns(**texts))
 
     def finish(self) -> pl.DataFrame:
-        """Return a table with columns `kind` and the texts (null if missing), a row for each matched id.
+        """Return a table with columns `kind` and the texts (null if missing), a row for each id that is kept.
 
         Raises:
             DataError: if no id matches, unless the recipe allows that.
         """
         kind = self._kind
-        if self._first_unmatched is not None:
-            path, line, value = self._first_unmatched
-            reason = f"text about {_an(kind)} without interactions"
-            self._log.skip(reason, self._num_unmatched, self._num_rows, file=path, line=line, value=value)
-        columns = {"code": pl.UInt32, "file": pl.UInt32, "line": pl.Int64, **dict.fromkeys(self._texts, pl.String)}
+        self._all_ids = pl.concat([self._ids.alias("id"), self._codes.ids()[self._num_ids :]])
+        columns = {**_PLACES, **dict.fromkeys(self._texts, pl.String)}
         rows = pl.concat([pl.DataFrame(schema=columns), *self._rows])
         table = rows.group_by("code", maintain_order=True).agg(
             pl.col(name).drop_nulls().first() for name in self._texts
         )
-        self._check_matches(table["code"])
+        self._check_matches(table["code"].filter(table["code"] < self._num_ids))
+        table = self._without_doubtful_items(table)
+        self._count_unmatched(table)
         different = self._differing(rows, table)
         if len(different):
             code, file, line = different.row(0)[:3]
@@ -123,9 +124,48 @@ class TextCollector:
                 len(rows),
                 file=self._paths[file],
                 line=line,
-                value=self._ids[code],
+                value=self._all_ids[code],
             )
-        return table.select(self._ids.gather(table["code"]).alias(kind), *self._texts)
+        return table.select(self._all_ids.gather(table["code"]).alias(kind), *self._texts)
+
+    def _without_doubtful_items(self, table: pl.DataFrame) -> pl.DataFrame:
+        """Leave out new items that have neither title nor description, or the id of a known item without a text.
+
+        An id that differs only in case, signs or zeros is far more likely a known item than a second product.
+        """
+        texts = [name for name in self._texts if name != "category"]
+        has_text = pl.any_horizontal(pl.col(name).is_not_null() for name in texts) if texts else pl.lit(value=False)
+        table = table.filter((pl.col("code") < self._num_ids) | has_text)
+        is_new = table["code"] >= self._num_ids
+        if not is_new.any():
+            return table
+        is_matched = np.zeros(self._num_ids, bool)
+        is_matched[table["code"].filter(~is_new).to_numpy()] = True
+        ours, theirs = self._ids.filter(~is_matched), self._all_ids.gather(table["code"])
+        alike = alike_ids(theirs.filter(is_new).to_list(), ours.to_list())
+        if not alike:
+            return table
+        theirs_first, ours_first = alike[0]
+        logger.warning(
+            "%s: some texts are not used.%s", self._files(), spelling_hint(ours_first, theirs_first, len(alike))
+        )
+        return table.filter(~theirs.is_in([name for name, _ in alike]))
+
+    def _count_unmatched(self, kept: pl.DataFrame) -> None:
+        """Count the texts about ids without interactions that are not kept, and report the new items that are."""
+        unmatched = pl.concat([pl.DataFrame(schema=_PLACES), *self._unmatched])
+        left_out = unmatched.filter(~pl.col("code").is_in(kept["code"].implode()))
+        if len(left_out):
+            code, file, line = left_out.row(0)
+            reason = f"text about {_an(self._kind)} without interactions"
+            self._log.skip(
+                reason, len(left_out), self._num_rows, file=self._paths[file], line=line, value=self._all_ids[code]
+            )
+        if num_new := int((kept["code"] >= self._num_ids).sum()):
+            logger.info("%s: %s items have no interactions and are kept as new items", self._files(), f"{num_new:,}")
+
+    def _files(self) -> str:
+        return ", ".join(map(base_name, self._paths[:3]))
 
     def _differing(self, rows: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
         """Return the rows with a text that differs from the kept one. Equal texts are no loss: orders repeat titles."""
@@ -140,7 +180,7 @@ class TextCollector:
             return
         ours, theirs, num_alike = self._examples(matched)
         hint = spelling_hint(ours, theirs, num_alike)
-        files = ", ".join(map(base_name, self._paths[:3]))
+        files = self._files()
         if not len(matched) and not self._rules.allow_unmatched:
             raise DataError(
                 files,

@@ -20,11 +20,12 @@ import polars as pl
 
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.raw import RawData
-from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.recipe import ColdItemsSplit, PrepareConfig
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.split import HISTORY, TEST, TRAIN, VALID, assign_parts
+from cllm4rec_dist.corpus.split import HISTORY, ITEM_PART, TEST, TRAIN, VALID, assign_parts, hold_out_items
 from cllm4rec_dist.errors import DataError
+
 
 @dataclass(frozen=True)
 class Reviews:
@@ -84,6 +85,7 @@ class Catalog:
             has at least one training item.
         reviews: reviews of training interactions only.
         log: counts of the raw data that is left out.
+        num_new_items: items of the I without any interaction in the raw data.
         new_users: users who are held out whole and are not among the U.
     """
 
@@ -98,6 +100,7 @@ class Catalog:
     reviews: Reviews
     log: SkipLog
     item_categories: pl.Series | None = None
+    num_new_items: int = 0
     new_users: NewUsers = field(default_factory=NewUsers.none)
 
     @property
@@ -125,9 +128,12 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
     frame = _above_threshold(frame, config.rating_threshold, raw, log)
     frame = _core(frame, config.min_user_items, config.min_item_users, raw, log)
     if "part" in frame.columns:
-        frame = _with_training(frame, log)
+        frame = _with_training(frame, "part", log)
+    elif isinstance(config.split, ColdItemsSplit):
+        frame = _with_training(hold_out_items(frame, ids["item"], config.split, config.seed), ITEM_PART, log)
     users, ids["user"] = _assign_rows(frame["user"], ids["user"])
     items, ids["item"] = _assign_rows(frame["item"], ids["item"])
+    items, ids["item"], num_new_items = _add_new_items(items, ids["item"], raw)
     part = assign_parts(frame, users, items, ids, config)
     users, ids["user"], new_users = _separate_new_users(users, items, part, ids["user"])
     masks = [(users >= 0) & (part == p) for p in (TRAIN, VALID, TEST)]
@@ -150,7 +156,26 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
         if "category" in raw.items.columns
         else None,
         new_users=new_users,
+        num_new_items=num_new_items,
     )
+
+
+def _add_new_items(items: np.ndarray, names: pl.Series, raw: RawData) -> tuple[np.ndarray, pl.Series, int]:
+    """Add the items without any interaction in the raw data; rows follow the sorted ids of all items.
+
+    Items whose interactions were filtered out are not new and stay out.
+
+    Returns:
+        The row of each interaction's item, int32 [N]; the ids of all rows; the number of new items.
+    """
+    new = raw.items["item"].filter(~raw.items["item"].is_in(raw.item_ids.implode()))
+    if not len(new):
+        return items, names, 0
+    merged = pl.concat([names.alias("item"), new.alias("item")])
+    order = merged.arg_sort().to_numpy()
+    rows = np.empty(len(merged), dtype=np.int32)
+    rows[order] = np.arange(len(merged), dtype=np.int32)
+    return rows[items], merged[order], len(new)
 
 
 def _sorted(raw: RawData, ids: dict[str, pl.Series]) -> pl.DataFrame:
@@ -227,9 +252,9 @@ def _core(frame: pl.DataFrame, min_user_items: int, min_item_users: int, raw: Ra
     return _left_out(frame, inside, reason, raw, log)
 
 
-def _with_training(frame: pl.DataFrame, log: SkipLog) -> pl.DataFrame:
-    """Keep the interactions of users with training items in a given split."""
-    has_training = frame["user"].is_in(frame.filter(pl.col("part") == TRAIN)["user"].unique().implode())
+def _with_training(frame: pl.DataFrame, column: str, log: SkipLog) -> pl.DataFrame:
+    """Keep the interactions of users with training items, by the parts in `column`."""
+    has_training = frame["user"].is_in(frame.filter(pl.col(column) == TRAIN)["user"].unique().implode())
     log.skip("held-out interaction of a user without training items", int((~has_training).sum()), len(frame))
     if not has_training.any():
         raise DataError("interactions", "the files of the split", "have no training interaction", "Fix the recipe.")

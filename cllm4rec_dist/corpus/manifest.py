@@ -114,6 +114,8 @@ class Manifest(StrictModel):
     """Rows of users.parquet; each user has at least one training item."""
     num_items: int
     """Rows of items.parquet."""
+    num_new_items: int = Field(default=0, ge=0)
+    """Items without interactions in the raw data, known by their texts alone."""
     num_interactions: dict[str, int]
     """Number of interactions by split: train, valid, test."""
     num_new_users: int = Field(default=0, ge=0)
@@ -152,6 +154,11 @@ class Manifest(StrictModel):
             raise ValueError("files must name one table of new users if there are any")
         return self
 
+    @property
+    def has_cold_items(self) -> bool:
+        """True if items without training interactions are in the catalog on purpose, with rows from their texts."""
+        return self.num_new_items > 0 or self.preparation.split.kind == "cold_items"
+
     def num_held_out(self, split: str) -> int:
         """Return the number of items held out for `split`, of users with and without a row."""
         return self.num_interactions.get(split, 0) + self.num_new_interactions.get(split, 0)
@@ -163,6 +170,7 @@ class Manifest(StrictModel):
     def to_bytes(self) -> bytes:
         """Serialize; equal manifests give equal bytes."""
         absent = set() if self.num_new_users else {"num_new_users", "num_new_interactions"}
+        absent |= set() if self.num_new_items else {"num_new_items"}
         absent |= set() if self.order_columns else {"order_columns"}
         return (self.model_dump_json(indent=1, exclude=absent) + "\n").encode()
 

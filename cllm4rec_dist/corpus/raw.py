@@ -50,6 +50,7 @@ class Rules:
         decimal: decimal mark of numbers in texts.
         time_format: `strptime` format of times, or None.
         allow_unmatched: accept texts of which none is about a user or item with interactions.
+        new_items: keep texts about items without interactions.
     """
 
     missing: Sequence[str] = MISSING_WORDS
@@ -59,6 +60,7 @@ class Rules:
     decimal: str = "."
     time_format: str | None = None
     allow_unmatched: bool = False
+    new_items: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class RawData:
             with a split; sorted by position.
         user_ids, item_ids: external id of each code.
         items: columns item, title, description (null if none) and, if the source has it, category; items that have
-            interactions and a text.
+            interactions and a text, and with `Rules.new_items` those that have a text and no interactions.
         users: columns user, text; users that have interactions and a text.
         reviews: reviews by position of their interaction.
         has_reviews: True if the source has a column of reviews.

@@ -53,6 +53,10 @@ class FileSource(StrictModel):
     """Words for a missing id, rating, time or text, in addition to the empty one."""
     allow_unmatched: bool = False
     """Continue if no text of a file is about a user or item with interactions."""
+    new_items: bool = False
+    """Keep items that have a title or description and no interaction at all: new products, recommended by their texts.
+    The files of public data sets describe many items that were left out on purpose, so only `table` keeps them by
+    default."""
     encoding: Encoding = "auto"
     """Encoding of text files, by Python's name. `auto`: UTF-8, UTF-16 with a byte order mark, or a legacy encoding if
     it is clear which."""
@@ -232,6 +236,9 @@ class TableSource(FileSource):
     """CSV, JSON or Parquet with a mapping of columns."""
 
     format: Literal["table"]
+    new_items: bool = True
+    """Keep items that have a title or description and no interaction at all: new products, recommended by their
+    texts."""
     interactions: InteractionTable
     """File of interactions."""
     items: ItemTable | None = None
@@ -328,6 +335,29 @@ class UsersSplit(StrictModel):
         return self
 
 
+class ColdItemsSplit(StrictModel):
+    """Hold out whole items, with which no interaction is trained on, and a random fraction of the other items."""
+
+    kind: Literal["cold_items"]
+    valid_items: float = Field(default=0.05, ge=0, lt=1)
+    """Fraction of the items to hold out for validation, with all their interactions."""
+    test_items: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the items to hold out for the test."""
+    valid: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of each user's other items for validation, as in a random split."""
+    test: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of each user's other items for the test."""
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> ColdItemsSplit:
+        if self.valid_items + self.test_items == 0:
+            raise ValueError("holds out no item; give valid_items or test_items, or write kind: random")
+        for names in (("valid_items", "test_items"), ("valid", "test")):
+            if sum(getattr(self, name) for name in names) >= 1:
+                raise ValueError(f"{' + '.join(names)} must be below 1, so that something is left to train on")
+        return self
+
+
 class NoSplit(StrictModel):
     """Train on all interactions, for production. There are no held-out items to validate or evaluate with."""
 
@@ -360,9 +390,9 @@ class Preparation(StrictModel):
     """Least number of items per user. Applied with `min_item_users` until nothing changes (k-core)."""
     min_item_users: int = Field(1, ge=1)
     """Least number of users per item."""
-    split: Annotated[RandomSplit | LastSplit | UsersSplit | NoSplit | GivenSplit, Field(discriminator="kind")] = (
-        RandomSplit()
-    )
+    split: Annotated[
+        RandomSplit | LastSplit | UsersSplit | ColdItemsSplit | NoSplit | GivenSplit, Field(discriminator="kind")
+    ] = RandomSplit()
     """How to hold out items for validation and test."""
     seed: int = Field(0, ge=0)
     """Random seed of the split."""

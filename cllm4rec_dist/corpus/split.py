@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from cllm4rec_dist.corpus.recipe import GivenSplit, NoSplit, PrepareConfig, RandomSplit, UsersSplit
+from cllm4rec_dist.corpus.recipe import ColdItemsSplit, GivenSplit, NoSplit, PrepareConfig, RandomSplit, UsersSplit
 from cllm4rec_dist.corpus.stateless_rng import mix
 from cllm4rec_dist.errors import DataError
 
@@ -23,6 +23,37 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VALID, TEST, HISTORY = range(4)
 """Parts of the interactions; the history of users who are held out whole is neither trained on nor predicted."""
+
+
+ITEM_PART = "item_part"
+"""Column of an interaction's item: VALID or TEST if it is held out whole, else TRAIN."""
+
+
+def hold_out_items(frame: pl.DataFrame, names: pl.Series, split: ColdItemsSplit, seed: int) -> pl.DataFrame:
+    """Draw the items that are held out whole, and add column `ITEM_PART`.
+
+    The draw is a function of the seed and the item's id, so it does not depend on users or other items.
+
+    Args:
+        frame: interactions with a column item.
+        names: external id of each value of that column.
+
+    Raises:
+        DataError: if no item is drawn for a part with a share above 0, or none is left to train on.
+    """
+    draw = _hashes(seed, "cold item", names) * 2.0**-64
+    group = np.full(len(names), TRAIN, dtype=np.uint8)
+    group[draw < split.test_items + split.valid_items] = VALID
+    group[draw < split.test_items] = TEST
+    part = group[frame["item"].to_numpy()]
+    num_items = frame["item"].n_unique()
+    for code, key in ((VALID, "valid_items"), (TEST, "test_items")):
+        if getattr(split, key) > 0 and not (part == code).any():
+            what = f"holds out none of the {num_items:,} items"
+            raise DataError(f"split.{key}", getattr(split, key), what, "Raise it, or write split: {kind: random}.")
+    if not (part == TRAIN).any():
+        raise DataError("split", split.kind, "holds out all items", "Lower split.valid_items and split.test_items.")
+    return frame.with_columns(pl.Series(ITEM_PART, part))
 
 
 def assign_parts(
@@ -34,6 +65,12 @@ def assign_parts(
 ) -> np.ndarray:
     """Return the part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
     lengths = np.bincount(users, minlength=len(ids["user"]))
+    if isinstance(config.split, ColdItemsSplit):
+        part = frame[ITEM_PART].to_numpy().copy()
+        warm = part == TRAIN
+        random = config.model_copy(update={"split": RandomSplit(valid=config.split.valid, test=config.split.test)})
+        part[warm] = assign_parts(frame.filter(pl.Series(warm)), users[warm], items[warm], ids, random)
+        return part
     if isinstance(config.split, GivenSplit) or "part" in frame.columns:
         return _given_part(frame, config)
     if isinstance(config.split, NoSplit):

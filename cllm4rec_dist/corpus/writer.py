@@ -14,7 +14,6 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -51,7 +50,7 @@ from cllm4rec_dist.corpus.manifest import (
 from cllm4rec_dist.corpus.pair_keys import split_digests
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.recipe import PrepareConfig, SourceConfig, TableSource
-from cllm4rec_dist.corpus.skips import Skip, SkipLog
+from cllm4rec_dist.corpus.skips import Skip
 from cllm4rec_dist.errors import CorpusError
 from cllm4rec_dist.filesystems import as_os_errors, locate
 
@@ -103,11 +102,14 @@ def write_corpus(
         num_texts = count_texts(catalog, config.texts)
         with tqdm(total=num_texts, desc="texts", unit="text", disable=None if progress else True) as bar:
             shards = run_tasks(make, text_slices(catalog, config))
-            writer.shards("content", count_shards(shards, num_content, log, config.max_text_tokens, num_texts, bar.update))
+            writer.shards(
+                "content", count_shards(shards, num_content, log, config.max_text_tokens, num_texts, bar.update)
+            )
         manifest = Manifest(
             name=config.name,
             num_users=catalog.num_users,
             num_items=catalog.num_items,
+            num_new_items=catalog.num_new_items,
             num_interactions={split: len(getattr(catalog, split).values) for split in SPLITS},
             num_new_users=len(catalog.new_users),
             num_new_interactions={name: len(lists.values) for name, lists in _new_user_lists(catalog).items()},

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cllm4rec_dist.corpus.manifest import Manifest
-from cllm4rec_dist.corpus.recipe import GivenSplit, LastSplit, RandomSplit, UsersSplit
+from cllm4rec_dist.corpus.recipe import ColdItemsSplit, GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation.metrics import parse_metric
 from cllm4rec_dist.evaluation.results import metric_label
 
@@ -117,6 +117,11 @@ def split_text(split: object) -> str:
             f"whole users: {split.test_users:.0%} for the test, {split.valid_users:.0%} for validation, "
             f"{split.held_out:.0%} of their items to be predicted; of the others random: {split.test:.0%} and "
             f"{split.valid:.0%} of a user's items"
+        )
+    if isinstance(split, ColdItemsSplit):
+        return (
+            f"whole items: {split.test_items:.0%} for the test, {split.valid_items:.0%} for validation; of the others "
+            f"random: {split.test:.0%} and {split.valid:.0%} of a user's items"
         )
     return "as the data set gives it" if isinstance(split, GivenSplit) else str(getattr(split, "kind", split))
 

@@ -33,7 +33,7 @@ def read_items(read: Read, interactions: str, items: str, **options: Any) -> tup
     ],
 )
 def test_both_sides_of_a_join_follow_one_rule(read: Read, interactions: str, items: str) -> None:
-    titles, messages = read_items(read, interactions, items)
+    titles, messages = read_items(read, interactions, items, new_items=False)
     assert titles == {"A", "B", "C", "D"}
     assert "WARNING" not in messages
 
@@ -69,7 +69,7 @@ def test_a_join_that_matches_nothing_is_refused(refuse: Refuse, items: str, word
 
 
 def test_unless_the_recipe_allows_it(read: Read) -> None:
-    titles, messages = read_items(read, ROWS, "i,t\nZ1,A\n", allow_unmatched=True)
+    titles, messages = read_items(read, ROWS, "i,t\nZ1,A\n", allow_unmatched=True, new_items=False)
     assert titles == set()
     assert "only 0 of 4 items" in messages
 
@@ -80,7 +80,7 @@ def test_users_are_joined_alike(refuse: Refuse) -> None:
 
 
 def test_a_text_about_an_unknown_item_is_counted_with_its_place(read: Read) -> None:
-    result = read({"i.csv": ROWS, "m.csv": "i,t\n1,A\n9,Z\n2,B\n8,Y\n"}, **with_items())
+    result = read({"i.csv": ROWS, "m.csv": "i,t\n1,A\n9,Z\n2,B\n8,Y\n"}, **with_items(new_items=False))
     assert result.lost == {"text about an item without interactions": (2, "m.csv", 3, "9")}
     assert result.raw.log.skipped["text about an item without interactions"].total == 4
 

@@ -258,11 +258,11 @@ def test_a_category_is_a_column_of_its_own_and_only_where_the_recipe_names_one(t
     assert plain.item_categories is None
     named = source(format="table", **(files | {"items": files["items"] | {"category": "kind"}}))
     catalog = build_catalog(read_source(named), recipe())
-    assert catalog.item_ids.to_list() == ["a", "b", "c"]
+    assert catalog.item_ids.to_list() == ["a", "b", "c", "d"], "d is new"
     assert catalog.item_categories is not None
-    assert catalog.item_categories.to_list() == ["Bath & Body", "", ""]
+    assert catalog.item_categories.to_list() == ["Bath & Body", "", "", "Kitchen"]
     assert catalog.item_descriptions.to_list() == plain.item_descriptions.to_list()
-    assert catalog.item_titles.to_list() == ["Soap", "Pan", ""]
+    assert catalog.item_titles.to_list() == ["Soap", "Pan", "", "Pot"]
 
 
 def test_table_parquet_has_typed_columns(tmp_path: Path) -> None:

@@ -25,7 +25,12 @@ _TIME_FORMAT = "%m/%d/%Y %I:%M:%S %p"
 def read_mind(source: MindSource) -> RawData:
     """Read click histories, without times, and clicks among the articles shown."""
     log = SkipLog(source.on_bad_line, source.max_lost)
-    rules = Rules(missing=source.missing, time_format=_TIME_FORMAT, allow_unmatched=source.allow_unmatched)
+    rules = Rules(
+        missing=source.missing,
+        time_format=_TIME_FORMAT,
+        allow_unmatched=source.allow_unmatched,
+        new_items=source.new_items,
+    )
     dialect = Dialect("\t", "none", None, source.encoding, _BEHAVIORS)
     collector = InteractionCollector(log, rules)
     for file in find_files(source.behaviors):

@@ -113,6 +113,7 @@ def read_recbole(source: RecboleSource) -> RawData:
         has_rating="rating" in names,
         has_text="text" in names,
         allow_unmatched=source.allow_unmatched,
+        new_items=source.new_items,
     )
     collector = InteractionCollector(log, rules, names)
     for file, part in zip(files, parts, strict=True):
@@ -242,7 +243,9 @@ def read_grouplens(source: GroupLensSource) -> RawData:
         case _:
             ratings, movies, profiles = f"{folder}/ratings.csv", f"{folder}/movies.csv", ""
             dialect = Dialect(",", "double", None, source.encoding)
-    rules = Rules(missing=source.missing, has_rating=True, allow_unmatched=source.allow_unmatched)
+    rules = Rules(
+        missing=source.missing, has_rating=True, allow_unmatched=source.allow_unmatched, new_items=source.new_items
+    )
     roles = dict(zip(("user", "item", "rating", "timestamp"), names, strict=True))
     collector = InteractionCollector(log, rules, roles)
     for file in find_files([ratings]):

@@ -34,7 +34,12 @@ def _field(*names: str, convert: Callable[[Any], str | None]) -> Callable[[Objec
 
 def _rules(source: FileSource, *, html: bool = False, rating: bool = True) -> Rules:
     return Rules(
-        missing=source.missing, has_rating=rating, has_text=True, has_html=html, allow_unmatched=source.allow_unmatched
+        missing=source.missing,
+        has_rating=rating,
+        has_text=True,
+        has_html=html,
+        allow_unmatched=source.allow_unmatched,
+        new_items=source.new_items,
     )
 
 

@@ -32,7 +32,7 @@ Row = tuple[int, str | None, str | None]
 def read_sequences(source: SequencesSource) -> RawData:
     """Read sequences without ratings and times; several lines of a user are concatenated."""
     log = SkipLog(source.on_bad_line, source.max_lost)
-    rules = Rules(missing=source.missing, allow_unmatched=source.allow_unmatched)
+    rules = Rules(missing=source.missing, allow_unmatched=source.allow_unmatched, new_items=source.new_items)
     collector = InteractionCollector(log, rules)
     for file in find_files(source.sequences):
         rows = _json_rows(file, source, log) if _is_json(file.path, source.encoding) else _line_rows(file, source, log)

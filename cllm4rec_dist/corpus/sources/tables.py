@@ -39,6 +39,7 @@ def read_table(source: TableSource) -> RawData:
         decimal=table.decimal,
         time_format=table.time_format,
         allow_unmatched=source.allow_unmatched,
+        new_items=source.new_items,
     )
     names = {
         "user": table.user,
@@ -70,7 +71,9 @@ def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     names = {"item": table.item, **titles, **columns, **categories}
     texts = [*titles, *columns, *categories]
     roles: dict[str, Role] = {"item": "id", **dict.fromkeys(texts, "text")}
-    rules = replace(rules, has_html=table.html)
+    # A file of orders is no catalog: an item whose orders cannot be used is not a new product.
+    new_items = source.new_items and set(table.path).isdisjoint(source.interactions.path)
+    rules = replace(rules, has_html=table.html, new_items=new_items)
     collector = TextCollector("item", texts, raw.item_ids, log, rules, one_line=("title", "category"))
     for file in find_files(table.path):
         collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, names, roles, log), names))
