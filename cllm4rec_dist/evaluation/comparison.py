@@ -20,11 +20,14 @@ from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData
 from cllm4rec_dist.evaluation.baselines import BaselineResult, run_baselines
 from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE
+from cllm4rec_dist.evaluation.group_baselines import group_rows
+from cllm4rec_dist.evaluation.item_groups import item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.report import Background, write_report
 from cllm4rec_dist.evaluation.results import (
     ExampleRecommendation,
     GroupResults,
+    ItemGroupResults,
     RecommendedItem,
     ResultRow,
     Results,
@@ -53,7 +56,8 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
     config = evaluated["config"]
     corpus = Corpus.open(config["corpus"], verify=False)
     users = HeldOutUsers.of(corpus, evaluated["split"])
-    baselines = _baselines(corpus, metrics, evaluated["split"]) if with_baselines else []
+    data = _split_data(corpus, evaluated["split"]) if with_baselines else None
+    baselines = [] if data is None else run_baselines(data, metrics, BaselineConfig())
     if baselines:
         _write_values(baselines, users, corpus, metrics, folder)
     rows = [ResultRow(name=MODEL, metrics=evaluated["mean"], stderr=evaluated["stderr"])]
@@ -62,6 +66,7 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
         dataset=f"{corpus.manifest.name} ({evaluated['split']})",
         rows=tuple(rows),
         groups=_groups(evaluated, baselines, users, metrics),
+        item_groups=_item_groups(evaluated, corpus, data, baselines, metrics),
         num_users=evaluated["num_users"],
         seconds=seconds,
         config=config,
@@ -108,8 +113,8 @@ def _items(corpus: Corpus) -> pl.DataFrame:
     return items.with_columns(title, pl.Series("popularity", popularity))
 
 
-def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[BaselineResult]:
-    """Fit the baselines on the training items and rank the catalog for known and new users."""
+def _split_data(corpus: Corpus, split: str) -> SplitData:
+    """Return the matrices of known and new users on which baselines are fitted and evaluated."""
     items = corpus.items()
     titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
 
@@ -117,14 +122,13 @@ def _baselines(corpus: Corpus, metrics: Sequence[str], split: str) -> list[Basel
         return interaction_matrix(Ragged.concat([corpus.split(name), corpus.new_user_split(name)]), corpus.num_items)
 
     new_histories = corpus.new_user_split("history")
-    data = SplitData(
+    return SplitData(
         train=interaction_matrix(corpus.split("train"), corpus.num_items),
         valid=held_out("valid"),
         test=held_out(split),
         item_texts=[f"{title} {description}".strip() for title, description in zip(titles, descriptions, strict=True)],
         new_histories=interaction_matrix(new_histories, corpus.num_items) if len(new_histories) else None,
     )
-    return run_baselines(data, metrics, BaselineConfig())
 
 
 def _baseline_row(baseline: BaselineResult, metrics: Sequence[str], chosen: np.ndarray | None = None) -> ResultRow:
@@ -150,6 +154,29 @@ def _groups(
         rows += [_baseline_row(baseline, metrics, chosen) for baseline in baselines]
         results.append(GroupResults(group=name, num_users=model["num_users"], rows=tuple(rows)))
     return tuple(results)
+
+
+def _item_groups(
+    evaluated: dict[str, Any],
+    corpus: Corpus,
+    data: SplitData | None,
+    baselines: Sequence[BaselineResult],
+    metrics: Sequence[str],
+) -> tuple[ItemGroupResults, ...]:
+    """Return the tables for warm and for cold items; empty unless the split holds out whole items."""
+    means: dict[str, Any] = evaluated.get("item_groups", {})
+    groups = [group for group in item_groups(corpus, evaluated["split"]) if group.name in means]
+    others: list[list[ResultRow]] = [[] for _ in groups]
+    if groups and data is not None:
+        others = group_rows(data, groups, baselines, metrics, BaselineConfig())
+    return tuple(
+        ItemGroupResults(
+            group=group.name,
+            num_users=means[group.name]["num_users"],
+            rows=(ResultRow(name=MODEL, metrics=means[group.name]["mean"], stderr=means[group.name]["stderr"]), *rows),
+        )
+        for group, rows in zip(groups, others, strict=True)
+    )
 
 
 def _write_values(

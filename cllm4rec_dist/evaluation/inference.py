@@ -26,6 +26,7 @@ from cllm4rec_dist.evaluation.files import (
     RECOMMENDED_FILE,
     USERS_FILE,
 )
+from cllm4rec_dist.evaluation.item_groups import evaluate_groups
 from cllm4rec_dist.evaluation.metrics import LIST_LENGTH
 from cllm4rec_dist.evaluation.topk import Evaluation
 from cllm4rec_dist.evaluation.trained_run import load, provenance
@@ -69,6 +70,7 @@ def evaluate_run(
     evaluation, has_hit = _evaluate(system, split, metrics, batch_users, bar.update, without_rows=without_rows)
     bar.close()
     result = evaluation.result()
+    item_groups = evaluate_groups(system, split, metrics, batch_users, without_rows=without_rows)
     examples = _examples(system, evaluation.users, has_hit, without_rows=without_rows)
     if world.is_main:
         lineage = opened.metadata.lineage
@@ -84,6 +86,7 @@ def evaluate_run(
             "without_rows": without_rows,
             **vars(result),
             "groups": _groups(evaluation),
+            "item_groups": {name: vars(means) for name, means in item_groups.items()},
             "notes": notes,
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
             "examples": examples,

@@ -71,6 +71,17 @@ class GroupResults(StrictModel):
     """Models and baselines, in the order of `Results.rows`."""
 
 
+class ItemGroupResults(StrictModel):
+    """Results over one group of held-out items."""
+
+    group: str
+    """Which items are held out, and among which they are ranked."""
+    num_users: PositiveInt
+    """Number of users with held-out items of the group."""
+    rows: tuple[ResultRow, ...] = Field(min_length=1)
+    """The model, its baselines and text neighbours."""
+
+
 class Results(StrictModel):
     """Contents of `results.json`."""
 
@@ -82,6 +93,8 @@ class Results(StrictModel):
     """Models and baselines over all users; the first row gives the order of the metrics."""
     groups: tuple[GroupResults, ...] = ()
     """Results for known and for new users, if there are both."""
+    item_groups: tuple[ItemGroupResults, ...] = ()
+    """Results for warm and for cold items, if the split holds out whole items."""
     num_users: PositiveInt
     """Number of evaluated users."""
     seconds: NonNegativeFloat
@@ -128,14 +141,17 @@ def _best_values(rows: Sequence[ResultRow], metric_names: Sequence[str]) -> dict
 def markdown_table(results: Results) -> str:
     """Format a table with models as rows and metrics as columns, `mean ± standard error`, the best in bold; then notes.
 
-    If there are groups of users, their tables follow that of all users.
+    If there are groups of users or items, their tables follow that of all.
     """
     table = _table(results.rows, results.metric_names)
-    if results.groups:
+    if results.groups or results.item_groups:
         table = f"**All users** ({results.num_users:,})\n\n{table}"
     for group in results.groups:
         table += f"\n**{group.group.capitalize()} users** ({group.num_users:,})\n\n"
         table += _table(group.rows, results.metric_names)
+    for items in results.item_groups:
+        table += f"\n**{items.group}** ({items.num_users:,} users)\n\n"
+        table += _table(items.rows, results.metric_names)
     return table + "".join(f"\n**{note}**\n" for note in results.notes)
 
 

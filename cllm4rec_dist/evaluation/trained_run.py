@@ -27,6 +27,7 @@ from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.evaluation.cold_items import fill_cold_rows
 from cllm4rec_dist.evaluation.results import Provenance
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.model.backbone import fingerprint
@@ -99,6 +100,7 @@ def _load(
         loaded = checkpoint.load_first_valid(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
         if loaded is not None:
             checkpoint.restore_weights(system, loaded[1])
+            fill_cold_rows(system)
             if world.is_main:
                 log_choice(store, names, loaded[0])
             return system, loaded[0]

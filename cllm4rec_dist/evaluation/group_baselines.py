@@ -1,0 +1,117 @@
+"""Baselines over groups of items, on the same candidates as the model.
+
+The baselines of the whole table are fitted again with the settings that validation selected. Text neighbours are added
+for new items: the cosine of the summed TF-IDF vectors of a history with that of a candidate.
+
+Legend: P users, I items, b users of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, Candidate, Scorer, SplitData, make_grids
+from cllm4rec_dist.evaluation.baselines import BaselineResult, top_items
+from cllm4rec_dist.evaluation.ease import Float32Array
+from cllm4rec_dist.evaluation.item_groups import ItemGroup
+from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.results import ResultRow
+
+TEXT_NEIGHBORS = "Text neighbours"
+_BLOCK_USERS = 512
+
+
+def group_rows(
+    data: SplitData,
+    groups: Sequence[ItemGroup],
+    baselines: Sequence[BaselineResult],
+    metrics: Sequence[str],
+    config: BaselineConfig,
+) -> list[list[ResultRow]]:
+    """Return for each group a row of each baseline and one of text neighbours, if items have texts with words.
+
+    Args:
+        baselines: results over all items, whose settings are used.
+        config: the grids of `baselines`.
+    """
+    grids = make_grids(data, config.model_copy(update={"names": tuple(result.name for result in baselines)}))
+    rows: list[list[ResultRow]] = [[] for _ in groups]
+    for baseline in baselines:
+        (candidate,) = (point for point in grids[baseline.name] if point.settings == baseline.chosen)
+        _add_rows(rows, baseline.label, candidate, candidate.fit(), data, groups, metrics)
+    fitted = [(candidate, candidate.fit()) for candidate in _text_neighbors(data)]
+    if fitted:
+        of_validation = groups[-1]  # cold among cold: the question that text neighbours are for
+        best = max(fitted, key=lambda pair: _value(pair[1], data, of_validation, config.select_by))
+        _add_rows(rows, TEXT_NEIGHBORS, *best, data, groups, metrics)
+    return rows
+
+
+def _add_rows(
+    rows: list[list[ResultRow]],
+    label: str,
+    candidate: Candidate,
+    scorer: Scorer,
+    data: SplitData,
+    groups: Sequence[ItemGroup],
+    metrics: Sequence[str],
+) -> None:
+    for of_group, group in zip(rows, groups, strict=True):
+        result = _evaluate(scorer, data.histories, data.test, group, metrics)
+        of_group.append(
+            ResultRow(name=label, metrics=result.mean, stderr=result.stderr, chosen=candidate.settings, baseline=True)  # type: ignore[arg-type]
+        )
+
+
+def _value(scorer: Scorer, data: SplitData, group: ItemGroup, metric: str) -> float:
+    """Return a metric on validation; 0 if validation has no item of the group."""
+    if not data.valid[:, group.held_out].nnz:
+        return 0.0
+    return _evaluate(scorer, data.histories, data.valid, group, [metric]).mean[metric]
+
+
+def _evaluate(
+    scorer: Scorer, histories: sp.csr_matrix, held_out: sp.csr_matrix, group: ItemGroup, metrics: Sequence[str]
+) -> MetricResult:
+    """Rank the candidates of a group for all users [P] and return means over those with held-out items of it."""
+    num_users = histories.shape[0]
+    counted = held_out @ sp.diags(group.held_out.astype(np.float32), format="csr")
+    counted.eliminate_zeros()
+    num_ranked = min(int(group.candidates.sum()), largest_cutoff(metrics))
+    values = []
+    for start in range(0, num_users, _BLOCK_USERS):
+        stop = min(start + _BLOCK_USERS, num_users)
+        scores = scorer(start, stop)
+        seen = histories[start:stop].tocoo()
+        scores[seen.row, seen.col] = -np.inf
+        scores[:, ~group.candidates] = -np.inf
+        ranked = top_items(scores, num_ranked)
+        lists = Ragged(counted.indptr[start : stop + 1] - counted.indptr[start], counted[start:stop].indices)
+        values.append(user_metrics(ranked, lists, metrics, int(group.candidates.sum())))
+    return mean_metrics(np.concatenate(values), metrics)
+
+
+def _text_neighbors(data: SplitData) -> list[Candidate]:
+    """Return text neighbours over words and over words with pairs of words; none if no item has words."""
+
+    def fit(longest: int) -> Scorer:
+        features = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, ngram_range=(1, longest)).fit_transform(
+            data.item_texts
+        )
+        profiles, transposed = data.histories @ features, features.T.tocsr()
+
+        def score(start: int, stop: int) -> Float32Array:
+            return np.asarray((profiles[start:stop] @ transposed).todense(), dtype=np.float32)
+
+        return score
+
+    try:
+        TfidfVectorizer().fit(data.item_texts)
+    except ValueError:  # no text has a word
+        return []
+    return [Candidate({"words": float(longest)}, lambda longest=longest: fit(longest)) for longest in (1, 2)]  # type: ignore[misc]

@@ -1,0 +1,93 @@
+"""Metrics over groups of items: those with training interactions and those without.
+
+A corpus whose split holds out whole items (`cold_items`) has both among its held-out items. A model that never
+recommends a new item has good means over all of them, so each group has means of its own, the cold items twice: ranked
+among cold items, which shows whether their texts are understood, and among all items, where they meet the known ones.
+
+Legend: I items, M metrics, n users of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cllm4rec_dist.corpus.heldout import HeldOutUsers
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.distributed.collectives import all_reduce_sum
+from cllm4rec_dist.evaluation.cold_items import training_counts
+from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.topk import rank_users
+from cllm4rec_dist.system import InferenceSystem
+
+
+@dataclass(frozen=True)
+class ItemGroup:
+    """Held-out items that are evaluated together.
+
+    Attributes:
+        name: name in tables.
+        held_out: bool [I], held-out items that count.
+        candidates: bool [I], items that are ranked.
+    """
+
+    name: str
+    held_out: np.ndarray
+    candidates: np.ndarray
+
+
+def item_groups(corpus: Corpus, split: str) -> tuple[ItemGroup, ...]:
+    """Return the groups of a corpus that holds out whole items, without those that have no held-out items."""
+    if corpus.manifest.preparation.split.kind != "cold_items":
+        return ()
+    cold = training_counts(corpus) == 0
+    everything = np.ones_like(cold)
+    is_held_out = np.zeros_like(cold)
+    is_held_out[corpus.split(split).values] = True
+    groups = (
+        ItemGroup("Warm items, ranked among all items", ~cold, everything),
+        ItemGroup("Warm items, ranked among warm items", ~cold, ~cold),
+        ItemGroup("Cold items, ranked among all items", cold, everything),
+        ItemGroup("Cold items, ranked among cold items", cold, cold),
+    )
+    return tuple(group for group in groups if (group.held_out & is_held_out).any())
+
+
+def evaluate_groups(
+    system: InferenceSystem, split: str, metrics: Sequence[str], batch_users: int, *, without_rows: bool = False
+) -> dict[str, MetricResult]:
+    """Return means of each group by its name; empty if the corpus does not hold out whole items. Collective.
+
+    All-reduces a value for each user, metric and group.
+    """
+    groups = item_groups(system.corpus, split)
+    if not groups:
+        return {}
+    users = HeldOutUsers.of(system.corpus, split)
+    rows = np.full(len(users), -1, np.int64) if without_rows else users.rows
+    results = {}
+    for group in groups:
+        held_out = _restrict(users.held_out, group.held_out)
+        chosen = np.flatnonzero(held_out.lengths)
+        histories, held_out = users.histories.take(chosen), held_out.take(chosen)
+        values, num_best = np.zeros((len(chosen), len(metrics))), largest_cutoff(metrics)
+        for ranking in rank_users(
+            system, rows[chosen], histories, num_best, batch_users, seen=histories, candidates=group.candidates
+        ):
+            of_block = held_out.take(ranking.index)
+            values[ranking.index] = user_metrics(ranking.items, of_block, metrics, int(group.candidates.sum()))
+        summed = torch.from_numpy(values).to(system.world.device)
+        summed = all_reduce_sum(summed, system.world, "metrics of item groups")
+        results[group.name] = mean_metrics(summed.cpu().numpy(), metrics)
+    return results
+
+
+def _restrict(lists: Ragged, kept: np.ndarray) -> Ragged:
+    """Leave out the items that are not `kept`, bool [I]; lists may become empty."""
+    is_kept = kept[lists.values]
+    lengths = np.bincount(lists.rows[is_kept], minlength=len(lists))
+    return Ragged.from_lengths(lengths, lists.values[is_kept])

@@ -1,0 +1,139 @@
+"""Rows of items that were not trained on, from their texts.
+
+A ridge regression from the words of an item's text to the direction of its trained row, fitted on the items that have
+training interactions. All words are kept: singular vectors of the word matrix lose a tenth of Recall@20 among new items
+(docs/quality.md). Conjugate gradients need no matrix of [words, words].
+
+Legend: I items, F words, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cllm4rec_dist.distributed.collectives import all_reduce_sum
+from cllm4rec_dist.distributed.topology import World
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+_L2 = 0.3
+"""Strength of the ridge regression, for TF-IDF rows of unit norm."""
+_HALF_WEIGHT = 10.0
+"""Training interactions of an item whose row counts half as much as that of a popular item."""
+_MAX_WORDS = 1 << 16
+"""Most frequent words that are used; bounds the all-reduce of an iteration, [F, D]."""
+_MAX_ITERATIONS = 100
+_TOLERANCE = 1e-4
+"""Norm of the residual, relative to the right side, at which the solution is exact enough."""
+
+
+def fit_ridge(features: sp.csr_matrix, targets: Tensor, weights: Tensor, l2: float, world: World) -> Tensor:
+    """Return W [F, D] that minimizes sum_i weights_i |features_i W - targets_i|^2 + l2 |W|^2 over all ranks' items.
+
+    Args:
+        features: [local items, F] of this rank.
+        targets: fp32 [local items, D].
+        weights: fp32 [local items]; 0 leaves an item out.
+
+    Collectives: one all-reduce of [F, D] per iteration of conjugate gradients, at most 101.
+    """
+    matrix = features.astype(np.float32).tocsr()
+    transposed, scale = matrix.T.tocsr(), weights.cpu().numpy()[:, None]
+
+    def summed(local: np.ndarray) -> Tensor:
+        local = np.ascontiguousarray(transposed @ local, dtype=np.float32)
+        return all_reduce_sum(torch.from_numpy(local).to(world.device), world, "ridge regression of item texts")
+
+    def normal_matrix(x: Tensor) -> Tensor:
+        return summed(scale * (matrix @ x.cpu().numpy())) + l2 * x
+
+    residual = summed(scale * targets.cpu().numpy())
+    solution, direction = torch.zeros_like(residual), residual
+    squared = residual.square().sum(dim=0)
+    enough = squared * _TOLERANCE**2
+    for _ in range(_MAX_ITERATIONS):
+        if bool((squared <= enough).all()):
+            break
+        product = normal_matrix(direction)
+        step = squared / (direction * product).sum(dim=0).clamp_min(1e-30)
+        solution = solution + step * direction
+        residual = residual - step * product
+        previous, squared = squared, residual.square().sum(dim=0)
+        direction = residual + squared / previous.clamp_min(1e-30) * direction
+    return solution
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Maps item texts to rows.
+
+    Attributes:
+        vectorizer: fitted TF-IDF of the catalog's texts.
+        weights: fp32 [F, D].
+        norm: norm of the rows; the mean of trained rows.
+        bias: item bias; the mean of trained ones, 0 if there are none.
+    """
+
+    vectorizer: TfidfVectorizer
+    weights: Tensor
+    norm: float
+    bias: float
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return fp32 rows [n, D] on the host; zeros for a text without known words."""
+        product = _features(self.vectorizer, texts) @ self.weights.cpu().numpy()
+        return F.normalize(torch.from_numpy(np.ascontiguousarray(product)), dim=1) * self.norm
+
+
+def _features(vectorizer: TfidfVectorizer, texts: Sequence[str]) -> sp.csr_matrix:
+    """Return TF-IDF rows [n, F]; n may be 0, which scikit-learn refuses."""
+    if not texts:
+        return sp.csr_matrix((0, len(vectorizer.vocabulary_)), dtype=np.float32)
+    return vectorizer.transform(texts)
+
+
+def fit_text_rows(
+    texts: Sequence[str],
+    interactions: np.ndarray,
+    local_rows: Tensor,
+    local_bias: Tensor | None,
+    first: int,
+    world: World,
+) -> TextRows | None:
+    """Fit the map from texts to rows on the items with interactions; None if none of them has words.
+
+    Args:
+        texts: text of each of the I items, "" if it has none; the same on all ranks.
+        interactions: int64 [I] training interactions of each item.
+        local_rows: fp32 [local items, D], this rank's rows.
+        local_bias: fp32 [local items, 1], or None.
+        first: item of the first local row.
+
+    Collectives: those of `fit_ridge`, and an all-reduce of three numbers.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second to import
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_features=_MAX_WORDS)
+    try:
+        vectorizer.fit([text for text, count in zip(texts, interactions, strict=True) if count])
+    except ValueError:  # no text has a word
+        return None
+    local = slice(first, first + len(local_rows))
+    counts = torch.from_numpy(interactions[local].astype(np.float32)).to(local_rows.device)
+    weights = counts / (counts + _HALF_WEIGHT)
+    rows = local_rows.detach().float()
+    ridge = fit_ridge(_features(vectorizer, texts[local]), F.normalize(rows, dim=1), weights, _L2, world)
+    is_warm = counts > 0
+    bias = torch.zeros_like(counts) if local_bias is None else local_bias.detach().float().squeeze(1)
+    sums = torch.stack([is_warm.sum(), rows.norm(dim=1)[is_warm].sum(), bias[is_warm].sum()])
+    number, norm, total_bias = all_reduce_sum(sums.double(), world, "norms of item rows").tolist()
+    return TextRows(vectorizer, ridge, norm / number, total_bias / number)

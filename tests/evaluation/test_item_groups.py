@@ -1,0 +1,159 @@
+"""Rows of items without training interactions, and the table of warm and cold items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from cllm4rec_dist.corpus.catalog import build_catalog
+from cllm4rec_dist.corpus.heldout import HeldOutUsers
+from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.sources import read_source
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.evaluation import trained_run
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
+from cllm4rec_dist.evaluation.baselines import run_baselines
+from cllm4rec_dist.evaluation.cold_items import training_counts
+from cllm4rec_dist.evaluation.comparison import _split_data, compare
+from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, group_rows
+from cllm4rec_dist.evaluation.inference import evaluate_run
+from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups
+from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.topk import rank_users
+from cllm4rec_dist.system import InferenceSystem
+from tests.corpus.samples import recipe, source
+from tests.harness import alone, make_backbone, make_corpus, make_run, run_ranks
+
+METRICS = ["recall@5", "ndcg@10"]
+SPLIT = {"kind": "cold_items", "valid_items": 0.2, "test_items": 0.3}
+WARM, WARM_ONLY, COLD_ALL, COLD = (
+    "Warm items, ranked among all items",
+    "Warm items, ranked among warm items",
+    "Cold items, ranked among all items",
+    "Cold items, ranked among cold items",
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    run: str
+    corpus: Corpus
+    trained: torch.Tensor
+    """Item rows of the checkpoint."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("cold")
+    raw = read_source(source(format="synthetic", num_users=60, num_items=40, num_clusters=4, mean_interactions=9))
+    catalog = build_catalog(raw, recipe(split=SPLIT))
+    backbone = make_backbone(folder / "backbone", catalog)
+    corpus = make_corpus(folder / "corpus", catalog, backbone, split=SPLIT)
+    run = str(make_run(folder / "run", corpus, backbone, head={"similarity": "cosine", "item_bias": True}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained_run, "fill_cold_rows", lambda system: None)
+        system, _ = trained_run.load_local(run, torch.device("cpu"))
+    return Made(run, Corpus.open(corpus), system.recommender.collaborative.items.local_rows.detach())
+
+
+@pytest.fixture(scope="module")
+def system(made: Made) -> InferenceSystem:
+    return trained_run.load_local(made.run, torch.device("cpu"))[0]
+
+
+def test_rows_of_cold_items_come_from_their_texts_when_a_run_is_loaded(made: Made, system: InferenceSystem) -> None:
+    is_cold = torch.from_numpy(training_counts(made.corpus) == 0)
+    assert 8 <= int(is_cold.sum()) <= 30
+    rows, bias = system.recommender.collaborative.items.local_rows.detach(), system.recommender.head.local_bias
+    assert bias is not None
+    assert torch.equal(rows[~is_cold], made.trained[~is_cold]), "warm rows stay"
+    assert (rows[is_cold] != made.trained[is_cold]).any(dim=1).all()
+    norm = made.trained[~is_cold].norm(dim=1).mean()
+    torch.testing.assert_close(rows[is_cold].norm(dim=1), norm.expand(int(is_cold.sum())))
+    torch.testing.assert_close(bias[is_cold], bias[~is_cold].mean().expand(int(is_cold.sum()), 1))
+
+
+def test_other_corpora_keep_the_rows_of_the_checkpoint(made: Made, system: InferenceSystem) -> None:
+    manifest = system.corpus.manifest.model_copy(update={"preparation": recipe().preparation()})
+    assert not manifest.has_cold_items
+    rows = system.recommender.collaborative.items.local_rows
+    kept = rows.detach().clone()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        rows.copy_(made.trained)
+        patch.setattr(system.corpus, "manifest", manifest)
+        trained_run.fill_cold_rows(system)
+        assert torch.equal(rows, made.trained)
+        rows.copy_(kept)
+
+
+def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
+    system, _ = trained_run.load(run, world)
+    return {name: result.mean for name, result in evaluate_groups(system, "test", METRICS, 4).items()}
+
+
+def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, system: InferenceSystem) -> None:
+    users, cold = HeldOutUsers.of(made.corpus, "test"), training_counts(made.corpus) == 0
+    everything = np.ones_like(cold)
+    expected = {}
+    for name, counted, candidates in (
+        (WARM, ~cold, everything),
+        (WARM_ONLY, ~cold, ~cold),
+        (COLD_ALL, cold, everything),
+        (COLD, cold, cold),
+    ):
+        values = []
+        for index in range(len(users)):
+            held_out = [item for item in users.held_out[index].tolist() if counted[item]]
+            if held_out:
+                history = users.histories.take([index])
+                (ranking,) = rank_users(system, users.rows[[index]], history, 40, 1, seen=history)
+                ranked = [item for item in ranking.items[0].tolist() if candidates[item]]
+                lists = type(history).from_lists([held_out])
+                values.append(user_metrics(np.array([ranked]), lists, METRICS, len(ranked))[0])
+        expected[name] = mean_metrics(np.stack(values), METRICS).mean
+    for result in [on_ranks(alone(), made.run), *run_ranks(2, on_ranks, made.run)]:
+        assert result.keys() == expected.keys()
+        for name, means in expected.items():
+            assert result[name] == pytest.approx(means, abs=1e-6), name
+
+
+def test_text_neighbours_rank_by_the_cosine_with_the_texts_of_the_history(made: Made) -> None:
+    data, groups = _split_data(made.corpus, "test"), item_groups(made.corpus, "test")
+    config = BaselineConfig(names=("popularity",))
+    rows = group_rows(data, groups, run_baselines(data, METRICS, config), METRICS, config)
+    by_group = {group.name: {row.name: row for row in of_group} for group, of_group in zip(groups, rows, strict=True)}
+    shown = by_group[COLD][TEXT_NEIGHBORS]
+    longest = int(float(shown.chosen["words"]))
+    cold = np.flatnonzero(training_counts(made.corpus) == 0)
+    texts = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, longest)).fit_transform(data.item_texts).toarray()
+    recalls = []
+    for history, held_out in zip(data.histories, data.test, strict=True):
+        wanted = set(held_out.indices) & set(cold.tolist())
+        if wanted:
+            scores = texts[history.indices].sum(axis=0) @ texts[cold].T
+            best = cold[np.argsort(-scores, kind="stable")[:5]]
+            recalls.append(len(wanted & set(best.tolist())) / min(5, len(wanted)))
+    assert shown.metrics["recall@5"] == pytest.approx(np.mean(recalls), abs=1e-6)
+    assert by_group[COLD]["Popularity"].metrics["recall@5"] < shown.metrics["recall@5"]
+
+
+def test_the_table_shows_warm_cold_and_all(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "cllm4rec_dist.evaluation.comparison.BaselineConfig",
+        lambda: BaselineConfig(
+            names=("popularity", "title_ease"), title_ease_lambdas=(10.0,), title_ease_alphas=(3.0,)
+        ),
+    )
+    evaluate_run(alone(), lambda metrics: None, made.run, "test", METRICS, 4, str(tmp_path), baselines=True)
+    table = compare(tmp_path, METRICS, with_baselines=True, seconds=1.0)
+    headings = [line.rsplit(" (", 1)[0].strip("*") for line in table.splitlines() if line.startswith("**")]
+    assert headings == ["All users", WARM, WARM_ONLY, COLD_ALL, COLD]
+    of_cold = table.split(f"**{COLD}**")[1]
+    names = [line.split(" | ")[0].strip("| ") for line in of_cold.splitlines() if line.startswith("| ")]
+    assert names == ["Model", "---", "CLLM4Rec", "Popularity", "EASE + titles", TEXT_NEIGHBORS]
+    assert COLD in (tmp_path / "report.html").read_text(encoding="utf-8")
