@@ -29,6 +29,9 @@ _L2 = 0.3
 """Strength of the ridge regression, for TF-IDF rows of unit norm."""
 _HALF_WEIGHT = 10.0
 """Training interactions of an item whose row counts half as much as that of a popular item."""
+_BIAS_OFFSET = -1.5
+"""Added to the mean item bias. At 0 new items take places of known ones, whose Recall@20 falls by 8 % on the validation
+items of Beauty; at -1.5 it falls by 1 %."""
 _MAX_WORDS = 1 << 16
 """Most frequent words that are used; bounds the all-reduce of an iteration, [F, D]."""
 _MAX_ITERATIONS = 100
@@ -80,7 +83,7 @@ class TextRows:
         vectorizer: fitted TF-IDF of the catalog's texts.
         weights: fp32 [F, D].
         norm: norm of the rows; the mean of trained rows.
-        bias: item bias; the mean of trained ones, 0 if there are none.
+        bias: item bias; the mean of trained ones (0 if there are none) minus 1.5.
     """
 
     vectorizer: TfidfVectorizer
@@ -136,4 +139,4 @@ def fit_text_rows(
     bias = torch.zeros_like(counts) if local_bias is None else local_bias.detach().float().squeeze(1)
     sums = torch.stack([is_warm.sum(), rows.norm(dim=1)[is_warm].sum(), bias[is_warm].sum()])
     number, norm, total_bias = all_reduce_sum(sums.double(), world, "norms of item rows").tolist()
-    return TextRows(vectorizer, ridge, norm / number, total_bias / number)
+    return TextRows(vectorizer, ridge, norm / number, total_bias / number + _BIAS_OFFSET)
