@@ -111,6 +111,17 @@ class MethodConfig(StrictModel):
         return num_users + (self.shared_user_ratio > 0)
 
 
+class LinearConfig(StrictModel):
+    """Linear memory: a sparse item-item matrix whose score is added to the LLM's in finetuned runs (docs/linear.md)."""
+
+    neighbors: int = Field(default=300, ge=0)
+    """Neighbors by which each item is predicted; 0 leaves the linear memory out."""
+    text_weight: float = Field(default=10.0, ge=0)
+    """Weight of common words of titles and descriptions relative to common users; 0 ignores texts."""
+    regularization: float = Field(default=200.0, gt=0)
+    """L2 weight of the ridge regressions."""
+
+
 class BatchConfig(StrictModel):
     """The global batch of an optimizer step, over all ranks."""
 
@@ -245,6 +256,7 @@ class RunConfig(StrictModel):
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
     head: HeadConfig = HeadConfig()
     method: MethodConfig = MethodConfig()
+    linear: LinearConfig = LinearConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()

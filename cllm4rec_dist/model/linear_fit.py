@@ -1,0 +1,198 @@
+"""Item-item weights by ridge regression of each item on its strongest neighbors, without torch.
+
+EASE (Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", WWW 2019) predicts an item from all other items,
+which needs dense [I, I] matrices. Its zero diagonal makes the columns independent ridge regressions,
+
+    w_j = (A[N, N] + l2)^-1 A[N, j],    A = X'X + text_weight T T',    N = all items but j,
+
+so that N may be restricted to the K items k with the largest A[j, k] / sqrt(A[k, k]). With K = I - 1 the weights are
+those of EASE (of the title-aware EASE with a text weight above 0). Nothing dense of size [I, I] is made: A is computed
+in sparse blocks of rows for the choice of neighbors, and again for the neighbors of a batch of items. An item costs
+2 K^3 / 3 FLOPs and the sparse products of its neighbors' features, whatever the size of the catalog.
+
+Legend: U users, I items, W words, K neighbors, n items of a block, b items of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+_MAX_WORD_ITEMS = 20_000
+"""Words of more items are left out of the texts: choosing neighbors costs the square of a word's number of items."""
+_BLOCK_ENTRIES = 1 << 23
+"""Entries of a block of rows of A, and of the Gram matrices of a batch (64 MiB in fp64)."""
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """Rows F [I, U + W] with A = F F': interactions, and texts times the root of their weight.
+
+    Attributes:
+        rows: CSR [I + 1, U + W] fp64; the last row is empty and serves as padding.
+        columns: CSR [U + W, I], its transpose without the padding.
+    """
+
+    rows: sp.csr_matrix
+    columns: sp.csr_matrix
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I."""
+        return self.columns.shape[1]
+
+
+def text_features(item_texts: Sequence[str]) -> sp.csr_matrix:
+    """Return L2-normalized TF-IDF rows [I, W]; zeros for an item without words. W may be 0."""
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second to import
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_df=_MAX_WORD_ITEMS)
+    try:
+        return vectorizer.fit_transform(item_texts)
+    except ValueError:  # no text has a word that counts
+        return sp.csr_matrix((len(item_texts), 0), dtype=np.float32)
+
+
+def item_features(train: sp.csr_matrix, texts: sp.csr_matrix, text_weight: float) -> ItemFeatures:
+    """Stack interactions and weighted texts.
+
+    Args:
+        train: binary [U, I] of the training interactions.
+        texts: [I, W], from `text_features`.
+        text_weight: weight of T T' in A; 0 leaves the texts out.
+    """
+    parts = [train.T.astype(np.float64)]
+    if text_weight > 0 and texts.shape[1]:
+        parts.append(texts.astype(np.float64) * np.sqrt(text_weight))
+    rows = sp.hstack(parts, format="csr")
+    rows.sort_indices()  # sums are then the same in every block
+    padding = sp.csr_matrix((1, rows.shape[1]))
+    return ItemFeatures(sp.vstack([rows, padding], format="csr"), rows.T.tocsr())
+
+
+def strongest_neighbors(features: ItemFeatures, start: int, stop: int, num_neighbors: int) -> NDArray[np.int32]:
+    """Return the strongest neighbors of items start..stop-1: [n, K], ascending, then -1 for those that do not exist.
+
+    K is `num_neighbors`, at most I - 1; then it is every other item, related or not. Equally strong neighbors are
+    chosen in the order of their rows, so that the choice does not depend on the block.
+    """
+    num_items = features.num_items
+    width = min(num_neighbors, num_items - 1)
+    if width == num_items - 1:
+        others = np.arange(width, dtype=np.int32)[None, :]
+        return others + (others >= np.arange(start, stop)[:, None])
+    squares = features.rows.multiply(features.rows).sum(axis=1).A1[:num_items]
+    scale = np.divide(1.0, np.sqrt(squares), out=np.zeros(num_items), where=squares > 0)
+    parts = [np.empty((0, width), np.int32)]
+    for first, last in _row_blocks(features, start, stop):
+        product = features.rows[first:last] @ features.columns
+        product.sort_indices()
+        product.data *= scale[product.indices]
+        parts.append(_strongest(product, np.arange(first, last), width))
+    return np.concatenate(parts)
+
+
+def _row_blocks(features: ItemFeatures, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Split rows of A into blocks of at most `_BLOCK_ENTRIES` entries, counted as if all were as long as the longest.
+
+    A row has at most as many entries as its columns have together, and at most I.
+    """
+    pattern = features.rows[start:stop].copy()
+    pattern.data[:] = 1.0
+    longest = np.minimum(pattern @ np.diff(features.columns.indptr).astype(np.float64), features.num_items)
+    first, widest = start, 1.0
+    for item, length in enumerate(longest.tolist(), start):
+        widest = max(widest, length)
+        if item > first and (item + 1 - first) * widest > _BLOCK_ENTRIES:
+            yield first, item
+            first, widest = item, max(1.0, length)
+    if first < stop:
+        yield first, stop
+
+
+def _strongest(strengths: sp.csr_matrix, items: np.ndarray, width: int) -> NDArray[np.int32]:
+    """Return the `width` columns with the largest positive strengths of each row: [n, width], ascending, then -1."""
+    counts = np.diff(strengths.indptr)
+    filled = np.arange(max(width, counts.max(initial=0)))[None, :] < counts[:, None]
+    strength = np.zeros(filled.shape)
+    column = np.full(filled.shape, -1, np.int32)
+    strength[filled], column[filled] = strengths.data, strengths.indices
+    strength[column == items[:, None]] = 0.0
+    lowest = np.partition(strength, -width, axis=1)[:, -width, None]
+    above, tied = strength > lowest, strength == lowest
+    kept = above | (tied & (tied.cumsum(axis=1) <= width - above.sum(axis=1, keepdims=True)))
+    return _left_aligned(column, kept & (strength > 0), width)
+
+
+def _left_aligned(column: np.ndarray, kept: np.ndarray, width: int) -> NDArray[np.int32]:
+    result = np.full((len(column), width), -1, np.int32)
+    result[np.arange(width)[None, :] < kept.sum(axis=1)[:, None]] = column[kept]
+    return result
+
+
+def ridge_weights(
+    features: ItemFeatures, start: int, neighbors: np.ndarray, l2: float, num_threads: int = 1
+) -> NDArray[np.float64]:
+    """Return the ridge weights of the neighbors of items start..start+n-1: [n, K], zero where there is no neighbor.
+
+    Items are solved in batches of about equally many neighbors, in `num_threads` threads.
+
+    Args:
+        neighbors: int32 [n, K], from `strongest_neighbors`.
+        l2: weight of the squared norm, above 0.
+    """
+    weights = np.zeros(neighbors.shape)
+    counts = (neighbors >= 0).sum(axis=1)
+    order = np.argsort(-counts, kind="stable")
+    order = order[counts[order] > 0]
+    batches = []
+    while len(order):
+        width = int(counts[order[0]])
+        batch, order = np.split(order, [max(1, _BLOCK_ENTRIES // (width + 1) ** 2)])
+        batches.append(batch)
+
+    def solve(batch: np.ndarray) -> None:
+        chosen = neighbors[batch, : counts[batch[0]]]
+        weights[batch, : chosen.shape[1]] = _solve(features, start + batch, chosen, l2)
+
+    # One thread of the products for each of ours: more would only wait for each other.
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(num_threads) as pool:
+        for _ in pool.map(solve, batches):
+            pass
+    return weights
+
+
+def _solve(features: ItemFeatures, items: np.ndarray, neighbors: np.ndarray, l2: float) -> NDArray[np.float64]:
+    """Return the ridge weights [b, K] of a batch of items; padding has weight 0."""
+    width = neighbors.shape[1]
+    gram = _gram_matrices(features, np.column_stack([neighbors, items]))
+    systems, targets = gram[:, :width, :width], gram[:, :width, width, None].copy()
+    systems += l2 * np.eye(width)
+    return np.linalg.solve(systems, targets)[:, :, 0]
+
+
+def _gram_matrices(features: ItemFeatures, items: np.ndarray) -> NDArray[np.float64]:
+    """Return A[S, S] for the rows S of `items` [b, k], -1 for padding: [b, k, k], by one sparse product.
+
+    The features of all sets are the blocks of a block-diagonal matrix.
+    """
+    num_sets, width = items.shape
+    rows = features.rows[np.where(items < 0, features.num_items, items).ravel()]
+    is_used = np.zeros(rows.shape[1], bool)
+    is_used[rows.indices] = True
+    column = np.cumsum(is_used) - 1
+    num_columns = int(is_used.sum())
+    of_set = np.repeat(np.arange(num_sets), np.diff(rows.indptr[::width]))
+    shape = num_sets * width, num_sets * num_columns
+    blocks = sp.csr_matrix((rows.data, column[rows.indices] + of_set * num_columns, rows.indptr), shape=shape)
+    product = (blocks @ blocks.T).tocsr()
+    gram = np.zeros((num_sets * width, width))
+    row = np.repeat(np.arange(num_sets * width), np.diff(product.indptr))
+    gram[row, product.indices - row // width * width] = product.data
+    return gram.reshape(num_sets, width, width)

@@ -1,0 +1,163 @@
+"""The linear memory compared with dense EASE, and its scores with a dense product, at 1 to 3 ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from cllm4rec_dist.config import LinearConfig
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.model import linear_fit, linear_memory
+from cllm4rec_dist.model.linear_fit import item_features, ridge_weights, strongest_neighbors, text_features
+from cllm4rec_dist.model.linear_memory import LinearMemory, fit_linear_memory
+from tests.harness import alone, run_ranks
+
+NUM_USERS, NUM_ITEMS = 60, 23
+L2, ALPHA = 3.0, 2.0
+
+
+def interactions() -> sp.csr_matrix:
+    """Interactions in two tastes; the last item has none."""
+    random = np.random.default_rng(0)
+    same = np.arange(NUM_USERS)[:, None] % 2 == np.arange(NUM_ITEMS)[None, :] % 2
+    dense = random.random((NUM_USERS, NUM_ITEMS)) < np.where(same, 0.4, 0.05)
+    dense[:, -1] = False
+    return sp.csr_matrix(dense.astype(np.float32))
+
+
+def texts() -> sp.csr_matrix:
+    """Titles of a few words; one item has no title."""
+    words = ["red", "blue", "green", "shirt", "shoe", "hat"]
+    titles = [f"{words[item % 3]} {words[3 + item % 2]} number{item % 5}" for item in range(NUM_ITEMS)]
+    return text_features(["", *titles[1:]])
+
+
+def gram(text_weight: float) -> np.ndarray:
+    train, titles = interactions().toarray().astype(np.float64), texts().toarray().astype(np.float64)
+    return train.T @ train + text_weight * titles @ titles.T
+
+
+def dense_ease(text_weight: float) -> np.ndarray:
+    """Weights [from, to] in closed form (Steck 2019, equation 8)."""
+    inverse = np.linalg.inv(gram(text_weight) + L2 * np.eye(NUM_ITEMS))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    return weights
+
+
+def as_dense(neighbors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return weights [from, to] of rectangular arrays [to, K]."""
+    dense = np.zeros((NUM_ITEMS, NUM_ITEMS))
+    item, column = np.nonzero(neighbors >= 0)
+    dense[neighbors[item, column], item] = weights[item, column]
+    return dense
+
+
+def fitted(num_neighbors: int, text_weight: float) -> tuple[np.ndarray, np.ndarray]:
+    features = item_features(interactions(), texts(), text_weight)
+    neighbors = strongest_neighbors(features, 0, NUM_ITEMS, num_neighbors)
+    return neighbors, ridge_weights(features, 0, neighbors, L2)
+
+
+@pytest.mark.parametrize("text_weight", [0.0, ALPHA])
+@pytest.mark.parametrize("num_neighbors", [NUM_ITEMS - 1, 1000])
+def test_with_all_neighbors_it_is_ease(text_weight: float, num_neighbors: int) -> None:
+    neighbors, weights = fitted(num_neighbors, text_weight)
+    assert neighbors.shape == (NUM_ITEMS, NUM_ITEMS - 1)
+    np.testing.assert_allclose(as_dense(neighbors, weights), dense_ease(text_weight), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("text_weight", [0.0, ALPHA])
+@pytest.mark.parametrize("num_neighbors", [1, 4, 15])
+@pytest.mark.parametrize("block_entries", [1, 100, 1 << 23])
+def test_each_item_is_a_ridge_regression_on_its_strongest_neighbors(
+    monkeypatch: pytest.MonkeyPatch, text_weight: float, num_neighbors: int, block_entries: int
+) -> None:
+    monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", block_entries)
+    neighbors, weights = fitted(num_neighbors, text_weight)
+    matrix = gram(text_weight)
+    scale = np.sqrt(np.diag(matrix))
+    strength = np.divide(matrix, scale[None, :], out=np.zeros_like(matrix), where=scale[None, :] > 0)
+    np.fill_diagonal(strength, 0.0)
+    for item in range(NUM_ITEMS):
+        order = np.argsort(-strength[item], kind="stable")[:num_neighbors]
+        chosen = np.sort(order[strength[item, order] > 0])
+        np.testing.assert_array_equal(neighbors[item, : len(chosen)], chosen)
+        assert (neighbors[item, len(chosen) :] == -1).all()
+        system = matrix[np.ix_(chosen, chosen)] + L2 * np.eye(len(chosen))
+        np.testing.assert_allclose(weights[item, : len(chosen)], np.linalg.solve(system, matrix[chosen, item]))
+        assert (weights[item, len(chosen) :] == 0).all()
+
+
+def test_equally_strong_neighbors_are_chosen_by_row_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = sp.csr_matrix(np.ones((3, NUM_ITEMS), np.float32))
+    features = item_features(train, sp.csr_matrix((NUM_ITEMS, 0)), 0.0)
+    for block_entries in (1, 50, 1 << 23):
+        monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", block_entries)
+        neighbors = strongest_neighbors(features, 5, NUM_ITEMS, 3)
+        assert neighbors.tolist() == [[0, 1, 2]] * (NUM_ITEMS - 5)
+
+
+def test_batches_in_several_threads_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = item_features(interactions(), texts(), ALPHA)
+    neighbors = strongest_neighbors(features, 0, NUM_ITEMS, 6)
+    expected = ridge_weights(features, 0, neighbors, L2)
+    monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", 100)
+    np.testing.assert_allclose(ridge_weights(features, 0, neighbors, L2, num_threads=3), expected, rtol=1e-12)
+
+
+def test_texts_without_words_are_no_features() -> None:
+    assert text_features(["", "-", "a"]).shape == (3, 0)
+    features = item_features(interactions(), text_features([""] * NUM_ITEMS), ALPHA)
+    assert features.rows.shape == (NUM_ITEMS + 1, NUM_USERS)
+
+
+HISTORIES = [[], [0], [1, 3, 7], list(range(0, NUM_ITEMS, 2)), [NUM_ITEMS - 1]]
+CONFIG = LinearConfig(neighbors=6, text_weight=ALPHA, regularization=L2)
+
+
+def filled(world: World) -> LinearMemory:
+    memory = LinearMemory(RowPartition(NUM_ITEMS, world.size), world)
+    assert memory.is_empty
+    fit_linear_memory(memory, interactions(), texts(), CONFIG, world)
+    return memory
+
+
+def history_pairs() -> Tensor:
+    return torch.tensor([(query, item) for query, items in enumerate(HISTORIES) for item in items])
+
+
+def scored(world: World) -> dict[str, Tensor]:
+    memory = filled(world)
+    rows = torch.arange(len(memory.neighbors))
+    scores = torch.ones(len(rows), len(HISTORIES), dtype=torch.float64)
+    memory.add_scores(scores, rows, history_pairs())
+    return {"neighbors": memory.neighbors, "weights": memory.weights, "scores": scores}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_fit_and_score_as_one_dense_matrix(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(linear_memory, "_CHUNK", 5)
+    ranks: list[dict[str, Any]] = run_ranks(size, scored)
+    neighbors, weights = fitted(CONFIG.neighbors, ALPHA)
+    parts = {name: torch.cat([rank[name] for rank in ranks]).numpy() for name in ranks[0]}
+    np.testing.assert_array_equal(parts["neighbors"], neighbors)
+    np.testing.assert_allclose(parts["weights"], weights, rtol=1e-6)
+    histories = np.array([[float(item in items) for item in range(NUM_ITEMS)] for items in HISTORIES])
+    np.testing.assert_allclose(parts["scores"], 1 + (histories @ as_dense(neighbors, weights)).T, rtol=1e-6)
+
+
+def test_any_rows_can_be_scored() -> None:
+    memory = filled(alone())
+    every = torch.zeros(NUM_ITEMS, len(HISTORIES))
+    memory.add_scores(every, torch.arange(NUM_ITEMS), history_pairs())
+    for chosen in ([4], [2, 3, 4], [0, 5, 6, 20], [NUM_ITEMS - 1], []):
+        rows = torch.tensor(chosen, dtype=torch.int64)
+        scores = torch.zeros(len(rows), len(HISTORIES))
+        memory.add_scores(scores, rows, history_pairs())
+        torch.testing.assert_close(scores, every[rows])
