@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.common import parser, show_table, write_json
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.evaluation.topk import sharded_topk
+from cllm4rec_dist.evaluation.sharded_topk import sharded_topk
 
 
 def main() -> None:

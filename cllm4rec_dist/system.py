@@ -8,6 +8,7 @@ prediction.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ from cllm4rec_dist.model import backbone, embedding_init, hidden_vectors
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.init_cache import InitCache
+from cllm4rec_dist.model.linear_fit import text_features
+from cllm4rec_dist.model.linear_memory import LinearMemory, fit_linear_memory
 from cllm4rec_dist.model.recommender import Recommender
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class InferenceSystem:
     """Everything that a prediction needs.
 
     Attributes:
+        linear: empty unless it was fitted (`train.py`) or read from a checkpoint.
         fingerprints: fingerprints of backbone, corpus and tokenizer, which checkpoints store.
     """
 
@@ -55,6 +59,7 @@ class InferenceSystem:
     corpus: Corpus
     prompts: PromptBuilder
     recommender: Recommender
+    linear: LinearMemory
     engine: ForwardEngine
     fingerprints: dict[str, str]
 
@@ -110,6 +115,7 @@ def assemble(config: RunConfig, world: World) -> System:
         corpus=corpus,
         prompts=_prompt_builder(config, corpus, tokenizer, words),
         recommender=recommender,
+        linear=LinearMemory(recommender.item_partition, world),
         engine=Engine(dual, settings, adapter_optimizer, dual.layers),
         embedding_optimizer=EmbeddingOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
         fingerprints=_fingerprints(folder, corpus, tokenizer),
@@ -135,12 +141,14 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
     words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=False)
     prompts = _prompt_builder(config, corpus, tokenizer, words)
     require_word_embeddings("the prompts", largest_prompt_id(tokenizer), decoder.vocab_size)
+    recommender = _empty_recommender(config, corpus, words, world, content=False)
     return InferenceSystem(
         config=config,
         world=world,
         corpus=corpus,
         prompts=prompts,
-        recommender=_empty_recommender(config, corpus, words, world, content=False),
+        recommender=recommender,
+        linear=LinearMemory(recommender.item_partition, world),
         engine=LocalEngine(
             backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization), world.device
         ),
@@ -331,6 +339,33 @@ def _backbone_vectors(system: System) -> embedding_init.TextVectors:
 
     digest = f"{system.fingerprints['backbone']} layer {middle} {config.precision} {config.quantization}"
     return embedding_init.TextVectors(digest, compute)
+
+
+def init_linear_memory(system: System) -> None:
+    """Fit the linear memory of a finetuning run on the training interactions, unless it has none. Collective."""
+    config, corpus = system.config.linear, system.corpus
+    if system.config.stage != "finetune" or config.neighbors == 0:
+        return
+    started = time.perf_counter()
+    train = interaction_matrix(corpus.split("train"), corpus.num_items)
+    texts = text_features(item_texts(corpus)) if config.text_weight else sp.csr_matrix((corpus.num_items, 0))
+    fit_linear_memory(system.linear, train, texts, config, system.world)
+    if system.world.is_main:
+        logger.info(
+            "linear memory: %d items by up to %d neighbors, in %.1f s",
+            corpus.num_items,
+            system.linear.neighbors.shape[1],
+            time.perf_counter() - started,
+        )
+
+
+def item_texts(corpus: Corpus) -> list[str]:
+    """Title and description of each item."""
+    items = corpus.items()
+    titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
+    return [
+        f"{title or ''} {description or ''}".strip() for title, description in zip(titles, descriptions, strict=True)
+    ]
 
 
 def interaction_matrix(lists: Ragged, num_items: int) -> sp.csr_matrix:

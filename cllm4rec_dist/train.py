@@ -39,13 +39,13 @@ from cllm4rec_dist.corpus.stream import prefetch
 from cllm4rec_dist.distributed.collectives import gather_integers, require_agreement
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
-from cllm4rec_dist.evaluation import topk
+from cllm4rec_dist.evaluation import mixing
 from cllm4rec_dist.log import ReportMetrics
-from cllm4rec_dist.monitoring.progress import Schedule
+from cllm4rec_dist.monitoring.progress import Schedule, Validation
 from cllm4rec_dist.monitoring.run_reporter import RunReporter
 from cllm4rec_dist.signals import GracefulShutdown
 from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
-from cllm4rec_dist.system import System, assemble, init_content_embeddings, init_embeddings
+from cllm4rec_dist.system import System, assemble, init_content_embeddings, init_embeddings, init_linear_memory
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
         source, names = (store, names) if names else (source, requested)
     resumed = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
     if resumed is not None:
+        if system.linear.is_empty:  # an earlier version wrote the checkpoint
+            init_linear_memory(system)
         _warn_if_init_from_is_ignored(resumed, system)
         trained_on = leaks.trained_on_by_resumed_run(resumed, system.corpus) if system.world.is_main else None
         return resumed.metadata.run, trained_on, f"resumes {resumed.path}"
@@ -198,10 +200,13 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
             "Restore one from a copy, or choose another output to start from scratch.",
         )
     trained_on = leaks.trained_on_by_new_run(system, config.init_from)
+    origin = "from scratch"
     if config.init_from is None:
         init_embeddings(system)
-        return RunState(), trained_on, "from scratch"
-    return RunState(), trained_on, f"weights of {_load_initial_weights(system, config.init_from)}"
+    else:
+        origin = f"weights of {_load_initial_weights(system, config.init_from)}"
+    init_linear_memory(system)
+    return RunState(), trained_on, origin
 
 
 def _warn_if_init_from_is_ignored(resumed: Checkpoint, system: System) -> None:
@@ -366,14 +371,19 @@ def _reset_best_of_other_metric(state: RunState, config: RunConfig, world: World
 
 
 def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunReporter) -> RunState:
-    """Evaluate on the validation items, and save a new best result as the `best` checkpoint. Collective."""
+    """Evaluate on the validation items, and save a new best result as the `best` checkpoint. Collective.
+
+    With a linear memory its weight is chosen anew, and the metrics are those of the sum of both scores.
+    """
     config = system.config.validation
-    metrics = topk.evaluate(system, "valid", config.metrics, config.batch_users).result().mean
+    mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users)
+    system.linear.weight = mixed.weight
     metric = config.metrics[0]
-    value = metrics[metric]
+    value = mixed.metrics[metric]
     is_best = state.best is None or value > state.best
-    reporter.validation(state, metrics, is_best=is_best)
-    state = replace(state, validated_step=state.step)
+    reporter.validation(state, Validation(mixed.metrics, is_best, mixed.parts, mixed.weight))
+    weight = None if system.linear.is_empty else mixed.weight
+    state = replace(state, validated_step=state.step, linear_weight=weight)
     if not is_best:
         return replace(state, validations_since_best=state.validations_since_best + 1)
     state = replace(state, best=value, best_metric=metric, best_step=state.step, validations_since_best=0)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from cllm4rec_dist.checkpointing.format import (
     ADAPTER,
+    LINEAR_NEIGHBORS,
+    LINEAR_WEIGHTS,
     REPLICATED_FILE,
     SEEN_FILE,
     STATE_FILE,
@@ -207,6 +209,8 @@ def _snapshot(
     adapters = {ADAPTER + name: adam for name, adam in system.engine.moments().items()} if moments else {}
     sharded = {name: p.detach() for name, p, _ in model.sharded_parameters()}
     sharded |= {ADAPTER + name: value for name, value in system.engine.weights().items()}
+    if not system.linear.is_empty:
+        sharded |= {LINEAR_NEIGHBORS: system.linear.neighbors, LINEAR_WEIGHTS: system.linear.weights}
     whole = {name: p.detach() for name, p in model.replicated_parameters()}
     for name, adam in (tables | adapters).items():
         destination = sharded if name in sharded else whole

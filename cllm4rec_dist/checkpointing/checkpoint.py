@@ -36,11 +36,13 @@ class CheckpointShard:
         weights: this rank's rows and slices by name, without those that the checkpoint lacks.
         moments: Adam's moments of the same.
         replicated: tensors that are stored whole.
+        linear: this rank's neighbors and weights of the linear memory; None without one.
     """
 
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     replicated: dict[str, Tensor]
+    linear: tuple[Tensor, Tensor] | None = None
 
 
 def load_first_valid(
@@ -117,7 +119,8 @@ def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tabl
         CheckpointError: for other adapter settings.
     """
     _require_same_shapes(system, checkpoint)
-    shard = CheckpointShard({}, {}, checkpoint.replicated())
+    linear = checkpoint.linear_memory(*system.linear.partition.range(system.world.rank)) if tables else None
+    shard = CheckpointShard({}, {}, checkpoint.replicated(), linear)
     shapes = _local_shapes(system)
     for name, partition in _partitions(system).items():
         if not (tables or name.startswith(ADAPTER)):
@@ -200,6 +203,13 @@ def restore_weights(system: InferenceSystem, shard: CheckpointShard) -> None:
     system.engine.set_weights(_adapter_entries(shard.weights))
 
 
+def restore_linear_memory(system: InferenceSystem, checkpoint: Checkpoint, shard: CheckpointShard) -> None:
+    """Load the linear memory and its weight. Without one in the checkpoint nothing changes."""
+    if shard.linear is not None:
+        system.linear.fill(*shard.linear)
+        system.linear.weight = checkpoint.metadata.run.linear_weight or 0.0
+
+
 def _restore_moments(system: System, shard: CheckpointShard, steps_taken: float) -> None:
     device, whole = system.world.device, shard.replicated
     states = {}
@@ -247,6 +257,7 @@ def resume(
         return None
     checkpoint, shard = valid
     restore_weights(system, shard)
+    restore_linear_memory(system, checkpoint, shard)
     _restore_moments(system, shard, checkpoint.metadata.steps_taken)
     if system.world.is_main:
         logger.info(

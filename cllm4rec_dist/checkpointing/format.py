@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
         shard-00000-of-00002.safetensors   one rank's rows of every table, its slice of every adapter weight,
-                                           and Adam's moments of both
+                                           and Adam's moments of both; its rows of the linear memory
         replicated.safetensors             tensors that every rank holds whole, and Adam's step counts
         users.parquet, items.parquet       external ids of the rows, by which a later corpus matches them
         trained-on.safetensors             a sample of the interactions that were trained on (`lineage.py`)
@@ -44,6 +44,8 @@ STATE_FILE, REPLICATED_FILE = "state.json", "replicated.safetensors"
 SEEN_FILE = "trained-on.safetensors"
 ADAPTER = "adapter."
 """Prefix of the names of the parameters that the engine trains."""
+LINEAR_NEIGHBORS, LINEAR_WEIGHTS = "linear.neighbors", "linear.weights"
+"""Rows of the linear memory: int32 and fp32 [I, K]."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class RunState:
         mean_loss: running mean, against which loss spikes are detected.
         skipped_in_a_row: steps skipped since the last accepted one.
         validated_step: step of the last validation.
+        linear_weight: weight of the linear memory that the last validation chose; None without one.
     """
 
     step: int = 0
@@ -67,6 +70,7 @@ class RunState:
     skipped_in_a_row: int = 0
     best_metric: str | None = None
     validated_step: int | None = None
+    linear_weight: float | None = None
 
 
 class CheckpointMetadata(StrictModel):
@@ -145,8 +149,13 @@ class Checkpoint:
         except ValueError as error:
             raise DamagedCheckpointError(f"{self.path}/{SEEN_FILE}", "content", str(error), USE_ANOTHER) from error
 
-    def rows(self, name: str, num_rows: int, start: int, stop: int) -> Tensor | None:
+    def rows(
+        self, name: str, num_rows: int, start: int, stop: int, dtype: Literal["F32", "I32"] = "F32"
+    ) -> Tensor | None:
         """Read rows [start, stop) of a sharded tensor of `num_rows` rows from the files that hold them.
+
+        Args:
+            dtype: what it must have, as safetensors names it.
 
         Returns None if no such tensor was saved. Every file is verified before it is read.
         """
@@ -162,12 +171,12 @@ class Checkpoint:
                 if name not in tensors.keys():  # noqa: SIM118 - not a dict
                     return None
                 block = tensors.get_slice(name)
-                dtype, num_saved = block.get_dtype(), block.get_shape()[:1]
-                if (dtype, num_saved) != ("F32", [last - first]):
+                saved_dtype, num_saved = block.get_dtype(), block.get_shape()[:1]
+                if (saved_dtype, num_saved) != (dtype, [last - first]):
                     raise DamagedCheckpointError(
                         f"{self.path}/{file}: {name}",
-                        (dtype, num_saved),
-                        f"should be {last - first} rows of F32",
+                        (saved_dtype, num_saved),
+                        f"should be {last - first} rows of {dtype}",
                         USE_ANOTHER,
                     )
                 parts.append(block[max(low - first, 0) : max(high - first, 0)])
@@ -175,6 +184,20 @@ class Checkpoint:
         if len(widths) > 1:
             raise DamagedCheckpointError(f"{self.path}: {name}", widths, "should be one shape of rows", USE_ANOTHER)
         return torch.cat(parts)
+
+    def linear_memory(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Read neighbors, int32, and weights, fp32, of items [start, stop) of the linear memory; None without one."""
+        num_items = self.metadata.num_items
+        neighbors = self.rows(LINEAR_NEIGHBORS, num_items, start, stop, "I32")
+        weights = self.rows(LINEAR_WEIGHTS, num_items, start, stop)
+        if neighbors is None and weights is None:
+            return None
+        if neighbors is None or weights is None or neighbors.shape != weights.shape:
+            shapes = [None if part is None else tuple(part.shape) for part in (neighbors, weights)]
+            raise DamagedCheckpointError(
+                f"{self.path}: linear memory", shapes, "should be neighbors and weights of one shape", USE_ANOTHER
+            )
+        return neighbors, weights
 
     def take(self, name: str, num_rows: int, ids: Tensor) -> Tensor | None:
         """Read rows `ids` (int64, any order) of a sharded tensor of `num_rows` rows: [len(ids), ...].

@@ -25,6 +25,7 @@ from cllm4rec_dist.evaluation.item_groups import item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.report import Background, write_report
 from cllm4rec_dist.evaluation.results import (
+    MODEL,
     ExampleRecommendation,
     GroupResults,
     ItemGroupResults,
@@ -33,10 +34,7 @@ from cllm4rec_dist.evaluation.results import (
     Results,
     markdown_table,
 )
-from cllm4rec_dist.system import interaction_matrix
-
-MODEL = "CLLM4Rec"
-"""Name of the evaluated model in tables."""
+from cllm4rec_dist.system import interaction_matrix, item_texts
 
 
 def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, seconds: float) -> str:
@@ -60,7 +58,7 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
     baselines = [] if data is None else run_baselines(data, metrics, BaselineConfig())
     if baselines:
         _write_values(baselines, users, corpus, metrics, folder)
-    rows = [ResultRow(name=MODEL, metrics=evaluated["mean"], stderr=evaluated["stderr"])]
+    rows = _model_rows(evaluated)
     rows += [_baseline_row(baseline, metrics) for baseline in baselines]
     results = Results(
         dataset=f"{corpus.manifest.name} ({evaluated['split']})",
@@ -115,8 +113,6 @@ def _items(corpus: Corpus) -> pl.DataFrame:
 
 def _split_data(corpus: Corpus, split: str) -> SplitData:
     """Return the matrices of known and new users on which baselines are fitted and evaluated."""
-    items = corpus.items()
-    titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
 
     def held_out(name: str) -> sp.csr_matrix:
         return interaction_matrix(Ragged.concat([corpus.split(name), corpus.new_user_split(name)]), corpus.num_items)
@@ -126,9 +122,19 @@ def _split_data(corpus: Corpus, split: str) -> SplitData:
         train=interaction_matrix(corpus.split("train"), corpus.num_items),
         valid=held_out("valid"),
         test=held_out(split),
-        item_texts=[f"{title} {description}".strip() for title, description in zip(titles, descriptions, strict=True)],
+        item_texts=item_texts(corpus),
         new_histories=interaction_matrix(new_histories, corpus.num_items) if len(new_histories) else None,
     )
+
+
+def _model_rows(means: dict[str, Any]) -> list[ResultRow]:
+    """Return the row of the model, and those of its parts if it has a linear memory.
+
+    Args:
+        means: of all users or of a group, as in `evaluation.json`.
+    """
+    parts = {MODEL: means, **means.get("parts", {})}
+    return [ResultRow(name=name, metrics=part["mean"], stderr=part["stderr"]) for name, part in parts.items()]
 
 
 def _baseline_row(baseline: BaselineResult, metrics: Sequence[str], chosen: np.ndarray | None = None) -> ResultRow:
@@ -150,7 +156,7 @@ def _groups(
     masks: list[tuple[Group, np.ndarray]] = [(KNOWN, ~users.is_new), (NEW, users.is_new)]
     for name, chosen in masks:
         model = groups[name]
-        rows = [ResultRow(name=MODEL, metrics=model["mean"], stderr=model["stderr"])]
+        rows = _model_rows(model)
         rows += [_baseline_row(baseline, metrics, chosen) for baseline in baselines]
         results.append(GroupResults(group=name, num_users=model["num_users"], rows=tuple(rows)))
     return tuple(results)

@@ -2,6 +2,8 @@
 
 USERS_FILE = "users.parquet"
 """Per-user metrics of the model: user, group (known or new), history_length, one column for each metric."""
+PARTS_FILE = "parts.parquet"
+"""Per-user metrics of the LLM alone and of the linear memory alone: model, user, group, one column for each metric."""
 BASELINES_FILE = "baselines.parquet"
 """Per-user metrics of the baselines: model, user, group, one column for each metric."""
 RECOMMENDED_FILE = "recommended.parquet"

@@ -10,9 +10,12 @@ from typing import Any
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.recipe import ColdItemsSplit, GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation.metrics import parse_metric
-from cllm4rec_dist.evaluation.results import metric_label
+from cllm4rec_dist.evaluation.results import LINEAR_ALONE, LLM_ALONE, metric_label
 
-_BASELINES = {
+_MODELS = {
+    LLM_ALONE: "The model's ranking by the language model's score alone, without the linear memory.",
+    LINEAR_ALONE: "The ranking by the linear memory alone: each item is predicted from its most related items by a"
+    " ridge regression on interactions and words of titles, without a language model.",
     "Popularity": "The items with the most interactions, the same for everyone, without those a user already has.",
     "EASE": "A linear model that learns from interactions how strongly each item predicts each other item.",
     "EASE + titles": "EASE that also uses the words of titles and descriptions, as the model does.",
@@ -101,9 +104,9 @@ def short_meaning(metric: str) -> str:
     return f"of the best possible order in the list of {parsed.cutoff}"
 
 
-def meanings_of_baselines(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return names and explanations of the baselines among the models of a table."""
-    return [(name, _BASELINES[name]) for name in names if name in _BASELINES]
+def meanings_of_models(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return names and explanations of the baselines and parts of the model among the models of a table."""
+    return [(name, _MODELS[name]) for name in names if name in _MODELS]
 
 
 def split_text(split: object) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
 from cllm4rec_dist.corpus.heldout import KNOWN, NEW, HeldOutUsers
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.evaluation import topk
+from cllm4rec_dist.evaluation import results, sharded_topk, topk
 from cllm4rec_dist.evaluation.files import (
     BASELINES_FILE,
     BASELINES_RECOMMENDED_FILE,
+    PARTS_FILE,
     RECOMMENDED_FILE,
     USERS_FILE,
 )
@@ -36,6 +37,8 @@ from cllm4rec_dist.system import InferenceSystem
 
 logger = logging.getLogger(__name__)
 
+PARTS = {results.LLM_ALONE: sharded_topk.LLM_ALONE, results.LINEAR_ALONE: sharded_topk.LINEAR_ALONE}
+"""Weight of the linear memory by which each part of the model counts alone."""
 NUM_EXAMPLES = 36
 EXAMPLE_ITEMS = 10
 
@@ -67,7 +70,7 @@ def evaluate_run(
     require_held_out(system.corpus.manifest, split, with_baselines=baselines)
     num_users = len(HeldOutUsers.of(system.corpus, split))
     bar = progress_bar(world, num_users, f"evaluate {split}", "user")
-    evaluation, has_hit = _evaluate(system, split, metrics, batch_users, bar.update, without_rows=without_rows)
+    evaluation, has_hit, parts = _evaluate(system, split, metrics, batch_users, bar.update, without_rows=without_rows)
     bar.close()
     result = evaluation.result()
     item_groups = evaluate_groups(system, split, metrics, batch_users, without_rows=without_rows)
@@ -79,13 +82,17 @@ def evaluate_run(
             logger.warning("%s: %s", opened.path, note)
         if without_rows:
             notes.append("known users were ranked without their rows, from their histories alone")
+        if parts and opened.metadata.run.linear_weight is None:
+            notes.append("no validation has chosen the weight of the linear memory, so it is not used")
         content = {
             "run": run,
             "checkpoint": opened.path,
             "split": split,
             "without_rows": without_rows,
             **vars(result),
-            "groups": _groups(evaluation),
+            "parts": {name: vars(part.result()) for name, part in parts.items()},
+            "linear_weight": system.linear.weight if parts else None,
+            "groups": _groups(evaluation, parts),
             "item_groups": {name: vars(means) for name, means in item_groups.items()},
             "notes": notes,
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
@@ -98,7 +105,7 @@ def evaluate_run(
         target = Path(output)
         target.mkdir(parents=True, exist_ok=True)
         (target / EVALUATION_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        _write_tables(system, evaluation, target)
+        _write_tables(system, evaluation, parts, target)
     report(result.mean)
 
 
@@ -110,43 +117,68 @@ def _evaluate(
     progress: Callable[[int], object],
     *,
     without_rows: bool,
-) -> tuple[Evaluation, np.ndarray]:
-    """Return the evaluation, and bool [n], True for users whose list of `EXAMPLE_ITEMS` has a held-out item."""
+) -> tuple[Evaluation, np.ndarray, dict[str, Evaluation]]:
+    """Evaluate the run, and the LLM and the linear memory alone, if it has one.
+
+    Returns:
+        the evaluation; bool [n], True for users whose list of `EXAMPLE_ITEMS` has a held-out item; and the parts.
+    """
     example_recall = f"recall@{EXAMPLE_ITEMS}"
-    evaluation = topk.evaluate(
+    weights = {} if system.linear.is_empty else PARTS
+    evaluation, *parts = topk.evaluate(
         system,
         split,
         [*metrics, example_recall],
         batch_users,
+        [system.linear.weight, *weights.values()],
         progress,
         without_rows=without_rows,
         list_length=LIST_LENGTH,
     )
     has_hit = evaluation.values[:, -1] > 0
-    return replace(evaluation, metrics=tuple(metrics), values=evaluation.values[:, :-1]), has_hit
+
+    def without_example_recall(evaluated: Evaluation) -> Evaluation:
+        return replace(evaluated, metrics=tuple(metrics), values=evaluated.values[:, :-1])
+
+    by_name = {name: without_example_recall(part) for name, part in zip(weights, parts, strict=True)}
+    return without_example_recall(evaluation), has_hit, by_name
 
 
-def _groups(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+def _groups(evaluation: Evaluation, parts: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
     """Return the means of known and of new users, without empty groups."""
     is_new = evaluation.users.is_new
     masks = {KNOWN: ~is_new, NEW: is_new}
-    return {group: vars(evaluation.result(mask)) for group, mask in masks.items() if mask.any()}
+    return {
+        group: vars(evaluation.result(mask))
+        | {"parts": {name: vars(part.result(mask)) for name, part in parts.items()}}
+        for group, mask in masks.items()
+        if mask.any()
+    }
 
 
-def _write_tables(system: InferenceSystem, evaluation: Evaluation, folder: Path) -> None:
+def _write_tables(
+    system: InferenceSystem, evaluation: Evaluation, parts: Mapping[str, Evaluation], folder: Path
+) -> None:
     """Write metrics by user and list counts by item; remove baseline files of an earlier evaluation."""
     users = evaluation.users
-    columns = {name: evaluation.values[:, index] for index, name in enumerate(evaluation.metrics)}
-    table = {
-        "user": pa.array(users.ids(system.corpus), pa.string()),
-        "group": pa.array(users.groups, pa.string()),
-        "history_length": users.histories.lengths,
-    }
-    pq.write_table(pa.table(table | columns), folder / USERS_FILE)
+    user = {"user": pa.array(users.ids(system.corpus), pa.string()), "group": pa.array(users.groups, pa.string())}
+    table = user | {"history_length": users.histories.lengths} | _columns(evaluation)
+    pq.write_table(pa.table(table), folder / USERS_FILE)
+    if parts:
+        tables = [
+            pa.table({"model": pa.array([name] * len(users), pa.string())} | user | _columns(part))
+            for name, part in parts.items()
+        ]
+        pq.write_table(pa.concat_tables(tables), folder / PARTS_FILE)
     items = pa.table({"item": system.corpus.items()["item"], "count": evaluation.listed})
     pq.write_table(items.filter(evaluation.listed > 0), folder / RECOMMENDED_FILE)
-    for name in (BASELINES_FILE, BASELINES_RECOMMENDED_FILE):
+    for name in (BASELINES_FILE, BASELINES_RECOMMENDED_FILE, *([] if parts else [PARTS_FILE])):
         (folder / name).unlink(missing_ok=True)
+
+
+def _columns(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """Return the metrics of each user by name."""
+    return {name: evaluation.values[:, index] for index, name in enumerate(evaluation.metrics)}
 
 
 def _examples(

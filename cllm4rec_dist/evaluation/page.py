@@ -156,9 +156,17 @@ def make_verdict(
 
 
 def make_groups(
-    users: pl.DataFrame, baselines: pl.DataFrame | None, results: Results, hidden: str
+    users: pl.DataFrame,
+    baselines: pl.DataFrame | None,
+    results: Results,
+    hidden: str,
+    parts: pl.DataFrame | None = None,
 ) -> tuple[Group, ...]:
-    """Return the groups of known and new users that the evaluation has."""
+    """Return the groups of known and new users that the evaluation has.
+
+    Args:
+        parts: metrics by user of the LLM alone and of the linear memory alone, as `baselines`.
+    """
     present = [group for group in per_user.GROUPS if (users["group"] == group).any()]
     return tuple(
         _make_group(
@@ -167,22 +175,29 @@ def make_groups(
             None if baselines is None else per_user.group_of(baselines, group),
             results,
             hidden,
+            None if parts is None else per_user.group_of(parts, group),
         )
         for group in present
     )
 
 
 def _make_group(
-    title: str, users: pl.DataFrame, baselines: pl.DataFrame | None, results: Results, hidden: str
+    title: str,
+    users: pl.DataFrame,
+    baselines: pl.DataFrame | None,
+    results: Results,
+    hidden: str,
+    parts: pl.DataFrame | None,
 ) -> Group:
     metrics = results.metric_names
     rows, verdict, baseline = [_row(results.rows[0], users, metrics)], None, None
+    for row in results.rows[1:]:
+        values = baselines if row.baseline else parts
+        of_row = None if values is None else values.filter(pl.col("model") == row.name)
+        if of_row is not None and len(of_row):
+            rows.append(_row(row, of_row, metrics))
     if baselines is not None:
         verdict = make_verdict(users, baselines, metrics, hidden, comparable=not results.notes)
-        for row in results.rows[1:]:
-            of_row = baselines.filter(pl.col("model") == row.name)
-            if len(of_row):
-                rows.append(_row(row, of_row, metrics))
         rival = per_user.best_rival(users, baselines, metrics[0])
         baseline = rival.name if rival is not None else None
     bins = per_user.by_history_length(users, baselines, baseline, metrics[0])

@@ -12,7 +12,13 @@ from pathlib import Path
 import polars as pl
 
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE, RECOMMENDED_FILE, USERS_FILE
+from cllm4rec_dist.evaluation.files import (
+    BASELINES_FILE,
+    BASELINES_RECOMMENDED_FILE,
+    PARTS_FILE,
+    RECOMMENDED_FILE,
+    USERS_FILE,
+)
 from cllm4rec_dist.evaluation.statistics import FloatArray, Mean, PairedTest, length_bins, mean_of, paired_test
 
 GROUPS = ("known", "new")
@@ -60,6 +66,15 @@ def read_baselines(folder: Path) -> pl.DataFrame | None:
         DataError: as `read_users`.
     """
     return _read(folder / BASELINES_FILE, {"model", "user", "group"}, ["model", *_PAIR])
+
+
+def read_parts(folder: Path) -> pl.DataFrame | None:
+    """Read `parts.parquet`: as `read_baselines`, of the LLM alone and of the linear memory alone.
+
+    Raises:
+        DataError: as `read_users`.
+    """
+    return _read(folder / PARTS_FILE, {"model", "user", "group"}, ["model", *_PAIR])
 
 
 def read_recommended(folder: Path) -> pl.DataFrame | None:

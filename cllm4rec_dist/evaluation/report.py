@@ -106,7 +106,7 @@ def _render(folder: Path, results: Results, background: Background, pictures: Se
         facts=_facts(results, background),
         settings=_settings(results),
         commands=_commands(results, background),
-        baseline_meanings=formatting.meanings_of_baselines([row.name for row in results.rows]),
+        model_meanings=formatting.meanings_of_models([row.name for row in results.rows]),
         script_hash=_script_hash(environment),
     )
 
@@ -126,19 +126,22 @@ def _groups(folder: Path, results: Results, background: Background) -> tuple[tup
         no_verdict.append("No verdict: the evaluation was made without baselines, so there is nothing to compare with.")
     elif users is None:
         no_verdict.append(f"No verdict: a paired test needs values per user. {no_users}")
-    elif baselines is None or not _match(baselines, results):
+    elif baselines is None or not _match(baselines, [row for row in results.rows if row.baseline]):
         baselines = None
         file = per_user.BASELINES_FILE
         no_verdict.append(f"No verdict: the baselines' values per user ({file}) are absent or of another evaluation.")
     if users is None:
         return (), no_users, no_verdict
-    return page.make_groups(users, baselines, results, formatting.hidden_items(background.manifest)), "", no_verdict
+    parts = per_user.read_parts(folder)
+    if parts is not None and not _match(parts, [row for row in results.rows[1:] if not row.baseline]):
+        parts = None
+    hidden = formatting.hidden_items(background.manifest)
+    return page.make_groups(users, baselines, results, hidden, parts), "", no_verdict
 
 
-def _match(baselines: pl.DataFrame, results: Results) -> bool:
-    """Return True if the metrics by user of every baseline have the means of the table."""
-    rows = [row for row in results.rows if row.baseline]
-    return all(page.is_of_evaluation(baselines.filter(pl.col("model") == row.name), row) for row in rows)
+def _match(values: pl.DataFrame, rows: Sequence[ResultRow]) -> bool:
+    """Return True if the metrics by user of every row have the means of the table."""
+    return all(page.is_of_evaluation(values.filter(pl.col("model") == row.name), row) for row in rows)
 
 
 def _catalog(folder: Path, results: Results, background: Background) -> tuple[CatalogSection | None, str]:

@@ -16,6 +16,12 @@ def metric_label(name: str) -> str:
     return name.replace("recall", "Recall").replace("ndcg", "NDCG")
 
 
+MODEL = "CLLM4Rec"
+"""Name of the evaluated model in tables."""
+LLM_ALONE, LINEAR_ALONE = "CLLM4Rec (LLM alone)", "Linear memory alone"
+"""Names of its parts, if it has a linear memory."""
+
+
 class Provenance(StrictModel):
     """The evaluated model, and time and hardware of the evaluation."""
 

@@ -101,6 +101,7 @@ def _load(
         if loaded is not None:
             checkpoint.restore_weights(system, loaded[1])
             fill_cold_rows(system)
+            checkpoint.restore_linear_memory(system, *loaded)
             if world.is_main:
                 log_choice(store, names, loaded[0])
             return system, loaded[0]

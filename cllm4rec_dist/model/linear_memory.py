@@ -37,12 +37,12 @@ class LinearMemory:
     Attributes:
         neighbors: int32 [n, K] item rows, -1 for none, on the host.
         weights: fp32 [n, K], on the host.
-        weight: weight of the linear score relative to the LLM's; None until validation has chosen one.
+        weight: weight of the linear score relative to the LLM's; 0 until validation has chosen one.
     """
 
     def __init__(self, partition: RowPartition, world: World) -> None:
         self.partition, self._world = partition, world
-        self.weight: float | None = None
+        self.weight = 0.0
         num_rows = partition.num_local(world.rank)
         self.fill(torch.empty(num_rows, 0, dtype=torch.int32), torch.empty(num_rows, 0))
 

@@ -6,7 +6,7 @@ Used by the run itself (`run_reporter.py`) and by `cllm4rec status`, which reads
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,30 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Result of a validation.
+
+    Attributes:
+        metrics: by name; empty if there was none.
+        is_best: True if it is the best so far.
+        parts: metrics of the LLM alone (`llm`) and of the linear memory alone (`linear`); empty without a memory.
+        linear_weight: chosen weight of the linear memory.
+    """
+
+    metrics: Mapping[str, float]
+    is_best: bool = False
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    linear_weight: float = 0.0
+
+
+@dataclass(frozen=True)
 class EpochReport:
     """Values reported for one epoch.
 
     Attributes:
         losses: mean over its steps by term, in nats.
         lr: learning rate of its last step.
-        metrics: validation metrics at its end; empty without a validation.
-        is_best: True if that validation is the best so far.
+        validation: the validation at its end.
         tokens_per_second: over its steps, without validation and saving.
         eta: estimated seconds to the end of the run; None after the last step.
     """
@@ -54,8 +70,7 @@ class EpochReport:
     num_epochs: int
     losses: Mapping[str, float]
     lr: float
-    metrics: Mapping[str, float]
-    is_best: bool
+    validation: Validation
     tokens_per_second: float
     eta: float | None
 
@@ -129,12 +144,24 @@ def format_epoch(report: EpochReport) -> str:
         f"loss {format_losses(report.losses)}",
         f"lr {report.lr:.1e}",
     ]
-    if report.metrics:
-        parts.append(f"{format_metrics(report.metrics)}{' * best' if report.is_best else ''}")
+    if report.validation.metrics:
+        parts.append(format_validation(report.validation))
     parts.append(f"{report.tokens_per_second:,.0f} tokens/s")
     if report.eta is not None:
         parts.append(f"ETA {format_duration(report.eta)}")
     return "  ".join(parts)
+
+
+def format_validation(validation: Validation) -> str:
+    """Format as `recall@20 0.1870 * best (LLM alone 0.1670, linear memory alone 0.1770, weight 128)`."""
+    text = format_metrics(validation.metrics) + (" * best" if validation.is_best else "")
+    if not validation.parts:
+        return text
+    name = next(iter(validation.metrics))
+    llm, linear = (validation.parts[part][name] for part in ("llm", "linear"))
+    return (
+        f"{text} ({name}: LLM alone {llm:.4f}, linear memory alone {linear:.4f}, weight {validation.linear_weight:.4g})"
+    )
 
 
 def format_best(metric: str, value: float, step: int, schedule: Schedule) -> str:

@@ -30,6 +30,7 @@ from cllm4rec_dist.monitoring.progress import (
     EpochMeter,
     EpochReport,
     Schedule,
+    Validation,
     format_best,
     format_end,
     format_epoch,
@@ -62,7 +63,7 @@ class RunReporter:
         self._run, self._world, self._config, self._report = run, world, config, report
         self._open = ExitStack()
         self._meter = EpochMeter()
-        self._validation: tuple[Mapping[str, float], bool] = {}, False
+        self._validation = Validation({})
         self._end: End = "failed"
         self._started = time.monotonic()
         self._record = RunRecord(
@@ -142,19 +143,25 @@ class RunReporter:
         )
         self._bar.update()
 
-    def validation(self, state: RunState, metrics: Mapping[str, float], *, is_best: bool) -> None:
+    def validation(self, state: RunState, validation: Validation) -> None:
         """Report a validation."""
-        logged = {f"valid/{name}": value for name, value in metrics.items()}
-        self._metrics.write(state.step, {"epoch": self._schedule.epoch(state.step) - 1, **logged})
+        logged = {f"valid/{name}": value for name, value in validation.metrics.items()}
+        parts = {
+            f"valid_{part}/{name}": value
+            for part, metrics in validation.parts.items()
+            for name, value in metrics.items()
+        }
+        if parts:
+            parts["linear_weight"] = validation.linear_weight
+        self._metrics.write(state.step, {"epoch": self._schedule.epoch(state.step) - 1, **logged, **parts})
         self._report(logged)
-        self._validation = metrics, is_best
+        self._validation = validation
 
     def finish_step(self, state: RunState) -> None:
         """Log the epoch's line if the step, of which validation is done, ends an epoch."""
         schedule, meter = self._schedule, self._meter
         if not schedule.ends_epoch(state.step):
             return
-        metrics, is_best = self._validation
         steps_left = schedule.total_steps - state.step
         seconds_per_step = (time.monotonic() - self._loop_started) / (state.step - schedule.first_step)
         line = EpochReport(
@@ -162,14 +169,13 @@ class RunReporter:
             schedule.num_epochs,
             meter.losses,
             self._lr,
-            metrics,
-            is_best,
+            self._validation,
             meter.tokens_per_second,
             steps_left * seconds_per_step if steps_left else None,
         )
         logger.info(format_epoch(line))
         meter.reset()
-        self._validation = {}, False
+        self._validation = Validation({})
 
     def finish(
         self, state: RunState, losses: Mapping[str, float], *, signal_name: str | None, stopped_early: bool

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cllm4rec_dist.distributed.topology import find_device
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.topk import sharded_topk
+from cllm4rec_dist.evaluation.sharded_topk import Queries, sharded_topk
 from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.project.layout import run_of
 from cllm4rec_dist.serving.id_list import similar_ids
@@ -306,7 +306,7 @@ class Recommender:
         for (only, removed), rows in groups.items():
             indices = [scored[row] for row in rows]
             ranked = self._rank(
-                encoded[torch.tensor(rows)],
+                encoded.take(rows),
                 [queries[index] for index in indices],
                 [people[index] for index in indices],
                 self.items.candidates(only, removed),
@@ -316,7 +316,7 @@ class Recommender:
         return lists
 
     def _rank(
-        self, encoded: Tensor, queries: Sequence[Query], people: Sequence[Person], candidates: np.ndarray | None
+        self, encoded: Queries, queries: Sequence[Query], people: Sequence[Person], candidates: np.ndarray | None
     ) -> Iterator[list[tuple[int, float | None]]]:
         """Lists of queries that share their candidates, bool [I]; None for all items."""
         size = len(self.items.ids) if candidates is None else int(candidates.sum())

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.evaluation.topk import encode_histories, sharded_topk
+from cllm4rec_dist.evaluation.sharded_topk import Queries, mixed_scores, mixed_topk
+from cllm4rec_dist.evaluation.topk import encode_histories, history_pairs
 from cllm4rec_dist.system import InferenceSystem
 
 _BATCH = 256
@@ -46,8 +47,8 @@ class Scorer:
             self._output_weight = system.recommender.output_weight()
         self._forward = threading.Lock()  # the backbone keeps state during a forward
 
-    def encode(self, people: Sequence[Person]) -> Tensor:
-        """Query vectors, [n, D or D+1], whose products with the output weight are the scores."""
+    def encode(self, people: Sequence[Person]) -> Queries:
+        """Queries of n people: vectors [n, D or D+1] for the output weight, and histories for the linear memory."""
         weight = self._output_weight
         encoded = torch.empty(len(people), weight.shape[1], device=weight.device)
         for batch in _batches([len(person.items) for person in people]):
@@ -55,16 +56,22 @@ class Scorer:
             histories = Ragged.from_lists([people[index].items for index in batch])
             with torch.no_grad(), self._forward:
                 encoded[torch.tensor(batch)] = encode_histories(self._system, users, histories).to(encoded.dtype)
-        return encoded
+        histories = Ragged.from_lists([person.items for person in people])
+        return Queries(encoded, history_pairs(histories).to(encoded.device))
 
     def scores(self, people: Sequence[Person], rows: Sequence[int]) -> np.ndarray:
         """Scores of items, float32 [n, len(rows)]."""
-        chosen = self._output_weight[torch.tensor(rows, dtype=torch.int64, device=self._output_weight.device)]
-        return (self.encode(people) @ chosen.T).float().cpu().numpy()
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self._output_weight.device)
+        distinct, position = chosen.unique(return_inverse=True)
+        queries, memory = self.encode(people), self._system.linear
+        dots = self._output_weight[distinct] @ queries.vectors.T
+        linear = torch.zeros_like(dots)
+        memory.add_scores(linear, distinct, queries.history)
+        return mixed_scores(dots, linear, memory.weight)[position].T.float().cpu().numpy()
 
     def top(
         self,
-        encoded: Tensor,
+        queries: Queries,
         masked: Sequence[Collection[int]],
         num_best: int,
         candidates: np.ndarray | None = None,
@@ -72,16 +79,19 @@ class Scorer:
         """Scores and item rows [n, num_best] of the best items, best first; masked ones have the score -inf.
 
         Args:
-            encoded: [n, D or D+1], from `encode`.
+            queries: of n people, from `encode`.
             masked: item rows to leave out for each person.
             candidates: bool [I], rank only these; None for all items.
         """
-        world, partition = self._system.world, self._system.recommender.item_partition
+        world, memory = self._system.world, self._system.linear
         pairs = [(index, row) for index, rows in enumerate(masked) for row in rows]
         seen = torch.tensor(pairs, dtype=torch.int64, device=world.device).view(-1, 2)
         mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
         with torch.no_grad():
-            return sharded_topk(encoded, self._output_weight, num_best, seen, partition, world, candidates=mask)
+            (best,) = mixed_topk(
+                queries, self._output_weight, memory, [memory.weight], num_best, seen, world, candidates=mask
+            )
+        return best
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.evaluation.topk import sharded_topk
+from cllm4rec_dist.evaluation.sharded_topk import sharded_topk
 from tests.harness import alone, run_ranks
 
 WIDTH, NUM_ITEMS = 4, 37

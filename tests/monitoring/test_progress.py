@@ -10,12 +10,14 @@ from cllm4rec_dist.monitoring.progress import (
     EpochMeter,
     EpochReport,
     Schedule,
+    Validation,
     format_best,
     format_duration,
     format_end,
     format_epoch,
     format_losses,
     format_rows,
+    format_validation,
 )
 
 SCHEDULE = Schedule(0, 118, 10)
@@ -24,8 +26,7 @@ EPOCH = EpochReport(
     num_epochs=12,
     losses={"items": 4.678, "text": 4.846, "mutual": 5.12e-5},
     lr=6e-4,
-    metrics={"recall@20": 0.65861, "ndcg@100": 0.43399},
-    is_best=True,
+    validation=Validation({"recall@20": 0.65861, "ndcg@100": 0.43399}, is_best=True),
     tokens_per_second=9120.4,
     eta=65.2,
 )
@@ -36,10 +37,19 @@ def test_the_line_of_an_epoch() -> None:
         "epoch  3/12  loss 9.524 (items 4.678, text 4.846, mutual 5.1e-05)  lr 6.0e-04"
         "  recall@20 0.6586, ndcg@100 0.4340 * best  9,120 tokens/s  ETA 1 min 05 s"
     )
-    last = replace(EPOCH, epoch=12, losses={"items": 4.0}, metrics={}, is_best=False, eta=None)
+    last = replace(EPOCH, epoch=12, losses={"items": 4.0}, validation=Validation({}), eta=None)
     assert format_epoch(last) == "epoch 12/12  loss 4.000 (items 4.000)  lr 6.0e-04  9,120 tokens/s"
-    worse = replace(EPOCH, losses={"items": 4.0}, is_best=False)
+    worse = replace(EPOCH, losses={"items": 4.0}, validation=replace(EPOCH.validation, is_best=False))
     assert "0.4340  9,120 tokens/s" in format_epoch(worse)
+
+
+def test_a_validation_with_a_linear_memory_shows_each_part_alone() -> None:
+    parts = {"llm": {"recall@20": 0.1671, "ndcg@100": 0.112}, "linear": {"recall@20": 0.1774, "ndcg@100": 0.113}}
+    validation = Validation({"recall@20": 0.187, "ndcg@100": 0.122}, True, parts, 131.4)
+    assert format_validation(validation) == (
+        "recall@20 0.1870, ndcg@100 0.1220 * best"
+        " (recall@20: LLM alone 0.1671, linear memory alone 0.1774, weight 131.4)"
+    )
 
 
 @pytest.mark.parametrize(

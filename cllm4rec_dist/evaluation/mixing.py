@@ -1,0 +1,86 @@
+"""The weight of the linear memory's score against the LLM's, chosen on validation.
+
+The grid has factors of two around the ratio of the standard deviations of both scores over the catalog, so that it fits
+scores of any scale, and 0, so that a memory that does not help is left out. Queries are encoded and scored once for the
+whole grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cllm4rec_dist.corpus.heldout import HeldOutUsers
+from cllm4rec_dist.evaluation.sharded_topk import LINEAR_ALONE, LLM_ALONE, score_deviations
+from cllm4rec_dist.evaluation.topk import encode_queries, evaluate
+from cllm4rec_dist.system import InferenceSystem
+
+_SAMPLED_USERS = 256
+"""Users from whose scores the scale of the grid is estimated."""
+_EXPONENTS = range(-4, 4)
+"""Powers of two of the grid, in units of the ratio of standard deviations."""
+
+
+@dataclass(frozen=True)
+class MixedMetrics:
+    """Validation metrics of a run with a linear memory.
+
+    Attributes:
+        weight: weight of the linear score that is best by the first metric.
+        metrics: with that weight.
+        llm, linear: metrics of the LLM alone and of the linear memory alone, which are empty without a memory.
+    """
+
+    weight: float
+    metrics: dict[str, float]
+    llm: dict[str, float]
+    linear: dict[str, float]
+
+    @property
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Metrics of each score alone, by its name in logs; empty without a linear memory."""
+        return {"llm": self.llm, "linear": self.linear} if self.linear else {}
+
+
+def choose_weight(system: InferenceSystem, split: str, metrics: Sequence[str], batch_users: int) -> MixedMetrics:
+    """Rank the held-out items of a split with every weight of the grid; the smallest of equally good ones wins.
+
+    Without a linear memory the weight is 0. Collective.
+
+    Args:
+        metrics: the first one decides.
+    """
+    if system.linear.is_empty:
+        (alone,) = evaluate(system, split, metrics, batch_users, [LLM_ALONE])
+        return MixedMetrics(LLM_ALONE, alone.result().mean, alone.result().mean, {})
+    scale = score_ratio(system, split, batch_users)
+    grid = [LLM_ALONE, *(scale * 2.0**exponent for exponent in _EXPONENTS if scale > 0), LINEAR_ALONE]
+    results = [evaluation.result().mean for evaluation in evaluate(system, split, metrics, batch_users, grid)]
+    best = max(range(len(grid) - 1), key=lambda index: (results[index][metrics[0]], -index))
+    return MixedMetrics(grid[best], results[best], results[0], results[-1])
+
+
+@torch.no_grad()
+def score_ratio(system: InferenceSystem, split: str, batch_users: int) -> float:
+    """Return how much wider the LLM's scores are spread over the catalog than the linear ones, on some users.
+
+    0 if all linear scores are equal. Collective.
+    """
+    users, world = HeldOutUsers.of(system.corpus, split), system.world
+    count = min(_SAMPLED_USERS, len(users))
+    if count == 0:
+        return 0.0
+    chosen = np.arange(count) * len(users) // count
+    low, high = world.local_range(0, count)
+    system.train(False)
+    weight = system.recommender.output_weight()
+    deviations = []
+    for start in range(0, -(-count // world.size), batch_users):
+        index = chosen[low + start : min(low + start + batch_users, high)]
+        queries = encode_queries(system, users.rows[index], users.histories.take(index))
+        deviations.append(score_deviations(queries, weight, system.linear, world))
+    llm, linear = torch.cat(deviations).mean(dim=0).tolist()
+    return llm / linear if linear > 0 else 0.0
