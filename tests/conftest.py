@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from cllm4rec_dist.serving.recommender import Recommender
     from tests.training import Made
 
-PAPER = {"adapter": {"kind": "lora", "rank": 4}}
-"""Dot product, no bias; people without a row are the zero vector."""
-COSINE = {
+PAPER: dict[str, Any] = {"adapter": {"kind": "lora", "rank": 4}}
+"""Dot product, no bias, no linear memory; people without a row are the zero vector."""
+COSINE: dict[str, Any] = {
+    "linear_weight": 0.7,
     "adapter": {"kind": "full"},
     "head": {"similarity": "cosine", "item_bias": True, "pool_residual": True, "projection": True},
     "method": {"shared_user_ratio": 0.2, "max_history": 5},

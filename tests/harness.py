@@ -176,8 +176,20 @@ def with_messages(world: World, function: Callable[..., Any], *arguments: Any) -
     return function(world, *arguments), messages
 
 
-def make_run(folder: Path, corpus: str, backbone: Path | str, seed: int = 0, step: int = 7, **settings: Any) -> Path:
-    """Make a finetuned run with a best checkpoint of random weights, without training."""
+def make_run(
+    folder: Path,
+    corpus: str,
+    backbone: Path | str,
+    seed: int = 0,
+    step: int = 7,
+    linear_weight: float | None = None,
+    **settings: Any,
+) -> Path:
+    """Make a finetuned run with a best checkpoint of random weights, without training.
+
+    Args:
+        linear_weight: weight of a random linear memory; None for none.
+    """
     tree = {"stage": "finetune", "corpus": corpus, "backbone": str(backbone), "output": str(folder)} | settings
     config = validate(RunConfig, tree, "test")
     system = assemble_for_inference(config, alone())
@@ -191,7 +203,19 @@ def make_run(folder: Path, corpus: str, backbone: Path | str, seed: int = 0, ste
             system.recommender.head.projection.copy_(torch.randn(shape, generator=random) * 0.3)
     weights = {name: torch.randn(w.shape, generator=random) * 0.2 for name, w in system.engine.weights().items()}
     system.engine.set_weights(weights)
+    if linear_weight is not None:
+        shape = system.corpus.num_items, 3
+        neighbors = torch.rand(shape[0], shape[0], generator=random).argsort(dim=1)[:, : shape[1]]
+        system.linear.fill(neighbors.int(), torch.randn(shape, generator=random))
     saver = AsyncSaver(Store(f"{folder}/checkpoints"), system, keep=2)  # type: ignore[arg-type]
-    saver.save(RunState(step=step, best=0.25, best_step=step, best_metric="recall@5", validated_step=step), "best-")
+    state = RunState(
+        step=step,
+        best=0.25,
+        best_step=step,
+        best_metric="recall@5",
+        validated_step=step,
+        linear_weight=linear_weight,
+    )
+    saver.save(state, "best-")
     saver.finish()
     return folder

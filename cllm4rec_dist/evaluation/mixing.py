@@ -20,7 +20,7 @@ from cllm4rec_dist.system import InferenceSystem
 
 _SAMPLED_USERS = 256
 """Users from whose scores the scale of the grid is estimated."""
-_EXPONENTS = range(-4, 4)
+_EXPONENTS = range(-6, 2)
 """Powers of two of the grid, in units of the ratio of standard deviations."""
 
 

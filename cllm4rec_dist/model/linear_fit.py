@@ -174,7 +174,8 @@ def _solve(features: ItemFeatures, items: np.ndarray, neighbors: np.ndarray, l2:
     gram = _gram_matrices(features, np.column_stack([neighbors, items]))
     systems, targets = gram[:, :width, :width], gram[:, :width, width, None].copy()
     systems += l2 * np.eye(width)
-    return np.linalg.solve(systems, targets)[:, :, 0]
+    solved: NDArray[np.float64] = np.linalg.solve(systems, targets).astype(np.float64, copy=False)
+    return solved[:, :, 0]
 
 
 def _gram_matrices(features: ItemFeatures, items: np.ndarray) -> NDArray[np.float64]:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.evaluation.sharded_topk import sharded_topk
+from cllm4rec_dist.evaluation.sharded_topk import (
+    LINEAR_ALONE,
+    LLM_ALONE,
+    Queries,
+    mixed_topk,
+    score_deviations,
+    sharded_topk,
+)
+from cllm4rec_dist.model.linear_memory import LinearMemory
 from tests.harness import alone, run_ranks
 
 WIDTH, NUM_ITEMS = 4, 37
@@ -153,3 +161,84 @@ def test_groups_of_neighbouring_rows_do_not_change_the_ranking(num_items: int, n
     torch.testing.assert_close(scores, exact_scores)
     kept = exact_scores > -torch.inf
     assert items[kept].tolist() == exact_items[kept].tolist()
+
+
+WEIGHTS = [0.5, LLM_ALONE, LINEAR_ALONE, 8.0]
+NUM_NEIGHBORS = 5
+
+
+def linear_matrix() -> Tensor:
+    """Weights [to, from] of multiples of 1/4, at most `NUM_NEIGHBORS` in a row and none in some."""
+    random = torch.Generator().manual_seed(9)
+    matrix = torch.randint(-4, 9, (NUM_ITEMS, NUM_ITEMS), generator=random).double() / 4
+    kept = torch.rand(NUM_ITEMS, NUM_ITEMS, generator=random).argsort(dim=1) < NUM_NEIGHBORS
+    kept[3] = False
+    return torch.where(kept, matrix, 0.0)
+
+
+def memory_of(world: World) -> LinearMemory:
+    memory = LinearMemory(RowPartition(NUM_ITEMS, world.size), world)
+    start, stop = memory.partition.range(world.rank)
+    matrix = linear_matrix()[start:stop]
+    order = (matrix != 0).int().argsort(dim=1, descending=True, stable=True)[:, :NUM_NEIGHBORS]
+    weights = matrix.gather(1, order)
+    memory.fill(torch.where(weights != 0, order, -1).int(), weights.float())
+    return memory
+
+
+def histories(size: int) -> list[Tensor]:
+    """Pairs (query, item) of each rank; the last query of each rank has no history."""
+    pairs = [
+        [(query, item) for query in range(count - 1) for item in range(query, NUM_ITEMS, 3 + rank)]
+        for rank, count in enumerate(USERS[size])
+    ]
+    return [torch.tensor(part, dtype=torch.int64).view(-1, 2) for part in pairs]
+
+
+def mixed(world: World) -> dict[str, Any]:
+    memory = memory_of(world)
+    start, stop = memory.partition.range(world.rank)
+    vectors, rows, seen = case(world.size, "ties")
+    queries = Queries(vectors[world.rank], histories(world.size)[world.rank])
+    mask = torch.zeros(NUM_ITEMS, dtype=torch.bool)
+    mask[list(CANDIDATES["every third"])] = True
+    results: dict[str, Any] = {"deviations": score_deviations(queries, rows[start:stop], memory, world)}
+    for name, candidates in {"all": None, "every third": mask}.items():
+        for max_logits in MAX_LOGITS:
+            results[f"{name}-{max_logits}"] = mixed_topk(
+                queries, rows[start:stop], memory, WEIGHTS, 7, seen[world.rank], world, max_logits, candidates
+            )
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sums_with_the_linear_memory_equal_a_stable_sort_of_all_scores(size: int) -> None:
+    vectors, rows, seen = case(size, "ties")
+    linear = linear_matrix()
+    pairs = histories(size)
+    by_rank = []
+    for rank, results in enumerate(run_ranks(size, mixed)):
+        history = torch.zeros(len(vectors[rank]), NUM_ITEMS, dtype=torch.float64)
+        history[pairs[rank][:, 0], pairs[rank][:, 1]] = 1.0
+        dots, added = vectors[rank] @ rows.T, history @ linear.T
+        by_rank.append(torch.stack([dots.std(dim=1, correction=0), added.std(dim=1, correction=0)], dim=1))
+        for name, chosen in {"all": CANDIDATES["all"], "every third": CANDIDATES["every third"]}.items():
+            for max_logits in MAX_LOGITS:
+                for weight, (scores, items) in zip(WEIGHTS, results[f"{name}-{max_logits}"], strict=True):
+                    exact = added.clone() if weight == LINEAR_ALONE else dots + weight * added
+                    exact[seen[rank][:, 0], seen[rank][:, 1]] = -torch.inf
+                    left_out = torch.ones(NUM_ITEMS, dtype=torch.bool)
+                    left_out[list(chosen)] = False
+                    exact[:, left_out] = -torch.inf
+                    order = exact.argsort(dim=1, descending=True, stable=True)[:, :7]
+                    torch.testing.assert_close(scores, exact.gather(1, order))
+                    kept = scores > -torch.inf
+                    assert items[kept].tolist() == order[kept].tolist(), (name, max_logits, weight)
+    torch.testing.assert_close(results["deviations"], torch.cat(by_rank))
+
+
+def test_selected_queries_keep_their_histories() -> None:
+    queries = Queries(torch.arange(8.0).view(4, 2), torch.tensor([[0, 5], [2, 6], [2, 1], [3, 4]]))
+    taken = queries.take([2, 0])
+    assert taken.vectors.tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    assert sorted(taken.history.tolist()) == [[0, 1], [0, 6], [1, 5]]

@@ -81,7 +81,13 @@ class Dense:
             hidden = hidden / hidden.norm().clamp_min(shortest) / head.log_temperature.detach().double().exp()
             weight = F.normalize(weight, dim=1)
         bias = 0.0 if head.local_bias is None else head.local_bias.detach().double()[:, 0]
-        return weight @ hidden + bias
+        return weight @ hidden + bias + self.linear(items)
+
+    def linear(self, items: list[int]) -> Tensor:
+        """Scores of the linear memory after a history, times its weight: [I]."""
+        memory = self.system.linear
+        in_history = torch.isin(memory.neighbors, torch.tensor(items, dtype=torch.int32))
+        return memory.weight * (memory.weights.double() * in_history).sum(dim=1)
 
 
 def rows(recommender: Recommender, items: Any) -> list[int]:
