@@ -39,6 +39,7 @@ _SETTINGS = (
     "embeddings",
     "head",
     "method",
+    "linear",
     "batch",
     "optimizer",
 )
@@ -189,10 +190,10 @@ def _files(folder: Path) -> dict[str, str]:
         f"{COLLABORATIVE}-causal-lm": "the same with task type CAUSAL_LM",
         CONTENT: "PEFT adapter of the content LLM",
         f"{CONTENT}-causal-lm": "the same with task type CAUSAL_LM",
-        "tables.safetensors": "embeddings and item head",
+        "tables.safetensors": "embeddings, item head and linear memory",
         "items.parquet": "item ids in row order",
         "item_embeddings.parquet": "item, title, `vector` (the trained embedding), `score_vector` (its inner product"
-        " with a query is the score)",
+        " with a query is the LLM's score)",
         "items.faiss": "exact FAISS index of the score vectors, by inner product",
         "users.parquet": "user ids in row order",
         "user_embeddings.parquet": "user, `vector`",

@@ -9,8 +9,9 @@ It describes `PromptBuilder.prediction`, `Recommender.item_queries` and `ItemHea
     inputs      one embedding per token: the backbone's input embedding, a user row, or a row of collaborative.items;
                 user and item rows are first rounded to `rows_dtype`
     hidden      hidden state of the last token after the decoder's final norm, with `adapter.folder` loaded
-    head        similarity, temperature, item_bias, pool_residual, projection (`HeadConfig`); `formula` is the resulting
-                score
+    head        similarity, temperature, item_bias, pool_residual, projection (`HeadConfig`)
+    linear      weight of the linear memory's score, null without one
+    formula     the resulting score
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cllm4rec_dist.checkpointing.format import LINEAR_WEIGHTS
 from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
@@ -65,6 +67,7 @@ def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_pa
             "pool_residual": config.head.pool_residual,
             "projection": "head.projection" in source.tables,
         },
+        "linear": {"weight": opened.metadata.run.linear_weight} if LINEAR_WEIGHTS in source.tables else None,
         "formula": _formula(source),
     }
 
@@ -90,4 +93,9 @@ def _formula(source: Source) -> list[str]:
         lines.append("score[i] = q . collaborative.items[i]")
     if "head.bias" in source.tables:
         lines[-1] += " + head.bias[i]"
+    if LINEAR_WEIGHTS in source.tables:
+        lines.append(
+            "score[i] = score[i] + linear.weight * sum of linear.weights[i, k] over k with linear.neighbors[i, k] in"
+            " the whole history, each item counted once"
+        )
     return lines

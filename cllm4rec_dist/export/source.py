@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from cllm4rec_dist.checkpointing import checkpoint
 from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find
-from cllm4rec_dist.checkpointing.format import ADAPTER, Checkpoint
+from cllm4rec_dist.checkpointing.format import ADAPTER, LINEAR_NEIGHBORS, LINEAR_WEIGHTS, Checkpoint
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
@@ -147,7 +147,7 @@ def _tensors(opened: Checkpoint) -> dict[str, Tensor]:
 
 
 def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
-    """Read the full user and item embeddings and the parameters of the item head, in fp32.
+    """Read the full user and item embeddings, the parameters of the item head and the linear memory, in fp32.
 
     Returns:
         collaborative.users [U, D], collaborative.items [I, D]: rows in the order of users.parquet and items.parquet.
@@ -155,6 +155,7 @@ def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
         collaborative.shared_user, content.shared_user [1, D]: row for anyone without one; zero if the run has not
             trained it.
         head.bias [I], head.temperature [], head.projection [D, d]: if the run has them.
+        linear.neighbors [I, K] int32, linear.weights [I, K]: the linear memory, if its score is used.
     """
     about = opened.metadata
     tables: dict[str, Tensor] = {}
@@ -174,4 +175,7 @@ def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
         tables["head.temperature"] = replicated["head.log_temperature"].exp()
     if "head.projection" in replicated:
         tables["head.projection"] = replicated["head.projection"]
+    memory = opened.linear_memory(0, about.num_items) if about.run.linear_weight else None
+    if memory is not None:
+        tables |= dict(zip((LINEAR_NEIGHBORS, LINEAR_WEIGHTS), memory, strict=True))
     return tables
