@@ -21,7 +21,7 @@ from cllm4rec_dist.step import SQUARE_CHUNK
 Memory = Counter[str]
 """Bytes by part."""
 
-FLOAT, DOUBLE = 4, 8
+FLOAT, DOUBLE, INTEGER = 4, 8, 8
 MOMENTS = 2
 _MIN_QUANTIZATION_BLOCK = 64
 """Smallest block size of 8-bit moments."""
@@ -30,6 +30,7 @@ PARTS = {
     "words": "word embeddings and word head, one copy per rank",
     "adapters": "weights that the engine trains: this rank's partition, and small persistent weights",
     "tables": "user and item rows of this rank, item bias, projections",
+    "linear": "linear memory: its index of this rank's rows",
     "optimizer": "fp32 masters and Adam's moments",
     GRADIENTS: "of the engine (this rank's partition), and dense ones of tables",
     "activations": "what the backbone keeps for backward or recomputes",
@@ -57,9 +58,22 @@ def resident(meta_run: MetaRun) -> Memory:
     if not meta_run.offload_optimizer:
         held["optimizer"] = (1 + MOMENTS) * _parts(meta_run, meta_run.trained, FLOAT)
         held[GRADIENTS] = _parts(meta_run, meta_run.trained, element)
+    held["linear"] = _linear_memory(meta_run)
     held["optimizer"] += sum(_moments(meta_run, parameter) for parameter in meta_run.model.parameters())
     held["buffers"] = zero.settings.reduce_bucket * element * meta_run.contiguous_gradients
     return held
+
+
+def _linear_memory(meta_run: MetaRun) -> int:
+    """Bytes of the index of the linear memory: an int64 and an fp32 for each neighbor."""
+    return meta_run.model.item_partition.num_rows * linear_neighbors(meta_run) * (INTEGER + FLOAT)
+
+
+def linear_neighbors(meta_run: MetaRun) -> int:
+    """Neighbors of each item in the linear memory; 0 without one."""
+    if meta_run.config.stage != "finetune":
+        return 0
+    return min(meta_run.config.linear.neighbors, meta_run.model.item_partition.num_rows * meta_run.num_ranks - 1)
 
 
 def _parts(meta_run: MetaRun, parameters: list[nn.Parameter], element: int) -> int:

@@ -73,6 +73,7 @@ class Plan:
         tokens: tokens of a step over all ranks, without padding.
         packing_efficiency: fraction of the computed positions that are tokens.
         steps_per_epoch: optimizer steps per epoch.
+        linear_flops: FLOPs of a rank's CPUs for solving the linear memory, once, before finetuning.
         left_out: ZeRO settings that the plan does not include.
     """
 
@@ -85,6 +86,7 @@ class Plan:
     tokens: float
     packing_efficiency: float
     steps_per_epoch: int
+    linear_flops: int
     left_out: list[str]
 
     @property
@@ -144,8 +146,15 @@ def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2) -> Plan
         tokens / len(samples),
         tokens / sum(batch.word_ids.numel() for batch in batches),
         steps,
+        linear_flops(meta_run),
         meta_run.left_out,
     )
+
+
+def linear_flops(meta_run: MetaRun) -> int:
+    """FLOPs of a rank's ridge regressions, without the sparse products before them."""
+    neighbors = memory.linear_neighbors(meta_run)
+    return meta_run.model.item_partition.num_rows * 2 * neighbors**3 // 3
 
 
 def prompt_builder_of(config: RunConfig, corpus: Corpus) -> PromptBuilder:

@@ -60,6 +60,11 @@ def format_plan(plan: Plan) -> str:
         f"An epoch: {plan.steps_per_epoch:,} steps, {_duration(plan.steps_per_epoch * plan.step_seconds)};"
         f" {plan.tokens:,.0f} tokens per step, {plan.packing_efficiency:.1%} of the computed positions,"
         f" {plan.tokens / plan.step_seconds:,.0f} tokens/s.",
+        *(
+            [f"Before the first step: {_short(plan.linear_flops)} FLOPs of each rank's CPUs for the linear memory."]
+            if plan.linear_flops
+            else []
+        ),
         "Tests compare memory and bytes with measurements on CPUs; times have not been compared with measurements.",
     ]
     if plan.left_out:
@@ -91,6 +96,7 @@ def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:
         "seconds": plan.seconds,
         "step_seconds": plan.step_seconds,
         "steps_per_epoch": plan.steps_per_epoch,
+        "linear_flops": plan.linear_flops,
         "epoch_seconds": plan.step_seconds * plan.steps_per_epoch,
         "tokens": plan.tokens,
         "packing_efficiency": plan.packing_efficiency,

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from cllm4rec_dist import cli
 from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
 from cllm4rec_dist.planning.plan import Cluster, make_plan, suggest_changes
@@ -64,6 +65,21 @@ def test_a_plan_names_settings_that_it_does_not_include(config: RunConfig, tmp_p
     settings = {"zero_hpz_partition_size": 2}
     plan = make_plan(make_config((config.corpus, config.backbone), tmp_path, {}, settings), CLUSTER)
     assert "Not included: zero_hpz_partition_size." in format_plan(plan)
+
+
+def test_the_linear_memory_of_a_finetuning_run_is_counted(config: RunConfig) -> None:
+    num_items = Corpus.open(config.corpus).num_items
+    local = -(-num_items // CLUSTER.num_ranks)
+    for neighbors in (0, 4, 10_000):
+        linear = config.linear.model_copy(update={"neighbors": neighbors})
+        plan = make_plan(config.model_copy(update={"stage": "finetune", "linear": linear}), CLUSTER)
+        # The plan knows the rows of the fullest rank, which all others are taken to have.
+        kept = min(neighbors, local * CLUSTER.num_ranks - 1)
+        assert plan.memory["linear"] == local * kept * 12
+        assert plan.linear_flops == local * 2 * kept**3 // 3
+        assert ("for the linear memory" in format_plan(plan)) == (neighbors > 0)
+    pretraining = make_plan(config, CLUSTER)
+    assert (pretraining.memory["linear"], pretraining.linear_flops) == (0, 0)
 
 
 def test_the_command(config: RunConfig, tmp_path: Path) -> None:
