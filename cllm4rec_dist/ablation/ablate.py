@@ -88,9 +88,11 @@ def _commands(cell: Cell, files: RunFiles, ranks: Sequence[str], *, baselines: b
         yield ["pretrain", "--config", str(files.pretrain), *settings, *trains]
     if cell.variant.config.ranked_by == "finetune":
         paths = [path_override("output", cell.finetune_run), path_override("init_from", cell.pretrain_run)]
-        settings = [*files.overrides, *cell.variant.overrides("finetune"), *common, *paths]
+        # Variants are compared by their LLMs; the linear memory would be the same in all of them.
+        alone = [] if any(override.startswith("linear.") for override in files.overrides) else ["linear.neighbors=0"]
+        settings = [*files.overrides, *alone, *cell.variant.overrides("finetune"), *common, *paths]
         yield ["finetune", "--config", str(files.finetune), *settings, *trains]
-    options = ["--output", str(cell.evaluation), "--baselines" if baselines else "--no-baselines"]
+    options = ["--output", str(cell.evaluation), *([] if baselines else ["--no-baselines"])]
     yield ["evaluate", str(cell.ranked_run), *options, *ranks]
 
 

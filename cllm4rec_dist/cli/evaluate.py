@@ -27,11 +27,13 @@ from cllm4rec_dist.cli.options import (
     output_problems,
 )
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.evaluation.baseline_names import LABELS
 from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.launchers.launch import is_main, require_launchable
 from cllm4rec_dist.launchers.short_jobs import launch_short
 from cllm4rec_dist.suggestions import did_you_mean
 
+BASELINES = "popularity,ease,title_ease,ials"
 METRICS = "recall@20,recall@40,ndcg@100"
 
 
@@ -44,7 +46,14 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
-    baselines: Annotated[bool, typer.Option(help="Also fit popularity, EASE, title-aware EASE and iALS.")] = True,
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="Baselines to fit, too, of popularity, ease, title_ease, sparse_ease and ials. In a catalog too large"
+            " for ease and title_ease, sparse_ease takes their place."
+        ),
+    ] = BASELINES,
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Fit no baselines.")] = False,
     without_rows: Annotated[
         bool,
         typer.Option("--without-rows", help="Rank known users from their history alone, without their embeddings."),
@@ -66,6 +75,18 @@ def evaluate(
         why = ": the model has learnt these items, so finding them shows nothing" if split == "train" else ""
         cure = f"Leave it out for test.{did_you_mean(split, ('test', 'valid'))}"
         problems.append(ConfigError("--split", split, f"is neither test nor valid{why}", cure))
+    chosen = [] if no_baselines else [name.strip() for name in baselines.split(",")]
+    models = [name for name in LABELS if name in chosen]
+    problems += [
+        ConfigError(
+            "--baselines",
+            name,
+            "is no baseline",
+            f"Name some of {', '.join(LABELS)}, or give --no-baselines.{did_you_mean(name, LABELS)}",
+        )
+        for name in chosen
+        if name not in LABELS
+    ]
     preflight.require_none(problems, "evaluate")
     folder, run_path, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
     announce(f"evaluate: reading {run}, importing torch", launcher)
@@ -82,7 +103,7 @@ def evaluate(
         metrics=names,
         batch_users=batch_users,
         output=str(folder),
-        baselines=baselines,
+        baselines=bool(models),
         without_rows=without_rows,
         **moved,
     )
@@ -90,7 +111,7 @@ def evaluate(
         from cllm4rec_dist.evaluation.comparison import compare
 
         log_alone()
-        typer.echo(compare(folder, names, with_baselines=baselines, seconds=time.monotonic() - started))
+        typer.echo(compare(folder, names, baselines=models, seconds=time.monotonic() - started))
 
 
 def _folder_name(split: str, *, without_rows: bool) -> str:

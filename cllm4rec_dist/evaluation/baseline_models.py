@@ -2,7 +2,8 @@
 
 Popularity is the floor. EASE (`ease.py`) and iALS (Hu, Koren and Volinsky, "Collaborative Filtering for Implicit
 Feedback Datasets", ICDM 2008) are strong at little cost. The title-aware EASE also uses the item texts, so that a gain
-of the language model over EASE is not mistaken for a gain from text as such.
+of the language model over EASE is not mistaken for a gain from text as such. Both need dense [I, I] matrices; in a
+catalog that is too large for them the sparse EASE takes their place, the linear memory tuned as a baseline.
 
 New users, who are held out whole, are scored from their histories and are not part of the training data: EASE
 multiplies a history with the weights of the training users, iALS solves for the factors of each new user alone.
@@ -13,12 +14,12 @@ Shapes: U training users, N new ones, P = U + N, I items, b users of a block.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -27,22 +28,21 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from threadpoolctl import threadpool_limits
 
 from cllm4rec_dist.config import StrictModel
-from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.evaluation.ease import Float32Array, ease_weights, gram_blocks, gram_matrix, text_features
+from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
+from cllm4rec_dist.evaluation.ease import Float32Array, ease_weights, gram_blocks, gram_matrix
 from cllm4rec_dist.evaluation.metrics import parse_metric
+from cllm4rec_dist.model.linear_fit import item_features, ridge_weights, strongest_neighbors, text_features
 
 logger = logging.getLogger(__name__)
 
-BaselineName = Literal["popularity", "ease", "title_ease", "ials"]
-LABELS: dict[BaselineName, str] = {
-    "popularity": "Popularity",
-    "ease": "EASE",
-    "title_ease": "EASE + titles",
-    "ials": "iALS",
-}
+_DENSE: tuple[BaselineName, ...] = ("ease", "title_ease")
+"""Baselines with dense [I, I] matrices."""
 Scorer = Callable[[int, int], Float32Array]
 """Returns scores [b, I] of users start..stop-1 in a new array, which the caller may overwrite."""
 
+_FIT_ITEMS = 4096
+"""Items of the sparse EASE that are fitted at a time."""
 _WORD = re.compile(r"\b\w\w+\b")  # a word of TfidfVectorizer
 
 
@@ -50,7 +50,7 @@ class BaselineConfig(StrictModel):
     """Baselines to run and the grids that validation selects from."""
 
     names: tuple[BaselineName, ...] = Field(default=("popularity", "ease", "title_ease", "ials"), min_length=1)
-    """Baselines to run, in this order."""
+    """Baselines to run, in this order. `sparse_ease` takes the place of `ease` and `title_ease` if these do not fit."""
     select_by: str = "ndcg@100"
     """Validation metric that selects among the candidates of a grid."""
     ease_lambdas: tuple[PositiveFloat, ...] = Field(default=(50.0, 100.0, 200.0, 500.0), min_length=1)
@@ -59,6 +59,12 @@ class BaselineConfig(StrictModel):
     """L2 weights of the title-aware EASE."""
     title_ease_alphas: tuple[PositiveFloat, ...] = Field(default=(3.0, 10.0, 30.0), min_length=1)
     """Weights of the text Gram matrix relative to the interactions in the title-aware EASE."""
+    sparse_ease_neighbors: PositiveInt = 100
+    """Neighbors by which the sparse EASE predicts an item."""
+    sparse_ease_lambdas: tuple[PositiveFloat, ...] = Field(default=(100.0, 200.0, 500.0), min_length=1)
+    """L2 weights of the sparse EASE."""
+    sparse_ease_alphas: tuple[PositiveFloat, ...] = Field(default=(10.0,), min_length=1)
+    """Weights of the texts in the sparse EASE."""
     ials_factors: tuple[PositiveInt, ...] = Field(default=(64, 256), min_length=1)
     """Numbers of latent factors of iALS."""
     ials_regularizations: tuple[PositiveFloat, ...] = Field(default=(30.0, 100.0, 300.0), min_length=1)
@@ -68,7 +74,7 @@ class BaselineConfig(StrictModel):
     ials_iterations: PositiveInt = 15
     """Alternating sweeps of iALS."""
     num_threads: PositiveInt | None = None
-    """Threads of iALS; None uses every core."""
+    """Threads of iALS and of the sparse EASE; None uses every core."""
     max_dense_gib: PositiveFloat = 2.0
     """Memory limit of the two dense [I, I] float32 matrices of EASE, in GiB; 2 GiB is about 16,000 items."""
     seed: NonNegativeInt = 0
@@ -136,38 +142,45 @@ class Candidate:
     fit: Callable[[], Scorer]
 
 
-def make_grids(data: SplitData, config: BaselineConfig) -> dict[BaselineName, list[Candidate]]:
-    """Return the candidates of each baseline of `config.names`; an empty list for one that cannot run.
+def select_baselines(data: SplitData, config: BaselineConfig) -> tuple[list[BaselineName], dict[BaselineName, str]]:
+    """Return the baselines that can run on a split, and the reasons for leaving out others of `config.names`."""
+    reasons: dict[BaselineName, str] = {}
+    num_items = data.train.shape[1]
+    needed_gib = 2 * num_items**2 * np.dtype(np.float32).itemsize / 2**30
+    if not any(_WORD.search(text) for text in data.item_texts):
+        reasons["title_ease"] = "no item has a text with words"
+    too_large = needed_gib > config.max_dense_gib
+    if too_large:
+        reason = (
+            f"the dense matrices of {num_items:,} x {num_items:,} need {needed_gib:,.1f} GiB, more than"
+            f" max_dense_gib, {config.max_dense_gib:g}"
+        )
+        reasons |= dict.fromkeys(_DENSE, reason)
+    names = ["sparse_ease" if too_large and name in _DENSE else name for name in config.names]
+    kept: list[BaselineName] = [name for name in dict.fromkeys(names) if name not in reasons]
+    return kept, {name: reason for name, reason in reasons.items() if name in config.names}
 
-    Raises:
-        ConfigError: if the catalog is too large for EASE.
-    """
-    needs_gram = not {"ease", "title_ease"}.isdisjoint(config.names)
-    if needs_gram:
-        _check_dense_memory(data.train.shape[1], config)
+
+def make_grids(data: SplitData, config: BaselineConfig) -> dict[BaselineName, list[Candidate]]:
+    """Return the candidates of each baseline that can run (`select_baselines`)."""
+    names, reasons = select_baselines(data, config)
+    for name, reason in reasons.items():
+        logger.warning("baseline %s is left out: %s", LABELS[name], reason)
+    if not {"ease", "title_ease"}.isdisjoint(names):
         gram = gram_matrix(data.train)
     grids: dict[BaselineName, list[Candidate]] = {}
-    for name in config.names:
+    for name in names:
         if name == "popularity":
             grids[name] = _popularity(data)
         elif name == "ease":
             grids[name] = _ease(data, gram, config)
         elif name == "title_ease":
             grids[name] = _title_ease(data, gram, config)
+        elif name == "sparse_ease":
+            grids[name] = _sparse_ease(data, config)
         else:
             grids[name] = _ials(data, config)
     return grids
-
-
-def _check_dense_memory(num_items: int, config: BaselineConfig) -> None:
-    needed_gib = 2 * num_items**2 * np.dtype(np.float32).itemsize / 2**30
-    if needed_gib > config.max_dense_gib:
-        raise ConfigError(
-            "baselines.max_dense_gib",
-            config.max_dense_gib,
-            f"must be at least {needed_gib:.1f} for the dense {num_items:,} x {num_items:,} matrices of EASE",
-            "Raise it if there is enough memory, or remove ease and title_ease from baselines.names.",
-        )
 
 
 def _popularity(data: SplitData) -> list[Candidate]:
@@ -188,9 +201,6 @@ def _ease(data: SplitData, gram: Float32Array, config: BaselineConfig) -> list[C
 
 def _title_ease(data: SplitData, gram: Float32Array, config: BaselineConfig) -> list[Candidate]:
     """EASE on the interactions stacked on sqrt(alpha) times the text features as further rows ("users")."""
-    if not any(_WORD.search(text) for text in data.item_texts):
-        logger.warning("baseline title_ease is left out: no item has a text with words")
-        return []
     features = text_features(data.item_texts)
 
     def fit(alpha: float, l2: float) -> Scorer:
@@ -203,6 +213,30 @@ def _title_ease(data: SplitData, gram: Float32Array, config: BaselineConfig) -> 
         return Candidate({"alpha": alpha, "lambda": l2}, lambda: fit(alpha, l2))
 
     return [candidate(*point) for point in product(config.title_ease_alphas, config.title_ease_lambdas)]
+
+
+def _sparse_ease(data: SplitData, config: BaselineConfig) -> list[Candidate]:
+    """Ridge regression of each item on its strongest neighbors, as in the linear memory."""
+    texts = text_features(data.item_texts)
+    num_items, num_threads = data.train.shape[1], config.num_threads or os.cpu_count() or 1
+
+    def fit(alpha: float, l2: float) -> Scorer:
+        features = item_features(data.train, texts, alpha)
+        columns = []
+        for start in range(0, num_items, _FIT_ITEMS):
+            stop = min(start + _FIT_ITEMS, num_items)
+            neighbors = strongest_neighbors(features, start, stop, config.sparse_ease_neighbors)
+            weights = ridge_weights(features, start, neighbors, l2, num_threads).astype(np.float32)
+            item, rank = np.nonzero(neighbors >= 0)
+            entries = weights[item, rank], (neighbors[item, rank], item)
+            columns.append(sp.csc_matrix(entries, shape=(num_items, stop - start)))
+        weights = sp.hstack(columns, format="csr")
+        return lambda start, stop: (data.histories[start:stop] @ weights).toarray()
+
+    def candidate(alpha: float, l2: float) -> Candidate:
+        return Candidate({"alpha": alpha, "lambda": l2}, lambda: fit(alpha, l2))
+
+    return [candidate(*point) for point in product(config.sparse_ease_alphas, config.sparse_ease_lambdas)]
 
 
 def _ials(data: SplitData, config: BaselineConfig) -> list[Candidate]:

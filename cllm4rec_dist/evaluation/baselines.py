@@ -26,14 +26,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation.baseline_models import (
-    LABELS,
     BaselineConfig,
-    BaselineName,
     Candidate,
     Scorer,
     SplitData,
     make_grids,
 )
+from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
 from cllm4rec_dist.evaluation.ease import Float32Array
 from cllm4rec_dist.evaluation.metrics import (
     LIST_LENGTH,
@@ -177,12 +176,10 @@ def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfi
         config: baselines and grids.
 
     Returns:
-        one result for each baseline, in the order of `config.names`; `title_ease` is left out (and logged) if no item
-        has a text.
+        one result for each baseline that can run (`select_baselines`).
 
     Raises:
-        ConfigError: for a name that is not a metric, a catalog too large for EASE (names the memory) or a lambda too
-            small for it.
+        ConfigError: for a name that is not a metric, or a lambda too small for EASE.
     """
     largest_cutoff(metrics)  # raises for a name that is not a metric, before anything is fitted
     grids = make_grids(data, config)

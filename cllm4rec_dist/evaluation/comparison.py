@@ -17,7 +17,8 @@ from cllm4rec_dist.corpus.heldout import KNOWN, NEW, Group, HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, select_baselines
+from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
 from cllm4rec_dist.evaluation.baselines import BaselineResult, run_baselines
 from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE
 from cllm4rec_dist.evaluation.group_baselines import group_rows
@@ -37,11 +38,12 @@ from cllm4rec_dist.evaluation.results import (
 from cllm4rec_dist.system import interaction_matrix, item_texts
 
 
-def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, seconds: float) -> str:
+def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[BaselineName], seconds: float) -> str:
     """Fit the baselines, write results, plots and report into `folder`, and return the table as Markdown.
 
     Args:
         folder: folder with `evaluation.json`, written by `inference.evaluate_run`.
+        baselines: names of the baselines to fit; may be empty.
         seconds: duration of the evaluation.
 
     Raises:
@@ -54,23 +56,24 @@ def compare(folder: Path, metrics: Sequence[str], *, with_baselines: bool, secon
     config = evaluated["config"]
     corpus = Corpus.open(config["corpus"], verify=False)
     users = HeldOutUsers.of(corpus, evaluated["split"])
-    data = _split_data(corpus, evaluated["split"]) if with_baselines else None
-    baselines = [] if data is None else run_baselines(data, metrics, BaselineConfig())
-    if baselines:
-        _write_values(baselines, users, corpus, metrics, folder)
+    data = _split_data(corpus, evaluated["split"]) if baselines else None
+    fitted, left_out = _fit_baselines(data, metrics, baselines)
+    if fitted:
+        _write_values(fitted, users, corpus, metrics, folder)
     rows = _model_rows(evaluated)
-    rows += [_baseline_row(baseline, metrics) for baseline in baselines]
+    rows += [_baseline_row(baseline, metrics) for baseline in fitted]
     results = Results(
         dataset=f"{corpus.manifest.name} ({evaluated['split']})",
         rows=tuple(rows),
-        groups=_groups(evaluated, baselines, users, metrics),
-        item_groups=_item_groups(evaluated, corpus, data, baselines, metrics),
+        groups=_groups(evaluated, fitted, users, metrics),
+        item_groups=_item_groups(evaluated, corpus, data, fitted, metrics),
         num_users=evaluated["num_users"],
         seconds=seconds,
         config=config,
         fingerprints=evaluated["fingerprints"],
         provenance=evaluated.get("provenance"),
         notes=tuple(evaluated["notes"]),
+        baselines_left_out={LABELS[name]: reason for name, reason in left_out.items()},
         skipped={reason: entry.count for reason, entry in corpus.manifest.skipped.items()},
     )
     background = Background(
@@ -109,6 +112,16 @@ def _items(corpus: Corpus) -> pl.DataFrame:
     items = pl.DataFrame({"item": table["item"].to_pylist(), "title": table["title"].to_pylist()})
     title = pl.when(pl.col("title").fill_null("") == "").then("item").otherwise("title").alias("title")
     return items.with_columns(title, pl.Series("popularity", popularity))
+
+
+def _fit_baselines(
+    data: SplitData | None, metrics: Sequence[str], names: Sequence[BaselineName]
+) -> tuple[list[BaselineResult], dict[BaselineName, str]]:
+    """Return the results of the baselines that can run, and the reasons for leaving out others."""
+    if data is None:
+        return [], {}
+    config = BaselineConfig(names=tuple(names))
+    return run_baselines(data, metrics, config), select_baselines(data, config)[1]
 
 
 def _split_data(corpus: Corpus, split: str) -> SplitData:

@@ -7,13 +7,12 @@ Legend: U users, I items, W words or other features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.linalg import lapack
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cllm4rec_dist.errors import ConfigError
 
@@ -67,8 +66,3 @@ def ease_weights(gram: Float32Array, l2: float) -> Float32Array:
     weights /= -weights.diagonal().copy()
     np.fill_diagonal(weights, 0.0)
     return weights
-
-
-def text_features(item_texts: Sequence[str]) -> sp.csr_matrix:
-    """Return L2-normalised TF-IDF rows [I, W]; zeros for an item without words."""
-    return TfidfVectorizer(sublinear_tf=True, dtype=np.float32).fit_transform(item_texts)

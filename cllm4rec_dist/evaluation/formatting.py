@@ -19,6 +19,7 @@ _MODELS = {
     "Popularity": "The items with the most interactions, the same for everyone, without those a user already has.",
     "EASE": "A linear model that learns from interactions how strongly each item predicts each other item.",
     "EASE + titles": "EASE that also uses the words of titles and descriptions, as the model does.",
+    "Sparse EASE + titles": "The same, but each item is predicted from its most related items alone.",
     "iALS": "Matrix factorization: each user and each item is a short vector, fitted to the interactions.",
 }
 

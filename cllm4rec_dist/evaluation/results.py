@@ -113,6 +113,8 @@ class Results(StrictModel):
     """Reason -> amount of data that was left out for it."""
     provenance: Provenance | None = None
     """The evaluated model; None if an earlier version wrote the evaluation."""
+    baselines_left_out: dict[str, str] = Field(default_factory=dict)
+    """Name of a baseline that could not be fitted -> the reason."""
     notes: tuple[str, ...] = ()
     """Caveats for comparing the model's metrics, such as a leak."""
 
@@ -158,6 +160,7 @@ def markdown_table(results: Results) -> str:
     for items in results.item_groups:
         table += f"\n**{items.group}** ({items.num_users:,} users)\n\n"
         table += _table(items.rows, results.metric_names)
+    table += "".join(f"\n{name} is left out: {reason}.\n" for name, reason in results.baselines_left_out.items())
     return table + "".join(f"\n**{note}**\n" for note in results.notes)
 
 

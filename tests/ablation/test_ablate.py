@@ -49,7 +49,7 @@ class Stages:
         value = (0.5 if variant == "full" else 0.3) + 0.01 * seed
         users = np.linspace(-0.1, 0.1, NUM_USERS) * (1 if variant == "full" else -1) + value
         rows = [ResultRow(name="CLLM4Rec", metrics={"recall@20": value, "ndcg@100": value / 2})]
-        if "--baselines" in arguments:
+        if "--no-baselines" not in arguments:
             rows.append(ResultRow(name="EASE", metrics={"recall@20": 0.25, "ndcg@100": 0.1}, baseline=True))
         folder.mkdir(parents=True)
         results = Results(dataset="tiny", rows=tuple(rows), num_users=NUM_USERS, seconds=1.0)
@@ -103,7 +103,7 @@ def test_baselines_are_fitted_once_and_cells_that_pretrain_alike_share_it(files:
     cells = cells_of(files, ["full", "llm-prerec"], [0, 1], tmp_path)
     run(cells, files, stages, tmp_path)
     assert stages.names == ["pretrain", "finetune", "evaluate", "evaluate"] * 2
-    assert [command.count("--baselines") for command in stages.commands if command[0] == "evaluate"] == [1, 0, 0, 0]
+    assert [command.count("--no-baselines") for command in stages.commands if command[0] == "evaluate"] == [0, 1, 1, 1]
     assert cells[1].pretrain_run == cells[0].pretrain_run != cells[2].pretrain_run
     ranked = [command[1] for command in stages.commands if command[0] == "evaluate"]
     assert ranked[:2] == [str(cells[0].finetune_run), str(cells[0].pretrain_run)]

@@ -140,7 +140,7 @@ def test_an_allowed_leak_is_recorded_inherited_and_reported_with_every_metric(
         ((_, messages),) = run_ranks(1, with_messages, evaluated, str(tmp_path / folder), str(output))
         assert any(note in message for message in messages)
         assert json.loads((output / "evaluation.json").read_text())["leak"]["num_interactions"] == SWAPPED
-        assert note in compare(output, ["recall@5"], with_baselines=False, seconds=1.0)
+        assert note in compare(output, ["recall@5"], baselines=(), seconds=1.0)
         assert json.loads((output / "results.json").read_text())["notes"] == [note]
         assert note in (output / "report.html").read_text()
         assert note in (output / "results.md").read_text()

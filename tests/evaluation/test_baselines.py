@@ -11,9 +11,10 @@ from implicit.cpu.als import AlternatingLeastSquares
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation import baselines, ease
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, select_baselines
 from cllm4rec_dist.evaluation.baselines import run_baselines, top_items
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
+from cllm4rec_dist.model.linear_fit import text_features
 
 METRICS = ["recall@5", "ndcg@10"]
 FAST = {"ials_factors": (4,), "ials_regularizations": (1.0,), "ials_alphas": (5.0,), "num_threads": 1}
@@ -78,7 +79,7 @@ def test_results_equal_dense_formulas(data, monkeypatch):
     )
     popularity, linear, titles = run_baselines(data, METRICS, config)
     train = data.train.toarray()
-    features = ease.text_features(data.item_texts).toarray()
+    features = text_features(data.item_texts).toarray()
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, rtol=1e-6)
     counts = np.tile(train.sum(axis=0), (80, 1))
     assert popularity.metrics == pytest.approx(expected_metrics(data, counts))
@@ -208,10 +209,31 @@ def test_items_without_words_leave_the_title_baseline_out(data, caplog):
     assert "no item has a text" in caplog.text
 
 
-def test_a_catalog_too_large_is_refused_with_the_memory_it_needs(data):
-    config = BaselineConfig(names=("ease",), max_dense_gib=1e-6)
-    with pytest.raises(ConfigError, match=r"max_dense_gib.*must be at least .* 30 x 30 .*remove ease and title_ease"):
-        run_baselines(data, METRICS, config)
+def test_in_a_large_catalog_the_sparse_ease_takes_the_place_of_the_dense_ones(data, caplog):
+    config = BaselineConfig(**FAST, max_dense_gib=1e-6, sparse_ease_neighbors=29)
+    names, reasons = select_baselines(data, config)
+    assert names == ["popularity", "sparse_ease", "ials"]
+    assert reasons.keys() == {"ease", "title_ease"}
+    assert "30 x 30 need 0.0 GiB, more than max_dense_gib, 1e-06" in reasons["ease"]
+    with caplog.at_level(logging.WARNING):
+        results = run_baselines(data, METRICS, config)
+    assert [result.name for result in results] == names
+    assert "baseline EASE is left out: the dense matrices" in caplog.text
+    dense = BaselineConfig(
+        names=("title_ease",), title_ease_alphas=(10.0,), title_ease_lambdas=config.sparse_ease_lambdas
+    )
+    (expected,) = run_baselines(data, METRICS, dense)  # with all neighbors both are the same model
+    assert results[1].chosen == expected.chosen
+    np.testing.assert_allclose(results[1].values, expected.values, atol=1e-6)
+
+
+def test_the_sparse_ease_is_fitted_in_parts_of_the_catalog(data, monkeypatch):
+    config = BaselineConfig(names=("sparse_ease",), sparse_ease_neighbors=5, num_threads=2)
+    (whole,) = run_baselines(data, METRICS, config)
+    monkeypatch.setattr("cllm4rec_dist.evaluation.baseline_models._FIT_ITEMS", 7)
+    (parts,) = run_baselines(data, METRICS, config)
+    assert parts.metrics == whole.metrics
+    assert parts.label == "Sparse EASE + titles"
 
 
 def test_a_split_that_leaks_or_does_not_fit_is_refused(data):

@@ -21,6 +21,7 @@ from cllm4rec_dist.evaluation.per_user import read_baselines, read_baselines_rec
 from tests.harness import make_backbone, make_catalog, make_corpus
 
 METRICS = ["recall@5", "ndcg@10"]
+BASELINES = ("popularity", "ease")
 
 
 @pytest.fixture
@@ -55,11 +56,11 @@ def write_evaluation(folder: Path, corpus: Corpus, url: str) -> int:
 
 
 def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus, monkeypatch):
-    fast = partial(BaselineConfig, names=("popularity", "ease"), ease_lambdas=(10.0,))
+    fast = partial(BaselineConfig, ease_lambdas=(10.0,))
     monkeypatch.setattr(comparison, "BaselineConfig", fast)
     folder = tmp_path / "evaluation"
     num_users = write_evaluation(folder, corpus, str(tmp_path / "corpus"))
-    assert "| Popularity |" in compare(folder, METRICS, with_baselines=True, seconds=1.0)
+    assert "| Popularity |" in compare(folder, METRICS, baselines=BASELINES, seconds=1.0)
     baselines = read_baselines(folder)
     assert baselines.group_by("model", maintain_order=True).len().rows() == [
         ("Popularity", num_users),
@@ -74,7 +75,7 @@ def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus
     assert "Left out: there" not in page
 
     # Of baselines that an earlier evaluation left behind nothing is shown.
-    compare(folder, METRICS, with_baselines=False, seconds=1.0)
+    compare(folder, METRICS, baselines=(), seconds=1.0)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "No verdict: the evaluation was made without baselines" in page
     assert "Paired t-test over" not in page
@@ -90,4 +91,4 @@ def test_a_run_below_the_current_folder_is_named_by_its_relative_path(tmp_path, 
 
 def test_a_folder_without_an_evaluation_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"evaluation\.json"):
-        compare(tmp_path, METRICS, with_baselines=False, seconds=1.0)
+        compare(tmp_path, METRICS, baselines=(), seconds=1.0)

@@ -22,6 +22,7 @@ from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, w
 from tests.training import Made, make_config, run
 
 METRICS = ["recall@5", "ndcg@10"]
+BASELINES = ("popularity", "ease", "title_ease", "ials")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_validation_while_training_counts_known_and_new_users_once_each(trained:
 @pytest.mark.slow
 def test_the_table_compares_known_and_new_users_with_baselines(trained: Made, tmp_path: Path) -> None:
     run_ranks(1, evaluated, str(trained[0] / "run"), str(tmp_path), "test", {"baselines": True})
-    text = compare(tmp_path, METRICS, with_baselines=True, seconds=1.0)
+    text = compare(tmp_path, METRICS, baselines=BASELINES, seconds=1.0)
     for title in ("**All users** (28)", "**Known users** (23)", "**New users** (5)"):
         assert title in text
     assert text.count("| CLLM4Rec |") == text.count("| EASE |") == text.count("| iALS |") == 3

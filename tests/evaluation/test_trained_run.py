@@ -110,7 +110,7 @@ def test_a_moved_run_names_the_cure_and_fingerprints_decide(made: Made) -> None:
     output = elsewhere / "evaluation"
     (_, messages), _ = run_ranks(2, with_messages, evaluated, moved, backbone, corpus, str(output))
     assert any("zero3.json does not exist" in message for message in messages)
-    compare(output, ["recall@5"], with_baselines=False, seconds=1.0)
+    compare(output, ["recall@5"], baselines=(), seconds=1.0)
     assert json.loads((output / "results.json").read_text())["config"]["corpus"] == corpus
     assert (output / "report.html").is_file()
 
