@@ -140,7 +140,8 @@ def test_the_table_compares_known_and_new_users_with_baselines(trained: Made, tm
         assert title in text
     assert text.count("| CLLM4Rec |") == text.count("| EASE |") == text.count("| iALS |") == 3
     results = json.loads((tmp_path / "results.json").read_text())
-    values = pl.read_parquet(tmp_path / "baselines.parquet")
+    assert text.count("| CLLM4Rec (LLM alone) |") == text.count("| Linear memory alone |") == 3
+    values = pl.concat(pl.read_parquet(tmp_path / f"{name}.parquet") for name in ("parts", "baselines"))
     users = pl.read_parquet(tmp_path / "users.parquet")
     assert values.columns == ["model", "user", "group", *METRICS]
     for row in results["rows"][1:]:
