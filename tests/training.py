@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from cllm4rec_dist.checkpointing.format import Checkpoint, CheckpointMetadata
 from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError
@@ -50,3 +55,26 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     volatile = {"time", "tokens_per_second", "stage", "packing_efficiency"}  # depend on machine or ranks
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
+
+
+def names(run: Path) -> list[str]:
+    return Store(f"{run}/checkpoints").names("step-")
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / names(run)[-1]
+
+
+def about(run: Path, name: str | None = None) -> CheckpointMetadata:
+    return Checkpoint.open(Store(f"{run}/checkpoints"), name or names(run)[-1]).metadata
+
+
+def assert_equal_checkpoints(one: Path, other: Path) -> None:
+    """Check that the newest checkpoints of two runs are equal bit for bit, with moments and step counts."""
+    files = sorted(path.name for path in newest(one).glob("*.safetensors"))
+    assert files == sorted(path.name for path in newest(other).glob("*.safetensors"))
+    for file in files:
+        first, second = load_file(newest(one) / file), load_file(newest(other) / file)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
