@@ -82,7 +82,7 @@ def test_a_batch_job_gives_the_same_losses(
 ) -> None:
     output = tmp_path / "run"
     job = submit(slurm, script, output, tasks, "launch/pretrain.py", "--config", str(config))
-    until(lambda: state(slurm, job) not in GOING, 240, slurm, tmp_path / "run.log")
+    until(lambda: state(slurm, job) not in GOING, 480, slurm, tmp_path / "run.log")
     assert state(slurm, job) == "COMPLETED", (tmp_path / "run.log").read_text()[-3000:]
     assert losses_of(output) == wanted
 
@@ -97,9 +97,9 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_by_itself(
     output, log = tmp_path / "run", tmp_path / "run.log"
     job = submit(slurm, "srun.sbatch", output, 2, "launch/pretrain.py", "--config", str(longer))
     metrics = output / "metrics.jsonl"
-    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, 240, slurm, log)
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, 480, slurm, log)
     subprocess.run(["scancel", "--signal=USR1", job], env=slurm, check=True)  # as `--signal=USR1@120` does
-    until(lambda: field(slurm, job, "Restarts") == "1", 120, slurm, log)
+    until(lambda: field(slurm, job, "Restarts") == "1", 240, slurm, log)
     stopped = len(losses_of(output))
     assert 2 < stopped < len(whole)
     assert losses_of(output) == whole[:stopped]
@@ -107,7 +107,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_by_itself(
     # refuses a job in the second in which it ended ("Job credential revoked").
     time.sleep(2)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=True)
-    until(lambda: state(slurm, job) not in GOING, 240, slurm, log)
+    until(lambda: state(slurm, job) not in GOING, 480, slurm, log)
     assert state(slurm, job) == "COMPLETED", log.read_text()[-3000:]
     assert losses_of(output) == whole
     assert "saved at step" in log.read_text()
