@@ -17,7 +17,7 @@ from torch import Tensor
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.text_rows import fit_text_rows
-from cllm4rec_dist.system import InferenceSystem
+from cllm4rec_dist.system import InferenceSystem, item_texts
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,6 @@ logger = logging.getLogger(__name__)
 def training_counts(corpus: Corpus) -> np.ndarray:
     """Return the number of training interactions of each item, int64 [I]."""
     return np.bincount(corpus.split("train").values, minlength=corpus.num_items)
-
-
-def item_texts(corpus: Corpus) -> list[str]:
-    """Return title and description of each item as one text; empty if it has neither."""
-    items = corpus.items()
-    pairs = zip(items["title"].to_pylist(), items["description"].to_pylist(), strict=True)
-    return [f"{title} {description}".strip() for title, description in pairs]
 
 
 def fill_cold_rows(system: InferenceSystem) -> None:
