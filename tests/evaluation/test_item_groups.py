@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,12 +146,10 @@ def test_text_neighbours_rank_by_the_cosine_with_the_texts_of_the_history(made: 
 def test_the_table_shows_warm_cold_and_all(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "cllm4rec_dist.evaluation.comparison.BaselineConfig",
-        lambda: BaselineConfig(
-            names=("popularity", "title_ease"), title_ease_lambdas=(10.0,), title_ease_alphas=(3.0,)
-        ),
+        partial(BaselineConfig, title_ease_lambdas=(10.0,), title_ease_alphas=(3.0,)),
     )
     evaluate_run(alone(), lambda metrics: None, made.run, "test", METRICS, 4, str(tmp_path), baselines=True)
-    table = compare(tmp_path, METRICS, with_baselines=True, seconds=1.0)
+    table = compare(tmp_path, METRICS, baselines=("popularity", "title_ease"), seconds=1.0)
     headings = [line.rsplit(" (", 1)[0].strip("*") for line in table.splitlines() if line.startswith("**")]
     assert headings == ["All users", WARM, WARM_ONLY, COLD_ALL, COLD]
     of_cold = table.split(f"**{COLD}**")[1]
