@@ -46,7 +46,7 @@ class Peer(nn.Module):
         folder = Path(config.backbone)
         self.config, self.space = config, space
         decoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
-        settings = lora_settings(config.adapter, decoder.config.model_type)
+        settings = lora_settings(config.adapter, decoder)
         self.decoder = get_peft_model(decoder, settings, "collaborative")
         self.decoder.add_adapter("content", settings)
         trained = [p for name, p in self.decoder.named_parameters() if "lora_" in name]

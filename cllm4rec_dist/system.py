@@ -34,6 +34,7 @@ from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.init_cache import InitCache
 from cllm4rec_dist.model.linear_fit import text_features
 from cllm4rec_dist.model.linear_memory import LinearMemory, fit_linear_memory
+from cllm4rec_dist.model.probe import require_equal_to_transformers
 from cllm4rec_dist.model.recommender import Recommender
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PROBE_TEXT = "The title of the product that the customer will buy next, with the words of a review: it is very good."
 _PROMPT_ROOM = 64
 """Positions reserved for the words of a prompt; the longest template has about ten words."""
 
@@ -86,9 +88,15 @@ def assemble(config: RunConfig, world: World) -> System:
     """Open the corpus, shard the backbone, make tables of zeros. Collective.
 
     Raises:
-        ConfigError, CorpusError: if parts do not fit each other.
+        ConfigError, CorpusError: if parts do not fit each other, or the backbone computes packed documents in another
+            way than transformers computes each alone (`model/probe.py`).
     """
-    from cllm4rec_dist.distributed.engine import Engine, resolve_settings, sharded_loading  # imports DeepSpeed
+    from cllm4rec_dist.distributed.engine import (  # imports DeepSpeed
+        Engine,
+        gathered_by_layer,
+        resolve_settings,
+        sharded_loading,
+    )
 
     corpus = Corpus.open(config.corpus, verify=world.is_main)
     folder, decoder, tokenizer = open_backbone(config, corpus)
@@ -104,6 +112,8 @@ def assemble(config: RunConfig, world: World) -> System:
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
     words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=content)
+    with world.watch.collective("the probe"), gathered_by_layer(dual, dual.layers, world.device):
+        require_equal_to_transformers(dual, dual, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
     recommender = _empty_recommender(config, corpus, words, world, content=content)
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
     adapter_optimizer = torch.optim.AdamW(
@@ -141,6 +151,9 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
     words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=False)
     prompts = _prompt_builder(config, corpus, tokenizer, words)
     require_word_embeddings("the prompts", largest_prompt_id(tokenizer), decoder.vocab_size)
+    dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
+    engine = LocalEngine(dual, world.device)
+    require_equal_to_transformers(dual, engine, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
     recommender = _empty_recommender(config, corpus, words, world, content=False)
     return InferenceSystem(
         config=config,
@@ -149,9 +162,7 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
         prompts=prompts,
         recommender=recommender,
         linear=LinearMemory(recommender.item_partition, world),
-        engine=LocalEngine(
-            backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization), world.device
-        ),
+        engine=engine,
         fingerprints=_fingerprints(folder, corpus, tokenizer),
     )
 
@@ -202,6 +213,7 @@ def open_backbone(
     folder = backbone.local_folder(config.backbone, weights=weights)
     decoder = backbone.load_config(folder)
     backbone.require_targets(decoder, config.adapter)
+    backbone.require_adaptable(decoder, config.adapter, config.quantization)
     tokenizer = WordTokenizer.load(folder)
     if corpus.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise CorpusError(

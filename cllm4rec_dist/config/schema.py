@@ -213,7 +213,7 @@ class RunConfig(StrictModel):
     corpus: str
     """Corpus folder or URL, built by `cllm4rec prepare`."""
     backbone: str
-    """Folder or hub id of a GPT-2, LLaMA, Mistral or Qwen2 style decoder, with the tokenizer of the corpus."""
+    """Folder or hub id of a causal language model of transformers, with the tokenizer of the corpus."""
     output: str
     """Local folder of the run: checkpoints, metrics, TensorBoard, resolved configuration. For checkpoints in an object
     store set `checkpoint.dir`."""

@@ -18,7 +18,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_grad,
@@ -187,6 +187,42 @@ def sharded_loading(settings: dict[str, Any]) -> Iterator[None]:
     reference = HfDeepSpeedConfig(settings)  # transformers keeps only a weak reference
     yield
     del reference
+
+
+@contextmanager
+def gathered_by_layer(module: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Let a module built inside `sharded_loading` run before it has an engine: one layer is gathered at a time.
+
+    An engine that ran forwards without backward before its first step would gather weights more often in later steps.
+
+    Args:
+        layers: as of `Engine`; weights outside of them are gathered for the whole time.
+
+    Collectives: all-gathers weights, in forwards; every rank must run equally many.
+    """
+    module.to(device)
+    inside: set[nn.Parameter] = set()
+    hooks = []
+    gathered: dict[nn.Module, ExitStack] = {}
+
+    def gather(layer: nn.Module, _: Any) -> None:
+        gathered[layer] = ExitStack()
+        gathered[layer].enter_context(GatheredParameters([*layer.parameters()]))
+
+    def release(layer: nn.Module, _: Any, __: Any) -> None:
+        gathered.pop(layer).close()
+
+    for layer in layers:
+        inside.update(layer.parameters())
+        hooks += [layer.register_forward_pre_hook(gather), layer.register_forward_hook(release)]
+    with GatheredParameters([parameter for parameter in module.parameters() if parameter not in inside]):
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for context in gathered.values():  # of a layer that raised
+                context.close()
 
 
 class Engine:

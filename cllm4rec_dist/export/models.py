@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from cllm4rec_dist.export.source import Source
+from cllm4rec_dist.model.architecture import meta_decoder
 from cllm4rec_dist.model.backbone import lora_settings
 from cllm4rec_dist.model.hub import TOKENIZER_FILES
 from cllm4rec_dist.model.weights import CONFIG, INDEX, WEIGHTS, read_settings, weight_names
@@ -41,8 +42,8 @@ def write_adapters(source: Source, backbone: str, output: Path) -> None:
     Args:
         backbone: hub id or path, for `base_model_name_or_path`.
     """
-    with torch.device("meta"):
-        prefix = f"{AutoModel.from_config(source.decoder).base_model_prefix}."
+    decoder = meta_decoder(source.decoder)
+    prefix = f"{decoder.base_model_prefix}."
     for llm in source.llms:
         weights = {
             full.removeprefix(_PREFIX).replace(f".{llm}.", "."): value
@@ -51,7 +52,7 @@ def write_adapters(source: Source, backbone: str, output: Path) -> None:
         }
         forms = ((llm, "FEATURE_EXTRACTION", ("", prefix)), (llm + CAUSAL_LM, "CAUSAL_LM", (prefix,)))
         for name, task_type, prefixes in forms:
-            settings = lora_settings(source.config.adapter, source.decoder.model_type)
+            settings = lora_settings(source.config.adapter, decoder)
             settings.task_type = task_type
             settings.base_model_name_or_path = backbone
             settings.inference_mode = True

@@ -5,7 +5,8 @@ and the content LLM in one pass: the tokens of both go through each frozen weigh
 update to the tokens of its LLM. So a weight is gathered once for both LLMs, products are larger, and every adapter runs
 in every forward. (A ZeRO-3 engine whose adapters take turns between forwards silently accumulates stale gradients.)
 
-`hub.py`, `weights.py`, `pretrained.py` and `frozen_embeddings.py` read and check a backbone's folder; their functions
+`architecture.py` reads from transformers how a decoder is built; no family is known by name. `hub.py`, `weights.py`,
+`pretrained.py` and `frozen_embeddings.py` read and check a backbone's folder; their functions
 are re-exported here.
 
 Decoders get right-padded batches without an attention mask: attention is causal, so no token sees the padding after it.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,17 +27,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.architecture import (
+    decoder_class,
+    decoder_layers,
+    finds_packed_documents,
+    lora_targets,
+    meta_decoder,
+)
 from cllm4rec_dist.model.frozen_embeddings import FrozenEmbeddings, load_frozen_embeddings
 from cllm4rec_dist.model.hub import local_folder
 from cllm4rec_dist.model.pretrained import (
-    LORA_TARGETS,
     load_config,
     max_positions,
-    meta_decoder,
+    require_adaptable,
     require_head,
     require_static_rotary,
     require_targets,
@@ -51,7 +60,6 @@ if TYPE_CHECKING:  # takes seconds to import; only runs with adapters need it
 __all__ = [
     "COLLABORATIVE",
     "CONTENT",
-    "LORA_TARGETS",
     "DualBackbone",
     "FrozenEmbeddings",
     "fingerprint",
@@ -62,6 +70,7 @@ __all__ = [
     "lora_settings",
     "max_positions",
     "meta_backbone",
+    "require_adaptable",
     "require_head",
     "require_static_rotary",
     "require_targets",
@@ -72,23 +81,32 @@ __all__ = [
 COLLABORATIVE, CONTENT = "collaborative", "content"
 
 
-class _ContentStart:
-    """Flat index of the content LLM's first token in a pass; the collaborative LLM's tokens are before it."""
+class _Pass:
+    """The pass that is computed.
+
+    Attributes:
+        content_start: flat index of the content LLM's first token; the collaborative LLM's tokens are before it.
+        num_tokens: tokens of both LLMs.
+    """
 
     def __init__(self) -> None:
-        self.index = 0
+        self.content_start, self.num_tokens = 0, 0
+
+    def begin(self, content_start: int, num_tokens: int) -> None:
+        self.content_start, self.num_tokens = content_start, num_tokens
 
     @contextmanager
-    def restored(self, index: int) -> Iterator[None]:
-        """Set the index of an earlier pass while its activations are recomputed."""
-        current, self.index = self.index, index
+    def restored(self, content_start: int, num_tokens: int) -> Iterator[None]:
+        """Return to an earlier pass while its activations are recomputed."""
+        current = self.content_start, self.num_tokens
+        self.begin(content_start, num_tokens)
         try:
             yield
         finally:
-            self.index = current
+            self.begin(*current)
 
 
-def _adapt(layer: LoraLayer, content_start: _ContentStart) -> None:
+def _adapt(layer: LoraLayer, current: _Pass) -> None:
     """Make a PEFT layer apply each adapter to the tokens of its LLM; PEFT itself applies one adapter to all tokens.
 
     Both updates are one product, [tokens, 2r] @ [2r, out], in which a token has zeros in the r columns of the other
@@ -97,13 +115,21 @@ def _adapt(layer: LoraLayer, content_start: _ContentStart) -> None:
 
     Raises:
         ConfigError: for adapters that PEFT computes in another way: DoRA and other variants, a bias, merged weights.
+            In a forward, for a layer that is given only some of the tokens.
     """
     names = (COLLABORATIVE, CONTENT)
     _require_plain_adapters(layer, names)
 
     def forward(x: Tensor) -> Tensor:
-        base = layer.base_layer(x)
-        parts = x.flatten(0, -2).tensor_split([content_start.index])
+        base, tokens = layer.base_layer(x), x.flatten(0, -2)
+        if len(tokens) != current.num_tokens:
+            raise ConfigError(
+                "adapter.targets",
+                f"a {type(layer.base_layer).__name__} that is given {len(tokens)} of {current.num_tokens} tokens",
+                "cannot be adapted, because its tokens cannot be assigned to an LLM",
+                "Name other layers in adapter.targets.",
+            )
+        parts = tokens.tensor_split([current.content_start])
         first, second = (
             layer.lora_A[name](layer.lora_dropout[name](part)) * layer.scaling[name]
             for name, part in zip(names, parts, strict=True)
@@ -139,15 +165,22 @@ class DualBackbone(nn.Module):
     Args:
         decoder: a Hugging Face decoder without head.
         dual: True if each LLM has its own adapter.
+
+    Attributes:
+        packed_mask: makes the attention mask of packed documents from embeddings and positions, for a decoder that does
+            not find them by itself; None for one that does.
     """
+
+    packed_mask: Callable[[Tensor, Tensor], Tensor | None] | None
 
     def __init__(self, decoder: PreTrainedModel, *, dual: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self._content_start = _ContentStart()
+        self._pass = _Pass()
+        self.packed_mask = None if finds_packed_documents(type(decoder), decoder.config) else self._mask
         if dual:
             for layer in _adapted_layers(decoder):
-                _adapt(layer, self._content_start)
+                _adapt(layer, self._pass)
         if not any(parameter.requires_grad for parameter in decoder.parameters()):
             # A ZeRO-3 engine without trainable parameters refuses to run backward, and training the tables alone needs
             # the gradient of the input embeddings. This scalar never gets a gradient and stays zero.
@@ -163,19 +196,31 @@ class DualBackbone(nn.Module):
             content_start: flat index (row * L + column) of the content LLM's first document; the collaborative LLM's
                 documents are before it.
         """
-        self._content_start.index = content_start
+        self.begin_pass(content_start, embeddings.shape[0] * embeddings.shape[1])
         shape = embeddings.shape
         if positions is not None and self.decoder.config._attn_implementation == "flash_attention_2":
             # It detects packed documents in a batch of one row only.
             embeddings, positions = embeddings.flatten(0, 1)[None], positions.flatten()[None]
-        output = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        mask = None
+        if positions is not None and self.packed_mask is not None:
+            mask = self.packed_mask(embeddings, positions)
+        output = self.decoder(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False)
         return output.last_hidden_state.view(shape)
+
+    def begin_pass(self, content_start: int, num_tokens: int) -> None:
+        """Set which tokens of the next pass through the decoder belong to which LLM."""
+        self._pass.begin(content_start, num_tokens)
+
+    def _mask(self, embeddings: Tensor, positions: Tensor) -> Tensor | None:
+        mask = create_causal_mask(self.decoder.config, embeddings, None, None, position_ids=positions)
+        assert mask is None or isinstance(mask, Tensor)
+        return mask
 
     def enable_activation_checkpointing(self) -> None:
         """Keep only layer inputs and recompute the rest in backward, with the `content_start` of that forward."""
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._content_start.restored(self._content_start.index)
+            return nullcontext(), self._pass.restored(self._pass.content_start, self._pass.num_tokens)
 
         self.decoder.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
@@ -196,8 +241,7 @@ class DualBackbone(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder's layers."""
-        kinds = self.decoder._no_split_modules or []
-        return [module for module in self.decoder.modules() if type(module).__name__ in kinds]
+        return [*decoder_layers(self.decoder).values()]
 
 
 def _adapted_layers(decoder: nn.Module) -> list[LoraLayer]:
@@ -208,16 +252,20 @@ def _adapted_layers(decoder: nn.Module) -> list[LoraLayer]:
     return layers
 
 
-def lora_settings(adapter: AdapterConfig, model_type: str) -> LoraConfig:
-    """PEFT configuration of one adapter."""
+def lora_settings(adapter: AdapterConfig, decoder: PreTrainedModel) -> LoraConfig:
+    """PEFT configuration of one adapter.
+
+    Args:
+        decoder: without adapters; may be on the meta device.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=list(adapter.targets or LORA_TARGETS[model_type]),
-        fan_in_fan_out=model_type == "gpt2",
+        target_modules=list(adapter.targets or lora_targets(decoder)),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in decoder.modules()),
     )
 
 
@@ -240,7 +288,7 @@ def load_backbone(
 
 def meta_backbone(config: PretrainedConfig, adapter: AdapterConfig, dtype: torch.dtype) -> DualBackbone:
     """Build the module of `load_backbone` on the meta device: shapes without values."""
-    decoder = meta_decoder(config, dtype=dtype, attn_implementation=_attention(dtype))
+    decoder = meta_decoder(config, dtype=dtype, attn_implementation=_attention(config, dtype))
     with torch.device("meta"):
         return _adapted(decoder, adapter, dtype, seed=0)
 
@@ -254,7 +302,7 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
         from peft import inject_adapter_in_model
 
         torch.manual_seed(seed)
-        settings = lora_settings(adapter, decoder.config.model_type)
+        settings = lora_settings(adapter, decoder)
         with warnings.catch_warnings():
             # PEFT warns about a second adapter, which is intended.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -286,7 +334,7 @@ def _load_decoder(folder: Path, dtype: torch.dtype, quantization: str) -> PreTra
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
-                attn_implementation=_attention(dtype),
+                attn_implementation=_attention(config, dtype),
                 local_files_only=True,
                 trust_remote_code=False,
                 quantization_config=settings,
@@ -324,10 +372,13 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _attention(dtype: torch.dtype) -> str:
-    if torch.cuda.is_available() and dtype is torch.bfloat16:
+def _attention(config: PretrainedConfig, dtype: torch.dtype) -> str:
+    """Fastest implementation of attention that the decoder supports."""
+    kind = decoder_class(config)
+    assert kind is not None
+    if kind._supports_flash_attn and torch.cuda.is_available() and dtype is torch.bfloat16:
         from transformers.utils import is_flash_attn_2_available  # optional extra
 
         if is_flash_attn_2_available():
             return "flash_attention_2"
-    return "sdpa"
+    return "sdpa" if kind._supports_sdpa else "eager"

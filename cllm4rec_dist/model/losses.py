@@ -8,8 +8,10 @@ Legend: n positions, M targets, D width, k distinct user and item rows.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from cllm4rec_dist.model.frozen_embeddings import FrozenEmbeddings
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, linear_cross_entropy, sharded_cross_entropy
 
 
@@ -36,15 +38,32 @@ def item_loss(
 
 
 def text_loss(
-    queries: Tensor, word_head: Tensor, target_query: Tensor, targets: Tensor, max_logits: int | None = None
+    queries: Tensor,
+    words: FrozenEmbeddings,
+    target_query: Tensor,
+    targets: Tensor,
+    max_logits: int | None = None,
 ) -> Tensor:
-    """Negative log-likelihood of the words of the main texts (the paper's content LLM).
+    """Negative log-likelihood of the words of the main texts (the paper's content LLM), as the backbone computes it.
 
     Args:
         queries: [n, D] hidden states.
-        word_head: [V, D], frozen.
+        words: the frozen word head, with its bias, scale and soft cap.
     """
-    return linear_cross_entropy(queries, word_head, target_query, targets, max_logits).sum()
+    return text_losses(queries, words, target_query, targets, max_logits).sum()
+
+
+def text_losses(
+    queries: Tensor,
+    words: FrozenEmbeddings,
+    target_query: Tensor,
+    targets: Tensor,
+    max_logits: int | None = None,
+) -> Tensor:
+    """`text_loss` of each query, [n]."""
+    if words.head.shape[1] > queries.shape[1]:  # the last column is the head's bias
+        queries = F.pad(queries, (0, 1), value=1.0)
+    return linear_cross_entropy(queries, words.head, target_query, targets, max_logits, words.logit_transform)
 
 
 def mutual_regularization(collaborative: Tensor, content: Tensor | None, lambda_l: float, lambda_c: float) -> Tensor:

@@ -14,26 +14,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.model.architecture import (
+    LINEAR,
+    WordLayers,
+    decoder_class,
+    fused_experts,
+    is_bidirectional,
+    lora_targets,
+    meta_decoder,
+    meta_language_model,
+    renamed_weights,
+    stored_name,
+    unquantized_weights,
+    word_layers,
+)
 from cllm4rec_dist.model.weights import CONFIG, StoredWeight, read_settings, stored_weights
 
 logger = logging.getLogger(__name__)
-
-LORA_TARGETS = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "mistral": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
-"""Supported decoder families and their default adapter targets (all linear layers)."""
-
-HEAD_WEIGHT = "lm_head.weight"
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -60,8 +61,8 @@ def load_config(folder: Path) -> PretrainedConfig:
     """Read the decoder's configuration.
 
     Raises:
-        ConfigError: for a folder without config.json, with an adapter or with quantized weights, for a decoder with
-            bidirectional attention, and for untested families.
+        ConfigError: for a folder without config.json, with an adapter or with quantized weights, and for a model that
+            is no decoder, has other inputs than texts, bidirectional attention or a random number of layers.
     """
     _require_no_adapter(folder)
     settings = read_settings(folder)
@@ -72,9 +73,22 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ConfigError(
             "backbone", str(folder), f"has no valid config.json of a decoder ({error})", "Fetch the backbone again."
         ) from error
-    if config.model_type not in LORA_TARGETS:
+    _require_decoder(folder, config)
+    return config
+
+
+def _require_decoder(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse models that are no causal language models over words, as far as config.json tells."""
+    problem = None
+    if decoder_class(config) is None or getattr(config, "is_encoder_decoder", False):
+        problem = "is no decoder: transformers has no AutoModelForCausalLM and AutoModel of this type"
+    elif is_bidirectional(config):
+        problem = "is an encoder, whose tokens attend to later ones"
+    elif config.sub_configs:
+        problem = f"has several models ({', '.join(config.sub_configs)}), of which a run needs the one over words"
+    if problem is not None:
         raise ConfigError(
-            "backbone", config.model_type, f"is not one of {sorted(LORA_TARGETS)}", "Choose a supported decoder."
+            "backbone", config.model_type, problem, "Choose a decoder over text, such as qwen3, llama or gemma2."
         )
     if not getattr(config, "is_causal", True):
         raise ConfigError(
@@ -83,7 +97,13 @@ def load_config(folder: Path) -> PretrainedConfig:
             "lets every token attend to later ones, as in embedding models, so that the model would see its targets",
             "Use the language model that it was made from.",
         )
-    return config
+    if getattr(config, "layerdrop", 0):
+        raise ConfigError(
+            f"backbone {folder}: layerdrop",
+            config.layerdrop,
+            "skips layers at random, on each rank others",
+            "Set it to 0 in config.json.",
+        )
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -137,13 +157,16 @@ def require_weights(folder: Path, config: PretrainedConfig) -> None:
     Raises:
         ConfigError: names the weights.
     """
-    decoder = meta_decoder(config)
+    decoder, headers = meta_decoder(config), stored_weights(folder)
     stored: dict[str, StoredWeight] = {}
-    for name, weight in stored_weights(folder).items():
-        bare = name.removeprefix(f"{decoder.base_model_prefix}.")
+    merged = set()
+    for name, (renamed, is_merged) in renamed_weights(decoder, headers).items():
+        weight, bare = headers[name], renamed.removeprefix(f"{decoder.base_model_prefix}.")
         if ".lora_" in name:
             raise ConfigError(f"backbone {folder}", name, "is an adapter's weight, which would be ignored", _MERGE)
-        if bare in stored:
+        if is_merged:
+            merged.add(bare)
+        elif bare in stored:
             raise ConfigError(
                 f"backbone {folder}",
                 name,
@@ -159,7 +182,11 @@ def require_weights(folder: Path, config: PretrainedConfig) -> None:
             f"are stored as {stored[packed[0]].dtype}: quantized, but config.json has no quantization_config",
             _DEQUANTIZE,
         )
-    wrong = [name for name, shape in expected.items() if name not in stored or stored[name].shape != shape]
+    wrong = [
+        name
+        for name, shape in expected.items()
+        if name not in stored or (stored[name].shape != shape and name not in merged)
+    ]
     if wrong:
         raise ConfigError(
             f"backbone {folder}",
@@ -181,8 +208,8 @@ def require_weights(folder: Path, config: PretrainedConfig) -> None:
 def require_head(folder: Path, config: PretrainedConfig, stored: Mapping[str, StoredWeight] | None) -> str:
     """Return the name of the stored weight of the language-model head.
 
-    This is `lm_head.weight` if it is stored: transformers does not tie weights that are stored with different values.
-    Else it is the word embeddings if config.json ties them and the model was saved with its head: a base model
+    This is the head's own weight if it is stored: transformers does not tie weights that are stored with different
+    values. Else it is the word embeddings if config.json ties them and the model was saved with its head: a base model
     (GPT2Model), a classifier or an embedding model has the same config.json and was never trained to predict words.
 
     Args:
@@ -191,17 +218,20 @@ def require_head(folder: Path, config: PretrainedConfig, stored: Mapping[str, St
     Raises:
         ConfigError: for a backbone without language-model head.
     """
-    name = _head_weight(folder, config, stored)
+    model = meta_language_model(config)
+    layers = word_layers(model)
+    name = _head_weight(folder, model, layers, stored)
     if name is None:
         architectures = ", ".join(_architectures(config)) or "none named"
         raise ConfigError(
             "backbone",
             str(folder),
-            f"has no language-model head ({HEAD_WEIGHT} is absent; architectures: {architectures}; tie_word_embeddings:"
-            f" {str(bool(config.tie_word_embeddings)).lower()}), and the content LLM predicts words with it",
+            f"has no language-model head ({layers.head_name} is absent; architectures: {architectures};"
+            f" tie_word_embeddings: {str(bool(config.tie_word_embeddings)).lower()}), and the content LLM predicts"
+            " words with it",
             "Use the causal language model itself, or leave the content LLM out with batch.texts=0.",
         )
-    shape = [config.vocab_size, config.hidden_size]
+    shape = [*layers.head.weight.shape]
     if stored is not None and (stored[name].shape != shape or stored[name].dtype not in _UNQUANTIZED_DTYPES):
         raise ConfigError(
             f"backbone {folder}: {name}",
@@ -212,12 +242,6 @@ def require_head(folder: Path, config: PretrainedConfig, stored: Mapping[str, St
     return name
 
 
-def embedding_weight(config: PretrainedConfig, stored: Mapping[str, StoredWeight]) -> str | None:
-    """Return the name of the stored word embeddings, with or without the base model's prefix; None if absent."""
-    name = "wte.weight" if config.model_type == "gpt2" else "embed_tokens.weight"
-    return next((full for full in (f"{_prefix(config)}{name}", name) if full in stored), None)
-
-
 def require_targets(config: PretrainedConfig, adapter: AdapterConfig) -> None:
     """Refuse names in `adapter.targets` that match no layer, or a layer that is not linear.
 
@@ -226,10 +250,10 @@ def require_targets(config: PretrainedConfig, adapter: AdapterConfig) -> None:
     if adapter.kind != "lora" or not adapter.targets:
         return
     layers = dict(meta_decoder(config).named_modules())
-    linear = {name.rsplit(".", 1)[-1] for name, layer in layers.items() if isinstance(layer, (nn.Linear, Conv1D))}
+    linear = {name.rsplit(".", 1)[-1] for name, layer in layers.items() if isinstance(layer, LINEAR)}
     for target in adapter.targets:
         matched = [layer for name, layer in layers.items() if target and f".{name}".endswith(f".{target}")]
-        others = [type(layer).__name__ for layer in matched if not isinstance(layer, (nn.Linear, Conv1D))]
+        others = [type(layer).__name__ for layer in matched if not isinstance(layer, LINEAR)]
         if matched and not others:
             continue
         problem = f"matches a layer that is not linear ({others[0]})" if others else "matches no layer of the backbone"
@@ -238,18 +262,35 @@ def require_targets(config: PretrainedConfig, adapter: AdapterConfig) -> None:
         )
 
 
-def meta_decoder(config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
-    """Build the decoder without its head on the meta device; `settings` are passed to `AutoModel.from_config`."""
-    try:
-        with torch.device("meta"):
-            return AutoModel.from_config(config, **settings)
-    except Exception as error:
+def require_adaptable(config: PretrainedConfig, adapter: AdapterConfig, quantization: str) -> None:
+    """Refuse what cannot be trained or quantized; for a mixture of experts, log what is adapted.
+
+    Experts are fused in three-dimensional parameters. LoRA adapts linear layers only: attention and shared experts.
+
+    Raises:
+        ConfigError: for `adapter.kind=full` of a mixture of experts, whose router would be trained without the loss
+            that balances the experts, and for 4-bit weights of layers that bitsandbytes leaves unquantized.
+    """
+    decoder = meta_decoder(config)
+    if quantization != "none" and (weights := unquantized_weights(decoder)):
         raise ConfigError(
-            "backbone",
-            str(config.name_or_path),
-            f"has a config.json from which no decoder can be built ({error})",
-            "Fetch the backbone again.",
-        ) from error
+            "quantization",
+            quantization,
+            f"would leave {len(weights)} matrices of {config.model_type} unquantized ({weights[0]})",
+            "Use quantization=none, or another backbone.",
+        )
+    if not fused_experts(decoder):
+        return
+    if adapter.kind == "full":
+        raise ConfigError(
+            "adapter.kind",
+            adapter.kind,
+            f"would train the router of {config.model_type} without the loss that balances its experts",
+            "Use adapter.kind=lora or none.",
+        )
+    if adapter.kind == "lora":
+        targets = ", ".join(adapter.targets or lora_targets(decoder))
+        logger.info("%s: LoRA adapts %s; experts and routers stay frozen", config.model_type, targets)
 
 
 def _require_no_adapter(folder: Path) -> None:
@@ -297,33 +338,32 @@ def _method(section: object) -> str:
     return ", ".join(map(str, methods[:2])) or "unknown method"
 
 
-def _head_weight(folder: Path, config: PretrainedConfig, stored: Mapping[str, StoredWeight] | None) -> str | None:
+def _head_weight(
+    folder: Path, model: PreTrainedModel, layers: WordLayers, stored: Mapping[str, StoredWeight] | None
+) -> str | None:
+    config = model.config
     if stored is None:
-        return HEAD_WEIGHT if _is_language_model(folder, config, None) else None
-    if HEAD_WEIGHT in stored:
-        return HEAD_WEIGHT
-    if config.tie_word_embeddings and _is_language_model(folder, config, stored):
-        return embedding_weight(config, stored)
-    return None
+        return layers.head_name if _is_language_model(folder, config, layers, None) else None
+    name = stored_name(model, layers.head_name, stored)
+    if name is None and config.tie_word_embeddings and _is_language_model(folder, config, layers, stored):
+        return stored_name(model, layers.embedding_name, stored)
+    return name
 
 
-def _is_language_model(folder: Path, config: PretrainedConfig, stored: Mapping[str, StoredWeight] | None) -> bool:
+def _is_language_model(
+    folder: Path, config: PretrainedConfig, layers: WordLayers, stored: Mapping[str, StoredWeight] | None
+) -> bool:
     """True if the model was saved with a language-model head, even if the head is tied and not stored."""
     if any((folder / name).is_file() for name in _SENTENCE_TRANSFORMERS_FILES):
         return False
     if architectures := _architectures(config):
         return any(name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")) for name in architectures)
-    return stored is None or any(name.startswith(_prefix(config)) for name in stored)
+    return stored is None or any(name.startswith(layers.prefix) for name in stored)
 
 
 def _architectures(config: PretrainedConfig) -> list[str]:
     names = config.architectures
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
-
-
-def _prefix(config: PretrainedConfig) -> str:
-    """Prefix of the decoder's weights in a model with a head."""
-    return "transformer." if config.model_type == "gpt2" else "model."
 
 
 def _rope_settings(parameters: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:

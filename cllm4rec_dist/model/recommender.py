@@ -204,7 +204,7 @@ class Recommender(nn.Module):
         if "text" in batch.targets:
             queries = hidden.flatten(0, 1)[batch.query_positions["text"]]
             targets = batch.target_query["text"], batch.targets["text"]
-            losses["text"] = text_loss(queries, self.words.head, *targets, self.max_logits)
+            losses["text"] = text_loss(queries, self.words, *targets, self.max_logits)
         # Seed a sampled softmax by the documents' keys, so that a resumed run draws the same items.
         key = batch.keys.sum() if self.num_negatives else None
         losses["items"] = item_loss(gathering, self.output_weight(), self.num_negatives, key, self.max_logits)

@@ -15,6 +15,7 @@ Legend: n positions of this rank, N of all ranks, C classes, D width, M targets 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from cllm4rec_dist.distributed.collectives import (
 )
 from cllm4rec_dist.distributed.topology import RowPartition, World
 
+Transform = Callable[[Tensor], Tensor]
+"""Elementwise function of logits [n, C] with any C."""
 _CPU_LOGITS = 1 << 20
 """4 MiB in fp32, so that a chunk of logits stays in a core's cache between the two products that use it."""
 _GPU_MEMORY_DIVISOR = 64
@@ -72,8 +75,15 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int
+        ctx: Any,
+        queries: Tensor,
+        weight: Tensor,
+        target_query: Tensor,
+        target_row: Tensor,
+        max_logits: int,
+        transform: Transform | None,
     ) -> tuple[Tensor, Tensor]:
+        ctx.transform = transform
         ctx.chunk = chunk = max(1, max_logits // max(1, len(queries)))
         wide = torch.promote_types(queries.dtype, torch.float32)
         highest = queries.new_full((len(queries),), -math.inf, dtype=wide)
@@ -81,6 +91,8 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
         buffer = highest.new_empty(min(chunk, len(weight)) * len(queries))
         for rows in weight.split(chunk) if len(weight) else ():
             logits = _logits(queries, rows.to(queries.dtype), None, buffer)
+            if transform is not None:
+                logits = transform(logits)
             raised = torch.maximum(highest, logits.amax(dim=1))
             total.mul_((highest - raised).exp_()).add_(logits.sub_(raised[:, None]).exp_().sum(dim=1))
             highest = raised
@@ -88,6 +100,9 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
         # Round target rows to the dtype of the logits, so that score and log-sum-exp see the same values.
         targets = weight[target_row].to(queries.dtype).to(wide)
         products = (queries[target_query].to(wide) * targets).sum(dim=1)
+        if transform is not None:
+            products, ctx.target_slope = _with_slope(transform, products[:, None])
+            products = products[:, 0]
         scores = torch.zeros_like(lse).index_add_(0, target_query, products)
         ctx.save_for_backward(queries, weight, target_query, target_row, lse)
         return lse, scores
@@ -102,8 +117,11 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
         buffer = lse.new_empty(min(ctx.chunk, len(weight)) * len(queries))
         for start in range(0, len(weight), ctx.chunk):
             rows = weight[start : start + ctx.chunk].to(queries.dtype)
-            logits = _logits(queries, rows, shift, buffer)
-            probabilities = logits.exp_().to(queries.dtype)
+            if ctx.transform is None:
+                probabilities = _logits(queries, rows, shift, buffer).exp_().to(queries.dtype)
+            else:
+                logits, slope = _with_slope(ctx.transform, _logits(queries, rows, None, buffer))
+                probabilities = logits.add_(shift).exp_().mul_(slope).to(queries.dtype)
             if rows.dtype == lse.dtype:
                 grad_queries.addmm_(probabilities, rows)
             else:
@@ -114,14 +132,30 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
                 grad_weight[start : start + ctx.chunk] = _wide_product(probabilities.T, scaled, lse.dtype)
         grad_queries *= grad_lse[:, None]
         grad_targets = grad_scores[target_query, None]
+        if ctx.transform is not None:
+            grad_targets = grad_targets * ctx.target_slope
         grad_queries.index_add_(0, target_query, grad_targets * weight[target_row].to(queries.dtype))
         if grad_weight is not None:
             grad_weight.index_add_(0, target_row, (grad_targets * queries[target_query]).to(weight.dtype))
-        return grad_queries.to(queries.dtype), grad_weight, None, None, None
+        return grad_queries.to(queries.dtype), grad_weight, None, None, None, None
+
+
+def _with_slope(transform: Transform, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Transformed logits, and the derivative of each by its logit."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        transformed = transform(leaf)
+        (slope,) = torch.autograd.grad(transformed.sum(), leaf)
+    return transformed.detach(), slope
 
 
 def chunked_logsumexp_and_scores(
-    queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int | None = None
+    queries: Tensor,
+    weight: Tensor,
+    target_query: Tensor,
+    target_row: Tensor,
+    max_logits: int | None = None,
+    transform: Transform | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log sum over c of exp(q . w_c), and the sum of q . w_t over each query's targets, in chunks of classes.
 
@@ -132,21 +166,27 @@ def chunked_logsumexp_and_scores(
         weight: [C, D], C may be 0 (the log-sum-exp is -inf); gets a gradient only if it requires one.
         target_query, target_row: int64 [M] pairs of a query and a row of `weight`.
         max_logits: logits held at a time; `max_logits_for` if None.
+        transform: applied to the logits q . w, each by itself; None for the identity.
 
     Returns:
         Log-sum-exps and summed scores, each [n], fp32 (fp64 for fp64 queries). No collective.
     """
     if max_logits is None:
         max_logits = max_logits_for(queries.device)
-    lse, scores = _ChunkedLogSumExpAndScores.apply(queries, weight, target_query, target_row, max_logits)
+    lse, scores = _ChunkedLogSumExpAndScores.apply(queries, weight, target_query, target_row, max_logits, transform)
     return lse, scores
 
 
 def linear_cross_entropy(
-    queries: Tensor, weight: Tensor, target_query: Tensor, target_row: Tensor, max_logits: int | None = None
+    queries: Tensor,
+    weight: Tensor,
+    target_query: Tensor,
+    target_row: Tensor,
+    max_logits: int | None = None,
+    transform: Transform | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each query's targets under a softmax over the local `weight`: [n]. No collective."""
-    lse, scores = chunked_logsumexp_and_scores(queries, weight, target_query, target_row, max_logits)
+    lse, scores = chunked_logsumexp_and_scores(queries, weight, target_query, target_row, max_logits, transform)
     return count_targets(target_query, len(queries)) * lse - scores
 
 

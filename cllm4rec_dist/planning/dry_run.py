@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
@@ -133,16 +133,17 @@ def dry_run(
 
 
 def _mask_packed_rows(dual: DualBackbone) -> None:
-    """Pass the decoder the attention mask of packed documents, which it would make from the values of positions."""
-    if dual.decoder.config._attn_implementation != "sdpa":
+    """Pass the decoder the attention mask of packed documents, which would be made from the values of positions."""
+    attention = dual.decoder.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
         return
 
-    def add(_: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        rows, length = options["inputs_embeds"].shape[:2]
-        mask = torch.empty(rows, 1, length, length, dtype=torch.bool, device=META)
-        return arguments, options | {"attention_mask": mask}
+    def packed_mask(embeddings: Tensor, _: Tensor) -> Tensor:
+        rows, length = embeddings.shape[:2]
+        dtype = torch.bool if attention == "sdpa" else embeddings.dtype
+        return torch.empty(rows, 1, length, length, dtype=dtype, device=META)
 
-    dual.decoder.register_forward_pre_hook(add, with_kwargs=True)
+    dual.packed_mask = packed_mask
 
 
 def _run(dual: DualBackbone, model: Recommender, config: RunConfig, micro_batch: RankMicroBatch, trace: Trace) -> None:

@@ -12,6 +12,7 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed import engine
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model import backbone
+from cllm4rec_dist.model.architecture import logit_transform, meta_language_model, word_layers
 from cllm4rec_dist.model.backbone import DualBackbone, FrozenEmbeddings
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.recommender import Recommender
@@ -119,10 +120,17 @@ def make_meta_run(
 
 
 def _words(decoder: PretrainedConfig, dtype: torch.dtype, content: bool) -> FrozenEmbeddings:
-    embedding = torch.empty(decoder.vocab_size, decoder.hidden_size, dtype=dtype, device=META)
+    """Frozen embeddings of the sizes that `load_frozen_embeddings` reads."""
+    model = meta_language_model(decoder)
+    layers = word_layers(model)
+    weight = torch.empty(layers.embedding.weight.shape, dtype=dtype, device=META)
+    embedding = weight if type(layers.embedding) is nn.Embedding else torch.empty_like(weight)
     if not content:
         return FrozenEmbeddings(embedding, embedding[:0])
-    return FrozenEmbeddings(embedding, embedding if decoder.tie_word_embeddings else torch.empty_like(embedding))
+    head = weight if decoder.tie_word_embeddings else torch.empty_like(weight)
+    if layers.head.bias is not None:
+        head = torch.cat([head, head[:, :1]], dim=1)
+    return FrozenEmbeddings(embedding, head, logit_transform(decoder))
 
 
 def _packed(dual: DualBackbone, config: RunConfig, dtype: torch.dtype) -> dict[nn.Parameter, int]:

@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-FAMILIES = ["gpt2", "llama", "mistral", "qwen2"]
+_LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": _LLAMA_TARGETS,
+    "mistral": _LLAMA_TARGETS,
+    "qwen2": _LLAMA_TARGETS,
+}
+"""Linear layers of the families that `build-backbone` builds."""
+FAMILIES = list(TARGETS)
 WIDTH = 16
 
 

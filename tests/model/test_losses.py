@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.model.frozen_embeddings import FrozenEmbeddings
 from cllm4rec_dist.model.losses import item_loss, mutual_regularization, text_loss
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries
 from tests.harness import alone, run_ranks
@@ -100,13 +101,13 @@ def test_word_likelihood_is_the_papers() -> None:
     states, head = normal(5, WIDTH, seed=1), normal(9, WIDTH, seed=2)
     # Position 3 predicts nothing.
     target_query, targets = torch.tensor([0, 1, 2, 4]), torch.tensor([8, 0, 3, 3])
-    loss = text_loss(states, head, target_query, targets)
+    loss = text_loss(states, FrozenEmbeddings(head, head), target_query, targets)
     expected = -sum(
         log_softmax(states[query].tolist(), head.tolist(), target)
         for query, target in zip(target_query.tolist(), targets.tolist(), strict=True)
     )
     assert loss.item() == pytest.approx(expected, rel=1e-12)
-    assert text_loss(states[:0], head, target_query[:0], targets[:0]).item() == 0.0
+    assert text_loss(states[:0], FrozenEmbeddings(head, head), target_query[:0], targets[:0]).item() == 0.0
 
 
 def test_mutual_regularization_is_the_papers() -> None:

@@ -16,22 +16,32 @@ from cllm4rec_dist.config import AdapterConfig
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model.backbone import load_backbone
 from cllm4rec_dist.model.pretrained import (
-    LORA_TARGETS,
     load_config,
     require_static_rotary,
     require_targets,
     require_weights,
 )
-from tests.model.backbones import FAMILIES, changed, copied, rewrite
+from tests.model.backbones import FAMILIES, TARGETS, changed, copied, rewrite
 
 LORA = AdapterConfig(kind="lora", rank=2, alpha=4)
 
 
-def test_an_unsupported_family_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 16}))
-    with pytest.raises(ConfigError, match=r"bert.*gpt2.*llama.*mistral.*qwen2"):
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"model_type": "bert", "hidden_size": 16, "num_attention_heads": 2}, "'bert' is an encoder"),
+        ({"model_type": "t5"}, "'t5' is no decoder"),
+        ({"model_type": "bart"}, "'bart' is no decoder"),
+        ({"model_type": "clip"}, "'clip' is no decoder"),
+        ({"model_type": "gemma3"}, r"'gemma3' has several models \(.*text_config"),
+        ({"model_type": "opt", "layerdrop": 0.1}, "layerdrop: 0.1 skips layers at random"),
+        ({"model_type": "unheard-of"}, r"no valid config\.json.*unheard-of"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_by_name(tmp_path: Path, settings: dict[str, Any], problem: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=problem):
         load_config(tmp_path)
-    assert load_config(folders["qwen2"]).model_type == "qwen2"
 
 
 QUANTIZED: list[tuple[dict[str, Any], str]] = [
@@ -117,7 +127,7 @@ def test_weights_of_any_unquantized_dtype_are_read(
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_an_adapter_in_the_folder_is_refused(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     folder = copied(folders[family], tmp_path / "adapted")
-    settings = LoraConfig(r=2, target_modules=LORA_TARGETS[family][:1], fan_in_fan_out=family == "gpt2")
+    settings = LoraConfig(r=2, target_modules=TARGETS[family][:1], fan_in_fan_out=family == "gpt2")
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings).save_pretrained(folder)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         with pytest.raises(ConfigError, match=rf"{file}.*merge_and_unload"):
@@ -195,7 +205,7 @@ def test_every_adapter_target_must_match_linear_layers(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matching_targets_are_accepted(folders: dict[str, Path], family: str) -> None:
-    config, names = load_config(folders[family]), LORA_TARGETS[family]
+    config, names = load_config(folders[family]), TARGETS[family]
     first_layer = "h.0.mlp.c_fc" if family == "gpt2" else "layers.0.mlp.up_proj"
     for targets in (None, tuple(names), (names[0],), (first_layer,)):
         require_targets(config, AdapterConfig(kind="lora", targets=targets))

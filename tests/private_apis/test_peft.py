@@ -14,8 +14,8 @@ from transformers import AutoModel
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, DualBackbone, load_backbone
-from cllm4rec_dist.model.pretrained import LORA_TARGETS
 from tests.harness import make_backbone, make_catalog
+from tests.model.backbones import TARGETS
 from tests.private_apis.backbone import LORA, NUM_LAYERS, WIDTH
 from tests.private_apis.listing import relies_on
 
@@ -29,14 +29,14 @@ def test_an_adapted_layer_computes_what_peft_computes(llama: Path) -> None:
     """
     dual = load_backbone(llama, LORA, torch.float32, 5)
     layers = [module for module in dual.modules() if isinstance(module, LoraLayer)]
-    assert len(layers) == NUM_LAYERS * len(LORA_TARGETS["llama"])
+    assert len(layers) == NUM_LAYERS * len(TARGETS["llama"])
     random = torch.Generator().manual_seed(1)
     for layer in layers[:7]:
         for name in (COLLABORATIVE, CONTENT):
             layer.lora_B[name].weight.data = torch.randn(layer.lora_B[name].weight.shape, generator=random)
         x = torch.randn(3, 5, layer.in_features, generator=random)
         for name, boundary in ((COLLABORATIVE, 15), (CONTENT, 0)):
-            dual._content_start.index = boundary
+            dual.begin_pass(boundary, x.shape[0] * x.shape[1])
             layer.set_adapter(name)
             torch.testing.assert_close(layer.forward(x), type(layer).forward(layer, x), rtol=1e-5, atol=1e-5)
 
