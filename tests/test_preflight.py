@@ -15,7 +15,8 @@ from cllm4rec_dist import cli, preflight
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
-from cllm4rec_dist.corpus.recipe import NoSplit, Preparation
+from cllm4rec_dist.corpus.recipe import Preparation
+from cllm4rec_dist.corpus.split_settings import NoSplit
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError, DataError
 from tests.harness import make_backbone, make_catalog, make_corpus
 

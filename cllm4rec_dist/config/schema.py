@@ -72,8 +72,8 @@ class HeadConfig(StrictModel):
     """Add the normalized sum of the item embeddings read so far to the hidden state."""
     projection: bool = False
     """Multiply the hidden state, scaled to unit root mean square, by a learned matrix that starts at zero. So a run
-    starts with the scores of the item embeddings read so far, which the hidden states of a pretrained backbone would
-    otherwise drown, and learns what the language model adds (docs/quality.md). The paper's head has none."""
+    starts with the scores of the item embeddings read so far, however long the backbone's hidden states are, and learns
+    what the language model adds (docs/quality.md). The paper's head has none."""
     num_negatives: int = Field(default=0, ge=0)
     """Items sampled for the training softmax of a micro-batch, over all ranks, in addition to its targets; 0: all
     items. Sampling biases the loss downwards and adds gradient noise (docs/performance.md). Predictions are exact."""

@@ -20,10 +20,11 @@ import polars as pl
 
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.raw import RawData
-from cllm4rec_dist.corpus.recipe import ColdItemsSplit, PrepareConfig
+from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.split import HISTORY, ITEM_PART, TEST, TRAIN, VALID, assign_parts, hold_out_items
+from cllm4rec_dist.corpus.split_settings import ColdItemsSplit
 from cllm4rec_dist.errors import DataError
 
 

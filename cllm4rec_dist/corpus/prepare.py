@@ -7,8 +7,9 @@ import logging
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.make_shards import Tokenizer
 from cllm4rec_dist.corpus.manifest import Manifest
-from cllm4rec_dist.corpus.recipe import GivenSplit, PrepareConfig
+from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources import read_source
+from cllm4rec_dist.corpus.split_settings import GivenSplit
 from cllm4rec_dist.corpus.tasks import ray_tasks
 from cllm4rec_dist.corpus.writer import check_room, write_corpus
 

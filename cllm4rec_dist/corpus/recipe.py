@@ -14,6 +14,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
 from cllm4rec_dist.config import StrictModel
+from cllm4rec_dist.corpus.split_settings import (
+    ColdItemsSplit,
+    GivenSplit,
+    LastSplit,
+    NoSplit,
+    RandomSplit,
+    UsersSplit,
+)
 from cllm4rec_dist.corpus.times import check_time_format
 from cllm4rec_dist.corpus.values import MISSING_WORDS
 from cllm4rec_dist.filesystems import expand_path
@@ -281,93 +289,6 @@ SourceConfig = Annotated[
     | SyntheticSource,
     Field(discriminator="format"),
 ]
-
-
-class RandomSplit(StrictModel):
-    """Hold out a random fraction of each user's items."""
-
-    kind: Literal["random"] = "random"
-    valid: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction for validation, rounded to whole items for each user."""
-    test: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction for the test."""
-
-    @model_validator(mode="after")
-    def _leaves_training(self) -> RandomSplit:
-        if self.valid + self.test >= 1:
-            raise ValueError("valid + test must be below 1, so that something is left to train on")
-        return self
-
-
-class LastSplit(StrictModel):
-    """Hold out each user's last items in time: the last ones for the test, those before them for validation."""
-
-    kind: Literal["last"]
-    num_valid: int = Field(1, ge=0)
-    """Number of items for validation."""
-    num_test: int = Field(1, ge=0)
-    """Number of items for the test."""
-
-
-class UsersSplit(StrictModel):
-    """Hold out whole users, who are not trained on, and items of the others (strong generalisation, as in the protocol
-    of Mult-VAE, Liang et al., WWW 2018)."""
-
-    kind: Literal["users"]
-    valid_users: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the users with three or more items to hold out for validation."""
-    test_users: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the users with three or more items to hold out for the test."""
-    held_out: float = Field(default=0.2, gt=0, lt=1)
-    """Fraction of a held-out user's items to predict from the rest; at least one item is predicted and one shown."""
-    valid: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the other users' items for validation, as in a random split."""
-    test: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the other users' items for the test."""
-
-    @model_validator(mode="after")
-    def _leaves_training(self) -> UsersSplit:
-        if self.valid_users + self.test_users == 0:
-            raise ValueError("holds out no user; give valid_users or test_users, or write kind: random")
-        for names in (("valid_users", "test_users"), ("valid", "test")):
-            if sum(getattr(self, name) for name in names) >= 1:
-                raise ValueError(f"{' + '.join(names)} must be below 1, so that something is left to train on")
-        return self
-
-
-class ColdItemsSplit(StrictModel):
-    """Hold out whole items, with which no interaction is trained on, and a random fraction of the other items."""
-
-    kind: Literal["cold_items"]
-    valid_items: float = Field(default=0.05, ge=0, lt=1)
-    """Fraction of the items to hold out for validation, with all their interactions."""
-    test_items: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of the items to hold out for the test."""
-    valid: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of each user's other items for validation, as in a random split."""
-    test: float = Field(default=0.1, ge=0, lt=1)
-    """Fraction of each user's other items for the test."""
-
-    @model_validator(mode="after")
-    def _leaves_training(self) -> ColdItemsSplit:
-        if self.valid_items + self.test_items == 0:
-            raise ValueError("holds out no item; give valid_items or test_items, or write kind: random")
-        for names in (("valid_items", "test_items"), ("valid", "test")):
-            if sum(getattr(self, name) for name in names) >= 1:
-                raise ValueError(f"{' + '.join(names)} must be below 1, so that something is left to train on")
-        return self
-
-
-class NoSplit(StrictModel):
-    """Train on all interactions, for production. There are no held-out items to validate or evaluate with."""
-
-    kind: Literal["none"]
-
-
-class GivenSplit(StrictModel):
-    """Keep the split of the data set's files (RecBole's benchmark files)."""
-
-    kind: Literal["given"]
 
 
 class TextsConfig(StrictModel):

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from cllm4rec_dist.corpus.recipe import ColdItemsSplit, GivenSplit, NoSplit, PrepareConfig, RandomSplit, UsersSplit
+from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.corpus.split_settings import ColdItemsSplit, GivenSplit, NoSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.corpus.stateless_rng import mix
 from cllm4rec_dist.errors import DataError
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cllm4rec_dist.corpus.manifest import Manifest
-from cllm4rec_dist.corpus.recipe import ColdItemsSplit, GivenSplit, LastSplit, RandomSplit, UsersSplit
+from cllm4rec_dist.corpus.split_settings import ColdItemsSplit, GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation.metrics import parse_metric
 from cllm4rec_dist.evaluation.results import LINEAR_ALONE, LLM_ALONE, metric_label
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 from cllm4rec_dist.cli.settings_reference import describe_settings
 from cllm4rec_dist.config import BackboneConfig, RunConfig
-from cllm4rec_dist.corpus.recipe import ItemTable, LastSplit, PrepareConfig
+from cllm4rec_dist.corpus.recipe import ItemTable, PrepareConfig
+from cllm4rec_dist.corpus.split_settings import LastSplit
 from cllm4rec_dist.errors import ConfigError
 
 

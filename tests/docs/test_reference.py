@@ -11,7 +11,8 @@ from typer.main import get_command
 
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.config import BackboneConfig, RunConfig
-from cllm4rec_dist.corpus.recipe import ItemTable, PrepareConfig, RecboleSource, UsersSplit
+from cllm4rec_dist.corpus.recipe import ItemTable, PrepareConfig, RecboleSource
+from cllm4rec_dist.corpus.split_settings import UsersSplit
 from docs.reference import backbone_settings, commands, recipe_keys, run_settings
 
 

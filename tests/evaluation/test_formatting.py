@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cllm4rec_dist.corpus.recipe import GivenSplit, LastSplit, RandomSplit, UsersSplit
+from cllm4rec_dist.corpus.split_settings import GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation import formatting
 
 

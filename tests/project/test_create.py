@@ -12,8 +12,9 @@ import pytest
 from cllm4rec_dist.cli import main
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.corpus.catalog import build_catalog
-from cllm4rec_dist.corpus.recipe import LastSplit, PrepareConfig, RandomSplit, TableSource
+from cllm4rec_dist.corpus.recipe import PrepareConfig, TableSource
 from cllm4rec_dist.corpus.sources import read_source
+from cllm4rec_dist.corpus.split_settings import LastSplit, RandomSplit
 from cllm4rec_dist.project.layout import is_project, run_of
 from cllm4rec_dist.project.machine import Machine, this_machine
 from cllm4rec_dist.project.sizing import Core, DataStats, choose_core, choose_sizes
