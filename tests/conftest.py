@@ -24,12 +24,17 @@ COSINE: dict[str, Any] = {
 RUNS = {"paper": PAPER, "cosine": COSINE}
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep the tests of a file in one process of pytest-xdist, as they share fixtures.
+
+    Not in `pytest_collection_modifyitems`, where pytest-xdist reads the groups before a conftest can add any.
+    """
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process of pytest-xdist, as they share fixtures, and start with the longest."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Start with the integration tests, which take longest."""
     items.sort(key=lambda item: item.get_closest_marker("integration") is None)
 
 

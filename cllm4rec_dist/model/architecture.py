@@ -43,7 +43,10 @@ def meta_decoder(config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
 
 def meta_language_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build the causal language model on the meta device."""
-    return _on_meta(AutoModelForCausalLM, config, {}).eval()
+    model = _on_meta(AutoModelForCausalLM, config, {}).eval()
+    if model.loss_type is None:  # its class has another name than ...ForCausalLM; transformers would log its default
+        model.loss_type = "ForCausalLM"
+    return model
 
 
 def _on_meta(kind: Any, config: PretrainedConfig, settings: dict[str, Any]) -> PreTrainedModel:

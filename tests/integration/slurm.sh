@@ -8,6 +8,7 @@
 # Then: export SLURM_CONF=FOLDER/slurm.conf
 set -euo pipefail
 folder=$(realpath "$2")
+PATH=$PATH:/usr/sbin:/sbin  # where Debian has the daemons
 
 stop() {
     for name in slurmd slurmctld munged; do

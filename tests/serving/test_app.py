@@ -188,7 +188,10 @@ def test_mistakes_of_the_command_line_are_one_message(arguments: list[str], says
 @pytest.mark.integration
 @pytest.mark.slow
 def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Eight clients at once, of whom some wait for the replica that is killed; and one that never ends its header."""
+    """Eight clients at once, while a replica is killed; and one that never ends its header.
+
+    Whether a request is in that replica at that moment is chance; `test_gateway.py` tests that it is sent again.
+    """
     log = tmp_path / "log"
     arguments = [str(runs["paper"]), "--port", "0", "--replicas", "2"]
     with log.open("w") as file, command(file, *arguments) as process, ThreadPoolExecutor(9) as clients:
@@ -205,7 +208,6 @@ def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path)
         assert slow.result() < 2 * HEADER_SECONDS
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    assert "a replica was lost; its request is sent to another one" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 
