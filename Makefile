@@ -72,7 +72,7 @@ bench: install
 
 # Two files of tests at a time, those that start whole runs first (tests/conftest.py): while one waits for its ranks, the
 # other uses the cores.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 test: install lint
 	$(PYTEST)
 

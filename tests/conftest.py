@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from cllm4rec_dist.serving.recommender import Recommender
@@ -21,16 +22,21 @@ COSINE: dict[str, Any] = {
     "head": {"similarity": "cosine", "item_bias": True, "pool_residual": True, "projection": True},
     "method": {"shared_user_ratio": 0.2, "max_history": 5},
 }
+STARTS_RAY = {"test_ray.py", "test_launchers.py", "test_app.py"}
 RUNS = {"paper": PAPER, "cosine": COSINE}
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep the tests of a file in one process of pytest-xdist, as they share fixtures.
+class FilesTogether(LoadScopeScheduling):
+    """Keeps the tests of a file in one process, as they share fixtures, and starts one Ray at a time."""
 
-    Not in `pytest_collection_modifyitems`, where pytest-xdist reads the groups before a conftest can add any.
-    """
-    if item.get_closest_marker("xdist_group") is None:
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "Ray" if Path(file).name in STARTS_RAY else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
+    """Replace `--dist loadgroup`: pytest-xdist 3.8 writes groups into an attribute that pytest 9.2 no longer reads."""
+    return FilesTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

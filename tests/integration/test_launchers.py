@@ -24,9 +24,6 @@ from tests.integration.runs import (
     wait_for_step,
 )
 
-RAY = pytest.mark.xdist_group("ray")
-"""One Ray at a time: these run with test_ray.py."""
-
 pytestmark = pytest.mark.integration
 
 
@@ -114,7 +111,6 @@ def test_deepspeed(config: Path, wanted: list[float]) -> None:
     assert losses(config, *command) == wanted
 
 
-@RAY
 def test_ray_train_starts_a_local_ray_by_itself_and_shows_nothing_of_it(config: Path, wanted: list[float]) -> None:
     output = config.parent / "local-ray"
     started = subprocess.Popen(
@@ -136,7 +132,6 @@ def test_ray_train_starts_a_local_ray_by_itself_and_shows_nothing_of_it(config: 
     assert f"next: cllm4rec finetune -c {config} init_from={output}" in told
 
 
-@RAY
 def test_ray_job_submit(config: Path, wanted: list[float]) -> None:
     with ray_head(num_cpus=3) as (_, address):
         command = (str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable)

@@ -24,7 +24,7 @@ from tests.integration.runs import (
     write_config,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.integration
 
 EPOCHS = 60
 
