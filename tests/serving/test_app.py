@@ -198,9 +198,7 @@ def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path)
         port = int(wait_for(process, log, "page: http://127.0.0.1:").partition("127.0.0.1:")[2].split()[0])
         slow = clients.submit(seconds_to_be_cut_off, port)
         expected = listed(port)
-        below = psutil.Process(process.pid).children(recursive=True)
-        replicas = [child for child in below if "ServeReplica" in " ".join(child.cmdline())]
-        assert len(replicas) == 2
+        replicas = two_replicas(process.pid)
         answers = [clients.submit(listed, port) for _ in range(400)]
         answers[100].result()
         replicas[0].kill()
@@ -209,6 +207,18 @@ def test_a_killed_replica_costs_no_answer(runs: dict[str, Path], tmp_path: Path)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     assert "Traceback" not in log.read_text()
+
+
+def two_replicas(pid: int) -> list[psutil.Process]:
+    """The replicas below a process. Ray names a process some time after it has started it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        below = psutil.Process(pid).children(recursive=True)
+        replicas = [child for child in below if "ServeReplica" in " ".join(child.cmdline())]
+        if len(replicas) == 2:
+            return replicas
+        time.sleep(0.1)
+    raise AssertionError(f"there are {len(replicas)} replicas")
 
 
 def listed(port: int) -> list[str]:
