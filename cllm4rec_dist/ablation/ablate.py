@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from cllm4rec_dist.ablation.cells import Cell, RunFiles
 from cllm4rec_dist.ablation.table import write_table
+from cllm4rec_dist.ablation.variants import Stage
 from cllm4rec_dist.checkpointing.run_folder import STATUS_FILE, RunRecord
 from cllm4rec_dist.config import dotted_items, path_override
 from cllm4rec_dist.errors import ConfigError
@@ -75,25 +76,19 @@ def ablate(
 
 
 def _commands(cell: Cell, files: RunFiles, ranks: Sequence[str], *, baselines: bool) -> Iterator[list[str]]:
-    """Yield the commands of a cell, without a pretraining that has ended."""
-    common = [f"seed={cell.seed}", path_override("backbone", cell.backbone)]
-    trains = ["--no-next", *ranks]
+    """Yield the commands of a cell, without stages that have ended."""
     if not _is_done(cell.pretrain_run):
-        settings = [
-            *files.overrides,
-            *cell.variant.overrides("pretrain"),
-            *common,
-            path_override("output", cell.pretrain_run),
-        ]
-        yield ["pretrain", "--config", str(files.pretrain), *settings, *trains]
-    if cell.variant.config.ranked_by == "finetune":
+        yield _training("pretrain", cell, files, ranks, [path_override("output", cell.pretrain_run)])
+    if cell.variant.config.ranked_by == "finetune" and not _is_done(cell.finetune_run):
         paths = [path_override("output", cell.finetune_run), path_override("init_from", cell.pretrain_run)]
-        # Variants are compared by their LLMs; the linear memory would be the same in all of them.
-        alone = [] if any(override.startswith("linear.") for override in files.overrides) else ["linear.neighbors=0"]
-        settings = [*files.overrides, *alone, *cell.variant.overrides("finetune"), *common, *paths]
-        yield ["finetune", "--config", str(files.finetune), *settings, *trains]
+        yield _training("finetune", cell, files, ranks, paths)
     options = ["--output", str(cell.evaluation), *([] if baselines else ["--no-baselines"])]
     yield ["evaluate", str(cell.ranked_run), *options, *ranks]
+
+
+def _training(stage: Stage, cell: Cell, files: RunFiles, ranks: Sequence[str], paths: Sequence[str]) -> list[str]:
+    settings = [*files.settings(stage, cell.variant), f"seed={cell.seed}", path_override("backbone", cell.backbone)]
+    return [stage, "--config", str(files.path(stage)), *settings, *paths, "--no-next", *ranks]
 
 
 def _is_done(run: Path) -> bool:

@@ -63,13 +63,13 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of the stages that the cell runs, as plain values, without the paths of its own folders."""
+        """Settings of the stages that the cell runs, as plain values, without the paths of its folders."""
         stages = {"pretrain": self.pretrain}
         if self.variant.config.ranked_by == "finetune":
             stages["finetune"] = self.finetune
-        own = {"output", "init_from"} | ({"backbone"} if self.variant.config.backbone == "random" else set())
+        left_out = {"output", "init_from"} | ({"backbone"} if self.variant.config.backbone == "random" else set())
         settings: dict[str, Any] = {
-            stage: config.model_dump(mode="json", exclude=own) for stage, config in stages.items()
+            stage: config.model_dump(mode="json", exclude=left_out) for stage, config in stages.items()
         }
         return settings | {"backbone": self.variant.config.backbone}
 
@@ -82,14 +82,25 @@ class RunFiles:
     finetune: Path
     overrides: Sequence[str] = ()
 
-    def load(self, stage: Stage, more: Sequence[str]) -> RunConfig:
-        """Load the settings of a stage.
+    def path(self, stage: Stage) -> Path:
+        """Run file of a stage."""
+        return self.pretrain if stage == "pretrain" else self.finetune
+
+    def settings(self, stage: Stage, variant: Variant) -> list[str]:
+        """Return the overrides of a stage's run file, as `section.key=value`; later ones win.
+
+        Variants are compared by their LLMs, as the linear memory would be the same in all of them.
+        """
+        first = ["linear.neighbors=0"] if stage == "finetune" else []
+        return [*first, *self.overrides, *variant.overrides(stage)]
+
+    def load(self, stage: Stage, settings: Sequence[str]) -> RunConfig:
+        """Load the run file of a stage with overrides.
 
         Raises:
-            ConfigError: for settings that are not valid, or that the ablation decides.
+            ConfigError: for settings that are not valid.
         """
-        path = self.pretrain if stage == "pretrain" else self.finetune
-        return load_config(RunConfig, path, [*self.overrides, *more, f"stage={stage}"])
+        return load_config(RunConfig, self.path(stage), [*settings, f"stage={stage}"])
 
 
 def make_cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int], output: Path) -> list[Cell]:
@@ -110,16 +121,14 @@ def _cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int], o
         for variant in variants:
             folder = output / variant.name / f"seed-{seed}"
             common = [f"seed={seed}", "resume=auto"]
-            given = files.load("pretrain", common).backbone
+            given = files.load("pretrain", files.settings("pretrain", variant)).backbone
             random = variant.config.backbone == "random"
             backbone = str(output / "random-backbones" / f"seed-{seed}") if random else given
             common.append(path_override("backbone", backbone))
-            pretrain = files.load("pretrain", [*variant.overrides("pretrain"), *common, "output=pretrain"])
+            pretrain = files.load("pretrain", [*files.settings("pretrain", variant), *common, "output=pretrain"])
             run = pretrained.setdefault(pretrain.model_dump_json(), folder / "pretrain")
-            finetune = files.load(
-                "finetune",
-                [*variant.overrides("finetune"), *common, "output=finetune", path_override("init_from", run)],
-            )
+            paths = ["output=finetune", path_override("init_from", run)]
+            finetune = files.load("finetune", [*files.settings("finetune", variant), *common, *paths])
             yield Cell(variant, seed, folder, run, given, pretrain, finetune)
 
 

@@ -11,9 +11,8 @@ import typer
 from cllm4rec_dist.ablation.variants import PAPER, load_variants, packaged_names
 from cllm4rec_dist.cli.child import STOPPED, CommandEnded, run_command
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import Overrides, ShortLauncher, Workers, announce, expanded
+from cllm4rec_dist.cli.options import Overrides, ShortLauncher, Workers, announce, expanded, launcher_of_stages
 from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.launchers.launch import joins, require_launchable
 
 
 @app.command()
@@ -49,21 +48,13 @@ def ablate(
     from cllm4rec_dist.ablation.ablate import ablate as run_ablation
     from cllm4rec_dist.ablation.cells import RunFiles, make_cells, without_duplicates
 
-    require_launchable(launcher, workers, os.environ)
-    if joins(launcher, os.environ):
-        raise ConfigError(
-            "--launcher",
-            launcher,
-            "joins the ranks of another launcher, but an ablation starts its ranks itself",
-            "Give --launcher process or ray.",
-        )
+    ranks = ["--launcher", launcher_of_stages(launcher, workers, "an ablation", ""), "--workers", workers]
     chosen = load_variants(_split("--variants", variants))
     files = RunFiles(pretrain, finetune, tuple(overrides or ()))
     cells, duplicates = without_duplicates(make_cells(files, chosen, _seeds(seeds), output.absolute()))
     announce(f"ablate: reading {pretrain} and {finetune}")
     for name, same in duplicates.items():
         typer.echo(f"{name} is left out: with these run files it is {same}")
-    ranks = ["--launcher", launcher, "--workers", workers]
     try:
         table = run_ablation(
             cells, files, ranks, run_command, _make_random_backbone, output, typer.echo, baselines=baselines

@@ -15,7 +15,7 @@ from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import expand_path, is_url
-from cllm4rec_dist.launchers.launch import is_main, ranks_are_elsewhere
+from cllm4rec_dist.launchers.launch import is_main, joins, ranks_are_elsewhere, require_launchable
 from cllm4rec_dist.launchers.short_jobs import LAUNCHER_HELP
 from cllm4rec_dist.log import hide_accelerator_notice, setup_logging
 from cllm4rec_dist.project.layout import is_project, run_of
@@ -120,6 +120,28 @@ def moved_paths(backbone: str | None, corpus: str | None) -> dict[str, Any]:
         load_manifest(corpus)
         corpus = str(Path(corpus).absolute())
     return {"backbone": backbone, "corpus": corpus}
+
+
+def launcher_of_stages(launcher: str, workers: str, command: str, cure: str) -> str:
+    """Return the launcher of the commands that another command starts: Ray only for several ranks or a cluster.
+
+    Args:
+        command: what starts the stages, for the error.
+        cure: end of the error's cure.
+
+    Raises:
+        ConfigError: for a launcher that joins existing ranks.
+    """
+    require_launchable(launcher, workers, os.environ)
+    if joins(launcher, os.environ):
+        raise ConfigError(
+            "--launcher",
+            launcher,
+            f"joins the ranks of another launcher, but {command} starts its ranks itself",
+            f"Give --launcher process or ray{cure}.",
+        )
+    alone = launcher == "auto" and workers == "1" and "RAY_ADDRESS" not in os.environ
+    return "process" if alone else launcher
 
 
 def output_problems(field: str, folder: Path, launcher: str) -> list[CLLM4RecError]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,8 @@ import typer
 from cllm4rec_dist.cli.child import BAD_INPUT, STOPPED, CommandEnded, run_command
 from cllm4rec_dist.cli.corpus import make_backbone, make_corpus
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import LIST_LENGTH, Workers, expanded, parse_number
+from cllm4rec_dist.cli.options import LIST_LENGTH, Workers, expanded, launcher_of_stages, parse_number
 from cllm4rec_dist.config import path_override
-from cllm4rec_dist.errors import ConfigError
-from cllm4rec_dist.launchers.launch import joins, require_launchable
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.pipeline import load_settings, require_project, run_stages, split_overrides
 from cllm4rec_dist.project.sample import Role
@@ -158,7 +155,9 @@ def run(
     and run again; a trained run is replaced only with --redo. With more epochs training resumes; with fewer than it has
     been trained for, the run is out of date.
     """
-    chosen = _launcher(name, launcher, workers)
+    stages = f"cllm4rec pretrain -c {name}/pretrain.yaml, cllm4rec finetune -c {name}/finetune.yaml"
+    by_hand = f", or start the stages with that launcher: {stages}, cllm4rec evaluate {name}"
+    chosen = launcher_of_stages(launcher, workers, "a project", by_hand)
     project = require_project(name)
     by_file = split_overrides(overrides or ())
     settings = load_settings(project, by_file, top)
@@ -184,21 +183,6 @@ def _command_line(name: Path, overrides: Sequence[str], options: Mapping[str, st
     """Return the command as typed, for a shell; without an override the stages would be out of date."""
     given = [(option, str(value)) for option, value in options.items() if value != _DEFAULTS[option]]
     return shlex.join(["cllm4rec", "run", str(name), *overrides, *(part for pair in given for part in pair)])
-
-
-def _launcher(name: Path, launcher: str, workers: str) -> str:
-    """Return the launcher of each stage: Ray only for several ranks or a cluster."""
-    require_launchable(launcher, workers, os.environ)
-    if joins(launcher, os.environ):
-        raise ConfigError(
-            "--launcher",
-            launcher,
-            "joins the ranks of another launcher, but a project starts its ranks itself",
-            f"Give --launcher process or ray, or start the stages with that launcher: cllm4rec pretrain -c"
-            f" {name}/pretrain.yaml, cllm4rec finetune -c {name}/finetune.yaml, cllm4rec evaluate {name}.",
-        )
-    alone = launcher == "auto" and workers == "1" and "RAY_ADDRESS" not in os.environ
-    return "process" if alone else launcher
 
 
 def _commands(

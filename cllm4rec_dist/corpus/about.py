@@ -18,7 +18,7 @@ from cllm4rec_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_PLACES = {"code": pl.UInt32, "file": pl.UInt32, "line": pl.Int64}
+_LOCATIONS = {"code": pl.UInt32, "file": pl.UInt32, "line": pl.Int64}
 """Code of a text's id, and its file and line."""
 _MAX_COMPARED = 100_000
 """Ids of each side that are compared to find similar ones for a message."""
@@ -87,8 +87,8 @@ class TextCollector:
         is_matched = codes < self._num_ids
         self._num_rows += len(ids)
         paths = pl.Series("file", [len(self._paths) - 1], dtype=pl.UInt32).new_from_index(0, len(ids))
-        places = pl.DataFrame({"code": codes, "file": paths, "line": batch.lines})
-        self._unmatched.append(places.filter(pl.Series(~is_matched)))
+        locations = pl.DataFrame({"code": codes, "file": paths, "line": batch.lines})
+        self._unmatched.append(locations.filter(pl.Series(~is_matched)))
         is_kept = is_matched | self._keeps_new
         kept = batch.keep(is_kept)
         texts = {
@@ -97,7 +97,7 @@ class TextCollector:
             )
             for name in self._texts
         }
-        self._rows.append(places.filter(pl.Series(is_kept)).with_columns(**texts))
+        self._rows.append(locations.filter(pl.Series(is_kept)).with_columns(**texts))
 
     def finish(self) -> pl.DataFrame:
         """Return a table with columns `kind` and the texts (null if missing), a row for each id that is kept.
@@ -107,7 +107,7 @@ class TextCollector:
         """
         kind = self._kind
         self._all_ids = pl.concat([self._ids.alias("id"), self._codes.ids()[self._num_ids :]])
-        columns = {**_PLACES, **dict.fromkeys(self._texts, pl.String)}
+        columns = {**_LOCATIONS, **dict.fromkeys(self._texts, pl.String)}
         rows = pl.concat([pl.DataFrame(schema=columns), *self._rows])
         table = rows.group_by("code", maintain_order=True).agg(
             pl.col(name).drop_nulls().first() for name in self._texts
@@ -153,7 +153,7 @@ class TextCollector:
 
     def _count_unmatched(self, kept: pl.DataFrame) -> None:
         """Count the texts about ids without interactions that are not kept, and report the new items that are."""
-        unmatched = pl.concat([pl.DataFrame(schema=_PLACES), *self._unmatched])
+        unmatched = pl.concat([pl.DataFrame(schema=_LOCATIONS), *self._unmatched])
         left_out = unmatched.filter(~pl.col("code").is_in(kept["code"].implode()))
         if len(left_out):
             code, file, line = left_out.row(0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -142,12 +142,17 @@ class Candidate:
     fit: Callable[[], Scorer]
 
 
+def has_words(texts: Sequence[str]) -> bool:
+    """True if any text has a word of TF-IDF."""
+    return any(_WORD.search(text) for text in texts)
+
+
 def select_baselines(data: SplitData, config: BaselineConfig) -> tuple[list[BaselineName], dict[BaselineName, str]]:
     """Return the baselines that can run on a split, and the reasons for leaving out others of `config.names`."""
     reasons: dict[BaselineName, str] = {}
     num_items = data.train.shape[1]
     needed_gib = 2 * num_items**2 * np.dtype(np.float32).itemsize / 2**30
-    if not any(_WORD.search(text) for text in data.item_texts):
+    if not has_words(data.item_texts):
         reasons["title_ease"] = "no item has a text with words"
     too_large = needed_gib > config.max_dense_gib
     if too_large:
@@ -166,7 +171,7 @@ def make_grids(data: SplitData, config: BaselineConfig) -> dict[BaselineName, li
     names, reasons = select_baselines(data, config)
     for name, reason in reasons.items():
         logger.warning("baseline %s is left out: %s", LABELS[name], reason)
-    if not {"ease", "title_ease"}.isdisjoint(names):
+    if not set(_DENSE).isdisjoint(names):
         gram = gram_matrix(data.train)
     grids: dict[BaselineName, list[Candidate]] = {}
     for name in names:

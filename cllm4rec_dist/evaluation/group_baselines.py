@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cllm4rec_dist.corpus.ragged import Ragged
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, Candidate, Scorer, SplitData, make_grids
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, Candidate, Scorer, SplitData, has_words, make_grids
 from cllm4rec_dist.evaluation.baselines import BaselineResult, top_items
 from cllm4rec_dist.evaluation.ease import Float32Array
 from cllm4rec_dist.evaluation.item_groups import ItemGroup
@@ -110,8 +110,6 @@ def _text_neighbors(data: SplitData) -> list[Candidate]:
 
         return score
 
-    try:
-        TfidfVectorizer().fit(data.item_texts)
-    except ValueError:  # no text has a word
+    if not has_words(data.item_texts):
         return []
     return [Candidate({"words": float(longest)}, lambda longest=longest: fit(longest)) for longest in (1, 2)]  # type: ignore[misc]

@@ -172,7 +172,7 @@ def _best(scores: Tensor, rows: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What this rank ranks.
+    """Item rows that this rank scores.
 
     Attributes:
         weight: [r, D], rows of the output weight.

@@ -1,4 +1,4 @@
-"""What transformers says of a decoder: its classes, layers, linear layers, word embeddings and head.
+"""Structure of a decoder as transformers defines it: classes, layers, linear layers, word embeddings and head.
 
 Every decoder of `AutoModelForCausalLM` is described this way, so no family is named here. Models are built on the meta
 device: their code and shapes, without values.
@@ -202,7 +202,7 @@ class _GivenStates(BaseModelOutputWithPast):
 
 
 class LogitTransform:
-    """What a language model does to its logits after the linear head: scales and soft caps, computed by its own code.
+    """Scales and soft caps that a language model applies to the logits of its linear head, computed by its code.
 
     The decoder of a model on the meta device is replaced by a function that returns the logits as hidden states, and
     its head by the identity.

@@ -107,10 +107,12 @@ def materialized_embedding(model: PreTrainedModel, weight: Tensor) -> nn.Module:
 
 def read_embedding(folder: Path, model: PreTrainedModel, stored: dict[str, StoredWeight]) -> Tensor:
     """Read the weight [V, D] of the embedding layer as it is stored. ConfigError if it is absent."""
-    wanted = word_layers(model).embedding_name
-    name = stored_name(model, wanted, stored)
+    weight_name = word_layers(model).embedding_name
+    name = stored_name(model, weight_name, stored)
     if name is None:
-        raise ConfigError("backbone", str(folder), f"has no word embeddings ({wanted})", "Fetch the backbone again.")
+        raise ConfigError(
+            "backbone", str(folder), f"has no word embeddings ({weight_name})", "Fetch the backbone again."
+        )
     return _read(name, stored)
 
 

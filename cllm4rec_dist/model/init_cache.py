@@ -138,13 +138,13 @@ def _commit(partial: Path, final: Path, index: Mapping[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read_rows(folder: Path, index: Mapping[str, Any], wanted: tuple[int, int], num_factors: int) -> Tensor:
+def _read_rows(folder: Path, index: Mapping[str, Any], rows_range: tuple[int, int], num_factors: int) -> Tensor:
     """Read rows [start, stop) from the files that have some of them, whose digests are verified.
 
     Raises:
         ValueError: if a file is not as the index says, or rows are missing.
     """
-    start, stop = wanted
+    start, stop = rows_range
     rows = torch.full((stop - start, num_factors), torch.nan)
     for file in index["files"]:
         first, end = int(file["start"]), int(file["stop"])

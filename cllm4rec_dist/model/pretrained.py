@@ -78,7 +78,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def _require_decoder(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse models that are no causal language models over words, as far as config.json tells."""
+    """Refuse models that are no causal language models over words, as far as config.json shows."""
     problem = None
     if decoder_class(config) is None or getattr(config, "is_encoder_decoder", False):
         problem = "is no decoder: transformers has no AutoModelForCausalLM and AutoModel of this type"

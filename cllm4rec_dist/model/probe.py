@@ -150,11 +150,11 @@ def _alone(
 
     def forward(labels: Tensor) -> Tensor:
         dual.begin_pass(labels.numel(), labels.numel())
-        places = torch.arange(labels.numel(), device=labels.device).view_as(labels)
+        row_ids = torch.arange(labels.numel(), device=labels.device).view_as(labels)
         if len(words.head):
-            results["output"] = model(input_ids=places, labels=labels, use_cache=False)
+            results["output"] = model(input_ids=row_ids, labels=labels, use_cache=False)
             return results["last"]
-        return dual.decoder(input_ids=places, use_cache=False).last_hidden_state
+        return dual.decoder(input_ids=row_ids, use_cache=False).last_hidden_state
 
     def keep_last(_: nn.Module, __: Any, output: Any) -> None:
         results["last"] = output.last_hidden_state
@@ -163,7 +163,7 @@ def _alone(
     hook = decoder.register_forward_hook(keep_last)
     dual.forward = forward  # type: ignore[assignment,method-assign]
     try:
-        with _own_attention(dual.decoder), _recorded(dual) as states:
+        with _eager_attention(dual.decoder), _recorded(dual) as states:
             states[_LAST] = engine(ids)
     finally:
         del dual.forward
@@ -215,8 +215,8 @@ def _recorded(dual: DualBackbone) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _own_attention(decoder: PreTrainedModel) -> Iterator[None]:
-    """Compute attention with the model's own code, if transformers can switch it."""
+def _eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
+    """Compute attention with the model's eager code, if transformers can switch it."""
     chosen = decoder.config._attn_implementation
     if decoder._supports_attention_backend:
         decoder.set_attn_implementation("eager")

@@ -14,6 +14,7 @@ from cllm4rec_dist.ablation.ablate import ablate
 from cllm4rec_dist.ablation.cells import Cell, RunFiles, make_cells, without_duplicates
 from cllm4rec_dist.ablation.variants import load_variants
 from cllm4rec_dist.checkpointing.run_folder import RunRecord, write_record
+from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.evaluation.files import USERS_FILE
 from cllm4rec_dist.evaluation.results import ResultRow, Results
@@ -142,6 +143,25 @@ def test_a_cell_of_other_settings_is_refused_before_anything_runs(files: RunFile
         run(cells_of(changed, ["llm-cf", "full"], [0], tmp_path), changed, stages, tmp_path)
     assert "another --output" in str(error.value)
     assert stages.commands == []
+
+
+@pytest.mark.parametrize(
+    ("override", "neighbors"), [("batch.users=9", 0), ("linear.text_weight=3", 0), ("linear.neighbors=7", 7)]
+)
+def test_what_is_recorded_is_what_runs(files: RunFiles, tmp_path: Path, override: str, neighbors: int) -> None:
+    files.finetune.write_text(files.finetune.read_text() + "linear: {neighbors: 50}\n")
+    files = RunFiles(files.pretrain, files.finetune, [override])
+    stages = Stages()
+    run(cells_of(files, ["llm-cf", "llm-scratch"], [4], tmp_path), files, stages, tmp_path)
+    trained = [command for command in stages.commands if command[0] != "evaluate"]
+    assert len(trained) == 4
+    for name, _, path, *arguments in trained:
+        overrides = [argument for argument in arguments if "=" in argument]
+        config = load_config(RunConfig, path, [*overrides, f"stage={name}"])
+        folder = Path(config.output).parent
+        recorded = json.loads((folder / "settings.json").read_text())[name]
+        assert recorded == config.model_dump(mode="json", include=set(recorded))
+        assert name == "pretrain" or config.linear.neighbors == neighbors
 
 
 def test_a_variant_that_equals_another_is_left_out(files: RunFiles, tmp_path: Path) -> None:

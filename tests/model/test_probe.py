@@ -78,7 +78,7 @@ def test_the_first_layer_that_ignores_the_mask_is_named(folders: dict[str, Path]
 
 
 def test_attention_to_later_tokens(folders: dict[str, Path]) -> None:
-    """The same in a packed batch and alone, so that only the document that is the start of another one shows it."""
+    """Looks ahead, in a packed batch and alone, so that only the document that starts another one shows it."""
     dual, words = opened(folders["llama"])
 
     def looking_ahead(forward: Any) -> Any:
