@@ -72,8 +72,8 @@ def main() -> None:
 
 def measure(world: World, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """Plan the run, run it, and compare both. Collective."""
-    if world.is_main and not (folder / "corpus").exists():
-        make_run(folder, chosen, world.device)
+    if world.is_main:
+        make_missing(folder, chosen, world.device)
     barrier(world, "the corpus and the weights")
     config = run_config(folder, chosen)
     cluster = Cluster(GPUS[chosen.gpu], world.size, torch.cuda.device_count() or 1, 0.45)
@@ -100,9 +100,12 @@ def measure(world: World, folder: Path, chosen: argparse.Namespace) -> dict[str,
     }
 
 
-def make_run(folder: Path, chosen: argparse.Namespace, device: torch.device) -> None:
+def make_missing(folder: Path, chosen: argparse.Namespace, device: torch.device) -> None:
     """Write `folder`/corpus, and `folder`/large: its tokenizer and random weights of the given shape."""
-    make_corpus(folder, chosen.users, chosen.items, hidden=64)
+    if not (folder / "corpus").exists():
+        make_corpus(folder, chosen.users, chosen.items, hidden=64)
+    if (folder / "large").exists():
+        return
     shutil.copytree(folder / "backbone", folder / "large", ignore=shutil.ignore_patterns("*.safetensors"))
     shape = LlamaConfig(
         hidden_size=chosen.hidden,

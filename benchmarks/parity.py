@@ -4,7 +4,7 @@
     python -m benchmarks.parity nf4 bf16    only steps whose name contains one of these words
 
 Each run of steps is a process of its own, because DeepSpeed chooses its device when it is imported: one without GPUs,
-and two with one, which must agree bit for bit with each other. Without a GPU all of them compute on the CPU.
+and two with one, to see whether they repeat bit for bit. Without a GPU all of them compute on the CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -191,6 +192,8 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "pretrain, fp32": ({"optimizer": _LR, **_SAVED}, 1e-3),
     "finetune, fp32": ({"stage": "finetune", "optimizer": _LR}, 1e-3),
     "finetune, fp32, projection": ({"stage": "finetune", "optimizer": _LR, "head": {"projection": True}}, 1e-3),
+    "pretrain, fp32, deterministic": ({"optimizer": _LR, "deterministic": True}, 1e-3),
+    "finetune, fp32, deterministic": ({"stage": "finetune", "optimizer": _LR, "deterministic": True}, 1e-3),
     "pretrain, fp32, moments on the host": ({"optimizer": _LR | {"embeddings_state": "cpu"}, **_SAVED}, 1e-3),
     "pretrain, fp32, 8-bit moments": ({"optimizer": _LR | {"embeddings_state": "int8"}}, 5e-2),
     "pretrain, bf16, checkpointed, bf16 on the wire": (
@@ -227,7 +230,8 @@ def make_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
 def run_steps(folder: Path, changes: dict[str, Any], out: Path) -> None:
     """Take the steps of one run on this process's device and save losses, norms, metrics and weights.
 
-    With `saves` in the changes the run is also saved and resumed, and must then have the same weights and moments.
+    With `saves` in the changes the run is also saved and resumed, and must then have the same weights and moments; with
+    `deterministic` torch's deterministic algorithms are used.
     """
     from cllm4rec_dist.corpus.loader import BatchLoader
     from cllm4rec_dist.distributed.engine import start_world
@@ -237,6 +241,7 @@ def run_steps(folder: Path, changes: dict[str, Any], out: Path) -> None:
     from cllm4rec_dist.system import assemble, init_embeddings
 
     saves = changes.pop("saves", False)
+    torch.use_deterministic_algorithms(changes.pop("deterministic", False))
     config, world = make_config(folder, changes), start_world()
     with world.watch:
         system = assemble(config, world)
@@ -254,7 +259,7 @@ def run_steps(folder: Path, changes: dict[str, Any], out: Path) -> None:
                 results.append(train_step(system, batches, 1.0))
                 if world.device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
-            syncs = sum("synchroniz" in str(warning.message) for warning in caught)
+            syncs = Counter(_site(warning) for warning in caught if "synchroniz" in str(warning.message))
         if saves:
             _require_equal_after_resume(system, Path(f"{out}-checkpoint"))
         rows = {name: p.detach().cpu() for name, p, _ in system.recommender.sharded_parameters()}
@@ -264,10 +269,16 @@ def run_steps(folder: Path, changes: dict[str, Any], out: Path) -> None:
         "losses": [result.losses for result in results],
         "norms": [result.grad_norm for result in results],
         "metrics": {name: float(value) for name, value in metrics.result().mean.items()},
-        "syncs": syncs,
+        "syncs": dict(syncs.most_common()),
         "weights": rows | {f"engine.{name}": weight for name, weight in engine.items()},
     }
     torch.save(figures, out)
+
+
+def _site(warning: warnings.WarningMessage) -> str:
+    """File and line that a warning is about, by package."""
+    parts = Path(warning.filename).parts
+    return f"{'/'.join(parts[-2:])}:{warning.lineno}"
 
 
 def _require_equal_after_resume(system: Any, folder: Path) -> None:
@@ -306,6 +317,7 @@ def compare_run(folder: Path, name: str, changes: dict[str, Any]) -> tuple[Diffe
         base = folder / f"{kind}-{''.join(c if c.isalnum() else '-' for c in name)}"
         env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # cuBLAS needs it to be deterministic
         env |= {"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {}
         command = [sys.executable, "-m", "benchmarks.parity", "--steps", str(base), json.dumps(changes)]
         command += ["--folder", str(folder)]
@@ -324,7 +336,12 @@ def compare_run(folder: Path, name: str, changes: dict[str, Any]) -> tuple[Diffe
     found["norm"] = abs(cpu["norms"][0] - gpu["norms"][0]) / cpu["norms"][0]
     identical = all(torch.equal(weight, again["weights"][key]) for key, weight in gpu["weights"].items())
     rows = max(difference(gpu["weights"][key], weight) for key, weight in cpu["weights"].items())
-    return found, {"weights": rows, "repeats bit for bit": identical, "host syncs a step": gpu["syncs"]}
+    return found, {
+        "weights": rows,
+        "repeats bit for bit": identical,
+        "host syncs a step": sum(gpu["syncs"].values()),
+        "sites": gpu["syncs"],
+    }
 
 
 def _largest(exact: dict[str, float], found: dict[str, float]) -> float:
@@ -375,9 +392,8 @@ def compare_all(folder: Path, words: list[str]) -> dict[str, dict[str, Any]]:
         worst = max(found, key=lambda key: found[key])
         fine = found[worst] <= allowed
         figures[name] = {"fine": fine, "allowed": allowed, "differences": found, **more}
-        others = "".join(
-            f"; {key} {value if isinstance(value, bool | int) else f'{value:.1e}'}" for key, value in more.items()
-        )
+        more = {key: f"{value:.1e}" if isinstance(value, float) else value for key, value in more.items()}
+        others = "".join(f"; {key} {value}" for key, value in more.items() if not isinstance(value, dict))
         show(f"{'equal  ' if fine else 'DIFFERS'} {name}: {worst} {found[worst]:.1e} (allowed {allowed:.0e}){others}")
 
     if not words:
