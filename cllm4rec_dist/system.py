@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.init_cache import InitCache
 from cllm4rec_dist.model.linear_fit import text_features
 from cllm4rec_dist.model.linear_memory import LinearMemory, fit_linear_memory
+from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.probe import require_equal_to_transformers
 from cllm4rec_dist.model.recommender import Recommender
 
@@ -54,6 +55,7 @@ class InferenceSystem:
     Attributes:
         linear: empty unless it was fitted (`train.py`) or read from a checkpoint.
         fingerprints: fingerprints of backbone, corpus and tokenizer, which checkpoints store.
+        new_items: items after those of the corpus, which predictions may read and rank; None for none.
     """
 
     config: RunConfig
@@ -64,6 +66,13 @@ class InferenceSystem:
     linear: LinearMemory
     engine: ForwardEngine
     fingerprints: dict[str, str]
+    _: KW_ONLY
+    new_items: NewItems | None = None
+
+    @property
+    def num_items(self) -> int:
+        """Items of the corpus and new items."""
+        return self.corpus.num_items + (0 if self.new_items is None else len(self.new_items))
 
     def backbone(self, tokens: Tensor, positions: Tensor, content_start: int) -> Tensor:
         """Hidden states of packed embeddings (`DualBackbone.forward`). Gathers the backbone's weights."""

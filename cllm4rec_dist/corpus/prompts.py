@@ -17,6 +17,8 @@ Legend: n documents.
 from __future__ import annotations
 
 import re
+from copy import copy
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -73,7 +75,18 @@ class PromptBuilder:
         texts = [CONTENT_PROMPTS[ContentKind(kind)] for kind in range(len(ContentKind))]
         self._templates = Ragged.from_lists([_compile(tokenizer, text, space) for text in (*texts, begin)], np.int64)
         self._end = np.array(_encode(tokenizer, end, space), np.int64)
-        self._fallback_user = space.num_users - 1 if method.shared_user_ratio > 0 else space.no_user - space.first_user
+
+    @property
+    def _fallback_user(self) -> int:
+        """Row of a user without one: the shared row, or the zero vector's."""
+        space = self.space
+        return space.num_users - 1 if self.method.shared_user_ratio > 0 else space.no_user - space.first_user
+
+    def with_num_items(self, num_items: int) -> PromptBuilder:
+        """Return a builder of the same prompts for another number of items."""
+        other = copy(self)
+        other.space = replace(self.space, num_items=num_items)
+        return other
 
     def plan_collaborative(self, users: np.ndarray, counts: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the draws for item language modeling: `keys` uint64 [n] and `num_tokens` int64 [n]."""

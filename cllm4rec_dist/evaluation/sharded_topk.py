@@ -19,6 +19,7 @@ from torch import Tensor
 from cllm4rec_dist.distributed.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.linear_memory import LinearMemory
+from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.sharded_cross_entropy import max_logits_for
 
 _BLOCK = 512
@@ -62,6 +63,7 @@ def sharded_topk(
     world: World,
     max_logits: int | None = None,
     candidates: Tensor | None = None,
+    new_items: NewItems | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return scores and rows of the `num_best` highest dot products of each query over all shards.
 
@@ -75,7 +77,7 @@ def sharded_topk(
     memory = LinearMemory(partition, world)
     unmixed = Queries(queries, seen[:0])
     ((scores, rows),) = mixed_topk(
-        unmixed, local_weight, memory, (LLM_ALONE,), num_best, seen, world, max_logits, candidates
+        unmixed, local_weight, memory, (LLM_ALONE,), num_best, seen, world, max_logits, candidates, new_items
     )
     return scores, rows
 
@@ -90,6 +92,7 @@ def mixed_topk(
     world: World,
     max_logits: int | None = None,
     candidates: Tensor | None = None,
+    new_items: NewItems | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return scores and rows of the `num_best` best items of each query, for each weight of the linear memory.
 
@@ -97,10 +100,11 @@ def mixed_topk(
         local_weight: [local rows, D], this rank's rows of the output weight.
         weights: factors of the linear score that is added to the dot product, at least 0: `LLM_ALONE` is 0, and
             `LINEAR_ALONE` ranks by the linear score alone.
-        num_best: K, from 1 to the number of rows, or of candidates.
+        num_best: K, from 1 to the number of items, or of candidates.
         seen: int64 [s, 2] pairs (query of this rank, global row) to exclude (score -inf).
         max_logits: scores held at a time.
         candidates: bool [I], the same on all ranks; rank only these rows. None for all of them.
+        new_items: items to rank too, with the rows I, I + 1, ..., also in histories, `seen` and `candidates`.
 
     Returns:
         for each weight scores [n, K] and int64 rows [n, K], highest first; equal scores in the order of their rows.
@@ -108,10 +112,11 @@ def mixed_topk(
     Collectives: all-gathers queries and pairs; two all-to-alls of K candidates for each query and rank, by weight.
     """
     partition = memory.partition
-    assert 1 <= num_best <= (partition.num_rows if candidates is None else int(candidates.sum()))
+    num_items = partition.num_rows + (0 if new_items is None else len(new_items))
+    assert 1 <= num_best <= (num_items if candidates is None else int(candidates.sum()))
     counts = gather_counts(len(queries.vectors), world)
     vectors = all_gather_rows(queries.vectors, counts, world)
-    seen = all_gather_pairs(seen, counts, world)
+    all_seen = all_gather_pairs(seen, counts, world)
     needs_memory = any(weight != LLM_ALONE for weight in weights) and not memory.is_empty
     history = all_gather_pairs(queries.history, counts, world) if needs_memory else seen[:0]
     first, stop = partition.range(world.rank)
@@ -119,9 +124,20 @@ def mixed_topk(
     if candidates is not None:
         rows = rows[candidates[first:stop]]
         local_weight = local_weight[rows]
-    shard = _Shard(local_weight, rows, first, memory, max_logits or _CHUNK_FACTOR * max_logits_for(vectors.device))
-    found = _local_topk(vectors, history, shard, weights, num_best, seen)
-    return [_merge(scores, rows, counts, num_best, world) for scores, rows in found]
+    max_logits = max_logits or _CHUNK_FACTOR * max_logits_for(vectors.device)
+    shard = _Shard(local_weight, rows, first, memory, max_logits)
+    found = _local_topk(vectors, history, shard, weights, num_best, all_seen)
+    best = [_merge(scores, rows, counts, num_best, world) for scores, rows in found]
+    if new_items is None:
+        return best
+    rows = torch.arange(len(new_items), device=vectors.device)
+    if candidates is not None:
+        rows = rows[candidates[partition.num_rows :]]
+    shard = _Shard(new_items.output_weight[rows], rows, partition.num_rows, new_items.linear, max_logits)
+    of_new = _local_topk(queries.vectors, queries.history, shard, weights, num_best, seen)
+    # New items come last, so that equal scores stay in the order of the rows.
+    both = [[torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)] for parts in zip(best, of_new, strict=True)]
+    return [_best(scores, rows, num_best) for scores, rows in both]
 
 
 def score_deviations(queries: Queries, local_weight: Tensor, memory: LinearMemory, world: World) -> Tensor:

@@ -9,22 +9,24 @@ Legend: n queries, I items, K recommendations, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cllm4rec_dist.corpus.collate import collate
+from cllm4rec_dist.corpus.collate import MicroBatch, collate
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation.metrics import MetricResult, count_listed, largest_cutoff, mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.sharded_topk import Queries, mixed_topk
+from cllm4rec_dist.model.sharded_embedding import start_lookup
 from cllm4rec_dist.system import InferenceSystem
 
+_ITEMS = "collaborative.items"
 _WINDOW = 32
 """Batches of queries that are sorted by length together; their lists are kept in memory."""
 
@@ -89,6 +91,7 @@ def rank_by_weights(
     Args:
         users: int64 [n] user rows, the same on all ranks; -1 for a user without a row.
         histories: n lists of items, oldest first, from which the prompts are made, and which the linear memory reads.
+            The I items are those of the system, with its new ones.
         num_best: K, at most the number of candidates.
         batch_users: queries of this rank in a forward.
         weights: see `mixed_topk`.
@@ -99,7 +102,7 @@ def rank_by_weights(
     assert len(users) == len(histories)
     assert seen is None or len(seen) == len(users)
     world, model = system.world, system.recommender
-    num_best = min(num_best, system.corpus.num_items if candidates is None else int(candidates.sum()))
+    num_best = min(num_best, system.num_items if candidates is None else int(candidates.sum()))
     mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
     system.train(False)
     weight = model.output_weight()
@@ -115,7 +118,17 @@ def rank_by_weights(
             queries = encode_queries(system, users[index], histories.take(index))
             if num_best:
                 excluded = history_pairs(None if seen is None else seen.take(index)).to(world.device)
-                best = mixed_topk(queries, weight, system.linear, weights, num_best, excluded, world, candidates=mask)
+                best = mixed_topk(
+                    queries,
+                    weight,
+                    system.linear,
+                    weights,
+                    num_best,
+                    excluded,
+                    world,
+                    candidates=mask,
+                    new_items=system.new_items,
+                )
                 for parts, (scores, rows) in zip(rankings, best, strict=True):
                     parts.append(Ranking(index, rows.cpu().numpy(), scores.float().cpu().numpy()))
             progress(_num_finished(len(users), world, start + first, batch_users))
@@ -149,11 +162,25 @@ def encode_histories(system: InferenceSystem, users: np.ndarray, histories: Ragg
     """
     model, prompts = system.recommender, system.prompts
     batch = collate(prompts.prediction(users, histories), prompts.space)
-    routes = model.route([batch])
+    rows = _lookup(system, batch)
     batch = batch.to(system.world.device)
-    ((tokens, item_rows),) = model.embed([batch], routes)
+    tokens, item_rows = model.input_embeddings(batch, rows)
     hidden = system.backbone(tokens, batch.positions, batch.content_start)
     return model.item_queries(hidden, item_rows, batch)
+
+
+def _lookup(system: InferenceSystem, batch: MicroBatch) -> dict[str, Tensor]:
+    """Return the rows of a batch's users and items by table, those of new items included. Two all-to-alls and one."""
+    model, new_items = system.recommender, system.new_items
+    items = batch.ids[_ITEMS]
+    is_new = items >= model.item_partition.num_rows
+    (route,) = model.route([replace(batch, ids={**batch.ids, _ITEMS: items.masked_fill(is_new, 0)})])
+    rows = start_lookup({name: model.tables[name] for name in route.num_ids}, route, model.comm_dtype).wait()
+    if new_items is not None:
+        index = (items[is_new] - model.item_partition.num_rows).to(system.world.device)
+        values = new_items.rows[index].to(model.comm_dtype).float()
+        rows[_ITEMS] = rows[_ITEMS].index_copy(0, is_new.nonzero().flatten().to(index.device), values)
+    return rows
 
 
 def encode_queries(system: InferenceSystem, users: np.ndarray, histories: Ragged) -> Queries:

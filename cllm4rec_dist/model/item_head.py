@@ -59,10 +59,16 @@ class ItemHead(nn.Module):
         if item_bias:
             self.local_bias = nn.Parameter(torch.zeros(local_items, 1, device=world.device))
 
-    def output_weight(self, local_rows: Tensor) -> Tensor:
-        """Table rows [rows, d] -> weight of the item softmax [rows, d or d+1]."""
-        weight = F.normalize(local_rows, dim=1) if self.similarity == "cosine" else local_rows
-        return weight if self.local_bias is None else torch.cat([weight, self.local_bias], dim=1)
+    def output_weight(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Table rows [rows, d] -> weight of the item softmax [rows, d or d+1].
+
+        Args:
+            bias: item biases [rows, 1], if these are not the local rows; not used without item bias.
+        """
+        weight = F.normalize(rows, dim=1) if self.similarity == "cosine" else rows
+        if self.local_bias is None:
+            return weight
+        return torch.cat([weight, self.local_bias if bias is None else bias], dim=1)
 
     def queries(self, hidden: Tensor, pooled: Tensor) -> Tensor:
         """Hidden states [n, D] and sums of the item rows read so far [n, d] -> queries [n, d or d+1], fp32 or wider."""

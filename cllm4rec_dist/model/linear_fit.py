@@ -15,7 +15,7 @@ Legend: U users, I items, W words, K neighbors, n items of a block, b items of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -57,6 +57,61 @@ def text_features(item_texts: Sequence[str]) -> sp.csr_matrix:
         return vectorizer.fit_transform(item_texts)
     except ValueError:  # no text has a word that counts
         return sp.csr_matrix((len(item_texts), 0), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class WordCounts:
+    """Word counts of a catalog's texts, from which `text_features` of a larger catalog are computed quickly.
+
+    Attributes:
+        vocabulary: column of each word.
+        counts: fp32 [I, W].
+    """
+
+    vocabulary: Mapping[str, int]
+    counts: sp.csr_matrix
+
+    @classmethod
+    def of(cls, item_texts: Sequence[str]) -> WordCounts:
+        """Count the words of I texts."""
+        return cls(*_count_words(item_texts))
+
+    def text_features(self, more_texts: Sequence[str]) -> sp.csr_matrix:
+        """Return `text_features` of the texts and `more_texts`, [I + n, W'], up to the order of the columns."""
+        from sklearn.feature_extraction.text import TfidfTransformer
+
+        words, counts = _count_words(more_texts)
+        num_words = len(self.vocabulary)
+        unseen = {word: num_words + index for index, word in enumerate(words.keys() - self.vocabulary.keys())}
+        column = np.empty(len(words), np.int32)
+        for word, index in words.items():
+            column[index] = self.vocabulary.get(word, unseen.get(word, -1))
+        width = num_words + len(unseen)
+        all_counts = sp.vstack(
+            [
+                sp.csr_matrix((part.data, indices, part.indptr), shape=(part.shape[0], width))
+                for part, indices in ((self.counts, self.counts.indices), (counts, column[counts.indices]))
+            ],
+            format="csr",
+        )
+        is_kept = np.bincount(all_counts.indices, minlength=width) <= _MAX_WORD_ITEMS
+        if not is_kept.all():
+            all_counts = all_counts[:, is_kept]
+        if not all_counts.shape[1]:
+            return all_counts
+        return TfidfTransformer(sublinear_tf=True).fit_transform(all_counts)
+
+
+def _count_words(texts: Sequence[str]) -> tuple[dict[str, int], sp.csr_matrix]:
+    """Return the words of the texts with their columns, and their counts, fp32 [n, words]."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectorizer = CountVectorizer(dtype=np.float32)
+    try:
+        counts = vectorizer.fit_transform(texts)
+    except ValueError:  # no text has a word
+        return {}, sp.csr_matrix((len(texts), 0), dtype=np.float32)
+    return vectorizer.vocabulary_, counts
 
 
 def item_features(train: sp.csr_matrix, texts: sp.csr_matrix, text_weight: float) -> ItemFeatures:

@@ -54,6 +54,12 @@ class ItemCatalog:
         titles = [title or "" for title in table["title"].to_pylist()]
         return cls(table["item"].to_pylist(), titles, categories, popularity)
 
+    def with_new(self, ids: Sequence[str], titles: Sequence[str]) -> ItemCatalog:
+        """Return the catalog with items appended that have no category and no interactions."""
+        categories = None if self.categories is None else [*self.categories, *[""] * len(ids)]
+        popularity = np.concatenate([self.popularity, np.zeros(len(ids), np.int64)])
+        return ItemCatalog([*self.ids, *ids], [*self.titles, *titles], categories, popularity)
+
     @cached_property
     def row_of(self) -> dict[str, int]:
         """Row by external id."""

@@ -10,6 +10,7 @@ Legend: n queries, U users, I items, D hidden.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,16 +19,17 @@ from typing import Self
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.distributed.topology import find_device
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.sharded_topk import Queries, sharded_topk
+from cllm4rec_dist.evaluation.sharded_topk import Queries
+from cllm4rec_dist.evaluation.text_items import LazyTextItems
 from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.project.layout import run_of
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.new_items import NewItem, checked_titles, require_new
 from cllm4rec_dist.serving.people import CorpusPeople
 from cllm4rec_dist.serving.queries import (
     Answer,
@@ -68,6 +70,8 @@ class Recommender:
         self._people = CorpusPeople.from_corpus(system.corpus)
         self.users = self._people.names[: self._people.num_known]
         self._scorer = Scorer(system)
+        self._new_items: list[NewItem] = []
+        self._texts = LazyTextItems(system)
 
     @classmethod
     def load(
@@ -93,6 +97,34 @@ class Recommender:
             f"Recommender(run={self.info.run!r}, checkpoint={self.info.checkpoint!r}, num_users={self.info.num_users},"
             f" num_items={self.info.num_items})"
         )
+
+    def with_items(self, new_items: Mapping[str, str], descriptions: Mapping[str, str] | None = None) -> Self:
+        """Return a recommender that also knows products that the corpus does not have, by their texts.
+
+        They are ranked, may be in histories, and have scores, similar items and explanations, like items of the run.
+        This recommender does not change, and both share their weights.
+
+        Args:
+            new_items: title of each new product, by id.
+            descriptions: further text of some of them, by id.
+
+        Raises:
+            DataError: for an id that the run has already, or a text that is empty or has no word of the trained items'
+                texts, or if these have no texts.
+        """
+        return self.with_new_items(checked_titles(new_items, descriptions))
+
+    def with_new_items(self, new_items: Sequence[NewItem], field: str = "new_items") -> Self:
+        """Like `with_items`; `field` is named in errors."""
+        require_new(field, new_items, self.items)
+        if not new_items:
+            return self
+        other = copy.copy(self)
+        other._new_items = [*self._new_items, *new_items]
+        other._system = self._texts.get().add(self._system, [new.text for new in other._new_items])
+        other._scorer = self._scorer.for_system(other._system)
+        other.items = self.items.with_new([new.item for new in new_items], [new.title for new in new_items])
+        return other
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer each query; queries share forwards up to the batch limits.
@@ -195,17 +227,7 @@ class Recommender:
             DataError: for an item unknown to the run.
         """
         row, top = self._item_row(item), checked_top(top)
-        model, device = self._system.recommender, self._system.world.device
-        normalized = self._normalized_items
-        num_best = min(top, len(normalized) - 1)
-        scores, rows = torch.empty(0), torch.empty(0, dtype=torch.int64)
-        if num_best:
-            itself = torch.tensor([[0, row]], device=device)
-            query = normalized[row : row + 1]
-            top_scores, top_rows = sharded_topk(
-                query, normalized, num_best, itself, model.item_partition, self._system.world
-            )
-            scores, rows = top_scores[0].cpu(), top_rows[0].cpu()
+        scores, rows = self._scorer.similar(row, top)
         return pd.DataFrame(
             {
                 "item": [self.items.ids[neighbor] for neighbor in rows.tolist()],
@@ -251,17 +273,14 @@ class Recommender:
         return pd.DataFrame(scores[:1] - scores[1:], index=_index(names, "item"), columns=_index(items, None))
 
     def item_embeddings(self) -> pd.DataFrame:
-        """Return the trained item embeddings, float32 [I, D], indexed by external id."""
-        return _embeddings(self._system.recommender.collaborative.items.local_rows, self.items.ids, "item")
+        """Return the trained item embeddings, then those of new items, float32 [I, D], indexed by external id."""
+        rows, new_items = self._system.recommender.collaborative.items.local_rows, self._system.new_items
+        return _embeddings(rows if new_items is None else torch.cat([rows, new_items.rows]), self.items.ids, "item")
 
     def user_embeddings(self) -> pd.DataFrame:
         """Return the trained user embeddings, float32 [U, D], indexed by external id."""
         rows = self._system.recommender.collaborative.users.local_rows
         return _embeddings(rows[: len(self.users)], self.users, "user")
-
-    @property
-    def _normalized_items(self) -> Tensor:
-        return F.normalize(self._system.recommender.collaborative.items.local_rows.detach(), dim=1)
 
     def _person(self, user: str | None, history: Sequence[str]) -> Person:
         row, items = -1, []

@@ -13,7 +13,7 @@ from torch import Tensor
 from cllm4rec_dist.config import LinearConfig
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model import linear_fit, linear_memory
-from cllm4rec_dist.model.linear_fit import item_features, ridge_weights, strongest_neighbors, text_features
+from cllm4rec_dist.model.linear_fit import WordCounts, item_features, ridge_weights, strongest_neighbors, text_features
 from cllm4rec_dist.model.linear_memory import LinearMemory, fit_linear_memory
 from tests.harness import alone, run_ranks
 
@@ -161,3 +161,14 @@ def test_any_rows_can_be_scored() -> None:
         scores = torch.zeros(len(rows), len(HISTORIES))
         memory.add_scores(scores, rows, history_pairs())
         torch.testing.assert_close(scores, every[rows])
+
+
+@pytest.mark.parametrize("most", [20_000, 2])
+def test_word_counts_give_the_text_features_of_a_larger_catalog(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_fit, "_MAX_WORD_ITEMS", most)
+    known = ["red tea tea", "", "blue tea", "blue cup", "red tea cup"]
+    for texts, more in ((known, ["tea pot pot", "", "pot kettle blue"]), (known, ["?"]), (["", "-"], ["tea", "a"])):
+        result, expected = WordCounts.of(texts).text_features(more), text_features([*texts, *more])
+        products = [(rows @ rows.T).toarray() for rows in (result, expected)]
+        np.testing.assert_allclose(*products, atol=1e-6)
+        assert result.shape[0] == len(texts) + len(more)

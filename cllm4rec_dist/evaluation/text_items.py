@@ -1,0 +1,138 @@
+"""Items that no corpus has, from their texts: rows, biases and linear memory, as if the corpus had them.
+
+A new item gets what an item without training interactions gets (`cold_items.py`, `model/linear_fit.py`). The weights
+of the items of the corpus stay, so that a new item in a history adds to the linear scores of new items alone.
+
+Legend: I items of the corpus, n new items, K neighbors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm4rec_dist.config import LinearConfig
+from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.evaluation.cold_items import training_counts
+from cllm4rec_dist.model.linear_fit import WordCounts, item_features, ridge_weights, strongest_neighbors
+from cllm4rec_dist.model.linear_memory import LinearMemory
+from cllm4rec_dist.model.new_items import NewItems
+from cllm4rec_dist.model.text_rows import TextRows, fit_text_rows
+from cllm4rec_dist.system import InferenceSystem, interaction_matrix, item_texts
+
+_SHOWN = 60
+"""Characters of a text that an error message repeats."""
+
+
+@dataclass(frozen=True)
+class TextItems:
+    """Adds items to a loaded system by their texts; whole on every rank. Thread-safe.
+
+    Attributes:
+        rows_of: map from texts to rows.
+        linear: what the linear memory of a new item is fitted on; None if the run has none, or none of texts.
+    """
+
+    rows_of: TextRows
+    linear: _LinearData | None
+
+    @classmethod
+    def fit(cls, system: InferenceSystem) -> TextItems:
+        """Fit the map from texts to rows on the items of a loaded system. Collective (`fit_text_rows`).
+
+        Raises:
+            DataError: if no item with training interactions has a text.
+        """
+        model, corpus = system.recommender, system.corpus
+        first, _ = model.item_partition.range(system.world.rank)
+        texts = item_texts(corpus)
+        rows_of = fit_text_rows(
+            texts,
+            training_counts(corpus),
+            model.collaborative.items.local_rows,
+            model.head.local_bias,
+            first,
+            system.world,
+        )
+        if rows_of is None:
+            raise DataError(
+                "new_items",
+                corpus.manifest.name,
+                "has no item with a title or description, so that texts of new ones mean nothing to the run",
+                "Prepare the corpus with texts of its items, and train again.",
+            )
+        uses_words = not system.linear.is_empty and system.config.linear.text_weight > 0
+        return cls(rows_of, _LinearData(corpus.split("train"), WordCounts.of(texts)) if uses_words else None)
+
+    @torch.no_grad()
+    def add(self, system: InferenceSystem, texts: Sequence[str]) -> InferenceSystem:
+        """Return the system with n new items, instead of those that it has; tables and weights are shared.
+
+        Raises:
+            DataError: for a text without any word of the trained items' texts.
+        """
+        device = system.world.device
+        rows = self.rows_of(texts)
+        unknown = (rows.norm(dim=1) == 0).nonzero().flatten().tolist()
+        if unknown:
+            text = texts[unknown[0]]
+            raise DataError(
+                "new_items",
+                text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...",
+                "has no word that a trained item's title or description has, so that nothing is known of it",
+                "Write more of the text, in the language of the other items, or leave the item out.",
+            )
+        rows = rows.to(device)
+        bias = torch.full((len(rows), 1), self.rows_of.bias, device=device)
+        linear = LinearMemory(RowPartition(len(rows), 1), World(0, 1, 0, device))
+        if self.linear is not None:
+            linear.fill(*self.linear.fit(texts, system.config.linear))
+        return replace(
+            system,
+            new_items=NewItems(rows, system.recommender.head.output_weight(rows, bias), linear),
+            prompts=system.prompts.with_num_items(system.corpus.num_items + len(rows)),
+        )
+
+
+class LazyTextItems:
+    """`TextItems` of a loaded system in one process, fitted when first needed. Thread-safe."""
+
+    def __init__(self, system: InferenceSystem) -> None:
+        self._system, self._lock = system, threading.Lock()
+        self._fitted: TextItems | None = None
+
+    def get(self) -> TextItems:
+        """Return it. Raises DataError as `TextItems.fit`."""
+        with self._lock:
+            if self._fitted is None:
+                self._fitted = TextItems.fit(self._system)
+            return self._fitted
+
+
+@dataclass(frozen=True)
+class _LinearData:
+    """Training interactions and words of the corpus, kept in memory: requests read no files.
+
+    Attributes:
+        train: training items of each user.
+        words: words of the I items.
+    """
+
+    train: Ragged
+    words: WordCounts
+
+    def fit(self, texts: Sequence[str], config: LinearConfig) -> tuple[Tensor, Tensor]:
+        """Return neighbors int32 [n, K] and weights fp32 [n, K] of new items, as of items I, I + 1, ... of a corpus."""
+        words = self.words.text_features(texts)
+        num_items, first = words.shape[0], words.shape[0] - len(texts)
+        features = item_features(interaction_matrix(self.train, num_items), words, config.text_weight)
+        neighbors = strongest_neighbors(features, first, num_items, config.neighbors)
+        weights = ridge_weights(features, first, neighbors, config.regularization, torch.get_num_threads())
+        return torch.from_numpy(neighbors), torch.from_numpy(weights.astype(np.float32))
