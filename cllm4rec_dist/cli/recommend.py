@@ -44,12 +44,14 @@ from cllm4rec_dist.launchers.short_jobs import launch_short, runs_here
 from cllm4rec_dist.serving.id_list import read_ids
 from cllm4rec_dist.serving.known_ids import (
     LATER_ORDERS,
+    NEW_ITEMS,
     KnownIds,
     find_item,
     read_known_ids,
     require_joined_items,
     unknown_error,
 )
+from cllm4rec_dist.serving.new_items import NewItem
 
 
 class KnownItems(StrEnum):
@@ -60,6 +62,14 @@ class KnownItems(StrEnum):
 
 
 TopOption = Annotated[int, typer.Option("--top", "-k", min=1, help="Items of a list.")]
+NewItemsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="New products, known by their texts alone: CSV, JSON lines or Parquet with an id and a title or"
+        " description in each row. They may be listed, and histories may have them.",
+        callback=expanded,
+    ),
+]
 ShownFormat = Annotated[Format | None, typer.Option("--format", help="table (default), csv or jsonl.")]
 
 
@@ -99,6 +109,7 @@ def recommend(
         str | None, typer.Option(help="Field separator of --history, if it is CSV; detected by default.")
     ] = None,
     encoding: Annotated[str | None, typer.Option(help="Encoding of --history; detected by default.")] = None,
+    new_items: NewItemsOption = None,
     basket: Annotated[
         list[str] | None,
         typer.Option("--basket", help="Items A,B that a user has; prints their list. Quote blanks: 'A, B'."),
@@ -148,7 +159,7 @@ def recommend(
             basket, user, users_file, history, file_format, known_items, skip_unknown_users=skip_unknown_users
         )
         options = {"top": top or 10, "min_score": min_score, "include_seen": include_seen}
-        _print_list(run, basket or (), user, exclude, only, options, file_format, backbone, corpus)
+        _print_list(run, basket or (), user, exclude, only, options, file_format, backbone, corpus, new_items)
         return
     problems = output_problems("output", output, launcher)
     if file_format is Format.TABLE:
@@ -172,6 +183,9 @@ def recommend(
     announce(f"recommend: reading {run}, importing torch", launcher)
     is_here = not ranks_are_elsewhere(launcher, os.environ) or runs_here(launcher, workers, os.environ)
     known_ids = read_known_ids(run_path, corpus) if is_here else None
+    products = _read_new_items(new_items, known_ids)
+    if known_ids is not None:
+        known_ids = known_ids.with_new(products)
     orders = None
     if history is not None:
         from cllm4rec_dist.serving.history_file import HistoryFormat, read_histories
@@ -197,6 +211,7 @@ def recommend(
         titles=titles,
         file_format=(file_format or Format.PARQUET).value,  # type: ignore[arg-type]
         batch_users=batch_users,
+        new_items=products,
     )
     launch_short(
         recommend_users,
@@ -214,6 +229,7 @@ def similar(
     run: RunArgument,
     item: Annotated[str, typer.Argument(help="Item id, or words that only one item has in its title.")],
     top: TopOption = 10,
+    new_items: NewItemsOption = None,
     file_format: ShownFormat = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
@@ -221,12 +237,14 @@ def similar(
     """Print the items with the trained embeddings nearest to that of an item, by cosine similarity."""
     require_printed_format(file_format)
     run_path = find_trained(run)
-    chosen = find_item("ITEM", item, read_known_ids(run_path, corpus).items)
+    known_ids = read_known_ids(run_path, corpus)
+    products = _read_new_items(new_items, known_ids)
+    chosen = find_item("ITEM", item, known_ids.with_new(products).items)
     announce_printed(f"similar: reading {run}, importing torch")
     with importing_libraries():
         from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus))
+    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_new_items(products, NEW_ITEMS)
     show(recommender.similar(chosen, top), file_format)
 
 
@@ -240,10 +258,13 @@ def _print_list(
     file_format: Format | None,
     backbone: str | None,
     corpus: str | None,
+    new_items: str | None,
 ) -> None:
     """Print the list of a basket or a user."""
     run_path = find_trained(run)
     known_ids = read_known_ids(run_path, corpus)
+    products = _read_new_items(new_items, known_ids)
+    known_ids = known_ids.with_new(products)
     _require_known(known_ids, user, {}, only, exclude, skip_unknown_users=False)
     items = split_basket(basket, known_ids.items)
     if user is None:
@@ -254,7 +275,7 @@ def _print_list(
         from cllm4rec_dist.serving.queries import Query
         from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus))
+    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_new_items(products, NEW_ITEMS)
     query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)
     (answer,) = recommender.answer([query])
     if answer.fallback:
@@ -262,6 +283,14 @@ def _print_list(
     show(as_table(answer), file_format)
     if len(answer.items) < query.top:
         typer.echo(f"{len(answer.items)} of {query.top} items: no more are left", err=True)
+
+
+def _read_new_items(path: str | None, known_ids: KnownIds | None) -> tuple[NewItem, ...]:
+    if path is None:
+        return ()
+    from cllm4rec_dist.serving.new_item_file import read_new_items
+
+    return tuple(read_new_items(path, known_ids.item_columns if known_ids is not None else None))
 
 
 def _item_ids(path: Path | None, option: str) -> frozenset[str] | None:

@@ -103,6 +103,19 @@ class OrderColumns(StrictModel):
     """`strptime` format of the times, if the recipe sets one."""
 
 
+class ItemColumns(StrictModel):
+    """Columns of the table of items in the recipe; files with new items have the same ones."""
+
+    item: str
+    """Column of item ids."""
+    title: str | None = None
+    """Column of titles."""
+    description: tuple[str, ...] = ()
+    """Columns that are joined into the description."""
+    html: bool = False
+    """HTML is removed from the texts."""
+
+
 class Manifest(StrictModel):
     """Contents of `manifest.json`."""
 
@@ -130,6 +143,8 @@ class Manifest(StrictModel):
     """Filters, split, seed and texts of the recipe."""
     order_columns: OrderColumns | None = None
     """Columns of a table; None for other formats and in a corpus built by an earlier version."""
+    item_columns: ItemColumns | None = None
+    """Columns of a table of items; None for other formats and in a corpus built by an earlier version."""
     split_digests: dict[str, str] = Field(default_factory=dict)
     """sha256 by split over the keys of its interactions (`pair_keys.py`), which do not depend on order, tokenizer or
     rows; includes new users, whose `history` is a separate split. Empty in a corpus built by an earlier version."""
@@ -172,6 +187,7 @@ class Manifest(StrictModel):
         absent = set() if self.num_new_users else {"num_new_users", "num_new_interactions"}
         absent |= set() if self.num_new_items else {"num_new_items"}
         absent |= set() if self.order_columns else {"order_columns"}
+        absent |= set() if self.item_columns else {"item_columns"}
         return (self.model_dump_json(indent=1, exclude=absent) + "\n").encode()
 
     @classmethod

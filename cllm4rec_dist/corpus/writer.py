@@ -43,6 +43,7 @@ from cllm4rec_dist.corpus.manifest import (
     SPLITS,
     ContentKind,
     FileEntry,
+    ItemColumns,
     LeftOut,
     Manifest,
     OrderColumns,
@@ -117,6 +118,7 @@ def write_corpus(
             tokenizer_fingerprint=tokenizer.fingerprint,
             preparation=config.preparation(),
             order_columns=_order_columns(config.source),
+            item_columns=_item_columns(config.source),
             split_digests=split_digests(
                 catalog.item_ids.to_list(),
                 (catalog.user_ids.to_list(), {split: getattr(catalog, split) for split in SPLITS}),
@@ -133,6 +135,12 @@ def _order_columns(source: SourceConfig) -> OrderColumns | None:
     if not isinstance(source, TableSource):
         return None
     return OrderColumns(**source.interactions.model_dump(include=set(OrderColumns.model_fields)))
+
+
+def _item_columns(source: SourceConfig) -> ItemColumns | None:
+    if not isinstance(source, TableSource) or source.items is None:
+        return None
+    return ItemColumns(**source.items.model_dump(include=set(ItemColumns.model_fields)))
 
 
 def _left_out(skip: Skip) -> LeftOut:

@@ -14,10 +14,13 @@ import torch
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import topk
+from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import Ranking
 from cllm4rec_dist.evaluation.trained_run import load
 from cllm4rec_dist.log import ReportMetrics, progress_bar
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.known_ids import NEW_ITEMS
+from cllm4rec_dist.serving.new_items import NewItem, require_new
 from cllm4rec_dist.serving.people import KnownItems, People, gather_people
 from cllm4rec_dist.serving.recommendations import FileFormat, list_schema, make_folder, write_recommendations
 from cllm4rec_dist.system import InferenceSystem
@@ -43,6 +46,7 @@ class BulkRequest:
         titles: write a column of titles.
         file_format: format of the files.
         batch_users: people per forward of a rank.
+        new_items: products that the corpus does not have, which may be listed and ordered.
     """
 
     top: int
@@ -57,6 +61,7 @@ class BulkRequest:
     titles: bool = False
     file_format: FileFormat = "parquet"
     batch_users: int = 256
+    new_items: tuple[NewItem, ...] = ()
 
 
 @dataclass
@@ -91,13 +96,22 @@ def recommend_users(
         backbone, corpus: current paths, if they differ from those in the checkpoint.
 
     Raises:
-        DataError: for unknown people, unless `skip_unknown_users` is set.
+        DataError: for unknown people, unless `skip_unknown_users` is set, and for new items that cannot be added.
     """
     system, _ = load(run, world, backbone, corpus)
+    items, new_ids = ItemCatalog.from_corpus(system.corpus), [new.item for new in request.new_items]
     people = gather_people(
-        system.corpus, request.users, request.orders, request.known_items, skip_unknown=request.skip_unknown_users
+        system.corpus,
+        request.users,
+        request.orders,
+        request.known_items,
+        skip_unknown=request.skip_unknown_users,
+        new_items=new_ids,
     )
-    items = ItemCatalog.from_corpus(system.corpus)
+    if request.new_items:
+        require_new(NEW_ITEMS, request.new_items, items)
+        items = items.with_new(new_ids, [new.title for new in request.new_items])
+        system = TextItems.fit(system).add(system, [new.text for new in request.new_items])
     folder, counts = Path(output), _Counts()
     make_folder(folder)
     bar = progress_bar(world, len(people.names), "recommend", "user")

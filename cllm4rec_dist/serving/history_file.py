@@ -7,42 +7,36 @@ corpus was built. Columns are detected by their names. Without torch.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.corpus.manifest import OrderColumns
 from cllm4rec_dist.corpus.raw import RawData
 from cllm4rec_dist.corpus.recipe import InteractionTable, TableFile, TableSource
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.sources.delimited import header_lines, read_header
-from cllm4rec_dist.corpus.sources.files import RawFile, find_files, open_binary
-from cllm4rec_dist.corpus.sources.objects import read_objects
-from cllm4rec_dist.corpus.sources.records import Dialect
-from cllm4rec_dist.corpus.sources.tables import find_kind, read_batches, read_table
+from cllm4rec_dist.corpus.sources.files import RawFile, find_files
+from cllm4rec_dist.corpus.sources.tables import read_batches, read_table
 from cllm4rec_dist.corpus.times import read_times
 from cllm4rec_dist.corpus.values import MISSING_WORDS
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.serving.id_list import similar_ids
+from cllm4rec_dist.serving.table_columns import ITEM_NAMES, column_names, likely_column
 
 logger = logging.getLogger(__name__)
 
 _NAMES = {
     "user": "user userid username uid customer customerid customernumber client clientid account accountid member"
     " memberid buyer buyerid visitor visitorid reviewer reviewerid kunde kundennummer kundenid person who",
-    "item": "item itemid product productid productnumber sku article articleid articlenumber asin isbn movie movieid"
-    " book bookid track trackid stockcode parentasin artikel artikelnummer produkt what",
+    "item": ITEM_NAMES,
     "time": "time timestamp date datetime orderdate ordertime orderedat boughtat purchasedate purchasedat createdat"
     " created when day datum zeit ts unixtime unixreviewtime invoicedate eventtime",
 }
 """Usual column names, lower case letters only, most likely first."""
-_SEPARATORS = ",;\t|"
 _SAMPLE = 1000
 """Number of times with which the recipe's time format is tried."""
 Columns = tuple[str, str, str | None]
@@ -139,7 +133,10 @@ def _with_options(error: DataError) -> DataError:
 
 
 def _columns(path: str, file: RawFile, given: HistoryFormat, recipe: OrderColumns | None) -> Columns:
-    names = _column_names(file, given, recipe)
+    expected = () if recipe is None else (recipe.user, recipe.item)
+    names = column_names(file, given.separator, given.encoding, expected)
+    if not names:
+        raise DataError("--history", file.path, "is empty", "Give a file with a header and a row for each order.")
     named = {"user": given.user_column, "item": given.item_column, "time": given.time_column}
     usual: dict[str, str | None] = {"user": None, "item": None, "time": None}
     if recipe is not None:
@@ -154,7 +151,7 @@ def _columns(path: str, file: RawFile, given: HistoryFormat, recipe: OrderColumn
                 f"--{role}-column", name, f"is not a column of {path}, which has {', '.join(names)}", hint
             )
         used = {*columns.values(), *named.values(), *usual.values()}
-        columns[role] = name or usual[role] or _guess(role, [each for each in names if each not in used])
+        columns[role] = name or usual[role] or likely_column(_NAMES[role], [each for each in names if each not in used])
     _require_different(columns)
     for role in ("user", "item"):
         if columns[role] is None:
@@ -177,31 +174,3 @@ def _require_different(columns: Mapping[str, str | None]) -> None:
                 f"cannot be the column of both {role}s and {other}s",
                 "Name a column for each.",
             )
-
-
-def _guess(role: str, names: list[str]) -> str | None:
-    """Return the column with the most likely of the usual names, if any."""
-    plain = {re.sub(r"[\W_\d]+", "", name).casefold(): name for name in reversed(names)}
-    return next((plain[usual] for usual in _NAMES[role].split() if usual in plain), None)
-
-
-def _column_names(file: RawFile, given: HistoryFormat, recipe: OrderColumns | None) -> list[str]:
-    """Column names of a file, including partition columns of its folders."""
-    encoding = given.encoding or "auto"
-    kind = find_kind(file.path, encoding)
-    if kind == "parquet":
-        with open_binary(file.path) as content:
-            names = list(pq.read_schema(content).names)
-    elif kind == "jsonl":
-        objects = read_objects(file, SkipLog("skip", max_lost=1.0), encoding)
-        names = list(dict.fromkeys(str(name) for _, each in islice(objects, 100) for name in each))
-    else:
-        _, named = header_lines(file.path, encoding)
-        separators = given.separator or named
-        candidates = [separators] if separators else list(_SEPARATORS)
-        headers = [read_header(file, Dialect(separator, encoding=encoding))[0] for separator in candidates]
-        expected = set() if recipe is None else {recipe.user, recipe.item}
-        names = max(headers, key=lambda header: (len(expected & set(header)), len(header)))
-    if not names:
-        raise DataError("--history", file.path, "is empty", "Give a file with a header and a row for each order.")
-    return [*names, *file.partition]

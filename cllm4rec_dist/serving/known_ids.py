@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 
 from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find
-from cllm4rec_dist.corpus.manifest import OrderColumns, load_manifest
+from cllm4rec_dist.corpus.manifest import ItemColumns, OrderColumns, load_manifest
 from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
+from cllm4rec_dist.serving.new_items import NewItem, require_new
 
 logger = logging.getLogger(__name__)
 
 LATER_ORDERS = "Give --history FILE for people who came later, or --skip-unknown-users to leave them out."
+NEW_ITEMS = "--new-items"
+"""Option with a file of new items."""
 _SHOWN = 10
 """Number of items that an error message lists."""
 
@@ -31,12 +34,34 @@ class KnownIds:
     Attributes:
         users: ids of users, those without rows last.
         items: catalog without categories and popularity.
-        order_columns: column names of orders in the corpus' recipe; None if they are not recorded.
+        order_columns, item_columns: column names of orders and of items in the corpus' recipe; None if they are not
+            recorded.
+        has_texts: True if any item has a title or description.
     """
 
     users: list[str]
     items: ItemCatalog
     order_columns: OrderColumns | None = None
+    item_columns: ItemColumns | None = None
+    has_texts: bool = True
+
+    def with_new(self, new_items: Sequence[NewItem]) -> KnownIds:
+        """Return the ids with those of new items.
+
+        Raises:
+            DataError: for an id that is known already or comes twice, or an item without a text, or if new items cannot
+                be added to the run.
+        """
+        require_new(NEW_ITEMS, new_items, self.items)
+        if new_items and not self.has_texts:
+            raise DataError(
+                NEW_ITEMS,
+                new_items[0].item,
+                "cannot be added: no item of the run has a title or description, so that texts mean nothing to it",
+                "Prepare the corpus with texts of its items, and train again.",
+            )
+        ids, titles = [new.item for new in new_items], [new.title for new in new_items]
+        return replace(self, items=self.items.with_new(ids, titles))
 
 
 def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
@@ -57,7 +82,8 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
     manifest, _ = load_manifest(url)
     if manifest.of_kind("new_users"):
         names += _table(url, "new_users")["user"].to_list()
-    return KnownIds(names, catalog, manifest.order_columns)
+    has_texts = any(titles) or any(items["description"].to_list())
+    return KnownIds(names, catalog, manifest.order_columns, manifest.item_columns, has_texts)
 
 
 def _corpus_of(run: str) -> str:

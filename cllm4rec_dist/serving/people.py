@@ -84,6 +84,7 @@ def gather_people(
     known_items: KnownItems = "all",
     *,
     skip_unknown: bool = False,
+    new_items: Sequence[str] = (),
 ) -> People:
     """Collect the people to recommend for, with their histories.
 
@@ -93,6 +94,7 @@ def gather_people(
         orders: later orders by user, oldest first. They are appended to the user's items in the corpus.
         known_items: corpus items of a history: all, or the training items only.
         skip_unknown: leave out people who are neither in the corpus nor in `orders` instead of raising.
+        new_items: ids of items after those of the corpus, which orders may have.
 
     Raises:
         DataError: for people who are neither in the corpus nor in `orders`.
@@ -109,7 +111,7 @@ def gather_people(
     outside = len(people.names)
     positions = np.array([position_of.get(name, outside) for name in names], dtype=np.int64)
     histories = _with_empty_row(people.histories).take(positions)
-    later, unknown_items = _item_rows(corpus, [orders.get(name, ()) for name in names])
+    later, unknown_items = _item_rows(corpus, new_items, [orders.get(name, ()) for name in names])
     return People(names, people.rows(positions), _distinct(histories, later), unknown_items, unknown_users)
 
 
@@ -118,11 +120,13 @@ def _with_empty_row(histories: Ragged) -> Ragged:
     return Ragged(np.append(histories.offsets, histories.offsets[-1]), histories.values)
 
 
-def _item_rows(corpus: Corpus, orders: Sequence[Sequence[str]]) -> tuple[list[list[int]], int]:
+def _item_rows(
+    corpus: Corpus, new_items: Sequence[str], orders: Sequence[Sequence[str]]
+) -> tuple[list[list[int]], int]:
     """Item rows of orders, and the number of unknown items."""
     if not any(orders):
         return [[] for _ in orders], 0
-    row_of = {name: row for row, name in enumerate(corpus.items()["item"].to_pylist())}
+    row_of = {name: row for row, name in enumerate([*corpus.items()["item"].to_pylist(), *new_items])}
     unknown = sum(len({item for item in each if item not in row_of}) for each in orders)
     return [[row_of[item] for item in each if item in row_of] for each in orders], unknown
 

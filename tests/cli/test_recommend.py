@@ -6,12 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
 
 
@@ -146,3 +148,93 @@ def test_mistakes_are_reported_before_anything_is_loaded(
     assert not Path("out").exists()
     assert "neither a checkpoint nor a run" in refused("recommend", tmp_path, "out")
     assert "neither a checkpoint nor a run" in refused("similar", tmp_path, "item-001")
+
+
+@pytest.fixture
+def new_items(tmp_path: Path) -> Path:
+    path = tmp_path / "new.csv"
+    path.write_text("item_id,title\nsku-1,quiet mountain trail\nsku-2,blue espresso\n")
+    return path
+
+
+def test_new_products_are_listed_and_may_be_in_a_basket(run: Path, recommender: Recommender, new_items: Path) -> None:
+    grown = recommender.with_items({"sku-1": "quiet mountain trail", "sku-2": "blue espresso"})
+    for basket in (["item-003"], ["sku-1", "item-003"], ["sku-1"]):
+        printed, warnings = called(
+            "recommend", run, "--basket", ",".join(basket), "-k", "17", "--new-items", new_items, "--format", "jsonl"
+        )
+        assert warnings == ""
+        lines, expected = (
+            [json.loads(line) for line in printed.splitlines()],
+            grown.recommend(histories=[basket], top=17),
+        )
+        assert [line["item"] for line in lines] == expected["item"].tolist()
+        assert [line["title"] for line in lines] == expected["title"].tolist()
+        assert "sku-2" in expected["item"].tolist()
+    printed, _ = called("similar", run, "sku-1", "-k", "3", "--new-items", new_items, "--format", "jsonl")
+    assert [json.loads(line)["item"] for line in printed.splitlines()] == grown.similar("sku-1", 3)["item"].tolist()
+    assert "sku-1" in called("similar", run, "blue espresso", "-k", "18", "--new-items", new_items)[0]
+
+
+def test_files_of_lists_have_new_products(run: Path, recommender: Recommender, new_items: Path, tmp_path: Path) -> None:
+    orders = tmp_path / "orders.csv"
+    orders.write_text("user,item\nZoe,sku-1\nuser-003,item-000\nuser-003,sku-2\n")
+    (tmp_path / "only.txt").write_text("sku-1\nsku-2\nitem-004\nitem-005\n")
+    out = tmp_path / "out"
+    called(
+        "recommend",
+        run,
+        out,
+        "--history",
+        orders,
+        "--new-items",
+        new_items,
+        "--items-file",
+        tmp_path / "only.txt",
+        "--titles",
+        "--launcher",
+        "process",
+    )
+    result = pd.concat(map(pd.read_parquet, sorted(out.iterdir())))
+    grown = recommender.with_items({"sku-1": "quiet mountain trail", "sku-2": "blue espresso"})
+    only = ["sku-1", "sku-2", "item-004", "item-005"]
+    for name, history in (("Zoe", ["sku-1"]), ("user-003", ["item-000", "sku-2"])):
+        user = name if name.startswith("user") else None
+        (answer,) = grown.answer([Query(tuple(history), user, top=20, only=frozenset(only))])
+        rows = result[result["user"] == name]
+        assert rows["item"].tolist() == [entry.item for entry in answer.items]
+        assert rows["title"].tolist() == [entry.title for entry in answer.items]
+        np.testing.assert_allclose(rows["score"], [entry.score for entry in answer.items], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("item,title\nsku-1,blue\nitem-003,tea\n", "--new-items: 'item-003' is an item of the run already"),
+        ("item,title\nsku-1,blue\nsku-1,tea\n", "--new-items: 'sku-1' comes twice"),
+        ("item,title\nsku-1,blue\nsku-2,\n", "--new-items: 'sku-2' has no text"),
+        ("item,title\n,blue\n", "line 2: '' has no id"),
+        ("item,price\nsku-1,3\n", "none with a usual name for titles or descriptions"),
+    ],
+)
+def test_wrong_new_products_are_refused_before_the_model_is_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
+) -> None:
+    monkeypatch.setattr(Recommender, "load", lambda *args, **options: pytest.fail("read the model"))
+    path = tmp_path / "new.csv"
+    path.write_text(content)
+    for command in (
+        ["recommend", run, "--basket", "item-003"],
+        ["recommend", run, tmp_path / "out"],
+        ["similar", run, "item-003"],
+    ):
+        assert message in refused(*command, "--new-items", path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_of_unknown_words_is_refused(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new.csv"
+    path.write_text("item,title\nsku-1,Zahnbürste\n")
+    assert "has no word that a trained item's title or description has" in refused(
+        "recommend", run, "--basket", "item-003", "--new-items", path
+    )

@@ -16,7 +16,7 @@ import pytest
 import webdataset
 
 from cllm4rec_dist.corpus.catalog import Catalog, build_catalog
-from cllm4rec_dist.corpus.manifest import SPLITS, Manifest
+from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, SPLITS, Manifest
 from cllm4rec_dist.corpus.prepare import prepare
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.shards import Corpus
@@ -163,16 +163,28 @@ def test_prepare_goes_all_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert manifest.order_columns is None, "invented data have no columns"
 
 
-def test_a_corpus_of_a_table_knows_the_columns_of_its_orders(tmp_path: Path) -> None:
+def test_a_corpus_of_a_table_knows_the_columns_of_its_orders_and_items(tmp_path: Path) -> None:
     rows = "".join(f"u{index % 6};i{index % 5};{1 + index % 28:02d}/03/2025\n" for index in range(60))
     (tmp_path / "pedidos.csv").write_text(f"cliente;producto;fecha\n{rows}")
     columns = {"user": "cliente", "item": "producto", "timestamp": "fecha", "time_format": "%d/%m/%Y"}
-    source = {"format": "table", "interactions": {"path": str(tmp_path / "pedidos.csv"), **columns}}
+    (tmp_path / "productos.csv").write_text("producto,nombre,color\ni1,jabón,rojo\n")
+    texts = {"item": "producto", "title": "nombre", "description": ("color",), "html": True}
+    source = {
+        "format": "table",
+        "interactions": {"path": str(tmp_path / "pedidos.csv"), **columns},
+        "items": {"path": str(tmp_path / "productos.csv"), **texts},
+    }
     config = PrepareConfig.model_validate({"name": "tienda", "source": source})
     prepare(config, BlankTokenizer(), str(tmp_path / "c"), progress=False)
-    columns_read = Corpus.open(str(tmp_path / "c")).manifest.order_columns
-    assert columns_read is not None
-    assert columns_read.model_dump() == columns
+    manifest = Corpus.open(str(tmp_path / "c")).manifest
+    assert manifest.order_columns is not None
+    assert manifest.order_columns.model_dump() == columns
+    assert manifest.item_columns is not None
+    assert manifest.item_columns.model_dump() == texts
+    del source["items"]
+    config = PrepareConfig.model_validate({"name": "tienda", "source": source})
+    assert prepare(config, BlankTokenizer(), str(tmp_path / "d"), progress=False).item_columns is None
+    assert b"item_columns" not in (tmp_path / "d" / MANIFEST_NAME).read_bytes(), "as in earlier versions"
 
 
 def test_any_file_system(catalog: Catalog, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation import topk
 from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
+from cllm4rec_dist.serving.new_items import NewItem
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
 from tests.harness import alone, make_catalog, run_ranks
@@ -147,6 +148,12 @@ def test_ranks_with_deepspeed_write_the_lists_of_one_process_in_the_same_order(
         "orders": BulkRequest(top=5, orders=ORDERS, only=frozenset(f"item-{i:03d}" for i in range(0, 17, 2))),
         "one": BulkRequest(top=17, users=["user-003"], batch_users=4),
         "nobody": BulkRequest(top=5, users=[]),
+        "new": BulkRequest(
+            top=19,
+            orders=ORDERS | {"Di": ("sku-1",)},
+            batch_users=2,
+            new_items=(NewItem("sku-1", "quiet mountain trail"), NewItem("sku-2", "blue", "espresso")),
+        ),
     }
     for name in ("paper", "cosine"):
         _all_requests(alone(), str(runs[name]), str(tmp_path / f"{name}-1"), requests)
@@ -156,3 +163,4 @@ def test_ranks_with_deepspeed_write_the_lists_of_one_process_in_the_same_order(
             assert one.drop(columns="score").equals(two.drop(columns="score")), (name, request)
             np.testing.assert_allclose(one["score"], two["score"], atol=1e-4)
         assert len(list((tmp_path / f"{name}-2" / "everyone").iterdir())) == 2
+        assert {"sku-1", "sku-2"} <= set(written(tmp_path / f"{name}-2" / "new")["item"])
