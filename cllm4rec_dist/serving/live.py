@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.errors import CLLM4RecError, DataError
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender, RunInfo
 
@@ -85,10 +85,14 @@ class LiveRecommender:
         return self.current.recommender.info
 
     def _load_and_warm_up(self, path: str) -> Served:
-        """Load a recommender and warm it up with a query and a search, so that its first request is fast."""
+        """Load a recommender and warm it up with a query, a search and texts, so that its first request is fast."""
         recommender = self._load(path)
         recommender.answer([Query(history=tuple(recommender.items.ids[:1]), top=1)])
         recommender.items.search("a", 1)
+        try:
+            recommender.fit_texts()
+        except DataError as error:
+            logger.info("requests cannot have new items: %s", error)
         return Served(recommender, _by_category(recommender))
 
     def check(self, pause_seconds: float) -> Outcome:

@@ -16,6 +16,11 @@ MAX_ID_LENGTH = 1_000
 MAX_EXPLAINED = 100
 """Maximum number of history items for `explain`; each costs a forward."""
 MAX_CATEGORIES = 100
+MAX_NEW_ITEMS = 50
+"""Maximum number of products that a request may give by their texts; the linear memory fits a ridge regression for
+each."""
+MAX_TITLE_LENGTH = 1_000
+MAX_DESCRIPTION_LENGTH = 10_000
 MAX_QUERY_LENGTH = 200
 """Maximum length of a search, in characters."""
 MAX_FOUND = 50

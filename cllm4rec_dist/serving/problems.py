@@ -57,12 +57,12 @@ def parse_request(model: type[RequestT], body: bytes) -> RequestT:
         parsed = model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation_errors(error.errors(include_url=False), model) from None
-    require_once(json.loads(body, object_pairs_hook=lambda pairs: [key for key, _ in pairs]))
+    json.loads(body, object_pairs_hook=lambda pairs: require_once([key for key, _ in pairs]))
     return parsed
 
 
 def require_once(names: Sequence[str]) -> None:
-    """Reject a request that repeats a field.
+    """Reject a request, or an object in it, that repeats a field.
 
     Raises:
         RequestError: for the first repeated field.

@@ -126,6 +126,14 @@ class Recommender:
         other.items = self.items.with_new([new.item for new in new_items], [new.title for new in new_items])
         return other
 
+    def fit_texts(self) -> None:
+        """Fit the map from texts to items now, which `with_items` otherwise does when first called.
+
+        Raises:
+            DataError: if no item with training interactions has a text.
+        """
+        self._texts.get()
+
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer each query; queries share forwards up to the batch limits.
 

@@ -19,6 +19,18 @@ class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
+class NewItem(_Request):
+    """A product that the run does not have, known by its text alone. Title or description must have a word that the
+    run's items have."""
+
+    item: Id
+    """Item id, not one of the run's."""
+    title: str = Field(default="", max_length=options.MAX_TITLE_LENGTH)
+    """Title, shown in lists."""
+    description: str = Field(default="", max_length=options.MAX_DESCRIPTION_LENGTH)
+    """Further text."""
+
+
 class RecommendRequest(_Request):
     """A user, a history, or both; with neither, popular items are listed."""
 
@@ -39,6 +51,9 @@ class RecommendRequest(_Request):
     """Lowest score of a listed item."""
     include_seen: bool = False
     """Also list items of the history."""
+    new_items: list[NewItem] = Field(default=[], max_length=options.MAX_NEW_ITEMS)
+    """Products that the run does not have. They may be listed, and in `history`, `exclude` and `only`; nothing of them
+    is kept."""
     explain: bool = False
     """Return the contribution of every history item to each score."""
 
@@ -50,6 +65,8 @@ class SimilarRequest(_Request):
     """Item id."""
     top: int = Field(default=10, ge=1, le=options.MAX_TOP)
     """Length of the list."""
+    new_items: list[NewItem] = Field(default=[], max_length=options.MAX_NEW_ITEMS)
+    """Products that the run does not have; `item` may be one of them, and they may be listed."""
 
 
 class ItemsRequest(BaseModel):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import PurePath
+
+import pandas as pd
 
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.serving import schemas
 from cllm4rec_dist.serving.batching import Batcher, OverloadError
 from cllm4rec_dist.serving.live import LiveRecommender, Outcome, Served
+from cllm4rec_dist.serving.new_items import NewItem, require_new
 from cllm4rec_dist.serving.options import MAX_EXPLAINED, ServiceOptions
 from cllm4rec_dist.serving.problems import did_you_mean, from_input_error, request_error, shown
 from cllm4rec_dist.serving.queries import Answer, Query
@@ -41,10 +45,14 @@ class Service:
 
     async def recommend(self, request: schemas.RecommendRequest) -> schemas.RecommendAnswer:
         """Recommend items for a user, a history, or both."""
-        query = _query(request, self.live.current)
+        current = self.live.current
+        new_items, query = _new_items(request.new_items, current), _query(request, current)
         reasons: Sequence[list[schemas.Contribution] | None] | None = None
         async with self._deadline():
-            served, answer = await self.batcher.submit(query)
+            if new_items:
+                served, answer = await self.batcher.call(partial(_answer_with, new_items, query, current))
+            else:
+                served, answer = await self.batcher.submit(query)
             if request.explain and not answer.fallback:
                 reasons = await self.batcher.call(partial(_reasons, served, query, answer))
         self.telemetry.fallbacks.inc(answer.fallback)
@@ -69,12 +77,13 @@ class Service:
     async def similar(self, request: schemas.SimilarRequest) -> schemas.SimilarAnswer:
         """Return the most similar items of an item."""
         served = self.live.current
-        if served.recommender.items.row(request.item) is None:
+        new_items = _new_items(request.new_items, served)
+        if served.recommender.items.row(request.item) is None and request.item not in {new.item for new in new_items}:
             raise request_error(
                 "item", f"{shown(request.item)} is not an item of this run", "Find items with GET /items?query=TITLE."
             )
         async with self._deadline():
-            table = await self.batcher.call(partial(served.recommender.similar, request.item, request.top))
+            served, table = await self.batcher.call(partial(_similar_with, new_items, request, served))
         return schemas.SimilarAnswer(
             items=[
                 schemas.SimilarItem(item=item, title=title, category=served.category(item), score=score)
@@ -209,6 +218,37 @@ def _query(request: schemas.RecommendRequest, served: Served) -> Query:
         min_score=request.min_score,
         include_seen=request.include_seen,
     )
+
+
+def _new_items(given: Sequence[schemas.NewItem], served: Served) -> list[NewItem]:
+    """Return the new products of a request. Raises RequestError if they are no new ones."""
+    new_items = [NewItem(new.item, new.title, new.description) for new in given]
+    try:
+        require_new("new_items", new_items, served.recommender.items)
+    except DataError as error:
+        raise from_input_error(error) from None
+    return new_items
+
+
+def _with_new_items(new_items: Sequence[NewItem], served: Served) -> Served:
+    """Add products to what is served, for one request. Raises RequestError if nothing is known of their words."""
+    try:
+        return replace(served, recommender=served.recommender.with_new_items(new_items))
+    except DataError as error:
+        raise from_input_error(error) from None
+
+
+def _answer_with(new_items: Sequence[NewItem], query: Query, served: Served) -> tuple[Served, Answer]:
+    served = _with_new_items(new_items, served)
+    (answer,) = served.recommender.answer([query])
+    return served, answer
+
+
+def _similar_with(
+    new_items: Sequence[NewItem], request: schemas.SimilarRequest, served: Served
+) -> tuple[Served, pd.DataFrame]:
+    served = _with_new_items(new_items, served)
+    return served, served.recommender.similar(request.item, request.top)
 
 
 def _unknown_category(index: int, category: str, served: Served) -> Exception:

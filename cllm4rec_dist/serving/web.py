@@ -109,12 +109,24 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
 def _body(request: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI description of a route whose body is parsed by `_read`."""
-    content = {"application/json": {"schema": request.model_json_schema()}}
+    schema = request.model_json_schema()
+    content = {"application/json": {"schema": _without_references(schema, schema.pop("$defs", {}))}}
     return {
         "response_model": answer,
         "responses": _PROBLEMS,
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
     }
+
+
+def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Replace references to `definitions`: a part of an OpenAPI document cannot refer to its own."""
+    if isinstance(schema, list):
+        return [_without_references(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _without_references(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _without_references(part, definitions) for name, part in schema.items()}
 
 
 async def _read(request: Request, model: type[RequestT]) -> RequestT:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.serving.live import LiveRecommender
+from cllm4rec_dist.serving.new_items import NewItem
 from cllm4rec_dist.serving.options import ServiceOptions
 from cllm4rec_dist.serving.queries import Answer, Query, Recommendation
 from cllm4rec_dist.serving.recommender import RunInfo
@@ -117,6 +118,21 @@ class FakeRecommender:
             fallback=not known,
             known_user=query.user is not None,
         )
+
+    def fit_texts(self) -> None:
+        if not any(self.items.titles):
+            raise DataError("new_items", self.info.corpus, "has no texts", "Prepare it with texts.")
+
+    def with_new_items(self, new_items: Sequence[NewItem]) -> FakeRecommender:
+        if not new_items:
+            return self
+        words = {word for title in self.items.titles for word in title.split()}
+        for new in new_items:
+            if not words & set(new.text.split()):
+                raise DataError("new_items", new.text, "has no known word", "Write more.")
+        titles = dict(zip(self.items.ids, self.items.titles, strict=True))
+        items = FakeItems(titles | {new.item: new.title for new in new_items}, with_categories=False)
+        return replace(self, items=items, gate=self.gate, batches=self.batches)
 
     def known_history(self, user: str) -> tuple[str, ...] | None:
         return self.users.get(user)

@@ -14,13 +14,19 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
+from cllm4rec_dist.cli import app
 from cllm4rec_dist.corpus.catalog import Catalog
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.serving.live import LiveRecommender
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
+from cllm4rec_dist.serving.web import create_app
 from cllm4rec_dist.system import init_linear_memory
 from tests.harness import make_backbone, make_catalog, make_corpus, make_run
+from tests.serving.fake import options
 
 TITLES = {"x-new-1": "quiet mountain kilim", "x-new-2": "blue espresso zanzibar"}
 DESCRIPTIONS = {"x-new-2": "kilim kilim zanzibar"}
@@ -209,6 +215,30 @@ def test_threads_may_have_products_of_their_own(pairs: dict[str, Pair]) -> None:
         pd.testing.assert_frame_equal(one, other, atol=1e-6)
 
 
+def test_the_service_answers_with_the_scores_of_the_python_api(pairs: dict[str, Pair]) -> None:
+    outside, expected = pairs["mixed"].outside, grown(pairs["mixed"])
+    live = LiveRecommender(lambda path: outside, lambda: ("run", "as committed"), "run")
+    new_items = [{"item": name, "title": TITLES[name], "description": DESCRIPTIONS.get(name, "")} for name in TITLES]
+    history = [*BASKET, "x-new-1"]
+    request = {"history": history, "top": 20, "new_items": new_items, "explain": True}
+    with TestClient(create_app(live, options())) as client:
+        answer = client.post("/recommend", json=request).json()
+        similar = client.post("/similar", json={"item": "x-new-1", "top": 3, "new_items": new_items}).json()
+        plain = client.post("/recommend", json={"history": BASKET, "top": 20}).json()
+        unknown = client.post("/recommend", json={"new_items": [{"item": "n", "title": "zanzibar"}]})
+    table = expected.recommend(histories=[history], top=20)
+    assert [entry["item"] for entry in answer["items"]] == table["item"].tolist()
+    np.testing.assert_allclose([entry["score"] for entry in answer["items"]], table["score"], atol=2e-5)
+    for entry in answer["items"][:3]:
+        reasons = expected.explain(history, entry["item"]).set_index("item")["contribution"]
+        given = {why["item"]: why["contribution"] for why in entry["because"]}
+        np.testing.assert_allclose(pd.Series(given)[reasons.index], reasons, atol=3e-5)
+    assert [entry["item"] for entry in similar["items"]] == expected.similar("x-new-1", 3)["item"].tolist()
+    assert not {entry["item"] for entry in plain["items"]} & set(TITLES)
+    assert unknown.status_code == 422
+    assert unknown.json()["errors"][0]["constraint"].startswith('"zanzibar" has no word')
+
+
 def test_a_request_leaves_nothing_behind(pairs: dict[str, Pair]) -> None:
     extended = grown(pairs["mixed"])
     extended.recommend(histories=[BASKET])
@@ -244,10 +274,28 @@ def test_a_product_that_was_added_is_known(pairs: dict[str, Pair]) -> None:
         grown(pairs["paper"]).with_items({"x-new-1": "blue"})
 
 
-def test_a_corpus_without_texts_is_refused(tmp_path: Path) -> None:
+def test_a_corpus_without_texts_is_refused_and_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     catalog = make_catalog()
     backbone = make_backbone(tmp_path / "backbone", catalog)
     bare = dataclasses.replace(catalog, item_titles=pl.Series([""] * catalog.num_items))
     run = make_run(tmp_path / "run", make_corpus(tmp_path / "corpus", bare, backbone), backbone)
     with pytest.raises(DataError, match="has no item with a title or description"):
         Recommender.load(run, device="cpu").with_items({"n": "blue tea"})
+    caplog.set_level("INFO", "cllm4rec_dist")
+    recommender = Recommender.load(run, device="cpu")
+    live = LiveRecommender(lambda path: recommender, lambda: ("run", "as committed"), "run")
+    assert "requests cannot have new items" in caplog.text
+    with TestClient(create_app(live, options())) as client:
+        assert client.post("/recommend", json={"history": ["item-003"]}).status_code == 200
+        response = client.post("/recommend", json={"new_items": [{"item": "n", "title": "blue tea"}]})
+    assert response.status_code == 422
+    assert "has no item with a title or description" in response.json()["detail"]
+    new = tmp_path / "new.csv"
+    new.write_text("item,title\nn,blue tea\n")
+    monkeypatch.setattr(Recommender, "load", lambda *args, **options: pytest.fail("read the model"))
+    with pytest.raises(DataError, match="--new-items: 'n' cannot be added: no item of the run has a title"):
+        CliRunner().invoke(
+            app, ["recommend", str(run), "--basket", "item-003", "--new-items", str(new)], catch_exceptions=False
+        )

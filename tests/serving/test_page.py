@@ -90,6 +90,35 @@ def test_popular_products_first_then_those_for_the_basket(page: Page) -> None:
     expect(page.get_by_role("heading", name="Most popular")).to_be_visible()
 
 
+def test_a_product_that_the_shop_does_not_have_is_known_by_its_text(page: Page) -> None:
+    page.get_by_role("combobox").fill("Rose candle <b>")
+    expect(page.get_by_role("option")).to_have_count(1)
+    expect(page.get_by_role("option")).to_contain_text("new product, known by this text alone")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Recommended for this basket")).to_be_visible()
+    expect(page.locator("#basket li")).to_contain_text("Rose candle <b>")
+    settled(page)
+    assert SHOP["x02"] in titles(page)
+    expect(page.locator("#list > li").first.locator(".why li").first).to_contain_text("Rose candle <b>")
+    add(page, "rose sham")
+    expect(page.locator("#basket li")).to_have_count(2)
+    page.get_by_role("button", name="Remove Rose candle <b> from the basket").click()
+    settled(page)
+    assert "Rose candle <b>" not in titles(page), "nothing of it is kept"
+
+
+def test_a_product_of_unknown_words_is_told(context: BrowserContext, shop: Shop) -> None:
+    page = context.new_page()
+    page.goto(shop.url)
+    settled(page)
+    page.get_by_role("combobox").fill("Zahnbürste")
+    expect(page.get_by_role("option")).to_have_count(1)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("has no known word")
+    page.get_by_role("button", name="Remove Zahnbürste from the basket").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_everything_works_by_keyboard_alone(page: Page) -> None:
     search = page.get_by_role("combobox")
     expect(search).to_be_focused()

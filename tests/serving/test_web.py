@@ -118,6 +118,66 @@ def test_finds_similar_items(client: TestClient) -> None:
     assert response.json()["items"][0]["category"] == "Soap & shampoo"
 
 
+NEW = {"item": "n1", "title": "Rose candle"}
+
+
+def test_a_request_may_have_products_that_the_run_does_not_have(client: TestClient) -> None:
+    answer = recommend(client, history=["s1"], new_items=[NEW], top=4)
+    assert "n1" in listed(answer)
+    (entry,) = [item for item in answer["items"] if item["item"] == "n1"]
+    assert (entry["title"], entry["category"]) == ("Rose candle", None)
+    answer = recommend(client, history=["n1"], new_items=[NEW], explain=True, top=2)
+    assert (answer["fallback"], answer["unknown_items"]) == (False, [])
+    assert listed(answer) == ["s1", "s3"]
+    assert [(why["item"], why["title"], why["contribution"]) for why in answer["items"][0]["because"]] == [
+        ("n1", "Rose candle", 1.0)
+    ]
+    assert listed(recommend(client, history=["s1"], new_items=[NEW], only=["n1", "b1"])) == ["n1", "b1"]
+    response = client.post("/similar", json={"item": "n1", "new_items": [NEW], "top": 2})
+    assert [item["item"] for item in response.json()["items"]] == ["s1", "s3"]
+    response = client.post("/similar", json={"item": "s1", "new_items": [NEW], "top": 3})
+    assert "n1" in [item["item"] for item in response.json()["items"]]
+
+
+def test_nothing_of_a_new_product_is_kept(client: TestClient) -> None:
+    recommend(client, history=["s1"], new_items=[NEW])
+    assert "n1" not in listed(recommend(client, history=["s1"], top=100))
+    assert recommend(client, history=["n1"])["unknown_items"] == ["n1"]
+    assert refused(client, {"item": "n1"}, "/similar")["field"] == "item"
+
+
+@pytest.mark.parametrize(
+    ("new_items", "field", "says"),
+    [
+        ([{"item": "s1", "title": "Soap"}], "new_items", '"s1" is an item of the run already'),
+        ([NEW, NEW], "new_items", '"n1" comes twice'),
+        ([{"item": "n1", "title": " "}], "new_items", '"n1" has no text'),
+        ([{"item": "n1"}], "new_items", '"n1" has no text'),
+        ([{"item": "n1", "title": "Zahnbürste"}], "new_items", "has no known word"),
+        ([{"title": "Soap"}], "new_items.0.item", "is missing"),
+        ([{"item": "", "title": "Soap"}], "new_items.0.item", "is empty"),
+        ([{"item": 5, "title": "Soap"}], "new_items.0.item", "is not a string"),
+        ([{"item": "n", "title": None}], "new_items.0.title", "is not a string"),
+        ([{"item": "n", "name": "Soap"}], "new_items.0.name", "is not a field"),
+        ([{"item": "n", "title": "x" * 1001}], "new_items.0.title", "more than 1,000 characters"),
+        ([{"item": "n", "description": "x" * 10_001}], "new_items.0.description", "more than 10,000 characters"),
+        ([{"item": f"n{n}", "title": "Soap"} for n in range(51)], "new_items", "more than 50 entries"),
+        ({"n": "Soap"}, "new_items", "is not a list"),
+        (["Soap"], "new_items.0", "is not a JSON object"),
+    ],
+)
+def test_wrong_new_products_are_refused(client: TestClient, new_items: Any, field: str, says: str) -> None:
+    for path, request in (("/recommend", {"history": ["s1"]}), ("/similar", {"item": "s1"})):
+        first = refused(client, request | {"new_items": new_items}, path)
+        assert first["field"] == field
+        assert says in first["constraint"]
+
+
+def test_a_field_of_a_product_that_comes_twice_is_refused(client: TestClient) -> None:
+    first = refused(client, b'{"new_items": [{"item": "n", "title": "Soap", "title": "Brush"}]}')
+    assert (first["field"], first["constraint"]) == ("title", "is given twice")
+
+
 def test_finds_items_by_title(client: TestClient) -> None:
     result = client.get("/items", params={"query": "brush"}).json()["items"]
     assert result == [
@@ -315,6 +375,9 @@ def test_the_schema_describes_requests_and_answers(client: TestClient) -> None:
     assert body["properties"]["top"]["maximum"] == limits.MAX_TOP
     assert body["properties"]["history"]["description"]
     assert body["additionalProperties"] is False
+    assert body["properties"]["new_items"]["maxItems"] == limits.MAX_NEW_ITEMS
+    assert body["properties"]["new_items"]["items"]["properties"]["title"]["maxLength"] == limits.MAX_TITLE_LENGTH
+    assert "$defs" not in json.dumps(schema)
     assert schema["components"]["schemas"]["RecommendAnswer"]["properties"]["unknown_items"]["description"]
 
 

@@ -7,6 +7,7 @@ const SMALLEST_REASON = 0.005; // smaller ones would be shown as 0.00
 const TOP = 10;
 const SEARCH_PAUSE = 120; // milliseconds after the last key
 const MOST_RETRIES = 3;
+const NEW_NOTE = "new product, known by this text alone";
 
 const byId = (id) => document.getElementById(id);
 const search = byId("search");
@@ -14,7 +15,7 @@ const found = byId("found");
 const list = byId("list");
 
 const state = {
-  basket: [], // items: {item, title, category}, oldest first
+  basket: [], // items: {item, title, category, isNew}, oldest first
   soldOut: [],
   categories: [], // names of excluded categories
   options: [], // search results
@@ -93,14 +94,18 @@ function showFound(items) {
       onclick: () => choose(item),
     },
     element("span", { class: "title" }, nameOf(item)),
-    element("span", { class: "sub" }, [item.category, item.item].filter(Boolean).join(" · ")),
+    element("span", { class: "sub" }, item.isNew ? NEW_NOTE : [item.category, item.item].filter(Boolean).join(" · ")),
   )));
-  found.hidden = items.length === 0;
-  search.setAttribute("aria-expanded", String(items.length > 0));
-  const text = items.length ? `${plural(items.length, "product")} found` : "No product has these words in its title.";
-  byId("search-note").textContent = items.length ? "" : text;
-  announce(text);
+  found.hidden = false;
+  search.setAttribute("aria-expanded", "true");
+  const isNew = items[0].isNew;
+  const text = isNew ? "No product has these words in its title." : `${plural(items.length, "product")} found`;
+  byId("search-note").textContent = isNew ? text : "";
+  announce(isNew ? `${text} It can be added as a new product.` : text);
 }
+
+// What nobody has heard of is offered as a product that is known by its text alone.
+const newProduct = (text) => ({ item: `new: ${text}`, title: text, category: null, isNew: true });
 
 function activate(index) {
   const options = [...found.children];
@@ -122,7 +127,7 @@ async function find(text) {
   const { signal } = searching;
   try {
     const answer = await request(`items?${new URLSearchParams({ query: text, limit: "10" })}`, { signal });
-    if (!signal.aborted) showFound(answer.items);
+    if (!signal.aborted) showFound(answer.items.length ? answer.items : [newProduct(text)]);
   } catch (error) {
     if (!signal.aborted) byId("search-note").textContent = error.message;
   }
@@ -202,7 +207,7 @@ function line(entries, index, text, note, label, said) {
 
 function showChoices() {
   byId("basket").replaceChildren(...state.basket.map((item, index) => line(
-    state.basket, index, nameOf(item), item.category, `Remove ${nameOf(item)} from the basket`,
+    state.basket, index, nameOf(item), item.isNew ? NEW_NOTE : item.category, `Remove ${nameOf(item)} from the basket`,
     `${nameOf(item)} is no longer in the basket`,
   )));
   byId("clear").hidden = state.basket.length < 2;
@@ -243,6 +248,7 @@ async function refresh(retries = MOST_RETRIES) {
   try {
     const answer = await post("recommend", {
       history: state.basket.map((item) => item.item),
+      new_items: state.basket.filter((item) => item.isNew).map(({ item, title }) => ({ item, title })),
       exclude: state.soldOut.map((item) => item.item),
       exclude_categories: state.categories,
       top: TOP,
