@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -127,6 +127,7 @@ class _LinearData:
 
     train: Ragged
     words: WordCounts
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fit(self, texts: Sequence[str], config: LinearConfig) -> tuple[Tensor, Tensor]:
         """Return neighbors int32 [n, K] and weights fp32 [n, K] of new items, as of items I, I + 1, ... of a corpus."""
@@ -134,5 +135,6 @@ class _LinearData:
         num_items, first = words.shape[0], words.shape[0] - len(texts)
         features = item_features(interaction_matrix(self.train, num_items), words, config.text_weight)
         neighbors = strongest_neighbors(features, first, num_items, config.neighbors)
-        weights = ridge_weights(features, first, neighbors, config.regularization, torch.get_num_threads())
+        with self.lock:  # it limits the threads of BLAS and then restores the limit, which may be another thread's
+            weights = ridge_weights(features, first, neighbors, config.regularization, torch.get_num_threads())
         return torch.from_numpy(neighbors), torch.from_numpy(weights.astype(np.float32))

@@ -170,7 +170,10 @@ def encode_histories(system: InferenceSystem, users: np.ndarray, histories: Ragg
 
 
 def _lookup(system: InferenceSystem, batch: MicroBatch) -> dict[str, Tensor]:
-    """Return the rows of a batch's users and items by table, those of new items included. Two all-to-alls and one."""
+    """Return the rows of a batch's users and items, new ones included, by table: fp32 [ids of the table, d].
+
+    Collectives: those of `Recommender.route` and `start_lookup`.
+    """
     model, new_items = system.recommender, system.new_items
     items = batch.ids[_ITEMS]
     is_new = items >= model.item_partition.num_rows

@@ -24,12 +24,14 @@ _SEPARATORS = ",;\t|"
 
 
 def likely_column(usual: str, names: Sequence[str]) -> str | None:
-    """Return the column with the most likely of the usual names, if any; case, digits and signs do not count.
+    """Return the column with the most likely of the usual names, if any.
+
+    Case, digits and signs do not count, nor the type in RecBole's headers (`item_id:token`).
 
     Args:
         usual: names between blanks, lower case letters only, most likely first.
     """
-    plain = {re.sub(r"[\W_\d]+", "", name).casefold(): name for name in reversed(names)}
+    plain = {re.sub(r"[\W_\d]+", "", name.partition(":")[0]).casefold(): name for name in reversed(names)}
     return next((plain[name] for name in usual.split() if name in plain), None)
 
 

@@ -25,6 +25,7 @@ RECIPE = ItemColumns(item="Nr", title="Bezeichnung", description=("Marke", "Farb
             [("b", "Rose soap", "With honey"), ("a", "Brush", "")],
         ),
         ("SKU;Name;price\n007;Rose  soap;3,50\n", [("007", "Rose soap", "")]),
+        ("item_id:token\tmovie_title:token_seq\n5\tHeat\n", [("5", "Heat", "")]),
         ("product\ttext\n5\tRose soap\n", [("5", "", "Rose soap")]),
         ('{"item": 5, "title": "Rose soap", "x": 1}\n{"item": "6"}\n', [("5", "Rose soap", ""), ("6", "", "")]),
         ("id_x,Nr,Bezeichnung,Farbe,title\n1,7,<b>Rose</b> soap,red,none\n", [("7", "Rose soap", "red")]),
