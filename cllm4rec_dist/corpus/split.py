@@ -65,17 +65,17 @@ def assign_parts(
     config: PrepareConfig,
 ) -> np.ndarray:
     """Return the part of each interaction, uint8 [N]; `users` is sorted, a user's items are in time order."""
-    lengths = np.bincount(users, minlength=len(ids["user"]))
+    if isinstance(config.split, GivenSplit) or "part" in frame.columns:
+        return _given_part(frame, config)
     if isinstance(config.split, ColdItemsSplit):
         part = frame[ITEM_PART].to_numpy().copy()
         warm = part == TRAIN
-        random = config.model_copy(update={"split": RandomSplit(valid=config.split.valid, test=config.split.test)})
-        part[warm] = assign_parts(frame.filter(pl.Series(warm)), users[warm], items[warm], ids, random)
+        of_others = config.model_copy(update={"split": config.split.of_other_items()})
+        part[warm] = assign_parts(frame.filter(pl.Series(warm)), users[warm], items[warm], ids, of_others)
         return part
-    if isinstance(config.split, GivenSplit) or "part" in frame.columns:
-        return _given_part(frame, config)
     if isinstance(config.split, NoSplit):
         return np.full(len(users), TRAIN, dtype=np.uint8)
+    lengths = np.bincount(users, minlength=len(ids["user"]))
     group = np.full(len(lengths), TRAIN, dtype=np.uint8)
     if isinstance(config.split, RandomSplit | UsersSplit):
         drawn = _drawn_order(users, items, ids, config.seed)

@@ -62,7 +62,8 @@ class UsersSplit(StrictModel):
 
 
 class ColdItemsSplit(StrictModel):
-    """Hold out whole items, with which no interaction is trained on, and a random fraction of the other items."""
+    """Hold out whole items, with which no interaction is trained on, and a random fraction of the other items; with
+    `valid_users` or `test_users` whole users, too."""
 
     kind: Literal["cold_items"]
     valid_items: float = Field(default=0.05, ge=0, lt=1)
@@ -73,15 +74,29 @@ class ColdItemsSplit(StrictModel):
     """Fraction of each user's other items for validation, as in a random split."""
     test: float = Field(default=0.1, ge=0, lt=1)
     """Fraction of each user's other items for the test."""
+    valid_users: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the users to hold out for validation, as with kind `users`; they need three items that are not held
+    out."""
+    test_users: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the users to hold out for the test."""
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    """Fraction of a held-out user's other items to predict from the rest; at least one item is predicted and one
+    shown."""
 
     @model_validator(mode="after")
     def _leaves_training(self) -> ColdItemsSplit:
         if self.valid_items + self.test_items == 0:
             raise ValueError("holds out no item; give valid_items or test_items, or write kind: random")
-        for names in (("valid_items", "test_items"), ("valid", "test")):
+        for names in (("valid_items", "test_items"), ("valid", "test"), ("valid_users", "test_users")):
             if sum(getattr(self, name) for name in names) >= 1:
                 raise ValueError(f"{' + '.join(names)} must be below 1, so that something is left to train on")
         return self
+
+    def of_other_items(self) -> RandomSplit | UsersSplit:
+        """Return the split of the interactions with items that are not held out."""
+        if self.valid_users + self.test_users == 0:
+            return RandomSplit(valid=self.valid, test=self.test)
+        return UsersSplit(kind="users", **self.model_dump(include=set(UsersSplit.model_fields) - {"kind"}))
 
 
 class NoSplit(StrictModel):

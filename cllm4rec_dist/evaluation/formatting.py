@@ -125,7 +125,7 @@ def split_text(split: object) -> str:
     if isinstance(split, ColdItemsSplit):
         return (
             f"whole items: {split.test_items:.0%} for the test, {split.valid_items:.0%} for validation; of the others "
-            f"random: {split.test:.0%} and {split.valid:.0%} of a user's items"
+            f"{split_text(split.of_other_items())}"
         )
     return "as the data set gives it" if isinstance(split, GivenSplit) else str(getattr(split, "kind", split))
 

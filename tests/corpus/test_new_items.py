@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from cllm4rec_dist.corpus.catalog import Catalog, build_catalog
@@ -133,7 +134,8 @@ def test_no_interaction_of_a_held_out_item_is_trained_on(raw: RawData, catalog: 
     assert rows.isdisjoint(texts_about(corpus, {ContentKind.USER_ITEM})), "reviews would leak the target"
     assert len(reviews(catalog)) <= len(catalog.train.values)
     assert rows <= texts_about(corpus, {ContentKind.ITEM_TITLE})
-    assert rows <= texts_about(corpus, {ContentKind.ITEM_DESCRIPTION})
+    described = {row for row, text in enumerate(catalog.item_descriptions) if text}
+    assert rows & described <= texts_about(corpus, {ContentKind.ITEM_DESCRIPTION})
 
 
 def test_other_items_are_split_at_random(raw: RawData, catalog: Catalog) -> None:
@@ -157,6 +159,44 @@ def test_the_draw_depends_on_the_seed_and_the_item_alone(raw: RawData, catalog: 
     assert pairs(again, "test") == pairs(catalog, "test")
 
 
+def test_whole_users_can_be_held_out_too(raw: RawData, catalog: Catalog, tmp_path: Path) -> None:
+    split = SPLIT | {"valid_users": 0.1, "test_users": 0.2, "held_out": 0.25}
+    both = build_catalog(raw, recipe(split=split))
+    new = both.new_users
+    assert 8 <= len(new) <= 40, "24 of 80 are expected"
+    assert set(new.ids).isdisjoint(both.user_ids)
+    assert (new.history.lengths >= 1).all()
+    names, ids = both.item_ids.to_list(), new.ids.to_list()
+    is_cold = np.array([name in cold(catalog) for name in names])
+    assert cold(both) >= cold(catalog) & set(names), "the draw of items does not depend on that of users"
+    assert not is_cold[new.history.values].any()
+    assert not is_cold[both.train.values].any()
+    # Each interaction is in one list, and one with a held-out item in the list of the item's part.
+    everything = build_catalog(raw, recipe(split={"kind": "none"}))
+    users = set(both.user_ids) | set(new.ids)
+    lists = {
+        part: {(ids[u], names[i]) for u, i in zip(part_of.rows, part_of.values, strict=True)}
+        for part, part_of in (("history", new.history), ("valid", new.valid), ("test", new.test))
+    }
+    known = pairs(both, "train", "valid", "test")
+    assert known | set().union(*lists.values()) == {pair for pair in pairs(everything, "train") if pair[0] in users}
+    assert len(known) + sum(map(len, lists.values())) == len(known | set().union(*lists.values()))
+    for part in ("valid", "test"):
+        of_items = {item for _, item in pairs(catalog, part) if item in cold(catalog)}
+        other = {item for _, item in lists["test" if part == "valid" else "valid"]}
+        assert of_items.isdisjoint(other)
+    manifest, corpus = write(both, tmp_path / "c", split=split)
+    assert manifest.has_cold_items
+    assert manifest.num_new_users == len(new) == corpus.new_users().num_rows
+
+
+def test_a_split_of_the_files_is_not_replaced() -> None:
+    raw = raw_data([("u", "a", None, 0.0, ""), ("u", "b", None, 1.0, "")])
+    given = raw.interactions.with_columns(part=pl.Series([0, 2], dtype=pl.UInt8))
+    with pytest.raises(DataError, match="would replace the split of the data set's files"):
+        build_catalog(RawData(**(vars(raw) | {"interactions": given})), recipe(split=SPLIT))
+
+
 def test_users_who_have_held_out_items_alone_are_left_out_and_counted() -> None:
     rows = [(f"u{user}", f"i{user % 20}", None, 0.0, "") for user in range(60)]
     catalog = build_catalog(raw_data(rows), recipe(split=SPLIT))
@@ -170,6 +210,7 @@ def test_users_who_have_held_out_items_alone_are_left_out_and_counted() -> None:
     [
         ({"valid_items": 0, "test_items": 0}, ConfigError, "holds out no item"),
         ({"valid_items": 0.5, "test_items": 0.5}, ConfigError, "must be below 1"),
+        ({"valid_users": 0.5, "test_users": 0.5}, ConfigError, "valid_users \\+ test_users must be below 1"),
         ({"valid_items": 0, "test_items": 1e-9}, DataError, "holds out none of the 2 items"),
         ({"valid_items": 0, "test_items": 0.999999999}, DataError, "holds out all items"),
     ],
