@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # Raw data -> backbone -> corpus -> pretraining -> finetuning -> report, each step one command.
 demo: install clean-demo
-	$(BIN)/cllm4rec build-backbone shards/demo.yaml backbones/demo hidden_size=128 num_layers=2 vocab_size=2000
+	$(BIN)/cllm4rec build-backbone shards/demo.yaml backbones/demo hidden_size=128 num_layers=1 vocab_size=2000
 	$(BIN)/cllm4rec prepare shards/demo.yaml shards/demo/corpus --tokenizer backbones/demo
 	$(BIN)/python launch/pretrain.py --config launch/configs/demo-pretrain.yaml --workers $(WORKERS)
 	$(BIN)/python launch/finetune.py --config launch/configs/demo-finetune.yaml --workers $(WORKERS)

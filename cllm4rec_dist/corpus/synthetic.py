@@ -1,61 +1,59 @@
-"""A synthetic data set with a known structure, for the demo, tests and a first run without a download.
+"""A synthetic shop, for the demo, tests and a first run without a download.
 
-Items belong to clusters of interest (coffee, hiking, ...), whose words are in their titles, descriptions and reviews.
-Each cluster has two lines (for example espresso and filter). A user has one to three clusters, and strongly prefers one
-line of each. Popularity within a line has a long tail. So personalized recommendations can be much better than popular
-items, and texts have information about cold items that interactions lack.
+Products have a department, a type, a brand, a price level and two qualities. Customers have one to three departments of
+interest, types and brands that they prefer, a price level and two qualities that they like. Each purchase is a draw
+from a multinomial logit model (McFadden, 1974): the log odds of a product are its popularity plus what the customer
+likes about it, and they change with what the customer already has. docs/synthetic-shop.md has all of it.
+
+The model is made for no recommender: log odds add up over attributes, of which texts name a part in varied words.
 
 Some ids are in scripts other than Latin, as in real data.
+
+Legend: I items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from cllm4rec_dist.corpus import synthetic_texts
 from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import SyntheticSource
 from cllm4rec_dist.corpus.row_batch import Batch
 from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.synthetic_texts import BRANDS, DEPARTMENTS, LEVELS, QUALITIES, Product
 
-_TOPICS: dict[str, tuple[str, str]] = {
-    "coffee": ("espresso crema portafilter tamper grinder milk steam", "filter pour kettle scale dripper beans aroma"),
-    "hiking": ("trail boots summit ridge backpack map compass", "camp tent stove lantern sleeping hammock fire"),
-    "music": ("guitar strings pick amplifier pedal chord fret", "piano keys sheet sonata bench metronome scale"),
-    "kitchen": ("knife steel blade cutting sharpener chef onion", "oven bread flour yeast dough tin sourdough"),
-    "garden": ("rose soil compost pruner trowel bloom petal", "tomato seed greenhouse harvest basil pepper sprout"),
-    "cycling": ("road helmet carbon saddle cadence sprint jersey", "mountain fork tyre mud descent suspension grip"),
-    "photography": ("lens portrait aperture studio flash backdrop", "landscape tripod sunset filter horizon panorama"),
-    "games": ("board dice strategy castle merchant card tile", "console controller level boss arcade pixel joystick"),
-    "fishing": ("river fly trout rod wader cast stream", "sea boat reel tackle mackerel bait harbour"),
-    "knitting": ("wool needle scarf yarn cable mitten sweater", "cotton crochet hook lace blanket pattern doily"),
-    "astronomy": ("telescope planet eyepiece saturn orbit crater", "nebula camera galaxy constellation comet"),
-    "yoga": ("mat stretch balance pose breath block flow", "meditation cushion incense silence candle bell calm"),
-    "painting": ("oil canvas easel palette brush varnish linseed", "watercolour paper pigment wash sketch postcard"),
-    "woodwork": ("chisel plane joint oak bench mallet dovetail", "lathe bowl turning maple gouge sandpaper finish"),
-    "aquarium": ("reef coral clownfish saltwater pump anemone skimmer", "tetra plant driftwood freshwater moss gravel"),
-    "tea": ("green matcha whisk leaf sencha bamboo ceremony", "black assam pot lemon earl saucer biscuit"),
-}
-_QUALITIES = ("classic", "compact", "deluxe", "everyday", "light", "modern", "sturdy", "vintage")
-_OPINIONS = (
-    "better than I hoped",
-    "worth its price",
-    "a joy to use",
-    "exactly what I needed",
-    "well made",
-    "good value",
-)
 _USER_SCRIPTS = ("用户-{}", "пользователь-{}", "مستخدم-{}", "उपयोगकर्ता-{}")
 _ITEM_SCRIPTS = ("товар-{}", "商品-{}", "상품-{}", "προϊόν-{}")
 _FEWEST_ITEMS = 5
-_OTHER_LINE = 0.15
-_ANYTHING = 0.03
+_POPULARITY_EXPONENT = 0.6
+"""The r-th most popular item is r^-0.6 times as popular as the first, before anybody's taste."""
+_BRANDS_PER_DEPARTMENT = 5
+_ANYTHING = 0.05
+"""Share of purchases that no taste explains, such as gifts."""
+_OTHER_DEPARTMENT = -5.0
+_OTHER_LEVEL = -1.0
+"""Log odds of a product outside of the customer's departments, and for each price level that it is off."""
+_LIKED_QUALITY = 1.0
+_KIND_DEVIATION, _BRAND_DEVIATION = 0.7, 0.7
+"""Standard deviations of a customer's taste for each type of product and each brand, in log odds."""
+_HAS_KIND, _GOES_WITH = -1.5, 1.0
+"""Log odds of another product of a type that the customer has, and of a type that goes with what the customer has."""
 _FIRST_DAY = 1_600_000_000
 _ORIGIN = "synthetic data"
+
+
+@dataclass(frozen=True)
+class _Customer:
+    departments: np.ndarray
+    shares: np.ndarray
+    level: int
+    liked: np.ndarray
 
 
 def generate(source: SyntheticSource) -> RawData:
@@ -64,37 +62,41 @@ def generate(source: SyntheticSource) -> RawData:
     Equal configurations give equal data on every machine.
     """
     random = np.random.default_rng(source.seed)
-    clusters = np.arange(source.num_items) % source.num_clusters
-    lines = np.arange(source.num_items) // source.num_clusters % 2
-    weights = _popularity(clusters * 2 + lines, random)
     users = _names(_USER_SCRIPTS, "user", source.num_users)
     items = _names(_ITEM_SCRIPTS, "item", source.num_items)
-    words = [_line_words(cluster, line) for cluster, line in zip(clusters.tolist(), lines.tolist(), strict=True)]
+    products = _products(source, random)
+    described = [
+        (item, synthetic_texts.title(product, random), synthetic_texts.description(product, random))
+        for item, product in zip(items, products, strict=True)
+    ]
+    shop = _Shop(products, source.num_clusters, random)
     profiles, rows = [], []
     for user in users:
-        tastes = _tastes(source.num_clusters, random)
-        profiles.append((user, _profile(tastes, random)))
-        chances = np.full(source.num_items, _ANYTHING / source.num_items)
-        for cluster, line, weight in tastes:
-            in_line = np.where(lines == line, 1 - _OTHER_LINE, _OTHER_LINE) * weights * (clusters == cluster)
-            chances += weight * in_line / in_line.sum()
-        chosen = _choose(chances, source.mean_interactions, random)
-        times = _FIRST_DAY + np.sort(random.integers(0, 365 * 86_400, len(chosen)))
-        liked = {cluster for cluster, _, _ in tastes}
-        for item, time in zip(chosen, times, strict=True):
-            rating = float(random.integers(4, 6) if clusters[item] in liked else random.integers(2, 5))
-            rows.append((user, items[item], rating, float(time), _review(words[item], random)))
+        customer = _customer(source.num_clusters, random)
+        about = customer.departments.tolist(), customer.liked.tolist(), customer.level
+        profiles.append((user, synthetic_texts.profile(*about, random)))
+        count = _FEWEST_ITEMS + _overdispersed(source.mean_interactions - _FEWEST_ITEMS, random)
+        bought, fits = shop.purchases(customer, min(count, source.num_items), random)
+        times = _FIRST_DAY + np.sort(random.integers(0, 365 * 86_400, len(bought)))
+        for item, fit, time in zip(bought, fits, times, strict=True):
+            is_happy = random.random() < (0.9 if fit else 0.5)
+            rating = float(random.integers(4, 6) if is_happy else random.integers(1, 4))
+            text = synthetic_texts.review(products[item], about[1], is_happy, random)
+            rows.append((user, items[item], rating, float(time), text))
+    return _collect(rows, described, profiles)
+
+
+def _collect(
+    rows: Sequence[tuple[Any, ...]], described: Sequence[tuple[str, ...]], profiles: Sequence[tuple[str, ...]]
+) -> RawData:
+    """Return the raw data; items that nobody has bought are left out."""
     collector = InteractionCollector(SkipLog(), Rules(has_rating=True, has_text=True))
     collector.add_file(_ORIGIN, [_batch(rows, ("user", "item", "rating", "timestamp", "text"))])
     raw = collector.finish()
-    described = [(item, _title(words[j], random), _description(words[j], random)) for j, item in enumerate(items)]
-    used_items, used_users = set(raw.item_ids), set(raw.user_ids)
-    described = [row for row in described if row[0] in used_items]
-    return replace(
-        raw,
-        items=_batch(described, ("item", "title", "description")).columns,
-        users=_batch([row for row in profiles if row[0] in used_users], ("user", "text")).columns,
-    )
+    used = set(raw.item_ids)
+    texts = _batch([row for row in described if row[0] in used], ("item", "title", "description")).columns
+    texts = texts.with_columns(pl.col("description").replace("", None))
+    return replace(raw, items=texts, users=_batch(profiles, ("user", "text")).columns)
 
 
 def _batch(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> Batch:
@@ -106,62 +108,88 @@ def _names(scripts: Sequence[str], word: str, count: int) -> list[str]:
     return [scripts[n // 25 % len(scripts)].format(n) if n % 25 == 12 else f"{word}-{n}" for n in range(count)]
 
 
-def _line_words(cluster: int, line: int) -> tuple[str, ...]:
-    """Return the cluster's name and the words of the line."""
-    topic = list(_TOPICS)[cluster]
-    return topic, *_TOPICS[topic][line].split()
+def _overdispersed(mean: float, random: np.random.Generator) -> int:
+    """Draw a count from a geometric distribution: most customers buy little, a few a lot."""
+    return int(random.geometric(1 / (1 + mean))) - 1
 
 
-def _popularity(groups: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return the weight of each item: 1 / rank^0.7, with random ranks in each group."""
-    weights = np.empty(len(groups))
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        weights[random.permutation(members)] = 1 / np.arange(1, len(members) + 1) ** 0.7
-    return weights
+def _products(source: SyntheticSource, random: np.random.Generator) -> list[Product]:
+    """Draw the products, evenly over departments and types; a brand has a level that most of its products have."""
+    brand_levels = random.integers(0, len(LEVELS), len(BRANDS))
+    brands = [random.choice(len(BRANDS), _BRANDS_PER_DEPARTMENT, replace=False) for _ in range(source.num_clusters)]
+    kinds = [len(of_department) for of_department in DEPARTMENTS.values()]
+    products = []
+    for item in range(source.num_items):
+        department = item % source.num_clusters
+        brand = int(random.choice(brands[department]))
+        level = int(brand_levels[brand] if random.random() < 0.7 else random.integers(len(LEVELS)))
+        first, second = random.choice(len(QUALITIES), 2, replace=False).tolist()
+        kind = item // source.num_clusters % kinds[department]
+        products.append(Product(department, kind, brand, level, (first, second)))
+    return products
 
 
-def _tastes(num_clusters: int, random: np.random.Generator) -> list[tuple[int, int, float]]:
-    """Draw cluster, preferred line and weight of a user's one to three interests."""
-    chosen = random.choice(num_clusters, min(int(random.integers(1, 4)), num_clusters), replace=False)
-    weights = random.dirichlet(np.full(len(chosen), 3.0))
-    return [
-        (int(cluster), int(random.integers(2)), float(weight)) for cluster, weight in zip(chosen, weights, strict=True)
-    ]
+def _customer(num_departments: int, random: np.random.Generator) -> _Customer:
+    """Draw one to three departments of interest and their shares, a price level and two liked qualities."""
+    departments = random.choice(num_departments, min(int(random.integers(1, 4)), num_departments), replace=False)
+    shares = random.dirichlet(np.full(len(departments), 3.0))
+    liked = random.choice(len(QUALITIES), 2, replace=False)
+    return _Customer(departments, shares, int(random.integers(len(LEVELS))), liked)
 
 
-def _choose(chances: np.ndarray, mean: float, random: np.random.Generator) -> np.ndarray:
-    """Draw unique items by their weights without replacement; at least five."""
-    count = min(_FEWEST_ITEMS + int(random.poisson(mean - _FEWEST_ITEMS)), len(chances))
-    # Sorting log weights with Gumbel noise is sampling without replacement.
-    return np.argsort(-(np.log(chances) + random.gumbel(size=len(chances))))[:count]
+class _Shop:
+    """Attributes of the products as arrays, and the purchases of customers.
 
+    Args:
+        products: I products.
+        num_departments: departments in use.
+    """
 
-def _pick(words: Sequence[str], count: int, random: np.random.Generator) -> list[str]:
-    return [words[index] for index in random.permutation(len(words))[:count]]
+    def __init__(self, products: Sequence[Product], num_departments: int, random: np.random.Generator) -> None:
+        self._departments = np.array([product.department for product in products])
+        self._levels = np.array([product.level for product in products])
+        self._brands = np.array([product.brand for product in products])
+        self._qualities = np.array([product.qualities for product in products])
+        numbers = {
+            kind: number
+            for number, kind in enumerate(
+                (d, k) for d, kinds in enumerate(DEPARTMENTS.values()) for k in range(len(kinds))
+            )
+        }
+        self._kinds = np.array([numbers[product.department, product.kind] for product in products])
+        self._following = [numbers.get((department, kind + 1)) for department, kind in numbers]
+        self._num_departments = num_departments
+        ranks = random.permutation(len(products)) + 1
+        self._popularity = -_POPULARITY_EXPONENT * np.log(ranks)
 
+    def _taste(self, customer: _Customer, random: np.random.Generator) -> np.ndarray:
+        """Return what a customer likes about each product, in log odds; float64 [I]."""
+        interest = np.full(self._num_departments, _OTHER_DEPARTMENT)
+        interest[customer.departments] = np.log(customer.shares)
+        kinds = random.normal(0, _KIND_DEVIATION, len(self._following))
+        brands = random.normal(0, _BRAND_DEVIATION, len(BRANDS))
+        return (
+            interest[self._departments]
+            + kinds[self._kinds]
+            + brands[self._brands]
+            + _OTHER_LEVEL * abs(self._levels - customer.level)
+            + _LIKED_QUALITY * np.isin(self._qualities, customer.liked).sum(axis=1)
+        )
 
-def _title(words: Sequence[str], random: np.random.Generator) -> str:
-    topic, *rest = words
-    return " ".join([*_pick(_QUALITIES, 1, random), *_pick(rest, 2, random), f"for {topic}"]).capitalize()
-
-
-def _description(words: Sequence[str], random: np.random.Generator) -> str:
-    topic, *rest = words
-    first, second, third = _pick(rest, 3, random)
-    return f"Made for people who love {topic}: goes well with {first}, {second} and {third}."
-
-
-def _review(words: Sequence[str], random: np.random.Generator) -> str:
-    topic, *rest = words
-    first, second = _pick(rest, 2, random)
-    (opinion,) = _pick(_OPINIONS, 1, random)
-    return f"I wanted it for the {first} and the {second}. For {topic} it is {opinion}."
-
-
-def _profile(tastes: list[tuple[int, int, float]], random: np.random.Generator) -> str:
-    def interest(cluster: int, line: int) -> str:
-        topic, *rest = _line_words(cluster, line)
-        return f"{topic} ({' and '.join(_pick(rest, 2, random))})"
-
-    return "Spends free time on " + ", ".join(interest(cluster, line) for cluster, line, _ in tastes) + "."
+    def purchases(self, customer: _Customer, count: int, random: np.random.Generator) -> tuple[list[int], list[bool]]:
+        """Draw different items, one after the other, and for each whether it is from a department of interest."""
+        taste, bought = self._taste(customer, random), list[int]()
+        is_bought = np.zeros(len(taste), bool)
+        needs = np.zeros(len(self._following))
+        for _ in range(count):
+            log_odds = self._popularity + (0 if random.random() < _ANYTHING else taste + needs[self._kinds])
+            # The largest sum with Gumbel noise is a draw by the odds.
+            item = int(np.argmax(np.where(is_bought, -np.inf, log_odds + random.gumbel(size=len(taste)))))
+            bought.append(item)
+            is_bought[item] = True
+            kind = self._kinds[item]
+            following = self._following[kind]
+            if following is not None and needs[kind] >= 0 and needs[following] == 0:
+                needs[following] = _GOES_WITH
+            needs[kind] = _HAS_KIND
+        return bought, np.isin(self._departments[bought], customer.departments).tolist()
