@@ -144,7 +144,7 @@ def _run(project: Project, proposal: Proposal, backbone: str | None, stage: str)
         "texts": sizes.texts,
         "gradient_accumulation_steps": sizes.gradient_accumulation_steps,
     }
-    optimizer = _optimizer(proposal, pretrained=backbone is not None)
+    optimizer = _optimizer(proposal, pretrained=backbone is not None, is_first=is_first)
     lines += [
         _line(0, "adapter", adapter, why),
         _line(0, "embeddings", {"init": "spectral", "dropout": sizes.dropout}, dropout),
@@ -173,8 +173,9 @@ def _method(max_history: int, *, is_first: bool) -> dict[str, Any]:
     return method
 
 
-def _optimizer(proposal: Proposal, *, pretrained: bool) -> dict[str, Any]:
-    lr, embeddings_lr = (5e-4, 2e-4) if pretrained else (1e-3, 1e-4)
+def _optimizer(proposal: Proposal, *, pretrained: bool, is_first: bool) -> dict[str, Any]:
+    # docs/quality.md has what other rates do.
+    lr, embeddings_lr = (5e-4, 2e-4) if pretrained else (1e-3, 1e-4 if is_first else 3e-4)
     return {"lr": lr, "embeddings_lr": embeddings_lr, "warmup_steps": proposal.sizes.warmup_steps}
 
 
