@@ -137,7 +137,7 @@ def assemble(config: RunConfig, world: World) -> System:
         linear=LinearMemory(recommender.item_partition, world),
         engine=Engine(dual, settings, adapter_optimizer, dual.layers),
         embedding_optimizer=EmbeddingOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
-        fingerprints=_fingerprints(folder, corpus, tokenizer),
+        fingerprints=_fingerprints(folder, corpus, tokenizer, world),
     )
 
 
@@ -172,7 +172,7 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
         recommender=recommender,
         linear=LinearMemory(recommender.item_partition, world),
         engine=engine,
-        fingerprints=_fingerprints(folder, corpus, tokenizer),
+        fingerprints=_fingerprints(folder, corpus, tokenizer, world),
     )
 
 
@@ -200,9 +200,9 @@ def _prompt_builder(
     return PromptBuilder(tokenizer, space, config.method, config.seed, config.stage)
 
 
-def _fingerprints(folder: Path, corpus: Corpus, tokenizer: WordTokenizer) -> dict[str, str]:
+def _fingerprints(folder: Path, corpus: Corpus, tokenizer: WordTokenizer, world: World) -> dict[str, str]:
     return {
-        "backbone": backbone.fingerprint(folder),
+        "backbone": backbone.fingerprint_on_each_host(folder, world),
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint,
     }

@@ -51,7 +51,7 @@ from cllm4rec_dist.model.pretrained import (
     require_targets,
     require_weights,
 )
-from cllm4rec_dist.model.weights import fingerprint, stored_weights
+from cllm4rec_dist.model.weights import fingerprint, fingerprint_on_each_host, stored_weights
 
 if TYPE_CHECKING:  # takes seconds to import; only runs with adapters need it
     from peft import LoraConfig
@@ -63,6 +63,7 @@ __all__ = [
     "DualBackbone",
     "FrozenEmbeddings",
     "fingerprint",
+    "fingerprint_on_each_host",
     "load_backbone",
     "load_config",
     "load_frozen_embeddings",

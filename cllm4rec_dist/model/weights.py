@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.distributed.collectives import gather_integers
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.errors import ConfigError, FaultError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -137,6 +140,29 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def fingerprint_on_each_host(folder: Path, world: World) -> str:
+    """Return `fingerprint`, which the first rank of each host computes for all of its ranks. All-gathers 32 bytes.
+
+    Raises:
+        FaultError: if hosts have different backbones.
+    """
+    empty = bytes(32)
+    with world.watch.doing("hashing the backbone"):
+        digest = bytes.fromhex(fingerprint(folder)) if world.local_rank == 0 else empty
+    by_rank = gather_integers(np.frombuffer(digest, np.int64).tolist(), world, what="fingerprints of the backbone")
+    digests = [np.array(values, np.int64).tobytes() for values in by_rank]
+    first = next(found for found in digests if found != empty)
+    others = [rank for rank, found in enumerate(digests) if found not in (empty, first)]
+    if others:
+        raise FaultError(
+            f"{folder} on the hosts of ranks {', '.join(map(str, others))}",
+            digests[others[0]].hex()[:12],
+            f"is another backbone than {first.hex()[:12]} of the first host",
+            "Copy the same files to every host.",
+        )
+    return first.hex()
 
 
 def _entry(folder: Path) -> str:

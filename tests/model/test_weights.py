@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.errors import ConfigError, FaultError
+from cllm4rec_dist.model import weights
 from cllm4rec_dist.model.frozen_embeddings import load_frozen_embeddings
 from cllm4rec_dist.model.pretrained import load_config, require_weights
-from cllm4rec_dist.model.weights import INDEX, fingerprint, stored_weights, weight_files
+from cllm4rec_dist.model.weights import INDEX, fingerprint, fingerprint_on_each_host, stored_weights, weight_files
+from tests.harness import run_ranks
 from tests.model.backbones import changed, copied, rewrite, sharded
 
 CPU = torch.device("cpu")
@@ -201,3 +205,33 @@ def test_a_link_whose_file_is_gone_is_no_weight_file(folders: dict[str, Path], t
     first.symlink_to(tmp_path / "blob")
     with pytest.raises(ConfigError, match=r"model-00001-of-.*absent"):
         weight_files(folder)
+
+
+def hashed(world: World, folders: list[Path], local_ranks: list[int]) -> tuple[str, int]:
+    """Fingerprint or refusal, and how often this rank has hashed."""
+    calls = []
+
+    def counted(folder: Path) -> str:
+        calls.append(folder)
+        return unpatched(folder)
+
+    unpatched, weights.fingerprint = weights.fingerprint, counted
+    try:
+        return fingerprint_on_each_host(folders[world.rank], replace(world, local_rank=local_ranks[world.rank])), len(
+            calls
+        )
+    except FaultError as error:
+        return str(error), len(calls)
+
+
+def test_the_first_rank_of_each_host_hashes_the_backbone(folders: dict[str, Path]) -> None:
+    digest = fingerprint(folders["gpt2"])
+    assert run_ranks(3, hashed, [folders["gpt2"]] * 3, [0, 1, 0]) == [(digest, 1), (digest, 0), (digest, 1)]
+
+
+def test_hosts_with_different_backbones_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = copied(folders["gpt2"], tmp_path / "other")
+    noisy(other / "model.safetensors", other / "model.safetensors")
+    for refusal, _ in run_ranks(3, hashed, [folders["gpt2"], folders["gpt2"], other], [0, 1, 0]):
+        assert "on the hosts of ranks 2" in refusal
+        assert "Copy the same files to every host." in refusal
