@@ -209,7 +209,7 @@ def step_flops(sample: StepSample, traced: DryRun, unit: tuple[MicroBatchSample,
         most: Counter[str] = max((_work(batch, rank) for rank in range(sample.num_ranks)), key=lambda w: w[BACKBONE])
         for part, size in one.items():
             total[part] += traced.flops[part] * most[part] // max(1, size)
-    return total
+    return +total
 
 
 def _work(batch: MicroBatchSample, rank: int) -> Counter[str]:
@@ -222,6 +222,7 @@ def _work(batch: MicroBatchSample, rank: int) -> Counter[str]:
             ATTENTION: rows * length * length,
             HEAD: sum(batch.queries),
             WORD_HEAD: len(local.query_positions.get("text", ())),
+            LOOKUP: sum(map(len, local.id_positions.values())),
         }
     )
 
@@ -232,8 +233,8 @@ def step_seconds(
     """Estimate the time of a step by part, with the model in the module's docstring."""
     gpu = cluster.gpu
     dtype_peak = gpu.bf16 if meta_run.config.precision == "bf16" else gpu.fp32
-    flops_per_second = dict.fromkeys(flops, dtype_peak * cluster.efficiency) | {HEAD: gpu.fp32 * cluster.efficiency}
-    compute = {part: count / flops_per_second[part] for part, count in flops.items()}
+    peaks = dict.fromkeys((BACKBONE, ATTENTION, WORD_HEAD), dtype_peak) | dict.fromkeys((HEAD, LOOKUP), gpu.fp32)
+    compute = {part: flops.get(part, 0) / (peak * cluster.efficiency) for part, peak in peaks.items()}
     launches = {
         part: n * LAUNCH_SECONDS * meta_run.config.batch.gradient_accumulation_steps
         for part, n in traced.operators.items()
@@ -254,7 +255,7 @@ def step_seconds(
         "backbone": decoder,
         "item head": max(compute[HEAD], launches[HEAD]),
         "word head": max(compute[WORD_HEAD], launches.get(WORD_HEAD, 0.0)),
-        "lookup": launches[LOOKUP],
+        "lookup": max(compute[LOOKUP], launches[LOOKUP]),
         "optimizer": entries * _ADAM_ACCESSES * 4 / gpu.bandwidth,
         "communication of weights": exposed,
         "other communication": float(others),
