@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import BACKBONE_VECTORS, RunConfig
+from cllm4rec_dist.config.embedding_width import require_not_wider
 from cllm4rec_dist.corpus.prompts import PromptBuilder, largest_prompt_id
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
@@ -190,6 +191,7 @@ def _empty_recommender(
         comm_dtype=DTYPES[config.embeddings.comm_dtype],
         sparse_gradients=config.optimizer.sparse_embedding_updates,
         content=content,
+        width=config.embeddings.dim,
     )
 
 
@@ -223,6 +225,7 @@ def open_backbone(
     decoder = backbone.load_config(folder)
     backbone.require_targets(decoder, config.adapter)
     backbone.require_adaptable(decoder, config.adapter, config.quantization)
+    require_not_wider(config.embeddings, decoder.hidden_size)
     tokenizer = WordTokenizer.load(folder)
     if corpus.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise CorpusError(
@@ -315,6 +318,8 @@ def init_embeddings(system: System, *, items: bool = True) -> None:
         )
         embedding_init.init_items(model.collaborative.items, factors, scale, config.seed)
     embedding_init.init_prior(model.collaborative.users, scale, world, config.seed, 1)
+    if model.input_projection is not None:
+        embedding_init.init_input_projection(model.input_projection, world, config.seed)
     init_content_embeddings(system)
 
 

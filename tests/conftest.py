@@ -20,6 +20,7 @@ COSINE: dict[str, Any] = {
     "linear_weight": 0.7,
     "adapter": {"kind": "full"},
     "head": {"similarity": "cosine", "item_bias": True, "pool_residual": True, "projection": True},
+    "embeddings": {"dim": 6},
     "method": {"shared_user_ratio": 0.2, "max_history": 5},
 }
 STARTS_RAY = {"test_ray.py", "test_launchers.py", "test_app.py"}

@@ -198,9 +198,9 @@ def make_run(
     with torch.no_grad():
         for _, parameter, _ in system.recommender.sharded_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
-        if system.recommender.head.projection is not None:
-            shape = system.recommender.head.projection.shape
-            system.recommender.head.projection.copy_(torch.randn(shape, generator=random) * 0.3)
+        for name, parameter in system.recommender.replicated_parameters():
+            if name != "head.log_temperature":
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
     weights = {name: torch.randn(w.shape, generator=random) * 0.2 for name, w in system.engine.weights().items()}
     system.engine.set_weights(weights)
     if linear_weight is not None:

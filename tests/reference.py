@@ -23,6 +23,7 @@ class DenseRun:
 
     Args:
         rows: initial `collaborative.users`, `collaborative.items`, `content.users`, `content.items`.
+        projections: initial `head.projection` and `input_projection`, if the run has them.
     """
 
     def __init__(
@@ -32,16 +33,16 @@ class DenseRun:
         words: FrozenEmbeddings,
         space: TokenSpace,
         rows: dict[str, Tensor],
+        projections: dict[str, Tensor],
     ) -> None:
         self.config, self.backbone, self.words, self.space = config, backbone, words, space
         self.rows = {name: value.clone().requires_grad_() for name, value in rows.items()}
         self.bias = torch.zeros(space.num_items, requires_grad=True) if config.head.item_bias else None
         cosine = config.head.similarity == "cosine"
         self.log_temperature = torch.tensor(math.log(config.head.temperature), requires_grad=True) if cosine else None
-        self.projection = None
-        if config.head.projection:
-            self.projection = torch.zeros(words.embedding.shape[1], rows["collaborative.items"].shape[1])
-            self.projection.requires_grad_()
+        self.projections = {name: value.clone().requires_grad_() for name, value in projections.items()}
+        self.projection = self.projections.get("head.projection")
+        self.input_projection = self.projections.get("input_projection")
         self.adapters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.steps = 0
@@ -53,14 +54,19 @@ class DenseRun:
             parameters["head.bias"] = self.bias
         if self.log_temperature is not None:
             parameters["head.log_temperature"] = self.log_temperature
-        if self.projection is not None:
-            parameters["head.projection"] = self.projection
-        return parameters
+        return parameters | self.projections
 
     def _embed(self, which: str, token_ids: Tensor) -> Tensor:
         """Look up the paper's single dense table, [V + U + I, D]."""
-        table = torch.cat([self.words.embedding, self.rows[f"{which}.users"], self.rows[f"{which}.items"]])
-        return table[token_ids]
+        rows = torch.cat([self.rows[f"{which}.users"], self.rows[f"{which}.items"]])
+        if self.input_projection is not None:
+            rows = rows @ self.input_projection
+        return torch.cat([self.words.embedding, rows])[token_ids]
+
+    def _rows(self, which: str, token_ids: Tensor) -> Tensor:
+        """Rows of users and items, [n, d]."""
+        rows = torch.cat([self.rows[f"{which}.users"], self.rows[f"{which}.items"]])
+        return rows[token_ids - self.space.first_user]
 
     def _items_loss(self, document: Document) -> Tensor:
         embedded = self._embed("collaborative", torch.from_numpy(document.token_ids))
@@ -73,9 +79,11 @@ class DenseRun:
             if self.projection is not None:
                 state = (state / state.square().mean().sqrt()) @ self.projection
             if self.config.head.pool_residual:
-                read = [embedded[t] for t in range(position + 1) if document.token_ids[t] >= self.space.first_item]
-                if read:
-                    state = state + F.normalize(torch.stack(read).sum(0), dim=0) * length
+                read = torch.from_numpy(document.token_ids[: position + 1])
+                read = read[read >= self.space.first_item]
+                if len(read):
+                    pooled = self._rows("collaborative", read).sum(0)
+                    state = state + F.normalize(pooled, dim=0) * length
             if self.log_temperature is None:
                 logits = items @ state
             else:
@@ -98,7 +106,7 @@ class DenseRun:
         tokens = torch.tensor(
             sorted({int(t) for d in [*users, *texts] for t in d.token_ids if t >= self.space.first_user})
         )
-        collaborative, content = self._embed("collaborative", tokens), self._embed("content", tokens)
+        collaborative, content = self._rows("collaborative", tokens), self._rows("content", tokens)
         embeddings = self.config.embeddings
         mutual = (
             embeddings.lambda_c / 2 * (content - collaborative).square().sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,8 @@ SETTINGS = [
     ("optimizer.betas=[-0.1, 0.9]", ["optimizer.betas"]),
     ("optimizer.betas=[.nan, 0.9]", ["optimizer.betas"]),
     ("optimizer.betas=[0, 0.99]", []),
+    ("embeddings={dim: 96}", []),
+    ("optimizer.embeddings_state=int8", []),
 ]
 
 
@@ -64,6 +67,47 @@ def test_settings_that_end_a_run_late_are_refused(override: str, wrong: list[str
 @pytest.mark.parametrize("override", ["stage=pretrain", "validation.every_epochs=0"])
 def test_metrics_that_nobody_computes_are_not_looked_at(override: str) -> None:
     assert not preflight.setting_problems(config("validation.metrics=[mrr@10]", override))
+
+
+def test_rows_that_cannot_be_packed_are_refused() -> None:
+    packed = "optimizer.embeddings_state=int8"
+    assert not preflight.setting_problems(config(packed, "embeddings.dim=128"))
+    (problem,) = preflight.setting_problems(config(packed, "embeddings.dim=96"))
+    assert "'int8' cannot pack rows of width 96. Set embeddings.dim to a multiple of 64" in str(problem)
+
+
+def test_widths_are_checked_against_the_backbone_and_the_run_to_start_from(tmp_path: Path) -> None:
+    backbone, earlier = tmp_path / "backbone", Store(f"{tmp_path}/earlier/checkpoints")
+    backbone.mkdir()
+
+    def problems(*overrides: str) -> list[str]:
+        run = config(f"output={tmp_path}/run", f"backbone={backbone}", *overrides)
+        return [str(problem) for problem in preflight.source_problems(run)]
+
+    def save(embeddings: dict[str, Any]) -> None:
+        state, name = {"config": {"embeddings": embeddings}}, "step-00000009"
+        entry = earlier.write(name, "state.json", lambda path: path.write_text(json.dumps(state)))
+        earlier.commit(name, {"state.json": entry})
+
+    for key in ("hidden_size", "n_embd"):
+        (backbone / "config.json").write_text(json.dumps({key: 16}))
+        assert not problems("embeddings.dim=16")
+        (problem,) = problems("embeddings.dim=17")
+        assert problem.startswith("embeddings.dim: 17 exceeds the backbone's hidden size, 16")
+    start = f"init_from={tmp_path}/earlier"
+    for saved, equal, other in (({"dim": 8}, 8, 4), ({}, 16, 8), ({"dim": None}, 16, 8), ({"dim": 16}, 16, 8)):
+        save(saved)
+        assert not problems(start, f"embeddings.dim={equal}")
+        (problem,) = problems(start, f"embeddings.dim={other}")
+        assert f"step-00000009: embeddings.dim: {equal} is not this run's, {other}" in problem
+        assert f"Set embeddings.dim={equal}, or start without init_from." in problem
+    assert not problems(start)
+    save({"dim": 8})
+    assert "8 is not this run's, 16" in problems(start)[0]
+    for content in ("{}", "[]", '{"hidden_size": "?"}', "?"):
+        (backbone / "config.json").write_text(content)
+        assert not problems(start, "embeddings.dim=17") if content == "none" else problems(start, "embeddings.dim=17")
+        assert not problems(start)
 
 
 def test_item_vectors_are_checked_before_anything_starts(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_r
 from tests.reference import DenseRun
 
 STEPS = 4
-REPLICATED = {"head.log_temperature", "head.projection"}
+REPLICATED = {"head.log_temperature", "head.projection", "input_projection"}
 PAPER_HEAD = {"similarity": "dot", "item_bias": False, "pool_residual": False}
 
 
@@ -100,6 +100,8 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
     system = assemble(config, world)
     init_embeddings(system)
     start = {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters() if "head" not in name}
+    replicated = system.recommender.replicated_parameters()
+    projections = {name: p.detach().clone() for name, p in replicated if name.endswith("projection")}
     torch.manual_seed(3)
     source = BatchLoader(system.corpus, system.prompts, config, world)
     gradients: dict[str, Tensor] = {}
@@ -127,20 +129,24 @@ def sharded(world: World, config: RunConfig, out: str) -> dict[str, Any]:
     saver.finish()
     return {
         "start": start,
+        "projections": projections,
         "losses": [r.losses for r in results],
         "norms": [r.grad_norm for r in results],
         "gradients": gradients,
     }
 
 
-def dense(config: RunConfig, rows_of: dict[str, Tensor]) -> tuple[DenseRun, list[dict[str, Any]]]:
+def dense(
+    config: RunConfig, rows_of: dict[str, Tensor], projections: dict[str, Tensor]
+) -> tuple[DenseRun, list[dict[str, Any]]]:
     folder = Path(config.backbone)
     backbone = load_backbone(folder, config.adapter, torch.float32, config.seed)
     words = load_frozen_embeddings(folder, torch.float32, torch.device("cpu"))
     corpus = Corpus.open(config.corpus)
     space = TokenSpace(len(words.embedding), config.method.num_user_rows(corpus.num_users), corpus.num_items)
     prompts = PromptBuilder(WordTokenizer.load(folder), space, config.method, config.seed)
-    run, source = DenseRun(config, backbone, words, space, rows_of), BatchLoader(corpus, prompts, config, alone())
+    run = DenseRun(config, backbone, words, space, rows_of, projections)
+    source = BatchLoader(corpus, prompts, config, alone())
     results = []
     for step in range(STEPS):
         users, texts = documents_of_step(source, step)
@@ -155,6 +161,7 @@ CASES = {
     "finetune-paper-rows-only": ("finetune", {"head": PAPER_HEAD, "adapter": {"kind": "none"}}),
 }
 PROJECTING = {"head": {"similarity": "cosine", "projection": True}}
+NARROW = {"init": "prior", "lambda_l": 0.3, "lambda_c": 0.7, "dim": 5}
 SLOW_CASES = [(case, size) for size in (2, 3) for case in CASES if (case, size) != ("pretrain-cosine", 2)]
 
 
@@ -177,6 +184,40 @@ def test_steps_with_a_projecting_head_equal_dense_steps(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "stage", "changes"),
+    [
+        (1, "pretrain", {"embeddings": NARROW}),
+        (2, "finetune", {"embeddings": NARROW, "adapter": {"kind": "full"}, "head": PAPER_HEAD}),
+        (3, "finetune", {"embeddings": NARROW | {"init": "spectral"}}),
+    ],
+)
+def test_steps_with_narrow_rows_equal_dense_steps(
+    made: tuple[str, str], tmp_path: Path, size: int, stage: str, changes: dict[str, Any]
+) -> None:
+    first = assert_same_run(make_config(made, stage, **changes), size, tmp_path)
+    assert first["collaborative.users"].shape[1] == 5
+    for name in ("input_projection", "head.projection"):
+        assert first[name].abs().max() > 0
+
+
+@pytest.mark.slow
+def test_rows_that_are_as_wide_as_the_backbone_change_no_bit(made: tuple[str, str], tmp_path: Path) -> None:
+    """Losses, norms, gradients and start are equal if the width is set to the backbone's."""
+    embeddings = {"init": "spectral", "dropout": 0.3, "lambda_l": 0.3, "lambda_c": 0.7}
+    plain, wide = (
+        run_ranks(2, sharded, make_config(made, "pretrain", embeddings=embeddings | dim), str(tmp_path / name))
+        for name, dim in (("plain", {}), ("wide", {"dim": 16}))
+    )
+    for one, other in zip(plain, wide, strict=True):
+        assert one["projections"] == other["projections"] == {}
+        assert (one["losses"], one["norms"]) == (other["losses"], other["norms"])
+        for kind in ("start", "gradients"):
+            assert one[kind].keys() == other[kind].keys()
+            assert all(torch.equal(value, other[kind][name]) for name, value in one[kind].items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "stage"), [(1, "finetune"), (2, "finetune"), (3, "pretrain")])
 def test_steps_with_a_shared_user_row_equal_dense_steps(tmp_path: Path, size: int, stage: str) -> None:
     catalog = make_catalog(num_users=24)  # 25 rows, not divisible by 2 or 3 ranks
@@ -193,7 +234,7 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
     """Compare four steps on `size` ranks with the dense reference; return the reference's first gradients."""
     ranks = run_ranks(size, sharded, config, str(tmp_path))
     start = {name: torch.cat([rank["start"][name] for rank in ranks]) for name in ranks[0]["start"]}
-    run, results = dense(config, start)
+    run, results = dense(config, start, ranks[0]["projections"])
 
     for got, expected in zip(ranks[0]["losses"], results, strict=True):
         for term, value in expected["losses"].items():

@@ -20,7 +20,7 @@ from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.planning.hardware import find_gpu
 from cllm4rec_dist.planning.plan import Cluster, make_plan
-from cllm4rec_dist.system import require_embeddings
+from cllm4rec_dist.system import open_backbone, require_embeddings
 from cllm4rec_dist.train import train
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.model.backbones import changed, copied
@@ -223,3 +223,10 @@ def test_a_second_weight_file_changes_nothing_in_a_run(made: Made, tmp_path: Pat
     assert files[0].keys() == files[1].keys()
     for name, tensors in files[0].items():
         assert all(torch.equal(value, files[1][name][key]) for key, value in tensors.items())
+
+
+def test_embeddings_wider_than_the_backbone_are_refused(made: Made, tmp_path: Path) -> None:
+    for width in (None, 1, 16):
+        open_backbone(run_config(*made, tmp_path, embeddings={"dim": width}), Corpus.open(made[0]))
+    with pytest.raises(ConfigError, match=r"embeddings\.dim: 17 exceeds the backbone's hidden size, 16\. Lower it"):
+        open_backbone(run_config(*made, tmp_path, embeddings={"dim": 17}), Corpus.open(made[0]))

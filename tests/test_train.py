@@ -29,6 +29,9 @@ from cllm4rec_dist.step import StepResult
 from tests.harness import alone, make_catalog, make_corpus, run_ranks
 from tests.training import Made, about, assert_equal_checkpoints, make_config, metrics, names, newest, refused, run
 
+NARROW = {"init": "spectral", "dropout": 0.3, "lambda_l": 0.01, "lambda_c": 0.1, "dim": 6}
+"""Embeddings narrower than the backbone."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -129,6 +132,7 @@ def test_a_run_resumes_on_any_number_of_ranks(made: Made, tmp_path: Path) -> Non
         changes = {
             "method": {"max_history": 100, "shared_user_ratio": 0.3 if stage == "finetune" else 0.0},
             "head": {"projection": stage == "finetune"},
+            "embeddings": NARROW if stage == "pretrain" else {"init": "spectral", "dropout": 0.3},
         }
         run_ranks(2, run, make_config(made, whole, stage, **changes))
         for size, until in ((2, 2), (3, 4), (1, 7), (4, None)):
@@ -142,8 +146,8 @@ def test_a_run_resumes_on_any_number_of_ranks(made: Made, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_finetuning_starts_from_pretraining_and_its_best_checkpoint_is_evaluated(made: Made, tmp_path: Path) -> None:
     pretrained, tuned = tmp_path / "pretrain", tmp_path / "finetune"
-    run_ranks(2, run, make_config(made, pretrained))
-    run_ranks(3, run, make_config(made, tuned, "finetune", init_from=str(pretrained)))
+    run_ranks(2, run, make_config(made, pretrained, embeddings=NARROW))
+    run_ranks(3, run, make_config(made, tuned, "finetune", init_from=str(pretrained), embeddings=NARROW))
     _, (best, *_) = find(str(tuned))
     assert best.startswith(BEST)
     recorded = about(tuned, best).run

@@ -54,7 +54,7 @@ def test_settings_that_came_later_have_their_defaults_in_an_older_checkpoint(tmp
     tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
     old = validate(RunConfig, tree, "test").model_dump(mode="json")
     del old["quantization"], old["embeddings"]["comm_dtype"], old["optimizer"]["embeddings_state"]
-    del old["head"]["projection"]
+    del old["head"]["projection"], old["embeddings"]["dim"]
     candidate = SimpleNamespace(path="old", metadata=SimpleNamespace(config=old))
     train_module._require_same_trajectory(cast(Checkpoint, candidate), validate(RunConfig, tree, "test"))
     changed = validate(RunConfig, tree | {"embeddings": {"comm_dtype": "bf16"}}, "test")

@@ -52,6 +52,10 @@ class EmbeddingsConfig(StrictModel):
     one are initialized from the rest. No vectors if left out."""
     init_vectors_share: float = Field(default=0.5, ge=0, le=1)
     """Share of `item_vectors` in the weight of texts, in squares; the rest is that of words."""
+    dim: int | None = Field(default=None, ge=1)
+    """Width of user and item embeddings; that of the backbone if left out. Narrower ones take less memory, less
+    communication and less compute in the item softmax. They enter the backbone through a learned matrix and are
+    predicted through another one, that of `head.projection`, which they always have (docs/narrow-rows.md)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of user and item embeddings at the input."""
     comm_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -73,7 +77,8 @@ class HeadConfig(StrictModel):
     projection: bool = False
     """Multiply the hidden state, scaled to unit root mean square, by a learned matrix that starts at zero. So a run
     starts with the scores of the item embeddings read so far, however long the backbone's hidden states are, and learns
-    what the language model adds (docs/quality.md). The paper's head has none."""
+    what the language model adds (docs/quality.md). The paper's head has none. Embeddings that are narrower than the
+    backbone (`embeddings.dim`) have it in any case."""
     num_negatives: int = Field(default=0, ge=0)
     """Items sampled for the training softmax of a micro-batch, over all ranks, in addition to its targets; 0: all
     items. Sampling biases the loss downwards and adds gradient noise (docs/performance.md). Predictions are exact."""
@@ -139,7 +144,7 @@ class OptimizerConfig(StrictModel):
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of adapters (or of the backbone)."""
     embeddings_lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of user and item embeddings and of the head's parameters."""
+    """Peak learning rate of user and item embeddings, of their projection and of the head's parameters."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of adapters; embeddings have their priors instead."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -1,8 +1,8 @@
 """Embeddings for other programs: Parquet files with a vector for each id, and a FAISS index of the items.
 
 Items have two vectors. `vector` is the trained embedding of the collaborative LLM (z_rec after finetuning), in units of
-the backbone's embedding scale: the model's input for the item in a prompt. `score_vector` is the vector whose inner
-product with a query is the score:
+the backbone's embedding scale: the model's input for the item in a prompt, before `input_projection` if embeddings are
+narrower than the backbone. `score_vector` is the vector whose inner product with a query is the score:
 
     score[i] = query . score_vector[i]
     score_vector = vector, or normalize(vector) for a cosine head; followed by the item's bias if items have one
@@ -10,7 +10,7 @@ product with a query is the score:
 
 q is the hidden state of the prompt's last token in the form of the head (`formula` in `scoring.json`).
 
-Legend: U users, I items, D hidden, S width of a score vector: D, or D + 1 with a bias.
+Legend: U users, I items, D width of embeddings, S width of a score vector: D, or D + 1 with a bias.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ It describes `PromptBuilder.prediction`, `Recommender.item_queries` and `ItemHea
     users       names of the tables of user rows: `rows`, null in a folder to publish without users, and `without_row`,
                 the row for anyone who has none
     inputs      one embedding per token: the backbone's input embedding, a user row, or a row of collaborative.items;
-                user and item rows are first rounded to `rows_dtype`
+                user and item rows are first rounded to `rows_dtype`, then multiplied with the table
+                `input_projection` if that is true
     hidden      hidden state of the last token after the decoder's final norm, with `adapter.folder` loaded
     head        similarity, temperature, item_bias, pool_residual, projection (`HeadConfig`)
     linear      weight of the linear memory's score, null without one
@@ -60,6 +61,7 @@ def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_pa
             "without_row": f"{COLLABORATIVE}.{SHARED_USER}",
         },
         "rows_dtype": config.embeddings.comm_dtype,
+        "input_projection": "input_projection" in source.tables,
         "head": {
             "similarity": config.head.similarity,
             "temperature": None if temperature is None else float(temperature),

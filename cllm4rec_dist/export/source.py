@@ -154,7 +154,7 @@ def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
         content.users [U, D], content.items [I, D]: likewise, if the run has a content LLM.
         collaborative.shared_user, content.shared_user [1, D]: row for anyone without one; zero if the run has not
             trained it.
-        head.bias [I], head.temperature [], head.projection [D, d]: if the run has them.
+        head.bias [I], head.temperature [], head.projection [D, d], input_projection [d, D]: if the run has them.
         linear.neighbors [I, K] int32, linear.weights [I, K]: the linear memory, if its score is used.
     """
     about = opened.metadata
@@ -173,8 +173,7 @@ def read_tables(opened: Checkpoint) -> dict[str, Tensor]:
     replicated = opened.replicated()
     if "head.log_temperature" in replicated:
         tables["head.temperature"] = replicated["head.log_temperature"].exp()
-    if "head.projection" in replicated:
-        tables["head.projection"] = replicated["head.projection"]
+    tables |= {name: replicated[name] for name in ("head.projection", "input_projection") if name in replicated}
     memory = opened.linear_memory(0, about.num_items) if about.run.linear_weight else None
     if memory is not None:
         tables |= dict(zip((LINEAR_NEIGHBORS, LINEAR_WEIGHTS), memory, strict=True))

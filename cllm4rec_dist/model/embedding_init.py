@@ -4,6 +4,9 @@ The paper draws collaborative rows from N(0, 1/lambda_l) and content rows from N
 the root mean square of the backbone's word embeddings: z_l has entries of standard deviation s, and z_c has a standard
 deviation of min(s, s * sqrt(lambda_l / lambda_c)) around z_l.
 
+Rows that are narrower than the backbone (d < D) start the same way in d dimensions, and the matrix that takes them into
+the backbone is random and orthogonal.
+
 With `spectral`, item rows are instead initialized from the training data, which decides most of the final quality: left
 singular vectors of the transposed, degree-normalized interactions, with the items' TF-IDF word counts and dense vectors
 as further columns (`item_features.py`, `spectral.py`). An item without any of them is drawn from the prior. All ranks
@@ -12,7 +15,7 @@ compute them together, once for a corpus and its settings (`init_cache.py`).
 Noise is a function of (seed, table, row), so that the initialization does not depend on the world size, but for the
 rounding of the singular vectors.
 
-Legend: I items, U users, D width, k factors, n rows of this rank.
+Legend: I items, U users, D width of the backbone, d that of the tables, k factors, n rows of this rank.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from torch import Tensor
 from cllm4rec_dist.config import EmbeddingsConfig
 from cllm4rec_dist.corpus.item_vectors import read_item_vectors
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.distributed.collectives import require_agreement
+from cllm4rec_dist.distributed.collectives import all_reduce_sum, require_agreement
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
@@ -208,6 +211,21 @@ def init_prior(table: RowShardedEmbedding, scale: float, world: World, seed: int
     with torch.no_grad():
         for rows, noise in noise_blocks(table.partition, table.width, world, seed, index):
             table.local_rows[rows] = noise * scale
+
+
+def init_input_projection(projection: Tensor, world: World, seed: int) -> None:
+    """Fill the projection [d, D] of rows into the backbone with random orthogonal rows of norm sqrt(D / d).
+
+    So projected rows have the root mean square of the rows, that of word embeddings, and the angles between them.
+    One all-reduce, because linear algebra on other processors may round differently.
+    """
+    width, hidden_size = projection.shape
+    columns = np.linalg.qr(np.random.default_rng([seed, 22]).standard_normal((hidden_size, width)))[0]
+    start = torch.from_numpy(columns.T * math.sqrt(hidden_size / width)).to(projection)
+    if not world.is_main:
+        start.zero_()
+    with torch.no_grad():
+        projection.copy_(all_reduce_sum(start, world, "the input projection"))
 
 
 def init_content(

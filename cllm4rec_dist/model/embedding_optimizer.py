@@ -213,8 +213,8 @@ class _PackedMoments(_Moments):
             raise ConfigError(
                 "optimizer.embeddings_state",
                 "int8",
-                f"needs a hidden size that is a multiple of 64, not {width}",
-                "Use fp32 or cpu, or another backbone.",
+                f"needs embeddings and a backbone whose widths are multiples of 64, not {width}",
+                "Use fp32 or cpu, another embeddings.dim, or another backbone.",
             )
         signed = self._bnb.create_dynamic_map(signed=True)
         signed[0] = -1.0

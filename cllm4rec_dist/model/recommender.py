@@ -52,11 +52,17 @@ class Recommender(nn.Module):
     Args:
         num_users, num_items: U and I; U includes a shared user row.
         words: frozen word embeddings and head, which define D.
+        width: d, width of the tables, at most D; D if None. Narrower rows enter the backbone through `input_projection`
+            and are predicted through the head's projection.
         dropout: probability for user and item embeddings at the input.
         comm_dtype: dtype of rows and their gradients in communication.
         sparse_gradients: use sparse gradients for tables that are only looked up.
         content: build the content LLM's tables.
         max_logits: logits that a head holds at a time; the device's default if None.
+
+    Attributes:
+        input_projection: replicated [d, D], shared by all tables, only if d < D; its gradient must be summed over the
+            ranks.
     """
 
     def __init__(
@@ -71,10 +77,13 @@ class Recommender(nn.Module):
         comm_dtype: torch.dtype,
         sparse_gradients: bool,
         content: bool,
+        width: int | None = None,
         max_logits: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = num_users, num_items, words.embedding.shape[1]
+        hidden_size = words.embedding.shape[1]
+        width = hidden_size if width is None else width
+        sizes = num_users, num_items, width
         self.words, self.world, self.dropout, self.comm_dtype = words, world, dropout, comm_dtype
         self.num_negatives, self.max_logits = head.num_negatives, max_logits
         # The collaborative items are the weight of the item softmax too, which makes their whole gradient dense.
@@ -87,8 +96,11 @@ class Recommender(nn.Module):
             temperature=head.temperature,
             item_bias=head.item_bias,
             pool_residual=head.pool_residual,
-            projection=(words.embedding.shape[1], sizes[2]) if head.projection else None,
+            projection=(hidden_size, width) if head.projection or width < hidden_size else None,
         )
+        self.input_projection: nn.Parameter | None = None
+        if width < hidden_size:
+            self.input_projection = nn.Parameter(torch.zeros(width, hidden_size, device=world.device))
 
     @property
     def item_partition(self) -> RowPartition:
@@ -119,6 +131,8 @@ class Recommender(nn.Module):
             yield "head.log_temperature", self.head.log_temperature
         if self.head.projection is not None:
             yield "head.projection", self.head.projection
+        if self.input_projection is not None:
+            yield "input_projection", self.input_projection
 
     def route(self, batches: Sequence[MicroBatch]) -> list[Route]:
         """Send the user and item ids of a step to the ranks that own their rows. Two all-to-alls.
@@ -159,10 +173,10 @@ class Recommender(nn.Module):
         """Embed a micro-batch: word embeddings, with user and item rows after dropout at their positions.
 
         Args:
-            rows: by table, fp32 [ids of the table, D].
+            rows: by table, fp32 [ids of the table, d].
 
         Returns:
-            Token embeddings [R, L, D] in the words' dtype, and the item rows after dropout, fp32 [items, D].
+            Token embeddings [R, L, D] in the words' dtype, and the item rows after dropout, fp32 [items, d].
         """
         flat_index = torch.cat([batch.id_positions[name] for name in rows])
         values = torch.cat([*rows.values()])
@@ -170,7 +184,8 @@ class Recommender(nn.Module):
             keys, positions = batch.keys.flatten()[flat_index], batch.positions.flatten()[flat_index]
             values = keyed_dropout(values, keys, positions, self.dropout)
         embedded = F.embedding(batch.word_ids, self.words.embedding)
-        flat = embedded.flatten(0, 1).index_copy(0, flat_index, values.to(embedded.dtype))
+        inputs = values if self.input_projection is None else values @ self.input_projection
+        flat = embedded.flatten(0, 1).index_copy(0, flat_index, inputs.to(embedded.dtype))
         if batch.no_user_positions is not None:
             flat = flat.index_fill(0, batch.no_user_positions, 0.0)
         by_table = dict(zip(rows, values.split([len(part) for part in rows.values()]), strict=True))
@@ -237,7 +252,7 @@ def _touched_embeddings(llm: UserItemEmbeddings, touched: Mapping[str, Tensor]) 
 
 
 def _sum_of_items_so_far(item_rows: Tensor, batch: MicroBatch) -> Tensor:
-    """Sum of the item rows from a query's document start up to the query: [items, D] -> [Q, D]."""
+    """Sum of the item rows from a query's document start up to the query: [items, d] -> [Q, d]."""
     # Number of item tokens before each position, which is an index into `item_rows`.
     item_positions = batch.id_positions["collaborative.items"]
     num_before = item_positions.new_zeros(batch.word_ids.numel() + 1)

@@ -60,7 +60,9 @@ def parameter_counts(system: InferenceSystem) -> tuple[dict[str, int], dict[str,
     in_engine, frozen = system.engine.num_parameters()
     embeddings = sum(table.partition.num_rows * table.local_rows.shape[1] for table in model.tables.values())
     bias = model.item_partition.num_rows if model.head.local_bias is not None else 0
-    head = bias + sum(parameter.numel() for _, parameter in model.replicated_parameters())
+    if model.input_projection is not None:
+        embeddings += model.input_projection.numel()
+    head = bias + sum(p.numel() for name, p in model.replicated_parameters() if name.startswith("head."))
     words = model.words.embedding.numel()
     if model.words.head is not None and model.words.head.data_ptr() != model.words.embedding.data_ptr():
         words += model.words.head.numel()

@@ -92,6 +92,7 @@ def make_meta_run(
         comm_dtype=DTYPES[config.embeddings.comm_dtype],
         sparse_gradients=config.optimizer.sparse_embedding_updates,
         content=content,
+        width=config.embeddings.dim,
         max_logits=max_logits,
     )
     rules = engine.zero_config(engine.resolve_settings(config))

@@ -21,6 +21,7 @@ from cllm4rec_dist.corpus.manifest import Manifest, load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError, CorpusError, DataError
 from cllm4rec_dist.filesystems import expand_path, is_url, locate
 from cllm4rec_dist.preflight.paths import backbone_problems, folder_problems
+from cllm4rec_dist.preflight.widths import width_problems
 from cllm4rec_dist.suggestions import closest, did_you_mean_path
 
 _METRIC_CURE = "Write for example recall@20 or ndcg@100."
@@ -162,6 +163,10 @@ def setting_problems(config: RunConfig) -> list[CLLM4RecError]:
     if _validates(config):
         no_validation = " Or set validation.every_epochs=0."
         problems += metric_problems("validation.metrics", config.validation.metrics, no_validation)
+    dim = config.embeddings.dim
+    if config.optimizer.embeddings_state == "int8" and dim is not None and dim % 64:
+        cure = "Set embeddings.dim to a multiple of 64, or use fp32 or cpu."
+        problems.append(ConfigError("optimizer.embeddings_state", "int8", f"cannot pack rows of width {dim}", cure))
     betas = config.optimizer.betas
     if not all(0 <= beta < 1 for beta in betas):
         problems.append(
@@ -171,7 +176,7 @@ def setting_problems(config: RunConfig) -> list[CLLM4RecError]:
 
 
 def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterator[CLLM4RecError]:
-    """Yield an error for each file or folder of the run that does not exist or is on no supported file system."""
+    """Yield an error for each file or folder of the run that does not exist, cannot be used, or has another width."""
     given = {"deepspeed": config.deepspeed, "resume": config.resume, "init_from": config.init_from}
     if config.resume in ("auto", "none"):
         del given["resume"]
@@ -192,8 +197,13 @@ def source_problems(config: RunConfig, unresolved: Iterable[str] = ()) -> Iterat
         if not is_url(config.checkpoint.dir):
             yield from folder_problems("checkpoint.dir", config.checkpoint.dir)
     reads_vectors = config.embeddings.item_vectors is not None and "embeddings.item_vectors" not in unresolved
-    if reads_vectors and not _has_checkpoints(config):  # a run with checkpoints does not read them
+    reads_init_from = config.init_from is not None and "init_from" not in unresolved
+    if (reads_vectors or reads_init_from) and _has_checkpoints(config):  # which does not read them
+        reads_vectors = reads_init_from = False
+    if reads_vectors:
         yield from item_vectors_problems(config.embeddings)
+    if "backbone" not in unresolved:
+        yield from width_problems(config, reads_init_from=reads_init_from)
 
 
 def item_vectors_problems(config: EmbeddingsConfig) -> Iterator[CLLM4RecError]:

@@ -81,6 +81,7 @@ FORGED: list[tuple[str, Spoil]] = [
     (SEEN_FILE, retensor(lambda t: t.update(bound=t["keys"][:1].clone()))),
     (REPLICATED_FILE, retensor(lambda t: t.pop("head.log_temperature"))),
     (REPLICATED_FILE, retensor(lambda t: t.pop("head.projection"))),
+    (REPLICATED_FILE, retensor(lambda t: t.pop("input_projection"))),
     (REPLICATED_FILE, retensor(lambda t: t.pop("head.projection.exp_avg"))),
     (REPLICATED_FILE, retensor(lambda t: t.update({"head.projection": t["head.projection"][1:]}))),
     (REPLICATED_FILE, retensor(lambda t: t.pop("collaborative.users.step"))),
@@ -171,7 +172,7 @@ def test_damaged_checkpoints_are_never_used(tmp_path: Path, capsys: pytest.Captu
     catalog = make_catalog()
     backbone = make_backbone(tmp_path / "backbone", catalog)
     made = tmp_path, make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)
-    config = make_config(made, tmp_path / "run", max_steps=6, head={"projection": True})
+    config = make_config(made, tmp_path / "run", max_steps=6, embeddings={"init": "spectral", "dim": 6})
     run_ranks(2, run, config)
     (tmp_path / "scratch").mkdir()
     (outcomes,) = run_ranks(1, try_all, config, str(tmp_path / "run" / "checkpoints"), str(tmp_path / "scratch"))

@@ -29,6 +29,7 @@ from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.errors import CheckpointError
 from cllm4rec_dist.model import embedding_init
 from cllm4rec_dist.model.build_backbone import build_backbone
 from cllm4rec_dist.system import assemble, init_embeddings
@@ -153,6 +154,58 @@ def test_the_projection_of_the_head_is_carried_over(grown: tuple[Made, Made], tm
     config = make_config(other, tmp_path / "new", init_from=str(folder / "old"), allow_leak=True, head=PROJECTING)
     for projection in run_ranks(2, loaded_projection, config):
         assert torch.equal(projection, saved)
+
+
+def loaded_parameters(world: World, config: RunConfig) -> dict[str, Tensor]:
+    """Return this rank's rows and the replicated parameters as a run starts with the weights of `init_from`."""
+    system = assemble(config, world)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    train_module._resume_or_init(system, Store(store_url(config)))
+    sharded = {name: p.detach() for name, p, _ in system.recommender.sharded_parameters()}
+    return sharded | {name: p.detach() for name, p in system.recommender.replicated_parameters()}
+
+
+def refused_when_loaded(world: World, config: RunConfig) -> str:
+    """Return the refusal of a run whose files are not looked at before it starts."""
+    try:
+        loaded_parameters(world, config)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_narrow_rows_and_their_projections_are_carried_over(grown: tuple[Made, Made], tmp_path: Path) -> None:
+    made, other = grown
+    narrow = {"init": "spectral", "dim": 6}
+    run_ranks(2, run, make_config(made, tmp_path / "old", max_steps=3, embeddings=narrow))
+    store, (name, *_) = find(str(tmp_path / "old"))
+    saved, old = Checkpoint.open(store, name).replicated(), trained(tmp_path / "old")
+    changes: dict[str, Any] = {"init_from": str(tmp_path / "old"), "allow_leak": True}
+
+    parts = run_ranks(3, loaded_parameters, make_config(other, tmp_path / "new", embeddings=narrow, **changes))
+    for part in parts:
+        for whole in ("input_projection", "head.projection", "head.log_temperature"):
+            assert torch.equal(part[whole], saved[whole]), whole
+    items = torch.tensor([i + 3 if i + 3 < 17 else -1 for i in reversed(range(21))])
+    for table, ids in (("collaborative.items", items), ("content.items", items)):
+        loaded = torch.cat([part[table] for part in parts])
+        assert loaded.shape == (21, 6)
+        assert torch.equal(loaded[ids >= 0], old[table][ids[ids >= 0]])
+        assert loaded[ids < 0].norm(dim=1).min() > 0
+
+    # The same catalog goes on from everything; another width is refused by name, at once.
+    same = {"init_from": str(tmp_path / "old")}
+    (loaded,) = run_ranks(1, loaded_parameters, make_config(made, tmp_path / "same", embeddings=narrow, **same))
+    assert all(
+        torch.equal(loaded[name], rows) for name, rows in {**old, "input_projection": saved["input_projection"]}.items()
+    )
+    for corpus, embeddings in ((other, {"init": "spectral"}), (made, {"dim": 5})):
+        config = make_config(corpus, tmp_path / "refused", embeddings=embeddings, **changes)
+        width = embeddings.get("dim", 16)
+        assert f"embeddings.dim: 6 is not this run's, {width}" in run_ranks(1, refused, config)[0]
+        late = run_ranks(2, refused_when_loaded, config)
+        assert all("Set embeddings.dim=6, or start without init_from" in message for message in late)
 
 
 @pytest.mark.slow

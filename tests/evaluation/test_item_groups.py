@@ -55,7 +55,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     catalog = build_catalog(raw, recipe(split=SPLIT))
     backbone = make_backbone(folder / "backbone", catalog)
     corpus = make_corpus(folder / "corpus", catalog, backbone, split=SPLIT)
-    run = str(make_run(folder / "run", corpus, backbone, head={"similarity": "cosine", "item_bias": True}))
+    head, narrow = {"similarity": "cosine", "item_bias": True}, {"dim": 6}
+    run = str(make_run(folder / "run", corpus, backbone, head=head, embeddings=narrow))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained_run, "fill_cold_rows", lambda system: None)
         system, _ = trained_run.load_local(run, torch.device("cpu"))

@@ -38,7 +38,12 @@ HEAD = {"similarity": "cosine", "item_bias": True, "pool_residual": True}
 DOT = {"similarity": "dot", "item_bias": False, "pool_residual": False}
 LORA = {"kind": "lora", "rank": 4}
 RUNS: dict[str, dict[str, Any]] = {
-    "lora": {"adapter": LORA, "head": HEAD | {"projection": True}, "method": {"shared_user_ratio": 0.5}},
+    "lora": {
+        "adapter": LORA,
+        "head": HEAD | {"projection": True},
+        "embeddings": {"dim": 6},
+        "method": {"shared_user_ratio": 0.5},
+    },
     "lora in bf16": {
         "adapter": LORA,
         "head": DOT | {"pool_residual": True},
@@ -348,6 +353,7 @@ def test_the_documentation_shows_the_lines_of_a_card() -> None:
         "precision": "fp32",
         "quantization": "none",
         "rows_dtype": "fp32",
+        "input_projection": False,
         "adapter": {"kind": "lora"},
         "head": head,
         "linear": {"weight": 2.0},

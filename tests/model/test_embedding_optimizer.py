@@ -174,7 +174,7 @@ def test_8_bits_take_a_quarter_of_the_memory_and_converge_as_fast() -> None:
 
 
 def test_a_width_that_cannot_be_packed_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="multiple of 64"):
+    with pytest.raises(ConfigError, match="multiples of 64, not 48"):
         make("int8", width=48)
 
 

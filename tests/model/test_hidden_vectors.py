@@ -45,14 +45,16 @@ def vectors_of(world: World, config: RunConfig) -> Tensor:
     assert source is not None
     vectors = source.compute()
     init_embeddings(system)
-    assert system.recommender.collaborative.items.local_rows.isfinite().all()
+    rows = system.recommender.collaborative.items.local_rows
+    assert rows.shape[1] == 6
+    assert rows.isfinite().all()
     return vectors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 def test_vectors_are_mean_hidden_states_of_the_backbone_alone(made: Made, tmp_path: Path, size: int) -> None:
-    embeddings = {"init": "spectral", "item_vectors": "backbone"}
+    embeddings = {"init": "spectral", "item_vectors": "backbone", "dim": 6}  # rows narrower than the vectors
     config = make_config(made, tmp_path / "run", embeddings=embeddings)
     vectors = torch.cat(run_ranks(size, vectors_of, config))
     model = AutoModel.from_pretrained(made[2]).eval()

@@ -108,12 +108,12 @@ def recommender(
     return model
 
 
-def with_sparse_gradients(**head: Any) -> Recommender:
+def with_sparse_gradients(width: int | None = None, **head: Any) -> Recommender:
     words, options = (
         FrozenEmbeddings(*torch.zeros(2, SPACE.num_words, WIDTH)),
-        {"dropout": 0.0, "comm_dtype": torch.float32},
+        {"dropout": 0.0, "comm_dtype": torch.float32, "sparse_gradients": True, "content": True},
     )
-    return Recommender(4, 6, words, HeadConfig(**head), alone(), **options, sparse_gradients=True, content=True)
+    return Recommender(4, 6, words, HeadConfig(**head), alone(), **options, width=width)
 
 
 def row_of(model: Recommender, which: str, token_id: int) -> Tensor:
@@ -255,6 +255,20 @@ def test_parameters_are_named_once_and_split_by_the_right_rows() -> None:
     named = {id(p) for _, p, _ in model.sharded_parameters()} | {id(p) for _, p in model.replicated_parameters()}
     assert named == {id(p) for p in model.parameters()}
     assert model.content is not None
+
+
+def test_rows_as_wide_as_the_backbone_have_no_projection() -> None:
+    names = [[name for name, _ in with_sparse_gradients(width).named_parameters()] for width in (WIDTH, None)]
+    assert names[0] == names[1]
+    assert not any("projection" in name for name in names[0])
+
+
+def test_narrow_rows_have_both_projections() -> None:
+    for asked in (False, True):
+        model = with_sparse_gradients(3, projection=asked)
+        shapes = {name: tuple(p.shape) for name, p in model.replicated_parameters()}
+        assert shapes == {"head.log_temperature": (), "head.projection": (WIDTH, 3), "input_projection": (3, WIDTH)}
+        assert {table.local_rows.shape[1] for table in model.tables.values()} == {3}
 
 
 def test_only_the_gradient_of_the_softmax_weight_is_dense() -> None:

@@ -34,7 +34,12 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "wide catalog": (
         1,
         "qwen2",
-        {"adapter": {"kind": "none"}, "batch": {"users": 8, "texts": 4}, "head": {"projection": True}},
+        {
+            "adapter": {"kind": "none"},
+            "batch": {"users": 8, "texts": 4},
+            "head": {"projection": True},
+            "embeddings": {"init": "prior", "dim": 32},
+        },
     ),
     "sampled": (2, "qwen2", {"batch": {"users": 8, "texts": 4}, "head": {"num_negatives": 3000}}),
     "wide and dense": (

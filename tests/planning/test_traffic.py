@@ -60,6 +60,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
         {
             "adapter": {"kind": "lora", "rank": 4},
             "head": {"projection": True},
+            "embeddings": {"init": "prior", "dim": 12},
             "method": {"shared_user_ratio": 0.4},
         },
         EAGER,

@@ -53,6 +53,11 @@ class Dense:
                 result.append(item)
         return result
 
+    def inputs(self, rows: Tensor) -> Tensor:
+        """What the backbone reads for rows."""
+        projection = self.system.recommender.input_projection
+        return rows if projection is None else rows @ projection.detach().double()
+
     @torch.no_grad()
     def scores(self, items: list[int], user: int) -> Tensor:
         """[I] of a history that is complete."""
@@ -62,13 +67,13 @@ class Dense:
         row = user
         if user < 0:
             row = space.num_users - 1 if config.method.shared_user_ratio > 0 else -1
-        person = torch.zeros(self.words.shape[1], dtype=torch.float64) if row < 0 else self.users[row]
+        person = torch.zeros(self.words.shape[1], dtype=torch.float64) if row < 0 else self.inputs(self.users[row])
         tokens = []
         for token in documents.tokens[0].tolist():
             if token < space.first_user:
                 tokens.append(self.words[token])
             else:
-                tokens.append(person if token < space.first_item else self.items[token - space.first_item])
+                tokens.append(person if token < space.first_item else self.inputs(self.items[token - space.first_item]))
         hidden = self.decoder(torch.stack(tokens)[None], None, len(tokens))[0, -1]
         head, weight = self.system.recommender.head, self.items
         length = weight.shape[1] ** 0.5
