@@ -192,6 +192,8 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "pretrain, fp32": ({"optimizer": _LR, **_SAVED}, 1e-3),
     "finetune, fp32": ({"stage": "finetune", "optimizer": _LR}, 1e-3),
     "finetune, fp32, projection": ({"stage": "finetune", "optimizer": _LR, "head": {"projection": True}}, 1e-3),
+    "pretrain, fp32, item softmax in bf16": ({"optimizer": _LR, "head": {"compute_dtype": "bf16"}}, 5e-2),
+    "pretrain, fp32, narrow rows": ({"optimizer": _LR, "embeddings": {"init": "prior", "dim": 24}}, 1e-3),
     "pretrain, fp32, deterministic": ({"optimizer": _LR, "deterministic": True}, 1e-3),
     "finetune, fp32, deterministic": ({"stage": "finetune", "optimizer": _LR, "deterministic": True}, 1e-3),
     "pretrain, fp32, moments on the host": ({"optimizer": _LR | {"embeddings_state": "cpu"}, **_SAVED}, 1e-3),

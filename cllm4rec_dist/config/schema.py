@@ -79,6 +79,9 @@ class HeadConfig(StrictModel):
     starts with the scores of the item embeddings read so far, however long the backbone's hidden states are, and learns
     what the language model adds (docs/quality.md). The paper's head has none. Embeddings that are narrower than the
     backbone (`embeddings.dim`) have it in any case."""
+    compute_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the factors in the matrix products of the training softmax, for GPUs, where `bf16` is many times as
+    fast. Sums, gradients of the item embeddings, tables and predictions stay fp32. On a CPU it saves no time."""
     num_negatives: int = Field(default=0, ge=0)
     """Items sampled for the training softmax of a micro-batch, over all ranks, in addition to its targets; 0: all
     items. Sampling biases the loss downwards and adds gradient noise (docs/performance.md). Predictions are exact."""

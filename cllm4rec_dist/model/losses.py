@@ -8,6 +8,7 @@ Legend: n positions, M targets, D width, k distinct user and item rows.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +22,7 @@ def item_loss(
     num_negatives: int = 0,
     key: Tensor | None = None,
     max_logits: int | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Negative log-likelihood over the catalog.
 
@@ -30,11 +32,11 @@ def item_loss(
     Args:
         gathering: queries [n, D], and query and global item row of each of M targets.
         local_weight: [rows of this rank, D].
-        num_negatives, key: see `sharded_cross_entropy`.
+        num_negatives, key, compute_dtype: see `sharded_cross_entropy`.
 
     Collectives: those of `sharded_cross_entropy`.
     """
-    return sharded_cross_entropy(gathering, local_weight, num_negatives, key, max_logits).sum()
+    return sharded_cross_entropy(gathering, local_weight, num_negatives, key, max_logits, compute_dtype).sum()
 
 
 def text_loss(

@@ -19,6 +19,7 @@ from cllm4rec_dist.config import HeadConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.backbone import FrozenEmbeddings
+from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.item_head import ItemHead
 from cllm4rec_dist.model.losses import item_loss, mutual_regularization, text_loss
 from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries
@@ -86,6 +87,7 @@ class Recommender(nn.Module):
         sizes = num_users, num_items, width
         self.words, self.world, self.dropout, self.comm_dtype = words, world, dropout, comm_dtype
         self.num_negatives, self.max_logits = head.num_negatives, max_logits
+        self.compute_dtype = None if head.compute_dtype == "fp32" else DTYPES[head.compute_dtype]
         # The collaborative items are the weight of the item softmax too, which makes their whole gradient dense.
         self.collaborative = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients)
         self.content = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients) if content else None
@@ -222,7 +224,9 @@ class Recommender(nn.Module):
             losses["text"] = text_loss(queries, self.words, *targets, self.max_logits)
         # Seed a sampled softmax by the documents' keys, so that a resumed run draws the same items.
         key = batch.keys.sum() if self.num_negatives else None
-        losses["items"] = item_loss(gathering, self.output_weight(), self.num_negatives, key, self.max_logits)
+        losses["items"] = item_loss(
+            gathering, self.output_weight(), self.num_negatives, key, self.max_logits, self.compute_dtype
+        )
         return losses
 
     def item_queries(self, hidden: Tensor, item_rows: Tensor, batch: MicroBatch) -> Tensor:

@@ -123,7 +123,7 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
                 logits, slope = _with_slope(ctx.transform, _logits(queries, rows, None, buffer))
                 probabilities = logits.add_(shift).exp_().mul_(slope).to(queries.dtype)
             if rows.dtype == lse.dtype:
-                grad_queries.addmm_(probabilities, rows)
+                torch.addmm(grad_queries, probabilities, rows, out=grad_queries)  # `addmm_` is in no count of FLOPs
             else:
                 grad_queries += _wide_product(probabilities, rows, lse.dtype)
             if grad_weight is not None and grad_weight.dtype == rows.dtype == lse.dtype:
@@ -248,13 +248,15 @@ def sharded_cross_entropy(
     num_negatives: int = 0,
     key: Tensor | None = None,
     max_logits: int | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear_cross_entropy` over rows that are sharded over the ranks.
 
     Args:
-        local_weight: [rows of this rank, D].
+        local_weight: [rows of this rank, D]; its gradient has its dtype.
         num_negatives: rows, over all ranks, of a sampled softmax; 0 for the exact one.
         key: int64 [] seed of the sample; equal keys draw equal rows. May differ between ranks.
+        compute_dtype: dtype to which factors of products are rounded, after the gather; the queries' if None.
 
     Returns:
         [n] of this rank. Its gradients are those of the sum over all ranks.
@@ -269,6 +271,8 @@ def sharded_cross_entropy(
         # An extra column adds the log weights to the logits, like a bias.
         local_weight = torch.cat([local_weight[rows], log_weight[:, None].to(local_weight.dtype)], dim=1)
         queries = F.pad(queries, (0, 1), value=1.0)
+    if compute_dtype is not None:
+        queries = queries.to(compute_dtype)
     parts = chunked_logsumexp_and_scores(queries, local_weight, target_query, target_row, max_logits)
     lse, scores = gathering.reduce(*parts)
     return gathering.num_targets * lse - scores

@@ -232,8 +232,9 @@ def step_seconds(
 ) -> dict[str, float]:
     """Estimate the time of a step by part, with the model in the module's docstring."""
     gpu = cluster.gpu
-    dtype_peak = gpu.bf16 if meta_run.config.precision == "bf16" else gpu.fp32
-    peaks = dict.fromkeys((BACKBONE, ATTENTION, WORD_HEAD), dtype_peak) | dict.fromkeys((HEAD, LOOKUP), gpu.fp32)
+    peak_by_dtype, config = {"bf16": gpu.bf16, "fp32": gpu.fp32}, meta_run.config
+    peaks = dict.fromkeys((BACKBONE, ATTENTION, WORD_HEAD), peak_by_dtype[config.precision])
+    peaks |= {HEAD: peak_by_dtype[config.head.compute_dtype], LOOKUP: gpu.fp32}
     compute = {part: flops.get(part, 0) / (peak * cluster.efficiency) for part, peak in peaks.items()}
     launches = {
         part: n * LAUNCH_SECONDS * meta_run.config.batch.gradient_accumulation_steps

@@ -132,6 +132,38 @@ def test_half_precision_rounds_inputs_and_gradients_but_no_logit(weight_dtype: t
         assert error(rough, expected) > 2 * error(got, expected)
 
 
+def rounded(world: World) -> dict[str, Any]:
+    """A sharded head whose products are rounded to bf16, on a rank with 2 or 3 of its queries."""
+    queries, weight, targets = rounded_case()
+    partition, part = RowPartition(len(weight), world.size), slice(*world.local_range(0, len(queries)))
+    local_queries = queries[part].float().requires_grad_()
+    local_weight = weight[slice(*partition.range(world.rank))].float().requires_grad_()
+    gathering = GatheringQueries(local_queries, torch.arange(len(local_queries)), targets[part], partition, world)
+    nll = sharded_cross_entropy(gathering, local_weight, 0, None, MAX_LOGITS, torch.bfloat16)
+    nll.sum().backward()
+    return {"nll": nll.detach(), "queries": local_queries.grad, "weight": local_weight.grad}
+
+
+def rounded_case() -> tuple[Tensor, Tensor, Tensor]:
+    return normal(5, 64, seed=1, scale=0.7), normal(NUM_ITEMS, 64, seed=2, scale=0.7), torch.tensor([3, 3, 0, 10, 7])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_sharded_head_in_bf16_rounds_factors_and_sums_in_fp32(size: int) -> None:
+    queries, weight, targets = rounded_case()
+    leaves = queries.bfloat16().double().requires_grad_(), weight.bfloat16().double().requires_grad_()
+    exact = F.cross_entropy(leaves[0] @ leaves[1].T, targets, reduction="none")
+    gradients = torch.autograd.grad(exact.sum(), leaves)
+    ranks = run_ranks(size, rounded)
+    results = {name: torch.cat([rank[name] for rank in ranks]) for name in ranks[0]}
+    assert {result.dtype for result in results.values()} == {torch.float32}
+    torch.testing.assert_close(results["nll"].double(), exact.detach(), rtol=1e-5, atol=1e-5)
+    for got, expected in zip((results["queries"], results["weight"]), gradients, strict=True):
+        assert float((got.double() - expected).norm() / expected.norm()) < 4e-3
+    unrounded = F.cross_entropy(queries @ weight.T, targets, reduction="none")
+    assert not torch.allclose(results["nll"].double(), unrounded, rtol=1e-5, atol=1e-5), "nothing was rounded"
+
+
 # Queries with one target, with several, with a repeated one, and with none.
 TARGET_QUERY, TARGET_ROW = torch.tensor([0, 2, 2, 2, 3, 3]), torch.tensor([4, 0, 6, 1, 5, 5])
 

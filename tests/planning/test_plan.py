@@ -41,6 +41,15 @@ def test_a_plan_reports_everything_and_starts_nothing(config: RunConfig) -> None
     json.dumps(figures)
 
 
+def test_an_item_softmax_in_bf16_is_computed_at_the_peak_of_bf16(config: RunConfig) -> None:
+    head = config.head.model_copy(update={"compute_dtype": "bf16"})
+    slow = replace(CLUSTER, gpu=replace(CLUSTER.gpu, bf16=4e6, fp32=1e6))  # so that launches take no time
+    plans = [make_plan(part, slow) for part in (config, config.model_copy(update={"head": head}))]
+    exact, rounded = (plan.seconds["item head"] for plan in plans)
+    assert rounded == pytest.approx(exact / 4)
+    assert plans[0].traffic == plans[1].traffic
+
+
 @pytest.mark.slow
 def test_more_ranks_hold_less_and_send_more(config: RunConfig) -> None:
     alone, few, many = (make_plan(config, replace(CLUSTER, num_ranks=n)) for n in (1, 2, 8))
