@@ -192,7 +192,7 @@ def _item_groups(
         ItemGroupResults(
             group=group.name,
             num_users=means[group.name]["num_users"],
-            rows=(ResultRow(name=MODEL, metrics=means[group.name]["mean"], stderr=means[group.name]["stderr"]), *rows),
+            rows=(*_model_rows(means[group.name]), *rows),
         )
         for group, rows in zip(groups, others, strict=True)
     )

@@ -73,7 +73,8 @@ def evaluate_run(
     evaluation, has_hit, parts = _evaluate(system, split, metrics, batch_users, bar.update, without_rows=without_rows)
     bar.close()
     result = evaluation.result()
-    item_groups = evaluate_groups(system, split, metrics, batch_users, without_rows=without_rows)
+    weights = [system.linear.weight, *(PARTS[name] for name in parts)]
+    item_groups = evaluate_groups(system, split, metrics, batch_users, weights, without_rows=without_rows)
     examples = _examples(system, evaluation.users, has_hit, without_rows=without_rows)
     if world.is_main:
         lineage = opened.metadata.lineage
@@ -93,7 +94,10 @@ def evaluate_run(
             "parts": {name: vars(part.result()) for name, part in parts.items()},
             "linear_weight": system.linear.weight if parts else None,
             "groups": _groups(evaluation, parts),
-            "item_groups": {name: vars(means) for name, means in item_groups.items()},
+            "item_groups": {
+                name: {**vars(whole), "parts": dict(zip(parts, map(vars, of_parts), strict=True))}
+                for name, (whole, *of_parts) in item_groups.items()
+            },
             "notes": notes,
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
             "examples": examples,

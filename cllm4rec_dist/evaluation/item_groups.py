@@ -21,7 +21,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
 from cllm4rec_dist.evaluation.cold_items import training_counts
 from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
-from cllm4rec_dist.evaluation.topk import rank_users
+from cllm4rec_dist.evaluation.topk import rank_by_weights
 from cllm4rec_dist.system import InferenceSystem
 
 
@@ -58,11 +58,20 @@ def item_groups(corpus: Corpus, split: str) -> tuple[ItemGroup, ...]:
 
 
 def evaluate_groups(
-    system: InferenceSystem, split: str, metrics: Sequence[str], batch_users: int, *, without_rows: bool = False
-) -> dict[str, MetricResult]:
-    """Return means of each group by its name; empty if the corpus does not hold out whole items. Collective.
+    system: InferenceSystem,
+    split: str,
+    metrics: Sequence[str],
+    batch_users: int,
+    weights: Sequence[float],
+    *,
+    without_rows: bool = False,
+) -> dict[str, list[MetricResult]]:
+    """Return means by each weight, by the name of the group; empty if the corpus does not hold out whole items.
 
-    All-reduces a value for each user, metric and group.
+    Collective: all-reduces a value for each weight, user, metric and group.
+
+    Args:
+        weights: weights of the linear memory, see `mixed_topk`.
     """
     groups = item_groups(system.corpus, split)
     if not groups:
@@ -74,15 +83,18 @@ def evaluate_groups(
         held_out = _restrict(users.held_out, group.held_out)
         chosen = np.flatnonzero(held_out.lengths)
         histories, held_out = users.histories.take(chosen), held_out.take(chosen)
-        values, num_best = np.zeros((len(chosen), len(metrics))), largest_cutoff(metrics)
-        for ranking in rank_users(
-            system, rows[chosen], histories, num_best, batch_users, seen=histories, candidates=group.candidates
+        values, num_best = np.zeros((len(weights), len(chosen), len(metrics))), largest_cutoff(metrics)
+        for rankings in rank_by_weights(
+            system, rows[chosen], histories, num_best, batch_users, weights, seen=histories, candidates=group.candidates
         ):
-            of_block = held_out.take(ranking.index)
-            values[ranking.index] = user_metrics(ranking.items, of_block, metrics, int(group.candidates.sum()))
+            for index, ranking in enumerate(rankings):
+                of_block = held_out.take(ranking.index)
+                values[index, ranking.index] = user_metrics(
+                    ranking.items, of_block, metrics, int(group.candidates.sum())
+                )
         summed = torch.from_numpy(values).to(system.world.device)
         summed = all_reduce_sum(summed, system.world, "metrics of item groups")
-        results[group.name] = mean_metrics(summed.cpu().numpy(), metrics)
+        results[group.name] = [mean_metrics(by_weight, metrics) for by_weight in summed.cpu().numpy()]
     return results
 
 

@@ -46,8 +46,13 @@ def test_new_customers_and_new_products_have_rows(tmp_path: Path, monkeypatch: p
     for heading in GROUPS:
         part = table.split(f"**{heading}**")[1].split("\n**")[0]
         names = [line.split(" | ")[0].strip("| ") for line in part.splitlines() if line.startswith("| ")][2:]
-        assert {"CLLM4Rec", "Popularity", "EASE + titles"} <= set(names)
-        assert ("Text neighbours" in names) == ("items" in heading)
+        parts = ["CLLM4Rec", "CLLM4Rec (LLM alone)", "Linear memory alone"]
+        expected = [*parts, "Popularity", "EASE + titles"]
+        assert names == expected + ["Text neighbours"] * ("ranked" in heading)
+        values = {
+            line.split(" | ")[0].strip("| "): line.split(" | ", 1)[1] for line in part.splitlines() if " | " in line
+        }
+        assert len({values[name] for name in parts}) == 3
 
 
 def test_warm_up_ends_before_the_first_validation() -> None:

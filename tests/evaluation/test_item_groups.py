@@ -95,7 +95,7 @@ def test_other_corpora_keep_the_rows_of_the_checkpoint(made: Made, system: Infer
 
 def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
     system, _ = trained_run.load(run, world)
-    return {name: result.mean for name, result in evaluate_groups(system, "test", METRICS, 4).items()}
+    return {name: result.mean for name, (result,) in evaluate_groups(system, "test", METRICS, 4, [0.0]).items()}
 
 
 def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, system: InferenceSystem) -> None:
