@@ -41,6 +41,7 @@ from cllm4rec_dist.distributed.collectives import gather_integers, require_agree
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
 from cllm4rec_dist.evaluation import mixing
+from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
 from cllm4rec_dist.log import ReportMetrics
 from cllm4rec_dist.monitoring.progress import Schedule, Validation
 from cllm4rec_dist.monitoring.run_reporter import RunReporter
@@ -379,7 +380,8 @@ def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunR
     With a linear memory its weight is chosen anew, and the metrics are those of the sum of both scores.
     """
     config = system.config.validation
-    mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users)
+    with cold_rows_filled(system):
+        mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users)
     system.linear.weight = mixed.weight
     metric = config.metrics[0]
     value = mixed.metrics[metric]

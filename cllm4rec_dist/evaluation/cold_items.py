@@ -1,7 +1,8 @@
 """Items without training interactions in a trained system: which they are, and their rows from texts.
 
-Training only pushes the rows of such items away from everybody's queries, so they are replaced when a run is loaded.
-This happens in corpora that have such items on purpose: new items, or a split of kind `cold_items`.
+Training only pushes the rows of such items away from everybody's queries, so they are replaced when a run is loaded,
+and while a run is validated. This happens in corpora that have such items on purpose: new items, or a split of kind
+`cold_items`.
 
 Legend: I items.
 """
@@ -9,6 +10,8 @@ Legend: I items.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,26 +35,59 @@ def fill_cold_rows(system: InferenceSystem) -> None:
 
     Only in a corpus with such items on purpose (`Manifest.has_cold_items`).
     """
+    if not system.corpus.manifest.has_cold_items:
+        return
+    num_cold = _fill(system, training_counts(system.corpus))
+    if num_cold:
+        logger.info("rows of %s items without training interactions come from their texts", f"{num_cold:,}")
+
+
+@contextmanager
+def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
+    """Fill the rows of cold items within the context; then the trained rows are back, bit for bit. Collective."""
+    if not system.corpus.manifest.has_cold_items:
+        yield
+        return
+    model, counts = system.recommender, training_counts(system.corpus)
+    first, last = model.item_partition.range(system.world.rank)
+    cold = torch.from_numpy(np.flatnonzero(counts[first:last] == 0)).to(system.world.device)
+    bias = model.head.local_bias
+    filled = [model.collaborative.items.local_rows.detach(), *([] if bias is None else [bias.detach()])]
+    trained = [values[cold] for values in filled]
+    _fill(system, counts)
+    try:
+        yield
+    finally:
+        for values, before in zip(filled, trained, strict=True):
+            values[cold] = before
+
+
+def _fill(system: InferenceSystem, counts: np.ndarray) -> int:
     model = system.recommender
     first, _ = model.item_partition.range(system.world.rank)
-    items = model.collaborative.items.local_rows
-    fill_rows(system.corpus, items, model.head.local_bias, first, system.world)
+    rows, bias = model.collaborative.items.local_rows, model.head.local_bias
+    return fill_rows(system.corpus, counts, rows, bias, first, system.world)
 
 
 @torch.no_grad()
-def fill_rows(corpus: Corpus, local_rows: Tensor, local_bias: Tensor | None, first: int, world: World) -> None:
-    """Like `fill_cold_rows`, in place for a block of item rows [local items, D] and biases [local items, 1].
+def fill_rows(
+    corpus: Corpus, counts: np.ndarray, local_rows: Tensor, local_bias: Tensor | None, first: int, world: World
+) -> int:
+    """Replace rows [local items, D] and biases [local items, 1] of cold items, in place. Collective.
 
     Args:
+        counts: training interactions of each item, int64 [I].
         first: item of the first local row.
+
+    Returns:
+        Number of cold items on all ranks; 0 if there are no texts to learn from.
     """
-    counts = training_counts(corpus) if corpus.manifest.has_cold_items else np.ones(1, np.int64)
     if counts.all():
-        return
+        return 0
     texts = item_texts(corpus)
     rows_of = fit_text_rows(texts, counts, local_rows, local_bias, first, world)
     if rows_of is None:
-        return
+        return 0
     local = np.flatnonzero(counts[first : first + len(local_rows)] == 0)
     rows = rows_of([texts[first + index] for index in local])
     has_row = rows.norm(dim=1) > 0
@@ -59,4 +95,4 @@ def fill_rows(corpus: Corpus, local_rows: Tensor, local_bias: Tensor | None, fir
     local_rows[index] = rows[has_row].to(local_rows)
     if local_bias is not None:
         local_bias[index] = rows_of.bias
-    logger.info("rows of %s items without training interactions come from their texts", f"{int((counts == 0).sum()):,}")
+    return int((counts == 0).sum())

@@ -24,7 +24,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, CorpusError
-from cllm4rec_dist.evaluation.cold_items import fill_rows
+from cllm4rec_dist.evaluation.cold_items import fill_rows, training_counts
 from cllm4rec_dist.evaluation.trained_run import log_choice, recorded_config
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, fingerprint, load_config, local_folder
 
@@ -97,9 +97,9 @@ def open_source(
     tokenizer = WordTokenizer.load(folder)
     checkpoint.require_same_fingerprints(opened, {"backbone": fingerprint(folder), "tokenizer": tokenizer.fingerprint})
     run_corpus = _open_corpus(opened, config.corpus, required=needs_corpus or corpus is not None)
-    if run_corpus is not None:  # as when the run is loaded
-        bias = tables.get("head.bias")
-        fill_rows(run_corpus, tables[f"{COLLABORATIVE}.items"], None if bias is None else bias[:, None], 0, world)
+    if run_corpus is not None and run_corpus.manifest.has_cold_items:  # as when the run is loaded
+        bias, rows = tables.get("head.bias"), tables[f"{COLLABORATIVE}.items"]
+        fill_rows(run_corpus, training_counts(run_corpus), rows, None if bias is None else bias[:, None], 0, world)
     log_choice(store, names, opened)
     candidates = (base_model, config.backbone, str(opened.metadata.config["backbone"]))
     return Source(

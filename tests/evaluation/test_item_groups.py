@@ -19,7 +19,7 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import trained_run
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
 from cllm4rec_dist.evaluation.baselines import run_baselines
-from cllm4rec_dist.evaluation.cold_items import training_counts
+from cllm4rec_dist.evaluation.cold_items import cold_rows_filled, training_counts
 from cllm4rec_dist.evaluation.comparison import _split_data, compare
 from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, group_rows
 from cllm4rec_dist.evaluation.inference import evaluate_run
@@ -91,6 +91,22 @@ def test_other_corpora_keep_the_rows_of_the_checkpoint(made: Made, system: Infer
         trained_run.fill_cold_rows(system)
         assert torch.equal(rows, made.trained)
         rows.copy_(kept)
+
+
+def test_a_validation_sees_rows_from_texts_and_training_its_own(made: Made, system: InferenceSystem) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained_run, "fill_cold_rows", lambda system: None)
+        training, _ = trained_run.load_local(made.run, torch.device("cpu"))
+    models = training.recommender, system.recommender
+    rows, filled = (model.collaborative.items.local_rows for model in models)
+    bias, filled_bias = (model.head.local_bias for model in models)
+    assert bias is not None
+    trained_bias = bias.detach().clone()
+    with cold_rows_filled(training):
+        assert torch.equal(rows, filled)
+        assert torch.equal(bias, filled_bias)
+    assert torch.equal(rows, made.trained)
+    assert torch.equal(bias, trained_bias)
 
 
 def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
