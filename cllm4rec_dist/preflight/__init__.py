@@ -23,6 +23,7 @@ from cllm4rec_dist.preflight.run import (
     tracker_problems,
     warmup_warning,
 )
+from cllm4rec_dist.preflight.widths import stage_width_problems
 
 __all__ = [
     "backbone_problems",
@@ -39,6 +40,7 @@ __all__ = [
     "resolve_resume",
     "setting_problems",
     "source_problems",
+    "stage_width_problems",
     "tokenizer_problems",
     "total_steps",
     "tracker_problems",

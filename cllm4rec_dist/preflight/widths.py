@@ -10,7 +10,7 @@ from typing import Any
 from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.config.embedding_width import require_not_wider, require_same_width
-from cllm4rec_dist.errors import CheckpointError, CLLM4RecError
+from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import is_url
 
 _HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")
@@ -28,6 +28,32 @@ def width_problems(config: RunConfig, *, reads_init_from: bool) -> Iterator[CLLM
             require_same_width(config.embeddings, *initial, hidden_size)
     except CLLM4RecError as error:
         yield error
+
+
+def stage_width_problems(pretrain: RunConfig, finetune: RunConfig, hidden_size: int | None) -> Iterator[ConfigError]:
+    """Yield an error for embeddings of two stages that are wider than their backbone, or differ in width.
+
+    Args:
+        hidden_size: width of the backbone, which may not be built yet; None to read it from its config.json.
+    """
+    if hidden_size is None:
+        hidden_size = _hidden_size(Path(pretrain.backbone) / "config.json")
+    if hidden_size is not None:
+        try:
+            for config in (pretrain, finetune):
+                require_not_wider(config.embeddings, hidden_size)
+        except ConfigError as error:
+            yield error
+            return
+    before, now = (config.embeddings.dim or hidden_size for config in (pretrain, finetune))
+    if (before is None) != (now is None) or before == now:  # a width that is not known may be the other's
+        return
+    yield ConfigError(
+        "finetune.yaml: embeddings.dim",
+        now,
+        f"is not that of pretraining, {before}; embeddings cannot be carried over to another width",
+        "Set it in pretrain.yaml and finetune.yaml, or in neither.",
+    )
 
 
 def _hidden_size(file: Path) -> int | None:

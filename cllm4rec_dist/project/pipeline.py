@@ -113,6 +113,8 @@ def load_settings(project: Project, overrides: Mapping[str, Sequence[str]], top:
 def _require_consistent(settings: Settings) -> None:
     """Refuse settings that a later stage would refuse."""
     problems = [*preflight.setting_problems(settings.pretrain), *preflight.setting_problems(settings.finetune)]
+    hidden_size = None if settings.backbone is None else settings.backbone.hidden_size
+    problems += preflight.stage_width_problems(settings.pretrain, settings.finetune, hidden_size)
     every_epochs = settings.finetune.validation.every_epochs
     if settings.recipe.split.kind == "none" and every_epochs:
         problems.append(

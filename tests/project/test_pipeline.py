@@ -338,3 +338,35 @@ def test_the_summary_counts_customers_who_are_held_out_whole(shop: Shop) -> None
 
 def test_durations_are_readable() -> None:
     assert [duration(seconds) for seconds in (0.2, 59, 61, 3700)] == ["0 s", "59 s", "1 min 1 s", "1 h 1 min"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["finetune.embeddings.dim=16"], r"finetune.yaml: embeddings.dim: 16 is not that of pretraining, 32"),
+        (["pretrain.embeddings.dim=16"], r"finetune.yaml: embeddings.dim: 32 is not that of pretraining, 16"),
+        (["embeddings.dim=64"], r"embeddings.dim: 64 exceeds the backbone's hidden size, 32"),
+    ],
+)
+def test_widths_that_finetuning_would_refuse_are_refused_before_any_stage(
+    shop: Shop, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        shop.run(*overrides)
+    assert shop.ran == []
+
+
+@pytest.mark.parametrize("overrides", [["embeddings.dim=16"], ["finetune.embeddings.dim=32"]])
+def test_one_width_runs(shop: Shop, overrides: list[str]) -> None:
+    assert shop.run(*overrides) == ALL
+
+
+def test_widths_of_a_pretrained_backbone_are_read_from_its_config(shop: Shop, tmp_path: Path) -> None:
+    shop.project.backbone_file.unlink()
+    backbone = tmp_path / "decoder"
+    backbone.mkdir()
+    (backbone / "config.json").write_text('{"n_embd": 48}')
+    for file in (shop.project.pretrain_file, shop.project.finetune_file):
+        file.write_text(f"{{corpus: c, backbone: {backbone}, output: o}}\n")
+    with pytest.raises(ConfigError, match=r"embeddings.dim: 16 is not that of pretraining, 48"):
+        shop.run("finetune.embeddings.dim=16")
