@@ -21,13 +21,13 @@ import fsspec
 
 from cllm4rec_dist.checkpointing.find_run import find, newest_step
 from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
-from cllm4rec_dist.config import BackboneConfig, RunConfig, dotted_items
+from cllm4rec_dist.config import BackboneConfig, RunConfig, StrictModel, dotted_items, validate
 from cllm4rec_dist.config.resume_rules import may_change
 from cllm4rec_dist.corpus.manifest import INIT_CACHE, load_manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources.check import PATH_FIELDS
 from cllm4rec_dist.corpus.sources.files import find_files
-from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import as_os_errors, is_url
 from cllm4rec_dist.preflight import total_steps
 from cllm4rec_dist.project.layout import Project
@@ -38,6 +38,12 @@ _PATHS = ("corpus", "backbone", "output", "init_from")
 _TYPED_AS = {"build-backbone": "backbone.", "pretrain": "pretrain.", "finetune": "finetune.", "recommend": "--"}
 """Prefix of a stage's settings on the command line."""
 _MAX_CHANGES = 8
+_CONFIGS: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
+    "build-backbone": (BackboneConfig, ()),
+    "pretrain": (RunConfig, _PATHS),
+    "finetune": (RunConfig, _PATHS),
+}
+"""Model of a stage's settings, and the fields that its record leaves out."""
 
 
 class Status(Enum):
@@ -153,10 +159,11 @@ def state_of(project: Project, settings: Settings, stage: Stage) -> State:
     if record is None or (record.is_complete and not stage.output.exists()):
         return State(stage, Status.MISSING)
     now = inputs_of(project, settings, stage.name)
-    changes = (*_changes(stage.name, record.inputs, now), *_changed_results(stage, record))
+    before = _with_defaults(stage.name, record.inputs)
+    changes = (*_changes(stage.name, before, now), *_changed_results(stage, record))
     if not changes:
         return State(stage, Status.DONE if record.is_complete else Status.UNFINISHED)
-    changed = _changed_keys(record.inputs, now)
+    changed = _changed_keys(before, now)
     if not stage.trains or not all(key.startswith("settings.") and may_change(key[9:]) for key in changed):
         return State(stage, Status.STALE, changes)
     past_end = tuple(_steps_past_end(project, settings, stage))
@@ -328,9 +335,24 @@ def _changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> It
         yield f"and {len(keys) - _MAX_CHANGES} more"
 
 
+def _with_defaults(name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded inputs with the defaults of settings that were added since the record was written."""
+    complete = dict(inputs)
+    try:
+        if name in _CONFIGS and "settings" in inputs:
+            model, unused = _CONFIGS[name]
+            values = validate(model, dict.fromkeys(unused, "unused") | inputs["settings"], name).model_dump(mode="json")
+            complete["settings"] = {key: value for key, value in values.items() if key not in unused}
+        if "recipe" in inputs:
+            values = validate(PrepareConfig, {"name": name} | inputs["recipe"], name).model_dump(mode="json")
+            complete["recipe"] = values if name == "prepare" else {"source": values["source"]}
+    except ConfigError:  # settings that this version does not have: they differ in any case
+        return dict(inputs)
+    return complete
+
+
 def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     was, is_now = dict(dotted_items(_without_files(before))), dict(dotted_items(_without_files(now)))
-    # A record has all settings of its version: a missing one was added later and has its default.
     keys = [key for key, value in was.items() if is_now.get(key, _ABSENT) != value]
     files_before, files_now = before.get("raw files", {}), now.get("raw files", {})
     changed = [path for path in files_before | files_now if _differs(path, files_before.get(path), files_now.get(path))]

@@ -15,6 +15,7 @@ from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.errors import ConfigError, FaultError
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.pipeline import duration, load_settings, run_stages, split_overrides
+from cllm4rec_dist.project.stages import Status, stages_of, state_of
 from cllm4rec_dist.project.summary import summarize
 
 RECIPE = "{name: shop, source: {format: table, interactions: {path: %s, user: u, item: i}}}\n"
@@ -370,3 +371,47 @@ def test_widths_of_a_pretrained_backbone_are_read_from_its_config(shop: Shop, tm
         file.write_text(f"{{corpus: c, backbone: {backbone}, output: o}}\n")
     with pytest.raises(ConfigError, match=r"embeddings.dim: 16 is not that of pretraining, 48"):
         shop.run("finetune.embeddings.dim=16")
+
+
+def without_setting(shop: Shop, stage: str, *keys: str) -> None:
+    """Remove an input from a stage's record, as if an earlier version without this setting had written it."""
+    file = shop.project.record(stage)
+    record = json.loads(file.read_text())
+    section = record["inputs"]
+    for key in keys[:-1]:
+        section = section[key]
+    del section[keys[-1]]
+    file.write_text(json.dumps(record))
+
+
+def test_a_setting_that_a_record_lacks_had_its_default(shop: Shop) -> None:
+    shop.run()
+    without_setting(shop, "recommend", "settings", "top")
+    assert shop.run() == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "override", "change"),
+    [
+        ("build-backbone", ("settings", "num_heads"), "backbone.num_heads=2", "num_heads: 4 is now 2"),
+        ("prepare", ("recipe", "seed"), "recipe.seed=1", "recipe.seed: 0 is now 1"),
+        (
+            "finetune",
+            ("settings", "embeddings", "dropout"),
+            "finetune.embeddings.dropout=0.5",
+            "dropout: 0.0 is now 0.5",
+        ),
+    ],
+)
+def test_a_setting_that_a_record_lacks_is_compared_with_its_default(
+    shop: Shop, stage: str, keys: tuple[str, ...], override: str, change: str
+) -> None:
+    shop.run()
+    current = load_settings(shop.project, split_overrides([]), 20)
+    changed = load_settings(shop.project, split_overrides([override]), 20)
+    without_setting(shop, stage, *keys)
+    it = next(each for each in stages_of(shop.project, current) if each.name == stage)
+    assert state_of(shop.project, current, it).status is Status.DONE
+    state = state_of(shop.project, changed, it)
+    assert state.status is Status.STALE
+    assert change in "; ".join(state.changes)
