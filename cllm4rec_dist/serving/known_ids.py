@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find
+from cllm4rec_dist.corpus.about import alike_ids
 from cllm4rec_dist.corpus.manifest import ItemColumns, OrderColumns, load_manifest
 from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 LATER_ORDERS = "Give --history FILE for people who came later, or --skip-unknown-users to leave them out."
 NEW_ITEMS = "--new-items"
 """Option with a file of new items."""
+_MAX_COMPARED = 100_000
+"""Number of the catalog's ids that are compared with new ones; more would take seconds."""
 _SHOWN = 10
 """Number of items that an error message lists."""
 
@@ -61,7 +64,21 @@ class KnownIds:
                 "Prepare the corpus with texts of its items, and train again.",
             )
         ids, titles = [new.item for new in new_items], [new.title for new in new_items]
+        _warn_of_alike(ids, self.items.ids)
         return replace(self, items=self.items.with_new(ids, titles))
+
+
+def _warn_of_alike(new_ids: Sequence[str], ids: Sequence[str]) -> None:
+    """Warn of new ids that are probably misspelt ids of the catalog: such a product would be listed twice."""
+    alike = alike_ids(new_ids, ids[:_MAX_COMPARED])
+    if alike:
+        logger.warning(
+            "%s: %d ids differ from ids of the run only in case, zeros or punctuation, such as %r and %r: the same"
+            " product would be listed twice",
+            NEW_ITEMS,
+            len(alike),
+            *alike[0],
+        )
 
 
 def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:

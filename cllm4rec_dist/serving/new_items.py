@@ -57,13 +57,15 @@ def checked_titles(titles: object, descriptions: object) -> list[NewItem]:
 
 
 def require_new(field: str, new_items: Sequence[NewItem], items: ItemCatalog) -> None:
-    """Refuse an id that the catalog has, an id that comes twice, and an item without a text.
+    """Refuse an empty id, an id that the catalog has, an id that comes twice, and an item without a text.
 
     Raises:
         DataError: names the first one.
     """
     seen: set[str] = set()
     for new in new_items:
+        if not new.item.strip():
+            raise DataError(field, new.item, "is an empty id", "Give each new product an id.")
         if items.row(new.item) is not None:
             raise DataError(
                 field, new.item, "is an item of the run already", "Leave it out: it is ranked and shown by its own id."

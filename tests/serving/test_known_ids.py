@@ -12,7 +12,8 @@ import pytest
 from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
-from cllm4rec_dist.serving.known_ids import find_item, read_known_ids, require_joined_items
+from cllm4rec_dist.serving.known_ids import KnownIds, find_item, read_known_ids, require_joined_items
+from cllm4rec_dist.serving.new_items import NewItem
 from tests.integration.runs import clean_environment
 
 CATALOG = ItemCatalog(
@@ -74,3 +75,11 @@ def test_orders_that_do_not_meet_the_catalog_are_refused_and_half_of_them_warned
     assert not caplog.records
     require_joined_items("--history", ["0071", "72", "73"], items)
     assert "2 of 3 ordered items are unknown to the run and left out, such as '72'" in caplog.text
+
+
+def test_new_ids_that_look_like_misspelt_known_ones_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    known_ids = KnownIds([], ItemCatalog(["0071", "0072", "A-1"], ["", "", ""], None, np.zeros(3, np.int64)))
+    known_ids.with_new([NewItem("0073", "Red lamp"), NewItem("B-1", "Blue lamp")])
+    assert not caplog.messages
+    known_ids.with_new([NewItem("0073", "Red lamp"), NewItem("71", "Lamp"), NewItem("72", "Chair")])
+    assert "2 ids differ from ids of the run only in case, zeros or punctuation, such as '71' and '0071'" in caplog.text

@@ -257,6 +257,7 @@ def test_a_request_leaves_nothing_behind(pairs: dict[str, Pair]) -> None:
         ({"n": "???"}, None, "has no word that a trained item's title or description has"),
         ({"n": "zanzibar"}, None, "new_items: 'zanzibar' has no word"),
         ({"n": 3}, None, "is not a text"),
+        ({" ": "blue"}, None, "new_items: ' ' is an empty id"),
         ({3: "blue"}, None, "new_items: id: 3 is not a text"),
         (["blue"], None, "is no mapping from ids to texts"),
         ({"n": "blue"}, {"m": "tea"}, "descriptions: 'm' is not in new_items"),
