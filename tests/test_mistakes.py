@@ -43,6 +43,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "settings section": (["settings", "optimzer"], ["'optimzer'", "Did you mean 'optimizer'"]),
     "settings of a recipe": (["settings", "recipe.splt"], ["'splt'", "Did you mean 'split'"]),
     "gpu": (["plan", "-c", "run.yaml", "--gpus", "8", "--gpu", "h10"], ["--gpu", "Did you mean 'h100'"]),
+    "planned width": (
+        ["plan", "-c", "run.yaml", "--gpus", "8", "embeddings.dim=4096"],
+        ["embeddings.dim: 4096 exceeds the backbone's hidden size, 64"],
+    ),
+    "planned width that int8 cannot pack": (
+        ["plan", "-c", "run.yaml", "--gpus", "8", "embeddings.dim=20", "optimizer.embeddings_state=int8"],
+        ["'int8' cannot pack rows of width 20"],
+    ),
     # run files and their overrides
     "run file": (["pretrain", "-c", "rn.yaml"], ["'rn.yaml' does not exist", "Did you mean 'run.yaml'"]),
     "folder for a file": (["pretrain", "-c", "runs"], ["'runs' is a folder", "YAML file"]),
@@ -192,7 +200,7 @@ def write_files(folder: Path) -> None:
         "odd.csv": "a,b\n" + "".join(f"{index % 9},{index % 7}\n" for index in range(60)),
         "dates.csv": "customer,sku,bought_at\n" + "c1,s1,03/04/2025\nc2,s2,05/06/2025\nc1,s2,07/08/2025\n" * 5,
         "corpus/manifest.json": manifest.to_bytes().decode(),
-        "backbones/demo/config.json": "{}",
+        "backbones/demo/config.json": '{"hidden_size": 64}',
         "backbones/demo/tokenizer.json": "{}",
         "runs/done/config.yaml": RUN,
     } | {f"project/{name}": text for name, text in PROJECT.items()}

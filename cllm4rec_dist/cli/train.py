@@ -108,7 +108,10 @@ def plan(
         load_config(RunConfig, config, [*(overrides or ()), f"stage={stage or 'pretrain'}"])
     )
     moved = moved_paths(backbone, corpus)
-    problems += preflight.backbone_problems("backbone", moved["backbone"] or read.backbone, "--backbone")
+    folder = moved["backbone"] or read.backbone
+    problems += preflight.backbone_problems("backbone", folder, "--backbone")
+    problems += preflight.setting_problems(read)
+    problems += preflight.width_problems(read.model_copy(update={"backbone": folder}), reads_init_from=False)
     preflight.require_none(problems, "run")
     try:
         load_manifest(moved["corpus"] or read.corpus)

@@ -23,7 +23,7 @@ from cllm4rec_dist.preflight.run import (
     tracker_problems,
     warmup_warning,
 )
-from cllm4rec_dist.preflight.widths import stage_width_problems
+from cllm4rec_dist.preflight.widths import stage_width_problems, width_problems
 
 __all__ = [
     "backbone_problems",
@@ -45,4 +45,5 @@ __all__ = [
     "total_steps",
     "tracker_problems",
     "warmup_warning",
+    "width_problems",
 ]
