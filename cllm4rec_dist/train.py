@@ -347,7 +347,7 @@ def _watch_reading(world: World, batches: Iterator[T]) -> Iterator[T]:
 
 
 def _should_stop_early(config: RunConfig, state: RunState) -> bool:
-    """True if the last `early_stopping_patience` validations have not improved the best result."""
+    """True if the last `early_stopping_patience` validations after the warm-up have not improved the best result."""
     return 0 < config.validation.early_stopping_patience <= state.validations_since_best
 
 
@@ -390,7 +390,9 @@ def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunR
     weight = None if system.linear.is_empty else mixed.weight
     state = replace(state, validated_step=state.step, linear_weight=weight)
     if not is_best:
-        return replace(state, validations_since_best=state.validations_since_best + 1)
+        # While the learning rates still rise, no improvement does not mean that there will be none.
+        counts = state.step > system.config.optimizer.warmup_steps
+        return replace(state, validations_since_best=state.validations_since_best + counts)
     state = replace(state, best=value, best_metric=metric, best_step=state.step, validations_since_best=0)
     saver.save(state, BEST)
     return state

@@ -212,7 +212,7 @@ def test_old_checkpoints_go_and_the_best_stays(made: Made, tmp_path: Path) -> No
 def test_a_run_that_stopped_early_takes_no_further_step_and_keeps_one_whole_best(made: Made, tmp_path: Path) -> None:
     # With a learning rate of nothing the second validation cannot be better than the first.
     changes: dict[str, Any] = {
-        "optimizer": {"lr": 1e-12, "embeddings_lr": 1e-12},
+        "optimizer": {"lr": 1e-12, "embeddings_lr": 1e-12, "warmup_steps": 3},
         "validation": {"metrics": ["recall@5"], "early_stopping_patience": 1},
     }
     config = make_config(made, tmp_path / "run", "finetune", **changes)
@@ -223,6 +223,16 @@ def test_a_run_that_stopped_early_takes_no_further_step_and_keeps_one_whole_best
     assert metrics(tmp_path / "run") == written
     kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["best-00000003", "step-00000003", "step-00000006"]
+
+
+@pytest.mark.slow
+def test_no_run_stops_early_during_its_warm_up(made: Made, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "optimizer": {"lr": 1e-12, "embeddings_lr": 1e-12, "warmup_steps": 6},
+        "validation": {"metrics": ["recall@5"], "early_stopping_patience": 1},
+    }
+    run_ranks(1, run, make_config(made, tmp_path / "run", "finetune", **changes))
+    assert metrics(tmp_path / "run")[-1]["step"] == 9, "the validation at step 9 is the first that counts"
 
 
 @pytest.mark.slow

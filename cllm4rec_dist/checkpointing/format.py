@@ -55,7 +55,7 @@ class RunState:
     Attributes:
         step: completed optimizer steps, skipped ones included; it fixes the position in the data.
         best, best_metric, best_step: best validation result so far, its metric and its step.
-        validations_since_best: for early stopping.
+        validations_since_best: for early stopping; without those during the warm-up.
         mean_loss: running mean, against which loss spikes are detected.
         skipped_in_a_row: steps skipped since the last accepted one.
         validated_step: step of the last validation.

@@ -179,7 +179,8 @@ class ValidationConfig(StrictModel):
     batch_users: int = Field(default=256, ge=1)
     """Users in a batch of each rank."""
     early_stopping_patience: int = Field(default=0, ge=0)
-    """Validations without improvement after which training stops; 0 disables early stopping."""
+    """Validations without improvement after which training stops; those during the warm-up of the learning rates do not
+    count. 0 disables early stopping."""
 
 
 class CheckpointConfig(StrictModel):
