@@ -101,7 +101,7 @@ def _find_columns(path: str, file: RawFile, recipe: ItemColumns | None) -> ItemT
     names = column_names(file, None, None, expected)
     if not names:
         raise DataError(OPTION, path, "is empty", "Give a file with a header and a row for each product.")
-    item = recipe.item if recipe is not None and recipe.item in names else likely_column(ITEM_NAMES, names)
+    item = recipe.item if recipe is not None and recipe.item in names else likely_column(f"{ITEM_NAMES} id", names)
     if item is None:
         _refuse(path, names, "ids", "item_id")
     if recipe is not None and any(name in names for name in _text_columns(recipe)):

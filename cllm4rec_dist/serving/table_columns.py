@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from cllm4rec_dist.corpus.skips import SkipLog
 from cllm4rec_dist.corpus.sources.delimited import header_lines, read_header
+from cllm4rec_dist.corpus.sources.encoding import resolve_encoding
 from cllm4rec_dist.corpus.sources.files import RawFile, open_binary
 from cllm4rec_dist.corpus.sources.objects import read_objects
 from cllm4rec_dist.corpus.sources.records import Dialect
@@ -51,6 +52,7 @@ def column_names(file: RawFile, separator: str | None, encoding: str | None, exp
         objects = read_objects(file, SkipLog("skip", max_lost=1.0), encoding)
         names = list(dict.fromkeys(str(name) for _, each in islice(objects, 100) for name in each))
     else:
+        encoding = resolve_encoding(file.path, encoding)
         _, named = header_lines(file.path, encoding)
         separators = separator or named
         candidates = [separators] if separators else list(_SEPARATORS)

@@ -26,6 +26,8 @@ RECIPE = ItemColumns(item="Nr", title="Bezeichnung", description=("Marke", "Farb
         ),
         ("SKU;Name;price\n007;Rose  soap;3,50\n", [("007", "Rose soap", "")]),
         ("item_id:token\tmovie_title:token_seq\n5\tHeat\n", [("5", "Heat", "")]),
+        ("id,name\n5,Rose soap\n", [("5", "Rose soap", "")]),
+        ("id,sku,name\n5,r-1,Rose soap\n", [("r-1", "Rose soap", "")]),
         ("product\ttext\n5\tRose soap\n", [("5", "", "Rose soap")]),
         ('{"item": 5, "title": "Rose soap", "x": 1}\n{"item": "6"}\n', [("5", "Rose soap", ""), ("6", "", "")]),
         ("id_x,Nr,Bezeichnung,Farbe,title\n1,7,<b>Rose</b> soap,red,none\n", [("7", "Rose soap", "red")]),
@@ -82,3 +84,12 @@ def test_what_is_no_file_of_products_is_refused(
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--new-items: .*Give a file of new products"):
         read_new_items(str(tmp_path / "nothing.csv"))
+
+
+def test_a_legacy_encoding_is_reported_by_the_search_for_columns_and_by_the_reader(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "new.csv"
+    path.write_bytes("item_id;title\nn;Röse soap\n".encode("cp1252"))
+    assert read_new_items(str(path)) == [NewItem("n", "Röse soap", "")]
+    assert sum("is not UTF-8" in message for message in caplog.messages) == 2
