@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cllm4rec_dist import preflight
 from cllm4rec_dist.ablation.variants import Stage, Variant
 from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
 from cllm4rec_dist.config import RunConfig, load_config, path_override
@@ -129,6 +130,10 @@ def _cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int], o
             run = pretrained.setdefault(pretrain.model_dump_json(), folder / "pretrain")
             paths = ["output=finetune", path_override("init_from", run)]
             finetune = files.load("finetune", [*files.settings("finetune", variant), *common, *paths])
+            if variant.config.ranked_by == "finetune":
+                read = pretrain.model_copy(update={"backbone": given})  # a random one is as wide, but not built yet
+                problems = list(preflight.stage_width_problems(read, finetune, None))
+                preflight.require_none(problems, f"variant {variant.name}")
             yield Cell(variant, seed, folder, run, given, pretrain, finetune)
 
 

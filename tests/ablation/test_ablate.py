@@ -183,3 +183,17 @@ def test_an_invalid_setting_of_any_variant_is_refused_at_once(files: RunFiles, t
     wrong.write_text("label: wrong\nfinetune: {optimizer: {lr: -1}}\n")
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         cells_of(files, ["full", str(wrong)], [0], tmp_path)
+
+
+def test_stages_with_rows_of_different_widths_are_refused_before_any_is_trained(
+    tmp_path: Path, files: RunFiles
+) -> None:
+    backbone = tmp_path / "decoder"
+    backbone.mkdir()
+    (backbone / "config.json").write_text('{"hidden_size": 64}')
+    files.pretrain.write_text(f"{{corpus: corpus, backbone: {backbone}, output: o}}\n")
+    files.finetune.write_text(f"{{corpus: corpus, backbone: {backbone}, output: o, embeddings: {{dim: 16}}}}\n")
+    for names in (["full"], ["llm-scratch"]):
+        with pytest.raises(ConfigError, match=r"embeddings\.dim: 16 is not that of pretraining, 64"):
+            make_cells(files, load_variants(names), [0], tmp_path / "out")
+    make_cells(RunFiles(files.pretrain, files.finetune, ["embeddings.dim=16"]), load_variants(["full"]), [0], tmp_path)
