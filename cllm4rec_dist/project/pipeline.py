@@ -20,6 +20,7 @@ from cllm4rec_dist.checkpointing.find_run import newest_step
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.project.changed_inputs import with_digests
 from cllm4rec_dist.project.layout import Project, is_project
 from cllm4rec_dist.project.stages import (
     Record,
@@ -32,7 +33,6 @@ from cllm4rec_dist.project.stages import (
     result_files,
     stages_of,
     state_of,
-    with_digests,
     write_record,
 )
 from cllm4rec_dist.suggestions import did_you_mean_path

@@ -9,7 +9,6 @@ stale.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,29 +20,29 @@ import fsspec
 
 from cllm4rec_dist.checkpointing.find_run import find, newest_step
 from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
-from cllm4rec_dist.config import BackboneConfig, RunConfig, StrictModel, dotted_items, validate
+from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.config.resume_rules import may_change
 from cllm4rec_dist.corpus.manifest import INIT_CACHE, load_manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources.check import PATH_FIELDS
 from cllm4rec_dist.corpus.sources.files import find_files
-from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.filesystems import as_os_errors, is_url
 from cllm4rec_dist.preflight import total_steps
+from cllm4rec_dist.project.changed_inputs import (
+    MAX_CHANGES,
+    PATHS,
+    changed_keys,
+    changes_of,
+    file_differs,
+    file_digest,
+    sha256_of,
+    with_defaults,
+)
 from cllm4rec_dist.project.layout import Project
 
 _PATH_KEYS = {"path", *PATH_FIELDS}
 """Keys of a recipe's source that name files."""
-_PATHS = ("corpus", "backbone", "output", "init_from")
-_TYPED_AS = {"build-backbone": "backbone.", "pretrain": "pretrain.", "finetune": "finetune.", "recommend": "--"}
-"""Prefix of a stage's settings on the command line."""
-_MAX_CHANGES = 8
-_CONFIGS: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
-    "build-backbone": (BackboneConfig, ()),
-    "pretrain": (RunConfig, _PATHS),
-    "finetune": (RunConfig, _PATHS),
-}
-"""Model of a stage's settings, and the fields that its record leaves out."""
 
 
 class Status(Enum):
@@ -76,7 +75,7 @@ class Record:
     @property
     def digest(self) -> str:
         """Digest that identifies this run of the stage."""
-        return _sha256(json.dumps([self.inputs, self.seconds], sort_keys=True).encode())
+        return sha256_of(json.dumps([self.inputs, self.seconds], sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -159,11 +158,11 @@ def state_of(project: Project, settings: Settings, stage: Stage) -> State:
     if record is None or (record.is_complete and not stage.output.exists()):
         return State(stage, Status.MISSING)
     now = inputs_of(project, settings, stage.name)
-    before = _with_defaults(stage.name, record.inputs)
-    changes = (*_changes(stage.name, before, now), *_changed_results(stage, record))
+    before = with_defaults(stage.name, record.inputs)
+    changes = (*changes_of(stage.name, before, now), *_changed_results(stage, record))
     if not changes:
         return State(stage, Status.DONE if record.is_complete else Status.UNFINISHED)
-    changed = _changed_keys(before, now)
+    changed = changed_keys(before, now)
     if not stage.trains or not all(key.startswith("settings.") and may_change(key[9:]) for key in changed):
         return State(stage, Status.STALE, changes)
     past_end = tuple(_steps_past_end(project, settings, stage))
@@ -195,11 +194,11 @@ def inputs_of(project: Project, settings: Settings, name: str) -> dict[str, Any]
             return {"recipe": recipe, "raw files": _raw_files(recipe), "backbone": backbone}
         case "pretrain" | "finetune":
             config = settings.pretrain if name == "pretrain" else settings.finetune
-            values = {key: value for key, value in config.model_dump(mode="json").items() if key not in _PATHS}
+            values = {key: value for key, value in config.model_dump(mode="json").items() if key not in PATHS}
             start = {} if name == "pretrain" else _trained(project, "pretrain")
             return {
                 "settings": values,
-                "corpus": _digest(project.corpus / "manifest.json"),
+                "corpus": file_digest(project.corpus / "manifest.json"),
                 "backbone": backbone,
             } | start
         case "evaluate":
@@ -212,7 +211,7 @@ def _backbone_inputs(project: Project, settings: Settings) -> Any:
     """Return digests of the backbone's files, or its hub id."""
     folder = Path(settings.pretrain.backbone) if settings.backbone is None else project.backbone
     names = ("config.json", "tokenizer.json")
-    return {name: _digest(folder / name) for name in names} if folder.is_dir() else settings.pretrain.backbone
+    return {name: file_digest(folder / name) for name in names} if folder.is_dir() else settings.pretrain.backbone
 
 
 def _trained(project: Project, name: str) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def _checkpoint(run: Path) -> dict[str, str] | None:
     """Return name and content digest of the checkpoint that other commands read of a run; None without one."""
     try:
         store, names = find(str(run))
-        return {"name": names[0], "content": _sha256(store.marker(names[0]).model_dump_json().encode())}
+        return {"name": names[0], "content": sha256_of(store.marker(names[0]).model_dump_json().encode())}
     except CLLM4RecError:
         return None
 
@@ -266,7 +265,7 @@ def result_files(stage: Stage) -> dict[str, Any] | None:
     """Return size, time and sha256 of each result file; None for a stage without results."""
     if stage.results is None:
         return None
-    return {path: _file_stat(str(file)) | {"sha256": _digest(file)} for path, file in _files_in(stage.results)}
+    return {path: _file_stat(str(file)) | {"sha256": file_digest(file)} for path, file in _files_in(stage.results)}
 
 
 def _files_in(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -284,9 +283,9 @@ def _changed_results(stage: Stage, record: Record) -> Iterator[str]:
     now = dict(_files_in(stage.results))
     changes = {path: _file_change(record.files.get(path), now.get(path)) for path in sorted(record.files | now)}
     changed = [f"{stage.results.name}/{path} {change}" for path, change in changes.items() if change]
-    yield from changed[:_MAX_CHANGES]
-    if len(changed) > _MAX_CHANGES:
-        yield f"and {len(changed) - _MAX_CHANGES} more files"
+    yield from changed[:MAX_CHANGES]
+    if len(changed) > MAX_CHANGES:
+        yield f"and {len(changed) - MAX_CHANGES} more files"
 
 
 def _other_evaluation(path: Path) -> Iterator[str]:
@@ -307,85 +306,7 @@ def _file_change(before: Mapping[str, Any] | None, file: Path | None) -> str | N
         return "is gone"
     if before is None:
         return "is new"
-    return "has changed" if _differs(str(file), before, _file_stat(str(file))) else None
-
-
-def with_digests(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Add the sha256 of local raw files to the inputs, so that a copy with a new time counts as unchanged."""
-    files = {
-        path: stat if is_url(path) else stat | {"sha256": _digest(Path(path))}
-        for path, stat in inputs.get("raw files", {}).items()
-    }
-    return inputs | {"raw files": files} if files else inputs
-
-
-def _changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the changes of a stage's inputs, one clause each; a raw file with a new time alone is unchanged."""
-    keys = _changed_keys(before, now)
-    was, is_now = dict(dotted_items(_without_files(before))), dict(dotted_items(_without_files(now)))
-    for key in keys[:_MAX_CHANGES]:
-        if key.startswith("raw files "):
-            yield f"{key.removeprefix('raw files ')} has changed"
-        elif key in ("corpus", "pretraining", "finetuning") or key.startswith(("backbone", "checkpoint")):
-            yield f"the {key.partition('.')[0]} has changed"
-        else:
-            typed = f"{_TYPED_AS[name]}{key.removeprefix('settings.')}" if key.startswith("settings.") else key
-            yield f"{typed}: {was.get(key)!r} is now {is_now.get(key)!r}"
-    if len(keys) > _MAX_CHANGES:
-        yield f"and {len(keys) - _MAX_CHANGES} more"
-
-
-def _with_defaults(name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded inputs with the defaults of settings that were added since the record was written."""
-    complete = dict(inputs)
-    try:
-        if name in _CONFIGS and "settings" in inputs:
-            model, unused = _CONFIGS[name]
-            values = validate(model, dict.fromkeys(unused, "unused") | inputs["settings"], name).model_dump(mode="json")
-            complete["settings"] = {key: value for key, value in values.items() if key not in unused}
-        if "recipe" in inputs:
-            values = validate(PrepareConfig, {"name": name} | inputs["recipe"], name).model_dump(mode="json")
-            complete["recipe"] = values if name == "prepare" else {"source": values["source"]}
-    except ConfigError:  # settings that this version does not have: they differ in any case
-        return dict(inputs)
-    return complete
-
-
-def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    was, is_now = dict(dotted_items(_without_files(before))), dict(dotted_items(_without_files(now)))
-    keys = [key for key, value in was.items() if is_now.get(key, _ABSENT) != value]
-    files_before, files_now = before.get("raw files", {}), now.get("raw files", {})
-    changed = [path for path in files_before | files_now if _differs(path, files_before.get(path), files_now.get(path))]
-    return keys + [f"raw files {path}" for path in changed]
-
-
-_ABSENT = object()
-
-
-def _without_files(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key != "raw files"}
-
-
-def _differs(path: str, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
-    if before is None or now is None:
-        return True
-    if all(before.get(key) == value for key, value in now.items()):
-        return False
-    same_size = before.get("bytes") == now.get("bytes") and "sha256" in before
-    return not (same_size and before["sha256"] == _digest(Path(path)))
-
-
-def _digest(path: Path) -> str | None:
-    """Return the sha256 of a file; None if it does not exist."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return "has changed" if file_differs(str(file), before, _file_stat(str(file))) else None
 
 
 def read_record(project: Project, name: str) -> Record | None:
