@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, parser, show, show_table, write_json
+from benchmarks.common import RESULTS, ROOT, parser, show, show_table, write_json
 from cllm4rec_dist.config import HeadConfig, RunConfig, validate
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.evaluation.sharded_topk import sharded_topk
@@ -372,7 +372,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         figures = compare_all(chosen.folder or Path(temporary), chosen.words)
-    write_json(chosen.json, {"device": str(DEVICE), "results": figures})
+    if DEVICE == CPU and chosen.json == RESULTS / "parity.json":
+        show("Nothing is written, because both sides were the CPU: this machine has no GPU.")
+    else:
+        write_json(chosen.json, {"device": str(DEVICE), "results": figures})
     if any(not figure["fine"] for figure in figures.values()):
         raise SystemExit(1)
 
@@ -406,7 +409,7 @@ def compare_all(folder: Path, words: list[str]) -> dict[str, dict[str, Any]]:
             if not words or any(word in name for word in words):
                 pool.submit(record, name, allowed, partial(compare_run, folder, name, changes))
     equal = sum(figure["fine"] for figure in figures.values())
-    show_table(["compared", "equal"], [[len(figures), equal]])
+    show_table(["compared with", "compared", "equal"], [[DEVICE, len(figures), equal]])
     return figures
 
 

@@ -9,7 +9,7 @@ Legend: I items of the corpus, n new items, K neighbors.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -72,19 +72,22 @@ class TextItems:
         return cls(rows_of, _LinearData(corpus.split("train"), WordCounts.of(texts)) if uses_words else None)
 
     @torch.no_grad()
-    def add(self, system: InferenceSystem, texts: Sequence[str]) -> InferenceSystem:
+    def add(self, system: InferenceSystem, text_by_id: Mapping[str, str]) -> InferenceSystem:
         """Return the system with n new items, instead of those that it has; tables and weights are shared.
+
+        Args:
+            text_by_id: text of each, by external id, in the order of their rows.
 
         Raises:
             DataError: for a text without any word of the trained items' texts.
         """
-        device = system.world.device
+        texts, device = [*text_by_id.values()], system.world.device
         rows = self.rows_of(texts)
         unknown = (rows.norm(dim=1) == 0).nonzero().flatten().tolist()
         if unknown:
-            text = texts[unknown[0]]
+            name, text = [*text_by_id.items()][unknown[0]]
             raise DataError(
-                "new_items",
+                f"new_items: text of {name!r}",
                 text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...",
                 "has no word that a trained item's title or description has, so that nothing is known of it",
                 "Write more of the text, in the language of the other items, or leave the item out.",

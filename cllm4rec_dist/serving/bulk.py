@@ -111,7 +111,7 @@ def recommend_users(
     if request.new_items:
         require_new(NEW_ITEMS, request.new_items, items)
         items = items.with_new(new_ids, [new.title for new in request.new_items])
-        system = TextItems.fit(system).add(system, [new.text for new in request.new_items])
+        system = TextItems.fit(system).add(system, {new.item: new.text for new in request.new_items})
     folder, counts = Path(output), _Counts()
     make_folder(folder)
     bar = progress_bar(world, len(people.names), "recommend", "user")

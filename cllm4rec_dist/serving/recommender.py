@@ -121,7 +121,7 @@ class Recommender:
             return self
         other = copy.copy(self)
         other._new_items = [*self._new_items, *new_items]
-        other._system = self._texts.get().add(self._system, [new.text for new in other._new_items])
+        other._system = self._texts.get().add(self._system, {new.item: new.text for new in other._new_items})
         other._scorer = self._scorer.for_system(other._system)
         other.items = self.items.with_new([new.item for new in new_items], [new.title for new in new_items])
         return other

@@ -255,7 +255,7 @@ def test_a_request_leaves_nothing_behind(pairs: dict[str, Pair]) -> None:
         ({"n": " "}, None, "new_items: 'n' has no text"),
         ({"n": ""}, {"n": "\n"}, "new_items: 'n' has no text"),
         ({"n": "???"}, None, "has no word that a trained item's title or description has"),
-        ({"n": "zanzibar"}, None, "new_items: 'zanzibar' has no word"),
+        ({"n": "zanzibar"}, None, "new_items: text of 'n': 'zanzibar' has no word"),
         ({"n": 3}, None, "is not a text"),
         ({" ": "blue"}, None, "new_items: ' ' is an empty id"),
         ({3: "blue"}, None, "new_items: id: 3 is not a text"),
