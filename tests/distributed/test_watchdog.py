@@ -184,7 +184,7 @@ def _rank(rank: int, size: int, port: int, out: str, function: Callable[..., Any
         raise SystemExit(error.exit_status) from None
 
 
-def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Ended]:
+def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 180) -> list[Ended]:
     """Run `function(world, report, arguments)` on `size` ranks until all have ended, except a frozen one."""
     with tempfile.TemporaryDirectory() as out:
         port = free_port()
