@@ -188,8 +188,10 @@ def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: flo
     """Run `function(world, report, arguments)` on `size` ranks until all have ended, except a frozen one."""
     with tempfile.TemporaryDirectory() as out:
         port = free_port()
-        fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=_rank, args=(r, size, port, out, function, arguments)) for r in range(size)]
+        # From a server without threads: a child of this process could hang on a lock that a thread held at the fork.
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["tests.distributed.test_watchdog"])
+        ranks = [server.Process(target=_rank, args=(r, size, port, out, function, arguments)) for r in range(size)]
         for process in ranks:
             process.start()
         try:
@@ -207,7 +209,10 @@ def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: flo
 def _runs(process: Any) -> bool:
     if process.exitcode is not None:
         return False
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+    except (FileNotFoundError, ProcessLookupError):  # gone, and its exit status is still to come
+        return True
 
 
 def step(world: World) -> None:
