@@ -190,7 +190,7 @@ def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: flo
         port = free_port()
         # From a server without threads: a child of this process could hang on a lock that a thread held at the fork.
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["tests.distributed.test_watchdog"])
+        server.set_forkserver_preload(["deepspeed", "tests.distributed.test_watchdog"])
         ranks = [server.Process(target=_rank, args=(r, size, port, out, function, arguments)) for r in range(size)]
         for process in ranks:
             process.start()
@@ -265,8 +265,14 @@ def goes_another_way(world: World) -> None:
     step(world)
 
 
+@pytest.fixture(scope="module")
+def warm_server() -> None:
+    """The first ranks import DeepSpeed and compile its probes, which takes longer than a hang may."""
+    assert [end.status for end in ended(2, steps, -1, sleeps)] == [0, 0]
+
+
 @pytest.fixture(params=[(2, 1), (3, 0), (3, 1)], ids=lambda p: f"rank {p[1]} of {p[0]}")
-def who(request: pytest.FixtureRequest) -> tuple[int, int]:
+def who(request: pytest.FixtureRequest, warm_server: None) -> tuple[int, int]:
     return request.param
 
 
