@@ -1,4 +1,4 @@
-"""The same work on the CPU and on the GPU, compared: operators, and a few steps of each kind of run.
+"""CPU and GPU compared: operators, and a few steps of each kind of run.
 
     python -m benchmarks.parity             everything; status 1 if anything differs
     python -m benchmarks.parity nf4 bf16    only steps whose name contains one of these words
@@ -166,22 +166,22 @@ def lookup(*, sparse: bool) -> Differences:
 
 
 OPERATORS: dict[str, tuple[Callable[[], Differences], float]] = {
-    "item head, fp32, width 129": (lambda: item_head(torch.float32, 129), 1e-4),
-    "item head, bf16, width 128": (lambda: item_head(torch.bfloat16, 128), 2e-2),
-    "item head, bf16, width 129": (lambda: item_head(torch.bfloat16, 129), 2e-2),
+    "item head, fp32, width 129": (partial(item_head, torch.float32, 129), 1e-4),
+    "item head, bf16, width 128": (partial(item_head, torch.bfloat16, 128), 2e-2),
+    "item head, bf16, width 129": (partial(item_head, torch.bfloat16, 129), 2e-2),
     "sampled softmax": (sampled_softmax, 1e-4),
     "top-k": (topk, 1e-4),
     **{
         f"Adam of a table, {storage}, {'sparse' if sparse else 'dense'}": (
-            lambda storage=storage, sparse=sparse: table_adam(storage, sparse=sparse),  # type: ignore[misc]
+            partial(table_adam, storage, sparse=sparse),
             5e-2 if storage == "int8" else 1e-4,
         )
         for storage in ("fp32", "cpu", "int8")
         for sparse in (True, False)
     },
     "dropout masks": (dropout_masks, 0.0),
-    "lookup, sparse gradient": (lambda: lookup(sparse=True), 1e-5),
-    "lookup, dense gradient": (lambda: lookup(sparse=False), 1e-5),
+    "lookup, sparse gradient": (partial(lookup, sparse=True), 1e-5),
+    "lookup, dense gradient": (partial(lookup, sparse=False), 1e-5),
 }
 """What is compared, and the largest difference allowed."""
 
@@ -308,6 +308,11 @@ def _require_equal_after_resume(system: Any, folder: Path) -> None:
             assert torch.equal(value, theirs[name][key]), f"{key} of {name} differs after resuming"
 
 
+def compare_operator(operator: Callable[[], Differences]) -> tuple[Differences, dict[str, Any]]:
+    """Run an operator on both devices, as `compare_run`."""
+    return operator(), {}
+
+
 def compare_run(folder: Path, name: str, changes: dict[str, Any]) -> tuple[Differences, dict[str, Any]]:
     """Run the steps on the CPU and twice on the GPU.
 
@@ -403,7 +408,7 @@ def compare_all(folder: Path, words: list[str]) -> dict[str, dict[str, Any]]:
 
     if not words:
         for name, (operator, allowed) in OPERATORS.items():
-            record(name, allowed, lambda operator=operator: (operator(), {}))  # type: ignore[misc]
+            record(name, allowed, partial(compare_operator, operator))
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // len(KINDS))) as pool:
         for name, (changes, allowed) in RUNS.items():
             if not words or any(word in name for word in words):

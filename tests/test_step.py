@@ -346,8 +346,13 @@ def test_options_of_tables_hardly_change_a_run(tmp_path: Path) -> None:
     # Inputs are rounded by 1 in 256, and moments by 1 % from the second step on. Both errors grow, because Adam's first
     # steps depend on the signs of gradients, also of those near zero.
     assert results["packed"][0] == plain[0]
-    for name in ("bf16", "bf16 softmax", "packed"):
+    # A softmax in bf16 rounds all gradients of the head, so that its steps differ sooner.
+    for name, allowed in (("bf16", 0.03), ("packed", 0.03), ("bf16 softmax", 0.05)):
         assert results[name] != plain, name
         for step, (losses, expected) in enumerate(zip(results[name], plain, strict=True)):
             for term in ("items", "text", "mutual"):
-                assert losses[term] == pytest.approx(expected[term], rel=0.05 if step else 1 / 256), (name, step, term)
+                assert losses[term] == pytest.approx(expected[term], rel=allowed if step else 1 / 256), (
+                    name,
+                    step,
+                    term,
+                )

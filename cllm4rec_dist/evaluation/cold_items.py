@@ -54,8 +54,8 @@ def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
     bias = model.head.local_bias
     filled = [model.collaborative.items.local_rows.detach(), *([] if bias is None else [bias.detach()])]
     trained = [values[cold] for values in filled]
-    _fill(system, counts)
     try:
+        _fill(system, counts)
         yield
     finally:
         for values, before in zip(filled, trained, strict=True):

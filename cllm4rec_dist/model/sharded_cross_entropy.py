@@ -123,7 +123,8 @@ class _ChunkedLogSumExpAndScores(torch.autograd.Function):
                 logits, slope = _with_slope(ctx.transform, _logits(queries, rows, None, buffer))
                 probabilities = logits.add_(shift).exp_().mul_(slope).to(queries.dtype)
             if rows.dtype == lse.dtype:
-                torch.addmm(grad_queries, probabilities, rows, out=grad_queries)  # `addmm_` is in no count of FLOPs
+                # Not `addmm_`, which torch's counter of FLOPs does not know.
+                torch.addmm(grad_queries, probabilities, rows, out=grad_queries)
             else:
                 grad_queries += _wide_product(probabilities, rows, lse.dtype)
             if grad_weight is not None and grad_weight.dtype == rows.dtype == lse.dtype:

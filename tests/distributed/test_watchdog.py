@@ -184,7 +184,7 @@ def _rank(rank: int, size: int, port: int, out: str, function: Callable[..., Any
         raise SystemExit(error.exit_status) from None
 
 
-def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 180) -> list[Ended]:
+def ended(size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Ended]:
     """Run `function(world, report, arguments)` on `size` ranks until all have ended, except a frozen one."""
     with tempfile.TemporaryDirectory() as out:
         port = free_port()
@@ -268,7 +268,7 @@ def goes_another_way(world: World) -> None:
 @pytest.fixture(scope="module")
 def warm_server() -> None:
     """The first ranks import DeepSpeed and compile its probes, which takes longer than a hang may."""
-    assert [end.status for end in ended(2, steps, -1, sleeps)] == [0, 0]
+    assert [end.status for end in ended(2, steps, -1, sleeps, seconds=180)] == [0, 0]
 
 
 @pytest.fixture(params=[(2, 1), (3, 0), (3, 1)], ids=lambda p: f"rank {p[1]} of {p[0]}")

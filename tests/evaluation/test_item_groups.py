@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from cllm4rec_dist import train as train_module
+from cllm4rec_dist.checkpointing.format import RunState
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.shards import Corpus
@@ -19,14 +23,15 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import trained_run
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
 from cllm4rec_dist.evaluation.baselines import run_baselines
-from cllm4rec_dist.evaluation.cold_items import cold_rows_filled, training_counts
+from cllm4rec_dist.evaluation.cold_items import training_counts
 from cllm4rec_dist.evaluation.comparison import _split_data, compare
 from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, group_rows
 from cllm4rec_dist.evaluation.inference import evaluate_run
 from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.mixing import MixedMetrics
 from cllm4rec_dist.evaluation.topk import rank_users
-from cllm4rec_dist.system import InferenceSystem
+from cllm4rec_dist.system import InferenceSystem, System
 from tests.corpus.samples import recipe, source
 from tests.harness import alone, make_backbone, make_corpus, make_run, run_ranks
 
@@ -93,7 +98,9 @@ def test_other_corpora_keep_the_rows_of_the_checkpoint(made: Made, system: Infer
         rows.copy_(kept)
 
 
-def test_a_validation_sees_rows_from_texts_and_training_its_own(made: Made, system: InferenceSystem) -> None:
+def test_a_validation_sees_rows_from_texts_and_training_its_rows(
+    made: Made, system: InferenceSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained_run, "fill_cold_rows", lambda system: None)
         training, _ = trained_run.load_local(made.run, torch.device("cpu"))
@@ -102,11 +109,23 @@ def test_a_validation_sees_rows_from_texts_and_training_its_own(made: Made, syst
     bias, filled_bias = (model.head.local_bias for model in models)
     assert bias is not None
     trained_bias = bias.detach().clone()
-    with cold_rows_filled(training):
-        assert torch.equal(rows, filled)
-        assert torch.equal(bias, filled_bias)
-    assert torch.equal(rows, made.trained)
-    assert torch.equal(bias, trained_bias)
+    seen = []
+
+    def choose_weight(*_: Any) -> MixedMetrics:
+        seen.append((rows.detach().clone(), bias.detach().clone()))
+        return MixedMetrics(0.0, {"recall@20": 0.5}, {}, {})
+
+    def save(*_: Any) -> None:
+        seen.append((rows.detach().clone(), bias.detach().clone()))
+
+    monkeypatch.setattr(train_module.mixing, "choose_weight", choose_weight)
+    stubs: Any = SimpleNamespace(save=save), SimpleNamespace(validation=lambda *_: None)
+    train_module._validate(cast(System, training), RunState(step=1), *stubs)
+    ranked, saved = seen
+    assert torch.equal(ranked[0], filled)
+    assert torch.equal(ranked[1], filled_bias)
+    assert torch.equal(saved[0], made.trained)
+    assert torch.equal(saved[1], trained_bias)
 
 
 def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:

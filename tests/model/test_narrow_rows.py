@@ -117,7 +117,7 @@ def sharded(world: World, head: dict[str, str]) -> tuple[dict[str, float], dict[
 
 
 def dense(head: dict[str, str]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The same in fp64, document by document."""
+    """Losses and gradients in fp64, document by document."""
     cosine = head["similarity"] == "cosine"
     parameters = {name: value.double().requires_grad_() for name, value in weights().items()}
     parameters["head.log_temperature"] = torch.tensor(math.log(0.1), dtype=torch.float64, requires_grad=True)

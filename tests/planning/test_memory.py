@@ -94,10 +94,11 @@ def test_memory_and_flops_are_planned(corpora: dict[str, tuple[str, str]], tmp_p
     # torch does not count attention on CPUs; the test below compares it with torch's formulas. A plan uses the slowest
     # rank of each micro-batch, which differs between micro-batches.
     slowest = max(m["flops"] for m in measured)
-    allowed = (
-        0.03 if case == "sampled" else 0 if size == 1 else 0.02
-    )  # rows may be drawn twice, which a plan cannot know
-    assert flops.total() - flops[ATTENTION] == pytest.approx(slowest, rel=allowed, abs=0)
+    planned = flops.total() - flops[ATTENTION]
+    if case == "sampled":  # rows may be drawn twice, which a plan cannot know
+        assert slowest <= planned <= 1.03 * slowest
+    else:
+        assert planned == pytest.approx(slowest, rel=0 if size == 1 else 0.02, abs=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -191,3 +191,18 @@ def test_a_description_in_the_file_of_orders_is_read(tmp_path: Path) -> None:
     assert isinstance(source, TableSource)
     assert source.items is not None
     assert (source.items.item, source.items.description) == ("sku", ("descripcion",))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_embeddings_learn_as_fast_as_in_the_committed_runs(tmp_path: Path, stage: str) -> None:
+    """launch/configs/ of the Amazon data sets, whose rates docs/quality.md compares with others."""
+    rows = [f"c{n},s{(n + k) % 9}" for n in range(60) for k in range(5)]
+    (tmp_path / "orders.csv").write_text("customer,sku\n" + "\n".join(rows) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["init", str(tmp_path / "mine"), "--orders", str(tmp_path / "orders.csv")])
+    assert ended.value.code == 0
+    mine = load_config(RunConfig, tmp_path / "mine" / f"{stage}.yaml", [f"stage={stage}"]).optimizer
+    for data in ("amazon-beauty", "amazon-toys"):
+        path = Path(__file__).parents[2] / f"launch/configs/{data}-{stage}.yaml"
+        committed = load_config(RunConfig, path, [f"stage={stage}"]).optimizer
+        assert (mine.lr, mine.embeddings_lr) == (committed.lr, committed.embeddings_lr)
