@@ -8,7 +8,6 @@ prediction.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +32,7 @@ from cllm4rec_dist.model import backbone, embedding_init, hidden_vectors
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.init_cache import InitCache
-from cllm4rec_dist.model.linear_fit import text_features
-from cllm4rec_dist.model.linear_memory import LinearMemory, fit_linear_memory
+from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.probe import require_equal_to_transformers
 from cllm4rec_dist.model.recommender import Recommender
@@ -365,24 +363,6 @@ def _backbone_vectors(system: System) -> embedding_init.TextVectors:
 
     digest = f"{system.fingerprints['backbone']} layer {middle} {config.precision} {config.quantization}"
     return embedding_init.TextVectors(digest, compute)
-
-
-def init_linear_memory(system: System) -> None:
-    """Fit the linear memory of a finetuning run on the training interactions, unless it has none. Collective."""
-    config, corpus = system.config.linear, system.corpus
-    if system.config.stage != "finetune" or config.neighbors == 0:
-        return
-    started = time.perf_counter()
-    train = interaction_matrix(corpus.split("train"), corpus.num_items)
-    texts = text_features(item_texts(corpus)) if config.text_weight else sp.csr_matrix((corpus.num_items, 0))
-    fit_linear_memory(system.linear, train, texts, config, system.world)
-    if system.world.is_main:
-        logger.info(
-            "linear memory: %d items by up to %d neighbors, in %.1f s",
-            corpus.num_items,
-            system.linear.neighbors.shape[1],
-            time.perf_counter() - started,
-        )
 
 
 def item_texts(corpus: Corpus) -> list[str]:

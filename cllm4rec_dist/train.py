@@ -42,12 +42,13 @@ from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
 from cllm4rec_dist.evaluation import mixing
 from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
+from cllm4rec_dist.evaluation.linear_tuning import init_linear_memory
 from cllm4rec_dist.log import ReportMetrics
 from cllm4rec_dist.monitoring.progress import Schedule, Validation
 from cllm4rec_dist.monitoring.run_reporter import RunReporter
 from cllm4rec_dist.signals import GracefulShutdown
 from cllm4rec_dist.step import StepResult, learning_rate_factor, train_step
-from cllm4rec_dist.system import System, assemble, init_content_embeddings, init_embeddings, init_linear_memory
+from cllm4rec_dist.system import System, assemble, init_content_embeddings, init_embeddings
 
 logger = logging.getLogger(__name__)
 

@@ -34,6 +34,7 @@ from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.distributed.diagnosis import HANG_SECONDS
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.build_backbone import build_backbone
+from cllm4rec_dist.model.linear_fit import LinearSettings
 from cllm4rec_dist.system import assemble_for_inference
 
 
@@ -206,7 +207,7 @@ def make_run(
     if linear_weight is not None:
         shape = system.corpus.num_items, 3
         neighbors = torch.rand(shape[0], shape[0], generator=random).argsort(dim=1)[:, : shape[1]]
-        system.linear.fill(neighbors.int(), torch.randn(shape, generator=random))
+        system.linear.fill(neighbors.int(), torch.randn(shape, generator=random), LinearSettings())
     saver = AsyncSaver(Store(f"{folder}/checkpoints"), system, keep=2)  # type: ignore[arg-type]
     state = RunState(
         step=step,

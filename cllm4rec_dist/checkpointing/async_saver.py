@@ -250,6 +250,7 @@ def _metadata(system: System, state: RunState, trained_on: TrainedOn | None) -> 
         fingerprints=system.fingerprints,
         config=system.config.model_dump(mode="json"),
         lineage=None if trained_on is None else trained_on.lineage,
+        linear=None if system.linear.is_empty else system.linear.settings,
         has_shared_user=system.config.method.shared_user_ratio > 0,
     )
 

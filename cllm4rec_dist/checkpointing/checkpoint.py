@@ -21,6 +21,7 @@ from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.collectives import gather_integers
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
+from cllm4rec_dist.model.linear_fit import LinearSettings
 from cllm4rec_dist.system import InferenceSystem, System
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,8 @@ def restore_weights(system: InferenceSystem, shard: CheckpointShard) -> None:
 def restore_linear_memory(system: InferenceSystem, checkpoint: Checkpoint, shard: CheckpointShard) -> None:
     """Load the linear memory and its weight. Without one in the checkpoint nothing changes."""
     if shard.linear is not None:
-        system.linear.fill(*shard.linear)
+        settings = checkpoint.metadata.linear or LinearSettings.of(system.config.linear)
+        system.linear.fill(*shard.linear, settings)
         system.linear.weight = checkpoint.metadata.run.linear_weight or 0.0
 
 

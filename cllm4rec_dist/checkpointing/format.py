@@ -39,6 +39,7 @@ from cllm4rec_dist.checkpointing.store import SCHEMA_VERSION, USE_ANOTHER, Marke
 from cllm4rec_dist.config import StrictModel
 from cllm4rec_dist.distributed.topology import RowPartition
 from cllm4rec_dist.errors import DamagedCheckpointError
+from cllm4rec_dist.model.linear_fit import LinearSettings
 
 STATE_FILE, REPLICATED_FILE = "state.json", "replicated.safetensors"
 SEEN_FILE = "trained-on.safetensors"
@@ -92,6 +93,8 @@ class CheckpointMetadata(StrictModel):
     """Resolved configuration of the run."""
     lineage: Lineage | None = None
     """Corpora that the model was trained on; None if an earlier version wrote the checkpoint."""
+    linear: LinearSettings | None = None
+    """What the linear memory was fitted with; None without one, or if an earlier version wrote the checkpoint."""
     has_shared_user: bool = False
     """True if the user tables have a shared row after those of the users."""
 

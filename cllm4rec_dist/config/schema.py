@@ -124,10 +124,14 @@ class LinearConfig(StrictModel):
 
     neighbors: int = Field(default=300, ge=0)
     """Neighbors by which each item is predicted; 0 leaves the linear memory out."""
-    text_weight: float = Field(default=10.0, ge=0)
-    """Weight of common words of titles and descriptions relative to common users; 0 ignores texts."""
-    regularization: float = Field(default=200.0, gt=0)
-    """L2 weight of the ridge regressions."""
+    text_weight: float | None = Field(default=None, ge=0)
+    """Weight of common words of titles and descriptions relative to common users; 0 ignores texts. Chosen on validation
+    if left out."""
+    regularization: float | None = Field(default=None, gt=0)
+    """L2 weight of the ridge regressions; chosen on validation if left out."""
+    history_power: float | None = Field(default=None, ge=0, le=1)
+    """Interactions of a user with n of them weigh n^-history_power; 0 weighs all alike. Chosen on validation if left
+    out."""
 
 
 class BatchConfig(StrictModel):

@@ -230,8 +230,9 @@ def _sparse_ease(data: SplitData, config: BaselineConfig) -> list[Candidate]:
         columns = []
         for start in range(0, num_items, _FIT_ITEMS):
             stop = min(start + _FIT_ITEMS, num_items)
-            neighbors = strongest_neighbors(features, start, stop, config.sparse_ease_neighbors)
-            weights = ridge_weights(features, start, neighbors, l2, num_threads).astype(np.float32)
+            items = np.arange(start, stop)
+            neighbors = strongest_neighbors(features, items, config.sparse_ease_neighbors)
+            weights = ridge_weights(features, items, neighbors, l2, num_threads).astype(np.float32)
             item, rank = np.nonzero(neighbors >= 0)
             entries = weights[item, rank], (neighbors[item, rank], item)
             columns.append(sp.csc_matrix(entries, shape=(num_items, stop - start)))

@@ -16,12 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm4rec_dist.config import LinearConfig
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.cold_items import training_counts
-from cllm4rec_dist.model.linear_fit import WordCounts, item_features, ridge_weights, strongest_neighbors
+from cllm4rec_dist.model.linear_fit import (
+    LinearSettings,
+    WordCounts,
+    item_features,
+    ridge_weights,
+    strongest_neighbors,
+)
 from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.text_rows import TextRows, fit_text_rows
@@ -68,7 +73,7 @@ class TextItems:
                 "has no item with a title or description, so that texts of new ones mean nothing to the run",
                 "Prepare the corpus with texts of its items, and train again.",
             )
-        uses_words = not system.linear.is_empty and system.config.linear.text_weight > 0
+        uses_words = not system.linear.is_empty and system.linear.settings.text_weight > 0
         return cls(rows_of, _LinearData(corpus.split("train"), WordCounts.of(texts)) if uses_words else None)
 
     @torch.no_grad()
@@ -96,7 +101,8 @@ class TextItems:
         bias = torch.full((len(rows), 1), self.rows_of.bias, device=device)
         linear = LinearMemory(RowPartition(len(rows), 1), World(0, 1, 0, device))
         if self.linear is not None:
-            linear.fill(*self.linear.fit(texts, system.config.linear))
+            settings = system.linear.settings
+            linear.fill(*self.linear.fit(texts, system.config.linear.neighbors, settings), settings)
         return replace(
             system,
             new_items=NewItems(rows, system.recommender.head.output_weight(rows, bias), linear),
@@ -132,12 +138,13 @@ class _LinearData:
     words: WordCounts
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fit(self, texts: Sequence[str], config: LinearConfig) -> tuple[Tensor, Tensor]:
+    def fit(self, texts: Sequence[str], num_neighbors: int, settings: LinearSettings) -> tuple[Tensor, Tensor]:
         """Return neighbors int32 [n, K] and weights fp32 [n, K] of new items, as of items I, I + 1, ... of a corpus."""
         words = self.words.text_features(texts)
         num_items, first = words.shape[0], words.shape[0] - len(texts)
-        features = item_features(interaction_matrix(self.train, num_items), words, config.text_weight)
-        neighbors = strongest_neighbors(features, first, num_items, config.neighbors)
+        train, items = interaction_matrix(self.train, num_items), np.arange(first, num_items)
+        features = item_features(train, words, settings.text_weight, settings.history_power)
+        neighbors = strongest_neighbors(features, items, num_neighbors)
         with self.lock:  # it limits the threads of BLAS and then restores the limit, which may be another thread's
-            weights = ridge_weights(features, first, neighbors, config.regularization, torch.get_num_threads())
+            weights = ridge_weights(features, items, neighbors, settings.regularization, torch.get_num_threads())
         return torch.from_numpy(neighbors), torch.from_numpy(weights.astype(np.float32))

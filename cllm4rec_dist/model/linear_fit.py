@@ -3,12 +3,13 @@
 EASE (Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", WWW 2019) predicts an item from all other items,
 which needs dense [I, I] matrices. Its zero diagonal makes the columns independent ridge regressions,
 
-    w_j = (A[N, N] + l2)^-1 A[N, j],    A = X'X + text_weight T T',    N = all items but j,
+    w_j = (A[N, N] + l2)^-1 A[N, j],    A = X'D X + text_weight T T',    N = all items but j,
 
-so that N may be restricted to the K items k with the largest A[j, k] / sqrt(A[k, k]). With K = I - 1 the weights are
-those of EASE (of the title-aware EASE with a text weight above 0). Nothing dense of size [I, I] is made: A is computed
-in sparse blocks of rows for the choice of neighbors, and again for the neighbors of a batch of items. An item costs
-2 K^3 / 3 FLOPs and the sparse products of its neighbors' features, whatever the size of the catalog.
+so that N may be restricted to the K items k with the largest A[j, k] / sqrt(A[k, k]). D weighs users by the length of
+their histories. With K = I - 1 and D = 1 the weights are those of EASE (of the title-aware EASE with a text weight
+above 0). Nothing dense of size [I, I] is made: A is computed in sparse blocks of rows for the choice of neighbors, and
+again for the neighbors of a batch of items. An item costs 2 K^3 / 3 FLOPs and the sparse products of its neighbors'
+features, whatever the size of the catalog.
 
 Legend: U users, I items, W words, K neighbors, n items of a block, b items of a batch.
 """
@@ -18,11 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
+
+from cllm4rec_dist.config import LinearConfig
 
 _MAX_WORD_ITEMS = 20_000
 """Words of more items are left out of the texts: choosing neighbors costs the square of a word's number of items."""
@@ -31,8 +35,28 @@ _BLOCK_ENTRIES = 1 << 23
 
 
 @dataclass(frozen=True)
+class LinearSettings:
+    """Settings of a fit.
+
+    Attributes:
+        text_weight: weight of T T' in A; 0 leaves the texts out.
+        regularization: L2 weight of the regressions, above 0.
+        history_power: exponent of `history_weights`.
+    """
+
+    text_weight: float = 10.0
+    regularization: float = 200.0
+    history_power: float = 0.0
+
+    @classmethod
+    def of(cls, config: LinearConfig) -> Self:
+        """Return the settings of a run, with the default for each that is left to validation."""
+        return cls(**config.model_dump(exclude={"neighbors"}, exclude_none=True))
+
+
+@dataclass(frozen=True)
 class ItemFeatures:
-    """Rows F [I, U + W] with A = F F': interactions, and texts times the root of their weight.
+    """Rows F [I, U + W] with A = F F': interactions and texts, times the roots of their weights.
 
     Attributes:
         rows: CSR [I + 1, U + W] fp64; the last row is empty and serves as padding.
@@ -114,15 +138,26 @@ def _count_words(texts: Sequence[str]) -> tuple[dict[str, int], sp.csr_matrix]:
     return vectorizer.vocabulary_, counts
 
 
-def item_features(train: sp.csr_matrix, texts: sp.csr_matrix, text_weight: float) -> ItemFeatures:
-    """Stack interactions and weighted texts.
+def history_weights(train: sp.csr_matrix, power: float) -> NDArray[np.float64]:
+    """Return the weight [U] of each user's interactions: n^-power for n of them, 1 on average over all interactions.
+
+    Long histories say less about each pair of their items, and have most of the pairs.
+    """
+    counts = np.diff(train.indptr).astype(np.float64)
+    weights = np.maximum(counts, 1.0) ** -power
+    return weights * (counts.sum() / max((weights * counts).sum(), 1.0))
+
+
+def item_features(
+    train: sp.csr_matrix, texts: sp.csr_matrix, text_weight: float, history_power: float = 0.0
+) -> ItemFeatures:
+    """Stack weighted interactions and weighted texts; the weights are those of `LinearSettings`.
 
     Args:
         train: binary [U, I] of the training interactions.
         texts: [I, W], from `text_features`.
-        text_weight: weight of T T' in A; 0 leaves the texts out.
     """
-    parts = [train.T.astype(np.float64)]
+    parts = [(sp.diags(np.sqrt(history_weights(train, history_power))) @ train.astype(np.float64)).T]
     if text_weight > 0 and texts.shape[1]:
         parts.append(texts.astype(np.float64) * np.sqrt(text_weight))
     rows = sp.hstack(parts, format="csr")
@@ -131,8 +166,8 @@ def item_features(train: sp.csr_matrix, texts: sp.csr_matrix, text_weight: float
     return ItemFeatures(sp.vstack([rows, padding], format="csr"), rows.T.tocsr())
 
 
-def strongest_neighbors(features: ItemFeatures, start: int, stop: int, num_neighbors: int) -> NDArray[np.int32]:
-    """Return the strongest neighbors of items start..stop-1: [n, K], ascending, then -1 for those that do not exist.
+def strongest_neighbors(features: ItemFeatures, items: np.ndarray, num_neighbors: int) -> NDArray[np.int32]:
+    """Return the strongest neighbors of n items: [n, K], ascending, then -1 for those that do not exist.
 
     K is `num_neighbors`, at most I - 1; then it is every other item, related or not. Equally strong neighbors are
     chosen in the order of their rows, so that the choice does not depend on the block.
@@ -141,34 +176,36 @@ def strongest_neighbors(features: ItemFeatures, start: int, stop: int, num_neigh
     width = min(num_neighbors, num_items - 1)
     if width == num_items - 1:
         others = np.arange(width, dtype=np.int32)[None, :]
-        return others + (others >= np.arange(start, stop)[:, None])
+        return others + (others >= items[:, None])
     squares = features.rows.multiply(features.rows).sum(axis=1).A1[:num_items]
     scale = np.divide(1.0, np.sqrt(squares), out=np.zeros(num_items), where=squares > 0)
     parts = [np.empty((0, width), np.int32)]
-    for first, last in _row_blocks(features, start, stop):
-        product = features.rows[first:last] @ features.columns
+    rows = features.rows[items]
+    for first, last in _row_blocks(features, rows):
+        product = rows[first:last] @ features.columns
         product.sort_indices()
         product.data *= scale[product.indices]
-        parts.append(_strongest(product, np.arange(first, last), width))
+        parts.append(_strongest(product, items[first:last], width))
     return np.concatenate(parts)
 
 
-def _row_blocks(features: ItemFeatures, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Split rows of A into blocks of at most `_BLOCK_ENTRIES` entries, counted as if all were as long as the longest.
+def _row_blocks(features: ItemFeatures, rows: sp.csr_matrix) -> Iterator[tuple[int, int]]:
+    """Split rows [n, U + W], whose rows of A are computed, into blocks of at most `_BLOCK_ENTRIES` entries of A.
 
-    A row has at most as many entries as its columns have together, and at most I.
+    All rows of A of a block are counted as long as its longest. One has at most as many entries as its columns have
+    together, and at most I.
     """
-    pattern = features.rows[start:stop].copy()
+    pattern = rows.copy()
     pattern.data[:] = 1.0
     longest = np.minimum(pattern @ np.diff(features.columns.indptr).astype(np.float64), features.num_items)
-    first, widest = start, 1.0
-    for item, length in enumerate(longest.tolist(), start):
+    first, widest = 0, 1.0
+    for row, length in enumerate(longest.tolist()):
         widest = max(widest, length)
-        if item > first and (item + 1 - first) * widest > _BLOCK_ENTRIES:
-            yield first, item
-            first, widest = item, max(1.0, length)
-    if first < stop:
-        yield first, stop
+        if row > first and (row + 1 - first) * widest > _BLOCK_ENTRIES:
+            yield first, row
+            first, widest = row, max(1.0, length)
+    if first < len(longest):
+        yield first, len(longest)
 
 
 def _strongest(strengths: sp.csr_matrix, items: np.ndarray, width: int) -> NDArray[np.int32]:
@@ -192,13 +229,14 @@ def _left_aligned(column: np.ndarray, kept: np.ndarray, width: int) -> NDArray[n
 
 
 def ridge_weights(
-    features: ItemFeatures, start: int, neighbors: np.ndarray, l2: float, num_threads: int = 1
+    features: ItemFeatures, items: np.ndarray, neighbors: np.ndarray, l2: float, num_threads: int = 1
 ) -> NDArray[np.float64]:
-    """Return the ridge weights of the neighbors of items start..start+n-1: [n, K], zero where there is no neighbor.
+    """Return the ridge weights of the neighbors of n items: [n, K], zero where there is no neighbor.
 
     Items are solved in batches of about equally many neighbors, in `num_threads` threads.
 
     Args:
+        items: int [n].
         neighbors: int32 [n, K], from `strongest_neighbors`.
         l2: weight of the squared norm, above 0.
     """
@@ -214,7 +252,7 @@ def ridge_weights(
 
     def solve(batch: np.ndarray) -> None:
         chosen = neighbors[batch, : counts[batch[0]]]
-        weights[batch, : chosen.shape[1]] = _solve(features, start + batch, chosen, l2)
+        weights[batch, : chosen.shape[1]] = _solve(features, items[batch], chosen, l2)
 
     # One thread of the products for each of ours: more would only wait for each other.
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(num_threads) as pool:

@@ -17,10 +17,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cllm4rec_dist.config import LinearConfig
 from cllm4rec_dist.distributed.collectives import gather_counts
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.model.linear_fit import ItemFeatures, item_features, ridge_weights, strongest_neighbors
+from cllm4rec_dist.model.linear_fit import LinearSettings, item_features, ridge_weights, strongest_neighbors
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ class LinearMemory:
     Attributes:
         neighbors: int32 [n, K] item rows, -1 for none, on the host.
         weights: fp32 [n, K], on the host.
+        settings: those that it was fitted with.
         weight: weight of the linear score relative to the LLM's; 0 until validation has chosen one.
     """
 
@@ -44,17 +44,17 @@ class LinearMemory:
         self.partition, self._world = partition, world
         self.weight = 0.0
         num_rows = partition.num_local(world.rank)
-        self.fill(torch.empty(num_rows, 0, dtype=torch.int32), torch.empty(num_rows, 0))
+        self.fill(torch.empty(num_rows, 0, dtype=torch.int32), torch.empty(num_rows, 0), LinearSettings())
 
     @property
     def is_empty(self) -> bool:
         """True if there is nothing to add to a score, on any rank."""
         return self.neighbors.shape[1] == 0
 
-    def fill(self, neighbors: Tensor, weights: Tensor) -> None:
+    def fill(self, neighbors: Tensor, weights: Tensor, settings: LinearSettings) -> None:
         """Take this rank's rows, and index them by neighbor on the device."""
         assert neighbors.shape == weights.shape
-        self.neighbors, self.weights = neighbors, weights
+        self.neighbors, self.weights, self.settings = neighbors, weights, settings
         num_rows = max(1, len(neighbors))
         row, column = (neighbors >= 0).nonzero(as_tuple=True)
         keys, order = (neighbors[row, column].long() * num_rows + row).sort()
@@ -85,7 +85,12 @@ class LinearMemory:
 
 
 def fit_linear_memory(
-    memory: LinearMemory, train: sp.csr_matrix, texts: sp.csr_matrix, config: LinearConfig, world: World
+    memory: LinearMemory,
+    train: sp.csr_matrix,
+    texts: sp.csr_matrix,
+    num_neighbors: int,
+    settings: LinearSettings,
+    world: World,
 ) -> None:
     """Fit and fill this rank's rows. Collective: a small all-gather for every 1,024 items of a rank.
 
@@ -93,19 +98,15 @@ def fit_linear_memory(
         train: binary [U, I], the training interactions alone.
         texts: [I, W], from `linear_fit.text_features`.
     """
-    features = item_features(train, texts, config.text_weight)
+    features = item_features(train, texts, settings.text_weight, settings.history_power)
     start, stop = memory.partition.range(world.rank)
-    width = min(config.neighbors, features.num_items - 1)
+    width = min(num_neighbors, features.num_items - 1)
     neighbors, weights = np.full((stop - start, width), -1, np.int32), np.zeros((stop - start, width), np.float32)
     for first in range(0, memory.partition.block, _CHUNK):
         low, high = min(start + first, stop), min(start + first + _CHUNK, stop)
         with world.watch.doing("fitting the linear memory"):
-            part = slice(low - start, high - start)
-            neighbors[part], weights[part] = _fit_rows(features, low, high, config)
+            part, items = slice(low - start, high - start), np.arange(low, high)
+            neighbors[part] = chosen = strongest_neighbors(features, items, num_neighbors)
+            weights[part] = ridge_weights(features, items, chosen, settings.regularization, torch.get_num_threads())
         gather_counts(high - start, world)
-    memory.fill(torch.from_numpy(neighbors), torch.from_numpy(weights))
-
-
-def _fit_rows(features: ItemFeatures, start: int, stop: int, config: LinearConfig) -> tuple[np.ndarray, np.ndarray]:
-    neighbors = strongest_neighbors(features, start, stop, config.neighbors)
-    return neighbors, ridge_weights(features, start, neighbors, config.regularization, torch.get_num_threads())
+    memory.fill(torch.from_numpy(neighbors), torch.from_numpy(weights), settings)

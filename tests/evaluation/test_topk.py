@@ -17,6 +17,7 @@ from cllm4rec_dist.evaluation.sharded_topk import (
     score_deviations,
     sharded_topk,
 )
+from cllm4rec_dist.model.linear_fit import LinearSettings
 from cllm4rec_dist.model.linear_memory import LinearMemory
 from tests.harness import alone, run_ranks
 
@@ -182,7 +183,7 @@ def memory_of(world: World) -> LinearMemory:
     matrix = linear_matrix()[start:stop]
     order = (matrix != 0).int().argsort(dim=1, descending=True, stable=True)[:, :NUM_NEIGHBORS]
     weights = matrix.gather(1, order)
-    memory.fill(torch.where(weights != 0, order, -1).int(), weights.float())
+    memory.fill(torch.where(weights != 0, order, -1).int(), weights.float(), LinearSettings())
     return memory
 
 

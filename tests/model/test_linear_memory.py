@@ -10,15 +10,23 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cllm4rec_dist.config import LinearConfig
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model import linear_fit, linear_memory
-from cllm4rec_dist.model.linear_fit import WordCounts, item_features, ridge_weights, strongest_neighbors, text_features
+from cllm4rec_dist.model.linear_fit import (
+    LinearSettings,
+    WordCounts,
+    history_weights,
+    item_features,
+    ridge_weights,
+    strongest_neighbors,
+    text_features,
+)
 from cllm4rec_dist.model.linear_memory import LinearMemory, fit_linear_memory
 from tests.harness import alone, run_ranks
 
 NUM_USERS, NUM_ITEMS = 60, 23
 L2, ALPHA = 3.0, 2.0
+ITEMS = np.arange(NUM_ITEMS)
 
 
 def interactions() -> sp.csr_matrix:
@@ -37,14 +45,17 @@ def texts() -> sp.csr_matrix:
     return text_features(["", *titles[1:]])
 
 
-def gram(text_weight: float) -> np.ndarray:
+def gram(text_weight: float, history_power: float = 0.0) -> np.ndarray:
     train, titles = interactions().toarray().astype(np.float64), texts().toarray().astype(np.float64)
-    return train.T @ train + text_weight * titles @ titles.T
+    counts = train.sum(axis=1)
+    user_weights = np.where(counts > 0, np.maximum(counts, 1), 1) ** -history_power
+    user_weights *= counts.sum() / (user_weights * counts).sum()
+    return (train.T * user_weights) @ train + text_weight * titles @ titles.T
 
 
-def dense_ease(text_weight: float) -> np.ndarray:
+def dense_ease(text_weight: float, history_power: float) -> np.ndarray:
     """Weights [from, to] in closed form (Steck 2019, equation 8)."""
-    inverse = np.linalg.inv(gram(text_weight) + L2 * np.eye(NUM_ITEMS))
+    inverse = np.linalg.inv(gram(text_weight, history_power) + L2 * np.eye(NUM_ITEMS))
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
     return weights
@@ -58,18 +69,35 @@ def as_dense(neighbors: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return dense
 
 
-def fitted(num_neighbors: int, text_weight: float) -> tuple[np.ndarray, np.ndarray]:
-    features = item_features(interactions(), texts(), text_weight)
-    neighbors = strongest_neighbors(features, 0, NUM_ITEMS, num_neighbors)
-    return neighbors, ridge_weights(features, 0, neighbors, L2)
+def fitted(num_neighbors: int, text_weight: float, history_power: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    features = item_features(interactions(), texts(), text_weight, history_power)
+    neighbors = strongest_neighbors(features, ITEMS, num_neighbors)
+    return neighbors, ridge_weights(features, ITEMS, neighbors, L2)
 
 
 @pytest.mark.parametrize("text_weight", [0.0, ALPHA])
 @pytest.mark.parametrize("num_neighbors", [NUM_ITEMS - 1, 1000])
-def test_with_all_neighbors_it_is_ease(text_weight: float, num_neighbors: int) -> None:
-    neighbors, weights = fitted(num_neighbors, text_weight)
+@pytest.mark.parametrize("history_power", [0.0, 0.5, 1.0])
+def test_with_all_neighbors_it_is_ease(text_weight: float, num_neighbors: int, history_power: float) -> None:
+    neighbors, weights = fitted(num_neighbors, text_weight, history_power)
     assert neighbors.shape == (NUM_ITEMS, NUM_ITEMS - 1)
-    np.testing.assert_allclose(as_dense(neighbors, weights), dense_ease(text_weight), rtol=1e-9, atol=1e-12)
+    expected = dense_ease(text_weight, history_power)
+    np.testing.assert_allclose(as_dense(neighbors, weights), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_history_counts_less_for_each_item_the_longer_it_is_and_interactions_as_much_as_before() -> None:
+    train = sp.csr_matrix(np.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], np.float32))
+    np.testing.assert_allclose(history_weights(train, 0.0), [1, 1, 1])
+    np.testing.assert_allclose(history_weights(train, 0.5), np.array([0.5, 1, 1]) * 5 / 3)
+    assert history_weights(sp.csr_matrix((2, 3)), 0.5).tolist() == [0, 0]
+
+
+def test_any_items_can_be_fitted() -> None:
+    features = item_features(interactions(), texts(), ALPHA)
+    neighbors, weights = fitted(6, ALPHA)
+    chosen = np.array([20, 3, 7])
+    np.testing.assert_array_equal(strongest_neighbors(features, chosen, 6), neighbors[chosen])
+    np.testing.assert_allclose(ridge_weights(features, chosen, neighbors[chosen], L2), weights[chosen], rtol=1e-12)
 
 
 @pytest.mark.parametrize("text_weight", [0.0, ALPHA])
@@ -99,16 +127,16 @@ def test_equally_strong_neighbors_are_chosen_by_row_in_blocks_of_any_size(monkey
     features = item_features(train, sp.csr_matrix((NUM_ITEMS, 0)), 0.0)
     for block_entries in (1, 50, 1 << 23):
         monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", block_entries)
-        neighbors = strongest_neighbors(features, 5, NUM_ITEMS, 3)
+        neighbors = strongest_neighbors(features, ITEMS[5:], 3)
         assert neighbors.tolist() == [[0, 1, 2]] * (NUM_ITEMS - 5)
 
 
 def test_batches_in_several_threads_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     features = item_features(interactions(), texts(), ALPHA)
-    neighbors = strongest_neighbors(features, 0, NUM_ITEMS, 6)
-    expected = ridge_weights(features, 0, neighbors, L2)
+    neighbors = strongest_neighbors(features, ITEMS, 6)
+    expected = ridge_weights(features, ITEMS, neighbors, L2)
     monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", 100)
-    np.testing.assert_allclose(ridge_weights(features, 0, neighbors, L2, num_threads=3), expected, rtol=1e-12)
+    np.testing.assert_allclose(ridge_weights(features, ITEMS, neighbors, L2, num_threads=3), expected, rtol=1e-12)
 
 
 def test_texts_without_words_are_no_features() -> None:
@@ -118,13 +146,13 @@ def test_texts_without_words_are_no_features() -> None:
 
 
 HISTORIES = [[], [0], [1, 3, 7], list(range(0, NUM_ITEMS, 2)), [NUM_ITEMS - 1]]
-CONFIG = LinearConfig(neighbors=6, text_weight=ALPHA, regularization=L2)
+NUM_NEIGHBORS, SETTINGS = 6, LinearSettings(ALPHA, L2)
 
 
 def filled(world: World) -> LinearMemory:
     memory = LinearMemory(RowPartition(NUM_ITEMS, world.size), world)
     assert memory.is_empty
-    fit_linear_memory(memory, interactions(), texts(), CONFIG, world)
+    fit_linear_memory(memory, interactions(), texts(), NUM_NEIGHBORS, SETTINGS, world)
     return memory
 
 
@@ -144,7 +172,7 @@ def scored(world: World) -> dict[str, Tensor]:
 def test_ranks_fit_and_score_as_one_dense_matrix(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(linear_memory, "_CHUNK", 5)
     ranks: list[dict[str, Any]] = run_ranks(size, scored)
-    neighbors, weights = fitted(CONFIG.neighbors, ALPHA)
+    neighbors, weights = fitted(NUM_NEIGHBORS, ALPHA)
     parts = {name: torch.cat([rank[name] for rank in ranks]).numpy() for name in ranks[0]}
     np.testing.assert_array_equal(parts["neighbors"], neighbors)
     np.testing.assert_allclose(parts["weights"], weights, rtol=1e-6)

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.corpus.catalog import Catalog
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.evaluation.linear_tuning import init_linear_memory
 from cllm4rec_dist.serving.live import LiveRecommender
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
 from cllm4rec_dist.serving.web import create_app
-from cllm4rec_dist.system import init_linear_memory
 from tests.harness import make_backbone, make_catalog, make_corpus, make_run
 from tests.serving.fake import options
 
@@ -96,7 +96,9 @@ def _copy_weights(inside: Recommender, outside: Recommender) -> None:
         taken.engine.set_weights(given.engine.weights())  # type: ignore[attr-defined]
         if not given.linear.is_empty:
             init_linear_memory(given)  # type: ignore[arg-type]
-            taken.linear.fill(given.linear.neighbors[:num_items], given.linear.weights[:num_items])
+            taken.linear.fill(
+                given.linear.neighbors[:num_items], given.linear.weights[:num_items], given.linear.settings
+            )
         outside._scorer._output_weight = taken.recommender.output_weight()
 
 
