@@ -70,9 +70,9 @@ bench: install
 	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
-# Two files of tests at a time, those that start whole runs first (tests/conftest.py): while one waits for its ranks, the
-# other uses the cores.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
+# Three files of tests at a time, those that start whole runs first (tests/conftest.py): while some wait for their ranks,
+# others use the cores.
+PYTEST := $(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder
 test: install lint
 	$(PYTEST)
 
