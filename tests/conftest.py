@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from xdist.scheduler import LoadScopeScheduling
 if TYPE_CHECKING:
     from cllm4rec_dist.serving.recommender import Recommender
     from tests.training import Made
+
+# Ray's workers run at nice 15 unless told otherwise: beside other tests they would hardly run at all.
+os.environ["RAY_worker_niceness"] = "0"
 
 PAPER: dict[str, Any] = {"adapter": {"kind": "lora", "rank": 4}}
 """Dot product, no bias, no linear memory; people without a row are the zero vector."""

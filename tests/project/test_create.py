@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from cllm4rec_dist.cli import main
-from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
+from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config, validate
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.recipe import PrepareConfig, TableSource
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.split_settings import LastSplit, RandomSplit
+from cllm4rec_dist.project import create, files
 from cllm4rec_dist.project.layout import is_project, run_of
 from cllm4rec_dist.project.machine import Machine, this_machine
 from cllm4rec_dist.project.sizing import Core, DataStats, choose_core, choose_sizes
 from tests.integration.shop_data import Shop, make_shop
 
+REPOSITORY = Path(__file__).parents[2]
 GIB = 1 << 30
 LAPTOP = Machine(cores=2, memory=8 * GIB)
 
@@ -206,3 +211,22 @@ def test_embeddings_learn_as_fast_as_in_the_committed_runs(tmp_path: Path, stage
         path = Path(__file__).parents[2] / f"launch/configs/{data}-{stage}.yaml"
         committed = load_config(RunConfig, path, [f"stage={stage}"]).optimizer
         assert (mine.lr, mine.embeddings_lr) == (committed.lr, committed.embeddings_lr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["amazon-beauty", "amazon-toys", "ml-100k"])
+def test_committed_run_files_have_the_settings_that_init_chooses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(os.environ.get("CLLM4REC_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not (folder / name).is_dir():
+        pytest.skip(f"needs the raw files of {name}: set CLLM4REC_DATA to the folder that holds {name}/")
+    monkeypatch.setenv("CLLM4REC_DATA", str(folder))
+    recipe = load_config(PrepareConfig, REPOSITORY / "shards" / f"{name}.yaml")
+    data = create._measured(read_source(recipe.source), recipe.rating_threshold)
+    sizes = choose_sizes(data, Machine(cores=2, memory=24 * GIB))
+    proposal = SimpleNamespace(recipe={"name": name}, sizes=sizes)
+    for stage in ("pretrain", "finetune"):
+        chosen = files._run(SimpleNamespace(folder=Path("folder")), proposal, None, stage)  # type: ignore[arg-type]
+        committed = (REPOSITORY / "launch" / "configs" / f"{name}-{stage}.yaml").read_text()
+        settings = [validate(RunConfig, yaml.safe_load(text) | {"stage": stage}, name) for text in (chosen, committed)]
+        ours, theirs = (config.model_dump(exclude={"corpus", "backbone", "output", "init_from"}) for config in settings)
+        assert ours == theirs, stage
