@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.training import Made
 
 # Ray's workers run at nice 15 unless told otherwise: beside other tests they would hardly run at all.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (its name)
 
 PAPER: dict[str, Any] = {"adapter": {"kind": "lora", "rank": 4}}
 """Dot product, no bias, no linear memory; people without a row are the zero vector."""
@@ -27,7 +27,7 @@ COSINE: dict[str, Any] = {
     "embeddings": {"dim": 6},
     "method": {"shared_user_ratio": 0.2, "max_history": 5},
 }
-STARTS_RAY = {"test_ray.py", "test_launchers.py", "test_app.py"}
+STARTS_RAY = {"test_ray.py", "test_ray_launchers.py", "test_app.py"}
 RUNS = {"paper": PAPER, "cosine": COSINE}
 
 
