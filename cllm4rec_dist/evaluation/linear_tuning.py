@@ -2,8 +2,8 @@
 
 A good linear model of one catalog is a poor one of another: how much words count, how strongly weights shrink and how
 long histories count depends on the data. So each open setting is moved along a grid while the memory alone ranks the
-held-out items of validation better by NDCG@100. The items of a sample are fitted and ranked among each other, so that
-a fit costs the same for any catalog; one of up to `_NUM_ITEMS` items is ranked whole.
+held-out items of validation better by NDCG@100. The items of a sample are fitted, with few neighbors, and ranked among
+each other, so that a fit costs the same for any catalog; one of up to `_NUM_ITEMS` items is ranked whole.
 
 Legend: U users, I items, S sampled items, K neighbors, n users with held-out items in the sample.
 """
@@ -47,8 +47,8 @@ _GRIDS = {
     "history_power": (0.0, 0.25, 0.5, 0.75),
 }
 """Values of each setting, the default among them."""
-_NUM_ITEMS, _NUM_USERS = 2048, 16384
-"""Most sampled items and users."""
+_NUM_ITEMS, _NUM_USERS, _NUM_NEIGHBORS = 2048, 16384, 100
+"""Most sampled items and users, and neighbors of an item: with 300 a fit takes three to ten times as long."""
 _LIST_LENGTH = 100
 _BLOCK_SCORES = 1 << 20
 """Scores of a block of users."""
@@ -95,10 +95,11 @@ def choose_settings(
     sample = _Sample.of(corpus)
     if not len(sample.held_out):
         return settings
+    num_neighbors = min(config.neighbors, _NUM_NEIGHBORS)
 
     def ndcg(candidate: LinearSettings) -> float:
         features = item_features(train, texts, candidate.text_weight, candidate.history_power)
-        return sample.ndcg(_weights(features, sample.items, config.neighbors, candidate.regularization, world), world)
+        return sample.ndcg(_weights(features, sample.items, num_neighbors, candidate.regularization, world), world)
 
     return climb(settings, names, ndcg)
 
