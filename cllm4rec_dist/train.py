@@ -382,7 +382,7 @@ def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunR
     """
     config = system.config.validation
     with cold_rows_filled(system):
-        mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users)
+        mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users, config.users)
     system.linear.weight = mixed.weight
     metric = config.metrics[0]
     value = mixed.metrics[metric]

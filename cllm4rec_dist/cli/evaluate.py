@@ -42,7 +42,9 @@ def evaluate(
     run: RunArgument,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder of the report; default RUN/evaluation[-valid][-without-rows].", callback=expanded),
+        typer.Option(
+            help="Folder of the report; default RUN/evaluation[-valid][-N-users][-without-rows].", callback=expanded
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
@@ -58,6 +60,13 @@ def evaluate(
         bool,
         typer.Option("--without-rows", help="Rank known users from their history alone, without their embeddings."),
     ] = False,
+    users: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rank a sample of so many users, the same in every run and for the baselines, instead of all of them.",
+        ),
+    ] = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
@@ -66,7 +75,7 @@ def evaluate(
 ) -> None:
     """Rank the whole catalog for every user, print metrics next to the baselines, write a report."""
     require_launchable(launcher, workers, os.environ)
-    folder = output or Path(run) / _folder_name(split, without_rows=without_rows)
+    folder = output or Path(run) / _folder_name(split, users, without_rows=without_rows)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     problems = preflight.metric_problems("--metrics", names)
     if output is not None or Path(run).is_dir():  # else the error is about RUN
@@ -105,6 +114,7 @@ def evaluate(
         output=str(folder),
         baselines=bool(models),
         without_rows=without_rows,
+        num_users=users,
         **moved,
     )
     if is_main(launcher, os.environ):
@@ -114,7 +124,8 @@ def evaluate(
         typer.echo(compare(folder, names, baselines=models, seconds=time.monotonic() - started))
 
 
-def _folder_name(split: str, *, without_rows: bool) -> str:
+def _folder_name(split: str, num_users: int | None, *, without_rows: bool) -> str:
     """Name of the report's folder in a run; other splits and options do not overwrite the default report."""
     of_split = "" if split == "test" else f"-{split}"
-    return f"evaluation{of_split}{'-without-rows' if without_rows else ''}"
+    of_users = "" if num_users is None else f"-{num_users}-users"
+    return f"evaluation{of_split}{of_users}{'-without-rows' if without_rows else ''}"

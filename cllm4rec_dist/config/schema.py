@@ -180,6 +180,8 @@ class ValidationConfig(StrictModel):
     """Epochs between validations; 0 disables validation."""
     metrics: tuple[str, ...] = ("recall@20", "recall@40", "ndcg@100")
     """Metrics to report, recall@K and ndcg@K; the first one selects the best checkpoint."""
+    users: int | None = Field(default=None, ge=1)
+    """Users of a sample, the same at each validation; all users with validation items if left out."""
     batch_users: int = Field(default=256, ge=1)
     """Users in a batch of each rank."""
     early_stopping_patience: int = Field(default=0, ge=0)

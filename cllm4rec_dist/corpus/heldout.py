@@ -14,11 +14,14 @@ import numpy as np
 
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.stateless_rng import keyed_bits
 
 Group = Literal["known", "new"]
 KNOWN: Group = "known"
 NEW: Group = "new"
 """Groups of users: those with a row, and those without one."""
+_SAMPLE = 0x5A3B
+"""Key of the random bits by which users are sampled."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,21 @@ class HeldOutUsers:
     held_out: Ragged
 
     @classmethod
-    def of(cls, corpus: Corpus, split: str) -> Self:
+    def of(cls, corpus: Corpus, split: str, num_users: int | None = None) -> Self:
         """Read the users with held-out items from a corpus.
 
         Args:
             split: valid or test.
+            num_users: size of a sample, drawn by a hash of the users' positions in the corpus: the same in every run,
+                and a part of any larger one. None reads all of them.
         """
         held_out, new_held_out = corpus.split(split), corpus.new_user_split(split)
         known, new = np.flatnonzero(held_out.lengths), np.flatnonzero(new_held_out.lengths)
+        if num_users is not None and num_users < len(known) + len(new):
+            keys = np.concatenate([keyed_bits(_SAMPLE, 0, known), keyed_bits(_SAMPLE, 1, new)])
+            is_drawn = np.zeros(len(keys), bool)
+            is_drawn[np.argsort(keys, kind="stable")[:num_users]] = True
+            known, new = known[is_drawn[: len(known)]], new[is_drawn[len(known) :]]
         histories = corpus.split("train").take(known), corpus.new_user_split("history").take(new)
         return cls(known, new, Ragged.concat(histories), Ragged.concat([held_out.take(known), new_held_out.take(new)]))
 

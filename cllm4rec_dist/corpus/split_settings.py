@@ -90,6 +90,11 @@ class ColdItemsSplit(StrictModel):
         for names in (("valid_items", "test_items"), ("valid", "test"), ("valid_users", "test_users")):
             if sum(getattr(self, name) for name in names) >= 1:
                 raise ValueError(f"{' + '.join(names)} must be below 1, so that something is left to train on")
+        # Manifests have every key, so that the default says nothing.
+        if self.held_out != type(self).model_fields["held_out"].default and self.valid_users + self.test_users == 0:
+            raise ValueError(
+                "held_out is a fraction of held-out users' items; give valid_users or test_users, or leave it out"
+            )
         return self
 
     def of_other_items(self) -> RandomSplit | UsersSplit:

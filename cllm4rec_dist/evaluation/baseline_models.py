@@ -24,6 +24,7 @@ from itertools import product
 import numpy as np
 import scipy.sparse as sp
 from implicit.cpu.als import AlternatingLeastSquares
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from threadpoolctl import threadpool_limits
 
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 _DENSE: tuple[BaselineName, ...] = ("ease", "title_ease")
 """Baselines with dense [I, I] matrices."""
-Scorer = Callable[[int, int], Float32Array]
-"""Returns scores [b, I] of users start..stop-1 in a new array, which the caller may overwrite."""
+Scorer = Callable[[NDArray[np.int64]], Float32Array]
+"""Returns scores [b, I] of b users in a new array, which the caller may overwrite."""
 
 _FIT_ITEMS = 4096
 """Items of the sparse EASE that are fitted at a time."""
@@ -190,11 +191,11 @@ def make_grids(data: SplitData, config: BaselineConfig) -> dict[BaselineName, li
 
 def _popularity(data: SplitData) -> list[Candidate]:
     counts = np.asarray(data.train.sum(axis=0), dtype=np.float32).ravel()
-    return [Candidate({}, lambda: lambda start, stop: np.tile(counts, (stop - start, 1)))]
+    return [Candidate({}, lambda: lambda users: np.tile(counts, (len(users), 1)))]
 
 
 def _linear_scorer(histories: sp.csr_matrix, weights: Float32Array) -> Scorer:
-    return lambda start, stop: histories[start:stop] @ weights
+    return lambda users: histories[users] @ weights
 
 
 def _ease(data: SplitData, gram: Float32Array, config: BaselineConfig) -> list[Candidate]:
@@ -237,7 +238,7 @@ def _sparse_ease(data: SplitData, config: BaselineConfig) -> list[Candidate]:
             entries = weights[item, rank], (neighbors[item, rank], item)
             columns.append(sp.csc_matrix(entries, shape=(num_items, stop - start)))
         weights = sp.hstack(columns, format="csr")
-        return lambda start, stop: (data.histories[start:stop] @ weights).toarray()
+        return lambda users: (data.histories[users] @ weights).toarray()
 
     def candidate(alpha: float, l2: float) -> Candidate:
         return Candidate({"alpha": alpha, "lambda": l2}, lambda: fit(alpha, l2))
@@ -260,11 +261,12 @@ def _ials(data: SplitData, config: BaselineConfig) -> list[Candidate]:
                 random_state=config.seed,
             )
             model.fit(train, show_progress=False)
-            users = model.user_factors
+            factors_of_users = model.user_factors
             if data.new_histories is not None:
                 new = data.new_histories.astype(np.float32)
-                users = np.concatenate([users, model.recalculate_user(np.arange(new.shape[0]), new)])
-        return lambda start, stop: users[start:stop] @ model.item_factors.T
+                of_new = model.recalculate_user(np.arange(new.shape[0]), new)
+                factors_of_users = np.concatenate([factors_of_users, of_new])
+        return lambda users: factors_of_users[users] @ model.item_factors.T
 
     def candidate(factors: int, regularization: float, alpha: float) -> Candidate:
         settings = {"factors": float(factors), "regularization": regularization, "alpha": alpha}

@@ -106,24 +106,26 @@ def top_items(scores: Float32Array, num_ranked: int) -> NDArray[np.int64]:
     return columns[order][starts[:, None] + np.arange(num_ranked)]
 
 
-def _user_blocks(num_users: int, num_items: int) -> Iterator[tuple[int, int]]:
-    size = max(1, _BLOCK_SCORES // num_items)
-    return ((start, min(start + size, num_users)) for start in range(0, num_users, size))
+def _user_blocks(data: SplitData) -> Iterator[NDArray[np.int64]]:
+    """Yield the users with held-out items, ascending, in blocks."""
+    users = np.flatnonzero(np.diff(data.valid.indptr) + np.diff(data.test.indptr))
+    size = max(1, _BLOCK_SCORES // data.histories.shape[1])
+    return (users[start : start + size] for start in range(0, len(users), size))
 
 
 def _evaluate(score: Scorer, data: SplitData, select_by: str, metrics: Sequence[str]) -> _CandidateResult:
-    """Rank the catalog once for every user, known or new, and evaluate that on validation and test."""
-    num_users, num_items = data.histories.shape
+    """Rank the catalog once for every user with held-out items, and evaluate that on validation and test."""
+    num_items = data.histories.shape[1]
     num_ranked = min(num_items, max(LIST_LENGTH, largest_cutoff([select_by, *metrics])))
     valid_parts, test_parts = [], []
     listed = np.zeros(num_items, np.int64)
-    for start, stop in _user_blocks(num_users, num_items):
-        scores = score(start, stop)
-        seen = data.histories[start:stop].tocoo()
+    for users in _user_blocks(data):
+        scores = score(users)
+        seen = data.histories[users].tocoo()
         scores[seen.row, seen.col] = -np.inf
         ranked = top_items(scores, num_ranked)
-        valid_parts.append(user_metrics(ranked, data.valid[start:stop], [select_by]))
-        test = user_metrics(ranked, data.test[start:stop], metrics)
+        valid_parts.append(user_metrics(ranked, data.valid[users], [select_by]))
+        test = user_metrics(ranked, data.test[users], metrics)
         has_test = ~np.isnan(test).any(axis=1)
         test_parts.append(test[has_test])
         ranked_scores = np.take_along_axis(scores, ranked, axis=1)

@@ -55,8 +55,8 @@ def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[Baselin
         raise DataError(str(folder), EVALUATION_FILE, f"cannot be read ({error})", "Evaluate a run first.") from error
     config = evaluated["config"]
     corpus = Corpus.open(config["corpus"], verify=False)
-    users = HeldOutUsers.of(corpus, evaluated["split"])
-    data = _split_data(corpus, evaluated["split"]) if baselines else None
+    users = HeldOutUsers.of(corpus, evaluated["split"], evaluated.get("sample"))
+    data = _split_data(corpus, evaluated["split"], evaluated.get("sample")) if baselines else None
     fitted, left_out = _fit_baselines(data, metrics, baselines)
     if fitted:
         _write_values(fitted, users, corpus, metrics, folder)
@@ -124,13 +124,20 @@ def _fit_baselines(
     return run_baselines(data, metrics, config), select_baselines(data, config)[1]
 
 
-def _split_data(corpus: Corpus, split: str) -> SplitData:
-    """Return the matrices of known and new users on which baselines are fitted and evaluated."""
+def _split_data(corpus: Corpus, split: str, num_users: int | None) -> SplitData:
+    """Return the matrices of known and new users on which baselines are fitted and evaluated.
+
+    Args:
+        num_users: size of a sample of the users with held-out items; None for all of them.
+    """
+    new_histories = corpus.new_user_split("history")
 
     def held_out(name: str) -> sp.csr_matrix:
-        return interaction_matrix(Ragged.concat([corpus.split(name), corpus.new_user_split(name)]), corpus.num_items)
+        users = HeldOutUsers.of(corpus, name, num_users)
+        lengths = np.zeros(corpus.num_users + len(new_histories), np.int64)
+        lengths[np.concatenate([users.known, corpus.num_users + users.new])] = users.held_out.lengths
+        return interaction_matrix(Ragged.from_lengths(lengths, users.held_out.values), corpus.num_items)
 
-    new_histories = corpus.new_user_split("history")
     return SplitData(
         train=interaction_matrix(corpus.split("train"), corpus.num_items),
         valid=held_out("valid"),

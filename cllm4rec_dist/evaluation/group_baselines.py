@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, Candidate, Scorer, SplitData, has_words, make_grids
 from cllm4rec_dist.evaluation.baselines import BaselineResult, top_items
 from cllm4rec_dist.evaluation.ease import Float32Array
@@ -78,21 +78,19 @@ def _value(scorer: Scorer, data: SplitData, group: ItemGroup, metric: str) -> fl
 def _evaluate(
     scorer: Scorer, histories: sp.csr_matrix, held_out: sp.csr_matrix, group: ItemGroup, metrics: Sequence[str]
 ) -> MetricResult:
-    """Rank the candidates of a group for all users [P] and return means over those with held-out items of it."""
-    num_users = histories.shape[0]
+    """Rank the candidates of a group for the users with held-out items of it, and return means over them."""
     counted = held_out @ sp.diags(group.held_out.astype(np.float32), format="csr")
     counted.eliminate_zeros()
     num_ranked = min(int(group.candidates.sum()), largest_cutoff(metrics))
-    values = []
-    for start in range(0, num_users, _BLOCK_USERS):
-        stop = min(start + _BLOCK_USERS, num_users)
-        scores = scorer(start, stop)
-        seen = histories[start:stop].tocoo()
+    every_user, values = np.flatnonzero(np.diff(counted.indptr)), []
+    for start in range(0, len(every_user), _BLOCK_USERS):
+        users = every_user[start : start + _BLOCK_USERS]
+        scores = scorer(users)
+        seen = histories[users].tocoo()
         scores[seen.row, seen.col] = -np.inf
         scores[:, ~group.candidates] = -np.inf
         ranked = top_items(scores, num_ranked)
-        lists = Ragged(counted.indptr[start : stop + 1] - counted.indptr[start], counted[start:stop].indices)
-        values.append(user_metrics(ranked, lists, metrics, int(group.candidates.sum())))
+        values.append(user_metrics(ranked, counted[users], metrics, int(group.candidates.sum())))
     return mean_metrics(np.concatenate(values), metrics)
 
 
@@ -105,8 +103,8 @@ def _text_neighbors(data: SplitData) -> list[Candidate]:
         )
         profiles, transposed = data.histories @ features, features.T.tocsr()
 
-        def score(start: int, stop: int) -> Float32Array:
-            return np.asarray((profiles[start:stop] @ transposed).todense(), dtype=np.float32)
+        def score(users: NDArray[np.int64]) -> Float32Array:
+            return np.asarray((profiles[users] @ transposed).todense(), dtype=np.float32)
 
         return score
 

@@ -55,6 +55,7 @@ def evaluate_run(
     corpus: str | None = None,
     baselines: bool = False,
     without_rows: bool = False,
+    num_users: int | None = None,
 ) -> None:
     """Write the model's files of `evaluation/files.py` into `output`: means, metrics by user, and item counts.
 
@@ -62,25 +63,29 @@ def evaluate_run(
         backbone, corpus: current paths; None for those in the checkpoint.
         baselines: True if baselines will be fitted, too, which needs validation items.
         without_rows: rank known users from their histories alone, as if they had no row.
+        num_users: size of a sample of the users, see `HeldOutUsers.of`; None for all of them.
 
     Raises:
         DataError: before anything is ranked, if the corpus holds out no items of the split, or none for baselines.
     """
     system, opened = load(run, world, backbone, corpus)
     require_held_out(system.corpus.manifest, split, with_baselines=baselines)
-    num_users = len(HeldOutUsers.of(system.corpus, split))
-    bar = progress_bar(world, num_users, f"evaluate {split}", "user")
-    evaluation, has_hit, parts = _evaluate(system, split, metrics, batch_users, bar.update, without_rows=without_rows)
+    total = len(HeldOutUsers.of(system.corpus, split))
+    bar = progress_bar(world, min(total, num_users or total), f"evaluate {split}", "user")
+    chosen: dict[str, Any] = {"num_users": num_users, "without_rows": without_rows}
+    evaluation, has_hit, parts = _evaluate(system, split, metrics, batch_users, bar.update, **chosen)
     bar.close()
     result = evaluation.result()
     weights = [system.linear.weight, *(PARTS[name] for name in parts)]
-    item_groups = evaluate_groups(system, split, metrics, batch_users, weights, without_rows=without_rows)
+    item_groups = evaluate_groups(system, split, metrics, batch_users, weights, **chosen)
     examples = _examples(system, evaluation.users, has_hit, without_rows=without_rows)
     if world.is_main:
         lineage = opened.metadata.lineage
         notes = [] if lineage is None else lineage.notes()
         for note in notes:
             logger.warning("%s: %s", opened.path, note)
+        if len(evaluation.users) < total:
+            notes.append(f"a sample of {len(evaluation.users):,} of {total:,} users was ranked")
         if without_rows:
             notes.append("known users were ranked without their rows, from their histories alone")
         if parts and opened.metadata.run.linear_weight is None:
@@ -90,6 +95,7 @@ def evaluate_run(
             "checkpoint": opened.path,
             "split": split,
             "without_rows": without_rows,
+            "sample": num_users,
             **vars(result),
             "parts": {name: vars(part.result()) for name, part in parts.items()},
             "linear_weight": system.linear.weight if parts else None,
@@ -120,6 +126,7 @@ def _evaluate(
     batch_users: int,
     progress: Callable[[int], object],
     *,
+    num_users: int | None,
     without_rows: bool,
 ) -> tuple[Evaluation, np.ndarray, dict[str, Evaluation]]:
     """Evaluate the run, and the LLM and the linear memory alone, if it has one.
@@ -136,6 +143,7 @@ def _evaluate(
         batch_users,
         [system.linear.weight, *weights.values()],
         progress,
+        num_users=num_users,
         without_rows=without_rows,
         list_length=LIST_LENGTH,
     )

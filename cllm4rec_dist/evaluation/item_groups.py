@@ -64,6 +64,7 @@ def evaluate_groups(
     batch_users: int,
     weights: Sequence[float],
     *,
+    num_users: int | None = None,
     without_rows: bool = False,
 ) -> dict[str, list[MetricResult]]:
     """Return means by each weight, by the name of the group; empty if the corpus does not hold out whole items.
@@ -72,16 +73,19 @@ def evaluate_groups(
 
     Args:
         weights: weights of the linear memory, see `mixed_topk`.
+        num_users: size of a sample, see `HeldOutUsers.of`; None for all users.
     """
     groups = item_groups(system.corpus, split)
     if not groups:
         return {}
-    users = HeldOutUsers.of(system.corpus, split)
+    users = HeldOutUsers.of(system.corpus, split, num_users)
     rows = np.full(len(users), -1, np.int64) if without_rows else users.rows
     results = {}
     for group in groups:
         held_out = _restrict(users.held_out, group.held_out)
         chosen = np.flatnonzero(held_out.lengths)
+        if not len(chosen):
+            continue
         histories, held_out = users.histories.take(chosen), held_out.take(chosen)
         values, num_best = np.zeros((len(weights), len(chosen), len(metrics))), largest_cutoff(metrics)
         for rankings in rank_by_weights(

@@ -45,20 +45,24 @@ class MixedMetrics:
         return {"llm": self.llm, "linear": self.linear} if self.linear else {}
 
 
-def choose_weight(system: InferenceSystem, split: str, metrics: Sequence[str], batch_users: int) -> MixedMetrics:
+def choose_weight(
+    system: InferenceSystem, split: str, metrics: Sequence[str], batch_users: int, num_users: int | None = None
+) -> MixedMetrics:
     """Rank the held-out items of a split with every weight of the grid; the smallest of equally good ones wins.
 
     Without a linear memory the weight is 0. Collective.
 
     Args:
         metrics: the first one decides.
+        num_users: size of a sample, see `HeldOutUsers.of`; None for all users.
     """
     if system.linear.is_empty:
-        (alone,) = evaluate(system, split, metrics, batch_users, [LLM_ALONE])
+        (alone,) = evaluate(system, split, metrics, batch_users, [LLM_ALONE], num_users=num_users)
         return MixedMetrics(LLM_ALONE, alone.result().mean, alone.result().mean, {})
     scale = score_ratio(system, split, batch_users)
     grid = [LLM_ALONE, *(scale * 2.0**exponent for exponent in _EXPONENTS if scale > 0), LINEAR_ALONE]
-    results = [evaluation.result().mean for evaluation in evaluate(system, split, metrics, batch_users, grid)]
+    evaluations = evaluate(system, split, metrics, batch_users, grid, num_users=num_users)
+    results = [evaluation.result().mean for evaluation in evaluations]
     best = max(range(len(grid) - 1), key=lambda index: (results[index][metrics[0]], -index))
     return MixedMetrics(grid[best], results[best], results[0], results[-1])
 

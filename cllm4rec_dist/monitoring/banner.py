@@ -77,10 +77,9 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _backbone(config: RunConfig) -> str:
     decoder = backbone.load_config(backbone.local_folder(config.backbone, weights=False))
-    return (
-        f"{config.backbone}: {decoder.model_type}, {decoder.num_hidden_layers} layers of width {decoder.hidden_size},"
-        f" {decoder.vocab_size:,} words"
-    )
+    depth = decoder.num_hidden_layers
+    shape = f"{depth} layer{'s' if depth > 1 else ''} of width {decoder.hidden_size}"
+    return f"{config.backbone}: {decoder.model_type}, {shape}, {decoder.vocab_size:,} words"
 
 
 def _precision(config: RunConfig) -> str:

@@ -211,6 +211,7 @@ def test_users_who_have_held_out_items_alone_are_left_out_and_counted() -> None:
         ({"valid_items": 0, "test_items": 0}, ConfigError, "holds out no item"),
         ({"valid_items": 0.5, "test_items": 0.5}, ConfigError, "must be below 1"),
         ({"valid_users": 0.5, "test_users": 0.5}, ConfigError, "valid_users \\+ test_users must be below 1"),
+        ({"held_out": 0.5}, ConfigError, "give valid_users or test_users"),
         ({"valid_items": 0, "test_items": 1e-9}, DataError, "holds out none of the 2 items"),
         ({"valid_items": 0, "test_items": 0.999999999}, DataError, "holds out all items"),
     ],

@@ -160,6 +160,24 @@ def test_evaluation_sees_known_users_first_and_then_new_ones(catalog: Catalog, t
         assert users.held_out[index].tolist() == expected[1].tolist()
 
 
+def test_a_sample_of_users_is_always_the_same_and_part_of_larger_ones(catalog: Catalog, tmp_path: Path) -> None:
+    _, corpus = write(catalog, tmp_path / "c", split=SPLIT)
+    every = HeldOutUsers.of(corpus, "test")
+    position = {user: index for index, user in enumerate(every.ids(corpus))}
+    smaller: set[str] = set()
+    for size in (1, 2, 5, len(every) - 1, len(every), 1000):
+        drawn = HeldOutUsers.of(corpus, "test", size)
+        names = drawn.ids(corpus)
+        assert len(names) == len(drawn) == min(size, len(every))
+        assert smaller <= set(names)
+        smaller = set(names)
+        index = np.array([position[name] for name in names])
+        assert (np.diff(index) > 0).all()
+        assert drawn.rows.tolist() == every.rows[index].tolist()
+        for part in ("histories", "held_out"):
+            assert getattr(drawn, part).values.tolist() == getattr(every, part).take(index).values.tolist()
+
+
 def test_digests_cover_held_out_users(raw: RawData, catalog: Catalog, tmp_path: Path) -> None:
     with_them, _ = write(catalog, tmp_path / "a", split=SPLIT)
     assert sorted(with_them.split_digests) == ["history", "test", "train", "valid"]

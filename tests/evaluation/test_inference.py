@@ -108,6 +108,30 @@ def test_values_of_users_are_those_of_their_lists_on_any_number_of_ranks(
 
 
 @pytest.mark.slow
+def test_a_sample_of_users_has_the_values_that_they_have_among_all(trained: Made, tmp_path: Path) -> None:
+    """Those of the model and of the baselines, which select by a sample of the validation users, too."""
+    folder = str(trained[0] / "run")
+    tables = {}
+    for size in (None, 9):
+        output = tmp_path / str(size)
+        run_ranks(2, evaluated, folder, str(output), "test", {"num_users": size, "baselines": True})
+        compare(output, METRICS, baselines=("popularity",), seconds=1.0)
+        tables[size] = [pl.read_parquet(output / name) for name in ("users.parquet", "baselines.parquet")]
+    content = json.loads((tmp_path / "9" / "evaluation.json").read_text())
+    assert (content["num_users"], content["sample"]) == (9, 9)
+    assert content["notes"] == ["a sample of 9 of 28 users was ranked"]
+    for every, sampled in zip(tables[None], tables[9], strict=True):
+        assert len(sampled) == 9
+        columns = ["user", *METRICS]
+        same = every.filter(pl.col("user").is_in(sampled["user"].implode()))
+        for (user, *values), (other, *expected) in zip(
+            sampled[columns].iter_rows(), same[columns].iter_rows(), strict=True
+        ):
+            assert user == other
+            assert values == pytest.approx(expected)
+
+
+@pytest.mark.slow
 def test_rows_matter_only_to_known_users(trained: Made) -> None:
     folder = str(trained[0] / "run")
     ((with_rows, without),) = run_ranks(1, both_lists, folder)

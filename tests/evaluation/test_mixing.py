@@ -42,6 +42,15 @@ def test_the_best_weight_of_the_grid_is_chosen_and_both_parts_are_reported(syste
     assert chosen.parts.keys() == {"llm", "linear"}
 
 
+def test_a_validation_may_rank_a_sample_of_the_users(system: InferenceSystem) -> None:
+    (every,) = evaluate(system, "valid", METRICS, 5, [LLM_ALONE])
+    (sampled,) = evaluate(system, "valid", METRICS, 5, [LLM_ALONE], num_users=7)
+    is_sampled = np.isin(every.users.rows, sampled.users.rows)
+    assert is_sampled.sum() == len(sampled.users) == 7 < len(every.users)
+    np.testing.assert_allclose(sampled.values, every.values[is_sampled])
+    assert choose_weight(system, "valid", METRICS, 5, 7).llm == pytest.approx(sampled.result().mean)
+
+
 def test_a_run_without_linear_memory_has_no_weight_and_no_parts(runs: dict[str, Path]) -> None:
     plain, _ = load_local(str(runs["paper"]), torch.device("cpu"))
     assert plain.linear.is_empty
