@@ -45,8 +45,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogethe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the integration tests, which take longest."""
-    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+    """Start with the files whose tests take longest, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("integration", "slow")])
 
 
 @pytest.fixture(autouse=True)

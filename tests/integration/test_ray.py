@@ -26,7 +26,7 @@ from tests.integration.runs import (
 
 pytestmark = pytest.mark.integration
 
-EPOCHS = 60
+EPOCHS = 40
 
 
 @pytest.fixture(scope="module")
