@@ -160,7 +160,7 @@ def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, s
 
 
 def test_text_neighbours_rank_by_the_cosine_with_the_texts_of_the_history(made: Made) -> None:
-    data, groups = _split_data(made.corpus, "test"), item_groups(made.corpus, "test")
+    data, groups = _split_data(made.corpus, "test", None), item_groups(made.corpus, "test")
     config = BaselineConfig(names=("popularity",))
     rows = group_rows(data, groups, run_baselines(data, METRICS, config), METRICS, config)
     by_group = {group.name: {row.name: row for row in of_group} for group, of_group in zip(groups, rows, strict=True)}
