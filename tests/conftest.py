@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.training import Made
 
 # Ray's workers run at nice 15 unless told otherwise: beside other tests they would hardly run at all.
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (its name)
+os.environ |= {"RAY_worker_niceness": "0"}
 
 PAPER: dict[str, Any] = {"adapter": {"kind": "lora", "rank": 4}}
 """Dot product, no bias, no linear memory; people without a row are the zero vector."""

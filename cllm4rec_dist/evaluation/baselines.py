@@ -33,13 +33,13 @@ from cllm4rec_dist.evaluation.baseline_models import (
     make_grids,
 )
 from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
-from cllm4rec_dist.evaluation.ease import Float32Array
 from cllm4rec_dist.evaluation.metrics import (
     LIST_LENGTH,
     FloatArray,
     count_listed,
     largest_cutoff,
     mean_metrics,
+    top_items,
     user_metrics,
 )
 from cllm4rec_dist.log import ProgressBar, progress_bar
@@ -83,27 +83,6 @@ class _CandidateResult:
     valid: float
     values: FloatArray
     listed: NDArray[np.int64]
-
-
-def top_items(scores: Float32Array, num_ranked: int) -> NDArray[np.int64]:
-    """Return the best columns of each row, best first; equal scores rank the lower column first.
-
-    Args:
-        scores: [b, I] without NaN; -inf ranks last.
-        num_ranked: K, 1..I.
-
-    Returns:
-        columns [b, K].
-    """
-    num_rows, num_items = scores.shape
-    assert 1 <= num_ranked <= num_items
-    threshold = np.partition(scores, num_items - num_ranked, axis=1)[:, num_items - num_ranked]
-    assert not np.isnan(threshold).any(), "a score is NaN"
-    # All scores from the K-th best on, ties included; the sort below keeps the first K of each row.
-    rows, columns = np.nonzero(scores >= threshold[:, None])
-    order = np.lexsort((columns, -scores[rows, columns], rows))
-    starts = np.searchsorted(rows, np.arange(num_rows))
-    return columns[order][starts[:, None] + np.arange(num_ranked)]
 
 
 def _user_blocks(data: SplitData) -> Iterator[NDArray[np.int64]]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, Candidate, Scorer, SplitData, has_words, make_grids
-from cllm4rec_dist.evaluation.baselines import BaselineResult, top_items
+from cllm4rec_dist.evaluation.baselines import BaselineResult
 from cllm4rec_dist.evaluation.ease import Float32Array
 from cllm4rec_dist.evaluation.item_groups import ItemGroup
-from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, top_items, user_metrics
 from cllm4rec_dist.evaluation.results import ResultRow
 
 TEXT_NEIGHBORS = "Text neighbours"

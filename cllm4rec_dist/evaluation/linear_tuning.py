@@ -28,6 +28,7 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.collectives import all_gather_rows, gather_counts, gather_integers
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.evaluation.metrics import largest_cutoff, top_items, user_metrics
 from cllm4rec_dist.model.linear_fit import (
     ItemFeatures,
     LinearSettings,
@@ -49,7 +50,7 @@ _GRIDS = {
 """Values of each setting, the default among them."""
 _NUM_ITEMS, _NUM_USERS, _NUM_NEIGHBORS = 2048, 16384, 100
 """Most sampled items and users, and neighbors of an item: with 300 a fit takes three to ten times as long."""
-_LIST_LENGTH = 100
+_METRIC = "ndcg@100"
 _BLOCK_SCORES = 1 << 20
 """Scores of a block of users."""
 
@@ -182,11 +183,6 @@ class _Sample:
         histories, held_out = self.histories[users], self.held_out.take(users)
         scores = (histories @ weights).toarray()
         scores[histories[:, self.items].nonzero()] = -np.inf
-        of_user, position = scores[held_out.rows], held_out.values[:, None]
-        score = np.take_along_axis(of_user, position, axis=1)
-        is_ahead = (of_user > score) | ((of_user == score) & (np.arange(len(self.items)) < position))
-        rank = is_ahead.sum(axis=1)
-        discounts = 1.0 / np.log2(np.arange(_LIST_LENGTH) + 2.0)
-        gains = np.where(rank < _LIST_LENGTH, 1.0 / np.log2(rank + 2.0), 0.0)
-        ideal = discounts.cumsum()[np.minimum(held_out.lengths, _LIST_LENGTH) - 1]
-        return float((np.bincount(held_out.rows, gains, len(users)) / ideal).sum())
+        num_items = len(self.items)
+        ranked = top_items(scores, min(num_items, largest_cutoff([_METRIC])))
+        return float(user_metrics(ranked, held_out, [_METRIC], num_items).sum())

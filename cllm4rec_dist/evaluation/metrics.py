@@ -156,6 +156,27 @@ def _ndcg(hit: NDArray[np.bool_], num_heldout: IntArray, cutoff: int) -> FloatAr
 _METRICS: dict[str, Callable[[NDArray[np.bool_], IntArray, int], FloatArray]] = {"recall": _recall, "ndcg": _ndcg}
 
 
+def top_items(scores: NDArray[np.float32], num_ranked: int) -> NDArray[np.int64]:
+    """Return the best columns of each row, best first; equal scores rank the lower column first.
+
+    Args:
+        scores: [b, I] without NaN; -inf ranks last.
+        num_ranked: K, 1..I.
+
+    Returns:
+        columns [b, K].
+    """
+    num_rows, num_items = scores.shape
+    assert 1 <= num_ranked <= num_items
+    threshold = np.partition(scores, num_items - num_ranked, axis=1)[:, num_items - num_ranked]
+    assert not np.isnan(threshold).any(), "a score is NaN"
+    # All scores from the K-th best on, ties included; the sort below keeps the first K of each row.
+    rows, columns = np.nonzero(scores >= threshold[:, None])
+    order = np.lexsort((columns, -scores[rows, columns], rows))
+    starts = np.searchsorted(rows, np.arange(num_rows))
+    return columns[order][starts[:, None] + np.arange(num_ranked)]
+
+
 def user_metrics(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None) -> FloatArray:
     """Return the metrics of each user: float64 [U, M], NaN for a user without held-out items.
 

@@ -12,8 +12,8 @@ from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation import baselines, ease
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, select_baselines
-from cllm4rec_dist.evaluation.baselines import run_baselines, top_items
-from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.baselines import run_baselines
+from cllm4rec_dist.evaluation.metrics import mean_metrics, top_items, user_metrics
 from cllm4rec_dist.model.linear_fit import text_features
 
 METRICS = ["recall@5", "ndcg@10"]

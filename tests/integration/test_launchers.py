@@ -1,4 +1,4 @@
-"""The same run under every launcher but Ray (`test_ray_launchers.py`): one process, torchrun, deepspeed."""
+"""One process, torchrun and deepspeed give the same run; Ray is in `test_ray_launchers.py`."""
 
 from __future__ import annotations
 
