@@ -17,6 +17,7 @@ from cllm4rec_dist.config import OptimizerConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.distributed.collectives import all_reduce_sum, sum_on_host
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.model.table_replicas import sum_gradient
 from cllm4rec_dist.system import System
 
 SQUARE_CHUNK = 1 << 22
@@ -123,19 +124,20 @@ def _complete_gradients(system: System) -> Tensor:
     """Average the gradients outside the engine over the ranks, as ZeRO-3 does its own; return this rank's squared norm.
 
     Tables hold the gradient of the sum over ranks of losses that carry a factor W, so they are divided by W once.
-    Replicated parameters are all-reduced first; each rank counts one W-th of their squared norm.
+    Replicated parameters and replicas of tables are summed first; each of the ranks that hold the same values counts
+    its share of their squared norm.
     """
-    world = system.world
+    world, replicas = system.world, system.recommender.replicas
     squared_norm = torch.zeros((), dtype=torch.float64, device=world.device)
     replicated = dict(system.recommender.replicated_parameters())
     _sum_over_ranks([*replicated.values()], world)
     for name, parameter in zip(system.embedding_optimizer.names, system.embedding_optimizer.parameters, strict=True):
         if parameter.grad is None:
             continue
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
+        if name not in replicated:
+            parameter.grad = sum_gradient(parameter.grad, replicas)
         values = _values(parameter.grad).div_(world.size)
-        squared_norm += _sum_of_squares(values) / (world.size if name in replicated else 1)
+        squared_norm += _sum_of_squares(values) / (world.size if name in replicated else replicas.size)
     for gradient in system.engine.gradients().values():
         squared_norm += gradient.double().square().sum()
     return squared_norm

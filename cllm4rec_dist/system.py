@@ -26,7 +26,7 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.distributed.local_engine import ForwardEngine, LocalEngine
-from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.distributed.topology import World, split_world
 from cllm4rec_dist.errors import ConfigError, CorpusError
 from cllm4rec_dist.model import backbone, embedding_init, hidden_vectors
 from cllm4rec_dist.model.dtypes import DTYPES
@@ -122,7 +122,8 @@ def assemble(config: RunConfig, world: World) -> System:
     words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=content)
     with world.watch.collective("the probe"), gathered_by_layer(dual, dual.layers, world.device):
         require_equal_to_transformers(dual, dual, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
-    recommender = _empty_recommender(config, corpus, words, world, content=content)
+    shards, replicas = split_world(world, config.embeddings.shard_group, config.faults.collective_timeout_seconds)
+    recommender = _empty_recommender(config, corpus, words, shards, replicas, content=content)
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
     adapter_optimizer = torch.optim.AdamW(
         trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
@@ -133,7 +134,7 @@ def assemble(config: RunConfig, world: World) -> System:
         corpus=corpus,
         prompts=_prompt_builder(config, corpus, tokenizer, words),
         recommender=recommender,
-        linear=LinearMemory(recommender.item_partition, world),
+        linear=LinearMemory(recommender.item_partition, shards),
         engine=Engine(dual, settings, adapter_optimizer, dual.layers),
         embedding_optimizer=EmbeddingOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
         fingerprints=_fingerprints(folder, corpus, tokenizer, world),
@@ -162,7 +163,7 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
     dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
     engine = LocalEngine(dual, world.device)
     require_equal_to_transformers(dual, engine, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
-    recommender = _empty_recommender(config, corpus, words, world, content=False)
+    recommender = _empty_recommender(config, corpus, words, world, None, content=False)
     return InferenceSystem(
         config=config,
         world=world,
@@ -176,7 +177,13 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
 
 
 def _empty_recommender(
-    config: RunConfig, corpus: Corpus, words: backbone.FrozenEmbeddings, world: World, *, content: bool
+    config: RunConfig,
+    corpus: Corpus,
+    words: backbone.FrozenEmbeddings,
+    shards: World,
+    replicas: World | None,
+    *,
+    content: bool,
 ) -> Recommender:
     """Make a recommender whose tables are zero."""
     return Recommender(
@@ -184,12 +191,13 @@ def _empty_recommender(
         corpus.num_items,
         words,
         config.head,
-        world,
+        shards,
         dropout=config.embeddings.dropout,
         comm_dtype=DTYPES[config.embeddings.comm_dtype],
         sparse_gradients=config.optimizer.sparse_embedding_updates,
         content=content,
         width=config.embeddings.dim,
+        replicas=replicas,
     )
 
 
@@ -299,9 +307,9 @@ def init_embeddings(system: System, *, items: bool = True) -> None:
     Args:
         items: False leaves out the spectral initialization of the items, for a caller that replaces all of their rows.
     """
-    config, world, model = system.config, system.world, system.recommender
-    scale = model.words.scale
-    embedding_init.init_prior(model.collaborative.items, scale, world, config.seed, 0)
+    config, model = system.config, system.recommender
+    scale, shards = model.words.scale, model.world
+    embedding_init.init_prior(model.collaborative.items, scale, shards, config.seed, 0)
     if items and config.embeddings.init == "spectral":
         factors = embedding_init.spectral_item_factors(
             system.corpus,
@@ -309,15 +317,15 @@ def init_embeddings(system: System, *, items: bool = True) -> None:
             system.prompts.space.num_words,
             model.collaborative.items.width,
             model.item_partition,
-            world,
+            shards,
             config.seed,
             vectors=_text_vectors(system),
-            cache=InitCache(config.corpus, config.output, world),
+            cache=InitCache(config.corpus, config.output, system.world, shards),
         )
         embedding_init.init_items(model.collaborative.items, factors, scale, config.seed)
-    embedding_init.init_prior(model.collaborative.users, scale, world, config.seed, 1)
+    embedding_init.init_prior(model.collaborative.users, scale, shards, config.seed, 1)
     if model.input_projection is not None:
-        embedding_init.init_input_projection(model.input_projection, world, config.seed)
+        embedding_init.init_input_projection(model.input_projection, system.world, config.seed)
     init_content_embeddings(system)
 
 
@@ -329,7 +337,7 @@ def init_content_embeddings(system: System) -> None:
     pairs = (model.content.items, model.collaborative.items), (model.content.users, model.collaborative.users)
     for index, (content, collaborative) in enumerate(pairs, start=2):
         embedding_init.init_content(
-            content, collaborative, config.embeddings, model.words.scale, system.world, config.seed, index
+            content, collaborative, config.embeddings, model.words.scale, model.world, config.seed, index
         )
 
 
@@ -340,12 +348,13 @@ def _text_vectors(system: System) -> embedding_init.TextVectors | None:
         return None
     if source == BACKBONE_VECTORS:
         return _backbone_vectors(system)
-    return embedding_init.vectors_from_file(source, system.corpus, system.recommender.item_partition, system.world)
+    model = system.recommender
+    return embedding_init.vectors_from_file(source, system.corpus, model.item_partition, model.world)
 
 
 def _backbone_vectors(system: System) -> embedding_init.TextVectors:
     """Hidden states of the item texts after the middle layer of the backbone, before it or its adapters are trained."""
-    config, world, words = system.config, system.world, system.recommender.words.embedding
+    config, model, words = system.config, system.recommender, system.recommender.words.embedding
     layers = system.engine.layers
     middle = max(0, len(layers) // 2 - 1)
 
@@ -358,8 +367,8 @@ def _backbone_vectors(system: System) -> embedding_init.TextVectors:
 
     def compute() -> Tensor:
         system.train(False)
-        texts = hidden_vectors.local_item_texts(system.corpus, system.recommender.item_partition, world)
-        return hidden_vectors.mean_hidden_states(texts, words.shape[1], encode, world)
+        texts = hidden_vectors.local_item_texts(system.corpus, model.item_partition, model.world)
+        return hidden_vectors.mean_hidden_states(texts, words.shape[1], encode, model.world)
 
     digest = f"{system.fingerprints['backbone']} layer {middle} {config.precision} {config.quantization}"
     return embedding_init.TextVectors(digest, compute)

@@ -44,6 +44,7 @@ from cllm4rec_dist.evaluation import mixing
 from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
 from cllm4rec_dist.evaluation.linear_tuning import init_linear_memory
 from cllm4rec_dist.log import ReportMetrics
+from cllm4rec_dist.model.table_replicas import copy_first_replica
 from cllm4rec_dist.monitoring.progress import Schedule, Validation
 from cllm4rec_dist.monitoring.run_reporter import RunReporter
 from cllm4rec_dist.signals import GracefulShutdown
@@ -97,7 +98,6 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             (run / CONFIG_FILE).write_text(text, encoding="utf-8")
         reporter.start(system, Schedule(state.step, total_steps, source.steps_per_epoch), origin)
-
         losses: dict[str, float] = {}
         interrupted = False
         save_timer = _SaveTimer(config.checkpoint.every_minutes)
@@ -208,6 +208,7 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
         init_embeddings(system)
     else:
         origin = f"weights of {_load_initial_weights(system, config.init_from)}"
+    copy_first_replica(system.recommender)
     init_linear_memory(system)
     return RunState(), trained_on, origin
 

@@ -201,6 +201,25 @@ def test_steps_with_narrow_rows_equal_dense_steps(
         assert first[name].abs().max() > 0
 
 
+GROUPED = {"init": "spectral", "lambda_l": 0.3, "lambda_c": 0.7}
+GROUPS: list[tuple[int, int, str, dict[str, Any]]] = [
+    (4, 2, "pretrain", {"embeddings": GROUPED}),
+    (4, 2, "finetune", {"embeddings": GROUPED | {"dim": 5}, "optimizer": {"sparse_embedding_updates": False}}),
+    (4, 1, "finetune", {"embeddings": GROUPED, "method": {"max_history": 100, "shared_user_ratio": 0.4}}),
+    (3, 1, "pretrain", {"embeddings": GROUPED, "head": PAPER_HEAD, "adapter": {"kind": "full"}}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "num_shards", "stage", "changes"), GROUPS)
+def test_steps_with_copies_of_the_tables_equal_dense_steps(
+    made: tuple[str, str], tmp_path: Path, size: int, num_shards: int, stage: str, changes: dict[str, Any]
+) -> None:
+    """Groups of ranks hold copies of the tables, which have the same bits after four steps (`AsyncSaver.save`)."""
+    embeddings = changes["embeddings"] | {"shard_group": num_shards}
+    assert_same_run(make_config(made, stage, **changes | {"embeddings": embeddings}), size, tmp_path)
+
+
 @pytest.mark.slow
 def test_rows_that_are_as_wide_as_the_backbone_change_no_bit(made: tuple[str, str], tmp_path: Path) -> None:
     """Losses, norms, gradients and start are equal if the width is set to the backbone's."""
@@ -233,7 +252,12 @@ def test_steps_with_a_shared_user_row_equal_dense_steps(tmp_path: Path, size: in
 def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, Tensor]:
     """Compare four steps on `size` ranks with the dense reference; return the reference's first gradients."""
     ranks = run_ranks(size, sharded, config, str(tmp_path))
-    start = {name: torch.cat([rank["start"][name] for rank in ranks]) for name in ranks[0]["start"]}
+    shards = ranks[: config.embeddings.shard_group]  # the first copy of the tables
+    for index, rank in enumerate(ranks):
+        for kind in ("start", "gradients"):
+            copied = shards[index % len(shards)][kind]
+            assert all(torch.equal(value, copied[name]) for name, value in rank[kind].items() if ":" not in name)
+    start = {name: torch.cat([rank["start"][name] for rank in shards]) for name in ranks[0]["start"]}
     run, results = dense(config, start, ranks[0]["projections"])
 
     for got, expected in zip(ranks[0]["losses"], results, strict=True):
@@ -242,12 +266,15 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
     assert ranks[0]["norms"] == pytest.approx([r["norm"] for r in results], rel=1e-5)
 
     # No parameter is left out of the norm, however small its part: in fp64 each of them is seen.
-    parts = [g for rank in ranks for name, g in rank["gradients"].items() if name not in REPLICATED or rank is ranks[0]]
+    parts = [
+        g for rank in shards for name, g in rank["gradients"].items() if name not in REPLICATED or rank is ranks[0]
+    ]
+    parts += [g for rank in ranks[len(shards) :] for name, g in rank["gradients"].items() if ":" in name]
     assert ranks[0]["norms"][0] ** 2 == pytest.approx(sum(g.double().square().sum().item() for g in parts), rel=1e-12)
 
     first = results[0]["gradients"]
     for name in run.outside():
-        parts = [rank["gradients"][name] for rank in ranks]
+        parts = [rank["gradients"][name] for rank in shards]
         whole = parts[0] if name in REPLICATED else torch.cat(parts)
         assert_same_gradient(name, whole, first[name])
     for name in run.adapters:

@@ -153,13 +153,13 @@ def test_finetuning_starts_from_pretraining_and_its_best_checkpoint_is_evaluated
     recorded = about(tuned, best).run
 
     for size in (1, 2):
-        run_ranks(size, _evaluate, str(tuned), str(tmp_path / f"valid-{size}"))
+        run_ranks(size, evaluated, str(tuned), str(tmp_path / f"valid-{size}"))
         evaluation = json.loads((tmp_path / f"valid-{size}" / "evaluation.json").read_text())
         assert evaluation["mean"]["recall@5"] == pytest.approx(recorded.best, rel=1e-6)
         assert evaluation["num_users"] == 23
 
 
-def _evaluate(world: World, folder: str, output: str) -> None:
+def evaluated(world: World, folder: str, output: str) -> None:
     evaluate_run(world, lambda metrics: None, folder, "valid", ["recall@5", "ndcg@10"], 4, output)
 
 

@@ -34,6 +34,7 @@ from cllm4rec_dist.checkpointing.store import FileEntry, Store
 from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.collectives import barrier, gather_integers
 from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.model.table_replicas import require_equal_replicas
 from cllm4rec_dist.system import System
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class AsyncSaver:
         if self._store.is_committed(name):
             return  # a resumed run may reach the best step of the run before it again
         best = None if state.best_step is None else f"{BEST}{state.best_step:08d}"
+        require_equal_replicas(self._system.recommender)
         files = _snapshot(self._system, state, self._trained_on, moments=kind == STEP)
         snapshot = _Snapshot(name, files, best, time.perf_counter() - started)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -203,13 +205,17 @@ class AsyncSaver:
 def _snapshot(
     system: System, state: RunState, trained_on: TrainedOn | None, *, moments: bool
 ) -> dict[str, Callable[[Path], object]]:
-    """Copy this rank's state into host memory. Return a function for each file that writes it to a path."""
+    """Copy this rank's state into host memory. Return a function for each file that writes it to a path.
+
+    The first replica stores the tables.
+    """
     world, model = system.world, system.recommender
-    tables = system.embedding_optimizer.state() if moments else {}
+    holds_tables = model.world.replica == 0
+    tables = system.embedding_optimizer.state() if moments and holds_tables else {}
     adapters = {ADAPTER + name: adam for name, adam in system.engine.moments().items()} if moments else {}
-    sharded = {name: p.detach() for name, p, _ in model.sharded_parameters()}
+    sharded = {name: p.detach() for name, p, _ in model.sharded_parameters()} if holds_tables else {}
     sharded |= {ADAPTER + name: value for name, value in system.engine.weights().items()}
-    if not system.linear.is_empty:
+    if holds_tables and not system.linear.is_empty:
         sharded |= {LINEAR_NEIGHBORS: system.linear.neighbors, LINEAR_WEIGHTS: system.linear.weights}
     whole = {name: p.detach() for name, p in model.replicated_parameters()}
     for name, adam in (tables | adapters).items():
@@ -243,6 +249,7 @@ def _metadata(system: System, state: RunState, trained_on: TrainedOn | None) -> 
     return CheckpointMetadata(
         run=state,
         world_size=system.world.size,
+        shard_group=None if system.recommender.replicas.size == 1 else system.recommender.world.size,
         num_users=system.corpus.num_users,
         num_items=system.corpus.num_items,
         steps_taken=system.engine.steps_taken(),

@@ -120,13 +120,15 @@ def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tabl
         CheckpointError: for other adapter settings.
     """
     _require_same_shapes(system, checkpoint)
-    linear = checkpoint.linear_memory(*system.linear.partition.range(system.world.rank)) if tables else None
+    shards = system.recommender.world
+    linear = checkpoint.linear_memory(*system.linear.partition.range(shards.rank)) if tables else None
     shard = CheckpointShard({}, {}, checkpoint.replicated(), linear)
     shapes = _local_shapes(system)
     for name, partition in _partitions(system).items():
         if not (tables or name.startswith(ADAPTER)):
             continue
-        span = partition.num_rows, *partition.range(system.world.rank)
+        rank = system.world.rank if name.startswith(ADAPTER) else shards.rank
+        span = partition.num_rows, *partition.range(rank)
         weights = checkpoint.rows(name, *span)
         if weights is not None:
             shard.weights[name] = _checked_shape(checkpoint, name, weights, shapes[name])

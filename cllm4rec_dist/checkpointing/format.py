@@ -95,6 +95,8 @@ class CheckpointMetadata(StrictModel):
     """Corpora that the model was trained on; None if an earlier version wrote the checkpoint."""
     linear: LinearSettings | None = None
     """What the linear memory was fitted with; None without one, or if an earlier version wrote the checkpoint."""
+    shard_group: int | None = None
+    """Number of files, the first ones, that hold the tables; all of them if None."""
     has_shared_user: bool = False
     """True if the user tables have a shared row after those of the users."""
 
@@ -102,6 +104,12 @@ class CheckpointMetadata(StrictModel):
     def num_user_rows(self) -> int:
         """Rows of the user tables."""
         return self.num_users + self.has_shared_user
+
+    def partition(self, name: str, num_rows: int) -> RowPartition:
+        """Return the partition over files of a sharded tensor: rows of a table, or elements of an adapter weight."""
+        if self.shard_group is None or name.startswith(ADAPTER):
+            return RowPartition(num_rows, self.world_size)
+        return RowPartition(num_rows, self.shard_group)
 
 
 @dataclass(frozen=True)
@@ -162,14 +170,14 @@ class Checkpoint:
 
         Returns None if no such tensor was saved. Every file is verified before it is read.
         """
-        partition = RowPartition(num_rows, self.metadata.world_size)
+        partition = self.metadata.partition(name, num_rows)
         parts: list[Tensor] = []
         for rank in range(partition.world_size):
             first, last = partition.range(rank)
             low, high = max(start, first), min(stop, last)
             if low >= high and (parts or rank + 1 < partition.world_size):
                 continue  # no row here; for an empty range the last file gives the width
-            file = shard_file(rank, partition.world_size)
+            file = shard_file(rank, self.metadata.world_size)
             with _reading(self, file) as path, safe_open(path, framework="pt") as tensors:
                 if name not in tensors.keys():  # noqa: SIM118 - not a dict
                     return None
@@ -207,7 +215,7 @@ class Checkpoint:
 
         Returns None if no such tensor was saved. Memory: the span of `ids` in one file at a time.
         """
-        partition = RowPartition(num_rows, self.metadata.world_size)
+        partition = self.metadata.partition(name, num_rows)
         no_rows = self.rows(name, num_rows, 0, 0)
         if no_rows is None:
             return None

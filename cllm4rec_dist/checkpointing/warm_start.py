@@ -111,7 +111,7 @@ def read(system: System, candidate: Checkpoint) -> WarmStart:
     }
     shared = {"users": metadata.num_users if metadata.has_shared_user else -1, "items": -1}
     matches = {
-        kind: Matches.of(table[column], candidate.external_ids(kind), partition, system.world.rank, shared[kind])
+        kind: Matches.of(table[column], candidate.external_ids(kind), partition, model.world.rank, shared[kind])
         for kind, (column, table, partition) in tables.items()
     }
     if matches["items"].num_matched == 0:
@@ -177,13 +177,15 @@ def _mapped(system: System, fresh: Tensor, warm: WarmStart) -> Tensor:
     matched = (warm.matches["items"].rows >= 0).to(fresh.device)
     inputs, targets = fresh[matched].double(), warm.trained["collaborative.items"].to(fresh.device).double()
     moments = torch.stack([inputs.T @ inputs, inputs.T @ targets])
-    gram, cross = all_reduce_sum(moments, system.world, "moments of matched items")
+    gram, cross = all_reduce_sum(moments, system.recommender.world, "moments of matched items")
     width = gram.shape[0]
     ridge = _RIDGE * gram.trace() / width
     linear_map = torch.linalg.solve(gram + ridge * torch.eye(width, dtype=gram.dtype, device=gram.device), cross)
     # Ridge regression shrinks; new rows should have the norm of trained ones.
     mapped_squares = ((linear_map.T @ gram) * linear_map.T).sum()
-    (trained_squares,) = all_reduce_sum(targets.square().sum()[None], system.world, "squares of matched items")
+    (trained_squares,) = all_reduce_sum(
+        targets.square().sum()[None], system.recommender.world, "squares of matched items"
+    )
     scale = (trained_squares / mapped_squares.clamp_min(1e-30)).sqrt()
     return (fresh.double() @ (linear_map * scale)).to(fresh.dtype)
 
@@ -192,7 +194,8 @@ def _mean_bias(system: System, fresh: Tensor, warm: WarmStart) -> Tensor:
     trained = warm.trained.get("head.bias")
     if trained is None:
         return fresh
-    (total,) = all_reduce_sum(trained.sum()[None].to(fresh.device), system.world, "biases of matched items")
+    biases = trained.sum()[None].to(fresh.device)
+    (total,) = all_reduce_sum(biases, system.recommender.world, "biases of matched items")
     return torch.full_like(fresh, float(total) / warm.matches["items"].num_matched)
 
 

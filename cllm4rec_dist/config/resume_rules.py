@@ -21,6 +21,7 @@ _MAY_CHANGE = {
     "trackers",
     "batch.gradient_accumulation_steps",
     "embeddings.item_vectors",
+    "embeddings.shard_group",
     "optimizer.embeddings_state",
 }
 """Settings, or whole sections, that may change on resume. Corpus and backbone may have moved: their fingerprints are

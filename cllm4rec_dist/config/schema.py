@@ -61,6 +61,11 @@ class EmbeddingsConfig(StrictModel):
     comm_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of embeddings and their gradients in communication between ranks; `bf16` halves the bytes. Tables, gradient
     sums and the item softmax stay fp32."""
+    shard_group: int | None = Field(default=None, ge=1)
+    """Number of consecutive ranks that together hold a copy of the tables; all ranks if left out. Lookups and the item
+    softmax stay inside of such a group, so that their memory and traffic stop growing with the number of ranks. In
+    return each rank holds more rows, and groups sum their gradients. It must divide the number of ranks, and is for
+    training alone (docs/clusters.md#copies-of-the-tables)."""
 
 
 class HeadConfig(StrictModel):

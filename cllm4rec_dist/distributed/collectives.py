@@ -28,8 +28,8 @@ def gather_integers(
     """Gather `values` (int64, equally many on all ranks) of every rank, in rank order. One all-gather.
 
     Args:
-        group: a CPU group of all ranks, for a thread that must not disturb the order of collectives in the default
-            group; the default group if None.
+        group: a CPU group of all ranks, for a thread that must not disturb the order of collectives in the world's
+            group; the world's group if None.
         what: name of the values, for the watchdog's messages.
     """
     if world.size == 1:
@@ -39,7 +39,7 @@ def gather_integers(
     gathered = local.new_empty(world.size, len(values))
     # The watch follows the main thread only.
     with world.watch.collective(f"all-gather of {what}") if group is None else nullcontext():
-        dist.all_gather_into_tensor(gathered.view(-1), local, group=group)
+        dist.all_gather_into_tensor(gathered.view(-1), local, group=group or world.group)
         return gathered.tolist()
 
 
@@ -54,7 +54,7 @@ def broadcast_text(text: str, world: World, what: str) -> str:
     Args:
         what: name of the text, for the watchdog's messages.
     """
-    content = text.encode() if world.is_main else b""
+    content = text.encode() if world.rank == 0 else b""
     length = gather_integers([len(content)], world, what=what)[0][0]
     return bytes(gather_integers([*content.ljust(length, b"\0")], world, what=what)[0]).decode()
 
@@ -87,7 +87,7 @@ def barrier(world: World, what: str) -> None:
     """
     if world.size > 1:
         with world.watch.collective(f"barrier for {what}"):
-            dist.barrier()
+            dist.barrier(world.group)
 
 
 def all_reduce_sum(x: Tensor, world: World, what: str = "sums") -> Tensor:
@@ -95,8 +95,22 @@ def all_reduce_sum(x: Tensor, world: World, what: str = "sums") -> Tensor:
     total = x.detach().clone()
     if world.size > 1:
         with world.watch.collective(f"all-reduce of {what}"):
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=world.group)
     return total
+
+
+def all_reduce_in_place(x: Tensor, world: World, what: str) -> None:
+    """Replace `x` by its sum over the ranks, without gradient and without a copy."""
+    if world.size > 1:
+        with world.watch.collective(f"all-reduce of {what}"):
+            dist.all_reduce(x, group=world.group)
+
+
+def broadcast_in_place(x: Tensor, world: World, what: str) -> None:
+    """Replace `x` by that of rank 0, without gradient."""
+    if world.size > 1:
+        with world.watch.collective(f"broadcast of {what}"):
+            dist.broadcast(x, group=world.group, group_src=0)
 
 
 def sum_on_host(x: Tensor, world: World, what: str) -> list[Any]:
@@ -144,7 +158,7 @@ def start_all_gather_rows(x: Tensor, counts: list[int], world: World, what: str 
     padded = x.new_zeros((longest, *x.shape[1:]))
     padded[: x.shape[0]] = x
     gathered = x.new_empty((world.size * longest, *x.shape[1:]))
-    work = dist.all_gather_into_tensor(gathered, padded, async_op=True)
+    work = dist.all_gather_into_tensor(gathered, padded, group=world.group, async_op=True)
 
     def without_padding(gathered: Tensor) -> Tensor:
         if min(counts) == longest:
@@ -168,7 +182,7 @@ def _reduce_scatter(x: Tensor, counts: list[int], world: World, what: str) -> Te
         padded[rank, : counts[rank]] = part
     local = x.new_empty((longest, *x.shape[1:]))
     with world.watch.collective(f"reduce-scatter of {what}"):
-        dist.reduce_scatter_tensor(local, padded.flatten(0, 1))
+        dist.reduce_scatter_tensor(local, padded.flatten(0, 1), group=world.group)
     return local[: counts[world.rank]]
 
 
@@ -219,10 +233,10 @@ class _CombineLogSumExp(torch.autograd.Function):
     def forward(ctx: Any, partial: Tensor, counts: list[int], world: World) -> Tensor:
         highest = partial.clone()
         with world.watch.collective("all-reduce of maxima"):
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=world.group)
         total = (partial - highest).exp_()
         with world.watch.collective("all-reduce of sums of exponentials"):
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=world.group)
         lse = highest.add_(total.log_())
         ctx.save_for_backward(partial, lse)
         ctx.counts, ctx.world = counts, world
@@ -259,7 +273,9 @@ def start_all_to_all_rows(
     if world.size == 1:
         return PendingCollective(x, None, world, what)
     received = x.new_empty((sum(receive_counts), *x.shape[1:]))
-    work = dist.all_to_all_single(received, x.contiguous(), receive_counts, send_counts, async_op=True)
+    work = dist.all_to_all_single(
+        received, x.contiguous(), receive_counts, send_counts, group=world.group, async_op=True
+    )
     return PendingCollective(received, work, world, what)
 
 
@@ -277,5 +293,5 @@ def exchange_counts(send_counts: Tensor, world: World) -> Tensor:
     sent = send_counts.to(world.device).contiguous()
     received = torch.empty_like(sent)
     with world.watch.collective("all-to-all of counts"):
-        dist.all_to_all_single(received, sent)
+        dist.all_to_all_single(received, sent, group=world.group)
         return received.cpu()  # inside, because here the host waits for its GPU

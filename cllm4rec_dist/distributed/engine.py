@@ -44,13 +44,17 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed import rendezvous
 from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.diagnosis import HANG_SECONDS
-from cllm4rec_dist.distributed.topology import RowPartition, World, adopt_slurm_environment
+from cllm4rec_dist.distributed.topology import (
+    BACKEND_EXTRA_SECONDS,
+    RowPartition,
+    World,
+    adopt_slurm_environment,
+)
 from cllm4rec_dist.distributed.watchdog import Watch, Watchdog
 from cllm4rec_dist.errors import ConfigError
 
 DEFAULT_SETTINGS = Path(__file__).with_name("ds_configs") / "zero3.json"
 """Default DeepSpeed file, which is part of the package."""
-_BACKEND_EXTRA_SECONDS = 60.0
 
 _KNOWN_SECTIONS = frozenset(
     {
@@ -100,7 +104,7 @@ def start_world(collective_timeout_seconds: float = HANG_SECONDS) -> World:
         os.environ.setdefault(name, default)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
-    timeout = collective_timeout_seconds + _BACKEND_EXTRA_SECONDS
+    timeout = collective_timeout_seconds + BACKEND_EXTRA_SECONDS
     store = None if dist.is_initialized() else rendezvous.wait_for_ranks(os.environ, timeout)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():

@@ -2,22 +2,30 @@
 
 `World` is passed as an argument; the only global state is torch's default process group, which the launcher or
 `engine.start_world` made. `RowPartition` defines the row ranges of tables, heads, ranking and checkpoints.
+
+Tables are sharded over all ranks, or over groups of G ranks that each hold a copy of them (`split_world`, torchrec's 2D
+parallelism): with 8 ranks and G = 4, ranks 0-3 and 4-7 are the two groups, and 1 and 5 hold the same rows.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from cllm4rec_dist.distributed.watchdog import Watch
 from cllm4rec_dist.errors import ConfigError
 
+BACKEND_EXTRA_SECONDS = 60.0
+"""How much later than the watchdog, which can name a rank at fault, torch ends a collective."""
+
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the run.
+    """One rank's view of the run, or of a group of its ranks.
 
     Attributes:
         rank: 0..size-1.
@@ -27,6 +35,8 @@ class World:
         watch: records the current operation of this rank (`with world.watch.collective(...)`), and ends the run if a
             rank fails or hangs.
         has_terminal: True if progress is shown on a terminal (under Ray, the driver's).
+        group: process group of these ranks; torch's default one if None.
+        replica: index of this group among those that hold copies of the same tables.
     """
 
     rank: int
@@ -35,11 +45,13 @@ class World:
     device: torch.device
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
     has_terminal: bool = False
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    replica: int = 0
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which logs and writes shared files."""
-        return self.rank == 0
+        """True on rank 0 (of the first replica), which logs and writes shared files."""
+        return self.rank == 0 and self.replica == 0
 
     def local_range(self, start: int, stop: int) -> tuple[int, int]:
         """Return this rank's contiguous part of [start, stop); parts differ in length by at most one, may be empty."""
@@ -50,6 +62,49 @@ class World:
 def lone_world() -> World:
     """World of this process alone, without a process group, on a GPU if there is one."""
     return World(0, 1, 0, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def split_world(world: World, num_shards: int | None, timeout_seconds: float) -> tuple[World, World]:
+    """Return this rank's group of `num_shards` consecutive ranks, and the ranks with the same place in each group.
+
+    The first shares a copy of the tables, the second holds equal rows. Collective: makes process groups.
+
+    Args:
+        num_shards: ranks that together hold a copy of the tables; all of them if None.
+        timeout_seconds: the longest time that a collective may take.
+
+    Raises:
+        ConfigError: if the ranks cannot be divided into such groups.
+    """
+    alone = replace(world, rank=0, size=1)
+    if num_shards is None or num_shards == world.size:
+        return world, alone
+    if world.size % num_shards:
+        raise ConfigError(
+            "embeddings.shard_group",
+            num_shards,
+            f"does not divide the {world.size} ranks",
+            "Use a divisor of their number, such as the GPUs of a host, or leave it out.",
+        )
+    replica, rank = divmod(world.rank, num_shards)
+    every_rank = range(world.size)
+    timeout = timeout_seconds + BACKEND_EXTRA_SECONDS
+    shards = _own_group([every_rank[i : i + num_shards] for i in every_rank[::num_shards]], world, timeout)
+    replicas = _own_group([every_rank[i::num_shards] for i in range(num_shards)], world, timeout)
+    return (
+        replace(world, rank=rank, size=num_shards, group=shards, replica=replica),
+        replace(world, rank=replica, size=world.size // num_shards, group=replicas),
+    )
+
+
+def _own_group(groups: list[range], world: World, timeout_seconds: float) -> dist.ProcessGroup | None:
+    """Make process groups, all ranks in the same order, and return the one with this rank; None for a rank alone."""
+    own = None
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group([*ranks], timeout=timedelta(seconds=timeout_seconds))
+            own = group if world.rank in ranks else own
+    return own
 
 
 def find_device(name: str | None) -> torch.device:

@@ -49,7 +49,7 @@ def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
         yield
         return
     model, counts = system.recommender, training_counts(system.corpus)
-    first, last = model.item_partition.range(system.world.rank)
+    first, last = model.item_partition.range(model.world.rank)
     cold = torch.from_numpy(np.flatnonzero(counts[first:last] == 0)).to(system.world.device)
     bias = model.head.local_bias
     filled = [model.collaborative.items.local_rows.detach(), *([] if bias is None else [bias.detach()])]
@@ -64,9 +64,9 @@ def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
 
 def _fill(system: InferenceSystem, counts: np.ndarray) -> int:
     model = system.recommender
-    first, _ = model.item_partition.range(system.world.rank)
+    first, _ = model.item_partition.range(model.world.rank)
     rows, bias = model.collaborative.items.local_rows, model.head.local_bias
-    return fill_rows(system.corpus, counts, rows, bias, first, system.world)
+    return fill_rows(system.corpus, counts, rows, bias, first, model.world)
 
 
 @torch.no_grad()

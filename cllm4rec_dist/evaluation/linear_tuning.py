@@ -67,7 +67,7 @@ def init_linear_memory(system: System) -> None:
     train = interaction_matrix(corpus.split("train"), corpus.num_items)
     texts = sp.csr_matrix((corpus.num_items, 0)) if config.text_weight == 0 else text_features(item_texts(corpus))
     settings = choose_settings(train, texts, corpus, config, world)
-    fit_linear_memory(system.linear, train, texts, config.neighbors, settings, world)
+    fit_linear_memory(system.linear, train, texts, config.neighbors, settings, system.recommender.world)
     if world.is_main:
         logger.info(
             "linear memory: %d items by up to %d neighbors, %s, in %.1f s",

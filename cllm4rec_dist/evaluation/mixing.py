@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
+from cllm4rec_dist.distributed.collectives import all_reduce_sum
 from cllm4rec_dist.evaluation.sharded_topk import LINEAR_ALONE, LLM_ALONE, score_deviations
 from cllm4rec_dist.evaluation.topk import encode_queries, evaluate
 from cllm4rec_dist.system import InferenceSystem
@@ -85,6 +86,7 @@ def score_ratio(system: InferenceSystem, split: str, batch_users: int) -> float:
     for start in range(0, -(-count // world.size), batch_users):
         index = chosen[low + start : min(low + start + batch_users, high)]
         queries = encode_queries(system, users.rows[index], users.histories.take(index))
-        deviations.append(score_deviations(queries, weight, system.linear, world))
-    llm, linear = torch.cat(deviations).mean(dim=0).tolist()
+        deviations.append(score_deviations(queries, weight, system.linear, system.recommender.world))
+    total = all_reduce_sum(torch.cat(deviations).sum(dim=0), system.recommender.replicas, "deviations of scores")
+    llm, linear = (total / count).tolist()
     return llm / linear if linear > 0 else 0.0

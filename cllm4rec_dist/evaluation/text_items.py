@@ -56,7 +56,7 @@ class TextItems:
             DataError: if no item with training interactions has a text.
         """
         model, corpus = system.recommender, system.corpus
-        first, _ = model.item_partition.range(system.world.rank)
+        first, _ = model.item_partition.range(model.world.rank)
         texts = item_texts(corpus)
         rows_of = fit_text_rows(
             texts,
@@ -64,7 +64,7 @@ class TextItems:
             model.collaborative.items.local_rows,
             model.head.local_bias,
             first,
-            system.world,
+            model.world,
         )
         if rows_of is None:
             raise DataError(

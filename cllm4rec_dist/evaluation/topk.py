@@ -125,7 +125,7 @@ def rank_by_weights(
                     weights,
                     num_best,
                     excluded,
-                    world,
+                    model.world,
                     candidates=mask,
                     new_items=system.new_items,
                 )

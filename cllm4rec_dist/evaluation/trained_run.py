@@ -95,7 +95,7 @@ def _load(
         store, names, world, lambda opened: recorded_config(opened, backbone, corpus)
     )
     if configured is not None:
-        system = build(configured[1])
+        system = build(_with_one_copy_of_tables(configured[1]))
         checkpoint.require_same_fingerprints(configured[0], system.fingerprints)
         loaded = checkpoint.load_first_valid(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
         if loaded is not None:
@@ -192,6 +192,11 @@ def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str |
     config = validate(RunConfig, used.metadata.config, f"{used.path}: configuration")
     corpus = corpus or corpus_in_project(used.store, used.metadata.fingerprints.get("corpus"))
     return relocated(config, used.path, backbone or _backbone_in_project(used), corpus)
+
+
+def _with_one_copy_of_tables(config: RunConfig) -> RunConfig:
+    """Shard the tables over all ranks, however many there are: only training needs groups of ranks."""
+    return config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"shard_group": None})})
 
 
 def _backbone_in_project(used: Checkpoint) -> str | None:

@@ -47,10 +47,11 @@ class InitCache:
         corpus: folder or URL of the corpus; its folder is the first choice.
         output: the run's folder, the second choice.
         world: the ranks, which all call every method together.
+        shards: those among them that together hold the rows; all of them if None. Its first replica writes.
     """
 
-    def __init__(self, corpus: str, output: str, world: World) -> None:
-        self._world = world
+    def __init__(self, corpus: str, output: str, world: World, shards: World | None = None) -> None:
+        self._world, self._shards = world, world if shards is None else shards
         self._folders = [Path(path) / INIT_CACHE for path in (corpus, output) if not is_url(path)]
 
     def read(self, key: str, partition: RowPartition, num_factors: int) -> Tensor | None:
@@ -60,7 +61,7 @@ class InitCache:
             rows = None
             try:
                 index = (folder / key / _INDEX).read_bytes()
-                rows = _read_rows(folder / key, json.loads(index), partition.range(self._world.rank), num_factors)
+                rows = _read_rows(folder / key, json.loads(index), partition.range(self._shards.rank), num_factors)
             except FileNotFoundError:
                 problem = "is incomplete" if index else ""
             except Exception as error:  # whatever is in these files, the factors can be computed again
@@ -84,12 +85,13 @@ class InitCache:
         for folder in self._folders:
             name = broadcast_text(f"{key}.{secrets.token_hex(4)}.partial", self._world, "name of a cache entry")
             partial = folder / name
-            start, stop = partition.range(self._world.rank)
+            start, stop = partition.range(self._shards.rank)
             entry = [0] * _ENTRY_LENGTH
             try:
                 partial.mkdir(parents=True, exist_ok=True)
                 content = save_bytes({_TENSOR: rows.cpu().contiguous()})
-                (partial / _file_name(start, stop)).write_bytes(content)
+                if self._shards.replica == 0:
+                    (partial / _file_name(start, stop)).write_bytes(content)
                 digest = hashlib.sha256(content).digest()
                 words = [int.from_bytes(digest[i : i + 4]) for i in range(0, 32, 4)]
                 entry = [1, len(content), *words]
@@ -98,7 +100,7 @@ class InitCache:
             entries = gather_integers(entry, self._world, what="digests of a cache entry")
             if all(written for written, *_ in entries):
                 if self._world.is_main:
-                    _commit(partial, folder / key, _index(entries, partition, rows.shape[1]))
+                    _commit(partial, folder / key, _index(entries[: self._shards.size], partition, rows.shape[1]))
                 barrier(self._world, "a cache entry")
                 return
             if self._world.is_main:

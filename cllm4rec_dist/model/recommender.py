@@ -10,6 +10,7 @@ Legend: R rows, L their length, D hidden size, d width of the tables, Q position
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from cllm4rec_dist.model.sharded_embedding import (
     start_lookup,
     touched_rows,
 )
+from cllm4rec_dist.model.table_replicas import share_touched_rows
 
 Backbone = Callable[[Tensor, Tensor, int], Tensor]
 """Embeddings [R, L, D], positions [R, L] and the flat index where the content LLM starts -> hidden states [R, L, D]."""
@@ -52,6 +54,8 @@ class Recommender(nn.Module):
 
     Args:
         num_users, num_items: U and I; U includes a shared user row.
+        world: the ranks that together hold the tables.
+        replicas: the ranks that hold the same rows as this one; this rank alone if None.
         words: frozen word embeddings and head, which define D.
         width: d, width of the tables, at most D; D if None. Narrower rows enter the backbone through `input_projection`
             and are predicted through the head's projection.
@@ -80,12 +84,14 @@ class Recommender(nn.Module):
         content: bool,
         width: int | None = None,
         max_logits: int | None = None,
+        replicas: World | None = None,
     ) -> None:
         super().__init__()
         hidden_size = words.embedding.shape[1]
         width = hidden_size if width is None else width
         sizes = num_users, num_items, width
         self.words, self.world, self.dropout, self.comm_dtype = words, world, dropout, comm_dtype
+        self.replicas = replace(world, rank=0, size=1) if replicas is None else replicas
         self.num_negatives, self.max_logits = head.num_negatives, max_logits
         self.compute_dtype = None if head.compute_dtype == "fp32" else DTYPES[head.compute_dtype]
         # The collaborative items are the weight of the item softmax too, which makes their whole gradient dense.
@@ -146,10 +152,17 @@ class Recommender(nn.Module):
         return route_ids([batch.ids for batch in batches], partitions, self.world)
 
     def touched(self, routes: Sequence[Route]) -> dict[str, Tensor]:
-        """Local rows of `users` and `items` that appear in a step's documents on any rank. No collective."""
+        """Local rows of `users` and `items` that appear in a step's documents on any rank.
+
+        Each is in the result of one rank, because replicas share what they have in common. Collectives: with replicas,
+        all-gathers of counts and rows among them.
+        """
         return {
-            kind: touched_rows(
-                [rows for route in routes for name, rows in route.local_index.items() if name.endswith(kind)]
+            kind: share_touched_rows(
+                touched_rows(
+                    [rows for route in routes for name, rows in route.local_index.items() if name.endswith(kind)]
+                ),
+                self.replicas,
             )
             for kind in ("users", "items")
         }

@@ -104,7 +104,7 @@ class Scorer:
             num_best,
             itself,
             system.recommender.item_partition,
-            system.world,
+            system.recommender.world,
             new_items=new_items,
         )
         return scores[0].cpu(), rows[0].cpu()
