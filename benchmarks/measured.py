@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +28,7 @@ class SentBytes(TorchDispatchMode):
 
     def __init__(self, world: World) -> None:
         super().__init__()
-        self._rank, self._size = world.rank, world.size
+        self._world = world.rank, world.size
         self.sent: Counter[str] = Counter()
 
     @property
@@ -42,21 +43,23 @@ class SentBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _leaving(self, name: str, args: Any) -> int:
-        others = self._size - 1
+        groups = (dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        rank, size = next(((group.rank(), group.size()) for group in groups), self._world)
+        others = size - 1
         match name:
             case "allreduce_":
-                return 2 * others * -(-_bytes(args[0]) // self._size)
+                return 2 * others * -(-_bytes(args[0]) // size)
             case "_allgather_base_" | "_reduce_scatter_base_":  # output, input
                 return others * min(_bytes(args[0]), _bytes(args[1]))
             case "all_gather_into_tensor":  # input
                 return others * _bytes(args[0])
             case "reduce_scatter_tensor":
-                return others * _bytes(args[0]) // self._size
+                return others * _bytes(args[0]) // size
             case "alltoall_base_":
                 rows, counts = args[1], args[4]
                 if not counts:
-                    return _bytes(rows) * others // self._size
-                return (sum(counts) - counts[self._rank]) * _bytes(rows[:1])
+                    return _bytes(rows) * others // size
+                return (sum(counts) - counts[rank]) * _bytes(rows[:1])
         raise AssertionError(f"unknown collective {name}")
 
 

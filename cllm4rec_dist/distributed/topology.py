@@ -64,6 +64,24 @@ def lone_world() -> World:
     return World(0, 1, 0, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
+def shard_group_size(requested: int | None, num_ranks: int) -> int:
+    """Return the number of ranks that together hold a copy of the tables: all of them if None is requested.
+
+    Raises:
+        ConfigError: if the ranks cannot be divided into such groups.
+    """
+    if requested is None:
+        return num_ranks
+    if num_ranks % requested:
+        raise ConfigError(
+            "embeddings.shard_group",
+            requested,
+            f"does not divide the {num_ranks} ranks",
+            "Use a divisor of their number, such as the GPUs of a host, or leave it out.",
+        )
+    return requested
+
+
 def split_world(world: World, num_shards: int | None, timeout_seconds: float) -> tuple[World, World]:
     """Return this rank's group of `num_shards` consecutive ranks, and the ranks with the same place in each group.
 
@@ -76,16 +94,9 @@ def split_world(world: World, num_shards: int | None, timeout_seconds: float) ->
     Raises:
         ConfigError: if the ranks cannot be divided into such groups.
     """
-    alone = replace(world, rank=0, size=1)
-    if num_shards is None or num_shards == world.size:
-        return world, alone
-    if world.size % num_shards:
-        raise ConfigError(
-            "embeddings.shard_group",
-            num_shards,
-            f"does not divide the {world.size} ranks",
-            "Use a divisor of their number, such as the GPUs of a host, or leave it out.",
-        )
+    num_shards = shard_group_size(num_shards, world.size)
+    if num_shards == world.size:
+        return world, replace(world, rank=0, size=1)
     replica, rank = divmod(world.rank, num_shards)
     every_rank = range(world.size)
     timeout = timeout_seconds + BACKEND_EXTRA_SECONDS

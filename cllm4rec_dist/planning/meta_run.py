@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed import engine
-from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.distributed.topology import RowPartition, World, shard_group_size
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.model.architecture import logit_transform, meta_language_model, word_layers
 from cllm4rec_dist.model.backbone import DualBackbone, FrozenEmbeddings
@@ -54,6 +54,11 @@ class MetaRun:
     left_out: list[str]
 
     @property
+    def num_shards(self) -> int:
+        """Number of ranks that together hold a copy of the tables."""
+        return shard_group_size(self.config.embeddings.shard_group, self.num_ranks)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the backbone."""
         return DTYPES[self.config.precision]
@@ -82,9 +87,10 @@ def make_meta_run(
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
     content = config.batch.texts > 0 and has_texts
+    num_shards = shard_group_size(config.embeddings.shard_group, num_ranks)
     model = Recommender(
-        RowPartition(config.method.num_user_rows(num_users), num_ranks).block,
-        RowPartition(num_items, num_ranks).block,
+        RowPartition(config.method.num_user_rows(num_users), num_shards).block,
+        RowPartition(num_items, num_shards).block,
         _words(decoder, dtype, content),
         config.head,
         World(0, 1, 0, META),

@@ -22,7 +22,7 @@ from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
-from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.distributed.topology import World, shard_group_size
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.model.sharded_cross_entropy import max_logits_within
 from cllm4rec_dist.planning import memory
@@ -31,7 +31,7 @@ from cllm4rec_dist.planning.hardware import GIB, Gpu
 from cllm4rec_dist.planning.memory import Memory
 from cllm4rec_dist.planning.meta_run import MetaRun, make_meta_run
 from cllm4rec_dist.planning.sampling import MicroBatchSample, StepSample, sample_step
-from cllm4rec_dist.planning.traffic import Model, Traffic, loop_traffic, step_traffic
+from cllm4rec_dist.planning.traffic import IN_GROUP, Model, Traffic, loop_traffic, step_traffic
 from cllm4rec_dist.planning.zero3_simulation import Gathers
 from cllm4rec_dist.system import open_backbone, require_embeddings, uses_content
 
@@ -190,6 +190,13 @@ def needed_memory(meta_run: MetaRun, traced: DryRun, gathers: Gathers) -> Memory
 
 def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
     """Collect what determines the traffic of a run."""
+    tables = meta_run.model.tables
+    sparse = [name for name, table in tables.items() if table.sparse_gradients and name != "collaborative.items"]
+    dense = [
+        ("users" if name.endswith("users") else "items", parameter.shape[1])
+        for name, parameter, _ in meta_run.model.sharded_parameters()
+        if name not in sparse
+    ]
     reduced = [p for p in meta_run.trained if p is not getattr(meta_run.dual, "anchor", None)]  # it has no gradient
     return Model(
         meta_run.model.collaborative.items.width,
@@ -198,6 +205,8 @@ def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
         meta_run.dtype.itemsize,
         meta_run.num_groups,
         sum(parameter.numel() for _, parameter in meta_run.model.replicated_parameters()),
+        dense,
+        sparse,
     )
 
 
@@ -220,7 +229,7 @@ def _work(batch: MicroBatchSample, rank: int) -> Counter[str]:
         {
             BACKBONE: rows * length,
             ATTENTION: rows * length * length,
-            HEAD: sum(batch.queries),
+            HEAD: sum(batch.queries_with(rank)),
             WORD_HEAD: len(local.query_positions.get("text", ())),
             LOOKUP: sum(map(len, local.id_positions.values())),
         }
@@ -241,10 +250,15 @@ def step_seconds(
         for part, n in traced.operators.items()
     }
     decoder = max(compute[BACKBONE] + compute[ATTENTION], launches[BACKBONE])
-    link = LINK_EFFICIENCY * (gpu.link if cluster.num_ranks <= cluster.ranks_per_host else gpu.network)
+    link, group_link = (
+        LINK_EFFICIENCY * (gpu.link if num_ranks <= cluster.ranks_per_host else gpu.network)
+        for num_ranks in (cluster.num_ranks, meta_run.num_shards)
+    )
     overlapped = (traffic["weights"] + traffic["weight gradients"]) / link
     exposed = max(0.0, float(overlapped) - decoder)
-    others = (traffic.total() - traffic["weights"] - traffic["weight gradients"]) / link
+    in_group = sum(size for what, size in traffic.items() if what in IN_GROUP)
+    others = (traffic.total() - traffic["weights"] - traffic["weight gradients"] - in_group) / link
+    others += in_group / group_link
     # The item softmax's weight has a dense gradient, even if lookups have sparse ones.
     tables = {
         meta_run.model.collaborative.items,
@@ -263,6 +277,31 @@ def step_seconds(
     }
 
 
+def faster_shard_group(config: RunConfig, plan: Plan, num_samples: int) -> tuple[int, Plan] | None:
+    """Return the `embeddings.shard_group` with the fastest step that fits, and its plan; None if it is that of `plan`.
+
+    Groups of one, two, four, ... hosts are tried, and all ranks.
+    """
+    cluster = plan.cluster
+    sizes, size = [cluster.num_ranks], cluster.ranks_per_host
+    while size < cluster.num_ranks:
+        sizes += [size] if cluster.num_ranks % size == 0 else []
+        size *= 2
+    current = shard_group_size(config.embeddings.shard_group, cluster.num_ranks)
+    fastest: tuple[int, Plan] | None = None
+    for size in sorted({*sizes} - {current}, reverse=True):
+        changed = _changed(config, {"embeddings.shard_group": size})
+        if changed is None:
+            continue
+        other = make_plan(changed, cluster, num_samples)
+        best = plan if fastest is None else fastest[1]
+        if other.fits and (not best.fits or other.step_seconds < _WORTHWHILE * best.step_seconds):
+            fastest = size, other
+    return fastest
+
+
+_WORTHWHILE = 0.98
+"""Most time of a step, relative to another layout, that is worth a change."""
 _MAX_GPU_FACTOR = 64
 """Largest multiple of the given number of GPUs that is tried."""
 _CHANGES: list[tuple[dict[str, Any], str]] = [

@@ -2,7 +2,7 @@
 
 The stream makes any rank's part of any global batch, so a plan uses the exact lengths, ids and owners of the run.
 
-Legend: W ranks.
+Legend: W ranks, G ranks that together hold a copy of the tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.prompts import PromptBuilder
 from cllm4rec_dist.corpus.shards import Corpus
-from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.distributed.topology import RowPartition, World, shard_group_size
 from cllm4rec_dist.planning.dry_run import META, Exchange, RankMicroBatch
 
 
@@ -28,7 +28,7 @@ class TableLookup:
 
     Attributes:
         ids: number of ids that each rank looks up, with duplicates.
-        distinct: int64 [W, W] number of distinct ids that a rank (row) looks up on each owner (column).
+        distinct: int64 [W, G] number of distinct ids that a rank (row) looks up on each owner in its group (column).
     """
 
     ids: list[int]
@@ -37,20 +37,29 @@ class TableLookup:
     @classmethod
     def of(cls, ids: Sequence[torch.Tensor], partition: RowPartition) -> TableLookup:
         """Count the ids of each rank."""
-        distinct = [np.bincount(np.unique(x.numpy()) // partition.block, minlength=len(ids)) for x in ids]
+        num_shards = partition.world_size
+        distinct = [np.bincount(np.unique(x.numpy()) // partition.block, minlength=num_shards) for x in ids]
         return cls([len(x) for x in ids], np.stack(distinct))
 
     def exchange(self, rank: int) -> Exchange:
         """Sizes of the lookup on one rank."""
-        return Exchange(self.ids[rank], int(self.distinct[rank].sum()), int(self.distinct[:, rank].sum()))
+        return Exchange(self.ids[rank], int(self.distinct[rank].sum()), int(self._asked_of(rank).sum()))
 
     def sent_by(self, rank: int) -> int:
         """Number of rows that a rank sends to others."""
-        return int(self.distinct[:, rank].sum() - self.distinct[rank, rank])
+        return int(self._asked_of(rank).sum()) - self._kept_by(rank)
 
     def received_by(self, rank: int) -> int:
         """Number of rows that a rank receives from others; it sends as many ids and row gradients."""
-        return int(self.distinct[rank].sum() - self.distinct[rank, rank])
+        return int(self.distinct[rank].sum()) - self._kept_by(rank)
+
+    def _asked_of(self, rank: int) -> np.ndarray:
+        """Number of distinct ids that each rank of the group looks up on `rank`."""
+        num_shards = self.distinct.shape[1]
+        return self.distinct[group_of(rank, num_shards), rank % num_shards]
+
+    def _kept_by(self, rank: int) -> int:
+        return int(self.distinct[rank, rank % self.distinct.shape[1]])
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,14 @@ class MicroBatchSample:
     Attributes:
         batches: micro-batches on the meta device.
         lookups: lookups by table.
-        owned_targets: number of item targets of all ranks whose row a rank owns.
+        owned_targets: number of item targets of a rank's group whose row the rank owns.
+        num_shards: G.
     """
 
     batches: list[MicroBatch]
     lookups: dict[str, TableLookup]
     owned_targets: list[int]
+    num_shards: int
 
     @property
     def num_positions(self) -> list[int]:
@@ -77,10 +88,13 @@ class MicroBatchSample:
         """Number of positions that predict items."""
         return [len(batch.query_positions["items"]) for batch in self.batches]
 
-    @property
-    def targets(self) -> list[int]:
-        """Number of items that are predicted."""
-        return [len(batch.targets["items"]) for batch in self.batches]
+    def queries_with(self, rank: int) -> list[int]:
+        """Number of positions that predict items, of the ranks of a rank's group."""
+        return self.queries[group_of(rank, self.num_shards)]
+
+    def targets_with(self, rank: int) -> list[int]:
+        """Number of items that are predicted, by the ranks of a rank's group."""
+        return [len(batch.targets["items"]) for batch in self.batches[group_of(rank, self.num_shards)]]
 
 
 @dataclass(frozen=True)
@@ -88,17 +102,25 @@ class StepSample:
     """A step on all ranks.
 
     Attributes:
-        touched_users, touched_items: number of each rank's rows that appear in any document of the step.
+        num_ranks: W.
+        num_shards: G.
+        num_rows: by `users` and `items`, number of each rank's rows.
+        touched: by `users` and `items`, number of each rank's rows that appear in any document of its group.
+        shares: by `users` and `items`, number of rows of each rank's share of those that appear in any document.
+        looked_up: by table, number of each rank's rows whose gradient is not zero, if only lookups have one.
     """
 
     micro_batches: list[MicroBatchSample]
-    touched_users: list[int]
-    touched_items: list[int]
+    num_ranks: int
+    num_shards: int
+    num_rows: dict[str, list[int]]
+    touched: dict[str, list[int]]
+    shares: dict[str, list[int]]
+    looked_up: dict[str, list[int]]
 
-    @property
-    def num_ranks(self) -> int:
-        """W."""
-        return len(self.touched_users)
+    def replicas_of(self, rank: int) -> slice:
+        """The ranks that hold the same rows as a rank."""
+        return slice(rank % self.num_shards, None, self.num_shards)
 
     def of_rank(self, index: int, rank: int) -> RankMicroBatch:
         """A micro-batch of one rank, for a dry run."""
@@ -106,8 +128,8 @@ class StepSample:
         return RankMicroBatch(
             batch=sample.batches[rank],
             exchanges={name: lookup.exchange(rank) for name, lookup in sample.lookups.items()},
-            touched={"users": self.touched_users[rank], "items": self.touched_items[rank]},
-            item_queries=tuple(np.roll(sample.queries, -rank).tolist()),
+            touched={kind: shares[rank] for kind, shares in self.shares.items()},
+            item_queries=tuple(np.roll(sample.queries_with(rank), -(rank % self.num_shards)).tolist()),
             owned_targets=sample.owned_targets[rank],
         )
 
@@ -118,26 +140,64 @@ def sample_step(corpus: Corpus, prompts: PromptBuilder, config: RunConfig, num_r
     sources = [BatchLoader(corpus, prompts, config, World(rank, num_ranks, 0, cpu)) for rank in range(num_ranks)]
     by_rank = [source.make(step).micro_batches for source in sources]
     num_user_rows = config.method.num_user_rows(corpus.num_users)
-    return count_step([*zip(*by_rank, strict=True)], num_user_rows, corpus.num_items)
+    num_shards = shard_group_size(config.embeddings.shard_group, num_ranks)
+    return count_step([*zip(*by_rank, strict=True)], num_user_rows, corpus.num_items, num_shards)
 
 
-def count_step(micro_batches: Sequence[Sequence[MicroBatch]], num_users: int, num_items: int) -> StepSample:
+def group_of(rank: int, num_shards: int) -> slice:
+    """The ranks that together with `rank` hold a copy of the tables."""
+    first = rank - rank % num_shards
+    return slice(first, first + num_shards)
+
+
+def count_step(
+    micro_batches: Sequence[Sequence[MicroBatch]], num_users: int, num_items: int, num_shards: int
+) -> StepSample:
     """Count a step.
 
     Args:
         micro_batches: by micro-batch and rank.
         num_users: number of user rows, with a shared one.
+        num_shards: G.
     """
     num_ranks = len(micro_batches[0])
-    partitions = {"users": RowPartition(num_users, num_ranks), "items": RowPartition(num_items, num_ranks)}
-    batches = [batch for by_rank in micro_batches for batch in by_rank]
-    touched = {
-        kind: _count_owned(
-            [ids for batch in batches for name, ids in batch.ids.items() if name.endswith(kind)], partition
-        )
-        for kind, partition in partitions.items()
-    }
-    return StepSample([_count(by_rank, partitions) for by_rank in micro_batches], touched["users"], touched["items"])
+    partitions = {"users": RowPartition(num_users, num_shards), "items": RowPartition(num_items, num_shards)}
+    rows_by_table = {name: _rows_of_ranks(name, micro_batches, partitions) for name in micro_batches[0][0].ids}
+    touched, shares, looked_up = {}, {}, {}
+    for kind in partitions:
+        tables = {name: rows for name, rows in rows_by_table.items() if name.endswith(kind)}
+        rows = [_distinct(parts) for parts in zip(*tables.values(), strict=True)]
+        shared = [_share(rows, rank, num_shards) for rank in range(num_ranks)]
+        touched[kind], shares[kind] = [*map(len, rows)], [*map(len, shared)]
+        for name, by_rank in tables.items():
+            looked_up[name] = [len(np.union1d(*pair)) for pair in zip(by_rank, shared, strict=True)]
+    counted = [_count(by_rank, partitions) for by_rank in micro_batches]
+    num_rows = {kind: [p.num_local(rank % num_shards) for rank in range(num_ranks)] for kind, p in partitions.items()}
+    return StepSample(counted, num_ranks, num_shards, num_rows, touched, shares, looked_up)
+
+
+def _rows_of_ranks(
+    name: str, micro_batches: Sequence[Sequence[MicroBatch]], partitions: Mapping[str, RowPartition]
+) -> list[np.ndarray]:
+    """Distinct rows of a table that the group of each rank looks up on it in a step."""
+    partition, num_ranks = partitions[name.rpartition(".")[2]], len(micro_batches[0])
+    by_rank = []
+    for first in range(0, num_ranks, partition.world_size):
+        group = group_of(first, partition.world_size)
+        ids = _distinct([batch.ids[name].numpy() for batches in micro_batches for batch in batches[group]])
+        by_rank += np.split(ids, np.searchsorted(ids, [partition.range(p)[1] for p in range(partition.world_size - 1)]))
+    return by_rank
+
+
+def _distinct(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.unique(np.concatenate(parts))
+
+
+def _share(rows: Sequence[np.ndarray], rank: int, num_shards: int) -> np.ndarray:
+    """A rank's share of the rows that its replicas touch (`table_replicas.share_touched_rows`)."""
+    replicas = rows[rank % num_shards :: num_shards]
+    union = _distinct(replicas)
+    return union[slice(*World(rank // num_shards, len(replicas), 0, META).local_range(0, len(union)))]
 
 
 def _count(batches: Sequence[MicroBatch], partitions: Mapping[str, RowPartition]) -> MicroBatchSample:
@@ -145,11 +205,9 @@ def _count(batches: Sequence[MicroBatch], partitions: Mapping[str, RowPartition]
         name: TableLookup.of([batch.ids[name] for batch in batches], partitions[name.rpartition(".")[2]])
         for name in batches[0].ids
     }
-    targets = torch.cat([batch.targets["items"] for batch in batches]).numpy()
-    owned = np.bincount(targets // partitions["items"].block, minlength=len(batches)).tolist()
-    return MicroBatchSample([batch.to(META) for batch in batches], lookups, owned)
-
-
-def _count_owned(ids: Sequence[torch.Tensor], partition: RowPartition) -> list[int]:
-    distinct = np.unique(torch.cat([*ids]).numpy())
-    return np.bincount(distinct // partition.block, minlength=partition.world_size).tolist()
+    items, owned = partitions["items"], []
+    for first in range(0, len(batches), items.world_size):
+        group = batches[group_of(first, items.world_size)]
+        targets = torch.cat([batch.targets["items"] for batch in group]).numpy()
+        owned += np.bincount(targets // items.block, minlength=items.world_size).tolist()
+    return MicroBatchSample([batch.to(META) for batch in batches], lookups, owned, items.world_size)

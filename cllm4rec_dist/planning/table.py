@@ -78,6 +78,14 @@ def format_changes(changes: Iterable[Change], gpu_memory: int) -> str:
     return "\n".join(_table(("change, on top of those before", "needs", "", "costs"), rows))
 
 
+def format_shard_group(size: int, plan: Plan, other: Plan) -> str:
+    """Say what `embeddings.shard_group` of `size` ranks changes from `plan` to `other`."""
+    return (
+        f"embeddings.shard_group={size}: a step takes {other.step_seconds:.3g} s instead of {plan.step_seconds:.3g},"
+        f" a GPU needs {_bytes(other.needed)} instead of {_bytes(plan.needed)}."
+    )
+
+
 def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:
     """Convert a plan to JSON values, in bytes, FLOPs and seconds."""
     cluster = plan.cluster

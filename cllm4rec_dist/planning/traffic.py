@@ -7,7 +7,7 @@ all-reduce's input. Headers and copies of a backend are not counted.
 There is one function per part of the code that communicates. `tests/planning/test_traffic.py` compares them with the
 calls of torch's collectives.
 
-Legend: W ranks, D width.
+Legend: W ranks, G ranks that together hold a copy of the tables, D width.
 """
 
 from __future__ import annotations
@@ -24,6 +24,23 @@ INTEGER, INDEX, HALF, FLOAT, DOUBLE = 8, 4, 2, 4, 8
 
 Traffic = Counter[str]
 """Bytes by content."""
+
+
+IN_GROUP = frozenset(
+    {
+        "lookup counts",
+        "row ids",
+        "rows",
+        "row gradients",
+        "query counts",
+        "queries",
+        "targets",
+        "log-sum-exps",
+        "scores",
+        "query gradients",
+    }
+)
+"""Contents that stay in a group of ranks that together hold a copy of the tables."""
 
 
 def all_gather(part: int, num_ranks: int) -> int:
@@ -51,6 +68,8 @@ class Model:
         element: bytes per element of the backbone.
         num_groups: number of flat groups of ZeRO-3's optimizer.
         replicated: entries of the replicated parameters.
+        dense: `users` or `items`, and entries of a row, of each sharded parameter whose gradient is dense.
+        sparse: names of the tables with sparse gradients.
     """
 
     width: int
@@ -59,6 +78,8 @@ class Model:
     element: int
     num_groups: int
     replicated: int
+    dense: list[tuple[str, int]]
+    sparse: list[str]
 
 
 def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
@@ -66,6 +87,7 @@ def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int)
     total = lookup_traffic(model, config, sample, rank)
     for batch in sample.micro_batches:
         total += item_head_traffic(model, config, batch, rank)
+    total += replica_traffic(model, sample, rank)
     return total + zero_traffic(model, sample) + bookkeeping_traffic(model, sample.num_ranks)
 
 
@@ -76,7 +98,7 @@ def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: in
     received = sum(lookup.received_by(rank) for lookup in lookups)
     return Counter(
         {
-            "counts": (sample.num_ranks - 1) * len(lookups) * INTEGER,
+            "lookup counts": (sample.num_shards - 1) * len(lookups) * INTEGER,
             "row ids": received * INDEX,
             "rows": sum(lookup.sent_by(rank) for lookup in lookups) * row,
             "row gradients": received * row,
@@ -86,11 +108,11 @@ def lookup_traffic(model: Model, config: RunConfig, sample: StepSample, rank: in
 
 def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, rank: int) -> Traffic:
     """Traffic of `GatheringQueries`: queries, targets, log-sum-exps, scores, and their gradients."""
-    queries, targets = batch.queries, batch.targets
+    queries, targets = batch.queries_with(rank), batch.targets_with(rank)
     num_ranks = len(queries)
     query = (model.width + config.head.item_bias) * FLOAT
     sent: Traffic = Counter()
-    sent["counts"] += 2 * all_gather(INTEGER, num_ranks)
+    sent["query counts"] += 2 * all_gather(INTEGER, num_ranks)
     sent["queries"] += all_gather(max(queries) * query, num_ranks)
     sent["targets"] += all_gather(max(targets) * 2 * INTEGER, num_ranks)
     sent["log-sum-exps"] += 2 * all_reduce(sum(queries) * FLOAT, num_ranks)
@@ -99,6 +121,26 @@ def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, 
     sent["scores"] += all_gather(max(queries) * FLOAT, num_ranks)
     sent["log-sum-exps"] += all_gather(max(queries) * FLOAT, num_ranks)
     sent["query gradients"] += reduce_scatter(max(queries) * query, num_ranks)
+    return sent
+
+
+def replica_traffic(model: Model, sample: StepSample, rank: int) -> Traffic:
+    """Traffic of `model/table_replicas.py`: touched rows and table gradients, among ranks that hold the same rows."""
+    replicas = sample.replicas_of(rank)
+    num_replicas = sample.num_ranks // sample.num_shards
+    if num_replicas == 1:
+        return Counter()
+    sent: Traffic = Counter()
+    for rows in sample.touched.values():
+        sent["touched rows"] += all_gather(INTEGER, num_replicas) + all_gather(
+            max(rows[replicas]) * INTEGER, num_replicas
+        )
+    for kind, width in model.dense:
+        sent["table gradients"] += all_reduce(sample.num_rows[kind][rank] * width * FLOAT, num_replicas)
+    for name in model.sparse:
+        longest = max(sample.looked_up[name][replicas])
+        row = INTEGER + model.width * FLOAT
+        sent["table gradients"] += all_gather(INTEGER, num_replicas) + all_gather(longest * row, num_replicas)
     return sent
 
 

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         },
     ),
     "sampled": (2, "qwen2", {"batch": {"users": 8, "texts": 4}, "head": {"num_negatives": 3000}}),
+    "a copy a rank": (2, "llama", {"embeddings": {"init": "prior", "shard_group": 1}}),
     "wide and dense": (
         1,
         "qwen2",

@@ -14,8 +14,8 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
-from cllm4rec_dist.planning.plan import Cluster, make_plan, suggest_changes
-from cllm4rec_dist.planning.table import as_json, format_plan
+from cllm4rec_dist.planning.plan import Cluster, faster_shard_group, make_plan, suggest_changes
+from cllm4rec_dist.planning.table import as_json, format_plan, format_shard_group
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.planning.runs import make_config
 
@@ -68,6 +68,28 @@ def test_a_run_that_does_not_fit_gets_changes_that_help(config: RunConfig) -> No
     needed = [plan.needed, *(change.needed for change in changes)]
     assert needed[-1] < needed[0]
     assert "does NOT fit" in format_plan(plan)
+
+
+@pytest.mark.slow
+def test_a_plan_names_groups_of_ranks_that_make_a_step_faster(config: RunConfig) -> None:
+    """Within a host of two GPUs queries are free; among hosts a byte takes a microsecond."""
+    gpu = replace(CLUSTER.gpu, network=1e6, link=1e15)
+    cluster = replace(CLUSTER, gpu=gpu)
+    plan = make_plan(config, cluster)
+    found = faster_shard_group(config, plan, 2)
+    assert found is not None
+    size, other = found
+    assert size == 2
+    assert other.seconds["other communication"] < plan.seconds["other communication"]
+    assert other.memory["tables"] > plan.memory["tables"]
+    assert f"embeddings.shard_group=2: a step takes {other.step_seconds:.3g} s" in format_shard_group(2, plan, other)
+    grouped = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"shard_group": 2})})
+    assert faster_shard_group(grouped, other, 2) is None
+    one_host = replace(cluster, ranks_per_host=4)
+    assert faster_shard_group(config, make_plan(config, one_host), 2) is None
+    three = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"shard_group": 3})})
+    with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
+        make_plan(three, cluster)
 
 
 def test_a_plan_names_settings_that_it_does_not_include(config: RunConfig, tmp_path: Path) -> None:

@@ -77,6 +77,22 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
         EAGER,
     ),
     "full": (3, "gpt2", {"adapter": {"kind": "full"}, "head": {"similarity": "dot", "item_bias": False}}, EAGER),
+    "copies": (
+        4,
+        "llama",
+        {"adapter": {"kind": "lora", "rank": 4}, "embeddings": {"init": "prior", "shard_group": 2}},
+        EAGER,
+    ),
+    "a copy a rank": (
+        3,
+        "gpt2",
+        {
+            "adapter": {"kind": "none"},
+            "embeddings": {"init": "prior", "shard_group": 1, "dim": 12},
+            "optimizer": {"sparse_embedding_updates": False},
+        },
+        EAGER,
+    ),
     "rows only": (2, "gpt2", {"adapter": {"kind": "none"}, "batch": {"users": 9, "texts": 0}}, EAGER),
 }
 """Number of ranks, family, settings and ZeRO-3 settings of each case."""
