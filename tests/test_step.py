@@ -333,8 +333,9 @@ def test_every_deepspeed_file_gives_the_same_run(made: tuple[str, str], tmp_path
 
 
 def assert_same_gradient(name: str, got: Tensor, expected: Tensor) -> None:
-    """Compare to 1e-6 of the largest entry, because fp32 sums are rounded in another order."""
-    assert (got.view_as(expected) - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-9, name
+    """Compare to 1e-6 of the largest entry, because fp32 sums are rounded in another order; a scalar's terms cancel."""
+    allowed = 1e-5 if expected.dim() == 0 else 1e-6
+    assert (got.view_as(expected) - expected).abs().max() <= allowed * expected.abs().max() + 1e-9, name
 
 
 OPTIONS = {
