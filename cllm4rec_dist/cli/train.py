@@ -120,8 +120,8 @@ def plan(
         raise CorpusError(error.field, error.value, error.constraint, cure) from None
     announce(f"plan: reading {config}")
     from cllm4rec_dist.evaluation.trained_run import relocated
-    from cllm4rec_dist.planning.plan import Cluster, faster_shard_group, make_plan, suggest_changes
-    from cllm4rec_dist.planning.table import as_json, format_changes, format_plan, format_shard_group
+    from cllm4rec_dist.planning.plan import Cluster, faster_layouts, make_plan, suggest_changes
+    from cllm4rec_dist.planning.table import as_json, format_changes, format_layouts, format_plan
     from cllm4rec_dist.planning.zero3_simulation import warn_of_other_version
 
     warn_of_other_version()
@@ -130,10 +130,9 @@ def plan(
         read = read.model_copy(update={"stage": "finetune"})
     made = make_plan(read, Cluster(*hardware), samples)
     typer.echo(format_plan(made))
-    faster = faster_shard_group(read, made, samples)
-    if faster is not None:
-        size, other = faster
-        typer.echo("\n" + format_shard_group(size, made, other))
+    layouts = list(faster_layouts(read, made, samples))
+    if layouts:
+        typer.echo("\n" + format_layouts(layouts))
     changes = list(suggest_changes(read, made, samples))
     if changes:
         typer.echo("\n" + format_changes(changes, made.cluster.gpu.memory))

@@ -26,9 +26,9 @@ MOMENTS = 2
 _MIN_QUANTIZATION_BLOCK = 64
 """Smallest block size of 8-bit moments."""
 PARTS = {
-    "weights": "frozen backbone: this rank's partition, and small persistent weights",
+    "weights": "frozen backbone: this rank's partition, that of hpZ, and small persistent weights",
     "words": "word embeddings and word head, one copy per rank",
-    "adapters": "weights that the engine trains: this rank's partition, and small persistent weights",
+    "adapters": "weights that the engine trains: this rank's partitions, and small persistent weights",
     "tables": "user and item rows of this rank, item bias, projections",
     "linear": "linear memory: its index of this rank's rows",
     "optimizer": "fp32 masters and Adam's moments",
@@ -52,6 +52,8 @@ def resident(meta_run: MetaRun) -> Memory:
     if meta_run.num_ranks > 1:  # with one rank there are no copies
         held["weights"] += zero.padded(p for p in zero.persistent if not p.requires_grad) * element
         held["adapters"] += zero.padded(p for p in zero.persistent if p.requires_grad) * element
+    if zero.settings.hpz > 1:
+        held["weights"] += zero.padded(frozen) // zero.settings.hpz * element
     words = meta_run.model.words
     held["words"] = _bytes(words.embedding) + (0 if words.head is words.embedding else _bytes(words.head))
     held["tables"] = sum(map(_bytes, meta_run.model.parameters()))
@@ -62,6 +64,14 @@ def resident(meta_run: MetaRun) -> Memory:
     held["optimizer"] += sum(_moments(meta_run, parameter) for parameter in meta_run.model.parameters())
     held["buffers"] = zero.settings.reduce_bucket * element * meta_run.contiguous_gradients
     return held
+
+
+def until_step(meta_run: MetaRun) -> Memory:
+    """Bytes that are allocated from the first pass to the end of the optimizer step: hpZ's partition of adapters."""
+    zero = meta_run.zero
+    if zero.settings.hpz == 1:
+        return Counter()
+    return Counter(adapters=zero.padded(meta_run.trained) // zero.settings.hpz * meta_run.dtype.itemsize)
 
 
 def _linear_memory(meta_run: MetaRun) -> int:

@@ -20,7 +20,6 @@ from cllm4rec_dist.planning.dry_run import META
 from cllm4rec_dist.planning.zero3_simulation import Zero3Settings, Zero3Simulation
 
 _UNSUPPORTED = {
-    "zero_hpz_partition_size": 1,
     "zero_quantized_weights": False,
     "zero_quantized_gradients": False,
     "zero_quantized_nontrainable_weights": False,
@@ -70,12 +69,19 @@ class MetaRun:
 
 
 def make_meta_run(
-    config: RunConfig, num_users: int, num_items: int, has_texts: bool, num_ranks: int, max_logits: int
+    config: RunConfig,
+    num_users: int,
+    num_items: int,
+    has_texts: bool,
+    num_ranks: int,
+    max_logits: int,
+    hpz: int | None = None,
 ) -> MetaRun:
     """Build a run on the meta device from its configuration and the sizes of its corpus.
 
     Args:
         max_logits: logits that a head holds at a time.
+        hpz: ranks of a group of hpZ; those of the DeepSpeed file if None.
 
     Raises:
         ConfigError: for an invalid backbone or DeepSpeed file, as in a run.
@@ -110,6 +116,7 @@ def make_meta_run(
         int(rules.model_persistence_threshold),
         int(rules.reduce_bucket_size),
         int(rules.sub_group_size),
+        min(num_ranks, int(hpz or rules.zero_hpz_partition_size)),
     )
     zero = Zero3Simulation(dual, dual.layers, num_ranks, settings, _packed(dual, config, dtype))
     return MetaRun(

@@ -41,6 +41,8 @@ LINK_EFFICIENCY = 0.7
 """Assumed fraction of a link's peak that collectives reach."""
 LAUNCH_SECONDS = 6e-6
 """Assumed time to launch an operator on a GPU."""
+WORTHWHILE = 0.98
+"""Largest time of a step, relative to that of another layout, for which a change is suggested."""
 _ADAM_ACCESSES = 7
 """fp32 accesses of a dense Adam per entry: reads weight, gradient and two moments, writes all but the gradient."""
 
@@ -104,12 +106,17 @@ class Plan:
         """Time of a step."""
         return sum(self.seconds.values())
 
+    def is_faster_than(self, other: Plan) -> bool:
+        """True if this run fits, and the other does not or takes longer for a step by more than a little."""
+        return self.fits and (not other.fits or self.step_seconds < WORTHWHILE * other.step_seconds)
 
-def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2) -> Plan:
+
+def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2, hpz: int | None = None) -> Plan:
     """Plan a run.
 
     Args:
         num_samples: number of evenly spaced steps of the first epoch to sample.
+        hpz: ranks of a group of hpZ; those of the DeepSpeed file if None.
 
     Raises:
         ConfigError, CorpusError: as in the run.
@@ -127,6 +134,7 @@ def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2) -> Plan
         source.has_texts,
         cluster.num_ranks,
         max_logits_within(cluster.gpu.memory),
+        hpz,
     )
     traced, unit = dry_run_fullest(meta_run, samples)
     gathers = meta_run.zero.simulate(traced.events, config.batch.gradient_accumulation_steps)
@@ -185,7 +193,7 @@ def dry_run_fullest(meta_run: MetaRun, samples: list[StepSample]) -> tuple[DryRu
 def needed_memory(meta_run: MetaRun, traced: DryRun, gathers: Gathers) -> Memory:
     """Peak bytes of a rank by part."""
     moments = memory.in_passes(meta_run, traced, gathers), memory.in_step(meta_run, traced)
-    return memory.resident(meta_run) + max(moments, key=Counter.total)
+    return memory.resident(meta_run) + memory.until_step(meta_run) + max(moments, key=Counter.total)
 
 
 def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
@@ -201,6 +209,7 @@ def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
     return Model(
         meta_run.model.collaborative.items.width,
         gathers,
+        meta_run.zero.settings.hpz,
         meta_run.zero.padded(reduced),
         meta_run.dtype.itemsize,
         meta_run.num_groups,
@@ -250,15 +259,15 @@ def step_seconds(
         for part, n in traced.operators.items()
     }
     decoder = max(compute[BACKBONE] + compute[ATTENTION], launches[BACKBONE])
-    link, group_link = (
+    link, hpz_link, group_link = (
         LINK_EFFICIENCY * (gpu.link if num_ranks <= cluster.ranks_per_host else gpu.network)
-        for num_ranks in (cluster.num_ranks, meta_run.num_shards)
+        for num_ranks in (cluster.num_ranks, meta_run.zero.settings.hpz, meta_run.num_shards)
     )
-    overlapped = (traffic["weights"] + traffic["weight gradients"]) / link
-    exposed = max(0.0, float(overlapped) - decoder)
+    in_hpz = traffic["weights in hpZ groups"]
+    overlapped = traffic["weights"] + traffic["weight gradients"]
+    exposed = max(0.0, float(overlapped / link + in_hpz / hpz_link) - decoder)
     in_group = sum(size for what, size in traffic.items() if what in IN_GROUP)
-    others = (traffic.total() - traffic["weights"] - traffic["weight gradients"] - in_group) / link
-    others += in_group / group_link
+    others = (traffic.total() - overlapped - in_hpz - in_group) / link + in_group / group_link
     # The item softmax's weight has a dense gradient, even if lookups have sparse ones.
     tables = {
         meta_run.model.collaborative.items,
@@ -277,31 +286,48 @@ def step_seconds(
     }
 
 
-def faster_shard_group(config: RunConfig, plan: Plan, num_samples: int) -> tuple[int, Plan] | None:
-    """Return the `embeddings.shard_group` with the fastest step that fits, and its plan; None if it is that of `plan`.
+@dataclass(frozen=True)
+class Layout:
+    """Another layout of tables and weights over the ranks, and its plan."""
 
-    Groups of one, two, four, ... hosts are tried, and all ranks.
+    settings: str
+    plan: Plan
+
+
+def faster_layouts(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Layout]:
+    """Yield layouts with a faster step that fit, each on top of the one before.
+
+    Tried are groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and hpZ within a host.
     """
     cluster = plan.cluster
-    sizes, size = [cluster.num_ranks], cluster.ranks_per_host
-    while size < cluster.num_ranks:
-        sizes += [size] if cluster.num_ranks % size == 0 else []
-        size *= 2
-    current = shard_group_size(config.embeddings.shard_group, cluster.num_ranks)
-    fastest: tuple[int, Plan] | None = None
-    for size in sorted({*sizes} - {current}, reverse=True):
+    if cluster.num_ranks <= cluster.ranks_per_host or cluster.num_ranks % cluster.ranks_per_host:
+        return
+    current, best = shard_group_size(config.embeddings.shard_group, cluster.num_ranks), plan
+    chosen = current
+    for size in sorted({*_group_sizes(cluster)} - {current}, reverse=True):
         changed = _changed(config, {"embeddings.shard_group": size})
-        if changed is None:
-            continue
-        other = make_plan(changed, cluster, num_samples)
-        best = plan if fastest is None else fastest[1]
-        if other.fits and (not best.fits or other.step_seconds < _WORTHWHILE * best.step_seconds):
-            fastest = size, other
-    return fastest
+        other = None if changed is None else make_plan(changed, cluster, num_samples)
+        if other is not None and other.is_faster_than(best):
+            chosen, best = size, other
+    if chosen != current:
+        yield Layout(f"embeddings.shard_group={chosen}", best)
+        embeddings = config.embeddings.model_copy(update={"shard_group": chosen})
+        config = config.model_copy(update={"embeddings": embeddings})
+    other = make_plan(config, cluster, num_samples, hpz=cluster.ranks_per_host)
+    if other.is_faster_than(best):
+        yield Layout(f"zero_hpz_partition_size: {cluster.ranks_per_host} in the DeepSpeed file", other)
 
 
-_WORTHWHILE = 0.98
-"""Most time of a step, relative to another layout, that is worth a change."""
+def _group_sizes(cluster: Cluster) -> Iterator[int]:
+    """Yield the numbers of ranks of one, two, four, ... hosts that divide all ranks, and of all hosts."""
+    size = cluster.ranks_per_host
+    while size < cluster.num_ranks:
+        if cluster.num_ranks % size == 0:
+            yield size
+        size *= 2
+    yield cluster.num_ranks
+
+
 _MAX_GPU_FACTOR = 64
 """Largest multiple of the given number of GPUs that is tried."""
 _CHANGES: list[tuple[dict[str, Any], str]] = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from cllm4rec_dist.planning.hardware import GIB
 from cllm4rec_dist.planning.memory import PARTS
-from cllm4rec_dist.planning.plan import RESERVED, Change, Plan
+from cllm4rec_dist.planning.plan import RESERVED, Change, Layout, Plan
 
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -78,12 +78,10 @@ def format_changes(changes: Iterable[Change], gpu_memory: int) -> str:
     return "\n".join(_table(("change, on top of those before", "needs", "", "costs"), rows))
 
 
-def format_shard_group(size: int, plan: Plan, other: Plan) -> str:
-    """Say what `embeddings.shard_group` of `size` ranks changes from `plan` to `other`."""
-    return (
-        f"embeddings.shard_group={size}: a step takes {other.step_seconds:.3g} s instead of {plan.step_seconds:.3g},"
-        f" a GPU needs {_bytes(other.needed)} instead of {_bytes(plan.needed)}."
-    )
+def format_layouts(layouts: Iterable[Layout]) -> str:
+    """Format faster layouts as a Markdown table, each on top of those before."""
+    rows = [(x.settings, f"{x.plan.step_seconds:.3g} s", _bytes(x.plan.needed)) for x in layouts]
+    return "\n".join(_table(("faster, on top of those before", "a step", "needs"), rows))
 
 
 def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Model:
     Attributes:
         width: D.
         gathers: ZeRO-3's gathers in a step.
+        hpz: ranks of a group of hpZ.
         trained: elements that ZeRO-3 reduces in each micro-batch, padded, over all ranks.
         element: bytes per element of the backbone.
         num_groups: number of flat groups of ZeRO-3's optimizer.
@@ -74,6 +75,7 @@ class Model:
 
     width: int
     gathers: Gathers
+    hpz: int
     trained: int
     element: int
     num_groups: int
@@ -149,6 +151,9 @@ def zero_traffic(model: Model, sample: StepSample) -> Traffic:
     num_ranks = sample.num_ranks
     sent: Traffic = Counter()
     sent["weights"] += all_gather(sum(model.gathers.calls) // num_ranks * model.element, num_ranks)
+    if model.gathers.group_calls:
+        part = sum(model.gathers.group_calls) // model.hpz * model.element
+        sent["weights in hpZ groups"] += all_gather(part, model.hpz)
     reduced = model.trained // num_ranks * model.element
     sent["weight gradients"] += len(sample.micro_batches) * reduce_scatter(reduced, num_ranks)
     sent["norms"] += model.num_groups * all_reduce(DOUBLE, num_ranks)

@@ -2,7 +2,9 @@
 
 ZeRO-3 gathers a module's weights before its forward and before its backward, releases them afterwards unless they are
 needed again soon, and prefetches the next ones in the order of the previous pass. This order and four settings
-determine the communication of a step and the memory of gathered weights. `record` records the order while the module
+determine the communication of a step and the memory of gathered weights. With hpZ (ZeRO++) a released weight leaves a
+second partition in a group of ranks, from which it is gathered until an optimizer step changes it: a frozen one for
+good. `record` records the order while the module
 runs on meta tensors; `Zero3Simulation.simulate` applies DeepSpeed's rules
 (`partitioned_param_coordinator.py`) to it.
 
@@ -130,7 +132,11 @@ def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class Zero3Settings:
-    """Settings of a DeepSpeed file that determine gathers, in elements."""
+    """Settings of a DeepSpeed file that determine gathers, in elements.
+
+    Attributes:
+        hpz: ranks of a group with second partitions; 1 for none.
+    """
 
     prefetch_bucket: int
     max_reuse_distance: int
@@ -139,6 +145,7 @@ class Zero3Settings:
     model_persistence_threshold: int
     reduce_bucket: int
     sub_group: int
+    hpz: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,12 +153,14 @@ class Gathers:
     """Gathers of a step on each rank.
 
     Attributes:
-        calls: elements of each all-gather, padded, over all ranks.
+        calls: elements of each all-gather over all ranks, padded.
+        group_calls: elements of each all-gather within a group of hpZ, padded.
         gathered: elements of gathered weights after each event of the last micro-batch, without persistent ones.
         copied: elements that are in memory twice at that event, because a gather of several weights is split.
     """
 
     calls: list[int]
+    group_calls: list[int]
     gathered: list[int]
     copied: list[int]
 
@@ -231,7 +240,7 @@ class Zero3Simulation:
         gathered, copied = ([*column] for column in zip(*after, strict=True))
         # Before an optimizer step all weights are released; the persistent ones are gathered again, one by one.
         persistent = [self.padded([p]) for p in self.parameters if p in self.persistent]
-        return Gathers(state.calls + persistent, gathered, copied)
+        return Gathers(state.calls + persistent, state.group_calls, gathered, copied)
 
 
 def _is_added(name: str) -> bool:
@@ -246,6 +255,7 @@ class _State:
     zero: Zero3Simulation
     events: list[Event]
     calls: list[int] = field(default_factory=list)
+    group_calls: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.modules = [event.module for event in self.events if event.fetch]
@@ -254,6 +264,9 @@ class _State:
         self.users: defaultdict[nn.Parameter, set[nn.Module]] = defaultdict(set)
         self.recomputed: defaultdict[nn.Module, set[nn.Parameter]] = defaultdict(set)
         self.coming: dict[nn.Parameter, int] = {}
+        self.has_second_partition: set[nn.Parameter] = set()
+        if self.zero.settings.hpz > 1:
+            self.has_second_partition.update(p for p in self.zero.parameters if not p.requires_grad)
 
     def begin(self) -> None:
         """Start a forward."""
@@ -317,12 +330,15 @@ class _State:
 
     def _gather(self, parameters: Iterable[nn.Parameter]) -> None:
         missing = [p for p in parameters if p not in self.available]
-        if missing:
-            numel = self.zero.padded(missing)
-            self.calls.append(numel)
-            self.coming.update(dict.fromkeys(missing, numel if len(missing) > 1 else 0))
-            self.num_gathered += sum(self.zero.numel(p) for p in missing)
-            self.available.update(missing)
+        in_group = [p for p in missing if p in self.has_second_partition]
+        over_all = [p for p in missing if p not in self.has_second_partition]
+        for gathered, calls in ((in_group, self.group_calls), (over_all, self.calls)):
+            if gathered:
+                numel = self.zero.padded(gathered)
+                calls.append(numel)
+                self.coming.update(dict.fromkeys(gathered, numel if len(gathered) > 1 else 0))
+        self.num_gathered += sum(self.zero.numel(p) for p in missing)
+        self.available.update(missing)
 
     def _release(self, event: Event) -> None:
         unneeded = self._no_longer_needed(event.module)
@@ -341,6 +357,8 @@ class _State:
             self.users[parameter].discard(module)
             if not self.users[parameter] and parameter in self.available:
                 self.available.remove(parameter)
+                if self.zero.settings.hpz > 1:
+                    self.has_second_partition.add(parameter)
                 self.num_gathered -= self.zero.numel(parameter)
 
     def _no_longer_needed(self, module: nn.Module) -> set[nn.Parameter]:

@@ -27,6 +27,7 @@ ZERO = {
     "stage3_prefetch_bucket_size": 100_000,
     "stage3_max_reuse_distance": 200_000,
 }
+HPZ = {"zero_hpz_partition_size": 2}
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "lora": (1, "llama", {}),
     "checkpointed": (2, "llama", {"activation_checkpointing": True, "head": {"projection": True}}),
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         },
     ),
     "sampled": (2, "qwen2", {"batch": {"users": 8, "texts": 4}, "head": {"num_negatives": 3000}}),
+    "hpZ": (2, "llama", {}),
     "a copy a rank": (2, "llama", {"embeddings": {"init": "prior", "shard_group": 1}}),
     "wide and dense": (
         1,
@@ -83,7 +85,7 @@ def held(world: World, config: RunConfig) -> dict[str, int]:
 def test_memory_and_flops_are_planned(corpora: dict[str, tuple[str, str]], tmp_path: Path, case: str) -> None:
     size, family, changes = CASES[case]
     batch = {"batch": {"users": 64, "texts": 32, "gradient_accumulation_steps": 2}, "shuffle_window": 16}
-    config = make_config(corpora[family], tmp_path, batch | changes, ZERO)
+    config = make_config(corpora[family], tmp_path, batch | changes, ZERO | (HPZ if case == "hpZ" else {}))
     measured = run_ranks(size, held, config)
     meta_run, sample = meta_run_of(config, size, STEP)
     traced, unit = dry_run_fullest(meta_run, [sample])

@@ -14,8 +14,8 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
-from cllm4rec_dist.planning.plan import Cluster, faster_shard_group, make_plan, suggest_changes
-from cllm4rec_dist.planning.table import as_json, format_plan, format_shard_group
+from cllm4rec_dist.planning.plan import Cluster, faster_layouts, make_plan, suggest_changes
+from cllm4rec_dist.planning.table import as_json, format_layouts, format_plan
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.planning.runs import make_config
 
@@ -71,31 +71,34 @@ def test_a_run_that_does_not_fit_gets_changes_that_help(config: RunConfig) -> No
 
 
 @pytest.mark.slow
-def test_a_plan_names_groups_of_ranks_that_make_a_step_faster(config: RunConfig) -> None:
-    """Within a host of two GPUs queries are free; among hosts a byte takes a microsecond."""
-    gpu = replace(CLUSTER.gpu, network=1e6, link=1e15)
-    cluster = replace(CLUSTER, gpu=gpu)
+def test_a_plan_names_layouts_that_make_a_step_faster(config: RunConfig, tmp_path: Path) -> None:
+    """Within a host of two GPUs communication is free; among hosts a byte takes a microsecond."""
+    sharded = {"stage3_param_persistence_threshold": 0}
+    config = make_config((config.corpus, config.backbone), tmp_path, {}, sharded)
+    cluster = replace(CLUSTER, gpu=replace(CLUSTER.gpu, network=1e6, link=1e15))
     plan = make_plan(config, cluster)
-    found = faster_shard_group(config, plan, 2)
-    assert found is not None
-    size, other = found
-    assert size == 2
-    assert other.seconds["other communication"] < plan.seconds["other communication"]
-    assert other.memory["tables"] > plan.memory["tables"]
-    assert f"embeddings.shard_group=2: a step takes {other.step_seconds:.3g} s" in format_shard_group(2, plan, other)
-    grouped = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"shard_group": 2})})
-    assert faster_shard_group(grouped, other, 2) is None
-    one_host = replace(cluster, ranks_per_host=4)
-    assert faster_shard_group(config, make_plan(config, one_host), 2) is None
-    three = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"shard_group": 3})})
+    groups, hpz = faster_layouts(config, plan, 2)
+    assert groups.settings == "embeddings.shard_group=2"
+    assert groups.plan.seconds["other communication"] < plan.seconds["other communication"]
+    assert groups.plan.memory["tables"] > plan.memory["tables"]
+    assert hpz.settings == "zero_hpz_partition_size: 2 in the DeepSpeed file"
+    assert hpz.plan.seconds["communication of weights"] < groups.plan.seconds["communication of weights"]
+    assert hpz.plan.memory["weights"] > groups.plan.memory["weights"]
+    assert f"| {hpz.plan.step_seconds:.3g} s |" in format_layouts([groups, hpz])
+    assert list(faster_layouts(with_shard_group(config, 2), hpz.plan, 2)) == []
+    assert list(faster_layouts(config, make_plan(config, replace(cluster, ranks_per_host=4)), 2)) == []
     with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
-        make_plan(three, cluster)
+        make_plan(with_shard_group(config, 3), cluster)
+
+
+def with_shard_group(config: RunConfig, size: int) -> RunConfig:
+    return config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"shard_group": size})})
 
 
 def test_a_plan_names_settings_that_it_does_not_include(config: RunConfig, tmp_path: Path) -> None:
-    settings = {"zero_hpz_partition_size": 2}
+    settings = {"zero_quantized_weights": True}
     plan = make_plan(make_config((config.corpus, config.backbone), tmp_path, {}, settings), CLUSTER)
-    assert "Not included: zero_hpz_partition_size." in format_plan(plan)
+    assert "Not included: zero_quantized_weights." in format_plan(plan)
 
 
 def test_the_linear_memory_of_a_finetuning_run_is_counted(config: RunConfig) -> None:

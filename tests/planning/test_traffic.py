@@ -93,6 +93,12 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
         },
         EAGER,
     ),
+    "hpZ": (
+        4,
+        "llama",
+        {"adapter": {"kind": "lora", "rank": 4}, "activation_checkpointing": True},
+        EAGER | {"zero_hpz_partition_size": 2},
+    ),
     "rows only": (2, "gpt2", {"adapter": {"kind": "none"}, "batch": {"users": 9, "texts": 0}}, EAGER),
 }
 """Number of ranks, family, settings and ZeRO-3 settings of each case."""
