@@ -72,7 +72,7 @@ bench: install
 
 # Three files of tests at a time, those that start whole runs first (tests/conftest.py): while some wait for their ranks,
 # others use the cores.
-PYTEST := $(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 4 --no-loadscope-reorder
 test: install lint
 	$(PYTEST)
 

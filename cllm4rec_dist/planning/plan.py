@@ -136,6 +136,12 @@ def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2, hpz: in
         max_logits_within(cluster.gpu.memory),
         hpz,
     )
+    return plan_samples(meta_run, cluster, samples, steps)
+
+
+def plan_samples(meta_run: MetaRun, cluster: Cluster, samples: list[StepSample], steps_per_epoch: int) -> Plan:
+    """Plan a run from sampled steps."""
+    config = meta_run.config
     traced, unit = dry_run_fullest(meta_run, samples)
     gathers = meta_run.zero.simulate(traced.events, config.batch.gradient_accumulation_steps)
     model = traffic_model(meta_run, gathers)
@@ -153,7 +159,7 @@ def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2, hpz: in
         step_seconds(meta_run, cluster, traced, flops, traffic),
         tokens / len(samples),
         tokens / sum(batch.word_ids.numel() for batch in batches),
-        steps,
+        steps_per_epoch,
         linear_flops(meta_run),
         meta_run.left_out,
     )

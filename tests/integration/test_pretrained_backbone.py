@@ -35,7 +35,7 @@ def command(*arguments: str) -> None:
 @pytest.mark.integration
 @pytest.mark.skipif(not (DATA / "musical-instruments").is_dir(), reason="the review data set is not on this machine")
 def test_smollm2_with_lora_learns_from_real_reviews_on_two_ranks(tmp_path: Path) -> None:
-    backbone, corpus, output = build(tmp_path / "smollm2", layers=4), tmp_path / "corpus", tmp_path / "run"
+    backbone, corpus, output = build(tmp_path / "smollm2", layers=2), tmp_path / "corpus", tmp_path / "run"
     os.environ["CLLM4REC_DATA"] = str(DATA)
     cli = ("cllm4rec_dist",)
     command(

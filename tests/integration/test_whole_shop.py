@@ -24,7 +24,7 @@ from tests.serving.browser import running_browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
-FEW_EPOCHS = ["pretrain.epochs=1", "finetune.epochs=2"]
+SMALL = ["pretrain.epochs=1", "finetune.epochs=2", "backbone.hidden_size=64"]
 
 
 def cllm4rec(folder: Path, *arguments: str) -> str:
@@ -59,7 +59,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     shop = make_shop(folder / "data")
     files = ["--orders", str(shop.orders), "--items", str(shop.products), "--customers", str(shop.customers)]
     proposed = cllm4rec(folder, "init", "shop", *files)
-    return Project(folder, shop, proposed, cllm4rec(folder, "run", "shop", *FEW_EPOCHS))
+    return Project(folder, shop, proposed, cllm4rec(folder, "run", "shop", *SMALL))
 
 
 def test_init_reads_the_files_as_the_shop_means_them(project: Project) -> None:
