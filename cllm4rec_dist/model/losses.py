@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.model.frozen_embeddings import FrozenEmbeddings
-from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, linear_cross_entropy, sharded_cross_entropy
+from cllm4rec_dist.model.linear_cross_entropy import linear_cross_entropy
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
 
 
 def item_loss(

@@ -22,9 +22,10 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.backbone import DualBackbone
+from cllm4rec_dist.model.linear_cross_entropy import count_targets
 from cllm4rec_dist.model.losses import mutual_regularization
 from cllm4rec_dist.model.recommender import Recommender
-from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, count_targets
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries
 from cllm4rec_dist.model.sharded_embedding import RowShardedEmbedding
 from cllm4rec_dist.planning.tracing import Trace, emulate_kernels, exclude
 from cllm4rec_dist.planning.zero3_simulation import Event, record

@@ -24,7 +24,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model import backbone
-from cllm4rec_dist.model.sharded_cross_entropy import max_logits_within
+from cllm4rec_dist.model.linear_cross_entropy import max_logits_within
 from cllm4rec_dist.planning import memory
 from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, HEAD, LOOKUP, META, WORD_HEAD, DryRun, dry_run
 from cllm4rec_dist.planning.hardware import GIB, Gpu
