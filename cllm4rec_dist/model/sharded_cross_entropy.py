@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.distributed.collectives import (
@@ -80,6 +79,10 @@ def sharded_cross_entropy(
     key: Tensor | None = None,
     max_logits: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+    *,
+    normalize: bool = False,
+    accumulate: bool = False,
 ) -> Tensor:
     """`linear_cross_entropy` over rows that are sharded over the ranks.
 
@@ -88,6 +91,10 @@ def sharded_cross_entropy(
         num_negatives: rows, over all ranks, of a sampled softmax; 0 for the exact one.
         key: int64 [] seed of the sample; equal keys draw equal rows. May differ between ranks.
         compute_dtype: dtype to which factors of products are rounded, after the gather; the queries' if None.
+        bias: [rows of this rank, 1], added to the scores of the rows; never rounded.
+        normalize: score the directions of the rows (`chunked_logsumexp_and_scores`).
+        accumulate: let backward add the gradient of `local_weight`, a leaf, to its `grad` itself
+            (`chunked_logsumexp_and_scores`); not used for a sampled softmax.
 
     Returns:
         [n] of this rank. Its gradients are those of the sum over all ranks.
@@ -99,12 +106,21 @@ def sharded_cross_entropy(
         assert key is not None
         rows, log_weight = gathering.sample(num_negatives, key, target_row)
         target_row = torch.searchsorted(rows, target_row)
-        # An extra column adds the log weights to the logits, like a bias.
-        local_weight = torch.cat([local_weight[rows], log_weight[:, None].to(local_weight.dtype)], dim=1)
-        queries = F.pad(queries, (0, 1), value=1.0)
+        local_weight, log_weight = local_weight[rows], log_weight[:, None]
+        bias = log_weight if bias is None else bias[rows] + log_weight
+        accumulate = False
     if compute_dtype is not None:
         queries = queries.to(compute_dtype)
-    parts = chunked_logsumexp_and_scores(queries, local_weight, target_query, target_row, max_logits)
+    parts = chunked_logsumexp_and_scores(
+        queries,
+        local_weight,
+        target_query,
+        target_row,
+        max_logits,
+        bias=None if bias is None else bias.squeeze(1),
+        normalize=normalize,
+        accumulate=accumulate,
+    )
     lse, scores = gathering.reduce(*parts)
     return gathering.num_targets * lse - scores
 

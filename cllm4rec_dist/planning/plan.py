@@ -246,10 +246,9 @@ def step_seconds(
     exposed = max(0.0, float(overlapped) - decoder)
     others = (traffic.total() - traffic["weights"] - traffic["weight gradients"]) / link
     # The item softmax's weight has a dense gradient, even if lookups have sparse ones.
-    tables = {
-        meta_run.model.collaborative.items,
-        *(t for t in meta_run.model.tables.values() if not t.sparse_gradients),
-    }
+    tables = [meta_run.model.collaborative.items]
+    if not config.optimizer.sparse_embedding_updates:
+        tables = [*meta_run.model.tables.values()]
     entries = sum(table.local_rows.numel() for table in tables)
     entries += sum(parameter.numel() for _, parameter in meta_run.model.replicated_parameters())
     return {

@@ -88,7 +88,7 @@ def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, 
     """Traffic of `GatheringQueries`: queries, targets, log-sum-exps, scores, and their gradients."""
     queries, targets = batch.queries, batch.targets
     num_ranks = len(queries)
-    query = (model.width + config.head.item_bias) * FLOAT
+    query = model.width * FLOAT
     sent: Traffic = Counter()
     sent["counts"] += 2 * all_gather(INTEGER, num_ranks)
     sent["queries"] += all_gather(max(queries) * query, num_ranks)
