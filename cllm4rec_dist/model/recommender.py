@@ -89,6 +89,7 @@ class Recommender(nn.Module):
         self.words, self.world, self.dropout, self.comm_dtype = words, world, dropout, comm_dtype
         self.num_negatives, self.max_logits = head.num_negatives, max_logits
         self.compute_dtype = None if head.compute_dtype == "fp32" else DTYPES[head.compute_dtype]
+        self.query_comm_dtype = None if head.comm_dtype == "fp32" else DTYPES[head.comm_dtype]
         self.collaborative = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients)
         if not head.num_negatives:
             # These rows are the weight of the item softmax too, whose gradient is dense. A sparse gradient of lookups
@@ -220,6 +221,7 @@ class Recommender(nn.Module):
             batch.targets["items"],
             self.item_partition,
             self.world,
+            self.query_comm_dtype,
         )
         losses = {}
         if "text" in batch.targets:

@@ -9,13 +9,16 @@ Legend: n positions of this rank, N of all ranks, D width, M targets of this ran
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cllm4rec_dist.distributed.collectives import (
+    PendingCollective,
     all_gather_rows,
+    all_to_all_rows,
     combine_logsumexp,
     gather_integers,
     reduce_scatter_rows,
@@ -23,6 +26,24 @@ from cllm4rec_dist.distributed.collectives import (
 )
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.linear_cross_entropy import chunked_logsumexp_and_scores, count_targets
+
+
+class _GatherRoundedQueries(torch.autograd.Function):
+    """Rounded queries of all ranks [N, D] as a function of this rank's, whose gradients are rounded on their way, too.
+
+    Gradients are exchanged by an all-to-all and summed here in fp32: a reduce-scatter would round each partial sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, pending: PendingCollective, counts: list[int], world: World) -> Tensor:
+        ctx.counts, ctx.world = counts, world
+        return pending.wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        num_local, world = ctx.counts[ctx.world.rank], ctx.world
+        parts = all_to_all_rows(grad.contiguous(), ctx.counts, [num_local] * world.size, world, "query gradients")
+        return parts.view(world.size, num_local, grad.shape[1]).sum(0, dtype=torch.float32), None, None, None
 
 
 class GatheringQueries:
@@ -35,25 +56,40 @@ class GatheringQueries:
         queries: [n, D] of this rank; n may differ between ranks and be 0.
         target_query, target_row: int64 [M]; queries of this rank and global rows.
         partition: assignment of rows to ranks.
+        comm_dtype: dtype of queries and their gradients in communication; that of the queries if None. A rank's own
+            queries are rounded too, so that results do not depend on the partition. Gradients are summed in fp32.
 
     Collectives: all-gathers two integers, and starts to all-gather queries and target pairs.
     """
 
     def __init__(
-        self, queries: Tensor, target_query: Tensor, target_row: Tensor, partition: RowPartition, world: World
+        self,
+        queries: Tensor,
+        target_query: Tensor,
+        target_row: Tensor,
+        partition: RowPartition,
+        world: World,
+        comm_dtype: torch.dtype | None = None,
     ) -> None:
-        self.queries, self.partition, self.world = queries, partition, world
+        self.queries, self.partition, self.world, self.comm_dtype = queries, partition, world, comm_dtype
         # Gather both counts at once, because each gather synchronizes with the GPU.
         counts_by_rank = gather_integers([len(queries), len(target_query)], world, what="counts of queries and targets")
         self.counts, target_counts = ([*counts] for counts in zip(*counts_by_rank, strict=True))
         pairs = torch.stack([target_query + sum(self.counts[: world.rank]), target_row], dim=1)
-        self._pending_queries = start_all_gather_rows(queries.detach(), self.counts, world, "queries")
+        sent = queries.detach() if comm_dtype is None else queries.detach().to(comm_dtype)
+        self._pending_queries = start_all_gather_rows(sent, self.counts, world, "queries")
         self._pending_pairs = start_all_gather_rows(pairs, target_counts, world, "targets")
         self.num_targets = count_targets(target_query, len(queries))
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of all ranks [N, D], and query and local row, int64 [m] each, of the targets that this rank owns."""
-        queries = all_gather_rows(self.queries, self.counts, self.world, self._pending_queries)
+        """Queries of all ranks [N, D], and query and local row, int64 [m] each, of the targets that this rank owns.
+
+        Backward reduce-scatters the gradient of the queries, or with a `comm_dtype` exchanges it in an all-to-all.
+        """
+        if self.comm_dtype is None:
+            queries = all_gather_rows(self.queries, self.counts, self.world, self._pending_queries)
+        else:
+            queries = _GatherRoundedQueries.apply(self.queries, self._pending_queries, self.counts, self.world)
         pairs = self._pending_pairs.wait()
         start, stop = self.partition.range(self.world.rank)
         local = pairs[(pairs[:, 1] >= start) & (pairs[:, 1] < stop)]
@@ -90,7 +126,8 @@ def sharded_cross_entropy(
         local_weight: [rows of this rank, D]; its gradient has its dtype.
         num_negatives: rows, over all ranks, of a sampled softmax; 0 for the exact one.
         key: int64 [] seed of the sample; equal keys draw equal rows. May differ between ranks.
-        compute_dtype: dtype to which factors of products are rounded, after the gather; the queries' if None.
+        compute_dtype: dtype to which factors of products are rounded, after the gather; that of the queries before it
+            if None.
         bias: [rows of this rank, 1], added to the scores of the rows; never rounded.
         normalize: score the directions of the rows (`chunked_logsumexp_and_scores`).
         accumulate: let backward add the gradient of `local_weight`, a leaf, to its `grad` itself
@@ -109,8 +146,7 @@ def sharded_cross_entropy(
         local_weight, log_weight = local_weight[rows], log_weight[:, None]
         bias = log_weight if bias is None else bias[rows] + log_weight
         accumulate = False
-    if compute_dtype is not None:
-        queries = queries.to(compute_dtype)
+    queries = queries.to(gathering.queries.dtype if compute_dtype is None else compute_dtype)
     parts = chunked_logsumexp_and_scores(
         queries,
         local_weight,

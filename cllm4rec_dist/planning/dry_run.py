@@ -187,10 +187,14 @@ class _GatheringQueries(GatheringQueries):
         target_row: Tensor,
         partition: RowPartition,
         world: World,
+        comm_dtype: torch.dtype | None = None,
     ) -> None:
         self._micro_batch, self._trace, self._num_rows = micro_batch, trace, partition.num_rows
-        counts = micro_batch.item_queries
-        self._gathered = _AllGather.apply(queries, counts) if len(counts) > 1 else queries
+        self.queries, counts = queries, micro_batch.item_queries
+        if comm_dtype is not None:
+            self._gathered = _AllGatherRounded.apply(queries, counts, comm_dtype)
+        else:
+            self._gathered = _AllGather.apply(queries, counts) if len(counts) > 1 else queries
         self.num_targets = count_targets(target_query, len(queries))
         trace.part = WORD_HEAD  # what the model computes until it waits
 
@@ -277,6 +281,21 @@ class _AllGather(torch.autograd.Function):
         padded = grad.new_empty(max(ctx.counts) * len(ctx.counts), grad.shape[1])
         local = padded.new_empty(max(ctx.counts), grad.shape[1])
         return local[: ctx.counts[0]], None
+
+
+class _AllGatherRounded(torch.autograd.Function):
+    """Allocates the tensors of `sharded_cross_entropy._GatherRoundedQueries`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], comm_dtype: torch.dtype) -> Tensor:
+        ctx.counts = counts
+        rounded = x.to(comm_dtype)
+        return rounded if len(counts) == 1 else _AllGather.forward(ctx, rounded, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        received = grad if len(ctx.counts) == 1 else grad.new_empty(len(ctx.counts) * ctx.counts[0], grad.shape[1])
+        return received.view(len(ctx.counts), ctx.counts[0], grad.shape[1]).sum(0, dtype=torch.float32), None, None
 
 
 def _mutual_loss(model: Recommender, config: RunConfig, touched: Mapping[str, int]) -> Tensor:

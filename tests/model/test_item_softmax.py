@@ -156,6 +156,55 @@ def test_rows_shorter_than_torchs_limit_are_divided_by_it() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def travelling(world: World, comm_dtype: torch.dtype | None, compute_dtype: torch.dtype | None) -> dict[str, Any]:
+    """Losses and gradients of this rank with queries that are rounded where they travel."""
+    num_items, (of_ranks, _) = NUM_ITEMS[0], batches(world.size, NUM_ITEMS[0])
+    partition = RowPartition(num_items, world.size)
+    rows, bias = (whole[slice(*partition.range(world.rank))].float() for whole in parameters(num_items))
+    states, *targets = of_ranks[world.rank]
+    leaves = states.float().requires_grad_(), rows.clone().requires_grad_(), bias.clone().requires_grad_()
+    gathering = GatheringQueries(leaves[0], *targets, partition, world, comm_dtype)
+    item_loss(gathering, leaves[1], 0, None, MAX_LOGITS, compute_dtype, leaves[2], normalize=True).backward()
+    return dict(zip(("queries", "rows", "bias"), (leaf.grad for leaf in leaves), strict=True))
+
+
+def dense_travelling(size: int) -> dict[str, Tensor]:
+    """Gradients of all ranks' queries, of rows and of biases in fp64, with queries rounded to bf16."""
+    rows, bias = (value.float().double().requires_grad_() for value in parameters(NUM_ITEMS[0]))
+    (of_ranks, _), queries = batches(size, NUM_ITEMS[0]), []
+    for states, target_query, targets in of_ranks:
+        queries.append(states.float().bfloat16().double().requires_grad_())
+        logits = queries[-1] @ F.normalize(rows, dim=1).T + bias.T
+        (-torch.log_softmax(logits, dim=1)[target_query, targets].sum()).backward()
+    return {"queries": torch.cat([q.grad for q in queries]), "rows": rows.grad, "bias": bias.grad}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_rounded_queries_give_the_dense_result_of_these_queries_on_any_number_of_ranks(size: int) -> None:
+    """Rows and biases see the rounding of queries alone; gradients of queries are rounded once for each shard."""
+    ranks = run_ranks(size, travelling, torch.bfloat16, None)
+    expected = dense_travelling(size)
+    for name, value in expected.items():
+        got = torch.cat([rank[name] for rank in ranks])
+        assert got.dtype is torch.float32
+        error = float((got.double() - value).norm() / value.norm())
+        assert error < (4e-3 if name == "queries" else 1e-6), name
+    exact = torch.cat([rank["rows"] for rank in run_ranks(size, travelling, None, None)])
+    assert float((exact.double() - expected["rows"]).norm() / expected["rows"].norm()) > 1e-4, "nothing was rounded"
+    if size > 1:  # a sum of rounded parts, which is not rounded itself
+        gradient = torch.cat([rank["queries"] for rank in ranks])
+        assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
+def test_queries_that_travel_and_are_multiplied_in_bf16_are_rounded_once() -> None:
+    for size in (1, 3):
+        plain = run_ranks(size, travelling, None, torch.bfloat16)
+        both = run_ranks(size, travelling, torch.bfloat16, torch.bfloat16)
+        for one, other in zip(plain, both, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in ("rows", "bias"))
+            torch.testing.assert_close(one["queries"], other["queries"], rtol=1e-6, atol=1e-6)
+
+
 ITEMS, HIDDEN = 40_000, 32
 SPACE = TokenSpace(10, 4, ITEMS)
 
