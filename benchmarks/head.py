@@ -1,6 +1,7 @@
 """The item head, compared with torch's dense cross-entropy and with its matrix products alone.
 
     python -m benchmarks.head
+    python -m benchmarks.head --similarity cosine    with directions of items and with biases, the default of a run
     python -m benchmarks.head --dtype bf16           on a GPU, with `pip install -e '.[kernels]'`
 
 Forward and backward with one target per position. `dense` is `F.cross_entropy(queries @ items.T)`; `products` are the
@@ -39,9 +40,27 @@ def ours(queries: Tensor, items: Tensor, targets: Tensor) -> None:
     sharded_cross_entropy(gathering, items).sum().backward()
 
 
+def ours_cosine(queries: Tensor, items: Tensor, targets: Tensor) -> None:
+    """The sharded head on one rank with directions of items, and with biases."""
+    world = World(0, 1, 0, queries.device)
+    target_query = torch.arange(len(queries), device=queries.device)
+    gathering = GatheringQueries(queries, target_query, targets, RowPartition(len(items), 1), world)
+    sharded_cross_entropy(gathering, items, bias=_bias(items), normalize=True).sum().backward()
+
+
+def _bias(items: Tensor) -> Tensor:
+    return torch.zeros(len(items), 1, device=items.device, requires_grad=True)
+
+
 def dense(queries: Tensor, items: Tensor, targets: Tensor) -> None:
     """Cross-entropy over all logits at once."""
     F.cross_entropy(queries @ items.T, targets, reduction="sum").backward()
+
+
+def dense_cosine(queries: Tensor, items: Tensor, targets: Tensor) -> None:
+    """Cross-entropy over all logits at once, with directions of items, and with biases."""
+    logits = torch.addmm(_bias(items).T.to(queries.dtype), queries, F.normalize(items, dim=1).T)
+    F.cross_entropy(logits, targets, reduction="sum").backward()
 
 
 @torch.no_grad()
@@ -66,13 +85,16 @@ def liger(queries: Tensor, items: Tensor, targets: Tensor) -> None:
 
 
 FORMS: dict[str, Form] = {"ours": ours, "dense": dense, "products": products}
+COSINE_FORMS: dict[str, Form] = {"ours": ours_cosine, "dense": dense_cosine, "products": products}
 KERNELS: dict[str, tuple[str, Form]] = {"cut": ("cut_cross_entropy", cut), "liger": ("liger_kernel", liger)}
 """Forms for half precision on a GPU, and the package of each."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def forms(dtype: torch.dtype) -> dict[str, Form]:
+def forms(dtype: torch.dtype, similarity: str = "dot") -> dict[str, Form]:
     """Forms that this machine can run."""
+    if similarity == "cosine":
+        return COSINE_FORMS
     if not torch.cuda.is_available() or dtype is torch.float32:
         return FORMS
     return FORMS | {name: form for name, (package, form) in KERNELS.items() if find_spec(package)}
@@ -99,9 +121,9 @@ def seconds(form: Form, made: tuple[Tensor, Tensor, Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def _peak(index: int, name: str, shape: tuple[int, int, int], dtype: torch.dtype, result: str) -> None:
+def _peak(index: int, name: str, shape: tuple[int, int, int], dtype: torch.dtype, similarity: str, result: str) -> None:
     torch.set_num_threads(1)
-    form = forms(dtype)[name]
+    form = forms(dtype, similarity)[name]
     seconds(form, inputs((8, 100, 16), dtype))
     made = inputs(shape, dtype)
     before = _highest()
@@ -117,11 +139,13 @@ def _highest() -> int:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def peak_bytes(name: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> int:
+def peak_bytes(
+    name: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, similarity: str = "dot"
+) -> int:
     """Peak bytes of a form on top of its inputs and their gradients."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "peak"
-        mp.start_processes(_peak, (name, shape, dtype, str(result)), nprocs=1, start_method="spawn")
+        mp.start_processes(_peak, (name, shape, dtype, similarity, str(result)), nprocs=1, start_method="spawn")
         return int(result.read_text())
 
 
@@ -131,9 +155,12 @@ def main() -> None:
     options.add_argument("--shapes", nargs="+", default=shapes, help="positions x items x width")
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="of queries and items (%(default)s)")
+    options.add_argument(
+        "--similarity", choices=["dot", "cosine"], default="dot", help="form of the head (%(default)s)"
+    )
     chosen = options.parse_args()
     dtype = DTYPES[chosen.dtype]
-    running = forms(dtype)
+    running = forms(dtype, chosen.similarity)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     figures, rows = {}, []
     for text in chosen.shapes:
@@ -146,7 +173,7 @@ def main() -> None:
                 taken = seconds(form, made)
                 if repeat:  # the first one warms up
                     times[name].append(taken)
-        peaks = {name: peak_bytes(name, shape, dtype) for name in running if name != "products"}
+        peaks = {name: peak_bytes(name, shape, dtype, chosen.similarity) for name in running if name != "products"}
         median = {name: statistics.median(repeats) for name, repeats in times.items()}
         ratios = [a / b for a, b in zip(times["ours"], times["dense"], strict=True)]
         figures[text] = {
@@ -170,7 +197,7 @@ def main() -> None:
         )
     names = [f"{name} (s)" for name in running]
     show_table(["shape", *names, "of dense", "products' speed", "peak (MB)", "of dense"], rows)
-    write_json(chosen.json, {"dtype": chosen.dtype, **figures})
+    write_json(chosen.json, {"dtype": chosen.dtype, "similarity": chosen.similarity, **figures})
 
 
 if __name__ == "__main__":

@@ -33,12 +33,9 @@ from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.evaluation.sharded_topk import sharded_topk
 from cllm4rec_dist.model.backbone import FrozenEmbeddings
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer, Storage
+from cllm4rec_dist.model.linear_cross_entropy import chunked_logsumexp_and_scores
 from cllm4rec_dist.model.recommender import Recommender, keyed_dropout
-from cllm4rec_dist.model.sharded_cross_entropy import (
-    GatheringQueries,
-    chunked_logsumexp_and_scores,
-    sharded_cross_entropy,
-)
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
 from cllm4rec_dist.model.sharded_embedding import RowShardedEmbedding, route_ids, start_lookup
 
 CPU = torch.device("cpu")

@@ -84,7 +84,7 @@ def work(folder: Path, form: dict[str, Any], batch: int) -> None:
     from cllm4rec_dist.corpus.loader import BatchLoader
     from cllm4rec_dist.corpus.shards import Corpus
     from cllm4rec_dist.distributed.engine import start_world
-    from cllm4rec_dist.model.sharded_cross_entropy import max_logits_for
+    from cllm4rec_dist.model.linear_cross_entropy import max_logits_for
     from cllm4rec_dist.planning.meta_run import make_meta_run
     from cllm4rec_dist.planning.plan import dry_run_fullest, needed_memory, prompt_builder_of
     from cllm4rec_dist.planning.sampling import sample_step

@@ -71,7 +71,7 @@ def bad_batch(world: World, config: RunConfig, bad: int, value: float) -> str:
     def spoiled(system: System, batches: list[MicroBatch], factor: float, largest: float) -> StepResult:
         if next(steps) == bad and world.rank == 0:
             item_loss = recommender_module.item_loss
-            recommender_module.item_loss = lambda *a: item_loss(*a) * value
+            recommender_module.item_loss = lambda *a, **k: item_loss(*a, **k) * value
             try:
                 return genuine(system, batches, factor, largest)
             finally:

@@ -87,6 +87,9 @@ class HeadConfig(StrictModel):
     compute_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the factors in the matrix products of the training softmax, for GPUs, where `bf16` is many times as
     fast. Sums, gradients of the item embeddings, tables and predictions stay fp32. On a CPU it saves no time."""
+    comm_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the item softmax's queries and of their gradients in communication between ranks; `bf16` halves the
+    bytes. Queries are rounded on one rank, too. Gradients are summed in fp32."""
     num_negatives: int = Field(default=0, ge=0)
     """Items sampled for the training softmax of a micro-batch, over all ranks, in addition to its targets; 0: all
     items. Sampling biases the loss downwards and adds gradient noise (docs/performance.md). Predictions are exact."""

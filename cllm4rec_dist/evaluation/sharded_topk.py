@@ -18,9 +18,9 @@ from torch import Tensor
 
 from cllm4rec_dist.distributed.collectives import all_gather_rows, all_reduce_sum, all_to_all_rows, gather_counts
 from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.model.linear_cross_entropy import max_logits_for
 from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
-from cllm4rec_dist.model.sharded_cross_entropy import max_logits_for
 
 _BLOCK = 512
 """Queries scored together: enough for a fast matrix product, few enough for long chunks of rows."""

@@ -166,7 +166,7 @@ def encode_histories(system: InferenceSystem, users: np.ndarray, histories: Ragg
     batch = batch.to(system.world.device)
     tokens, item_rows = model.input_embeddings(batch, rows)
     hidden = system.backbone(tokens, batch.positions, batch.content_start)
-    return model.item_queries(hidden, item_rows, batch)
+    return model.head.with_bias_column(model.item_queries(hidden, item_rows, batch))
 
 
 def _lookup(system: InferenceSystem, batch: MicroBatch) -> dict[str, Tensor]:

@@ -59,19 +59,24 @@ class ItemHead(nn.Module):
         if item_bias:
             self.local_bias = nn.Parameter(torch.zeros(local_items, 1, device=world.device))
 
+    @property
+    def normalizes_rows(self) -> bool:
+        """True if item rows are divided by their lengths."""
+        return self.similarity == "cosine"
+
     def output_weight(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Table rows [rows, d] -> weight of the item softmax [rows, d or d+1].
+        """Table rows [rows, d] -> weight of the item softmax as one matrix [rows, d or d+1], for predictions.
 
         Args:
             bias: item biases [rows, 1], if these are not the local rows; not used without item bias.
         """
-        weight = F.normalize(rows, dim=1) if self.similarity == "cosine" else rows
+        weight = F.normalize(rows, dim=1) if self.normalizes_rows else rows
         if self.local_bias is None:
             return weight
         return torch.cat([weight, self.local_bias if bias is None else bias], dim=1)
 
     def queries(self, hidden: Tensor, pooled: Tensor) -> Tensor:
-        """Hidden states [n, D] and sums of the item rows read so far [n, d] -> queries [n, d or d+1], fp32 or wider."""
+        """Hidden states [n, D] and sums of the item rows read so far [n, d] -> queries [n, d], fp32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         query, length = hidden.to(wide), math.sqrt(pooled.shape[1])
         if self.projection is not None:
@@ -82,4 +87,8 @@ class ItemHead(nn.Module):
             # Without items a projected query starts at zero, and normalizing zero has a gradient of 1e12.
             shortest = 1e-12 if self.projection is None else SHORTEST_QUERY * length
             query = F.normalize(query, dim=1, eps=shortest) / self.log_temperature.exp()
-        return query if self.local_bias is None else torch.cat([query, torch.ones_like(query[:, :1])], dim=1)
+        return query
+
+    def with_bias_column(self, queries: Tensor) -> Tensor:
+        """Queries [n, d] -> queries [n, d or d+1] of `output_weight`, whose last column is the item biases."""
+        return queries if self.local_bias is None else torch.cat([queries, torch.ones_like(queries[:, :1])], dim=1)

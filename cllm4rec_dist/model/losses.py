@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.model.frozen_embeddings import FrozenEmbeddings
-from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, linear_cross_entropy, sharded_cross_entropy
+from cllm4rec_dist.model.linear_cross_entropy import linear_cross_entropy
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sharded_cross_entropy
 
 
 def item_loss(
@@ -23,6 +24,10 @@ def item_loss(
     key: Tensor | None = None,
     max_logits: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+    *,
+    normalize: bool = False,
+    accumulate: bool = False,
 ) -> Tensor:
     """Negative log-likelihood over the catalog.
 
@@ -32,11 +37,12 @@ def item_loss(
     Args:
         gathering: queries [n, D], and query and global item row of each of M targets.
         local_weight: [rows of this rank, D].
-        num_negatives, key, compute_dtype: see `sharded_cross_entropy`.
+        num_negatives, key, compute_dtype, bias, normalize, accumulate: see `sharded_cross_entropy`.
 
     Collectives: those of `sharded_cross_entropy`.
     """
-    return sharded_cross_entropy(gathering, local_weight, num_negatives, key, max_logits, compute_dtype).sum()
+    options = num_negatives, key, max_logits, compute_dtype, bias
+    return sharded_cross_entropy(gathering, local_weight, *options, normalize=normalize, accumulate=accumulate).sum()
 
 
 def text_loss(

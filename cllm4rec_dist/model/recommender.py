@@ -61,7 +61,8 @@ class Recommender(nn.Module):
             and are predicted through the head's projection.
         dropout: probability for user and item embeddings at the input.
         comm_dtype: dtype of rows and their gradients in communication.
-        sparse_gradients: use sparse gradients for tables that are only looked up.
+        sparse_gradients: use sparse gradients for lookups; the gradient of the collaborative items is dense with them
+            too, since these are the weight of the item softmax.
         content: build the content LLM's tables.
         max_logits: logits that a head holds at a time; the device's default if None.
 
@@ -94,8 +95,12 @@ class Recommender(nn.Module):
         self.replicas = replace(world, rank=0, size=1) if replicas is None else replicas
         self.num_negatives, self.max_logits = head.num_negatives, max_logits
         self.compute_dtype = None if head.compute_dtype == "fp32" else DTYPES[head.compute_dtype]
-        # The collaborative items are the weight of the item softmax too, which makes their whole gradient dense.
+        self.query_comm_dtype = None if head.comm_dtype == "fp32" else DTYPES[head.comm_dtype]
         self.collaborative = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients)
+        if not head.num_negatives:
+            # These rows are the weight of the item softmax too, whose gradient is dense. A sparse gradient of lookups
+            # is added to it without a second dense one.
+            self.collaborative.items.sparse_gradients = True
         self.content = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients) if content else None
         self.head = ItemHead(
             self.item_partition.num_local(world.rank),
@@ -229,6 +234,7 @@ class Recommender(nn.Module):
             batch.targets["items"],
             self.item_partition,
             self.world,
+            self.query_comm_dtype,
         )
         losses = {}
         if "text" in batch.targets:
@@ -238,12 +244,20 @@ class Recommender(nn.Module):
         # Seed a sampled softmax by the documents' keys, so that a resumed run draws the same items.
         key = batch.keys.sum() if self.num_negatives else None
         losses["items"] = item_loss(
-            gathering, self.output_weight(), self.num_negatives, key, self.max_logits, self.compute_dtype
+            gathering,
+            self.collaborative.items.local_rows,
+            self.num_negatives,
+            key,
+            self.max_logits,
+            self.compute_dtype,
+            self.head.local_bias,
+            normalize=self.head.normalizes_rows,
+            accumulate=True,
         )
         return losses
 
     def item_queries(self, hidden: Tensor, item_rows: Tensor, batch: MicroBatch) -> Tensor:
-        """Hidden states [R, L, D] -> queries of the item head, [Q, d or d+1]."""
+        """Hidden states [R, L, D] -> queries of the item head, [Q, d]."""
         queries = hidden.flatten(0, 1)[batch.query_positions["items"]]
         pooled = item_rows.new_zeros(len(queries), item_rows.shape[1])
         if self.head.pool_residual:
@@ -251,7 +265,7 @@ class Recommender(nn.Module):
         return self.head.queries(queries, pooled)
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the item softmax's weight, [rows, d or d+1]."""
+        """This rank's rows of the item softmax's weight as one matrix, for predictions: [rows, d or d+1]."""
         return self.head.output_weight(self.collaborative.items.local_rows)
 
     def mutual_loss(self, touched: Mapping[str, Tensor], lambda_l: float, lambda_c: float) -> Tensor:

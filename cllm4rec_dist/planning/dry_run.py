@@ -22,9 +22,10 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.backbone import DualBackbone
+from cllm4rec_dist.model.linear_cross_entropy import count_targets
 from cllm4rec_dist.model.losses import mutual_regularization
 from cllm4rec_dist.model.recommender import Recommender
-from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, count_targets
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries
 from cllm4rec_dist.model.sharded_embedding import RowShardedEmbedding
 from cllm4rec_dist.planning.tracing import Trace, emulate_kernels, exclude
 from cllm4rec_dist.planning.zero3_simulation import Event, record
@@ -112,7 +113,7 @@ def dry_run(
                 parameter.grad = None
 
     def count_as_gradient(parameter: Tensor) -> None:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not parameter.grad.is_sparse:
             trace.reassign(parameter.grad, GRADIENTS)
 
     record(dual, dual.layers, note)
@@ -128,6 +129,8 @@ def dry_run(
         trace.mark()
         with trace, emulate_kernels(trace):
             _run(dual, model, config, micro_batch, trace)
+        for parameter in model.parameters():  # the item softmax does not pass its gradient through the hooks
+            count_as_gradient(parameter)
         peaks.append(trace.mark())
     return DryRun(events, peaks, at_events, trace.live.copy(), trace.flops, trace.operators)
 
@@ -184,10 +187,14 @@ class _GatheringQueries(GatheringQueries):
         target_row: Tensor,
         partition: RowPartition,
         world: World,
+        comm_dtype: torch.dtype | None = None,
     ) -> None:
         self._micro_batch, self._trace, self._num_rows = micro_batch, trace, partition.num_rows
-        counts = micro_batch.item_queries
-        self._gathered = _AllGather.apply(queries, counts) if len(counts) > 1 else queries
+        self.queries, counts = queries, micro_batch.item_queries
+        if comm_dtype is not None:
+            self._gathered = _AllGatherRounded.apply(queries, counts, comm_dtype)
+        else:
+            self._gathered = _AllGather.apply(queries, counts) if len(counts) > 1 else queries
         self.num_targets = count_targets(target_query, len(queries))
         trace.part = WORD_HEAD  # what the model computes until it waits
 
@@ -274,6 +281,21 @@ class _AllGather(torch.autograd.Function):
         padded = grad.new_empty(max(ctx.counts) * len(ctx.counts), grad.shape[1])
         local = padded.new_empty(max(ctx.counts), grad.shape[1])
         return local[: ctx.counts[0]], None
+
+
+class _AllGatherRounded(torch.autograd.Function):
+    """Allocates the tensors of `sharded_cross_entropy._GatherRoundedQueries`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], comm_dtype: torch.dtype) -> Tensor:
+        ctx.counts = counts
+        rounded = x.to(comm_dtype)
+        return rounded if len(counts) == 1 else _AllGather.forward(ctx, rounded, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        received = grad if len(ctx.counts) == 1 else grad.new_empty(len(ctx.counts) * ctx.counts[0], grad.shape[1])
+        return received.view(len(ctx.counts), ctx.counts[0], grad.shape[1]).sum(0, dtype=torch.float32), None, None
 
 
 def _mutual_loss(model: Recommender, config: RunConfig, touched: Mapping[str, int]) -> Tensor:

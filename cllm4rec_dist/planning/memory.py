@@ -34,7 +34,7 @@ PARTS = {
     "optimizer": "fp32 masters and Adam's moments",
     GRADIENTS: "of the engine (this rank's partition), and dense ones of tables",
     "activations": "what the backbone keeps for backward or recomputes",
-    "heads": "queries of all ranks, a chunk of logits, the item head's weight and its gradient",
+    "heads": "queries of all ranks, a chunk of logits and of item rows, in backward the gradient of these rows",
     LOOKUP: "rows looked up, input embeddings, their gradients",
     "gathered": "gathered weights of the backbone",
     "buffers": "ZeRO-3's gradient bucket and copies for its reduction",

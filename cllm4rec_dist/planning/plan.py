@@ -24,7 +24,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.distributed.topology import World, shard_group_size
 from cllm4rec_dist.model import backbone
-from cllm4rec_dist.model.sharded_cross_entropy import max_logits_within
+from cllm4rec_dist.model.linear_cross_entropy import max_logits_within
 from cllm4rec_dist.planning import memory
 from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, HEAD, LOOKUP, META, WORD_HEAD, DryRun, dry_run
 from cllm4rec_dist.planning.hardware import GIB, Gpu
@@ -275,10 +275,9 @@ def step_seconds(
     in_group = sum(size for what, size in traffic.items() if what in IN_GROUP)
     others = (traffic.total() - overlapped - in_hpz - in_group) / link + in_group / group_link
     # The item softmax's weight has a dense gradient, even if lookups have sparse ones.
-    tables = {
-        meta_run.model.collaborative.items,
-        *(t for t in meta_run.model.tables.values() if not t.sparse_gradients),
-    }
+    tables = [meta_run.model.collaborative.items]
+    if not config.optimizer.sparse_embedding_updates:
+        tables = [*meta_run.model.tables.values()]
     entries = sum(table.local_rows.numel() for table in tables)
     entries += sum(parameter.numel() for _, parameter in meta_run.model.replicated_parameters())
     return {

@@ -112,7 +112,8 @@ def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, 
     """Traffic of `GatheringQueries`: queries, targets, log-sum-exps, scores, and their gradients."""
     queries, targets = batch.queries_with(rank), batch.targets_with(rank)
     num_ranks = len(queries)
-    query = (model.width + config.head.item_bias) * FLOAT
+    rounded = config.head.comm_dtype == "bf16"
+    query = model.width * (HALF if rounded else FLOAT)
     sent: Traffic = Counter()
     sent["query counts"] += 2 * all_gather(INTEGER, num_ranks)
     sent["queries"] += all_gather(max(queries) * query, num_ranks)
@@ -122,7 +123,10 @@ def item_head_traffic(model: Model, config: RunConfig, batch: MicroBatchSample, 
     # Backward: gradients of scores, of log-sum-exps, of queries.
     sent["scores"] += all_gather(max(queries) * FLOAT, num_ranks)
     sent["log-sum-exps"] += all_gather(max(queries) * FLOAT, num_ranks)
-    sent["query gradients"] += reduce_scatter(max(queries) * query, num_ranks)
+    if rounded:  # an all-to-all without padding
+        sent["query gradients"] += (sum(queries) - queries[rank]) * query
+    else:
+        sent["query gradients"] += reduce_scatter(max(queries) * query, num_ranks)
     return sent
 
 

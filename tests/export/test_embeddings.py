@@ -31,7 +31,7 @@ def head_scores(similarity: str, bias: Tensor | None, hidden: Tensor) -> tuple[T
     if bias is not None:
         assert head.local_bias is not None
         head.local_bias.data.copy_(bias[:, None])
-    queries = head.queries(hidden, torch.zeros_like(hidden)).detach()
+    queries = head.with_bias_column(head.queries(hidden, torch.zeros_like(hidden))).detach()
     return queries, queries @ head.output_weight(ROWS).detach().T
 
 

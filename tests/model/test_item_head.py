@@ -32,7 +32,7 @@ def head_scores(**form: Any) -> Tensor:
     if head.local_bias is not None:
         assert head.output_weight(ITEMS)[:, -1].eq(0).all(), "a bias starts at zero"
         head.local_bias.data = torch.arange(4.0, dtype=torch.float64)[:, None]
-    return head.queries(HIDDEN, POOLED) @ head.output_weight(ITEMS).T
+    return head.with_bias_column(head.queries(HIDDEN, POOLED)) @ head.output_weight(ITEMS).T
 
 
 def test_the_papers_head_is_the_tied_inner_product() -> None:

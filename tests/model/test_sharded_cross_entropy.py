@@ -15,13 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.model.sharded_cross_entropy import (
-    GatheringQueries,
-    chunked_logsumexp_and_scores,
-    linear_cross_entropy,
-    sample_rows,
-    sharded_cross_entropy,
-)
+from cllm4rec_dist.model.linear_cross_entropy import chunked_logsumexp_and_scores, linear_cross_entropy
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sample_rows, sharded_cross_entropy
 from tests.harness import alone, run_ranks
 
 WIDTH = 5

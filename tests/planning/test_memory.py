@@ -31,7 +31,11 @@ HPZ = {"zero_hpz_partition_size": 2}
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "lora": (1, "llama", {}),
     "checkpointed": (2, "llama", {"activation_checkpointing": True, "head": {"projection": True}}),
-    "full, bf16": (2, "gpt2", {"adapter": {"kind": "full"}, "precision": "bf16"}),
+    "full, bf16": (
+        2,
+        "gpt2",
+        {"adapter": {"kind": "full"}, "precision": "bf16", "head": {"comm_dtype": "bf16"}},
+    ),
     "wide catalog": (
         1,
         "qwen2",

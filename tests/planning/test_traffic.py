@@ -73,6 +73,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
             "activation_checkpointing": True,
             "precision": "bf16",
             "embeddings": {"init": "prior", "comm_dtype": "bf16"},
+            "head": {"comm_dtype": "bf16"},
         },
         EAGER,
     ),
