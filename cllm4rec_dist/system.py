@@ -1,7 +1,8 @@
 """Assembles a run's parts: corpus, tokenizer, backbone in its engine, embedding tables, optimizers, fingerprints.
 
-Training, evaluation and recommendation all use a system. `assemble` makes one on all ranks. `assemble_for_inference`
-makes one that only predicts, in one process and without DeepSpeed, whose import alone takes longer than a small model's
+Training, evaluation and recommendation all use a system. `assemble` makes one that trains, on all ranks. One that only
+predicts has no optimizer and no content LLM: `assemble_sharded_for_inference` makes it on all ranks,
+`assemble_for_inference` in one process and without DeepSpeed, whose import alone takes longer than a small model's
 prediction.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBE_TEXT = "The title of the product that the customer will buy next, with the words of a review: it is very good."
+_READ_BY_PREDICTIONS = ("users", "items", "interactions", "new_users")
+"""Kinds of corpus files that predictions read."""
 _PROMPT_ROOM = 64
 """Positions reserved for the words of a prompt; the longest template has about ten words."""
 
@@ -99,28 +103,38 @@ def assemble(config: RunConfig, world: World) -> System:
         ConfigError, CorpusError: if parts do not fit each other, or the backbone computes packed documents in another
             way than transformers computes each alone (`model/probe.py`).
     """
-    from cllm4rec_dist.distributed.engine import (  # imports DeepSpeed
-        Engine,
-        gathered_by_layer,
-        resolve_settings,
-        sharded_loading,
-    )
+    system = _assemble_sharded(config, world, trains=True)
+    optimizer = EmbeddingOptimizer(system.recommender, config.optimizer.betas, config.optimizer.embeddings_state)
+    return System(**vars(system), embedding_optimizer=optimizer)
 
-    corpus = Corpus.open(config.corpus, verify=world.is_main)
+
+def assemble_sharded_for_inference(config: RunConfig, world: World) -> InferenceSystem:
+    """Like `assemble_for_inference`, sharded over all ranks by DeepSpeed. Collective."""
+    return _assemble_sharded(config, world, trains=False)
+
+
+def _assemble_sharded(config: RunConfig, world: World, *, trains: bool) -> InferenceSystem:
+    """Assemble a system with an `Engine`; with the content LLM, if the run has one, only if it trains."""
+    from cllm4rec_dist.distributed import engine  # imports DeepSpeed
+
+    corpus = Corpus.open(config.corpus, verify=world.is_main and (trains or _READ_BY_PREDICTIONS))
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
-    content = uses_content(config, corpus)
+    content = trains and uses_content(config, corpus)
     if content:
         backbone.require_head(folder, decoder, backbone.stored_weights(folder))
-    require_embeddings(corpus, tokenizer, decoder.vocab_size)
-    settings = resolve_settings(config)
+    if trains:
+        require_embeddings(corpus, tokenizer, decoder.vocab_size)
+    else:
+        require_word_embeddings("the prompts", largest_prompt_id(tokenizer), decoder.vocab_size)
+    settings = engine.resolve_settings(config)
     dtype = DTYPES[config.precision]
-    with sharded_loading(settings):
+    with engine.sharded_loading(settings):
         dual = backbone.load_backbone(folder, config.adapter, dtype, config.seed, config.quantization)
     if config.activation_checkpointing:
         dual.enable_activation_checkpointing()
     words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=content)
-    with world.watch.collective("the probe"), gathered_by_layer(dual, dual.layers, world.device):
+    with world.watch.collective("the probe"), engine.gathered_by_layer(dual, dual.layers, world.device):
         require_equal_to_transformers(dual, dual, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
     shards, replicas = split_world(world, config.embeddings.shard_group, config.faults.collective_timeout_seconds)
     recommender = _empty_recommender(config, corpus, words, shards, replicas, content=content)
@@ -128,15 +142,14 @@ def assemble(config: RunConfig, world: World) -> System:
     adapter_optimizer = torch.optim.AdamW(
         trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
     )
-    return System(
+    return InferenceSystem(
         config=config,
         world=world,
         corpus=corpus,
         prompts=_prompt_builder(config, corpus, tokenizer, words),
         recommender=recommender,
         linear=LinearMemory(recommender.item_partition, shards),
-        engine=Engine(dual, settings, adapter_optimizer, dual.layers),
-        embedding_optimizer=EmbeddingOptimizer(recommender, config.optimizer.betas, config.optimizer.embeddings_state),
+        engine=engine.Engine(dual, settings, adapter_optimizer, dual.layers),
         fingerprints=_fingerprints(folder, corpus, tokenizer, world),
     )
 
@@ -153,7 +166,7 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
         ConfigError, CorpusError: if parts do not fit each other.
     """
     assert world.size == 1
-    corpus = Corpus.open(config.corpus, verify=("users", "items", "interactions", "new_users"))
+    corpus = Corpus.open(config.corpus, verify=_READ_BY_PREDICTIONS)
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
     dtype = DTYPES[config.precision]
@@ -376,7 +389,11 @@ def _backbone_vectors(system: System) -> embedding_init.TextVectors:
 
 def item_texts(corpus: Corpus) -> list[str]:
     """Title and description of each item."""
-    items = corpus.items()
+    return texts_of_table(corpus.items())
+
+
+def texts_of_table(items: pa.Table) -> list[str]:
+    """Like `item_texts`, from the table of the items."""
     titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
     return [
         f"{title or ''} {description or ''}".strip() for title, description in zip(titles, descriptions, strict=True)

@@ -127,11 +127,19 @@ class MethodConfig(StrictModel):
         return num_users + (self.shared_user_ratio > 0)
 
 
+_FEWEST_NEIGHBORS = 30
+"""Neighbors that `linear.max_entries` leaves in any catalog."""
+
+
 class LinearConfig(StrictModel):
     """Linear memory: a sparse item-item matrix whose score is added to the LLM's in finetuned runs (docs/linear.md)."""
 
     neighbors: int = Field(default=300, ge=0)
-    """Neighbors by which each item is predicted; 0 leaves the linear memory out."""
+    """Neighbors by which each item is predicted; 0 leaves the linear memory out. In catalogs of more than 100,000 items
+    `max_entries` allows fewer."""
+    max_entries: int = Field(default=30_000_000, ge=1)
+    """Most neighbors of all items together, which limits time and memory in large catalogs: an item then has
+    `max_entries` / items of them, but at least 30."""
     text_weight: float | None = Field(default=None, ge=0)
     """Weight of common words of titles and descriptions relative to common users; 0 ignores texts. Chosen on validation
     if left out."""
@@ -140,6 +148,10 @@ class LinearConfig(StrictModel):
     history_power: float | None = Field(default=None, ge=0, le=1)
     """Interactions of a user with n of them weigh n^-history_power; 0 weighs all alike. Chosen on validation if left
     out."""
+
+    def num_neighbors(self, num_items: int) -> int:
+        """Neighbors of each item in a catalog of this size."""
+        return min(self.neighbors, max(_FEWEST_NEIGHBORS, self.max_entries // num_items))
 
 
 class BatchConfig(StrictModel):

@@ -7,6 +7,7 @@ Legend: n users.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -33,12 +34,14 @@ class HeldOutUsers:
         new: int64 positions of the new users among the corpus's new users.
         histories: n lists of item rows, in time order: the input of the prediction.
         held_out: n lists of item rows to predict.
+        num_all: users with held-out items in the corpus, of whom these may be a sample.
     """
 
     known: np.ndarray
     new: np.ndarray
     histories: Ragged
     held_out: Ragged
+    num_all: int
 
     @classmethod
     def of(cls, corpus: Corpus, split: str, num_users: int | None = None) -> Self:
@@ -49,15 +52,34 @@ class HeldOutUsers:
             num_users: size of a sample, drawn by a hash of the users' positions in the corpus: the same in every run,
                 and a part of any larger one. None reads all of them.
         """
-        held_out, new_held_out = corpus.split(split), corpus.new_user_split(split)
-        known, new = np.flatnonzero(held_out.lengths), np.flatnonzero(new_held_out.lengths)
-        if num_users is not None and num_users < len(known) + len(new):
-            keys = np.concatenate([keyed_bits(_SAMPLE, 0, known), keyed_bits(_SAMPLE, 1, new)])
+        return cls.among(
+            corpus.splits((split, "train")), corpus.new_user_splits((split, "history")), num_users=num_users
+        )
+
+    @classmethod
+    def among(cls, known: Sequence[Ragged], new: Sequence[Ragged], *, num_users: int | None = None) -> Self:
+        """Choose the users with held-out items, or a sample of them.
+
+        Args:
+            known, new: held-out items and histories of all known and of all new users of a corpus.
+            num_users: as of `of`.
+        """
+        held_out, histories = known
+        new_held_out, new_histories = new
+        rows, new_rows = np.flatnonzero(held_out.lengths), np.flatnonzero(new_held_out.lengths)
+        num_all = len(rows) + len(new_rows)
+        if num_users is not None and num_users < num_all:
+            keys = np.concatenate([keyed_bits(_SAMPLE, 0, rows), keyed_bits(_SAMPLE, 1, new_rows)])
             is_drawn = np.zeros(len(keys), bool)
             is_drawn[np.argsort(keys, kind="stable")[:num_users]] = True
-            known, new = known[is_drawn[: len(known)]], new[is_drawn[len(known) :]]
-        histories = corpus.split("train").take(known), corpus.new_user_split("history").take(new)
-        return cls(known, new, Ragged.concat(histories), Ragged.concat([held_out.take(known), new_held_out.take(new)]))
+            rows, new_rows = rows[is_drawn[: len(rows)]], new_rows[is_drawn[len(rows) :]]
+        return cls(
+            rows,
+            new_rows,
+            Ragged.concat([histories.take(rows), new_histories.take(new_rows)]),
+            Ragged.concat([held_out.take(rows), new_held_out.take(new_rows)]),
+            num_all,
+        )
 
     def __len__(self) -> int:
         """n."""

@@ -174,6 +174,7 @@ class Corpus:
         self.manifest, self.fingerprint = manifest, fingerprint
         self.interactions = ShardSet(fs, root, manifest.of_kind("interactions"))
         self.content = ShardSet(fs, root, manifest.of_kind("content"))
+        self._training_counts: np.ndarray | None = None
 
     @classmethod
     def open(cls, url: str, *, verify: bool | Collection[str] = True) -> Self:
@@ -231,23 +232,54 @@ class Corpus:
             raise CorpusError(path, table.num_rows, f"rows, but the manifest says {num_rows}", _REBUILD)
         return table
 
-    def split(self, name: str) -> Ragged:
-        """Read the items of each user, by user row: U lists of int32 item rows in stored (time) order.
+    def split(self, name: str, users: np.ndarray | None = None) -> Ragged:
+        """Read the items of each user, by user row, or of some users: lists of int32 item rows in stored (time) order.
 
         Args:
             name: train, valid or test.
+            users: int64 rows of users, in any order; None for all U.
         """
-        assert name in SPLITS, name
-        records = map(self.interactions.read_record, range(len(self.interactions)))
-        return Ragged.concat([Ragged(record[f"{name}_offsets"], record[f"{name}_items"]) for record in records])
+        return self.splits((name,), users)[0]
 
-    def history(self) -> Ragged:
+    def splits(self, names: Sequence[str], users: np.ndarray | None = None) -> list[Ragged]:
+        """Like `split` for several splits. Reads each record that has one of the users once, and only these splits."""
+        assert set(names) <= set(SPLITS), names
+        arrays = [array for name in names for array in (f"{name}_offsets", f"{name}_items")]
+        sizes = self.interactions.record_sizes
+        ends = np.cumsum(sizes)
+        of_user = np.searchsorted(ends, users, side="right") if users is not None else None
+        indexes = np.arange(len(sizes)) if of_user is None else np.unique(of_user)
+        records = [self.interactions.read_record(index, arrays) for index in indexes.tolist()]
+        if not records:
+            return [Ragged.from_lists([]) for _ in names]
+        lists = [
+            Ragged.concat([Ragged(record[f"{name}_offsets"], record[f"{name}_items"]) for record in records])
+            for name in names
+        ]
+        if users is None or of_user is None:
+            return lists
+        # The records that were read lie one after the other, without those between them.
+        starts = np.cumsum(sizes[indexes]) - sizes[indexes]
+        record = np.searchsorted(indexes, of_user)
+        rows = starts[record] + users - (ends - sizes)[of_user]
+        return [part.take(rows) for part in lists]
+
+    def history(self, users: np.ndarray | None = None) -> Ragged:
         """Read all items of each user, including held-out ones: U lists of int32 item rows.
 
         Training items come first, then validation, then test, each in stored order. With a split of the last items this
         is the order of time; with a random split only each part is in that order.
+
+        Args:
+            users: as of `split`.
         """
-        return Ragged.hstack([self.split(name) for name in SPLITS])
+        return Ragged.hstack(self.splits(SPLITS, users))
+
+    def training_counts(self) -> np.ndarray:
+        """Number of training interactions of each item, int64 [I]. Read once, because it is small."""
+        if self._training_counts is None:
+            self._training_counts = np.bincount(self.split("train").values, minlength=self.num_items)
+        return self._training_counts
 
     def new_users(self) -> pa.Table:
         """Read the users who are held out whole: column user string (external id), sorted."""
@@ -259,14 +291,22 @@ class Corpus:
         Args:
             name: history (input of predictions), valid or test (held out).
         """
-        assert name in NEW_USER_SPLITS, name
-        lists = self._new_users()[name].combine_chunks()
-        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-        return Ragged.from_lengths(lengths, lists.flatten().to_numpy(zero_copy_only=False))
+        return self.new_user_splits((name,))[0]
+
+    def new_user_splits(self, names: Sequence[str]) -> list[Ragged]:
+        """Like `new_user_split` for several splits, read once."""
+        assert set(names) <= set(NEW_USER_SPLITS), names
+        table = self._new_users()
+        columns = [table[name].combine_chunks() for name in names]
+        lengths = [pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64) for lists in columns]
+        return [
+            Ragged.from_lengths(length, lists.flatten().to_numpy(zero_copy_only=False))
+            for length, lists in zip(lengths, columns, strict=True)
+        ]
 
     def new_user_history(self) -> Ragged:
         """Read all items of each user who is held out whole, in the order of `history`."""
-        return Ragged.hstack([self.new_user_split(name) for name in NEW_USER_SPLITS])
+        return Ragged.hstack(self.new_user_splits(NEW_USER_SPLITS))
 
     def _new_users(self) -> pa.Table:
         lists = dict.fromkeys(NEW_USER_SPLITS, pa.large_list(pa.int32()))

@@ -78,6 +78,11 @@ class BaselineConfig(StrictModel):
     """Threads of iALS and of the sparse EASE; None uses every core."""
     max_dense_gib: PositiveFloat = 2.0
     """Memory limit of the two dense [I, I] float32 matrices of EASE, in GiB; 2 GiB is about 16,000 items."""
+    max_grid_interactions: PositiveInt = 30_000_000
+    """Largest product of training interactions and candidates of iALS; in a larger split one candidate is fitted."""
+    max_grid_items: PositiveInt = 400_000
+    """Largest product of items and candidates of the sparse EASE; in a larger catalog one candidate is fitted, and none
+    in a catalog that is larger itself."""
     seed: NonNegativeInt = 0
     """Random seed of the initial factors of iALS."""
 
@@ -162,9 +167,24 @@ def select_baselines(data: SplitData, config: BaselineConfig) -> tuple[list[Base
             f" max_dense_gib, {config.max_dense_gib:g}"
         )
         reasons |= dict.fromkeys(_DENSE, reason)
+    if num_items > config.max_grid_items:
+        reasons["sparse_ease"] = (
+            f"{num_items:,} regressions take too long (max_grid_items is {config.max_grid_items:,}); the linear"
+            " memory of a run is the same model"
+        )
     names = ["sparse_ease" if too_large and name in _DENSE else name for name in config.names]
     kept: list[BaselineName] = [name for name in dict.fromkeys(names) if name not in reasons]
-    return kept, {name: reason for name, reason in reasons.items() if name in config.names}
+    return kept, {name: reason for name, reason in reasons.items() if name in {*config.names, *names}}
+
+
+def _grid(name: BaselineName, cost: int, limit: int, *axes: Sequence[float]) -> list[tuple[float, ...]]:
+    """Return all points of a grid, or its middle one if `cost` for each of them exceeds `limit` together."""
+    points = [*product(*axes)]
+    if len(points) == 1 or cost * len(points) <= limit:
+        return points
+    middle = tuple(axis[(len(axis) - 1) // 2] for axis in axes)
+    logger.warning("baseline %s is not tuned, because %d fits would take too long", LABELS[name], len(points))
+    return [middle]
 
 
 def make_grids(data: SplitData, config: BaselineConfig) -> dict[BaselineName, list[Candidate]]:
@@ -243,7 +263,8 @@ def _sparse_ease(data: SplitData, config: BaselineConfig) -> list[Candidate]:
     def candidate(alpha: float, l2: float) -> Candidate:
         return Candidate({"alpha": alpha, "lambda": l2}, lambda: fit(alpha, l2))
 
-    return [candidate(*point) for point in product(config.sparse_ease_alphas, config.sparse_ease_lambdas)]
+    axes = config.sparse_ease_alphas, config.sparse_ease_lambdas
+    return [candidate(*point) for point in _grid("sparse_ease", num_items, config.max_grid_items, *axes)]
 
 
 def _ials(data: SplitData, config: BaselineConfig) -> list[Candidate]:
@@ -272,5 +293,6 @@ def _ials(data: SplitData, config: BaselineConfig) -> list[Candidate]:
         settings = {"factors": float(factors), "regularization": regularization, "alpha": alpha}
         return Candidate(settings, lambda: fit(factors, regularization, alpha))
 
-    grid = product(config.ials_factors, config.ials_regularizations, config.ials_alphas)
-    return [candidate(*point) for point in grid]
+    axes = config.ials_factors, config.ials_regularizations, config.ials_alphas
+    grid = _grid("ials", train.nnz, config.max_grid_interactions, *axes)
+    return [candidate(int(factors), *others) for factors, *others in grid]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import scipy.sparse as sp
 
 from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE, METRICS_FILE
@@ -35,7 +37,7 @@ from cllm4rec_dist.evaluation.results import (
     Results,
     markdown_table,
 )
-from cllm4rec_dist.system import interaction_matrix, item_texts
+from cllm4rec_dist.system import interaction_matrix, texts_of_table
 
 
 def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[BaselineName], seconds: float) -> str:
@@ -55,11 +57,12 @@ def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[Baselin
         raise DataError(str(folder), EVALUATION_FILE, f"cannot be read ({error})", "Evaluate a run first.") from error
     config = evaluated["config"]
     corpus = Corpus.open(config["corpus"], verify=False)
-    users = HeldOutUsers.of(corpus, evaluated["split"], evaluated.get("sample"))
-    data = _split_data(corpus, evaluated["split"], evaluated.get("sample")) if baselines else None
+    items = corpus.items()
+    splits = _Splits.of(corpus, evaluated["split"], evaluated.get("sample"))
+    users, data = splits.users, splits.data(texts_of_table(items)) if baselines else None
     fitted, left_out = _fit_baselines(data, metrics, baselines)
     if fitted:
-        _write_values(fitted, users, corpus, metrics, folder)
+        _write_values(fitted, users.ids(corpus), users, items, metrics, folder)
     rows = _model_rows(evaluated)
     rows += [_baseline_row(baseline, metrics) for baseline in fitted]
     results = Results(
@@ -80,7 +83,7 @@ def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[Baselin
         run=_relative_path(evaluated["run"]),
         split=evaluated["split"],
         manifest=corpus.manifest,
-        items=_items(corpus),
+        items=_items(items, splits.popularity),
         examples=[_example(e) for e in evaluated["examples"]],
         share_with_hit=evaluated["share_with_hit"],
         metrics_files=_logs(evaluated),
@@ -105,10 +108,8 @@ def _logs(evaluated: dict[str, Any]) -> list[Path]:
     return [log for log in (initial, latest) if log is not None and log.is_file()]
 
 
-def _items(corpus: Corpus) -> pl.DataFrame:
+def _items(table: pa.Table, popularity: np.ndarray) -> pl.DataFrame:
     """Return item, title (or its id) and number of training interactions of the whole catalog, by row."""
-    table = corpus.items()
-    popularity = np.bincount(corpus.split("train").values, minlength=corpus.num_items)
     items = pl.DataFrame({"item": table["item"].to_pylist(), "title": table["title"].to_pylist()})
     title = pl.when(pl.col("title").fill_null("") == "").then("item").otherwise("title").alias("title")
     return items.with_columns(title, pl.Series("popularity", popularity))
@@ -124,27 +125,58 @@ def _fit_baselines(
     return run_baselines(data, metrics, config), select_baselines(data, config)[1]
 
 
-def _split_data(corpus: Corpus, split: str, num_users: int | None) -> SplitData:
-    """Return the matrices of known and new users on which baselines are fitted and evaluated.
+@dataclass(frozen=True)
+class _Splits:
+    """What is read of the interactions of a corpus, each split once.
 
-    Args:
-        num_users: size of a sample of the users with held-out items; None for all of them.
+    Attributes:
+        train: items of each known user.
+        new_histories: items of each new user.
+        valid, users: users with held-out items in validation and in the evaluated split, or a sample of each.
     """
-    new_histories = corpus.new_user_split("history")
 
-    def held_out(name: str) -> sp.csr_matrix:
-        users = HeldOutUsers.of(corpus, name, num_users)
-        lengths = np.zeros(corpus.num_users + len(new_histories), np.int64)
-        lengths[np.concatenate([users.known, corpus.num_users + users.new])] = users.held_out.lengths
-        return interaction_matrix(Ragged.from_lengths(lengths, users.held_out.values), corpus.num_items)
+    num_items: int
+    train: Ragged
+    new_histories: Ragged
+    valid: HeldOutUsers
+    users: HeldOutUsers
 
-    return SplitData(
-        train=interaction_matrix(corpus.split("train"), corpus.num_items),
-        valid=held_out("valid"),
-        test=held_out(split),
-        item_texts=item_texts(corpus),
-        new_histories=interaction_matrix(new_histories, corpus.num_items) if len(new_histories) else None,
-    )
+    @classmethod
+    def of(cls, corpus: Corpus, split: str, num_users: int | None) -> Self:
+        """Read a corpus.
+
+        Args:
+            num_users: size of a sample of the users with held-out items; None for all of them.
+        """
+        names = dict.fromkeys(("train", "valid", split))
+        known = dict(zip(names, corpus.splits([*names]), strict=True))
+        of_new = ("history", "valid", split)
+        new = dict(zip(of_new, corpus.new_user_splits(of_new), strict=True))
+        by_split = {
+            name: HeldOutUsers.among((known[name], known["train"]), (new[name], new["history"]), num_users=num_users)
+            for name in ("valid", split)
+        }
+        return cls(corpus.num_items, known["train"], new["history"], by_split["valid"], by_split[split])
+
+    @property
+    def popularity(self) -> np.ndarray:
+        """Number of training interactions of each item, int64 [I]."""
+        return np.bincount(self.train.values, minlength=self.num_items)
+
+    def data(self, item_texts: list[str]) -> SplitData:
+        """Return the matrices of known and new users on which baselines are fitted and evaluated."""
+        return SplitData(
+            train=interaction_matrix(self.train, self.num_items),
+            valid=self._held_out(self.valid),
+            test=self._held_out(self.users),
+            item_texts=item_texts,
+            new_histories=interaction_matrix(self.new_histories, self.num_items) if len(self.new_histories) else None,
+        )
+
+    def _held_out(self, users: HeldOutUsers) -> sp.csr_matrix:
+        lengths = np.zeros(len(self.train) + len(self.new_histories), np.int64)
+        lengths[np.concatenate([users.known, len(self.train) + users.new])] = users.held_out.lengths
+        return interaction_matrix(Ragged.from_lengths(lengths, users.held_out.values), self.num_items)
 
 
 def _model_rows(means: dict[str, Any]) -> list[ResultRow]:
@@ -206,10 +238,20 @@ def _item_groups(
 
 
 def _write_values(
-    baselines: Sequence[BaselineResult], users: HeldOutUsers, corpus: Corpus, metrics: Sequence[str], folder: Path
+    baselines: Sequence[BaselineResult],
+    ids: Sequence[str],
+    users: HeldOutUsers,
+    items: pa.Table,
+    metrics: Sequence[str],
+    folder: Path,
 ) -> None:
-    """Write each baseline's metrics by user, for paired tests, and its counts of recommended items."""
-    columns = {"user": users.ids(corpus), "group": users.groups}
+    """Write each baseline's metrics by user, for paired tests, and its counts of recommended items.
+
+    Args:
+        ids: external ids of the users.
+        items: of the corpus.
+    """
+    columns = {"user": [*ids], "group": users.groups}
     tables = [
         pl.DataFrame(columns | {name: baseline.values[:, index] for index, name in enumerate(metrics)}).select(
             pl.lit(baseline.label).alias("model"), pl.all()
@@ -217,8 +259,8 @@ def _write_values(
         for baseline in baselines
     ]
     pl.concat(tables).write_parquet(folder / BASELINES_FILE)
-    items = corpus.items()["item"].to_pylist()
-    lists = [pl.DataFrame({"model": baseline.label, "item": items, "count": baseline.listed}) for baseline in baselines]
+    names = pl.Series(items["item"].to_pylist())
+    lists = [pl.DataFrame({"model": baseline.label, "item": names, "count": baseline.listed}) for baseline in baselines]
     pl.concat(lists).filter(pl.col("count") > 0).write_parquet(folder / BASELINES_RECOMMENDED_FILE)
 
 

@@ -70,22 +70,22 @@ def evaluate_run(
     """
     system, opened = load(run, world, backbone, corpus)
     require_held_out(system.corpus.manifest, split, with_baselines=baselines)
-    total = len(HeldOutUsers.of(system.corpus, split))
-    bar = progress_bar(world, min(total, num_users or total), f"evaluate {split}", "user")
-    chosen: dict[str, Any] = {"num_users": num_users, "without_rows": without_rows}
-    evaluation, has_hit, parts = _evaluate(system, split, metrics, batch_users, bar.update, **chosen)
+    users = HeldOutUsers.of(system.corpus, split, num_users)
+    bar = progress_bar(world, len(users), f"evaluate {split}", "user")
+    evaluation, has_hit, parts = _evaluate(system, users, metrics, batch_users, bar.update, without_rows=without_rows)
     bar.close()
     result = evaluation.result()
     weights = [system.linear.weight, *(PARTS[name] for name in parts)]
-    item_groups = evaluate_groups(system, split, metrics, batch_users, weights, **chosen)
-    examples = _examples(system, evaluation.users, has_hit, without_rows=without_rows)
+    item_groups = evaluate_groups(system, split, users, metrics, batch_users, weights, without_rows=without_rows)
+    items, ids = system.corpus.items(), users.ids(system.corpus)
+    examples = _examples(system, users, ids, items, has_hit, without_rows=without_rows)
     if world.is_main:
         lineage = opened.metadata.lineage
         notes = [] if lineage is None else lineage.notes()
         for note in notes:
             logger.warning("%s: %s", opened.path, note)
-        if len(evaluation.users) < total:
-            notes.append(f"a sample of {len(evaluation.users):,} of {total:,} users was ranked")
+        if len(users) < users.num_all:
+            notes.append(f"a sample of {len(users):,} of {users.num_all:,} users was ranked")
         if without_rows:
             notes.append("known users were ranked without their rows, from their histories alone")
         if parts and opened.metadata.run.linear_weight is None:
@@ -115,18 +115,17 @@ def evaluate_run(
         target = Path(output)
         target.mkdir(parents=True, exist_ok=True)
         (target / EVALUATION_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        _write_tables(system, evaluation, parts, target)
+        _write_tables(evaluation, parts, ids, items, target)
     report(result.mean)
 
 
 def _evaluate(
     system: InferenceSystem,
-    split: str,
+    users: HeldOutUsers,
     metrics: Sequence[str],
     batch_users: int,
     progress: Callable[[int], object],
     *,
-    num_users: int | None,
     without_rows: bool,
 ) -> tuple[Evaluation, np.ndarray, dict[str, Evaluation]]:
     """Evaluate the run, and the LLM and the linear memory alone, if it has one.
@@ -136,14 +135,13 @@ def _evaluate(
     """
     example_recall = f"recall@{EXAMPLE_ITEMS}"
     weights = {} if system.linear.is_empty else PARTS
-    evaluation, *parts = topk.evaluate(
+    evaluation, *parts = topk.evaluate_users(
         system,
-        split,
+        users,
         [*metrics, example_recall],
         batch_users,
         [system.linear.weight, *weights.values()],
         progress,
-        num_users=num_users,
         without_rows=without_rows,
         list_length=LIST_LENGTH,
     )
@@ -169,11 +167,16 @@ def _groups(evaluation: Evaluation, parts: Mapping[str, Evaluation]) -> dict[str
 
 
 def _write_tables(
-    system: InferenceSystem, evaluation: Evaluation, parts: Mapping[str, Evaluation], folder: Path
+    evaluation: Evaluation, parts: Mapping[str, Evaluation], ids: Sequence[str], items: pa.Table, folder: Path
 ) -> None:
-    """Write metrics by user and list counts by item; remove baseline files of an earlier evaluation."""
+    """Write metrics by user and list counts by item; remove baseline files of an earlier evaluation.
+
+    Args:
+        ids: external ids of the evaluated users.
+        items: of the corpus.
+    """
     users = evaluation.users
-    user = {"user": pa.array(users.ids(system.corpus), pa.string()), "group": pa.array(users.groups, pa.string())}
+    user = {"user": pa.array(ids, pa.string()), "group": pa.array(users.groups, pa.string())}
     table = user | {"history_length": users.histories.lengths} | _columns(evaluation)
     pq.write_table(pa.table(table), folder / USERS_FILE)
     if parts:
@@ -182,8 +185,8 @@ def _write_tables(
             for name, part in parts.items()
         ]
         pq.write_table(pa.concat_tables(tables), folder / PARTS_FILE)
-    items = pa.table({"item": system.corpus.items()["item"], "count": evaluation.listed})
-    pq.write_table(items.filter(evaluation.listed > 0), folder / RECOMMENDED_FILE)
+    counts = pa.table({"item": items["item"], "count": evaluation.listed})
+    pq.write_table(counts.filter(evaluation.listed > 0), folder / RECOMMENDED_FILE)
     for name in (BASELINES_FILE, BASELINES_RECOMMENDED_FILE, *([] if parts else [PARTS_FILE])):
         (folder / name).unlink(missing_ok=True)
 
@@ -194,13 +197,26 @@ def _columns(evaluation: Evaluation) -> dict[str, np.ndarray]:
 
 
 def _examples(
-    system: InferenceSystem, users: HeldOutUsers, has_hit: np.ndarray, *, without_rows: bool
+    system: InferenceSystem,
+    users: HeldOutUsers,
+    ids: Sequence[str],
+    items: pa.Table,
+    has_hit: np.ndarray,
+    *,
+    without_rows: bool,
 ) -> list[dict[str, Any]]:
-    """Return, on rank 0, titles of the history and the best items of some users with at least median history length."""
+    """Return, on rank 0, titles of the history and the best items of some users with at least median history length.
+
+    Args:
+        ids: external ids of the users.
+        items: of the corpus.
+    """
     chosen = _choose_examples(users.histories.lengths, has_hit)
-    items = system.corpus.items()
-    titles = [title or name for title, name in zip(items["title"].to_pylist(), items["item"].to_pylist(), strict=True)]
-    names = users.ids(system.corpus)
+
+    def title(item: int) -> str:
+        name: str = items["title"][item].as_py() or items["item"][item].as_py()
+        return name
+
     examples = []
     # Repeat the users once for each rank, so that rank 0's part has all of them.
     chosen = np.tile(chosen, system.world.size)
@@ -211,9 +227,9 @@ def _examples(
             hits = set(users.held_out[user].tolist())
             examples.append(
                 {
-                    "user": names[user],
-                    "history": [titles[i] for i in users.histories[user][:EXAMPLE_ITEMS].tolist()],
-                    "recommended": [{"title": titles[i], "hit": i in hits} for i in best],
+                    "user": ids[user],
+                    "history": [title(i) for i in users.histories[user][:EXAMPLE_ITEMS].tolist()],
+                    "recommended": [{"title": title(i), "hit": i in hits} for i in best],
                     "num_held_out": len(hits),
                 }
             )

@@ -60,11 +60,11 @@ def item_groups(corpus: Corpus, split: str) -> tuple[ItemGroup, ...]:
 def evaluate_groups(
     system: InferenceSystem,
     split: str,
+    users: HeldOutUsers,
     metrics: Sequence[str],
     batch_users: int,
     weights: Sequence[float],
     *,
-    num_users: int | None = None,
     without_rows: bool = False,
 ) -> dict[str, list[MetricResult]]:
     """Return means by each weight, by the name of the group; empty if the corpus does not hold out whole items.
@@ -72,13 +72,12 @@ def evaluate_groups(
     Collective: all-reduces a value for each weight, user, metric and group.
 
     Args:
+        users: all users with held-out items in `split`, or a sample of them.
         weights: weights of the linear memory, see `mixed_topk`.
-        num_users: size of a sample, see `HeldOutUsers.of`; None for all users.
     """
     groups = item_groups(system.corpus, split)
     if not groups:
         return {}
-    users = HeldOutUsers.of(system.corpus, split, num_users)
     rows = np.full(len(users), -1, np.int64) if without_rows else users.rows
     results = {}
     for group in groups:

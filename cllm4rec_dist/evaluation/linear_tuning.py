@@ -67,7 +67,8 @@ def init_linear_memory(system: System) -> None:
     train = interaction_matrix(corpus.split("train"), corpus.num_items)
     texts = sp.csr_matrix((corpus.num_items, 0)) if config.text_weight == 0 else text_features(item_texts(corpus))
     settings = choose_settings(train, texts, corpus, config, world)
-    fit_linear_memory(system.linear, train, texts, config.neighbors, settings, system.recommender.world)
+    num_neighbors = config.num_neighbors(corpus.num_items)
+    fit_linear_memory(system.linear, train, texts, num_neighbors, settings, system.recommender.world)
     if world.is_main:
         logger.info(
             "linear memory: %d items by up to %d neighbors, %s, in %.1f s",
@@ -96,10 +97,12 @@ def choose_settings(
     sample = _Sample.of(corpus)
     if not len(sample.held_out):
         return settings
-    num_neighbors = min(config.neighbors, _NUM_NEIGHBORS)
+    num_neighbors = min(config.num_neighbors(corpus.num_items), _NUM_NEIGHBORS)
+
+    features_of = functools.lru_cache(1)(functools.partial(item_features, train, texts))
 
     def ndcg(candidate: LinearSettings) -> float:
-        features = item_features(train, texts, candidate.text_weight, candidate.history_power)
+        features = features_of(candidate.text_weight, candidate.history_power)
         return sample.ndcg(_weights(features, sample.items, num_neighbors, candidate.regularization, world), world)
 
     return climb(settings, names, ndcg)

@@ -230,23 +230,39 @@ def evaluate(
     metrics: Sequence[str],
     batch_users: int,
     weights: Sequence[float],
-    progress: Callable[[int], object] = lambda done: None,
     *,
     num_users: int | None = None,
+) -> list[Evaluation]:
+    """Read the users with held-out items in `split` from the corpus, and evaluate them. Collective.
+
+    Args:
+        weights: weights of the linear memory, see `mixed_topk`.
+        num_users: size of a sample, see `HeldOutUsers.of`; None for all of them.
+    """
+    return evaluate_users(system, HeldOutUsers.of(system.corpus, split, num_users), metrics, batch_users, weights)
+
+
+def evaluate_users(
+    system: InferenceSystem,
+    users: HeldOutUsers,
+    metrics: Sequence[str],
+    batch_users: int,
+    weights: Sequence[float],
+    progress: Callable[[int], object] = lambda done: None,
+    *,
     without_rows: bool = False,
     list_length: int = 0,
 ) -> list[Evaluation]:
-    """Rank the catalog for users, known and new, with held-out items in `split`, by each weight. Collective.
+    """Rank the catalog for users, known and new, by each weight. Collective.
 
     All-reduces a value for each weight, user and metric, and one for each item if lists are counted.
 
     Args:
         weights: weights of the linear memory, see `mixed_topk`.
-        num_users: size of a sample, see `HeldOutUsers.of`; None for all of them.
         without_rows: rank known users as if they had no row, too.
         list_length: length of the lists in which items are counted; 0 counts nothing.
     """
-    users, num_items = HeldOutUsers.of(system.corpus, split, num_users), system.corpus.num_items
+    num_items = system.corpus.num_items
     rows = np.full(len(users), -1, np.int64) if without_rows else users.rows
     values = np.zeros((len(weights), len(users), len(metrics)))
     listed = np.zeros((len(weights), num_items if list_length else 0), np.int64)

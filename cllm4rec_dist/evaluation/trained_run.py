@@ -37,6 +37,7 @@ from cllm4rec_dist.system import (
     System,
     assemble,
     assemble_for_inference,
+    assemble_sharded_for_inference,
     without_missing_deepspeed_file,
 )
 
@@ -66,7 +67,7 @@ def load(
                 from cllm4rec_dist.distributed.engine import start_world  # imports DeepSpeed
 
                 start_world()
-            return assemble(without_missing_deepspeed_file(config), world)
+            return assemble_sharded_for_inference(without_missing_deepspeed_file(config), world)
         return assemble_for_inference(config, world)
 
     return _load(run, world, build, backbone, corpus)

@@ -28,8 +28,8 @@ from threadpoolctl import threadpool_limits
 
 from cllm4rec_dist.config import LinearConfig
 
-_MAX_WORD_ITEMS = 20_000
-"""Words of more items are left out of the texts: choosing neighbors costs the square of a word's number of items."""
+_WORD_ITEMS, _WORD_PAIRS = (2_000, 20_000), 400_000_000
+"""Bounds of `_max_word_items`, and the largest product of a word's items and all items between them."""
 _BLOCK_ENTRIES = 1 << 23
 """Entries of a block of rows of A, and of the Gram matrices of a batch (64 MiB in fp64)."""
 
@@ -51,7 +51,7 @@ class LinearSettings:
     @classmethod
     def of(cls, config: LinearConfig) -> Self:
         """Return the settings of a run, with the default for each that is left to validation."""
-        return cls(**config.model_dump(exclude={"neighbors"}, exclude_none=True))
+        return cls(**config.model_dump(exclude={"neighbors", "max_entries"}, exclude_none=True))
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,20 @@ class ItemFeatures:
         return self.columns.shape[1]
 
 
+def _max_word_items(num_items: int) -> int:
+    """Return of how many items a word may be; words of more are left out of the texts.
+
+    Choosing neighbors costs the square of a word's number of items, and such words say little in a large catalog.
+    """
+    fewest, most = _WORD_ITEMS
+    return min(most, max(fewest, _WORD_PAIRS // max(1, num_items)))
+
+
 def text_features(item_texts: Sequence[str]) -> sp.csr_matrix:
     """Return L2-normalized TF-IDF rows [I, W]; zeros for an item without words. W may be 0."""
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second to import
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_df=_MAX_WORD_ITEMS)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_df=_max_word_items(len(item_texts)))
     try:
         return vectorizer.fit_transform(item_texts)
     except ValueError:  # no text has a word that counts
@@ -118,7 +127,7 @@ class WordCounts:
             ],
             format="csr",
         )
-        is_kept = np.bincount(all_counts.indices, minlength=width) <= _MAX_WORD_ITEMS
+        is_kept = np.bincount(all_counts.indices, minlength=width) <= _max_word_items(all_counts.shape[0])
         if not is_kept.all():
             all_counts = all_counts[:, is_kept]
         if not all_counts.shape[1]:
@@ -278,13 +287,10 @@ def _gram_matrices(features: ItemFeatures, items: np.ndarray) -> NDArray[np.floa
     """
     num_sets, width = items.shape
     rows = features.rows[np.where(items < 0, features.num_items, items).ravel()]
-    is_used = np.zeros(rows.shape[1], bool)
-    is_used[rows.indices] = True
-    column = np.cumsum(is_used) - 1
-    num_columns = int(is_used.sum())
+    # Only columns in use: a transpose takes time and memory for every column.
     of_set = np.repeat(np.arange(num_sets), np.diff(rows.indptr[::width]))
-    shape = num_sets * width, num_sets * num_columns
-    blocks = sp.csr_matrix((rows.data, column[rows.indices] + of_set * num_columns, rows.indptr), shape=shape)
+    used, column = np.unique(of_set * rows.shape[1] + rows.indices, return_inverse=True)
+    blocks = sp.csr_matrix((rows.data, column, rows.indptr), shape=(num_sets * width, len(used)))
     product = (blocks @ blocks.T).tocsr()
     gram = np.zeros((num_sets * width, width))
     row = np.repeat(np.arange(num_sets * width), np.diff(product.indptr))

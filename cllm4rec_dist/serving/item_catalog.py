@@ -50,7 +50,7 @@ class ItemCatalog:
         categories = None
         if "category" in table.column_names:
             categories = [name or "" for name in table["category"].to_pylist()]
-        popularity = np.bincount(corpus.split("train").values, minlength=corpus.num_items)
+        popularity = corpus.training_counts()
         titles = [title or "" for title in table["title"].to_pylist()]
         return cls(table["item"].to_pylist(), titles, categories, popularity)
 

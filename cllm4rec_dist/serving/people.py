@@ -60,12 +60,9 @@ class CorpusPeople:
         Args:
             known_items: items of a history: all, or only those from which evaluation predicts.
         """
-        known, new = corpus.users()["user"].to_pylist(), corpus.new_users()["user"].to_pylist()
-        if known_items == "train":
-            parts = [corpus.split("train"), corpus.new_user_split("history")]
-        else:
-            parts = [corpus.history(), corpus.new_user_history()]
-        return cls([*known, *new], len(known), Ragged.concat(parts) if new else parts[0])
+        names = _names(corpus)
+        known, new = _histories(corpus, known_items), _new_histories(corpus, known_items)
+        return cls(names, corpus.num_users, Ragged.concat([known, new]) if len(new) else known)
 
     @cached_property
     def position_of(self) -> dict[str, int]:
@@ -75,6 +72,21 @@ class CorpusPeople:
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Return int64 user rows; -1 for people without one and for positions out of range."""
         return np.where(positions < self.num_known, positions, -1)
+
+
+def _names(corpus: Corpus) -> list[str]:
+    """External ids of the users with rows, then of the new users."""
+    return [*corpus.users()["user"].to_pylist(), *corpus.new_users()["user"].to_pylist()]
+
+
+def _histories(corpus: Corpus, known_items: KnownItems, rows: np.ndarray | None = None) -> Ragged:
+    """Histories of the users with these rows, or of all users with rows."""
+    return corpus.split("train", rows) if known_items == "train" else corpus.history(rows)
+
+
+def _new_histories(corpus: Corpus, known_items: KnownItems) -> Ragged:
+    """Histories of the new users."""
+    return corpus.new_user_split("history") if known_items == "train" else corpus.new_user_history()
 
 
 def gather_people(
@@ -99,25 +111,33 @@ def gather_people(
     Raises:
         DataError: for people who are neither in the corpus nor in `orders`.
     """
-    people = CorpusPeople.from_corpus(corpus, known_items)
     if users is None and orders is None:
-        return People(people.names, people.rows(np.arange(len(people.names))), people.histories, 0, [])
-    orders, position_of = orders or {}, people.position_of
+        everyone = CorpusPeople.from_corpus(corpus, known_items)
+        return People(everyone.names, everyone.rows(np.arange(len(everyone.names))), everyone.histories, 0, [])
+    all_names = _names(corpus)
+    position_of = {name: position for position, name in enumerate(all_names)}
+    orders = orders or {}
     requested = list(dict.fromkeys(orders if users is None else users))
     unknown_users = [name for name in requested if name not in position_of and name not in orders]
     if unknown_users and not skip_unknown:
-        raise unknown_error("users", unknown_users, people.names, "user", LATER_ORDERS)
+        raise unknown_error("users", unknown_users, all_names, "user", LATER_ORDERS)
     names = [name for name in requested if name in position_of or name in orders]
-    outside = len(people.names)
-    positions = np.array([position_of.get(name, outside) for name in names], dtype=np.int64)
-    histories = _with_empty_row(people.histories).take(positions)
+    positions = np.array([position_of.get(name, len(all_names)) for name in names], dtype=np.int64)
+    histories = _histories_at(corpus, known_items, positions)
     later, unknown_items = _item_rows(corpus, new_items, [orders.get(name, ()) for name in names])
-    return People(names, people.rows(positions), _distinct(histories, later), unknown_items, unknown_users)
+    rows = np.where(positions < corpus.num_users, positions, -1)
+    return People(names, rows, _distinct(histories, later), unknown_items, unknown_users)
 
 
-def _with_empty_row(histories: Ragged) -> Ragged:
-    """Append an empty row."""
-    return Ragged(np.append(histories.offsets, histories.offsets[-1]), histories.values)
+def _histories_at(corpus: Corpus, known_items: KnownItems, positions: np.ndarray) -> Ragged:
+    """Read the histories of people at positions of `_names`; empty ones for larger positions."""
+    is_known = positions < corpus.num_users
+    known = _histories(corpus, known_items, positions[is_known])
+    new = _new_histories(corpus, known_items)
+    histories = Ragged.concat([known, new, Ragged.from_lists([[]])])
+    index = np.minimum(positions - corpus.num_users, len(new)) + len(known)
+    index[is_known] = np.arange(len(known))
+    return histories.take(index)
 
 
 def _item_rows(

@@ -11,7 +11,7 @@ from implicit.cpu.als import AlternatingLeastSquares
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.evaluation import baselines, ease
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, select_baselines
+from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, make_grids, select_baselines
 from cllm4rec_dist.evaluation.baselines import run_baselines
 from cllm4rec_dist.evaluation.metrics import mean_metrics, top_items, user_metrics
 from cllm4rec_dist.model.linear_fit import text_features
@@ -225,6 +225,21 @@ def test_in_a_large_catalog_the_sparse_ease_takes_the_place_of_the_dense_ones(da
     (expected,) = run_baselines(data, METRICS, dense)  # with all neighbors both are the same model
     assert results[1].chosen == expected.chosen
     np.testing.assert_allclose(results[1].values, expected.values, atol=1e-6)
+
+
+def test_the_middle_setting_is_fitted_where_a_whole_grid_would_take_too_long(data, caplog):
+    axes = {"ials_factors": (4, 8), "ials_regularizations": (1.0, 2.0, 3.0), "ials_alphas": (5.0,)}
+    sizes = {"max_grid_interactions": 6 * data.train.nnz, "max_grid_items": 3 * 30}
+    config = BaselineConfig(names=("ials", "sparse_ease"), **axes, **sizes)
+    assert {name: len(grid) for name, grid in make_grids(data, config).items()} == {"ials": 6, "sparse_ease": 3}
+    smaller = config.model_copy(update={name: size - 1 for name, size in sizes.items()})
+    grids = make_grids(data, smaller)
+    assert [candidate.settings for candidate in grids["ials"]] == [{"factors": 4, "regularization": 2.0, "alpha": 5.0}]
+    assert [candidate.settings for candidate in grids["sparse_ease"]] == [{"alpha": 10.0, "lambda": 200.0}]
+    assert "baseline iALS is not tuned, because 6 fits would take too long" in caplog.text
+    names, reasons = select_baselines(data, config.model_copy(update={"max_grid_items": 29}))
+    assert names == ["ials"]
+    assert reasons["sparse_ease"].startswith("30 regressions take too long (max_grid_items is 29)")
 
 
 def test_the_sparse_ease_is_fitted_in_parts_of_the_catalog(data, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
@@ -52,6 +54,26 @@ def lists(world: World, folder: str, split: str, without_rows: bool) -> dict[str
         (ranking,) = rank_users(system, row, history, 60, 1, seen=history)
         ranked.append(ranking.items[0][np.isfinite(ranking.scores[0])].tolist())
     return dict(zip(users.ids(system.corpus), ranked, strict=True))
+
+
+def held(world: World, folder: str) -> tuple[set[str], int]:
+    """Names of the tables of a loaded run, and how many tensors outside of them are as large as one of them."""
+    system, _ = load(folder, world)
+    tables = {name: p for name, p, _ in system.recommender.sharded_parameters() if p.dim() == 2}
+    storages = {p.untyped_storage().data_ptr() for p in tables.values()}
+    shapes = {p.shape for p in tables.values()}
+    others = {
+        each.untyped_storage().data_ptr()
+        for each in gc.get_objects()
+        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.shape in shapes
+    }
+    return set(tables), len(others - storages)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_predictions_hold_neither_moments_nor_the_content_llm(trained: Made, size: int) -> None:
+    tables = {"collaborative.users", "collaborative.items", "head.bias"}
+    assert run_ranks(size, held, str(trained[0] / "run")) == [(tables, 0)] * size
 
 
 @pytest.mark.parametrize(

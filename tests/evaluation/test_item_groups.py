@@ -24,14 +24,14 @@ from cllm4rec_dist.evaluation import trained_run
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
 from cllm4rec_dist.evaluation.baselines import run_baselines
 from cllm4rec_dist.evaluation.cold_items import training_counts
-from cllm4rec_dist.evaluation.comparison import _split_data, compare
+from cllm4rec_dist.evaluation.comparison import _Splits, compare
 from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, group_rows
 from cllm4rec_dist.evaluation.inference import evaluate_run
 from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.mixing import MixedMetrics
 from cllm4rec_dist.evaluation.topk import rank_users
-from cllm4rec_dist.system import InferenceSystem, System
+from cllm4rec_dist.system import InferenceSystem, System, item_texts
 from tests.corpus.samples import recipe, source
 from tests.harness import alone, make_backbone, make_corpus, make_run, run_ranks
 
@@ -130,7 +130,9 @@ def test_a_validation_sees_rows_from_texts_and_training_its_rows(
 
 def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
     system, _ = trained_run.load(run, world)
-    return {name: result.mean for name, (result,) in evaluate_groups(system, "test", METRICS, 4, [0.0]).items()}
+    users = HeldOutUsers.of(system.corpus, "test")
+    groups = evaluate_groups(system, "test", users, METRICS, 4, [0.0])
+    return {name: result.mean for name, (result,) in groups.items()}
 
 
 def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, system: InferenceSystem) -> None:
@@ -160,7 +162,8 @@ def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, s
 
 
 def test_text_neighbours_rank_by_the_cosine_with_the_texts_of_the_history(made: Made) -> None:
-    data, groups = _split_data(made.corpus, "test", None), item_groups(made.corpus, "test")
+    data = _Splits.of(made.corpus, "test", None).data(item_texts(made.corpus))
+    groups = item_groups(made.corpus, "test")
     config = BaselineConfig(names=("popularity",))
     rows = group_rows(data, groups, run_baselines(data, METRICS, config), METRICS, config)
     by_group = {group.name: {row.name: row for row in of_group} for group, of_group in zip(groups, rows, strict=True)}

@@ -20,3 +20,15 @@ def test_the_benchmark_of_a_7b_backbone_runs(tmp_path: Path) -> None:
     found = subprocess.run([*command, "--json", str(told)], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert json.loads(told.read_text())["tokens_per_second"] > 0
+
+
+@pytest.mark.integration
+def test_the_whole_way_runs_at_a_tiny_scale(tmp_path: Path) -> None:
+    told = tmp_path / "million.json"
+    command = [sys.executable, "-m", "benchmarks.million", "--scale", "tiny", "--folder", str(tmp_path)]
+    found = subprocess.run([*command, "--json", str(told)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    parts = {row["part"]: row for row in json.loads(told.read_text())["parts"]}
+    assert {"prepare", "pretrain", "resume", "finetune", "evaluate", "recommend"} <= parts.keys()
+    assert all(row["cpu_seconds"] > 0 and row["peak_gib"] > 0 for row in parts.values())
+    assert list(tmp_path.iterdir()) == [told], "generated data are removed"

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from cllm4rec_dist.config import LinearConfig
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model import linear_fit, linear_memory
 from cllm4rec_dist.model.linear_fit import (
@@ -193,10 +194,25 @@ def test_any_rows_can_be_scored() -> None:
 
 @pytest.mark.parametrize("most", [20_000, 2])
 def test_word_counts_give_the_text_features_of_a_larger_catalog(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_fit, "_MAX_WORD_ITEMS", most)
+    monkeypatch.setattr(linear_fit, "_WORD_ITEMS", (most, most))
     known = ["red tea tea", "", "blue tea", "blue cup", "red tea cup"]
     for texts, more in ((known, ["tea pot pot", "", "pot kettle blue"]), (known, ["?"]), (["", "-"], ["tea", "a"])):
         result, expected = WordCounts.of(texts).text_features(more), text_features([*texts, *more])
         products = [(rows @ rows.T).toarray() for rows in (result, expected)]
         np.testing.assert_allclose(*products, atol=1e-6)
         assert result.shape[0] == len(texts) + len(more)
+
+
+def test_large_catalogs_get_fewer_neighbors_and_rarer_words() -> None:
+    config = LinearConfig()
+    sizes = (100, 100_000, 200_000, 1_000_000, 10_000_000)
+    assert [config.num_neighbors(size) for size in sizes] == [300, 300, 150, 30, 30]
+    assert LinearConfig(neighbors=7).num_neighbors(200_000) == 7
+    assert LinearConfig(max_entries=300_000_000).num_neighbors(1_000_000) == 300
+    assert [linear_fit._max_word_items(size) for size in (1, 20_000, 100_000, 200_000, 10_000_000)] == [
+        20_000,
+        20_000,
+        4_000,
+        2_000,
+        2_000,
+    ]
