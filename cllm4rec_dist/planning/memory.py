@@ -83,7 +83,8 @@ def linear_neighbors(meta_run: MetaRun) -> int:
     """Neighbors of each item in the linear memory; 0 without one."""
     if meta_run.config.stage != "finetune":
         return 0
-    return min(meta_run.config.linear.neighbors, meta_run.model.item_partition.num_rows * meta_run.num_shards - 1)
+    num_items = meta_run.model.item_partition.num_rows * meta_run.num_shards
+    return min(meta_run.config.linear.num_neighbors(num_items), num_items - 1)
 
 
 def _parts(meta_run: MetaRun, parameters: list[nn.Parameter], element: int) -> int:
