@@ -27,7 +27,7 @@ from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.model.sharded_cross_entropy import max_logits_within
+from cllm4rec_dist.model.linear_cross_entropy import max_logits_within
 from cllm4rec_dist.planning.hardware import GIB, GPUS
 from cllm4rec_dist.planning.meta_run import make_meta_run
 from cllm4rec_dist.planning.plan import Cluster, Plan, plan_samples, prompt_builder_of
