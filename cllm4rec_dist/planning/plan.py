@@ -245,8 +245,8 @@ def step_seconds(
     overlapped = (traffic["weights"] + traffic["weight gradients"]) / link
     exposed = max(0.0, float(overlapped) - decoder)
     others = (traffic.total() - traffic["weights"] - traffic["weight gradients"]) / link
-    # The item softmax's weight has a dense gradient, even if lookups have sparse ones.
-    tables = [meta_run.model.collaborative.items]
+    # The weight of an item softmax without samples has a dense gradient, even if lookups have sparse ones.
+    tables = [] if config.head.num_negatives else [meta_run.model.collaborative.items]
     if not config.optimizer.sparse_embedding_updates:
         tables = [*meta_run.model.tables.values()]
     entries = sum(table.local_rows.numel() for table in tables)
