@@ -120,7 +120,8 @@ def plan(
         raise CorpusError(error.field, error.value, error.constraint, cure) from None
     announce(f"plan: reading {config}")
     from cllm4rec_dist.evaluation.trained_run import relocated
-    from cllm4rec_dist.planning.plan import Cluster, faster_layouts, make_plan, suggest_changes
+    from cllm4rec_dist.planning.changes import faster_layouts, suggest_changes
+    from cllm4rec_dist.planning.plan import Cluster, make_plan
     from cllm4rec_dist.planning.table import as_json, format_changes, format_layouts, format_plan
     from cllm4rec_dist.planning.zero3_simulation import warn_of_other_version
 

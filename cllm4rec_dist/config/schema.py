@@ -186,7 +186,7 @@ class OptimizerConfig(StrictModel):
     """Joint gradient norm of adapters and embeddings above which gradients are clipped."""
     sparse_embedding_updates: bool = True
     """Update only the rows in the batch of tables that are not in the item softmax: users and content items (as
-    `torch.optim.SparseAdam`)."""
+    `torch.optim.SparseAdam`). With `head.num_negatives` also of the items: those in the batch or sampled."""
     embeddings_state: Literal["fp32", "int8", "cpu"] = "fp32"
     """Storage of Adam's moments of user and item embeddings. `fp32`: twice the size of the embeddings. `int8`: a
     quarter of that, quantized by bitsandbytes. `cpu`: fp32 in host memory, with the optimizer step on the CPU; saves

@@ -28,6 +28,7 @@ def item_loss(
     *,
     normalize: bool = False,
     accumulate: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
     """Negative log-likelihood over the catalog.
 
@@ -37,12 +38,22 @@ def item_loss(
     Args:
         gathering: queries [n, D], and query and global item row of each of M targets.
         local_weight: [rows of this rank, D].
-        num_negatives, key, compute_dtype, bias, normalize, accumulate: see `sharded_cross_entropy`.
+        num_negatives, key, compute_dtype, bias, normalize, accumulate, sparse: see `sharded_cross_entropy`.
 
     Collectives: those of `sharded_cross_entropy`.
     """
-    options = num_negatives, key, max_logits, compute_dtype, bias
-    return sharded_cross_entropy(gathering, local_weight, *options, normalize=normalize, accumulate=accumulate).sum()
+    return sharded_cross_entropy(
+        gathering,
+        local_weight,
+        num_negatives,
+        key,
+        max_logits,
+        compute_dtype,
+        bias,
+        normalize=normalize,
+        accumulate=accumulate,
+        sparse=sparse,
+    ).sum()
 
 
 def text_loss(

@@ -61,8 +61,8 @@ class Recommender(nn.Module):
             and are predicted through the head's projection.
         dropout: probability for user and item embeddings at the input.
         comm_dtype: dtype of rows and their gradients in communication.
-        sparse_gradients: use sparse gradients for lookups; the gradient of the collaborative items is dense with them
-            too, since these are the weight of the item softmax.
+        sparse_gradients: use sparse gradients for lookups and sampled rows. The gradient of the collaborative items is
+            dense in any case without `head.num_negatives`, since they are the whole weight of the item softmax.
         content: build the content LLM's tables.
         max_logits: logits that a head holds at a time; the device's default if None.
 
@@ -253,6 +253,7 @@ class Recommender(nn.Module):
             self.head.local_bias,
             normalize=self.head.normalizes_rows,
             accumulate=True,
+            sparse=self.collaborative.items.sparse_gradients,
         )
         return losses
 

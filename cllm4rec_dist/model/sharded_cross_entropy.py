@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.distributed.collectives import (
@@ -119,6 +120,7 @@ def sharded_cross_entropy(
     *,
     normalize: bool = False,
     accumulate: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
     """`linear_cross_entropy` over rows that are sharded over the ranks.
 
@@ -132,6 +134,7 @@ def sharded_cross_entropy(
         normalize: score the directions of the rows (`chunked_logsumexp_and_scores`).
         accumulate: let backward add the gradient of `local_weight`, a leaf, to its `grad` itself
             (`chunked_logsumexp_and_scores`); not used for a sampled softmax.
+        sparse: give `local_weight` and `bias` sparse gradients in a sampled softmax.
 
     Returns:
         [n] of this rank. Its gradients are those of the sum over all ranks.
@@ -143,8 +146,8 @@ def sharded_cross_entropy(
         assert key is not None
         rows, log_weight = gathering.sample(num_negatives, key, target_row)
         target_row = torch.searchsorted(rows, target_row)
-        local_weight, log_weight = local_weight[rows], log_weight[:, None]
-        bias = log_weight if bias is None else bias[rows] + log_weight
+        local_weight, log_weight = F.embedding(rows, local_weight, sparse=sparse), log_weight[:, None]
+        bias = log_weight if bias is None else F.embedding(rows, bias, sparse=sparse) + log_weight
         accumulate = False
     queries = queries.to(gathering.queries.dtype if compute_dtype is None else compute_dtype)
     parts = chunked_logsumexp_and_scores(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cllm4rec_dist.planning.changes import Change, Layout
 from cllm4rec_dist.planning.hardware import GIB
 from cllm4rec_dist.planning.memory import PARTS
-from cllm4rec_dist.planning.plan import RESERVED, Change, Layout, Plan
+from cllm4rec_dist.planning.plan import RESERVED, Plan
 
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -70,7 +70,8 @@ class Model:
         num_groups: number of flat groups of ZeRO-3's optimizer.
         replicated: entries of the replicated parameters.
         dense: `users` or `items`, and entries of a row, of each sharded parameter whose gradient is dense.
-        sparse: names of the tables with sparse gradients.
+        sparse: width of each sharded parameter with a sparse gradient, by name.
+        num_negatives: items that this rank samples for a micro-batch, which are taken to be different ones.
     """
 
     width: int
@@ -81,7 +82,8 @@ class Model:
     num_groups: int
     replicated: int
     dense: list[tuple[str, int]]
-    sparse: list[str]
+    sparse: dict[str, int]
+    num_negatives: int
 
 
 def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
@@ -143,11 +145,19 @@ def replica_traffic(model: Model, sample: StepSample, rank: int) -> Traffic:
         )
     for kind, width in model.dense:
         sent["table gradients"] += all_reduce(sample.num_rows[kind][rank] * width * FLOAT, num_replicas)
-    for name in model.sparse:
-        longest = max(sample.looked_up[name][replicas])
-        row = INTEGER + model.width * FLOAT
+    for name, width in model.sparse.items():
+        longest = max(_gradient_rows(model, sample, name, rank) for rank in range(sample.num_ranks)[replicas])
+        row = INTEGER + width * FLOAT
         sent["table gradients"] += all_gather(INTEGER, num_replicas) + all_gather(longest * row, num_replicas)
     return sent
+
+
+def _gradient_rows(model: Model, sample: StepSample, name: str, rank: int) -> int:
+    """Number of rows of a rank's sparse gradient: those that were looked up, predicted or sampled."""
+    looked_up = sample.looked_up[name][rank] if name in sample.looked_up else 0
+    if name not in ("collaborative.items", "head.bias"):
+        return looked_up
+    return looked_up + sum(batch.owned_targets[rank] + model.num_negatives for batch in sample.micro_batches)
 
 
 def zero_traffic(model: Model, sample: StepSample) -> Traffic:

@@ -16,11 +16,12 @@ from cllm4rec_dist.corpus.tokenizer import TokenSpace
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model.backbone import FrozenEmbeddings
+from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.item_head import ItemHead
 from cllm4rec_dist.model.linear_cross_entropy import chunked_logsumexp_and_scores
 from cllm4rec_dist.model.losses import item_loss
 from cllm4rec_dist.model.recommender import Recommender
-from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries
+from cllm4rec_dist.model.sharded_cross_entropy import GatheringQueries, sample_rows
 from tests.documents import Document, collate_each
 from tests.harness import alone, run_ranks
 
@@ -205,6 +206,55 @@ def test_queries_that_travel_and_are_multiplied_in_bf16_are_rounded_once() -> No
             torch.testing.assert_close(one["queries"], other["queries"], rtol=1e-6, atol=1e-6)
 
 
+KEY, NUM_NEGATIVES = 5, 30
+TARGET_QUERY, TARGETS = torch.tensor([0, 0, 2, 3]), torch.tensor([7, 90, 7, 41])
+
+
+def sampled_case() -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, rows and biases that bf16 represents exactly."""
+    return tuple(normal(n, w, seed=n + w).bfloat16().double().requires_grad_() for n, w in ((4, 6), (200, 6), (200, 1)))
+
+
+def sampled_loss(
+    queries: Tensor, rows: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None = None, **options: bool
+) -> Tensor:
+    gathering = GatheringQueries(queries, TARGET_QUERY, TARGETS, RowPartition(200, 1), alone())
+    return item_loss(gathering, rows, NUM_NEGATIVES, torch.tensor(KEY), None, compute_dtype, bias, **options)
+
+
+def dense_sampled_loss(queries: Tensor, rows: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
+    index, log_weight = sample_rows(200, NUM_NEGATIVES, KEY, TARGETS, alone())
+    scores = queries @ (F.normalize(rows, dim=1) if normalize else rows).T
+    scores = scores if bias is None else scores + bias.T
+    lse = (scores[:, index] + log_weight.double()).logsumexp(1)
+    return (lse[TARGET_QUERY] - scores[TARGET_QUERY, TARGETS]).sum()
+
+
+@pytest.mark.parametrize("item_bias", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_sampled_softmax_equals_the_dense_one_over_its_sample(normalize: bool, item_bias: bool) -> None:
+    exact, leaves = (sampled_case()[: 2 + item_bias] for _ in range(2))
+    expected = dense_sampled_loss(*exact[:2], exact[2] if item_bias else None, normalize)
+    gradients = torch.autograd.grad(expected, exact)
+    touched = set(sample_rows(200, NUM_NEGATIVES, KEY, TARGETS, alone())[0].tolist())
+    for sparse in (True, False):
+        options = {"normalize": normalize, "accumulate": True, "sparse": sparse}
+        loss = sampled_loss(*leaves[:2], leaves[2] if item_bias else None, **options)
+        torch.testing.assert_close(loss, expected)
+        for index, (got, value) in enumerate(zip(torch.autograd.grad(loss, leaves), gradients, strict=True)):
+            assert got.is_sparse == (sparse and index > 0)
+            if got.is_sparse:
+                assert set(got.coalesce().indices()[0].tolist()) == touched, "a row that was not sampled has a gradient"
+            torch.testing.assert_close(got.to_dense(), value)
+
+
+def test_a_sampled_softmax_in_bf16_rounds_no_log_weight() -> None:
+    exact = sampled_case()
+    expected = dense_sampled_loss(*exact, normalize=False)
+    loss = sampled_loss(*(leaf.detach().float() for leaf in exact), compute_dtype=torch.bfloat16)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 ITEMS, HIDDEN = 40_000, 32
 SPACE = TokenSpace(10, 4, ITEMS)
 
@@ -244,6 +294,31 @@ def test_the_head_needs_little_more_than_the_item_rows_and_one_gradient(
     gradient = model.collaborative.items.local_rows.grad
     assert gradient is not None
     assert not gradient.is_sparse
+
+
+def test_a_sampled_softmax_costs_what_was_sampled() -> None:
+    """In memory, and in the optimizer, which leaves other rows and biases as they are."""
+    words = FrozenEmbeddings(*torch.zeros(2, SPACE.num_words, HIDDEN))
+    settings: dict[str, Any] = {"dropout": 0.0, "comm_dtype": torch.float32, "content": False, "sparse_gradients": True}
+    model = Recommender(4, ITEMS, words, HeadConfig(num_negatives=300), alone(), **settings)
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    optimizer, bias = EmbeddingOptimizer(model, (0.9, 0.99)), model.head.local_bias
+    assert bias is not None
+    items = model.collaborative.items.local_rows
+    before = items.detach().clone(), bias.detach().clone()
+    with LiveMemory() as memory:
+        forward_and_backward(model, 3)
+        for parameter in (items, bias):
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.coalesce()
+        optimizer.step(1e-3)
+    # Each of three micro-batches has 300 sampled and 20 predicted items, and as many are read.
+    assert memory.highest - memory.before < 0.5 * ITEMS * HIDDEN * 4
+    for parameter, old in zip((items, bias), before, strict=True):
+        assert 300 < (parameter.detach() != old).any(dim=1).sum() <= 3 * 340
+    moments = optimizer.state()["collaborative.items"]["exp_avg"]
+    assert 300 < (moments != 0).any(dim=1).sum() <= 3 * 340
 
 
 def test_a_normalized_copy_of_the_rows_would_be_seen() -> None:

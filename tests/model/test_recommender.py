@@ -292,3 +292,4 @@ def test_only_the_gradient_of_the_softmax_weight_is_dense() -> None:
         "content.items": True,
     }
     assert not any(layouts(recommender()).values())
+    assert all(layouts(with_sparse_gradients(num_negatives=2)).values())

@@ -13,8 +13,9 @@ from cllm4rec_dist import cli
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.planning.changes import faster_layouts, suggest_changes
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
-from cllm4rec_dist.planning.plan import Cluster, faster_layouts, make_plan, suggest_changes
+from cllm4rec_dist.planning.plan import Cluster, make_plan
 from cllm4rec_dist.planning.table import as_json, format_layouts, format_plan
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.planning.runs import make_config

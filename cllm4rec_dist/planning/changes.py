@@ -1,0 +1,118 @@
+"""Changes to a run that make it fit or its step faster, by the plans of changed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.distributed.topology import shard_group_size
+from cllm4rec_dist.planning.plan import Cluster, Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Another layout of tables and weights over the ranks, and its plan."""
+
+    settings: str
+    plan: Plan
+
+
+def faster_layouts(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Layout]:
+    """Yield layouts with a faster step that fit, each on top of the one before.
+
+    Tried are groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and hpZ within a host.
+    """
+    cluster = plan.cluster
+    if cluster.num_ranks <= cluster.ranks_per_host or cluster.num_ranks % cluster.ranks_per_host:
+        return
+    current, best = shard_group_size(config.embeddings.shard_group, cluster.num_ranks), plan
+    chosen = current
+    for size in sorted({*_group_sizes(cluster)} - {current}, reverse=True):
+        changed = _changed(config, {"embeddings.shard_group": size})
+        other = None if changed is None else make_plan(changed, cluster, num_samples)
+        if other is not None and other.is_faster_than(best):
+            chosen, best = size, other
+    if chosen != current:
+        yield Layout(f"embeddings.shard_group={chosen}", best)
+        embeddings = config.embeddings.model_copy(update={"shard_group": chosen})
+        config = config.model_copy(update={"embeddings": embeddings})
+    other = make_plan(config, cluster, num_samples, hpz=cluster.ranks_per_host)
+    if other.is_faster_than(best):
+        yield Layout(f"zero_hpz_partition_size: {cluster.ranks_per_host} in the DeepSpeed file", other)
+
+
+def _group_sizes(cluster: Cluster) -> Iterator[int]:
+    """Yield the numbers of ranks of one, two, four, ... hosts that divide all ranks, and of all hosts."""
+    size = cluster.ranks_per_host
+    while size < cluster.num_ranks:
+        if cluster.num_ranks % size == 0:
+            yield size
+        size *= 2
+    yield cluster.num_ranks
+
+
+_MAX_GPU_FACTOR = 64
+"""Largest multiple of the given number of GPUs that is tried."""
+_CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"precision": "bf16"}, "rounding; faster on GPUs"),
+    ({"activation_checkpointing": True}, "a third more compute in the backbone"),
+    ({"batch.gradient_accumulation_steps": 2}, "more, smaller passes"),
+    ({"batch.gradient_accumulation_steps": 4}, "more, smaller passes"),
+    ({"batch.gradient_accumulation_steps": 8}, "more, smaller passes"),
+    ({"optimizer.embeddings_state": "int8"}, "moments of embeddings in 8 bits"),
+    ({"optimizer.embeddings_state": "cpu"}, "embeddings are stepped on the host"),
+    ({"quantization": "nf4"}, "frozen weights in 4 bits, which is slower"),
+]
+"""Settings that need less memory, and their costs, cheapest first."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change that needs less memory.
+
+    Attributes:
+        settings: overrides, or an option of the command.
+        cost: disadvantage of the change.
+        needed: bytes that a GPU must have with this change and all before it.
+    """
+
+    settings: str
+    cost: str
+    needed: int
+
+
+def suggest_changes(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Change]:
+    """Yield changes until the run fits, cheapest first, each on top of those before."""
+    cluster = plan.cluster
+    for settings, cost in _CHANGES:
+        if plan.fits:
+            return
+        changed = _changed(config, settings)
+        if changed is None:
+            continue
+        plan = make_plan(changed, cluster, num_samples)
+        config = changed
+        yield Change(" ".join(f"{key}={value}" for key, value in settings.items()), cost, plan.needed)
+    max_ranks = min(cluster.num_ranks * _MAX_GPU_FACTOR, config.batch.users)
+    while not plan.fits and 2 * cluster.num_ranks <= max_ranks:
+        cluster = replace(cluster, num_ranks=2 * cluster.num_ranks)
+        plan = make_plan(config, cluster, num_samples)
+        yield Change(f"--gpus {cluster.num_ranks}", "twice the GPUs", plan.needed)
+
+
+def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig | None:
+    """Return the configuration with changed settings; None if they change nothing or are not allowed."""
+    tree = config.model_dump(mode="json")
+    for key, value in settings.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        if node[leaf] == value or (leaf == "gradient_accumulation_steps" and node[leaf] >= value):
+            return None
+        node[leaf] = value
+    if settings.get("quantization") and config.adapter.kind == "full":
+        return None
+    return validate(RunConfig, tree, "plan")
