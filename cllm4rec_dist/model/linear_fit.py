@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -30,8 +31,8 @@ from cllm4rec_dist.config import LinearConfig
 
 _WORD_ITEMS, _WORD_PAIRS = (2_000, 20_000), 400_000_000
 """Bounds of `_max_word_items`, and the largest product of a word's items and all items between them."""
-_BLOCK_ENTRIES = 1 << 23
-"""Entries of a block of rows of A, and of the Gram matrices of a batch (64 MiB in fp64)."""
+_ROW_ENTRIES, _BATCH_ENTRIES = 1 << 20, 1 << 23
+"""Entries of a block of rows of A, which fits into a cache, and of the Gram matrices of a batch (64 MiB in fp64)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class ItemFeatures:
     def num_items(self) -> int:
         """Number of items I."""
         return self.columns.shape[1]
+
+    @cached_property
+    def scale(self) -> NDArray[np.float64]:
+        """1 / sqrt(A[k, k]) of each item [I]; 0 for an item without features."""
+        squares = self.rows.multiply(self.rows).sum(axis=1).A1[: self.num_items]
+        return np.divide(1.0, np.sqrt(squares), out=np.zeros(self.num_items), where=squares > 0)
 
 
 def _max_word_items(num_items: int) -> int:
@@ -186,35 +193,32 @@ def strongest_neighbors(features: ItemFeatures, items: np.ndarray, num_neighbors
     if width == num_items - 1:
         others = np.arange(width, dtype=np.int32)[None, :]
         return others + (others >= items[:, None])
-    squares = features.rows.multiply(features.rows).sum(axis=1).A1[:num_items]
-    scale = np.divide(1.0, np.sqrt(squares), out=np.zeros(num_items), where=squares > 0)
-    parts = [np.empty((0, width), np.int32)]
+    result = np.empty((len(items), width), np.int32)
     rows = features.rows[items]
-    for first, last in _row_blocks(features, rows):
-        product = rows[first:last] @ features.columns
+    for block in _row_blocks(features, rows):
+        product = rows[block] @ features.columns
         product.sort_indices()
-        product.data *= scale[product.indices]
-        parts.append(_strongest(product, items[first:last], width))
-    return np.concatenate(parts)
+        product.data *= features.scale[product.indices]
+        result[block] = _strongest(product, items[block], width)
+    return result
 
 
-def _row_blocks(features: ItemFeatures, rows: sp.csr_matrix) -> Iterator[tuple[int, int]]:
-    """Split rows [n, U + W], whose rows of A are computed, into blocks of at most `_BLOCK_ENTRIES` entries of A.
+def _row_blocks(features: ItemFeatures, rows: sp.csr_matrix) -> Iterator[NDArray[np.int64]]:
+    """Split rows [n, U + W], whose rows of A are computed, into blocks of at most `_ROW_ENTRIES` entries of A.
 
-    All rows of A of a block are counted as long as its longest. One has at most as many entries as its columns have
-    together, and at most I.
+    All rows of A of a block are counted as long as its longest, as they are padded, so rows of similar length are put
+    into one block. A row has at most as many entries as its columns have together, and at most I.
     """
     pattern = rows.copy()
     pattern.data[:] = 1.0
-    longest = np.minimum(pattern @ np.diff(features.columns.indptr).astype(np.float64), features.num_items)
-    first, widest = 0, 1.0
-    for row, length in enumerate(longest.tolist()):
-        widest = max(widest, length)
-        if row > first and (row + 1 - first) * widest > _BLOCK_ENTRIES:
-            yield first, row
-            first, widest = row, max(1.0, length)
-    if first < len(longest):
-        yield first, len(longest)
+    lengths = np.minimum(pattern @ np.diff(features.columns.indptr).astype(np.float64), features.num_items)
+    order = np.argsort(lengths, kind="stable")
+    ascending, first = np.maximum(lengths[order], 1.0), 0
+    while first < len(order):
+        fits = np.arange(1, len(order) - first + 1) * ascending[first:] <= _ROW_ENTRIES
+        last = first + max(1, int(np.argmin(fits)) if not fits.all() else len(fits))
+        yield order[first:last]
+        first = last
 
 
 def _strongest(strengths: sp.csr_matrix, items: np.ndarray, width: int) -> NDArray[np.int32]:
@@ -256,7 +260,7 @@ def ridge_weights(
     batches = []
     while len(order):
         width = int(counts[order[0]])
-        batch, order = np.split(order, [max(1, _BLOCK_ENTRIES // (width + 1) ** 2)])
+        batch, order = np.split(order, [max(1, _BATCH_ENTRIES // (width + 1) ** 2)])
         batches.append(batch)
 
     def solve(batch: np.ndarray) -> None:

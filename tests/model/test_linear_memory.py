@@ -107,7 +107,8 @@ def test_any_items_can_be_fitted() -> None:
 def test_each_item_is_a_ridge_regression_on_its_strongest_neighbors(
     monkeypatch: pytest.MonkeyPatch, text_weight: float, num_neighbors: int, block_entries: int
 ) -> None:
-    monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", block_entries)
+    for name in ("_ROW_ENTRIES", "_BATCH_ENTRIES"):
+        monkeypatch.setattr(linear_fit, name, block_entries)
     neighbors, weights = fitted(num_neighbors, text_weight)
     matrix = gram(text_weight)
     scale = np.sqrt(np.diag(matrix))
@@ -127,7 +128,7 @@ def test_equally_strong_neighbors_are_chosen_by_row_in_blocks_of_any_size(monkey
     train = sp.csr_matrix(np.ones((3, NUM_ITEMS), np.float32))
     features = item_features(train, sp.csr_matrix((NUM_ITEMS, 0)), 0.0)
     for block_entries in (1, 50, 1 << 23):
-        monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", block_entries)
+        monkeypatch.setattr(linear_fit, "_ROW_ENTRIES", block_entries)
         neighbors = strongest_neighbors(features, ITEMS[5:], 3)
         assert neighbors.tolist() == [[0, 1, 2]] * (NUM_ITEMS - 5)
 
@@ -136,7 +137,7 @@ def test_batches_in_several_threads_give_the_same_weights(monkeypatch: pytest.Mo
     features = item_features(interactions(), texts(), ALPHA)
     neighbors = strongest_neighbors(features, ITEMS, 6)
     expected = ridge_weights(features, ITEMS, neighbors, L2)
-    monkeypatch.setattr(linear_fit, "_BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(linear_fit, "_BATCH_ENTRIES", 100)
     np.testing.assert_allclose(ridge_weights(features, ITEMS, neighbors, L2, num_threads=3), expected, rtol=1e-12)
 
 
@@ -201,6 +202,23 @@ def test_word_counts_give_the_text_features_of_a_larger_catalog(most: int, monke
         products = [(rows @ rows.T).toarray() for rows in (result, expected)]
         np.testing.assert_allclose(*products, atol=1e-6)
         assert result.shape[0] == len(texts) + len(more)
+
+
+def test_regressions_of_a_batch_take_no_room_for_columns_that_they_do_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = np.arange(80).reshape(40, 2)  # two items of each of 40 users
+    train = sp.csr_matrix((np.ones(80), (np.repeat(np.arange(40), 2), pairs.ravel())), shape=(40, 80))
+    features = item_features(train, sp.csr_matrix((80, 0)), 0.0)
+    sizes, make = [], sp.csr_matrix
+
+    def record(*arguments: Any, **settings: Any) -> sp.csr_matrix:
+        matrix = make(*arguments, **settings)
+        sizes.append(max(matrix.shape))
+        return matrix
+
+    monkeypatch.setattr(linear_fit.sp, "csr_matrix", record)
+    weights = ridge_weights(features, pairs[:, 0], pairs[:, 1:].astype(np.int32), L2)
+    np.testing.assert_allclose(weights, 1 / (1 + L2))
+    assert max(sizes) == 80, "a row for each item and neighbor; a column for each of 40 users"
 
 
 def test_large_catalogs_get_fewer_neighbors_and_rarer_words() -> None:
