@@ -87,6 +87,12 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(override: str) -> Non
     assert isinstance(caught.value, CLLM4RecError)
 
 
+def test_an_offset_of_new_items_requires_the_item_bias() -> None:
+    assert load("head.new_item_offset=0").head.new_item_offset == 0
+    with pytest.raises(ConfigError, match="new_item_offset requires item_bias"):
+        load("head.new_item_offset=0", "head.item_bias=false")
+
+
 def test_every_violation_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load("epochs=0", "optimizer.lr=-1", "batch.user=3")

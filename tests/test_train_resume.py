@@ -82,6 +82,7 @@ def test_a_refusal_names_only_the_settings_that_differ() -> None:
         "batch": {"gradient_accumulation_steps": 3},
         "optimizer": {"embeddings_state": "cpu"},
         "validation": {"early_stopping_patience": 3},
+        "head": {"new_item_offset": 0.5},
         "allow_leak": True,
         "corpus": "moved",
         "init_from": "another",

@@ -66,18 +66,25 @@ def _fill(system: InferenceSystem, counts: np.ndarray) -> int:
     model = system.recommender
     first, _ = model.item_partition.range(model.world.rank)
     rows, bias = model.collaborative.items.local_rows, model.head.local_bias
-    return fill_rows(system.corpus, counts, rows, bias, first, model.world)
+    return fill_rows(system.corpus, counts, rows, bias, first, model.world, system.config.head.new_item_offset)
 
 
 @torch.no_grad()
 def fill_rows(
-    corpus: Corpus, counts: np.ndarray, local_rows: Tensor, local_bias: Tensor | None, first: int, world: World
+    corpus: Corpus,
+    counts: np.ndarray,
+    local_rows: Tensor,
+    local_bias: Tensor | None,
+    first: int,
+    world: World,
+    offset: float | None,
 ) -> int:
     """Replace rows [local items, D] and biases [local items, 1] of cold items, in place. Collective.
 
     Args:
         counts: training interactions of each item, int64 [I].
         first: item of the first local row.
+        offset: `head.new_item_offset`.
 
     Returns:
         Number of cold items on all ranks; 0 if there are no texts to learn from.
@@ -85,7 +92,7 @@ def fill_rows(
     if counts.all():
         return 0
     texts = item_texts(corpus)
-    rows_of = fit_text_rows(texts, counts, local_rows, local_bias, first, world)
+    rows_of = fit_text_rows(texts, counts, local_rows, local_bias, first, world, offset)
     if rows_of is None:
         return 0
     local = np.flatnonzero(counts[first : first + len(local_rows)] == 0)

@@ -65,6 +65,7 @@ class TextItems:
             model.head.local_bias,
             first,
             model.world,
+            system.config.head.new_item_offset,
         )
         if rows_of is None:
             raise DataError(

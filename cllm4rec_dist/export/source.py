@@ -99,7 +99,8 @@ def open_source(
     run_corpus = _open_corpus(opened, config.corpus, required=needs_corpus or corpus is not None)
     if run_corpus is not None and run_corpus.manifest.has_cold_items:  # as when the run is loaded
         bias, rows = tables.get("head.bias"), tables[f"{COLLABORATIVE}.items"]
-        fill_rows(run_corpus, training_counts(run_corpus), rows, None if bias is None else bias[:, None], 0, world)
+        local_bias, offset = None if bias is None else bias[:, None], config.head.new_item_offset
+        fill_rows(run_corpus, training_counts(run_corpus), rows, local_bias, 0, world, offset)
     log_choice(store, names, opened)
     candidates = (base_model, config.backbone, str(opened.metadata.config["backbone"]))
     return Source(

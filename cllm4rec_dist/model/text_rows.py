@@ -29,9 +29,8 @@ _L2 = 0.3
 """Strength of the ridge regression, for TF-IDF rows of unit norm."""
 _HALF_WEIGHT = 10.0
 """Training interactions of an item whose row counts half as much as that of a popular item."""
-_BIAS_OFFSET = -1.5
-"""Added to the mean item bias. At 0 new items take places of known ones, whose Recall@20 falls by 8 % on the validation
-items of Beauty; at -1.5 it falls by 1 %."""
+DEFAULT_OFFSET = -1.5
+"""Difference to the mean item bias, if `head.new_item_offset` is left out."""
 _MAX_WORDS = 1 << 16
 """Most frequent words that are used; bounds the all-reduce of an iteration, [F, D]."""
 _MAX_ITERATIONS = 100
@@ -83,7 +82,7 @@ class TextRows:
         vectorizer: fitted TF-IDF of the catalog's texts.
         weights: fp32 [F, D].
         norm: norm of the rows; the mean of trained rows.
-        bias: item bias; the mean of trained ones (0 if there are none) minus 1.5.
+        bias: item bias; the mean of trained ones (0 if there are none) and the offset.
     """
 
     vectorizer: TfidfVectorizer
@@ -111,6 +110,7 @@ def fit_text_rows(
     local_bias: Tensor | None,
     first: int,
     world: World,
+    offset: float | None,
 ) -> TextRows | None:
     """Fit the map from texts to rows on the items with interactions; None if none of them has words.
 
@@ -120,6 +120,7 @@ def fit_text_rows(
         local_rows: fp32 [local items, D], this rank's rows.
         local_bias: fp32 [local items, 1], or None.
         first: item of the first local row.
+        offset: `head.new_item_offset`.
 
     Collectives: those of `fit_ridge`, and an all-reduce of three numbers.
     """
@@ -139,4 +140,5 @@ def fit_text_rows(
     bias = torch.zeros_like(counts) if local_bias is None else local_bias.detach().float().squeeze(1)
     sums = torch.stack([is_warm.sum(), rows.norm(dim=1)[is_warm].sum(), bias[is_warm].sum()])
     number, norm, total_bias = all_reduce_sum(sums.double(), world, "norms of item rows").tolist()
-    return TextRows(vectorizer, ridge, norm / number, total_bias / number + _BIAS_OFFSET)
+    offset = DEFAULT_OFFSET if offset is None else offset
+    return TextRows(vectorizer, ridge, norm / number, total_bias / number + offset)

@@ -30,7 +30,9 @@ from cllm4rec_dist.evaluation.inference import evaluate_run
 from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.mixing import MixedMetrics
+from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import rank_users
+from cllm4rec_dist.export.source import open_source
 from cllm4rec_dist.system import InferenceSystem, System, item_texts
 from tests.corpus.samples import recipe, source
 from tests.harness import alone, make_backbone, make_corpus, make_run, run_ranks
@@ -83,6 +85,22 @@ def test_rows_of_cold_items_come_from_their_texts_when_a_run_is_loaded(made: Mad
     norm = made.trained[~is_cold].norm(dim=1).mean()
     torch.testing.assert_close(rows[is_cold].norm(dim=1), norm.expand(int(is_cold.sum())))
     torch.testing.assert_close(bias[is_cold], (bias[~is_cold].mean() - 1.5).expand(int(is_cold.sum()), 1))
+
+
+def test_lists_new_texts_and_exports_take_the_offset_of_the_run(made: Made, tmp_path: Path) -> None:
+    config = open_source(made.run, None, None).config
+    settings = config.model_dump(include={"embeddings"}) | {"head": {"new_item_offset": 0.25}}
+    run = str(make_run(tmp_path / "run", config.corpus, config.backbone, **settings))
+    system, _ = trained_run.load_local(run, torch.device("cpu"))
+    bias, is_cold = system.recommender.head.local_bias, torch.from_numpy(training_counts(made.corpus) == 0)
+    assert bias is not None
+    expected = bias[~is_cold].mean().item() + 0.25
+    assert bias[is_cold].flatten().tolist() == pytest.approx([expected] * int(is_cold.sum()))
+    new = TextItems.fit(system).add(system, {"new": item_texts(made.corpus)[0]}).new_items
+    assert new is not None
+    assert float(new.output_weight[0, -1]) == pytest.approx(expected)
+    exported = open_source(run, None, None).tables["head.bias"]
+    torch.testing.assert_close(exported, bias.detach().flatten())
 
 
 def test_other_corpora_keep_the_rows_of_the_checkpoint(made: Made, system: InferenceSystem) -> None:

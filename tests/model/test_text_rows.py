@@ -45,7 +45,7 @@ def test_a_new_text_gets_the_direction_of_items_with_its_words() -> None:
     rows = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0], [-9.0, -9.0], [1.0, 1.0]])
     bias = torch.tensor([[1.0], [1.0], [3.0], [3.0], [-99.0], [0.0]])
     counts = np.array([5, 5, 5, 5, 0, 2])
-    rows_of = fit_text_rows(TEXTS, counts, rows, bias, 0, alone())
+    rows_of = fit_text_rows(TEXTS, counts, rows, bias, 0, alone(), None)
     assert rows_of is not None
     red, green, unknown = rows_of(["red teapot", "green plate", "blue"])
     assert red[0] > 0.9 * rows_of.norm
@@ -54,13 +54,16 @@ def test_a_new_text_gets_the_direction_of_items_with_its_words() -> None:
     norms = [2, 2, 2, 2, 2**0.5]
     assert rows_of.norm == pytest.approx(np.mean(norms)), "an item without interactions does not count"
     assert rows_of.bias == pytest.approx(8 / 5 - 1.5)
+    raised = fit_text_rows(TEXTS, counts, rows, bias, 0, alone(), 0.25)
+    assert raised is not None
+    assert raised.bias == pytest.approx(8 / 5 + 0.25)
     torch.testing.assert_close(red.norm(), torch.tensor(rows_of.norm, dtype=torch.float32))
 
 
 def fit_on_two_ranks(world: World) -> torch.Tensor:
     rows = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0], [-9.0, -9.0], [1.0, 1.0]])
     first, local = (0, rows) if world.rank == 0 else (6, rows[:0])
-    rows_of = fit_text_rows(TEXTS, np.array([5, 5, 5, 5, 0, 2]), local, None, first, world)
+    rows_of = fit_text_rows(TEXTS, np.array([5, 5, 5, 5, 0, 2]), local, None, first, world, None)
     assert rows_of is not None
     assert rows_of([]).shape == (0, 2)
     return rows_of(["red teapot"])
@@ -73,4 +76,4 @@ def test_a_rank_may_have_no_items() -> None:
 
 
 def test_items_without_words_have_no_map() -> None:
-    assert fit_text_rows(["", ""], np.array([1, 1]), torch.ones(2, 3), None, 0, alone()) is None
+    assert fit_text_rows(["", ""], np.array([1, 1]), torch.ones(2, 3), None, 0, alone(), None) is None
