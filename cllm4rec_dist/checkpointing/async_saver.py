@@ -233,8 +233,8 @@ def _snapshot(
         files |= {
             REPLICATED_FILE: lambda path: save_file(replicated, path),
             STATE_FILE: lambda path: path.write_text(metadata, encoding="utf-8"),
-            "users.parquet": lambda path: pq.write_table(system.corpus.users().select(["user"]), path),
-            "items.parquet": lambda path: pq.write_table(system.corpus.items().select(["item"]), path),
+            "users.parquet": lambda path: pq.write_table(system.corpus.ids("users"), path),
+            "items.parquet": lambda path: pq.write_table(system.corpus.ids("items"), path),
         }
         if trained_on is not None:
             files[SEEN_FILE] = trained_on.seen.save

@@ -150,13 +150,13 @@ class TrainedOn:
 
 def corpus_keys(corpus: Corpus, *splits: str) -> list[np.ndarray]:
     """Return for each split the keys of its interactions, uint64 [N], users in the order of their rows."""
-    users = id_hashes("user", corpus.users()["user"].to_pylist())
-    items = id_hashes("item", corpus.items()["item"].to_pylist())
+    users = id_hashes("user", corpus.ids("users")["user"].to_pylist())
+    items = id_hashes("item", corpus.ids("items")["item"].to_pylist())
     return [pair_keys(users, items, corpus.split(split)) for split in splits]
 
 
 def new_user_keys(corpus: Corpus) -> list[np.ndarray]:
     """Return the keys of each split of the new users, who are held out whole: histories, validation and test items."""
     users = id_hashes("user", corpus.new_users()["user"].to_pylist())
-    items = id_hashes("item", corpus.items()["item"].to_pylist())
+    items = id_hashes("item", corpus.ids("items")["item"].to_pylist())
     return [pair_keys(users, items, corpus.new_user_split(name)) for name in NEW_USER_SPLITS]

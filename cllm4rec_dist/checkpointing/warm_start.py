@@ -106,8 +106,8 @@ def read(system: System, candidate: Checkpoint) -> WarmStart:
     """
     corpus, metadata, model = system.corpus, candidate.metadata, system.recommender
     tables: dict[Kind, tuple[str, pa.Table, RowPartition]] = {
-        "users": ("user", corpus.users(), model.collaborative.users.partition),
-        "items": ("item", corpus.items(), model.item_partition),
+        "users": ("user", corpus.ids("users"), model.collaborative.users.partition),
+        "items": ("item", corpus.ids("items"), model.item_partition),
     }
     shared = {"users": metadata.num_users if metadata.has_shared_user else -1, "items": -1}
     matches = {

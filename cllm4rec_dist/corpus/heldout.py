@@ -102,5 +102,5 @@ class HeldOutUsers:
 
     def ids(self, corpus: Corpus) -> list[str]:
         """Return the external id of each user."""
-        known, new = corpus.users()["user"].take(self.known), corpus.new_users()["user"].take(self.new)
+        known, new = corpus.ids("users")["user"].take(self.known), corpus.new_users()["user"].take(self.new)
         return [*known.to_pylist(), *new.to_pylist()]

@@ -32,7 +32,7 @@ import logging
 import re
 import tarfile
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import Literal, Self
 
 import fsspec
 import numpy as np
@@ -220,12 +220,17 @@ class Corpus:
         """
         return self._table("items", self.num_items)
 
-    def _table(self, kind: str, num_rows: int) -> pa.Table:
+    def ids(self, kind: Literal["users", "items"]) -> pa.Table:
+        """Read the external ids alone, by row: a table of one column, user or item."""
+        size = self.num_users if kind == "users" else self.num_items
+        return self._table(kind, size, [kind.removesuffix("s")])
+
+    def _table(self, kind: str, num_rows: int, columns: list[str] | None = None) -> pa.Table:
         (entry,) = self.manifest.of_kind(kind)
         path = f"{self._root}/{entry.path}"
         try:
             with as_os_errors(), self._fs.open(path, "rb") as file:
-                table = pq.read_table(pa.BufferReader(file.read()))
+                table = pq.read_table(file if columns else pa.BufferReader(file.read()), columns=columns)
         except OSError as error:
             raise CorpusError(path, str(error), "cannot be read", _REBUILD) from error
         if table.num_rows != num_rows:

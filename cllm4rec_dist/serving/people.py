@@ -76,7 +76,7 @@ class CorpusPeople:
 
 def _names(corpus: Corpus) -> list[str]:
     """External ids of the users with rows, then of the new users."""
-    return [*corpus.users()["user"].to_pylist(), *corpus.new_users()["user"].to_pylist()]
+    return [*corpus.ids("users")["user"].to_pylist(), *corpus.new_users()["user"].to_pylist()]
 
 
 def _histories(corpus: Corpus, known_items: KnownItems, rows: np.ndarray | None = None) -> Ragged:
@@ -146,7 +146,7 @@ def _item_rows(
     """Item rows of orders, and the number of unknown items."""
     if not any(orders):
         return [[] for _ in orders], 0
-    row_of = {name: row for row, name in enumerate([*corpus.items()["item"].to_pylist(), *new_items])}
+    row_of = {name: row for row, name in enumerate([*corpus.ids("items")["item"].to_pylist(), *new_items])}
     unknown = sum(len({item for item in each if item not in row_of}) for each in orders)
     return [[row_of[item] for item in each if item in row_of] for each in orders], unknown
 

@@ -42,9 +42,9 @@ def reads_of(command: Callable[..., Any], *arguments: Any) -> Counter[str]:
         records.update((index, name.removesuffix("_items")) for name in arrays if name.endswith("_items"))
         return arrays
 
-    def count_table(self: Corpus, kind: str, num_rows: int) -> Any:
+    def count_table(self: Corpus, kind: str, num_rows: int, columns: list[str] | None = None) -> Any:
         tables[kind] += 1
-        return read_table(self, kind, num_rows)
+        return read_table(self, kind, num_rows, columns)
 
     with mock.patch.object(ShardSet, "read_record", count_record), mock.patch.object(Corpus, "_table", count_table):
         command(*arguments)
