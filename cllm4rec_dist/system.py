@@ -117,6 +117,7 @@ def _assemble_sharded(config: RunConfig, world: World, *, trains: bool) -> Infer
     """Assemble a system with an `Engine`; with the content LLM, if the run has one, only if it trains."""
     from cllm4rec_dist.distributed import engine  # imports DeepSpeed
 
+    shards, replicas = split_world(world, config.embeddings.shard_group, config.faults.collective_timeout_seconds)
     corpus = Corpus.open(config.corpus, verify=world.is_main and (trains or _READ_BY_PREDICTIONS))
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
@@ -136,7 +137,6 @@ def _assemble_sharded(config: RunConfig, world: World, *, trains: bool) -> Infer
     words = backbone.load_frozen_embeddings(folder, dtype, world.device, head=content)
     with world.watch.collective("the probe"), engine.gathered_by_layer(dual, dual.layers, world.device):
         require_equal_to_transformers(dual, dual, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
-    shards, replicas = split_world(world, config.embeddings.shard_group, config.faults.collective_timeout_seconds)
     recommender = _empty_recommender(config, corpus, words, shards, replicas, content=content)
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
     adapter_optimizer = torch.optim.AdamW(
