@@ -32,6 +32,7 @@ from cllm4rec_dist.model import backbone, embedding_init, hidden_vectors
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.init_cache import InitCache
+from cllm4rec_dist.model.item_features import local_item_counts
 from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.probe import require_equal_to_transformers
@@ -123,6 +124,9 @@ def assemble(config: RunConfig, world: World) -> System:
     with world.watch.collective("the probe"), gathered_by_layer(dual, dual.layers, world.device):
         require_equal_to_transformers(dual, dual, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
     recommender = _empty_recommender(config, corpus, words, world, content=content)
+    if config.head.num_negatives and config.head.negative_sampling == "popularity":
+        counts = local_item_counts(corpus, recommender.item_partition, world)
+        recommender.cumulative_counts = np.cumsum(counts + 1)
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
     adapter_optimizer = torch.optim.AdamW(
         trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay

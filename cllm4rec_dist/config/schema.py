@@ -88,6 +88,9 @@ class HeadConfig(StrictModel):
     num_negatives: int = Field(default=0, ge=0)
     """Items sampled for the training softmax of a micro-batch, over all ranks, in addition to its targets; 0: all
     items. Sampling biases the loss downwards and adds gradient noise (docs/performance.md). Predictions are exact."""
+    negative_sampling: Literal["uniform", "popularity"] = "uniform"
+    """How `num_negatives` items are drawn. `uniform`: all alike. `popularity`: in proportion to their training
+    interactions, plus one. Scores are corrected by the logarithm of the probability (logQ)."""
 
 
 class MethodConfig(StrictModel):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ class Recommender(nn.Module):
         max_logits: logits that a head holds at a time; the device's default if None.
 
     Attributes:
+        cumulative_counts: int64 [local items] on the host, cumulative sums of the numbers to which the probabilities of
+            negatives are proportional; None to draw them uniformly.
         input_projection: replicated [d, D], shared by all tables, only if d < D; its gradient must be summed over the
             ranks.
     """
@@ -88,6 +91,7 @@ class Recommender(nn.Module):
         sizes = num_users, num_items, width
         self.words, self.world, self.dropout, self.comm_dtype = words, world, dropout, comm_dtype
         self.num_negatives, self.max_logits = head.num_negatives, max_logits
+        self.cumulative_counts: np.ndarray | None = None
         self.compute_dtype = None if head.compute_dtype == "fp32" else DTYPES[head.compute_dtype]
         self.query_comm_dtype = None if head.comm_dtype == "fp32" else DTYPES[head.comm_dtype]
         self.collaborative = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients)
@@ -241,6 +245,7 @@ class Recommender(nn.Module):
             normalize=self.head.normalizes_rows,
             accumulate=True,
             sparse=self.collaborative.items.sparse_gradients,
+            cumulative_counts=self.cumulative_counts,
         )
         return losses
 
