@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +22,6 @@ from transformers import PretrainedConfig
 from cllm4rec_dist.config import BACKBONE_VECTORS, RunConfig
 from cllm4rec_dist.config.embedding_width import require_not_wider
 from cllm4rec_dist.corpus.prompts import PromptBuilder, largest_prompt_id
-from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
 from cllm4rec_dist.distributed.local_engine import ForwardEngine, LocalEngine
@@ -34,6 +31,7 @@ from cllm4rec_dist.model import backbone, embedding_init, hidden_vectors
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.embedding_optimizer import EmbeddingOptimizer
 from cllm4rec_dist.model.init_cache import InitCache
+from cllm4rec_dist.model.item_features import local_item_counts
 from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.probe import require_equal_to_transformers
@@ -138,6 +136,9 @@ def _assemble_sharded(config: RunConfig, world: World, *, trains: bool) -> Infer
     with world.watch.collective("the probe"), engine.gathered_by_layer(dual, dual.layers, world.device):
         require_equal_to_transformers(dual, dual, words, folder, tokenizer.encode_batch([_PROBE_TEXT])[0])
     recommender = _empty_recommender(config, corpus, words, shards, replicas, content=content)
+    if trains and config.head.num_negatives and config.head.negative_sampling == "popularity":
+        counts = local_item_counts(corpus, recommender.item_partition, shards)
+        recommender.cumulative_counts = np.cumsum(counts + 1)
     trained = [parameter for parameter in dual.parameters() if parameter.requires_grad]
     adapter_optimizer = torch.optim.AdamW(
         trained, lr=0.0, betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
@@ -385,22 +386,3 @@ def _backbone_vectors(system: System) -> embedding_init.TextVectors:
 
     digest = f"{system.fingerprints['backbone']} layer {middle} {config.precision} {config.quantization}"
     return embedding_init.TextVectors(digest, compute)
-
-
-def item_texts(corpus: Corpus) -> list[str]:
-    """Title and description of each item."""
-    return texts_of_table(corpus.items())
-
-
-def texts_of_table(items: pa.Table) -> list[str]:
-    """Like `item_texts`, from the table of the items."""
-    titles, descriptions = items["title"].to_pylist(), items["description"].to_pylist()
-    return [
-        f"{title or ''} {description or ''}".strip() for title, description in zip(titles, descriptions, strict=True)
-    ]
-
-
-def interaction_matrix(lists: Ragged, num_items: int) -> sp.csr_matrix:
-    """Binary matrix [n, I] of n users' items, fp32."""
-    ones = np.ones(len(lists.values), dtype=np.float32)
-    return sp.csr_matrix((ones, lists.values, lists.offsets), shape=(len(lists), num_items))

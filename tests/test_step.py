@@ -295,14 +295,17 @@ def assert_same_run(config: RunConfig, size: int, tmp_path: Path) -> dict[str, T
 @pytest.mark.slow
 def test_a_sampled_softmax_changes_the_loss_and_draws_the_same_again(made: tuple[str, str], tmp_path: Path) -> None:
     losses = []
-    for index, sampled in enumerate((0, 4, 4)):
-        config = make_config(made, "pretrain", head={"similarity": "cosine", "num_negatives": sampled})
+    popular = {"num_negatives": 4, "negative_sampling": "popularity"}
+    for index, sampled in enumerate(({}, {"num_negatives": 4}, {"num_negatives": 4}, popular)):
+        config = make_config(made, "pretrain", head={"similarity": "cosine"} | sampled)
         losses.append(run_ranks(2, sharded, config, str(tmp_path / str(index)))[0]["losses"])
-    exact, drawn, again = losses
+    exact, drawn, again, others = losses
     assert drawn == again
-    assert drawn[0]["items"] != pytest.approx(exact[0]["items"], rel=1e-4)
-    assert drawn[0]["items"] == pytest.approx(exact[0]["items"], rel=0.3)
-    assert drawn[0]["text"] == pytest.approx(exact[0]["text"], rel=1e-6)
+    for sample in (drawn, others):
+        assert sample[0]["items"] != pytest.approx(exact[0]["items"], rel=1e-4)
+        assert sample[0]["items"] == pytest.approx(exact[0]["items"], rel=0.3)
+        assert sample[0]["text"] == pytest.approx(exact[0]["text"], rel=1e-6)
+    assert others[0]["items"] != drawn[0]["items"]
 
 
 @pytest.mark.slow

@@ -93,6 +93,9 @@ class HeadConfig(StrictModel):
     num_negatives: int = Field(default=0, ge=0)
     """Items sampled for the training softmax of a micro-batch, over all ranks, in addition to its targets; 0: all
     items. Sampling biases the loss downwards and adds gradient noise (docs/performance.md). Predictions are exact."""
+    negative_sampling: Literal["uniform", "popularity"] = "uniform"
+    """How `num_negatives` items are drawn. `uniform`: all alike. `popularity`: in proportion to their training
+    interactions, plus one. Scores are corrected by the logarithm of the probability (logQ)."""
     new_item_offset: float | None = Field(default=None, allow_inf_nan=False)
     """Item bias of new items, which have a text and no training interactions, relative to the mean of the others: the
     higher, the more places of the lists they take (docs/new-products.md); -1.5 if left out. Requires `item_bias`."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.views import item_texts
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.text_rows import fit_text_rows
-from cllm4rec_dist.system import InferenceSystem, item_texts
+from cllm4rec_dist.system import InferenceSystem
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE, METRICS_FILE
 from cllm4rec_dist.corpus.heldout import KNOWN, NEW, Group, HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.views import interaction_matrix, texts_of_table
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, select_baselines
 from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
@@ -37,7 +38,6 @@ from cllm4rec_dist.evaluation.results import (
     Results,
     markdown_table,
 )
-from cllm4rec_dist.system import interaction_matrix, texts_of_table
 
 
 def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[BaselineName], seconds: float) -> str:

@@ -26,6 +26,7 @@ from cllm4rec_dist.config import LinearConfig
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.views import interaction_matrix, item_texts
 from cllm4rec_dist.distributed.collectives import all_gather_rows, gather_counts, gather_integers
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation.metrics import largest_cutoff, top_items, user_metrics
@@ -38,7 +39,7 @@ from cllm4rec_dist.model.linear_fit import (
     text_features,
 )
 from cllm4rec_dist.model.linear_memory import fit_linear_memory
-from cllm4rec_dist.system import System, interaction_matrix, item_texts
+from cllm4rec_dist.system import System
 
 logger = logging.getLogger(__name__)
 

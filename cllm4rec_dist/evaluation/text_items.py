@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.corpus.views import interaction_matrix, item_texts
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.cold_items import training_counts
@@ -30,7 +31,7 @@ from cllm4rec_dist.model.linear_fit import (
 from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.text_rows import TextRows, fit_text_rows
-from cllm4rec_dist.system import InferenceSystem, interaction_matrix, item_texts
+from cllm4rec_dist.system import InferenceSystem
 
 _SHOWN = 60
 """Characters of a text that an error message repeats."""

@@ -88,6 +88,19 @@ def local_interactions(corpus: Corpus, partition: RowPartition, world: World) ->
     return _csr(rows, columns, values, (num_local, corpus.num_users))
 
 
+def local_item_counts(corpus: Corpus, partition: RowPartition, world: World) -> np.ndarray:
+    """Training interactions of each item of this rank, int64 [n]. Exchanges the counts."""
+    read = (
+        corpus.interactions.read_record(index, ("train_items",))["train_items"]
+        for index in records_of(corpus.interactions, world)
+    )
+    items, counts = np.unique(join_parts([*read]), return_counts=True)
+    rows, _, counts = send_to_owners((items, items, counts.astype(np.int32)), partition, world)
+    total = np.zeros(partition.num_local(world.rank), np.int64)
+    np.add.at(total, rows, counts)
+    return total
+
+
 def local_tfidf(corpus: Corpus, num_words: int, partition: RowPartition, world: World) -> sp.csr_matrix:
     """This rank's rows of T, [n, V] fp32, with sublinear term frequencies and smoothed document frequencies.
 

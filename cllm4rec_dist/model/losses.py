@@ -8,6 +8,7 @@ Legend: n positions, M targets, D width, k distinct user and item rows.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +30,7 @@ def item_loss(
     normalize: bool = False,
     accumulate: bool = False,
     sparse: bool = False,
+    cumulative_counts: np.ndarray | None = None,
 ) -> Tensor:
     """Negative log-likelihood over the catalog.
 
@@ -38,7 +40,8 @@ def item_loss(
     Args:
         gathering: queries [n, D], and query and global item row of each of M targets.
         local_weight: [rows of this rank, D].
-        num_negatives, key, compute_dtype, bias, normalize, accumulate, sparse: see `sharded_cross_entropy`.
+        num_negatives, key, compute_dtype, bias, normalize, accumulate, sparse, cumulative_counts: see
+            `sharded_cross_entropy`.
 
     Collectives: those of `sharded_cross_entropy`.
     """
@@ -53,6 +56,7 @@ def item_loss(
         normalize=normalize,
         accumulate=accumulate,
         sparse=sparse,
+        cumulative_counts=cumulative_counts,
     ).sum()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +68,8 @@ class Recommender(nn.Module):
         max_logits: logits that a head holds at a time; the device's default if None.
 
     Attributes:
+        cumulative_counts: int64 [local items] on the host, cumulative sums of the numbers to which the probabilities of
+            negatives are proportional; None to draw them uniformly.
         input_projection: replicated [d, D], shared by all tables, only if d < D; its gradient must be summed over the
             ranks.
     """
@@ -94,6 +97,7 @@ class Recommender(nn.Module):
         self.words, self.world, self.dropout, self.comm_dtype = words, world, dropout, comm_dtype
         self.replicas = replace(world, rank=0, size=1) if replicas is None else replicas
         self.num_negatives, self.max_logits = head.num_negatives, max_logits
+        self.cumulative_counts: np.ndarray | None = None
         self.compute_dtype = None if head.compute_dtype == "fp32" else DTYPES[head.compute_dtype]
         self.query_comm_dtype = None if head.comm_dtype == "fp32" else DTYPES[head.comm_dtype]
         self.collaborative = UserItemEmbeddings(*sizes, world, sparse_gradients=sparse_gradients)
@@ -254,6 +258,7 @@ class Recommender(nn.Module):
             normalize=self.head.normalizes_rows,
             accumulate=True,
             sparse=self.collaborative.items.sparse_gradients,
+            cumulative_counts=self.cumulative_counts,
         )
         return losses
 

@@ -96,9 +96,12 @@ class GatheringQueries:
         local = pairs[(pairs[:, 1] >= start) & (pairs[:, 1] < stop)]
         return queries, local[:, 0], local[:, 1] - start
 
-    def sample(self, num_negatives: int, key: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, num_negatives: int, key: Tensor, target_row: Tensor, cumulative_counts: np.ndarray | None
+    ) -> tuple[Tensor, Tensor]:
         """Local rows of a sampled softmax (`sample_rows`)."""
-        return sample_rows(self.partition.num_local(self.world.rank), num_negatives, int(key), target_row, self.world)
+        num_local = self.partition.num_local(self.world.rank)
+        return sample_rows(num_local, num_negatives, int(key), target_row, self.world, cumulative_counts)
 
     def reduce(self, lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Combine log-sum-exps and target scores of local rows, [N], into those of all rows, [n] of this rank.
@@ -121,6 +124,7 @@ def sharded_cross_entropy(
     normalize: bool = False,
     accumulate: bool = False,
     sparse: bool = False,
+    cumulative_counts: np.ndarray | None = None,
 ) -> Tensor:
     """`linear_cross_entropy` over rows that are sharded over the ranks.
 
@@ -135,6 +139,7 @@ def sharded_cross_entropy(
         accumulate: let backward add the gradient of `local_weight`, a leaf, to its `grad` itself
             (`chunked_logsumexp_and_scores`); not used for a sampled softmax.
         sparse: give `local_weight` and `bias` sparse gradients in a sampled softmax.
+        cumulative_counts: see `sample_rows`.
 
     Returns:
         [n] of this rank. Its gradients are those of the sum over all ranks.
@@ -144,7 +149,7 @@ def sharded_cross_entropy(
     queries, target_query, target_row = gathering.wait()
     if num_negatives:
         assert key is not None
-        rows, log_weight = gathering.sample(num_negatives, key, target_row)
+        rows, log_weight = gathering.sample(num_negatives, key, target_row, cumulative_counts)
         target_row = torch.searchsorted(rows, target_row)
         local_weight, log_weight = F.embedding(rows, local_weight, sparse=sparse), log_weight[:, None]
         bias = log_weight if bias is None else F.embedding(rows, bias, sparse=sparse) + log_weight
@@ -164,27 +169,57 @@ def sharded_cross_entropy(
     return gathering.num_targets * lse - scores
 
 
-def sample_rows(num_local: int, num_negatives: int, key: int, targets: Tensor, world: World) -> tuple[Tensor, Tensor]:
+def sample_rows(
+    num_local: int,
+    num_negatives: int,
+    key: int,
+    targets: Tensor,
+    world: World,
+    cumulative_counts: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draw the rows of a sampled softmax, and the log of the importance weight of each.
 
-    Targets have weight 1, as in the exact softmax. The others are drawn uniformly and represent all rows that are not
-    targets: the estimate of the sum of exponentials is unbiased (its logarithm is not).
+    Targets have weight 1, as in the exact softmax. The others represent all rows that are not targets: the estimate of
+    the sum of exponentials is unbiased (its logarithm is not).
 
     Args:
         num_local: rows of this rank.
-        num_negatives: rows to draw over all ranks, evenly; duplicates count once.
+        num_negatives: rows to draw over all ranks, evenly; duplicates count once, with a larger weight if rows differ
+            in probability.
         key: seed of the draw.
         targets: int64 [m], local rows of the targets of all ranks that this rank owns.
+        cumulative_counts: int64 [num_local], cumulative sums of the numbers to which probabilities are proportional;
+            uniform if None.
 
     Returns:
         Distinct local rows, int64 [c] ascending, and log weights, fp32 [c]. No collective.
     """
     generator = np.random.default_rng([key & 0xFFFFFFFFFFFFFFFF, world.rank])
-    count = -(-num_negatives // world.size)
-    targets = targets.unique()
-    drawn = torch.from_numpy(generator.integers(num_local, size=count)) if num_local else targets.new_empty(0).cpu()
-    rows, index = torch.cat([targets, drawn.to(targets.device)]).unique(return_inverse=True)
-    others = len(rows) - len(targets)
-    log_weight = torch.full(rows.shape, math.log((num_local - len(targets)) / others) if others else 0.0)
-    log_weight = log_weight.to(rows.device).index_fill_(0, index[: len(targets)], 0.0)
-    return rows, log_weight
+    count, targets = -(-num_negatives // world.size), targets.unique()
+    if num_local == 0:
+        return targets, torch.empty(0, device=targets.device)
+    if cumulative_counts is None:
+        drawn = generator.integers(num_local, size=count)
+    else:
+        drawn = np.searchsorted(cumulative_counts, generator.integers(cumulative_counts[-1], size=count), side="right")
+    rows, index = torch.cat([targets, torch.from_numpy(drawn).to(targets.device)]).unique(return_inverse=True)
+    if cumulative_counts is None:
+        others = len(rows) - len(targets)
+        log_weight = torch.full(rows.shape, math.log((num_local - len(targets)) / others) if others else 0.0)
+        log_weight = log_weight.to(rows.device)
+    else:
+        log_weight = _log_importance(drawn, index[len(targets) :], len(rows), cumulative_counts)
+    return rows, log_weight.index_fill_(0, index[: len(targets)], 0.0)
+
+
+def _log_importance(drawn: np.ndarray, index: Tensor, num_rows: int, cumulative_counts: np.ndarray) -> Tensor:
+    """Log of how often each of `num_rows` distinct rows was drawn over how often that is expected, fp32.
+
+    Args:
+        drawn: rows in the order of the draws.
+        index: int64, position of each among the distinct rows.
+    """
+    counts = cumulative_counts[drawn] - np.where(drawn > 0, cumulative_counts[drawn - 1], 0)
+    expected = torch.from_numpy(counts * (len(drawn) / cumulative_counts[-1])).float().to(index.device)
+    times = expected.new_zeros(num_rows).index_add_(0, index, torch.ones_like(expected))
+    return times.div_(torch.ones_like(times).index_copy_(0, index, expected)).log_()

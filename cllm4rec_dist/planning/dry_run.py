@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,7 +204,9 @@ class _GatheringQueries(GatheringQueries):
         owned = self._micro_batch.owned_targets
         return self._gathered, _empty_index(owned), _empty_index(owned)
 
-    def sample(self, num_negatives: int, key: Tensor, target_row: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, num_negatives: int, key: Tensor, target_row: Tensor, cumulative_counts: np.ndarray | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the maximum number of rows; in a run, duplicates make it smaller."""
         drawn = -(-num_negatives // len(self._micro_batch.item_queries)) + self._micro_batch.owned_targets
         rows = _empty_index(min(self._num_rows, drawn))

@@ -19,6 +19,7 @@ from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.sources import read_source
+from cllm4rec_dist.corpus.views import item_texts
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import trained_run
 from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
@@ -33,7 +34,7 @@ from cllm4rec_dist.evaluation.mixing import MixedMetrics
 from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import rank_users
 from cllm4rec_dist.export.source import open_source
-from cllm4rec_dist.system import InferenceSystem, System, item_texts
+from cllm4rec_dist.system import InferenceSystem, System
 from tests.corpus.samples import recipe, source
 from tests.harness import alone, make_backbone, make_corpus, make_run, run_ranks
 

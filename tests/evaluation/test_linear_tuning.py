@@ -12,13 +12,13 @@ import torch
 
 from cllm4rec_dist.config import LinearConfig
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.views import interaction_matrix, item_texts
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import linear_tuning
 from cllm4rec_dist.evaluation.linear_tuning import _Sample, _weights, choose_settings, climb
 from cllm4rec_dist.evaluation.metrics import user_metrics
 from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.model.linear_fit import LinearSettings, item_features, text_features
-from cllm4rec_dist.system import interaction_matrix, item_texts
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks
 from tests.training import Made, make_config, newest, run
 

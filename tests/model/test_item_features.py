@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cllm4rec_dist.corpus.manifest import ContentKind
 from cllm4rec_dist.corpus.shards import Corpus
+from cllm4rec_dist.corpus.views import interaction_matrix
 from cllm4rec_dist.distributed.topology import RowPartition, World
-from cllm4rec_dist.model.item_features import build_item_features
-from cllm4rec_dist.system import interaction_matrix
+from cllm4rec_dist.model.item_features import build_item_features, local_item_counts
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks
 
 NUM_WORDS = 300
@@ -86,3 +86,14 @@ def test_rows_do_not_depend_on_the_world_size(corpus: str, size: int) -> None:
     # Blocks of four rows of 17 for five ranks: the last one has one.
     rows = torch.cat(run_ranks(size, features, corpus, WORD_WEIGHT, VECTORS_WEIGHT))
     torch.testing.assert_close(rows, features(alone(), corpus, WORD_WEIGHT, VECTORS_WEIGHT), rtol=1e-6, atol=1e-8)
+
+
+def item_counts(world: World, url: str) -> Tensor:
+    return torch.from_numpy(local_item_counts(Corpus.open(url, verify=False), RowPartition(17, world.size), world))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_items_are_counted_by_their_owners(corpus: str, size: int) -> None:
+    opened = Corpus.open(corpus, verify=False)
+    exact = interaction_matrix(opened.split("train"), opened.num_items).toarray().sum(0)
+    assert torch.cat(run_ranks(size, item_counts, corpus)).tolist() == exact.tolist()

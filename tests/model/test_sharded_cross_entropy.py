@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -320,18 +321,43 @@ def test_a_sampled_softmax_is_the_dense_one_over_the_same_sample(
     torch.testing.assert_close(torch.cat([got["weight"] for got in results]), weight.grad)
 
 
-def test_the_sampled_sum_of_exponentials_has_no_bias() -> None:
+POPULARITY = np.random.default_rng(3).integers(1, 30, size=40)
+
+
+@pytest.mark.parametrize("cumulative_counts", [None, np.cumsum(POPULARITY)])
+def test_the_sampled_sum_of_exponentials_has_no_bias(cumulative_counts: np.ndarray | None) -> None:
     queries, weight = normal(3, WIDTH, seed=1), normal(40, WIDTH, seed=2)
     targets, exact = torch.tensor([4, 17, 17]), (queries @ weight.T).exp().sum(1)
     sums = []
     for key in range(3000):
-        rows, log_weight = sample_rows(40, 10, key, targets, alone())
+        rows, log_weight = sample_rows(40, 10, key, targets, alone(), cumulative_counts)
         assert set(targets.tolist()) <= set(rows.tolist())
         sums.append((queries @ weight[rows].T + log_weight.double()).exp().sum(1))
     every = torch.stack(sums)
     assert (every.std(dim=0) > 0.05 * exact).all(), "samples must differ"
     error = (every.mean(dim=0) - exact) / (every.std(dim=0) / len(sums) ** 0.5)
     assert error.abs().max() < 4  # standard errors
+
+
+def test_popular_rows_are_drawn_in_proportion() -> None:
+    drawn = torch.zeros(40)
+    draws, none = 4000, torch.empty(0, dtype=torch.int64)
+    for key in range(draws):
+        rows, log_weight = sample_rows(40, 1, key, none, alone(), np.cumsum(POPULARITY))
+        drawn[rows] += 1
+        # The logQ correction of one draw: log of 1 over its probability.
+        assert log_weight.item() == pytest.approx(math.log(POPULARITY.sum() / POPULARITY[rows.item()]), rel=1e-5)
+    share = torch.from_numpy(POPULARITY / POPULARITY.sum())
+    error = (drawn / draws - share) / (share * (1 - share) / draws).sqrt()
+    assert error.abs().max() < 4  # standard errors
+    assert sample_rows(3, 100, 0, none, alone(), np.cumsum([1, 1, 1]))[0].tolist() == [0, 1, 2]
+
+
+def test_a_rank_without_rows_samples_nothing() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    for cumulative_counts in (None, np.empty(0, np.int64)):
+        rows, log_weight = sample_rows(0, 10, 1, none, alone(), cumulative_counts)
+        assert (rows.shape, rows.dtype, log_weight.shape) == ((0,), torch.int64, (0,))
 
 
 class LargestTensor(TorchDispatchMode):
