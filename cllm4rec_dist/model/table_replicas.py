@@ -55,7 +55,7 @@ def sum_gradient(gradient: Tensor, replicas: World) -> Tensor:
     gradient = gradient.coalesce()
     if replicas.size == 1:
         return gradient
-    counts = gather_counts(gradient._nnz(), replicas)
+    counts = gather_counts(len(gradient.values()), replicas)
     index = all_gather_rows(gradient.indices()[0], counts, replicas)
     values = all_gather_rows(gradient.values(), counts, replicas)
     return torch.sparse_coo_tensor(index[None], values, gradient.shape, check_invariants=False).coalesce()
