@@ -120,9 +120,9 @@ def plan(
         raise CorpusError(error.field, error.value, error.constraint, cure) from None
     announce(f"plan: reading {config}")
     from cllm4rec_dist.evaluation.trained_run import relocated
-    from cllm4rec_dist.planning.changes import faster_layouts, suggest_changes
+    from cllm4rec_dist.planning.changes import faster_runs, suggest_changes
     from cllm4rec_dist.planning.plan import Cluster, make_plan
-    from cllm4rec_dist.planning.table import as_json, format_changes, format_layouts, format_plan
+    from cllm4rec_dist.planning.table import as_json, format_changes, format_faster_runs, format_plan
     from cllm4rec_dist.planning.zero3_simulation import warn_of_other_version
 
     warn_of_other_version()
@@ -131,9 +131,9 @@ def plan(
         read = read.model_copy(update={"stage": "finetune"})
     made = make_plan(read, Cluster(*hardware), samples)
     typer.echo(format_plan(made))
-    layouts = list(faster_layouts(read, made, samples))
-    if layouts:
-        typer.echo("\n" + format_layouts(layouts))
+    faster = list(faster_runs(read, made, samples))
+    if faster:
+        typer.echo("\n" + format_faster_runs(faster))
     changes = list(suggest_changes(read, made, samples))
     if changes:
         typer.echo("\n" + format_changes(changes, made.cluster.gpu.memory))

@@ -7,40 +7,58 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.distributed.topology import shard_group_size
 from cllm4rec_dist.planning.plan import Cluster, Plan, make_plan
 
+_NUM_NEGATIVES = 30_000
+"""Size of a sample whose gradients differ from exact ones by 1 to 2 % (docs/performance.md#a-sampled-softmax)."""
+_SAMPLED_SHARE = 10
+"""A catalog this many times as large as a sample is worth sampling: there it takes a tenth of the head's time."""
+
 
 @dataclass(frozen=True)
-class Layout:
-    """Another layout of tables and weights over the ranks, and its plan."""
+class FasterRun:
+    """A change that makes a step faster.
+
+    Attributes:
+        settings: overrides, or a setting of the DeepSpeed file.
+        cost: disadvantage of the change.
+        plan: plan with this change and all before it.
+    """
 
     settings: str
+    cost: str
     plan: Plan
 
 
-def faster_layouts(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Layout]:
-    """Yield layouts with a faster step that fit, each on top of the one before.
+def faster_runs(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[FasterRun]:
+    """Yield changes with a faster step that fit, each on top of the ones before.
 
-    Tried are groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and hpZ within a host.
+    Tried are, on several hosts, groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and hpZ
+    within a host; in a large catalog a sampled softmax.
     """
-    cluster = plan.cluster
-    if cluster.num_ranks <= cluster.ranks_per_host or cluster.num_ranks % cluster.ranks_per_host:
-        return
-    current, best = shard_group_size(config.embeddings.shard_group, cluster.num_ranks), plan
-    chosen = current
-    for size in sorted({*_group_sizes(cluster)} - {current}, reverse=True):
-        changed = _changed(config, {"embeddings.shard_group": size})
-        other = None if changed is None else make_plan(changed, cluster, num_samples)
+    cluster, best, hpz = plan.cluster, plan, None
+    if cluster.num_ranks > cluster.ranks_per_host and cluster.num_ranks % cluster.ranks_per_host == 0:
+        current = shard_group_size(config.embeddings.shard_group, cluster.num_ranks)
+        for size in sorted({*_group_sizes(cluster)} - {current}, reverse=True):
+            changed = _changed(config, {"embeddings.shard_group": size})
+            other = None if changed is None else make_plan(changed, cluster, num_samples)
+            if changed is not None and other is not None and other.is_faster_than(best):
+                current, best, grouped = size, other, changed
+        if best is not plan:
+            config = grouped
+            yield FasterRun(f"embeddings.shard_group={current}", "sums of table gradients", best)
+        other = make_plan(config, cluster, num_samples, hpz=cluster.ranks_per_host)
+        if other.is_faster_than(best):
+            best, hpz = other, cluster.ranks_per_host
+            yield FasterRun(f"zero_hpz_partition_size: {hpz} in the DeepSpeed file", "a copy of the weights", best)
+    num_items = load_manifest(config.corpus)[0].num_items
+    if config.head.num_negatives == 0 and num_items >= _SAMPLED_SHARE * _NUM_NEGATIVES:
+        sampled = _changed(config, {"head.num_negatives": _NUM_NEGATIVES})
+        other = None if sampled is None else make_plan(sampled, cluster, num_samples, hpz=hpz)
         if other is not None and other.is_faster_than(best):
-            chosen, best = size, other
-    if chosen != current:
-        yield Layout(f"embeddings.shard_group={chosen}", best)
-        embeddings = config.embeddings.model_copy(update={"shard_group": chosen})
-        config = config.model_copy(update={"embeddings": embeddings})
-    other = make_plan(config, cluster, num_samples, hpz=cluster.ranks_per_host)
-    if other.is_faster_than(best):
-        yield Layout(f"zero_hpz_partition_size: {cluster.ranks_per_host} in the DeepSpeed file", other)
+            yield FasterRun(f"head.num_negatives={_NUM_NEGATIVES}", "noise in the item softmax", other)
 
 
 def _group_sizes(cluster: Cluster) -> Iterator[int]:

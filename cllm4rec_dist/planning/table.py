@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cllm4rec_dist.planning.changes import Change, Layout
+from cllm4rec_dist.planning.changes import Change, FasterRun
 from cllm4rec_dist.planning.hardware import GIB
 from cllm4rec_dist.planning.memory import PARTS
 from cllm4rec_dist.planning.plan import RESERVED, Plan
@@ -79,10 +79,10 @@ def format_changes(changes: Iterable[Change], gpu_memory: int) -> str:
     return "\n".join(_table(("change, on top of those before", "needs", "", "costs"), rows))
 
 
-def format_layouts(layouts: Iterable[Layout]) -> str:
-    """Format faster layouts as a Markdown table, each on top of those before."""
-    rows = [(x.settings, f"{x.plan.step_seconds:.3g} s", _bytes(x.plan.needed)) for x in layouts]
-    return "\n".join(_table(("faster, on top of those before", "a step", "needs"), rows))
+def format_faster_runs(runs: Iterable[FasterRun]) -> str:
+    """Format changes that make a step faster as a Markdown table, each on top of those before."""
+    rows = [(run.settings, f"{run.plan.step_seconds:.3g} s", _bytes(run.plan.needed), run.cost) for run in runs]
+    return "\n".join(_table(("faster, on top of those before", "a step", "needs", "costs"), rows))
 
 
 def as_json(plan: Plan, changes: Iterable[Change] = ()) -> dict[str, Any]:

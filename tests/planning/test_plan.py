@@ -13,10 +13,11 @@ from cllm4rec_dist import cli
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
-from cllm4rec_dist.planning.changes import faster_layouts, suggest_changes
+from cllm4rec_dist.planning import changes
+from cllm4rec_dist.planning.changes import faster_runs, suggest_changes
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
 from cllm4rec_dist.planning.plan import Cluster, make_plan
-from cllm4rec_dist.planning.table import as_json, format_layouts, format_plan
+from cllm4rec_dist.planning.table import as_json, format_faster_runs, format_plan
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.planning.runs import make_config
 
@@ -78,18 +79,31 @@ def test_a_plan_names_layouts_that_make_a_step_faster(config: RunConfig, tmp_pat
     config = make_config((config.corpus, config.backbone), tmp_path, {}, sharded)
     cluster = replace(CLUSTER, gpu=replace(CLUSTER.gpu, network=1e6, link=1e15))
     plan = make_plan(config, cluster)
-    groups, hpz = faster_layouts(config, plan, 2)
+    groups, hpz = faster_runs(config, plan, 2)
     assert groups.settings == "embeddings.shard_group=2"
     assert groups.plan.seconds["other communication"] < plan.seconds["other communication"]
     assert groups.plan.memory["tables"] > plan.memory["tables"]
     assert hpz.settings == "zero_hpz_partition_size: 2 in the DeepSpeed file"
     assert hpz.plan.seconds["communication of weights"] < groups.plan.seconds["communication of weights"]
     assert hpz.plan.memory["weights"] > groups.plan.memory["weights"]
-    assert f"| {hpz.plan.step_seconds:.3g} s |" in format_layouts([groups, hpz])
-    assert list(faster_layouts(with_shard_group(config, 2), hpz.plan, 2)) == []
-    assert list(faster_layouts(config, make_plan(config, replace(cluster, ranks_per_host=4)), 2)) == []
+    assert f"| {hpz.plan.step_seconds:.3g} s |" in format_faster_runs([groups, hpz])
+    assert list(faster_runs(with_shard_group(config, 2), hpz.plan, 2)) == []
+    assert list(faster_runs(config, make_plan(config, replace(cluster, ranks_per_host=4)), 2)) == []
     with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
         make_plan(with_shard_group(config, 3), cluster)
+
+
+def test_a_plan_names_a_sampled_softmax_for_a_large_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = make_catalog(num_items=5000)
+    backbone = make_backbone(tmp_path / "backbone", catalog, hidden_size=32)
+    config = make_config((make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)), tmp_path, {}, {})
+    slow = Cluster(replace(CLUSTER.gpu, bf16=1e6, fp32=1e6), 1, 1, 0.5)  # so that launches take no time
+    plan = make_plan(config, slow)
+    assert list(faster_runs(config, plan, 2)) == [], "exact where sampling saves little"
+    monkeypatch.setattr(changes, "_NUM_NEGATIVES", 100)
+    (sampled,) = faster_runs(config, plan, 2)
+    assert sampled.settings == "head.num_negatives=100"
+    assert sampled.plan.seconds["item head"] < plan.seconds["item head"] / 5
 
 
 def with_shard_group(config: RunConfig, size: int) -> RunConfig:
