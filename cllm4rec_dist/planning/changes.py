@@ -35,8 +35,8 @@ class FasterRun:
 def faster_runs(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[FasterRun]:
     """Yield changes with a faster step that fit, each on top of the ones before.
 
-    Tried are, on several hosts, groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and hpZ
-    within a host; in a large catalog a sampled softmax.
+    Tried are, on several hosts, groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and
+    hpZ within a host; in a large catalog a sampled softmax.
     """
     cluster, best, hpz = plan.cluster, plan, None
     if cluster.num_ranks > cluster.ranks_per_host and cluster.num_ranks % cluster.ranks_per_host == 0:
