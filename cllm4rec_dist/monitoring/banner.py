@@ -33,7 +33,7 @@ def banner_rows(system: System, schedule: Schedule, ranks: str, origin: str) -> 
         ("trained", _counts(trained)),
         ("frozen", _counts(frozen)),
         ("precision", _precision(config)),
-        ("ranks", ranks),
+        ("ranks", f"{ranks}{_describe_copies(system.recommender.replicas.size)}"),
         ("batch", describe_batch(config, system.world.size)),
         ("steps", describe_steps(schedule)),
         ("rate", describe_rates(config.optimizer)),
@@ -43,6 +43,10 @@ def banner_rows(system: System, schedule: Schedule, ranks: str, origin: str) -> 
     if config.trackers:
         rows.append(("trackers", ", ".join(config.trackers)))
     return rows
+
+
+def _describe_copies(num_replicas: int) -> str:
+    return f", {num_replicas} copies of the tables" if num_replicas > 1 else ""
 
 
 def describe_data(manifest: Manifest) -> str:
