@@ -1,16 +1,16 @@
 """The whole way at 200,000 users and items (A) and at a million of each (B): time and peak memory of every command.
 
-    python -m benchmarks.million --scale A           about ten minutes
-    python -m benchmarks.million --scale A B         and the million
+    python -m benchmarks.million                     both, one after the other
+    python -m benchmarks.million --scale A           the smaller one
     python -m benchmarks.million --scale tiny        a check that every command runs, without figures to compare
 
 Generates orders and products, and runs what a user would run, one process after the other: build-backbone, prepare,
 pretrain for a few steps, pretrain again for two more (resume), finetune, evaluate on a sample of users with the
-baselines that fit, recommend for one user and for 10,000. All settings but sizes (steps, users of a sample) are the
+baselines that fit, recommend for one user and for 2,000. All settings but sizes (steps, users of a sample) are the
 defaults. CPU seconds are those of a command and all its processes; peak memory is their largest resident sum.
 
-Beside them stand the figures of the first time that this was done, before most of its causes were mended (commit
-209f533, other generated data of the same sizes, an idle machine).
+Beside them stand the figures of the first time that this was done, before its causes were mended: other generated data
+of the same sizes, wall times on an idle machine.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Scale:
     num_users: int
     num_items: int
     num_interactions: int
-    num_evaluated: int = 2000
-    num_recommended: int = 10_000
+    num_evaluated: int = 1000
+    num_recommended: int = 2000
 
 
 SCALES = {

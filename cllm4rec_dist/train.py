@@ -383,7 +383,8 @@ def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunR
     """
     config = system.config.validation
     with cold_rows_filled(system):
-        mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users, config.users)
+        users = config.sample_size(system.corpus.num_users)
+        mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users, users)
     system.linear.weight = mixed.weight
     metric = config.metrics[0]
     value = mixed.metrics[metric]

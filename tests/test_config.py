@@ -295,3 +295,12 @@ def test_an_old_name_of_a_command_is_refused_with_the_new_one(capsys: pytest.Cap
         main(["backbone", "recipe.yaml", "folder"])
     assert ended.value.code == 2
     assert "cllm4rec build-backbone" in capsys.readouterr().err
+
+
+def test_validations_rank_a_sample_in_a_large_corpus_unless_a_number_is_named() -> None:
+    sizes = (23, 100_000, 100_001)
+    tree = {"stage": "finetune", "corpus": "c", "backbone": "b", "output": "o"}
+    default = validate(RunConfig, tree, "test").validation
+    assert [default.sample_size(size) for size in sizes] == [None, None, 10_000]
+    named = validate(RunConfig, tree | {"validation": {"users": 7}}, "test").validation
+    assert [named.sample_size(size) for size in sizes] == [7, 7, 7]

@@ -205,6 +205,10 @@ class OptimizerConfig(StrictModel):
     GPU memory and costs transfers. Checkpoints always contain fp32."""
 
 
+_MOST_VALIDATED, _VALIDATED_SAMPLE = 100_000, 10_000
+"""Most users of a corpus whose validations rank everyone by default, and users of a sample in a larger one."""
+
+
 class ValidationConfig(StrictModel):
     """Validation during training: ranking of held-out items."""
 
@@ -213,12 +217,19 @@ class ValidationConfig(StrictModel):
     metrics: tuple[str, ...] = ("recall@20", "recall@40", "ndcg@100")
     """Metrics to report, recall@K and ndcg@K; the first one selects the best checkpoint."""
     users: int | None = Field(default=None, ge=1)
-    """Users of a sample, the same at each validation; all users with validation items if left out."""
+    """Users of a sample, the same at each validation. If left out: all users with validation items, or 10,000 in a
+    corpus of more than 100,000 users."""
     batch_users: int = Field(default=256, ge=1)
     """Users in a batch of each rank."""
     early_stopping_patience: int = Field(default=0, ge=0)
     """Validations without improvement after which training stops; those during the warm-up of the learning rates do not
     count. 0 disables early stopping."""
+
+    def sample_size(self, num_users: int) -> int | None:
+        """Users of the sample in a corpus of so many users; None for all of them."""
+        if self.users is None and num_users > _MOST_VALIDATED:
+            return _VALIDATED_SAMPLE
+        return self.users
 
 
 class CheckpointConfig(StrictModel):
