@@ -9,6 +9,7 @@ prediction.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +117,7 @@ def _assemble_sharded(config: RunConfig, world: World, *, trains: bool) -> Infer
     from cllm4rec_dist.distributed import engine  # imports DeepSpeed
 
     shards, replicas = split_world(world, config.embeddings.shard_group, config.faults.collective_timeout_seconds)
-    corpus = Corpus.open(config.corpus, verify=world.is_main and (trains or _READ_BY_PREDICTIONS))
+    corpus = _open_corpus(config.corpus, verify=world.is_main and (trains or _READ_BY_PREDICTIONS))
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
     content = trains and uses_content(config, corpus)
@@ -167,7 +168,7 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
         ConfigError, CorpusError: if parts do not fit each other.
     """
     assert world.size == 1
-    corpus = Corpus.open(config.corpus, verify=_READ_BY_PREDICTIONS)
+    corpus = _open_corpus(config.corpus, verify=_READ_BY_PREDICTIONS)
     folder, decoder, tokenizer = open_backbone(config, corpus)
     backbone.require_weights(folder, decoder)
     dtype = DTYPES[config.precision]
@@ -188,6 +189,12 @@ def assemble_for_inference(config: RunConfig, world: World) -> InferenceSystem:
         engine=engine,
         fingerprints=_fingerprints(folder, corpus, tokenizer, world),
     )
+
+
+def _open_corpus(url: str, verify: bool | Collection[str]) -> Corpus:
+    corpus = Corpus.open(url, verify=verify)
+    logger.info("opened corpus %s: %d users, %d items", url, corpus.num_users, corpus.num_items)
+    return corpus
 
 
 def _empty_recommender(

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import re
 import tarfile
 from collections.abc import Collection, Sequence
@@ -49,7 +48,6 @@ from cllm4rec_dist.filesystems import as_os_errors, locate
 
 __all__ = ["NEW_USER_SPLITS", "SPLITS", "ContentKind", "Corpus", "Manifest", "ShardSet", "write_corpus"]
 
-logger = logging.getLogger(__name__)
 
 _MEMBER = re.compile(r"(\d+)\.(\w+)\.npy")
 _REBUILD = "Copy the corpus again, or build it again with `cllm4rec prepare`."
@@ -196,7 +194,6 @@ class Corpus:
             _check_size(source, f"{root}/{entry.path}", entry)
             if verify if isinstance(verify, bool) else entry.kind in verify:
                 _check_hash(fs, f"{root}/{entry.path}", entry)
-        logger.info("opened corpus %s: %d users, %d items", url, manifest.num_users, manifest.num_items)
         return cls(str(url), fs, root, manifest, fingerprint)
 
     @property
