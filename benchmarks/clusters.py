@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, show_table, write_json
+from benchmarks.common import parser, show, show_table, write_json
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.collate import MicroBatch
 from cllm4rec_dist.corpus.loader import BatchLoader
@@ -62,12 +62,13 @@ def main() -> None:
         )
         decoder.architectures = ["LlamaForCausalLM"]
         decoder.save_pretrained(Path(folder) / "backbone")
-        rows = [
-            {"gpus": num_ranks, "users": num_users, "items": num_items, "layout": name, **figures(plan, group)}
-            for num_ranks in chosen.gpus
-            for num_users, num_items in SIZES
-            for name, plan, group in layouts(folder, num_ranks, num_users, num_items)
-        ]
+        rows = []
+        for num_ranks in chosen.gpus:
+            for num_users, num_items in SIZES:
+                for name, plan, group in layouts(folder, num_ranks, num_users, num_items):
+                    about = {"gpus": num_ranks, "users": num_users, "items": num_items, "layout": name}
+                    rows.append({**about, **figures(plan, group)})
+                    show(f"{num_ranks} GPUs, {num_items:,} items, {name}: {plan.step_seconds:.2f} s a step")
     show_table([key.replace("_", " ") for key in rows[0]], [[*row.values()] for row in rows])
     write_json(chosen.json, {"rows": rows})
 

@@ -205,7 +205,6 @@ GROUPED = {"init": "spectral", "lambda_l": 0.3, "lambda_c": 0.7}
 GROUPS: list[tuple[int, int, str, dict[str, Any]]] = [
     (4, 2, "pretrain", {"embeddings": GROUPED}),
     (4, 2, "finetune", {"embeddings": GROUPED | {"dim": 5}, "optimizer": {"sparse_embedding_updates": False}}),
-    (4, 1, "finetune", {"embeddings": GROUPED, "method": {"max_history": 100, "shared_user_ratio": 0.4}}),
     (3, 1, "pretrain", {"embeddings": GROUPED, "head": PAPER_HEAD, "adapter": {"kind": "full"}}),
 ]
 

@@ -22,37 +22,44 @@ def grouped(num_shards: int | None) -> dict[str, Any]:
     return {"embeddings": EMBEDDINGS | {"shard_group": num_shards}, "seed": 1}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_run_resumes_with_any_copies_of_its_tables(made: Made, tmp_path: Path, stage: str) -> None:
-    """Losses, validations and the chosen weight of the linear memory are those of one rank, within rounding."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_ranks(1, run, make_config(made, whole, stage, **grouped(None)))
+@pytest.fixture(scope="module")
+def resumed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finetuning run whose legs have other numbers of ranks and of copies; the last one has two on four ranks."""
+    folder = tmp_path_factory.mktemp("groups") / "parts"
     for size, num_shards, until in ((4, 2, 2), (2, 1, 4), (3, None, 7), (4, 2, None)):
-        run_ranks(size, run, make_config(made, parts, stage, **grouped(num_shards), max_steps=until))
-        assert about(parts).shard_group == num_shards
-    got, expected = ({(line["step"], "loss" in line): line for line in metrics(folder)} for folder in (parts, whole))
-    assert len(expected) == 9 + (3 if stage == "finetune" else 0)  # steps and validations
+        run_ranks(size, run, make_config(made, folder, "finetune", **grouped(num_shards), max_steps=until))
+        assert about(folder).shard_group == num_shards
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_any_copies_of_its_tables(made: Made, resumed: Path, tmp_path: Path) -> None:
+    """Losses, validations and the chosen weight of the linear memory are those of one rank, within rounding."""
+    run_ranks(1, run, make_config(made, tmp_path, "finetune", **grouped(None)))
+    got, expected = (
+        {(line["step"], "loss" in line): line for line in metrics(folder)} for folder in (resumed, tmp_path)
+    )
+    assert len(expected) == 9 + 3  # steps and validations
     for place, line in expected.items():
         for key in line:
             assert got[place][key] == pytest.approx(line[key], rel=2e-4, abs=1e-6), (place, key)
 
 
 @pytest.mark.slow
-def test_a_run_with_copies_starts_from_another_catalog_and_is_evaluated_anywhere(made: Made, tmp_path: Path) -> None:
-    run_ranks(4, run, make_config(made, tmp_path / "old", "finetune", **grouped(2)))
-    old = str(tmp_path / "old")
-    recorded = about(tmp_path / "old", find(old)[1][0]).run
+def test_a_run_with_copies_is_evaluated_on_any_number_of_ranks(resumed: Path, tmp_path: Path) -> None:
+    recorded = about(resumed, find(str(resumed))[1][0]).run
     for size in (1, 3):
-        run_ranks(size, evaluated, old, str(tmp_path / f"valid-{size}"))
-        evaluation = json.loads((tmp_path / f"valid-{size}" / "evaluation.json").read_text())
+        run_ranks(size, evaluated, str(resumed), str(tmp_path / str(size)))
+        evaluation = json.loads((tmp_path / str(size) / "evaluation.json").read_text())
         assert evaluation["mean"]["recall@5"] == pytest.approx(recorded.best, rel=1e-6)
 
+
+@pytest.mark.slow
+def test_copies_of_another_catalog_start_from_a_run_with_copies(made: Made, resumed: Path, tmp_path: Path) -> None:
     other = tmp_path, make_corpus(tmp_path / "other", other_catalog(), Path(made[2])), made[2]
+    starts = {"init_from": str(resumed), "allow_leak": True}
     flat, copies = (
-        run_ranks(
-            size, loaded_tables, make_config(other, tmp_path / f"new-{size}", init_from=old, allow_leak=True, **layout)
-        )
+        run_ranks(size, loaded_tables, make_config(other, tmp_path / str(size), **starts, **layout))
         for size, layout in ((2, grouped(None)), (4, grouped(2)))
     )
     for rank, tables in enumerate(copies):

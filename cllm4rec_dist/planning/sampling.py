@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class MicroBatchSample:
         """Number of positions that the backbone computes."""
         return [batch.word_ids.numel() for batch in self.batches]
 
-    @property
+    @cached_property
     def queries(self) -> list[int]:
         """Number of positions that predict items."""
         return [len(batch.query_positions["items"]) for batch in self.batches]

@@ -78,11 +78,15 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
         EAGER,
     ),
     "full": (3, "gpt2", {"adapter": {"kind": "full"}, "head": {"similarity": "dot", "item_bias": False}}, EAGER),
-    "copies": (
+    "copies and hpZ": (
         4,
         "llama",
-        {"adapter": {"kind": "lora", "rank": 4}, "embeddings": {"init": "prior", "shard_group": 2}},
-        EAGER,
+        {
+            "adapter": {"kind": "lora", "rank": 4},
+            "embeddings": {"init": "prior", "shard_group": 2},
+            "activation_checkpointing": True,
+        },
+        EAGER | {"zero_hpz_partition_size": 2},
     ),
     "a copy a rank": (
         3,
@@ -93,12 +97,6 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
             "optimizer": {"sparse_embedding_updates": False},
         },
         EAGER,
-    ),
-    "hpZ": (
-        4,
-        "llama",
-        {"adapter": {"kind": "lora", "rank": 4}, "activation_checkpointing": True},
-        EAGER | {"zero_hpz_partition_size": 2},
     ),
     "rows only": (2, "gpt2", {"adapter": {"kind": "none"}, "batch": {"users": 9, "texts": 0}}, EAGER),
 }
