@@ -168,7 +168,7 @@ def count_step(
     for kind in partitions:
         tables = {name: rows for name, rows in rows_by_table.items() if name.endswith(kind)}
         rows = [_distinct(parts) for parts in zip(*tables.values(), strict=True)]
-        shared = [_share(rows, rank, num_shards) for rank in range(num_ranks)]
+        shared = _shares(rows, num_shards)
         touched[kind], shares[kind] = [*map(len, rows)], [*map(len, shared)]
         for name, by_rank in tables.items():
             looked_up[name] = [len(np.union1d(*pair)) for pair in zip(by_rank, shared, strict=True)]
@@ -194,11 +194,15 @@ def _distinct(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate(parts))
 
 
-def _share(rows: Sequence[np.ndarray], rank: int, num_shards: int) -> np.ndarray:
-    """A rank's share of the rows that its replicas touch (`table_replicas.share_touched_rows`)."""
-    replicas = rows[rank % num_shards :: num_shards]
-    union = _distinct(replicas)
-    return union[slice(*World(rank // num_shards, len(replicas), 0, META).local_range(0, len(union)))]
+def _shares(rows: Sequence[np.ndarray], num_shards: int) -> list[np.ndarray]:
+    """Each rank's share of the rows that its replicas touch (`table_replicas.share_touched_rows`)."""
+    num_replicas = len(rows) // num_shards
+    unions = [_distinct(rows[place::num_shards]) for place in range(num_shards)]
+    return [
+        union[slice(*World(replica, num_replicas, 0, META).local_range(0, len(union)))]
+        for replica in range(num_replicas)
+        for union in unions
+    ]
 
 
 def _count(batches: Sequence[MicroBatch], partitions: Mapping[str, RowPartition]) -> MicroBatchSample:
