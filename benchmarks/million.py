@@ -9,8 +9,8 @@ pretrain for a few steps, pretrain again for two more (resume), finetune, evalua
 baselines that fit, recommend for one user and for 2,000. All settings but sizes (steps, users of a sample) are the
 defaults. CPU seconds are those of a command and all its processes; peak memory is their largest resident sum.
 
-Beside them stand the figures of the first time that this was done, before its causes were mended: other generated data
-of the same sizes, wall times on an idle machine.
+They are printed beside the figures of the first such run, before what it showed was fixed: other generated data of the
+same sizes, wall times on an idle machine.
 """
 
 from __future__ import annotations

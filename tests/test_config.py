@@ -93,6 +93,12 @@ def test_an_offset_of_new_items_requires_the_item_bias() -> None:
         load("head.new_item_offset=0", "head.item_bias=false")
 
 
+def test_sampling_by_popularity_requires_a_sample() -> None:
+    assert load("head.negative_sampling=popularity", "head.num_negatives=9").head.negative_sampling == "popularity"
+    with pytest.raises(ConfigError, match="negative_sampling=popularity requires num_negatives"):
+        load("head.negative_sampling=popularity")
+
+
 def test_every_violation_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load("epochs=0", "optimizer.lr=-1", "batch.user=3")

@@ -63,7 +63,7 @@ class EmbeddingsConfig(StrictModel):
     sums and the item softmax stay fp32."""
     shard_group: int | None = Field(default=None, ge=1)
     """Number of consecutive ranks that together hold a copy of the tables; all ranks if left out. Lookups and the item
-    softmax stay inside of such a group, so that their memory and traffic stop growing with the number of ranks. In
+    softmax stay within such a group, so that their memory and traffic stop growing with the number of ranks. In
     return each rank holds more rows, and groups sum their gradients. It must divide the number of ranks, and is for
     training alone (docs/clusters.md#copies-of-the-tables)."""
 
@@ -94,16 +94,18 @@ class HeadConfig(StrictModel):
     """Items sampled for the training softmax of a micro-batch, over all ranks, in addition to its targets; 0: all
     items. Sampling biases the loss downwards and adds gradient noise (docs/performance.md). Predictions are exact."""
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
-    """How `num_negatives` items are drawn. `uniform`: all alike. `popularity`: in proportion to their training
-    interactions, plus one. Scores are corrected by the logarithm of the probability (logQ)."""
+    """How `num_negatives` items are drawn. `uniform`: with equal probability. `popularity`: in proportion to their
+    training interactions, plus one; scores are corrected by the logarithm of the probability (logQ)."""
     new_item_offset: float | None = Field(default=None, allow_inf_nan=False)
     """Item bias of new items, which have a text and no training interactions, relative to the mean of the others: the
     higher, the more places of the lists they take (docs/new-products.md); -1.5 if left out. Requires `item_bias`."""
 
     @model_validator(mode="after")
-    def _check_offset(self) -> HeadConfig:
+    def _check_requirements(self) -> HeadConfig:
         if self.new_item_offset is not None and not self.item_bias:
             raise ValueError("new_item_offset requires item_bias: without a bias new items are ranked like known ones")
+        if self.negative_sampling == "popularity" and not self.num_negatives:
+            raise ValueError("negative_sampling=popularity requires num_negatives: without them no item is sampled")
         return self
 
 

@@ -1,7 +1,7 @@
 """Copies of the tables, which training keeps equal bit for bit.
 
 With `embeddings.shard_group: G` each group of G ranks holds all rows (`topology.split_world`). Lookups and the item
-softmax stay inside of a group, so its gradients are those of the group's losses. Before the optimizer steps, replicas
+softmax stay within a group, so its gradients are those of the group's losses. Before the optimizer steps, replicas
 sum their gradients; the sum has the same bits on each, and so have the rows after the step.
 
 Legend: R rows of this rank, D width, k rows of a sparse gradient.

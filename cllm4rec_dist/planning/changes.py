@@ -35,27 +35,28 @@ class FasterRun:
 def faster_runs(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[FasterRun]:
     """Yield changes with a faster step that fit, each on top of the ones before.
 
-    Tried are, on several hosts, groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and
-    hpZ within a host; in a large catalog a sampled softmax.
+    On several hosts it tries groups of one, two, four, ... hosts and of all ranks for `embeddings.shard_group`, and hpZ
+    within a host; for a large catalog a sampled softmax.
     """
-    cluster, best, hpz = plan.cluster, plan, None
+    cluster, best, fastest = plan.cluster, plan, config
+    hpz: int | None = None
     if cluster.num_ranks > cluster.ranks_per_host and cluster.num_ranks % cluster.ranks_per_host == 0:
         current = shard_group_size(config.embeddings.shard_group, cluster.num_ranks)
         for size in sorted({*_group_sizes(cluster)} - {current}, reverse=True):
             changed = _changed(config, {"embeddings.shard_group": size})
             other = None if changed is None else make_plan(changed, cluster, num_samples)
             if changed is not None and other is not None and other.is_faster_than(best):
-                current, best, grouped = size, other, changed
+                best, fastest = other, changed
         if best is not plan:
-            config = grouped
-            yield FasterRun(f"embeddings.shard_group={current}", "sums of table gradients", best)
-        other = make_plan(config, cluster, num_samples, hpz=cluster.ranks_per_host)
+            settings = f"embeddings.shard_group={fastest.embeddings.shard_group}"
+            yield FasterRun(settings, "sums of table gradients", best)
+        other = make_plan(fastest, cluster, num_samples, hpz=cluster.ranks_per_host)
         if other.is_faster_than(best):
             best, hpz = other, cluster.ranks_per_host
             yield FasterRun(f"zero_hpz_partition_size: {hpz} in the DeepSpeed file", "a copy of the weights", best)
     num_items = load_manifest(config.corpus)[0].num_items
     if config.head.num_negatives == 0 and num_items >= _SAMPLED_SHARE * _NUM_NEGATIVES:
-        sampled = _changed(config, {"head.num_negatives": _NUM_NEGATIVES})
+        sampled = _changed(fastest, {"head.num_negatives": _NUM_NEGATIVES})
         other = None if sampled is None else make_plan(sampled, cluster, num_samples, hpz=hpz)
         if other is not None and other.is_faster_than(best):
             yield FasterRun(f"head.num_negatives={_NUM_NEGATIVES}", "noise in the item softmax", other)

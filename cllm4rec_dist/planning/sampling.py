@@ -44,22 +44,22 @@ class TableLookup:
 
     def exchange(self, rank: int) -> Exchange:
         """Sizes of the lookup on one rank."""
-        return Exchange(self.ids[rank], int(self.distinct[rank].sum()), int(self._asked_of(rank).sum()))
+        return Exchange(self.ids[rank], int(self.distinct[rank].sum()), int(self._requested_from(rank).sum()))
 
     def sent_by(self, rank: int) -> int:
         """Number of rows that a rank sends to others."""
-        return int(self._asked_of(rank).sum()) - self._kept_by(rank)
+        return int(self._requested_from(rank).sum()) - self._requested_from_itself(rank)
 
     def received_by(self, rank: int) -> int:
         """Number of rows that a rank receives from others; it sends as many ids and row gradients."""
-        return int(self.distinct[rank].sum()) - self._kept_by(rank)
+        return int(self.distinct[rank].sum()) - self._requested_from_itself(rank)
 
-    def _asked_of(self, rank: int) -> np.ndarray:
+    def _requested_from(self, rank: int) -> np.ndarray:
         """Number of distinct ids that each rank of the group looks up on `rank`."""
         num_shards = self.distinct.shape[1]
         return self.distinct[group_of(rank, num_shards), rank % num_shards]
 
-    def _kept_by(self, rank: int) -> int:
+    def _requested_from_itself(self, rank: int) -> int:
         return int(self.distinct[rank, rank % self.distinct.shape[1]])
 
 

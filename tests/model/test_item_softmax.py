@@ -88,7 +88,7 @@ def sharded(world: World, accumulate: bool) -> dict[str, Any]:
 
 
 def dense(size: int, similarity: str, item_bias: bool, num_items: int) -> list[dict[str, Tensor]]:
-    """The same from all logits at once, by rank."""
+    """Compute the results of all ranks densely, from all logits at once."""
     rows, bias = (value.requires_grad_() for value in parameters(num_items))
     log_temperature = torch.tensor(TEMPERATURE).log().double().requires_grad_()
     made = batches(size, num_items)

@@ -272,7 +272,7 @@ def test_narrow_rows_have_both_projections() -> None:
 
 
 def layouts(model: Recommender) -> dict[str, bool]:
-    """Whether each table's gradient is sparse after two micro-batches and the mutual loss."""
+    """Tell for each table if its gradient is sparse after two micro-batches and the mutual loss."""
     batches = [collate_each([FIRST, SECOND], SPACE, [FIRST, SECOND]) for _ in range(2)]
     routes = model.route(batches)
     for index, (tokens, item_rows) in enumerate(model.embed(batches, routes)):
