@@ -40,7 +40,6 @@ _SMALL = 200_000
 _RANKS = 64
 _USERS, _TEXTS = 32, 16
 _HOST = 8
-_PLAIN: dict[str, Any] = {"head": {"projection": True}}
 _SCALED: dict[str, Any] = {"head": {"compute_dtype": "bf16"}, "embeddings": {"dim": 256}}
 
 
@@ -65,7 +64,7 @@ def main() -> None:
         rows = []
         for num_ranks in chosen.gpus:
             for num_users, num_items in SIZES:
-                for name, plan, group in layouts(folder, num_ranks, num_users, num_items):
+                for name, plan, group in layouts(folder, chosen.hidden, num_ranks, num_users, num_items):
                     about = {"gpus": num_ranks, "users": num_users, "items": num_items, "layout": name}
                     rows.append({**about, **figures(plan, group)})
                     show(f"{num_ranks} GPUs, {num_items:,} items, {name}: {plan.step_seconds:.2f} s a step")
@@ -73,11 +72,14 @@ def main() -> None:
     write_json(chosen.json, {"rows": rows})
 
 
-def layouts(folder: str, num_ranks: int, num_users: int, num_items: int) -> Iterator[tuple[str, Plan, int]]:
+def layouts(
+    folder: str, hidden: int, num_ranks: int, num_users: int, num_items: int
+) -> Iterator[tuple[str, Plan, int]]:
     """Yield the plain layout and the fastest scaled one that fits, or the smallest: name, plan, ranks of a group."""
     cluster = Cluster(GPUS["h100"], num_ranks, _HOST, 0.45)
     batches = [spread(batch, num_users, num_items) for batch in small_batches(folder, num_ranks)]
-    yield "plain", plan_for(folder, _PLAIN, cluster, batches, (num_users, num_items), num_ranks, 1), num_ranks
+    plain = {"head": {"projection": True}, "embeddings": {"dim": hidden}}
+    yield "plain", plan_for(folder, plain, cluster, batches, (num_users, num_items), num_ranks, 1), num_ranks
     sizes = [size for size in (8, 64, 512, 4096) if size <= num_ranks]
     plans = {size: plan_for(folder, _SCALED, cluster, batches, (num_users, num_items), size, _HOST) for size in sizes}
     best = min(plans, key=lambda size: (not plans[size].fits, plans[size].step_seconds if plans[size].fits else -size))

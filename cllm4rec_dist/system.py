@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import BACKBONE_VECTORS, RunConfig
-from cllm4rec_dist.config.embedding_width import require_not_wider
+from cllm4rec_dist.config.embedding_width import embedding_width, require_not_wider
 from cllm4rec_dist.corpus.prompts import PromptBuilder, largest_prompt_id
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import TokenSpace, WordTokenizer
@@ -217,7 +217,7 @@ def _empty_recommender(
         comm_dtype=DTYPES[config.embeddings.comm_dtype],
         sparse_gradients=config.optimizer.sparse_embedding_updates,
         content=content,
-        width=config.embeddings.dim,
+        width=embedding_width(config.embeddings.dim, words.embedding.shape[1], corpus.num_users + corpus.num_items),
         replicas=replicas,
     )
 

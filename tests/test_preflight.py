@@ -76,16 +76,17 @@ def test_rows_that_cannot_be_packed_are_refused() -> None:
     assert "'int8' cannot pack rows of width 96. Set embeddings.dim to a multiple of 64" in str(problem)
 
 
-def test_widths_are_checked_against_the_backbone_and_the_run_to_start_from(tmp_path: Path) -> None:
+def test_widths_are_checked_against_the_backbone_and_the_run_to_start_from(tmp_path: Path, corpus: str) -> None:
     backbone, earlier = tmp_path / "backbone", Store(f"{tmp_path}/earlier/checkpoints")
     backbone.mkdir()
 
     def problems(*overrides: str) -> list[str]:
-        run = config(f"output={tmp_path}/run", f"backbone={backbone}", *overrides)
+        run = config(f"output={tmp_path}/run", f"backbone={backbone}", f"corpus={corpus}", *overrides)
         return [str(problem) for problem in preflight.source_problems(run)]
 
     def save(embeddings: dict[str, Any]) -> None:
-        state, name = {"config": {"embeddings": embeddings}}, "step-00000009"
+        state = {"config": {"embeddings": embeddings}, "num_users": 9, "num_items": 11}
+        name = "step-00000009"
         entry = earlier.write(name, "state.json", lambda path: path.write_text(json.dumps(state)))
         earlier.commit(name, {"state.json": entry})
 

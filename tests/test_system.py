@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.config import embedding_width as embedding_width_module
+from cllm4rec_dist.config.embedding_width import embedding_width
 from cllm4rec_dist.corpus.prompts import largest_prompt_id
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
@@ -20,7 +22,7 @@ from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.model import backbone
 from cllm4rec_dist.planning.hardware import find_gpu
 from cllm4rec_dist.planning.plan import Cluster, make_plan
-from cllm4rec_dist.system import open_backbone, require_embeddings
+from cllm4rec_dist.system import assemble_for_inference, open_backbone, require_embeddings
 from cllm4rec_dist.train import train
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
 from tests.model.backbones import changed, copied
@@ -230,3 +232,25 @@ def test_embeddings_wider_than_the_backbone_are_refused(made: Made, tmp_path: Pa
         open_backbone(run_config(*made, tmp_path, embeddings={"dim": width}), Corpus.open(made[0]))
     with pytest.raises(ConfigError, match=r"embeddings\.dim: 17 exceeds the backbone's hidden size, 16\. Lower it"):
         open_backbone(run_config(*made, tmp_path, embeddings={"dim": 17}), Corpus.open(made[0]))
+
+
+def test_embeddings_of_a_large_catalog_are_narrow_by_default() -> None:
+    assert embedding_width(None, 4096, 524_288) == 4096
+    assert embedding_width(None, 4096, 524_289) == 256
+    assert embedding_width(None, 128, 1 << 30) == 128
+    assert embedding_width(4096, 4096, 1 << 30) == 4096
+    assert embedding_width(64, 4096, 100) == 64
+
+
+@pytest.mark.parametrize(("limit", "width"), [(1 << 20, 16), (100, 8)])
+def test_run_and_plan_choose_the_same_width(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, width: int
+) -> None:
+    monkeypatch.setattr(embedding_width_module, "_NARROW", 8)
+    monkeypatch.setattr(embedding_width_module, "_MAX_ENTRIES", limit)
+    config, world = run_config(*made, tmp_path), World(0, 1, 0, torch.device("cpu"))
+    cluster = Cluster(find_gpu("h100"), 2, 8, 0.45)
+    items = assemble_for_inference(config, world).recommender.collaborative.items.local_rows
+    explicit = run_config(*made, tmp_path, embeddings={"dim": width})
+    assert items.shape[1] == width
+    assert make_plan(config, cluster).memory == make_plan(explicit, cluster).memory

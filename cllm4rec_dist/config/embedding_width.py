@@ -1,12 +1,27 @@
-"""Checks of `embeddings.dim`: against the backbone, and against the run that a new one starts from."""
+"""The width of embeddings, and its checks: against the backbone, and against the run that a new one starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from cllm4rec_dist.config.schema import EmbeddingsConfig
 from cllm4rec_dist.errors import CheckpointError, ConfigError
+
+_NARROW = 256
+_MAX_ENTRIES = 1 << 31
+"""Entries of the users' and items' embeddings at the backbone's width above which these are narrow, if `embeddings.dim`
+leaves it open: with Adam's moments and those of the content LLM they would take 48 GiB."""
+
+
+def embedding_width(dim: int | None, hidden_size: int, num_embeddings: int) -> int:
+    """Return the width of embeddings.
+
+    Args:
+        dim: `embeddings.dim`.
+        hidden_size: width of the backbone.
+        num_embeddings: users and items.
+    """
+    if dim is not None:
+        return dim
+    return min(_NARROW, hidden_size) if num_embeddings * hidden_size > _MAX_ENTRIES else hidden_size
 
 
 def require_not_wider(config: EmbeddingsConfig, hidden_size: int) -> None:
@@ -24,24 +39,28 @@ def require_not_wider(config: EmbeddingsConfig, hidden_size: int) -> None:
         )
 
 
-def require_same_width(
-    config: EmbeddingsConfig, path: str, saved: Mapping[str, Any], hidden_size: int | None = None
-) -> None:
-    """Refuse a checkpoint of the same backbone whose embeddings have another width.
-
-    Args:
-        path, saved: the checkpoint and the configuration in it.
-        hidden_size: width of the backbone; None if it is not known, which finds fewer differences.
+def require_same_width(now: int, path: str, before: int) -> None:
+    """Refuse a checkpoint whose embeddings have another width than the run's.
 
     Raises:
         CheckpointError: names both widths.
     """
-    before = saved.get("embeddings", {}).get("dim") or hidden_size
-    now = config.dim or hidden_size
-    if before is not None and now is not None and before != now:
+    if before != now:
         raise CheckpointError(
             f"{path}: embeddings.dim",
             before,
             f"is not this run's, {now}; embeddings cannot be carried over to another width",
             f"Set embeddings.dim={before}, or start without init_from.",
         )
+
+
+def can_have_same_width(first: int | None, second: int | None, hidden_size: int | None) -> bool:
+    """True if runs of one corpus with these settings of `embeddings.dim` may have embeddings of the same width.
+
+    Args:
+        hidden_size: width of the backbone; None if it is not known.
+    """
+    if first is not None and second is not None:
+        return first == second
+    dim = second if first is None else first
+    return dim is None or hidden_size is None or dim in (hidden_size, min(_NARROW, hidden_size))

@@ -53,7 +53,8 @@ class EmbeddingsConfig(StrictModel):
     init_vectors_share: float = Field(default=0.5, ge=0, le=1)
     """Share of `item_vectors` in the weight of texts, in squares; the rest is that of words."""
     dim: int | None = Field(default=None, ge=1)
-    """Width of user and item embeddings; that of the backbone if left out. Narrower ones take less memory, less
+    """Width of user and item embeddings; if left out, that of the backbone, or at most 256 for so many users and items
+    that embeddings of the backbone's width would take 48 GiB with their moments. Narrower ones take less memory, less
     communication and less compute in the item softmax. They enter the backbone through a learned matrix and are
     predicted through another one, that of `head.projection`, which they always have (docs/narrow-rows.md)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.config.embedding_width import embedding_width
 from cllm4rec_dist.distributed import engine
 from cllm4rec_dist.distributed.topology import RowPartition, World, shard_group_size
 from cllm4rec_dist.model import backbone
@@ -104,7 +105,7 @@ def make_meta_run(
         comm_dtype=DTYPES[config.embeddings.comm_dtype],
         sparse_gradients=config.optimizer.sparse_embedding_updates,
         content=content,
-        width=config.embeddings.dim,
+        width=embedding_width(config.embeddings.dim, decoder.hidden_size, num_users + num_items),
         max_logits=max_logits,
     )
     rules = engine.zero_config(engine.resolve_settings(config))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.config import RunConfig
-from cllm4rec_dist.config.embedding_width import require_not_wider, require_same_width
+from cllm4rec_dist.config.embedding_width import (
+    can_have_same_width,
+    embedding_width,
+    require_not_wider,
+    require_same_width,
+)
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import is_url
 
@@ -23,9 +29,14 @@ def width_problems(config: RunConfig, *, reads_init_from: bool) -> Iterator[CLLM
     try:
         if hidden_size is not None:
             require_not_wider(config.embeddings, hidden_size)
-        initial = _saved_settings(config.init_from) if reads_init_from and config.init_from is not None else None
+        initial = _saved(config.init_from) if reads_init_from and config.init_from is not None else None
         if initial is not None:
-            require_same_width(config.embeddings, *initial, hidden_size)
+            dim, num_embeddings = config.embeddings.dim, _num_embeddings(config.corpus)
+            if hidden_size is not None and num_embeddings is not None:
+                before = embedding_width(initial.dim, hidden_size, initial.num_embeddings)
+                require_same_width(embedding_width(dim, hidden_size, num_embeddings), initial.path, before)
+            elif dim is not None and initial.dim is not None:
+                require_same_width(dim, initial.path, initial.dim)
     except CLLM4RecError as error:
         yield error
 
@@ -45,9 +56,10 @@ def stage_width_problems(pretrain: RunConfig, finetune: RunConfig, hidden_size: 
         except ConfigError as error:
             yield error
             return
-    before, now = (config.embeddings.dim or hidden_size for config in (pretrain, finetune))
-    if (before is None) != (now is None) or before == now:  # a width that is not known may be the other's
+    dims = pretrain.embeddings.dim, finetune.embeddings.dim
+    if can_have_same_width(*dims, hidden_size):
         return
+    before, now = (hidden_size if dim is None else dim for dim in dims)
     yield ConfigError(
         "finetune.yaml: embeddings.dim",
         now,
@@ -66,13 +78,33 @@ def _hidden_size(file: Path) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-def _saved_settings(path: str) -> tuple[str, dict[str, Any]] | None:
-    """Return the checkpoint that a run would start from and its settings; None if it is remote or cannot be read."""
+def _num_embeddings(corpus: str) -> int | None:
+    """Return the number of users and items of a corpus; None if it cannot be read, which another check reports."""
+    try:
+        manifest, _ = load_manifest(corpus)
+    except CLLM4RecError:
+        return None
+    return manifest.num_users + manifest.num_items
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Checkpoint that a run would start from, its `embeddings.dim`, and its number of users and items."""
+
+    path: str
+    dim: int | None
+    num_embeddings: int
+
+
+def _saved(path: str) -> _Saved | None:
+    """Read the state of the checkpoint that a run would start from; None if it is remote or cannot be read."""
     if is_url(path):
         return None
     try:
         store, (name, *_) = find(path)
         file = store.fetch(name, "state.json", store.marker(name).files["state.json"])
-        return store.path(name), dict(json.loads(file.read_bytes())["config"])
+        state = json.loads(file.read_bytes())
+        dim = state["config"].get("embeddings", {}).get("dim")
+        return _Saved(store.path(name), dim, state["num_users"] + state["num_items"])
     except (CheckpointError, KeyError, TypeError, ValueError):  # the run reports it, or uses another checkpoint
         return None
