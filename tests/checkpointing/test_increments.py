@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import random
 import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import polars as pl
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cllm4rec_dist.checkpointing.format import ADAPTER, LINEAR_NEIGHBORS, Checkpoint, changed_rows_name
-from cllm4rec_dist.checkpointing.increments import superseded
-from cllm4rec_dist.checkpointing.store import Store
-from cllm4rec_dist.distributed.adam import MOMENTS
-from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
-from tests.training import Made, about, make_config, metrics, names, run
+from cllm4rec_dist.checkpointing.checkpoint import resume
+from cllm4rec_dist.checkpointing.format import Checkpoint, changed_rows_name
+from cllm4rec_dist.checkpointing.increments import STATE_FILE, superseded
+from cllm4rec_dist.checkpointing.run_folder import STEP
+from cllm4rec_dist.checkpointing.store import COMMIT, DAMAGED, Store
+from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.export.folder import export
+from cllm4rec_dist.monitoring.status import read_statuses
+from cllm4rec_dist.serving.recommender import Recommender
+from cllm4rec_dist.system import assemble
+from tests.checkpointing.test_checkpoint import SHARD, forge_marker, restate, retensor, same, state_of, void
+from tests.checkpointing.test_warm_start import loaded_tables, other_catalog
+from tests.damage import DAMAGE, Spoil
+from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks, with_messages
+from tests.test_train import evaluated
+from tests.test_train_faults import on_a_failing_store
+from tests.training import Made, about, contents, make_config, metrics, names, run
 
+BASE, NEWEST = "step-00000004", "step-00000006"
 OPTIMIZER = {"lr": 1e-2, "embeddings_lr": 5e-3, "warmup_steps": 2}
 SAMPLED = {"num_negatives": 5, "item_bias": True}
 EMBEDDINGS = {"init": "spectral", "dropout": 0.3, "lambda_l": 0.01, "lambda_c": 0.1}
@@ -45,29 +61,6 @@ def few_users(**changes: Any) -> dict[str, Any]:
 
 def opened(run: Path, name: str) -> Checkpoint:
     return Checkpoint.open(Store(f"{run}/checkpoints"), name)
-
-
-def contents(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Everything that a run resumes from, tables and adapters whole."""
-    about, whole = checkpoint.metadata, checkpoint.base or checkpoint
-    first_file = f"shard-00000-of-{about.world_size:05d}.safetensors"
-    with safe_open(whole.file(first_file), framework="pt") as tensors:
-        saved = [*tensors.keys()]
-    result = checkpoint.replicated()
-    for name in saved:
-        table, _, last = name.rpartition(".")
-        parameter = table if last in MOMENTS else name
-        size = about.num_user_rows if parameter.endswith(".users") else about.num_items
-        if parameter.startswith(ADAPTER):
-            size = math.prod(about.shapes[parameter.removeprefix(ADAPTER)])
-        value = checkpoint.rows(name, size, 0, size, "I32" if name == LINEAR_NEIGHBORS else "F32")
-        assert value is not None
-        result[name] = value
-    return result
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def changed_rows(checkpoint: Checkpoint, table: str) -> Tensor:
@@ -117,10 +110,240 @@ def test_each_checkpoint_has_the_bits_of_a_whole_one(made: Made, wide: Made, tmp
         assert {"users.parquet", "items.parquet"}.isdisjoint(other.marker.files)
         before = contents(other.base)
         for table in tables:
-            differs = (expected[table] != before[table]).flatten(1).any(dim=1) if expected[table].dim() > 1 else (
-                expected[table] != before[table]
-            )  # fmt: skip
+            differs = (expected[table] != before[table]).view(len(before[table]), -1).any(dim=1)
             stored = changed_rows(other, table)
             assert set(differs.nonzero().flatten().tolist()) <= set(stored.tolist()), (name, table)
             if table.endswith("users"):
                 assert len(stored) < len(expected[table]), (name, table)
+
+
+@pytest.fixture(scope="module")
+def saved(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run of two ranks twice: with whole checkpoints, and with whole ones at steps 1 and 4 only."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, full_every in (("whole", 1), ("changed", 3)):
+        run_ranks(2, run, make_config(made, folder / name, **few_users(), **saving(full_every)))
+    return {name: folder / name for name in ("whole", "changed")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "num_shards"), [(2, None), (1, None), (3, None), (4, 2)])
+def test_a_run_goes_on_at_any_number_of_ranks_as_from_a_whole_one(
+    made: Made, saved: dict[str, Path], tmp_path: Path, size: int, num_shards: int | None
+) -> None:
+    embeddings = {"embeddings": EMBEDDINGS | {"shard_group": num_shards}}
+    for name, source in saved.items():
+        shutil.copytree(source, tmp_path / name)
+        changes = few_users(max_steps=9) | embeddings | saving(1 if name == "whole" else 3)
+        run_ranks(size, run, make_config(made, tmp_path / name, **changes))
+    assert metrics(tmp_path / "changed") == metrics(tmp_path / "whole")
+    bases = {name: about(tmp_path / "changed", name).base for name in ("step-00000007", "step-00000008")}
+    assert bases["step-00000007"] is None, "the first one after a resume is whole"
+    assert bases["step-00000008"] is not None
+    for name in ("step-00000007", "step-00000008", "step-00000009"):
+        assert same(contents(opened(tmp_path / "changed", name)), contents(opened(tmp_path / "whole", name)))
+
+
+def cases(clean: Path) -> Iterator[tuple[str, Callable[[Path], object], int]]:
+    """Name and damage to a copy of the folder of checkpoints, and the step of the newest one that stays good."""
+
+    def spoil(name: str, file: str, kind: str) -> Callable[[Path], object]:
+        return lambda copy: DAMAGE[kind][0](copy / name / file, random.Random(f"{name}{file}{kind}"))
+
+    def forge(file: str, change: Spoil) -> Callable[[Path], object]:
+        return lambda copy: void(change(copy / NEWEST / file, random.Random(0)), forge_marker(copy / NEWEST))
+
+    # A folder named COMMIT.json counts as a store that cannot be read, for which the whole run is refused.
+    kinds = [(kind, "" if kind != "folder" else COMMIT) for kind in DAMAGE]
+    for kind, left_out in kinds:
+        for path in sorted({*(clean / NEWEST).iterdir()} - {clean / NEWEST / left_out}):
+            yield f"{NEWEST}/{path.name} {kind}", spoil(NEWEST, path.name, kind), 5
+        for path in sorted({*(clean / BASE).iterdir()} - {clean / BASE / left_out}):
+            needed = path.name.startswith("shard") or path.name in (STATE_FILE, COMMIT)
+            yield f"{BASE}/{path.name} {kind}", spoil(BASE, path.name, kind), 3 if needed else 6
+    yield "no base", lambda copy: shutil.rmtree(copy / BASE), 3
+    yield "base marked as damaged", lambda copy: (copy / BASE / COMMIT).rename(copy / BASE / DAMAGED), 3
+    whole = clean.parents[1] / "whole" / "checkpoints" / BASE
+    yield "another base", lambda copy: shutil.copytree(whole, copy / BASE, dirs_exist_ok=True), 4
+    for index, (file, change) in enumerate(FORGED):
+        yield f"{file} forged {index}", forge(file, change), 5
+
+
+USERS, INDEX = "collaborative.users", "collaborative.users.changed_rows"
+FORGED: list[tuple[str, Spoil]] = [
+    *((SHARD, retensor(lambda t, n=n: t.pop(n))) for n in (USERS, INDEX, f"{USERS}.exp_avg", "content.items")),
+    (SHARD, retensor(lambda t: t.update({INDEX: t[INDEX].flip(0)}))),
+    (SHARD, retensor(lambda t: t.update({INDEX: t[INDEX].long()}))),
+    (SHARD, retensor(lambda t: t.update({INDEX: t[INDEX] + 12}))),
+    (SHARD, retensor(lambda t: t.update({INDEX: t[INDEX] - 12}))),
+    (SHARD, retensor(lambda t: t.update({INDEX: t[INDEX][:, None]}))),
+    (SHARD, retensor(lambda t: t.update({INDEX: t[INDEX][1:]}))),
+    (SHARD, retensor(lambda t: t.update({USERS: t[USERS][:, 1:]}))),
+    (SHARD, retensor(lambda t: t.update({USERS: t[USERS].double()}))),
+    (STATE_FILE, restate(lambda s: s.update(base=None))),
+    (STATE_FILE, restate(lambda s: s.update(base="step-00000004"))),
+    *((STATE_FILE, restate(lambda s, n=n: s["base"].update(name=n))) for n in ("step-00000001", "../a", NEWEST, 4)),
+    (STATE_FILE, restate(lambda s: s["base"]["marker"].update(num_bytes=1))),
+    (STATE_FILE, restate(lambda s: s["base"]["marker"].update(sha256="0" * 64))),
+]
+"""Damage by somebody who then updated the marker."""
+
+
+def try_all(world: World, config: RunConfig, saved: str, scratch: str) -> dict[int, int]:
+    """Resume from every damaged copy; return how often from which step."""
+    system, clean = assemble(config, world), Path(saved)
+    os.chdir(scratch)
+    expected, outcomes = {}, Counter[int]()
+    for step in (3, 4, 5, 6):
+        assert resume(system, Store(saved), [f"step-{step:08d}"], lambda c: None) is not None
+        expected[step] = state_of(system)
+    for index, (name, spoil, step) in enumerate(cases(clean)):
+        copy = Path(scratch) / str(index)
+        shutil.copytree(clean, copy)
+        spoil(copy)
+        store = Store(str(copy))
+        resumed = resume(system, store, [*reversed(store.names(STEP))], lambda c: None)
+        assert resumed is not None, name
+        assert resumed.metadata.run.step == step, name
+        assert same(state_of(system), expected[step]), name
+        outcomes[step] += 1
+        shutil.rmtree(copy)
+    assert not Path("exploded").exists()
+    return dict(outcomes)
+
+
+@pytest.mark.slow
+def test_damage_to_either_folder_is_noticed_and_the_newest_good_one_is_used(
+    made: Made, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    config = make_config(made, tmp_path / "run", **few_users())
+    (outcomes,) = run_ranks(1, try_all, config, str(saved["changed"] / "checkpoints"), str(tmp_path))
+    assert outcomes[4] == 1
+    assert min(outcomes[3], outcomes[5], outcomes[6]) > 20
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_named(made: Made, saved: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(saved["changed"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints" / BASE)
+    (damaged,) = (status.damaged for status in read_statuses(str(tmp_path / "run"), 0.0))
+    assert damaged == [NEWEST, "step-00000005"]
+    config = make_config(made, tmp_path / "run", **few_users(max_steps=7), **saving(3))
+    ((_, messages),) = run_ranks(1, with_messages, run, config)
+    told = next(message for message in messages if "DAMAGED CHECKPOINT" in message)
+    assert f"{NEWEST}: base: '{BASE}' is damaged or was moved without it" in told
+    assert f"{BASE}/COMMIT.json: 'missing' is not there" in told
+
+
+def test_a_base_is_never_removed_before_what_needs_it() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        keep, bases, last = draw.randint(1, 4), dict[str, str | None](), None
+        for step in range(draw.randint(1, 30)):
+            name = f"step-{step:08d}"
+            bases[name] = None if last is None or draw.random() < 0.3 else last
+            last = name if bases[name] is None else last
+            removed = superseded(bases, keep)
+            for gone in removed:  # a run may be killed after any of them
+                del bases[gone]
+                assert all(base is None or base in bases for base in bases.values())
+            assert len(bases) <= 2 * keep
+            assert [*bases][-1] == name
+            whole = sum(base is None for base in bases.values())
+            assert whole <= keep
+
+
+def test_all_whole_ones_are_removed_as_ever() -> None:
+    steps = [f"step-{step:08d}" for step in range(5)]
+    assert superseded(dict.fromkeys(steps), 2) == steps[2::-1]
+    assert superseded(dict.fromkeys(steps), 9) == []
+    increments = {"step-1": None, "step-2": "step-1", "step-3": None, "step-4": "step-3", "step-5": "step-3"}
+    assert superseded(increments, 1) == ["step-4", "step-2", "step-1"]
+    assert superseded(increments, 2) == ["step-2"]
+
+
+@pytest.mark.slow
+def test_pruning_keeps_bases_also_those_of_an_earlier_process(made: Made, tmp_path: Path) -> None:
+    def left() -> list[int]:
+        return [int(name.removeprefix(STEP)) for name in names(tmp_path)]
+
+    expected = {5: [1, 4, 5], 6: [4, 5, 6], 8: [6, 7, 8]}
+    for until, steps in expected.items():  # whole are 1, 4, and the first one of each later process: 6 and 7
+        run_ranks(1, run, make_config(made, tmp_path, **few_users(max_steps=until), **saving(3, keep=2)))
+        assert left() == steps, until
+    for name in names(tmp_path):
+        contents(opened(tmp_path, name))
+
+
+@pytest.mark.slow
+def test_a_whole_one_that_failed_is_no_base(made: Made, tmp_path: Path) -> None:
+    """The next one is whole, because the changes since an earlier base are no longer known; a failed part is not."""
+    config = make_config(made, tmp_path / "run", **few_users(), **saving(3))
+    assert run_ranks(2, on_a_failing_store, config, ["step-00000002", "step-00000004"]) == ["", ""]
+    bases = {name: about(tmp_path / "run", name).base for name in names(tmp_path / "run")}
+    assert {int(name.removeprefix(STEP)): base and base.name for name, base in bases.items()} == {
+        1: None,
+        3: "step-00000001",
+        5: None,
+        6: "step-00000005",
+    }
+    run_ranks(2, run, make_config(made, tmp_path / "whole", **few_users()))
+    assert same(contents(opened(tmp_path / "run", NEWEST)), contents(opened(tmp_path / "whole", NEWEST)))
+
+
+@pytest.fixture(scope="module")
+def tuned(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As `saved`, finetuned with sampled items, biases and a linear memory; the newest is the incremental step 6."""
+    folder = tmp_path_factory.mktemp("tuned")
+    changes = few_users(head=SAMPLED, linear={"neighbors": 4}, validation={"every_epochs": 0})
+    for name, full_every in (("whole", 1), ("changed", 3)):
+        run_ranks(2, run, make_config(made, folder / name, "finetune", **changes, **saving(full_every)))
+    assert opened(folder / "changed", NEWEST).linear_memory(0, 17) is not None
+    return {name: folder / name for name in ("whole", "changed")}
+
+
+def means(folder: Path) -> Any:
+    return json.loads((folder / "evaluation.json").read_text())["mean"]
+
+
+@pytest.mark.slow
+def test_whatever_opens_a_checkpoint_opens_both_folders(tuned: dict[str, Path], tmp_path: Path) -> None:
+    lists = {}
+    for name, folder in tuned.items():
+        path = str(folder / "checkpoints" / NEWEST)
+        run_ranks(3, evaluated, path, str(tmp_path / f"{name}-evaluated"))
+        export(path, tmp_path / f"{name}-exported")
+        lists[name] = Recommender.load(path, device="cpu").recommend(users=["user-003", "user-010"], top=5)
+    assert means(tmp_path / "changed-evaluated") == means(tmp_path / "whole-evaluated")
+    pd.testing.assert_frame_equal(lists["changed"], lists["whole"])
+    for file in ("item_embeddings.parquet", "user_embeddings.parquet", "items.parquet", "users.parquet"):
+        one, other = (pl.read_parquet(tmp_path / f"{name}-exported" / file) for name in ("changed", "whole"))
+        assert one.equals(other), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("corpus", ["the same", "another catalog"])
+def test_another_run_starts_from_an_incremental_one(
+    made: Made, saved: dict[str, Path], tmp_path: Path, corpus: str
+) -> None:
+    other = made
+    if corpus == "another catalog":
+        other = tmp_path, make_corpus(tmp_path / "other", other_catalog(), Path(made[2])), made[2]
+    tables = []
+    for name, folder in saved.items():
+        changes = {"init_from": str(folder / "checkpoints" / NEWEST), "allow_leak": True}
+        tables.append(run_ranks(3, loaded_tables, make_config(other, tmp_path / name, **changes)))
+    assert all(same(one, two) for one, two in zip(*tables, strict=True))
+
+
+@pytest.mark.slow
+def test_increments_live_on_any_file_system(made: Made, tmp_path: Path) -> None:
+    changes = few_users(checkpoint={"dir": "memory://increments", "every_steps": 1, "keep": 1, "full_every": 3})
+    assert run_ranks(1, in_memory, make_config(made, tmp_path / "run", **changes)) == [["step-00000004", NEWEST]]
+
+
+def in_memory(world: World, config: RunConfig) -> list[str]:
+    run(world, config)
+    store = Store("memory://increments")
+    assert Checkpoint.open(store, NEWEST).external_ids("users").length() == 23
+    return store.names(STEP)
