@@ -82,7 +82,8 @@ def main() -> None:
             for save in saves
         ],
     )
-    write_json(chosen.json, {"options": {key: str(value) for key, value in vars(chosen).items()}, "saves": saves})
+    options_used = {key: value for key, value in vars(chosen).items() if key != "json"}
+    write_json(chosen.json, {"options": options_used, "saves": saves})
 
 
 def train(folder: Path, chosen: Any) -> str:

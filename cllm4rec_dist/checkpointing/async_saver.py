@@ -76,7 +76,7 @@ class AsyncSaver:
     Args:
         store: destination.
         system: the system to save.
-        keep: number of newest checkpoints to keep, in addition to the best.
+        keep: number of newest checkpoints to keep, and of newest whole ones, in addition to the best.
         trained_on: stored in every checkpoint; only rank 0's is used.
         full_every: every how many checkpoints one is whole, beginning with the first; the best one always is.
     """
@@ -128,7 +128,7 @@ class AsyncSaver:
             try:
                 self._store.marker(self._base.name, self._base.marker)
             except CheckpointError as error:
-                logger.warning("the next checkpoint is whole, because the one before it cannot be used: %s", error)
+                logger.warning("this checkpoint is whole, because the last whole one cannot be its base: %s", error)
                 usable = False
         agreed = all(flag for (flag,) in gather_integers([int(usable)], self._world, what="usable base checkpoints"))
         return self._base if agreed else None
