@@ -328,7 +328,7 @@ def _needing(path: str, base: str) -> Iterator[None]:
         yield
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(
-            f"{path}: base", base, f"is damaged or was moved without it ({error})", USE_ANOTHER
+            f"{path}: base", base, f"is damaged or not beside it ({error})", USE_ANOTHER
         ) from error
 
 

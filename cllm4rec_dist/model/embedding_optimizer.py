@@ -289,7 +289,7 @@ class _PackedMoments(_Moments):
         return self._on_host(_blocks(self._codes[0]))
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self._on_host(_index_blocks(self._codes[0], rows))
+        return self._on_host(part for part in _index_blocks(self._codes[0], rows) if len(part))
 
     def _on_host(self, blocks: Iterable[Rows]) -> tuple[Tensor, Tensor]:
         parts = [tuple(value.cpu() for value in self.read(rows)) for rows in blocks]

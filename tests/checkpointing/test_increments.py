@@ -170,6 +170,12 @@ def cases(clean: Path) -> Iterator[tuple[str, Callable[[Path], object], int]]:
     def spoil(name: str, file: str, kind: str) -> Callable[[Path], object]:
         return lambda copy: DAMAGE[kind][0](copy / name / file, random.Random(f"{name}{file}{kind}"))
 
+    def kill(num_files: int) -> Callable[[Path], object]:
+        return lambda copy: [path.unlink() for path in sorted((copy / NEWEST).iterdir(), key=is_marker)[num_files:]]
+
+    def is_marker(path: Path) -> tuple[bool, str]:
+        return path.name == COMMIT, path.name
+
     def forge(file: str, change: Spoil) -> Callable[[Path], object]:
         return lambda copy: void(change(copy / NEWEST / file, random.Random(0)), forge_marker(copy / NEWEST))
 
@@ -181,6 +187,8 @@ def cases(clean: Path) -> Iterator[tuple[str, Callable[[Path], object], int]]:
         for path in sorted({*(clean / BASE).iterdir()} - {clean / BASE / left_out}):
             needed = path.name.startswith("shard") or path.name in (STATE_FILE, COMMIT)
             yield f"{BASE}/{path.name} {kind}", spoil(BASE, path.name, kind), 3 if needed else 6
+    for num_files in range(len([*(clean / NEWEST).iterdir()])):
+        yield f"killed after {num_files} files", kill(num_files), 5
     yield "no base", lambda copy: shutil.rmtree(copy / BASE), 3
     yield "base marked as damaged", lambda copy: (copy / BASE / COMMIT).rename(copy / BASE / DAMAGED), 3
     whole = clean.parents[1] / "whole" / "checkpoints" / BASE
@@ -251,7 +259,7 @@ def test_what_is_missing_is_named(made: Made, saved: dict[str, Path], tmp_path: 
     config = make_config(made, tmp_path / "run", **few_users(max_steps=7), **saving(3))
     ((_, messages),) = run_ranks(1, with_messages, run, config)
     told = next(message for message in messages if "DAMAGED CHECKPOINT" in message)
-    assert f"{NEWEST}: base: '{BASE}' is damaged or was moved without it" in told
+    assert f"{NEWEST}: base: '{BASE}' is damaged or not beside it" in told
     assert f"{BASE}/COMMIT.json: 'missing' is not there" in told
 
 

@@ -126,6 +126,7 @@ def test_rows_that_changed_are_those_of_all_steps_since_and_so_are_their_moments
     assert optimizer.changed_rows() == {}
     optimizer.record_changes()
     assert all(len(rows) == 0 for rows in optimizer.changed_rows().values())
+    assert all(optimizer.state(optimizer.changed_rows())[name]["exp_avg"].shape == (0, WIDTH) for name in SPARSE)
     touched: dict[str, set[int]] = {name: set() for name in SPARSE}
     for step in (1, 2):
         for name, rows in give_gradients(optimizer, step).items():
