@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cllm4rec_dist.checkpointing.async_saver import AsyncSaver
 from cllm4rec_dist.checkpointing.checkpoint import resume
-from cllm4rec_dist.checkpointing.format import Checkpoint, changed_rows_name
-from cllm4rec_dist.checkpointing.increments import STATE_FILE, superseded
-from cllm4rec_dist.checkpointing.run_folder import STEP
+from cllm4rec_dist.checkpointing.format import Checkpoint, RunState, changed_rows_name
+from cllm4rec_dist.checkpointing.increments import STATE_FILE
+from cllm4rec_dist.checkpointing.run_folder import STEP, CheckpointKind
 from cllm4rec_dist.checkpointing.store import COMMIT, DAMAGED, Store
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.errors import DamagedCheckpointError
 from cllm4rec_dist.export.folder import export
 from cllm4rec_dist.monitoring.status import read_statuses
 from cllm4rec_dist.serving.recommender import Recommender
@@ -263,33 +265,6 @@ def test_what_is_missing_is_named(made: Made, saved: dict[str, Path], tmp_path: 
     assert f"{BASE}/COMMIT.json: 'missing' is not there" in told
 
 
-def test_a_base_is_never_removed_before_what_needs_it() -> None:
-    draw = random.Random(0)
-    for _ in range(300):
-        keep, bases, last = draw.randint(1, 4), dict[str, str | None](), None
-        for step in range(draw.randint(1, 30)):
-            name = f"step-{step:08d}"
-            bases[name] = None if last is None or draw.random() < 0.3 else last
-            last = name if bases[name] is None else last
-            removed = superseded(bases, keep)
-            for gone in removed:  # a run may be killed after any of them
-                del bases[gone]
-                assert all(base is None or base in bases for base in bases.values())
-            assert len(bases) <= 2 * keep
-            assert [*bases][-1] == name
-            whole = sum(base is None for base in bases.values())
-            assert whole <= keep
-
-
-def test_all_whole_ones_are_removed_as_ever() -> None:
-    steps = [f"step-{step:08d}" for step in range(5)]
-    assert superseded(dict.fromkeys(steps), 2) == steps[2::-1]
-    assert superseded(dict.fromkeys(steps), 9) == []
-    increments = {"step-1": None, "step-2": "step-1", "step-3": None, "step-4": "step-3", "step-5": "step-3"}
-    assert superseded(increments, 1) == ["step-4", "step-2", "step-1"]
-    assert superseded(increments, 2) == ["step-2"]
-
-
 @pytest.mark.slow
 def test_pruning_keeps_bases_also_those_of_an_earlier_process(made: Made, tmp_path: Path) -> None:
     def left() -> list[int]:
@@ -317,6 +292,31 @@ def test_a_whole_one_that_failed_is_no_base(made: Made, tmp_path: Path) -> None:
     }
     run_ranks(2, run, make_config(made, tmp_path / "whole", **few_users()))
     assert same(contents(opened(tmp_path / "run", NEWEST)), contents(opened(tmp_path / "whole", NEWEST)))
+
+
+def losing_its_base(world: World, config: RunConfig) -> None:
+    """Train while somebody removes the first checkpoint before the third."""
+    genuine = AsyncSaver.save
+
+    def save(saver: AsyncSaver, state: RunState, kind: CheckpointKind) -> None:
+        saver.wait()
+        if state.step == 3 and world.is_main:
+            shutil.rmtree(f"{config.output}/checkpoints/step-00000001")
+        genuine(saver, state, kind)
+
+    AsyncSaver.save = save  # type: ignore[method-assign]
+    run(world, config)
+
+
+@pytest.mark.slow
+def test_a_base_that_disappears_is_followed_by_a_whole_one(made: Made, tmp_path: Path) -> None:
+    run_ranks(2, losing_its_base, make_config(made, tmp_path, **few_users(max_steps=4), **saving(3)))
+    store = Store(f"{tmp_path}/checkpoints")
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert opened(tmp_path, "step-00000003").base is None
+    assert opened(tmp_path, "step-00000004").base is not None
+    with pytest.raises(DamagedCheckpointError, match="base: 'step-00000001' is damaged or not beside it"):
+        Checkpoint.open(store, "step-00000002")
 
 
 @pytest.fixture(scope="module")
