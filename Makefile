@@ -62,6 +62,7 @@ bench: install
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.sampled
 	$(BIN)/python -m benchmarks.saving
+	$(BIN)/python -m benchmarks.increments
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.serve

@@ -159,7 +159,8 @@ def _lock_output(run: Path, world: World) -> Iterator[None]:
 @contextmanager
 def _open_saver(store: Store, system: System, trained_on: TrainedOn | None) -> Iterator[AsyncSaver]:
     """Open a saver that completes its writes before the run ends, even if the run fails."""
-    saver = AsyncSaver(store, system, system.config.checkpoint.keep, trained_on)
+    config = system.config.checkpoint
+    saver = AsyncSaver(store, system, config.keep, trained_on, config.full_every)
     try:
         yield saver
     except BaseException:

@@ -76,6 +76,15 @@ def test_rows_that_cannot_be_packed_are_refused() -> None:
     assert "'int8' cannot pack rows of width 96. Set embeddings.dim to a multiple of 64" in str(problem)
 
 
+def test_checkpoints_of_changed_rows_are_refused_where_every_row_changes() -> None:
+    dense = "optimizer.sparse_embedding_updates=false"
+    assert not preflight.setting_problems(config("checkpoint.full_every=4"))
+    assert not preflight.setting_problems(config(dense))
+    (problem,) = preflight.setting_problems(config(dense, "checkpoint.full_every=4"))
+    assert (problem.field, problem.value) == ("checkpoint.full_every", 4)
+    assert "optimizer.sparse_embedding_updates=false, where each step changes every row. Set it to 1" in str(problem)
+
+
 def test_widths_are_checked_against_the_backbone_and_the_run_to_start_from(tmp_path: Path, corpus: str) -> None:
     backbone, earlier = tmp_path / "backbone", Store(f"{tmp_path}/earlier/checkpoints")
     backbone.mkdir()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
-from cllm4rec_dist.checkpointing.format import Checkpoint, CheckpointMetadata
+from cllm4rec_dist.checkpointing.format import ADAPTER, LINEAR_NEIGHBORS, Checkpoint, CheckpointMetadata
 from cllm4rec_dist.checkpointing.run_folder import METRICS_FILE
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.train import train
@@ -67,6 +71,25 @@ def newest(run: Path) -> Path:
 
 def about(run: Path, name: str | None = None) -> CheckpointMetadata:
     return Checkpoint.open(Store(f"{run}/checkpoints"), name or names(run)[-1]).metadata
+
+
+def contents(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Everything that a run resumes from, tables and adapters whole."""
+    about, whole = checkpoint.metadata, checkpoint.base or checkpoint
+    first_file = f"shard-00000-of-{about.world_size:05d}.safetensors"
+    with safe_open(whole.file(first_file), framework="pt") as tensors:
+        saved = [*tensors.keys()]
+    result = checkpoint.replicated()
+    for name in saved:
+        table, _, last = name.rpartition(".")
+        parameter = table if last in MOMENTS else name
+        size = about.num_user_rows if parameter.endswith(".users") else about.num_items
+        if parameter.startswith(ADAPTER):
+            size = math.prod(about.shapes[parameter.removeprefix(ADAPTER)])
+        value = checkpoint.rows(name, size, 0, size, "I32" if name == LINEAR_NEIGHBORS else "F32")
+        assert value is not None
+        result[name] = value
+    return result
 
 
 def assert_equal_checkpoints(one: Path, other: Path) -> None:

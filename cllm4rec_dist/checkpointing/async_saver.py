@@ -1,6 +1,7 @@
 """Writing checkpoints in a background thread while training continues.
 
-`format.py` describes the files; `store.py` commits a checkpoint as a whole or not at all.
+`format.py` describes the files; `store.py` commits a checkpoint as a whole or not at all; `increments.py` describes
+checkpoints that hold changed rows only.
 """
 
 from __future__ import annotations
@@ -8,32 +9,36 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cllm4rec_dist.checkpointing.format import (
     ADAPTER,
+    ID_FILES,
     LINEAR_NEIGHBORS,
     LINEAR_WEIGHTS,
     REPLICATED_FILE,
     SEEN_FILE,
-    STATE_FILE,
     CheckpointMetadata,
     RunState,
+    changed_rows_name,
     shard_file,
 )
+from cllm4rec_dist.checkpointing.increments import STATE_FILE, Base, read_base, superseded
 from cllm4rec_dist.checkpointing.lineage import TrainedOn
 from cllm4rec_dist.checkpointing.run_folder import BEST, STEP, CheckpointKind
 from cllm4rec_dist.checkpointing.store import FileEntry, Store
 from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.collectives import barrier, gather_integers
-from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
+from cllm4rec_dist.model.embedding_optimizer import rows_on_host
 from cllm4rec_dist.model.table_replicas import require_equal_replicas
 from cllm4rec_dist.system import System
 
@@ -49,12 +54,14 @@ class _Snapshot:
     Attributes:
         files: functions that write each file of this rank to a path.
         best: name of the best checkpoint so far, if there is one.
+        base: the checkpoint whose changed rows it holds; None if it is whole.
         copy_seconds: time that the training loop waited for the copy.
     """
 
     name: str
     files: dict[str, Callable[[Path], object]]
     best: str | None
+    base: Base | None
     copy_seconds: float
 
 
@@ -69,13 +76,19 @@ class AsyncSaver:
     Args:
         store: destination.
         system: the system to save.
-        keep: number of newest checkpoints to keep, in addition to the best.
+        keep: number of newest checkpoints to keep, and of newest whole ones, in addition to the best.
         trained_on: stored in every checkpoint; only rank 0's is used.
+        full_every: every how many checkpoints one is whole, beginning with the first; the best one always is.
     """
 
-    def __init__(self, store: Store, system: System, keep: int, trained_on: TrainedOn | None = None) -> None:
+    def __init__(
+        self, store: Store, system: System, keep: int, trained_on: TrainedOn | None = None, full_every: int = 1
+    ) -> None:
         self._store, self._system, self._keep, self._world = store, system, keep, system.world
-        self._trained_on = trained_on
+        self._trained_on, self._full_every = trained_on, full_every
+        self._base: Base | None = None
+        self._num_on_base = 0
+        self._bases: dict[str, str | None] = {}
         self._group = dist.new_group(backend="gloo") if self._world.size > 1 else None
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
@@ -93,10 +106,32 @@ class AsyncSaver:
             return  # a resumed run may reach the best step of the run before it again
         best = None if state.best_step is None else f"{BEST}{state.best_step:08d}"
         require_equal_replicas(self._system.recommender)
-        files = _snapshot(self._system, state, self._trained_on, moments=kind == STEP)
-        snapshot = _Snapshot(name, files, best, time.perf_counter() - started)
+        base = self._next_base() if kind == STEP else None
+        files = _snapshot(self._system, state, self._trained_on, moments=kind == STEP, base=base)
+        if base is not None:
+            self._num_on_base += 1
+        elif kind == STEP and self._full_every > 1:
+            # From now on changes are those since this copy, which `_try_to_write` makes the base once it is committed.
+            self._base, self._num_on_base = None, 0
+            self._system.embedding_optimizer.record_changes()
+        snapshot = _Snapshot(name, files, best, base, time.perf_counter() - started)
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _next_base(self) -> Base | None:
+        """Return the base of the next checkpoint; None if it must be whole. One small all-gather unless all are."""
+        if self._full_every == 1:
+            return None
+        usable = self._base is not None and self._num_on_base + 1 < self._full_every
+        if usable and self._world.is_main:
+            assert self._base is not None
+            try:
+                self._store.marker(self._base.name, self._base.marker)
+            except CheckpointError as error:
+                logger.warning("this checkpoint is whole, because the last whole one cannot be its base: %s", error)
+                usable = False
+        agreed = all(flag for (flag,) in gather_integers([int(usable)], self._world, what="usable base checkpoints"))
+        return self._base if agreed else None
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written or has failed; log a reminder every minute."""
@@ -147,36 +182,45 @@ class AsyncSaver:
         entry = files.get(shard_file(self._world.rank, self._world.size))
         outcomes = gather_integers([int(problem is not None), *_as_integers(entry)], self._world, self._group)
         failed = [rank for rank, (bad, *_) in enumerate(outcomes) if bad]
+        marker: FileEntry | None = None
         if self._world.is_main:
             if not failed:
                 shards = {
                     shard_file(rank, self._world.size): _from_integers(e) for rank, (_, *e) in enumerate(outcomes)
                 }
-                problem = self._commit(snapshot, files | shards, started)
+                marker, problem = self._commit(snapshot, files | shards, started)
             if failed or problem:
                 self._discard(snapshot.name)
-        ((bad,), *_) = gather_integers([int(problem is not None)], self._world, self._group)
+        marked = [int(problem is not None), *_as_integers(marker)]
+        ((bad, *values), *_) = gather_integers(marked, self._world, self._group)
+        if not (problem or failed or bad) and snapshot.name.startswith(STEP) and snapshot.base is None:
+            self._base = Base(name=snapshot.name, marker=_from_integers(values))
         return problem or (f"ranks {failed or [0]} failed" if failed or bad else None)
 
-    def _commit(self, snapshot: _Snapshot, files: dict[str, FileEntry], started: float) -> str | None:
+    def _commit(
+        self, snapshot: _Snapshot, files: dict[str, FileEntry], started: float
+    ) -> tuple[FileEntry | None, str | None]:
+        """Commit and prune. Return size and digest of the marker, or the problem."""
         name = snapshot.name
         try:
             unseen = self._store.unseen(name, files)
             if unseen:
-                return f"rank 0 cannot see {unseen}: checkpoint.dir must be storage that all hosts share"
-            self._store.commit(name, files)
+                return None, f"rank 0 cannot see {unseen}: checkpoint.dir must be storage that all hosts share"
+            marker = self._store.commit(name, files)
         except Exception as error:
-            return f"rank 0: {type(error).__name__}: {error}"
+            return None, f"rank 0: {type(error).__name__}: {error}"
+        self._bases[name] = None if snapshot.base is None else snapshot.base.name
         self._prune(snapshot.best)
         megabytes = sum(entry.num_bytes for entry in files.values()) / 1e6
         logger.info(
-            "checkpoint %s: copied in %.2f s, %.1f MB written in %.1f s",
+            "checkpoint %s: copied in %.2f s, %.1f MB written in %.1f s%s",
             name,
             snapshot.copy_seconds,
             megabytes,
             time.perf_counter() - started,
+            "" if snapshot.base is None else f" (rows that changed since {snapshot.base.name})",
         )
-        return None
+        return marker, None
 
     def _prune(self, best: str | None) -> None:
         """Remove old checkpoints. A failure is only logged, because the new checkpoint is committed already.
@@ -186,13 +230,24 @@ class AsyncSaver:
         """
         try:
             bests = self._store.names(BEST)
-            too_old = self._store.names(STEP)[: -self._keep]
+            self._bases = {name: self._base_of(name) for name in self._store.names(STEP)}
+            too_old = superseded(self._bases, self._keep)
             too_old += [name for name in bests if name != best] if best in bests else bests[:-1]
         except Exception as error:
             logger.warning("old checkpoints at %s are not removed: %s", self._store.url, error)
             return
         for name in too_old:
             self._discard(name)
+
+    def _base_of(self, name: str) -> str | None:
+        """Return the name of the checkpoint that a committed one needs; None if it is whole or damaged."""
+        if name in self._bases:
+            return self._bases[name]
+        try:
+            base = read_base(self._store, name)
+        except DamagedCheckpointError:
+            return None
+        return None if base is None else base.name
 
     def _discard(self, name: str) -> None:
         """Remove a folder. If that fails, a later save or the next start removes it."""
@@ -203,20 +258,23 @@ class AsyncSaver:
 
 
 def _snapshot(
-    system: System, state: RunState, trained_on: TrainedOn | None, *, moments: bool
+    system: System, state: RunState, trained_on: TrainedOn | None, *, moments: bool, base: Base | None
 ) -> dict[str, Callable[[Path], object]]:
     """Copy this rank's state into host memory. Return a function for each file that writes it to a path.
 
     The first replica stores the tables.
+
+    Args:
+        base: if not None, only rows that changed since it are copied, and nothing that never changes.
     """
     world, model = system.world, system.recommender
     holds_tables = model.world.replica == 0
-    tables = system.embedding_optimizer.state() if moments and holds_tables else {}
+    changed = system.embedding_optimizer.changed_rows() if base is not None and holds_tables else {}
+    tables = system.embedding_optimizer.state(changed) if moments and holds_tables else {}
     adapters = {ADAPTER + name: adam for name, adam in system.engine.moments().items()} if moments else {}
-    sharded = {name: p.detach() for name, p, _ in model.sharded_parameters()} if holds_tables else {}
-    sharded |= {ADAPTER + name: value for name, value in system.engine.weights().items()}
-    if holds_tables and not system.linear.is_empty:
-        sharded |= {LINEAR_NEIGHBORS: system.linear.neighbors, LINEAR_WEIGHTS: system.linear.weights}
+    sharded = {ADAPTER + name: value for name, value in system.engine.weights().items()}
+    if holds_tables:
+        sharded |= _tables(system, changed, has_base=base is not None)
     whole = {name: p.detach() for name, p in model.replicated_parameters()}
     for name, adam in (tables | adapters).items():
         destination = sharded if name in sharded else whole
@@ -229,23 +287,48 @@ def _snapshot(
     }
     if world.is_main:
         replicated = _copies(whole)
-        metadata = _metadata(system, state, trained_on).model_dump_json(indent=1)
+        metadata = _metadata(system, state, trained_on, base).model_dump_json(indent=1)
         files |= {
             REPLICATED_FILE: lambda path: save_file(replicated, path),
             STATE_FILE: lambda path: path.write_text(metadata, encoding="utf-8"),
-            "users.parquet": lambda path: pq.write_table(system.corpus.ids("users"), path),
-            "items.parquet": lambda path: pq.write_table(system.corpus.ids("items"), path),
         }
+        if base is None:
+            files |= {
+                ID_FILES["users"]: lambda path: pq.write_table(system.corpus.ids("users"), path),
+                ID_FILES["items"]: lambda path: pq.write_table(system.corpus.ids("items"), path),
+            }
         if trained_on is not None:
             files[SEEN_FILE] = trained_on.seen.save
     return files
+
+
+def _tables(system: System, changed: Mapping[str, Tensor], *, has_base: bool) -> dict[str, Tensor]:
+    """Return this rank's rows of the tables and of the linear memory.
+
+    Args:
+        changed: by table, the local rows to return, int64 [k], which are then copies on the host, with their indices.
+        has_base: leave out the rows of the linear memory, which is fitted before the first step.
+    """
+    tensors = {}
+    for name, parameter, _ in system.recommender.sharded_parameters():
+        tensors[name] = parameter.detach()
+        if name in changed:
+            tensors[name] = rows_on_host(tensors[name], changed[name])
+            tensors[changed_rows_name(name)] = changed[name].int()
+    if not system.linear.is_empty:
+        linear = {LINEAR_NEIGHBORS: system.linear.neighbors, LINEAR_WEIGHTS: system.linear.weights}
+        if has_base:
+            linear = {name: value[:0] for name, value in linear.items()}
+            linear |= {changed_rows_name(name): torch.zeros(0, dtype=torch.int32) for name in [*linear]}
+        tensors |= linear
+    return tensors
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def _metadata(system: System, state: RunState, trained_on: TrainedOn | None) -> CheckpointMetadata:
+def _metadata(system: System, state: RunState, trained_on: TrainedOn | None, base: Base | None) -> CheckpointMetadata:
     return CheckpointMetadata(
         run=state,
         world_size=system.world.size,
@@ -259,6 +342,7 @@ def _metadata(system: System, state: RunState, trained_on: TrainedOn | None) -> 
         lineage=None if trained_on is None else trained_on.lineage,
         linear=None if system.linear.is_empty else system.linear.settings,
         has_shared_user=system.config.method.shared_user_ratio > 0,
+        base=base,
     )
 
 

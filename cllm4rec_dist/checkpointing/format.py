@@ -15,6 +15,7 @@ each rank of a run of any size reads its range from the files that hold it: noth
 number of completed steps, from which all randomness follows.
 
 `best-00000500` is the same without moments: enough to evaluate, to recommend and to start another run, not to resume.
+A checkpoint with a base holds changed rows only (`increments.py`); `Checkpoint` reads both as one.
 """
 
 from __future__ import annotations
@@ -34,15 +35,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cllm4rec_dist.checkpointing.increments import STATE_FILE, Base
 from cllm4rec_dist.checkpointing.lineage import Lineage, SeenInteractions, TrainedOn
-from cllm4rec_dist.checkpointing.store import SCHEMA_VERSION, USE_ANOTHER, Marker, Store, parse
+from cllm4rec_dist.checkpointing.store import SCHEMA_VERSION, USE_ANOTHER, FileEntry, Marker, Store, parse
 from cllm4rec_dist.config import StrictModel
+from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.topology import RowPartition
 from cllm4rec_dist.errors import DamagedCheckpointError
 from cllm4rec_dist.model.linear_fit import LinearSettings
 
-STATE_FILE, REPLICATED_FILE = "state.json", "replicated.safetensors"
+REPLICATED_FILE = "replicated.safetensors"
 SEEN_FILE = "trained-on.safetensors"
+ID_FILES = {"users": "users.parquet", "items": "items.parquet"}
+"""External ids, which are read from the base of a checkpoint that has one."""
 ADAPTER = "adapter."
 """Prefix of the names of the parameters that the engine trains."""
 LINEAR_NEIGHBORS, LINEAR_WEIGHTS = "linear.neighbors", "linear.weights"
@@ -99,6 +104,8 @@ class CheckpointMetadata(StrictModel):
     """Number of files, the first ones, that hold the tables; all of them if None."""
     has_shared_user: bool = False
     """True if the user tables have a shared row after those of the users."""
+    base: Base | None = None
+    """The checkpoint that this one holds the changed rows of; None if it is whole."""
 
     @property
     def num_user_rows(self) -> int:
@@ -114,28 +121,36 @@ class CheckpointMetadata(StrictModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened, committed checkpoint."""
+    """An opened, committed checkpoint, together with its base if it has one."""
 
     store: Store
     name: str
     marker: Marker
     metadata: CheckpointMetadata
+    base: Self | None = None
 
     @classmethod
-    def open(cls, store: Store, name: str) -> Self:
-        """Read marker and metadata.
+    def open(cls, store: Store, name: str, expected: FileEntry | None = None) -> Self:
+        """Read marker and metadata, also those of the base.
+
+        Args:
+            expected: size and digest of the marker, if they are known.
 
         Raises:
-            DamagedCheckpointError: if either is damaged; another checkpoint may be valid.
+            DamagedCheckpointError: if any of them is damaged; another checkpoint may be valid.
         """
-        marker = store.marker(name)
+        marker = store.marker(name, expected)
         content = _fetch(store, name, marker, STATE_FILE).read_bytes()
         metadata = parse(CheckpointMetadata, content, f"{store.path(name)}/{STATE_FILE}")
         if not name.endswith(f"-{metadata.run.step:08d}"):
             raise DamagedCheckpointError(
                 f"{store.path(name)}/{STATE_FILE}: step", metadata.run.step, f"is not that of {name}", USE_ANOTHER
             )
-        return cls(store, name, marker, metadata)
+        if metadata.base is None:
+            return cls(store, name, marker, metadata)
+        with _needing(store.path(name), metadata.base.name):
+            base = cls.open(store, metadata.base.name, metadata.base.marker)
+        return cls(store, name, marker, metadata, base)
 
     @property
     def path(self) -> str:
@@ -144,6 +159,9 @@ class Checkpoint:
 
     def file(self, name: str) -> Path:
         """Return the path of a verified local copy of a file."""
+        if self.base is not None and name in ID_FILES.values():
+            with _needing(self.path, self.base.name):
+                return self.base.file(name)
         return _fetch(self.store, self.name, self.marker, name)
 
     def replicated(self) -> dict[str, Tensor]:
@@ -177,24 +195,57 @@ class Checkpoint:
             low, high = max(start, first), min(stop, last)
             if low >= high and (parts or rank + 1 < partition.world_size):
                 continue  # no row here; for an empty range the last file gives the width
-            file = shard_file(rank, self.metadata.world_size)
-            with _reading(self, file) as path, safe_open(path, framework="pt") as tensors:
-                if name not in tensors.keys():  # noqa: SIM118 - not a dict
-                    return None
-                block = tensors.get_slice(name)
-                saved_dtype, num_saved = block.get_dtype(), block.get_shape()[:1]
-                if (saved_dtype, num_saved) != (dtype, [last - first]):
-                    raise DamagedCheckpointError(
-                        f"{self.path}/{file}: {name}",
-                        (saved_dtype, num_saved),
-                        f"should be {last - first} rows of {dtype}",
-                        USE_ANOTHER,
-                    )
-                parts.append(block[max(low - first, 0) : max(high - first, 0)])
+            wanted = range(max(low - first, 0), max(high - first, 0))
+            found = self._rows_of_file(shard_file(rank, self.metadata.world_size), name, last - first, wanted, dtype)
+            if found is None:
+                return None
+            part, changed = found
+            if changed is not None:
+                part = self._over_base(name, num_rows, range(first + wanted.start, first + wanted.stop), part, changed)
+            parts.append(part)
         widths = {tuple(part.shape[1:]) for part in parts}
         if len(widths) > 1:
             raise DamagedCheckpointError(f"{self.path}: {name}", widths, "should be one shape of rows", USE_ANOTHER)
         return torch.cat(parts)
+
+    def _rows_of_file(
+        self, file: str, name: str, num_rows: int, wanted: range, dtype: str
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Read what a file of `num_rows` rows holds of the rows `wanted`, counted from its first one.
+
+        Returns the rows, and for changed ones their indices from the start of `wanted`; None without such a tensor.
+        """
+        origin, changed = f"{self.path}/{file}: {name}", None
+        with _reading(self, file) as path, safe_open(path, framework="pt") as tensors:
+            names, index_name = tensors.keys(), changed_rows_name(name)
+            if name not in names:
+                return None
+            span = slice(wanted.start, wanted.stop)
+            if self.base is not None and index_name in names:
+                index = tensors.get_tensor(index_name)
+                _require_index(f"{self.path}/{file}: {index_name}", index, num_rows)
+                bounds = torch.tensor([wanted.start, wanted.stop], dtype=index.dtype)
+                num_rows, span = len(index), slice(*torch.searchsorted(index, bounds).tolist())
+                changed = index[span].long() - wanted.start
+            block = tensors.get_slice(name)
+            saved_dtype, num_saved = block.get_dtype(), block.get_shape()[:1]
+            if (saved_dtype, num_saved) != (dtype, [num_rows]):
+                raise DamagedCheckpointError(
+                    origin, (saved_dtype, num_saved), f"should be {num_rows} rows of {dtype}", USE_ANOTHER
+                )
+            return block[span], changed
+
+    def _over_base(self, name: str, num_rows: int, wanted: range, rows: Tensor, changed: Tensor) -> Tensor:
+        """Read the rows `wanted` of the base and replace those at `changed` by `rows`."""
+        assert self.base is not None
+        dtype: Literal["F32", "I32"] = "F32" if rows.is_floating_point() else "I32"
+        with _needing(self.path, self.base.name):
+            result = self.base.rows(name, num_rows, wanted.start, wanted.stop, dtype)
+            if result is None or result.shape[1:] != rows.shape[1:]:
+                shape = None if result is None else tuple(result.shape[1:])
+                raise DamagedCheckpointError(name, shape, f"should be {tuple(rows.shape[1:])}", USE_ANOTHER)
+        result[changed] = rows
+        return result
 
     def linear_memory(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         """Read neighbors, int32, and weights, fp32, of items [start, stop) of the linear memory; None without one."""
@@ -233,7 +284,7 @@ class Checkpoint:
     def external_ids(self, kind: Literal["users", "items"]) -> pa.ChunkedArray:
         """Read the external ids of the rows, in their order."""
         size = self.metadata.num_users if kind == "users" else self.metadata.num_items
-        path = self.file(f"{kind}.parquet")
+        path = self.file(ID_FILES[kind])
         try:
             ids = pq.read_table(path, columns=[kind.removesuffix("s")]).column(0).cast(pa.string())
         except (pa.ArrowException, OSError, IndexError) as error:
@@ -250,6 +301,35 @@ class Checkpoint:
 def shard_file(rank: int, size: int) -> str:
     """Return the name of the shard that `rank` of `size` ranks writes."""
     return f"shard-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def changed_rows_name(name: str) -> str:
+    """Return the name of the tensor with the indices of the changed rows of a tensor: int32 [k], ascending.
+
+    A table and its moments share it. They are counted from the first row of the file.
+    """
+    table, _, last = name.rpartition(".")
+    return f"{table if last in MOMENTS else name}.changed_rows"
+
+
+def _require_index(origin: str, index: Tensor, num_rows: int) -> None:
+    if index.dtype == torch.int32 and index.dim() == 1:
+        within = len(index) == 0 or (int(index[0]) >= 0 and int(index[-1]) < num_rows)
+        if within and bool((index[1:] > index[:-1]).all()):
+            return
+    what = f"{index.dtype} {list(index.shape)}"
+    raise DamagedCheckpointError(origin, what, f"should be ascending rows below {num_rows} in int32", USE_ANOTHER)
+
+
+@contextmanager
+def _needing(path: str, base: str) -> Iterator[None]:
+    """Turn damage to the base inside into damage to the checkpoint at `path`, which needs it."""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(
+            f"{path}: base", base, f"is damaged or not beside it ({error})", USE_ANOTHER
+        ) from error
 
 
 @contextmanager

@@ -119,18 +119,20 @@ class Store:
             infos = {file: self._info(f"{name}/{file}") or {"size": None} for file in files}
         return [file for file, info in infos.items() if info["size"] != files[file].num_bytes]
 
-    def commit(self, name: str, files: dict[str, FileEntry]) -> None:
-        """Write the marker, which makes the folder visible to readers."""
+    def commit(self, name: str, files: dict[str, FileEntry]) -> FileEntry:
+        """Write the marker, which makes the folder visible to readers. Return its size and digest."""
         content = Marker(files=files).model_dump_json(indent=1).encode()
+        entry = _entry_of(content)
         if not self._is_local:
             self._fs.pipe_file(f"{self._root}/{name}/{COMMIT}", content)
-            return
+            return entry
         folder = Path(self._root) / name
         part = folder / f".{COMMIT}.part"
         _write_through(part, lambda path: path.write_bytes(content))
         part.replace(folder / COMMIT)
         for changed in (folder, folder.parent):
             _sync(changed)
+        return entry
 
     def remove(self, name: str) -> None:
         """Remove a folder, its marker first, so that a part of it never looks committed."""
@@ -187,11 +189,14 @@ class Store:
         """Mark a folder as damaged: it is no longer committed, but not removed."""
         self._fs.mv(f"{self._root}/{name}/{COMMIT}", f"{self._root}/{name}/{DAMAGED}")
 
-    def marker(self, name: str) -> Marker:
+    def marker(self, name: str, expected: FileEntry | None = None) -> Marker:
         """Read the marker of a folder.
 
+        Args:
+            expected: what `commit` returned; any other marker is damage.
+
         Raises:
-            DamagedCheckpointError: if it is missing or malformed.
+            DamagedCheckpointError: if it is missing or malformed, or another one than expected.
             CheckpointError: for another schema version, or if the store cannot be read.
         """
         origin = f"{self.path(name)}/{COMMIT}"
@@ -202,6 +207,8 @@ class Store:
             raise DamagedCheckpointError(origin, "missing", "is not there", USE_ANOTHER) from error
         except OSError as error:
             raise _unreadable(origin, error) from error
+        if expected is not None:
+            _require_entry(origin, _entry_of(content), expected)
         return parse(Marker, content, origin)
 
     def fetch(self, name: str, file: str, entry: FileEntry) -> Path:
@@ -229,9 +236,7 @@ class Store:
             raise DamagedCheckpointError(origin, "missing", "was committed but is not there", USE_ANOTHER) from error
         except OSError as error:
             raise _unreadable(origin, error) from error
-        if actual != entry:
-            what = f"{actual.num_bytes} bytes" if actual.num_bytes != entry.num_bytes else f"sha256 {actual.sha256}"
-            raise DamagedCheckpointError(origin, what, f"is not what was committed ({entry})", USE_ANOTHER)
+        _require_entry(origin, actual, entry)
         return path
 
 
@@ -261,6 +266,16 @@ def parse(model: type[ModelT], content: bytes, origin: str) -> ModelT:
 
 class _Versioned(StrictModel, extra="ignore"):
     schema_version: int
+
+
+def _require_entry(origin: str, actual: FileEntry, entry: FileEntry) -> None:
+    if actual != entry:
+        what = f"{actual.num_bytes} bytes" if actual.num_bytes != entry.num_bytes else f"sha256 {actual.sha256}"
+        raise DamagedCheckpointError(origin, what, f"is not what was committed ({entry})", USE_ANOTHER)
+
+
+def _entry_of(content: bytes) -> FileEntry:
+    return FileEntry(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _first(error: ValidationError) -> str:

@@ -245,7 +245,10 @@ class CheckpointConfig(StrictModel):
     every_minutes: float | None = Field(default=None, gt=0)
     """Minutes between checkpoints, in addition to `every_steps`; not used if left out."""
     keep: int = Field(default=2, ge=1)
-    """Number of newest checkpoints to keep, in addition to the best one."""
+    """Number of newest checkpoints to keep, in addition to the best one; with `full_every` also as many whole ones."""
+    full_every: int = Field(default=1, ge=1)
+    """Every how many checkpoints one is whole; the others hold, of each table with sparse updates, only the rows that
+    changed since that one, which they need (docs/reliability.md). 1: all are whole. The best one always is."""
 
 
 class FaultsConfig(StrictModel):

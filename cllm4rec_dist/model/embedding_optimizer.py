@@ -13,7 +13,7 @@ Legend: R local rows, D width, k rows of a step.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -46,6 +46,7 @@ class EmbeddingOptimizer:
 
     def __init__(self, model: Recommender, betas: tuple[float, float], storage: Storage = "fp32") -> None:
         named = [(name, parameter) for name, parameter, _ in model.sharded_parameters()]
+        self._tables, self._changed = dict(named), dict[str, Tensor]()
         self._named, self._betas = [*named, *model.replicated_parameters()], betas
         self._moments = {name: _make_moments(_as_rows(parameter), storage) for name, parameter in self._named}
 
@@ -68,6 +69,8 @@ class EmbeddingOptimizer:
             moments = self._moments[name]
             for rows, gradient in _parts(parameter.grad):
                 self._update(_as_rows(parameter), rows, gradient, moments, lr)
+                if name in self._changed:
+                    _mark(self._changed[name], rows)
             moments.steps += 1
             # The fused kernel does not increment the version, which `PendingLookup.wait` checks.
             torch.autograd.graph.increment_version(parameter)
@@ -102,12 +105,33 @@ class EmbeddingOptimizer:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """State by parameter name: `exp_avg` and `exp_avg_sq`, fp32 in the parameter's shape, and `step`, a scalar."""
+    def record_changes(self) -> None:
+        """Record from now on which rows of the tables change: one byte per local row on its device."""
+        self._changed = {
+            name: torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+            for name, parameter in self._tables.items()
+        }
+
+    def changed_rows(self) -> dict[str, Tensor]:
+        """Local rows that changed since `record_changes`, int64 [k] ascending, by table.
+
+        A table is left out if all of its rows changed. Waits for the device.
+        """
+        return {name: flags.nonzero().flatten() for name, flags in self._changed.items() if not flags.all()}
+
+    def state(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+        """State by parameter name: `exp_avg` and `exp_avg_sq`, fp32 in the parameter's shape, and `step`, a scalar.
+
+        Args:
+            rows: by table, the local rows, int64 [k], whose moments are returned, on the host; all of the other ones.
+        """
         states: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._named:
             moments = self._moments[name]
-            first, second = (value.view(parameter.shape) for value in moments.whole())
+            if rows is not None and name in rows:
+                first, second = moments.take(rows[name])
+            else:
+                first, second = (value.view(parameter.shape) for value in moments.whole())
             states[name] = {"exp_avg": first, "exp_avg_sq": second, "step": torch.tensor(float(moments.steps))}
         return states
 
@@ -138,6 +162,23 @@ def _parts(gradient: Tensor) -> Iterator[tuple[Rows, Tensor]]:
 def _read(values: Tensor, rows: Rows) -> Tensor:
     """Rows of `values`: a view if they are consecutive, else a copy on the same device."""
     return values[rows] if isinstance(rows, slice) else values.index_select(0, rows.to(values.device))
+
+
+def _mark(flags: Tensor, rows: Rows) -> None:
+    if isinstance(rows, slice):
+        flags[rows] = True
+    else:
+        flags.index_fill_(0, rows, True)
+
+
+def rows_on_host(values: Tensor, rows: Tensor) -> Tensor:
+    """Copy rows, int64 [k], of `values` [R, ..] into host memory, a block at a time."""
+    return torch.cat([_read(values, part).cpu() for part in _index_blocks(values, rows)])
+
+
+def _index_blocks(values: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Split an index of rows into parts with a bounded number of entries; one empty part for no rows."""
+    return rows.split(max(1, _BLOCK_ENTRIES // max(1, values[:1].numel())))
 
 
 def _write(values: Tensor, rows: Rows, new: Tensor) -> None:
@@ -187,6 +228,10 @@ class _Moments:
     def whole(self) -> tuple[Tensor, Tensor]:
         """Both moments of all rows."""
         return self._first, self._second
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Both moments of rows, int64 [k], on the host."""
+        return rows_on_host(self._first, rows), rows_on_host(self._second, rows)
 
     def fill(self, first: Tensor, second: Tensor) -> None:
         """Overwrite both moments."""
@@ -241,7 +286,13 @@ class _PackedMoments(_Moments):
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Both moments of all rows, on the host."""
-        parts = [tuple(value.cpu() for value in self.read(rows)) for rows in _blocks(self._codes[0])]
+        return self._on_host(_blocks(self._codes[0]))
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._on_host(part for part in _index_blocks(self._codes[0], rows) if len(part))
+
+    def _on_host(self, blocks: Iterable[Rows]) -> tuple[Tensor, Tensor]:
+        parts = [tuple(value.cpu() for value in self.read(rows)) for rows in blocks]
         empty = torch.zeros(0, self._codes[0].shape[1])
         first, second = (torch.cat([empty, *(part[index] for part in parts)]) for index in range(2))
         return first, second

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from cllm4rec_dist.checkpointing.increments import STATE_FILE, read_base
 from cllm4rec_dist.checkpointing.run_folder import (
     BEST,
     CONFIG_FILE,
@@ -30,7 +31,7 @@ from cllm4rec_dist.checkpointing.run_folder import (
     read_metrics,
     store_of_run,
 )
-from cllm4rec_dist.checkpointing.store import COMMIT, Store
+from cllm4rec_dist.checkpointing.store import COMMIT, FileEntry, Store
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import is_url
 from cllm4rec_dist.monitoring.next_steps import next_commands, resume_command
@@ -44,7 +45,6 @@ _LINES_OF_SILENCE = 20
 _STARTING_SECONDS = 900.0
 """Time that loading a large backbone may take."""
 _RECENT_LINES = 200
-_STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,10 @@ def _read_store(url: str, now: float) -> RunStatus:
         )
         raise ConfigError("RUN", url, what, "Give the folder or URL that checkpoint.dir names.")
     files = store.marker(newest.name).files
-    if _STATE_FILE not in files:
-        status.problems.append(f"{newest.name} holds no {_STATE_FILE}")
+    if STATE_FILE not in files:
+        status.problems.append(f"{newest.name} holds no {STATE_FILE}")
         return status
-    state = json.loads(store.fetch(newest.name, _STATE_FILE, files[_STATE_FILE]).read_bytes())
+    state = json.loads(store.fetch(newest.name, STATE_FILE, files[STATE_FILE]).read_bytes())
     run = state["run"]
     status.stage = state["config"].get("stage")
     status.best, status.best_metric, status.best_step = (run.get(key) for key in ("best", "best_metric", "best_step"))
@@ -304,13 +304,20 @@ def _newest_intact(store: Store, prefix: str, status: RunStatus, now: float) -> 
     return None
 
 
-def _damage(store: Store, name: str) -> str | None:
-    """Return why a checkpoint is unusable, judged without reading its files; None if it seems intact."""
+def _damage(store: Store, name: str, expected: FileEntry | None = None) -> str | None:
+    """Return why a checkpoint, or its base, is unusable, judged by markers and sizes; None if it seems intact."""
     try:
-        unseen = store.unseen(name, store.marker(name).files)
+        unseen = store.unseen(name, store.marker(name, expected).files)
     except CheckpointError as error:
         return f"{COMMIT} {error.constraint}"
-    return f"{', '.join(unseen)} missing or truncated" if unseen else None
+    if unseen:
+        return f"{', '.join(unseen)} missing or truncated"
+    try:
+        base = read_base(store, name)
+    except CheckpointError:
+        return None  # whoever reads the state reports it
+    problem = base and _damage(store, base.name, base.marker)
+    return f"it needs {base.name}: {problem}" if base and problem else None
 
 
 def _condition(

@@ -167,6 +167,15 @@ def setting_problems(config: RunConfig) -> list[CLLM4RecError]:
     if config.optimizer.embeddings_state == "int8" and dim is not None and dim % 64:
         cure = "Set embeddings.dim to a multiple of 64, or use fp32 or cpu."
         problems.append(ConfigError("optimizer.embeddings_state", "int8", f"cannot pack rows of width {dim}", cure))
+    if config.checkpoint.full_every > 1 and not config.optimizer.sparse_embedding_updates:
+        problems.append(
+            ConfigError(
+                "checkpoint.full_every",
+                config.checkpoint.full_every,
+                "saves nothing with optimizer.sparse_embedding_updates=false, where each step changes every row",
+                "Set it to 1, or optimizer.sparse_embedding_updates=true.",
+            )
+        )
     betas = config.optimizer.betas
     if not all(0 <= beta < 1 for beta in betas):
         problems.append(

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cllm4rec_dist.checkpointing import checkpoint
-from cllm4rec_dist.checkpointing.format import REPLICATED_FILE, SEEN_FILE, STATE_FILE
+from cllm4rec_dist.checkpointing.format import REPLICATED_FILE, SEEN_FILE
+from cllm4rec_dist.checkpointing.increments import STATE_FILE
 from cllm4rec_dist.checkpointing.run_folder import STEP
 from cllm4rec_dist.checkpointing.store import COMMIT, Store
 from cllm4rec_dist.config import RunConfig

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cllm4rec_dist.checkpointing.find_run import find
-from cllm4rec_dist.checkpointing.format import SEEN_FILE, STATE_FILE, Checkpoint
+from cllm4rec_dist.checkpointing.format import SEEN_FILE, Checkpoint
+from cllm4rec_dist.checkpointing.increments import STATE_FILE
 from cllm4rec_dist.checkpointing.leaks import find_leak
 from cllm4rec_dist.checkpointing.lineage import Leak, SeenInteractions, TrainedOn, corpus_keys, new_user_keys
 from cllm4rec_dist.checkpointing.run_folder import STEP

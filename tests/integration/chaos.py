@@ -2,10 +2,11 @@
 
     python -m tests.integration.chaos --seed 0 --kills 10            kill -9 of a random rank at random steps
     python -m tests.integration.chaos --worlds 2,3,1,4               stop and go on at other numbers of ranks
+    python -m tests.integration.chaos --kills 5 --full-every 3       with checkpoints of changed rows
 
-Each compares with an uninterrupted run of 2 ranks: at the same number of ranks weights, moments and metrics must be
-the same bit for bit, at others the losses within fp32 noise; and the audit log must show that every example was read
-exactly once an epoch.
+Each compares with an uninterrupted run of 2 ranks that saves whole checkpoints: at the same number of ranks weights,
+moments and metrics must be the same bit for bit, at others the losses within fp32 noise; and the audit log must show
+that every example was read exactly once an epoch.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
+from cllm4rec_dist.checkpointing.format import Checkpoint
+from cllm4rec_dist.checkpointing.store import Store
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.integration.runs import CONFIG, NOISE, ROOT, clean_environment, losses_of
+from tests.training import contents
 
 
 def make_config(folder: Path, epochs: int) -> Path:
@@ -62,14 +65,14 @@ def last_step(output: Path) -> int:
     return len(losses_of(output)) if (output / "metrics.jsonl").exists() else 0
 
 
-def kill_and_go_on(config: Path, output: Path, kills: int, total: int, seed: int) -> list[dict[str, Any]]:
+def kill_and_go_on(config: Path, output: Path, kills: int, total: int, seed: int, *more: str) -> list[dict[str, Any]]:
     """Run to the end under `kills` kills at random steps; what was killed when."""
     draw = random.Random(seed)
     # Steps of the kills rise, so that each start has something to lose and the run comes to its end.
     targets = sorted(draw.sample(range(3, total - 2), kills))
     told = []
     for number, target in enumerate(tqdm(targets, desc="kills", unit="kill", leave=False)):
-        running = start(config, output, 2)
+        running = start(config, output, 2, *more)
         while running.poll() is None and last_step(output) < target:
             time.sleep(0.005)
         if running.poll() is not None:
@@ -80,7 +83,7 @@ def kill_and_go_on(config: Path, output: Path, kills: int, total: int, seed: int
         running.wait()
         saved = sorted(path.name for path in (output / "checkpoints").glob("step-*/COMMIT.json"))
         told.append({"kill": number, "rank": victim, "step": last_step(output), "checkpoints": len(saved)})
-    complete(config, output, 2)
+    complete(config, output, 2, *more)
     return told
 
 
@@ -90,11 +93,12 @@ def newest(output: Path) -> Path:
 
 def require_equal(one: Path, other: Path) -> None:
     """Weights, moments and metrics are the same bit for bit."""
-    for file in sorted(newest(one).glob("*.safetensors")):
-        first, second = load_file(file), load_file(newest(other) / file.name)
-        different = sorted(k for k in first.keys() | second.keys() if not torch.equal(first[k], second[k]))
-        if different:
-            raise SystemExit(f"{file.name} differs in {different}")
+    first, second = (
+        contents(Checkpoint.open(Store(str(newest(run).parent)), newest(run).name)) for run in (one, other)
+    )
+    different = sorted(k for k in first.keys() | second.keys() if not torch.equal(first[k], second[k]))
+    if different:
+        raise SystemExit(f"{newest(one)} and {newest(other)} differ in {different}")
     if metrics_of(one) != metrics_of(other):
         raise SystemExit("metrics.jsonl differs")
 
@@ -110,26 +114,28 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--worlds", help="numbers of ranks, as 2,3,1,4: no kills, but another number at each start")
     parser.add_argument("--epochs", type=int, help="of 3 steps each; 60, or 12 with --worlds, if left out")
+    parser.add_argument("--full-every", type=int, default=1, help="checkpoint.full_every of the run that is stopped")
     options = parser.parse_args()
     epochs = options.epochs or (12 if options.worlds else 60)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         config = make_config(folder, epochs)
         whole, broken = folder / "whole", folder / "broken"
+        saving = f"checkpoint.full_every={options.full_every}"
         complete(config, whole, 2)
         wanted = losses_of(whole)
         if options.worlds:
             sizes = [int(size) for size in options.worlds.split(",")]
             cuts = sorted(random.Random(options.seed).sample(range(2, len(wanted) - 2), len(sizes) - 1))
             for size, until in zip(sizes, [*cuts, len(wanted)], strict=True):
-                complete(config, broken, size, f"max_steps={until}")
+                complete(config, broken, size, f"max_steps={until}", saving)
             apart = max(abs(a - b) / abs(b) for a, b in zip(losses_of(broken), wanted, strict=True))
             print(f"{len(wanted)} steps, ranks {options.worlds}, changed after steps {cuts}")  # noqa: T201
             print(f"losses apart by at most {apart:.1e} of themselves (allowed: {NOISE:.0e})")  # noqa: T201
             if apart > NOISE:
                 raise SystemExit("the runs differ by more than fp32 noise")
         else:
-            for row in kill_and_go_on(config, broken, options.kills, len(wanted), options.seed):
+            for row in kill_and_go_on(config, broken, options.kills, len(wanted), options.seed, saving):
                 print("kill {kill}: rank {rank}, after step {step}".format(**row))  # noqa: T201
             require_equal(whole, broken)
             print(f"{len(wanted)} steps, {options.kills} kills: weights, moments and metrics equal bit for bit")  # noqa: T201

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cllm4rec_dist.checkpointing.format import Checkpoint
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.corpus.shards import Corpus
 from tests.harness import make_backbone, make_catalog, make_corpus, run_ranks
@@ -31,15 +32,19 @@ def made(tmp_path_factory: pytest.TempPathFactory, s3: None) -> Made:
     return folder, make_corpus(f"s3://{BUCKET}/corpus", catalog, backbone), str(backbone)
 
 
-def test_a_run_on_s3_goes_on_at_other_world_sizes_and_passes_over_damage(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("full_every", [1, 2])
+def test_a_run_on_s3_goes_on_at_other_world_sizes_and_passes_over_damage(
+    made: Made, tmp_path: Path, full_every: int
+) -> None:
     local = make_config(made, tmp_path / "local", epochs=4)
     run_ranks(2, run, local)
-    folder = f"s3://{BUCKET}/run/checkpoints"
-    changes = {"epochs": 4, "checkpoint": {"dir": folder, "every_steps": 3, "keep": 3}}
+    folder = f"s3://{BUCKET}/run-{full_every}/checkpoints"
+    changes = {"epochs": 4, "checkpoint": {"dir": folder, "every_steps": 3, "keep": 3, "full_every": full_every}}
     config = make_config(made, tmp_path / "run", **changes)
     run_ranks(2, run, config.model_copy(update={"max_steps": 6}))
     store = Store(folder)
     assert store.names("step-") == ["step-00000003", "step-00000006"]
+    assert (Checkpoint.open(store, "step-00000006").base is None) == (full_every == 1)
     shard = f"{folder}/step-00000006/shard-00001-of-00002.safetensors"
     content = bytearray(get(shard))
     content[-1] ^= 1

@@ -118,6 +118,34 @@ def test_a_sparse_step_updates_only_its_rows_in_8_bits_too() -> None:
                 assert torch.equal(after[name][key][others], before[name][key][others])
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_that_changed_are_those_of_all_steps_since_and_so_are_their_moments(storage: Storage) -> None:
+    _, optimizer = make(storage)
+    give_gradients(optimizer, 0)
+    optimizer.step(1e-2)
+    assert optimizer.changed_rows() == {}
+    optimizer.record_changes()
+    assert all(len(rows) == 0 for rows in optimizer.changed_rows().values())
+    assert all(optimizer.state(optimizer.changed_rows())[name]["exp_avg"].shape == (0, WIDTH) for name in SPARSE)
+    touched: dict[str, set[int]] = {name: set() for name in SPARSE}
+    for step in (1, 2):
+        for name, rows in give_gradients(optimizer, step).items():
+            touched[name] |= {*rows.tolist()}
+        optimizer.step(1e-2)
+    give_gradients(optimizer, 3)
+    optimizer.discard()
+    changed = optimizer.changed_rows()
+    assert {name: rows.tolist() for name, rows in changed.items()} == {n: sorted(rows) for n, rows in touched.items()}
+    whole, part = optimizer.state(), optimizer.state(changed)
+    assert part.keys() == whole.keys()
+    for name, moments in part.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(moments[key], whole[name][key][changed.get(name, ...)]), (name, key)
+        assert moments["step"] == whole[name]["step"]
+    optimizer.record_changes()
+    assert all(len(rows) == 0 for rows in optimizer.changed_rows().values())
+
+
 def test_moments_on_the_host_give_the_same_weights() -> None:
     results = {}
     for storage in ("fp32", "cpu"):
