@@ -167,4 +167,4 @@ def _sparse_ease(data: SplitData, config: BaselineConfig) -> Grid:
     whole = candidates(np.arange(num_items))
     num_points = len(whole)
     is_small = num_points == 1 or num_items * num_points <= config.max_grid_items
-    return Grid(whole) if is_small else Grid(whole, draw, middle_point(*axes))
+    return Grid(whole) if is_small else Grid(whole, draw, num_points, middle_point(*axes))

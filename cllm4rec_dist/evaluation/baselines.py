@@ -124,9 +124,9 @@ def _tune(
     """Fit every candidate and report test metrics of the best one on validation (the first of equals)."""
     started = time.perf_counter()
     bar.set_description(f"baselines: {LABELS[name]}")
-    candidates, chosen_on = grid.candidates, ""
+    candidates, chosen_on, num_tried = grid.candidates, "", len(grid.candidates)
     if grid.draw is not None:
-        candidates, chosen_on = _select_on_sample(name, grid, select_by, bar)
+        candidates, chosen_on, num_tried = _select_on_sample(name, grid, select_by, bar)
     best: tuple[_CandidateResult, dict[str, float]] | None = None
     for candidate in candidates:
         result = _evaluate(candidate.fit(bar.update), data, select_by, metrics)
@@ -145,7 +145,7 @@ def _tune(
         f" ({settings})" if settings else "",
         select_by,
         result.valid,
-        len(grid.candidates) if chosen_on else len(candidates),
+        num_tried,
         f" on {chosen_on}" if chosen_on else "",
         seconds,
     )
@@ -154,38 +154,45 @@ def _tune(
 
 def _select_on_sample(
     name: BaselineName, grid: Grid, select_by: str, bar: ProgressBar
-) -> tuple[Sequence[Candidate], str]:
-    """Return the candidate that ranks the validation items of a sample best, and what was sampled.
+) -> tuple[Sequence[Candidate], str, int]:
+    """Return the candidate that ranks the validation items of a sample best, what was sampled, and how many were tried.
 
     The middle of the grid, and nothing, if the sample has no validation items.
     """
     assert grid.draw is not None
-    sample, num_candidates = grid.draw(), len(grid.candidates)
+    sample = grid.draw()
     if sample is None:
         logger.warning(
             "baseline %s is not tuned: %d fits would take too long, and a sample has no validation items",
             LABELS[name],
-            num_candidates,
+            len(grid.candidates),
         )
-        return [grid.candidates[grid.middle]], ""
+        return [grid.candidates[grid.middle]], "", 1
     logger.info(
         "baseline %s: %d settings are compared on %s, because fits on everything would take too long",
         LABELS[name],
-        num_candidates,
+        grid.num_compared,
         sample.description,
     )
-    values = []
-    for candidate in sample.candidates:
-        values.append(_evaluate(candidate.fit(bar.update), sample.data, select_by, [select_by]).valid)
-        logger.debug("baseline %s %s: on the sample %s %.4f", name, candidate.settings, select_by, values[-1])
+
+    def value(index: int) -> float:
+        candidate = sample.candidates[index]
+        result = _evaluate(candidate.fit(bar.update), sample.data, select_by, [select_by]).valid
+        logger.debug("baseline %s %s: on the sample %s %.4f", name, candidate.settings, select_by, result)
         bar.update()
-    return [grid.candidates[int(np.argmax(values))]], sample.description
+        return result
+
+    values = {index: value(index) for index in sample.first_round()}
+    best = max(values, key=values.__getitem__)
+    values |= {index: value(index) for index in sample.second_round(best)}
+    best = max(values, key=values.__getitem__)
+    return [grid.candidates[best]], sample.description, len(values)
 
 
 def _num_steps(grid: Grid) -> int:
     """Return the steps of the progress bar: the sweeps and the ranking of each fit."""
-    steps = [candidate.num_sweeps + 1 for candidate in grid.candidates]
-    return sum(steps) + (0 if grid.draw is None else steps[0])
+    num_fits = len(grid.candidates) if grid.draw is None else grid.num_compared + 1
+    return num_fits * (grid.candidates[0].num_sweeps + 1)
 
 
 def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfig) -> list[BaselineResult]:

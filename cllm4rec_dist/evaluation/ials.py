@@ -3,7 +3,8 @@
 Source: Hu, Koren and Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", ICDM 2008; fitted by implicit.
 
 A grid of 24 fits takes an hour at 1.2 million interactions. In a larger split the settings are chosen on a sample of
-users, and fitted once on everything; numbers of factors for which that would take too long are left out.
+users, the others with the fewest factors and the number of factors last, and fitted once on everything. Numbers of
+factors for which that would take too long are left out.
 
 Shapes: U training users, N new ones, P = U + N, I items.
 """
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _MIN_FACTORS = 16
 """Fewest factors to which a number of factors is halved; with fewer iALS is no comparison."""
-_ROW_SECONDS, _ROW_FACTOR_SECONDS, _ENTRY_FACTOR_SECONDS = 1e-6, 2.2e-10, 8e-9
+_ROW_SECONDS, _ROW_FACTOR_SECONDS, _ENTRY_FACTOR_SECONDS = 1.8e-6, 2.1e-10, 8e-9
 """CPU seconds of a sweep for each user and item, times the square of the factors, and for each interaction and factor;
 measured with 16 to 256 factors on one core of an Intel Xeon (docs/performance.md)."""
 
@@ -92,24 +93,26 @@ def ials_grid(data: SplitData, config: BaselineConfig) -> Grid:
             config.max_fit_minutes,
         )
     candidates = _candidates(data, config, factors)
-    num_points = len(candidates)
-    if num_points == 1 or data.train.nnz * num_points <= config.max_grid_interactions:
+    if len(candidates) == 1 or data.train.nnz * len(candidates) <= config.max_grid_interactions:
         return Grid(candidates)
+    num_first = _num_points(config, 1)
+    num_compared = num_first + len(factors) - 1
 
     def draw() -> Sample | None:
         def is_small(num_interactions: IntArray, num_rows: IntArray) -> NDArray[np.bool_]:
-            seconds = sum(sweep_seconds(num_interactions, num_rows, number) for number in factors)
-            minutes = num_points / len(factors) * config.ials_iterations * seconds / 60
-            return (minutes <= config.max_fit_minutes) & (num_interactions * num_points <= config.max_grid_interactions)
+            fits = dict.fromkeys(factors, 1) | {min(factors): num_first}
+            seconds = sum(count * sweep_seconds(num_interactions, num_rows, each) for each, count in fits.items())
+            is_short = config.ials_iterations * seconds / 60 <= config.max_fit_minutes / 2
+            return is_short & (num_interactions * num_compared <= config.max_grid_interactions)
 
-        drawn = sample_users(data, is_small, num_points)
+        drawn = sample_users(data, is_small, num_compared)
         if drawn is None:
             return None
         description = f"{drawn.train.shape[0]:,} of {data.train.shape[0]:,} users"
-        return Sample(drawn, _candidates(drawn, config, factors), description)
+        return Sample(drawn, _candidates(drawn, config, factors), description, last="factors")
 
     axes = factors, config.ials_regularizations, config.ials_alphas
-    return Grid(candidates, draw, middle_point(*axes))
+    return Grid(candidates, draw, num_compared, middle_point(*axes))
 
 
 def _num_points(config: BaselineConfig, num_factors: int) -> int:

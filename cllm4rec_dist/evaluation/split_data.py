@@ -101,11 +101,28 @@ class Sample:
         data: its validation items are those to rank by; test has the same.
         candidates: those of the grid, in its order, fitted on the sample.
         description: what was sampled, such as "5,000 of 200,000 users".
+        last: setting that is compared last, with the best values of the others, which are compared by its lowest value;
+            None to compare all candidates.
     """
 
     data: SplitData
     candidates: Sequence[Candidate]
     description: str
+    last: str | None = None
+
+    def first_round(self) -> list[int]:
+        """Return the indices of the candidates that are compared first."""
+        if self.last is None:
+            return [*range(len(self.candidates))]
+        values = [candidate.settings[self.last] for candidate in self.candidates]
+        return [index for index, value in enumerate(values) if value == min(values)]
+
+    def second_round(self, best: int) -> list[int]:
+        """Return the indices of the candidates that differ from the best of the first round in `last` alone."""
+        if self.last is None:
+            return []
+        others = [{**candidate.settings, self.last: 0.0} for candidate in self.candidates]
+        return [index for index, settings in enumerate(others) if index != best and settings == others[best]]
 
 
 @dataclass(frozen=True)
@@ -116,11 +133,13 @@ class Grid:
         candidates: candidates, fitted on everything.
         draw: draws the sample on which one of them is chosen, None if it has no validation items; None to choose on
             everything.
-        middle: index of the candidate that is fitted if a sample has no validation items.
+        num_compared: candidates that are compared on the sample.
+        middle: index of the candidate that is fitted if the sample has no validation items.
     """
 
     candidates: Sequence[Candidate]
     draw: Callable[[], Sample | None] | None = None
+    num_compared: int = 0
     middle: int = 0
 
 

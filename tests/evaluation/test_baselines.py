@@ -240,8 +240,10 @@ def test_a_grid_that_takes_too_long_is_compared_on_a_sample(data):
         "ials": (4, None),
         "sparse_ease": (3, None),
     }
-    smaller = make_grids(data, config.model_copy(update={name: limit - 1 for name, limit in limits.items()}))
-    assert [len(grid.candidates) for grid in smaller.values()] == [4, 3]
+    # Two regularizations are compared with 4 factors, and then 8 factors with the better one.
+    fewer = {"max_grid_interactions": 3 * data.train.nnz - 1, "max_grid_items": 3 * 30 - 1}
+    smaller = make_grids(data, config.model_copy(update=fewer))
+    assert [(len(grid.candidates), grid.num_compared) for grid in smaller.values()] == [(4, 3), (3, 3)]
     users, items = (smaller[name].draw() for name in ("ials", "sparse_ease"))
     assert users.description == "79 of 80 users"
     assert [candidate.settings for candidate in users.candidates] == [
@@ -277,6 +279,20 @@ def test_a_sample_has_whole_users_with_their_items_and_those_with_validation_ite
     assert set(users) < set(np.flatnonzero(is_in_sample(whole, larger)))
 
 
+def test_the_size_of_a_sample_is_told_by_interactions_and_by_users_and_items_with_any(data):
+    told = []
+
+    def is_small(num_interactions, num_rows):
+        told.append((num_interactions, num_rows))
+        return num_interactions <= 200
+
+    drawn = split_data.sample_users(data, is_small, 4)
+    ((interactions, rows),) = told
+    last = drawn.train.shape[0] - 1
+    assert (interactions[last], rows[last]) == (drawn.train.nnz, sum(drawn.train.shape))
+    assert (interactions[-1], rows[-1]) == (data.train.nnz, 80 + 30)
+
+
 def is_in_sample(whole, drawn):
     """Find sampled users by their histories, which all differ."""
     rows = {tuple(np.array(whole.item_texts)[row.indices]): user for user, row in enumerate(whole.train)}
@@ -296,18 +312,28 @@ def test_few_users_of_a_sample_are_ranked_if_items_and_candidates_are_many(data,
 
 @pytest.mark.parametrize("name", ["ials", "sparse_ease"])
 def test_the_best_of_a_sample_is_fitted_on_everything(name, data, caplog):
-    limits = {"max_grid_interactions": 4 * 200, "max_grid_items": 3 * 20}
+    limits = {"max_grid_interactions": 3 * 200, "max_grid_items": 3 * 20}
     config = BaselineConfig(names=(name,), **IALS_AXES, **limits, num_threads=1, sparse_ease_lambdas=(1.0, 50.0, 1e4))
     sample = make_grids(data, config)[name].draw()
-    values = []
-    for candidate in sample.candidates:
+
+    def value(candidate):
         scores = candidate.fit(int)(np.arange(sample.data.valid.shape[0]))
         scores[sample.data.histories.nonzero()] = -np.inf
         metrics = user_metrics(slow_ranking(scores, scores.shape[1]), sample.data.valid, ["ndcg@100"])
-        values.append(mean_metrics(metrics, ["ndcg@100"]).mean["ndcg@100"])
-    assert len(set(values)) == len(values)
-    chosen = sample.candidates[int(np.argmax(values))].settings
-    assert chosen != make_grids(data, config)[name].candidates[0].settings
+        return mean_metrics(metrics, ["ndcg@100"]).mean["ndcg@100"]
+
+    compared = [candidate for candidate in sample.candidates if candidate.settings.get("factors") in (None, 4)]
+    best = max(compared, key=value)
+    last = [
+        candidate
+        for candidate in sample.candidates
+        if candidate not in compared and candidate.settings == best.settings | {"factors": 8}
+    ]
+    assert (len(compared), len(last)) == ((2, 1) if name == "ials" else (3, 0))
+    values = [value(candidate) for candidate in [*compared, *last]]
+    assert len(set(values)) == len(values) == 3
+    chosen = [*compared, *last][int(np.argmax(values))].settings
+    assert chosen != sample.candidates[0].settings
     with caplog.at_level(logging.INFO):
         (result,) = run_baselines(data, METRICS, config)
     assert result.chosen == chosen
@@ -365,7 +391,7 @@ def test_every_sweep_and_every_ranking_is_a_step_of_the_bar(data, monkeypatch):
     config = BaselineConfig(names=("popularity", "ials"), **IALS_AXES, ials_iterations=3)
     for limit in (10**9, 4 * 200):
         run_baselines(data, METRICS, config.model_copy(update={"max_grid_interactions": limit}))
-    assert [(bar.total, bar.done) for bar in steps] == [(1 + 4 * 4,) * 2, (1 + 5 * 4,) * 2]
+    assert [(bar.total, bar.done) for bar in steps] == [(1 + 4 * 4,) * 2, (1 + (3 + 1) * 4,) * 2]
 
 
 def test_factors_whose_fit_takes_too_long_are_left_out_or_halved(data, caplog):
@@ -374,7 +400,8 @@ def test_factors_whose_fit_takes_too_long_are_left_out_or_halved(data, caplog):
         np.count_nonzero(data.train.getnnz(axis=1)) + np.count_nonzero(data.train.getnnz(axis=0)),
     )
     minutes = {factors: 15 * float(ials.sweep_seconds(nnz, rows, factors)) / 60 for factors in (16, 32, 64, 256)}
-    assert 10 * minutes[16] < 10 * minutes[32] < minutes[256] < 1
+    assert minutes[16] < minutes[32] < minutes[64] < minutes[256] < 1
+    assert ials.sweep_seconds(10**7, 10**6, 64) == pytest.approx(1.8 + 0.86016 + 5.12)
 
     def factors(limit, **others):
         config = BaselineConfig(names=("ials",), max_grid_interactions=1, max_fit_minutes=limit, **others)

@@ -104,6 +104,7 @@ def test_a_large_catalog_is_fitted_on_a_sample_of_its_items() -> None:
     assert len(items) == 12
     assert (np.diff(items) > 0).all()
     assert counts[items].all()
+    assert set(items) != set(np.flatnonzero(counts)[:12]), "they are drawn from the whole catalog"
     only = np.where(np.isin(np.arange(40), items), counts, 0)
     assert torch.equal(sampled, sampled_fit(alone(), None, only)[0]), "the other items have no part in the regression"
     whole, *means = sampled_fit(alone(), 30, counts)
