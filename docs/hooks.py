@@ -24,6 +24,7 @@ COPIED = {
 REFERENCE = {
     "run_settings": reference.run_settings,
     "backbone_settings": reference.backbone_settings,
+    "baseline_settings": reference.baseline_settings,
     "recipe_keys": reference.recipe_keys,
     "commands": reference.commands,
 }

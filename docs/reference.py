@@ -13,6 +13,7 @@ from cllm4rec_dist.cli import app
 from cllm4rec_dist.cli.settings_reference import Section, list_sections
 from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.corpus.recipe import PrepareConfig
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 
 
 def run_settings() -> str:
@@ -23,6 +24,11 @@ def run_settings() -> str:
 def backbone_settings() -> str:
     """Markdown of every setting of a small backbone, without a heading."""
     return _sections(BackboneConfig, "", "backbone-")
+
+
+def baseline_settings() -> str:
+    """Markdown of every setting of the baselines, without a heading."""
+    return _sections(BaselineConfig, "", "baselines-")
 
 
 def recipe_keys() -> str:

@@ -342,6 +342,57 @@ def test_evaluate_refuses_its_options_at_once(tmp_path: Path, monkeypatch: pytes
             cli.app(command, standalone_mode=False)
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "names"),
+    [
+        (None, [], ["popularity", "ease", "title_ease", "ials"]),
+        ("ials_factors: [8]", [], ["popularity", "ease", "title_ease", "ials"]),
+        ("names: [ials, popularity]", [], ["ials", "popularity"]),
+        ("names: [ials]", ["--baselines", "sparse_ease,popularity"], ["popularity", "sparse_ease"]),
+        (None, ["--no-baselines"], []),
+    ],
+)
+def test_settings_of_baselines_come_from_a_file(
+    text: str | None, options: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch_short", lambda *args, **kwargs: given.update(kwargs))
+    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.find_trained", str)
+    monkeypatch.setattr(
+        "cllm4rec_dist.evaluation.comparison.compare", lambda *args, **kwargs: given.update(kwargs) or ""
+    )
+    if text is not None:
+        (tmp_path / "baselines.yaml").write_text(text)
+        options = [*options, "--baseline-settings", str(tmp_path / "baselines.yaml")]
+    cli.app(["evaluate", str(tmp_path), "--launcher", "process", *options], standalone_mode=False)
+    assert list(given["baselines"]) == names
+    assert given["settings"].ials_factors == ((8,) if text and "factors" in text else (64, 256))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("ials_factor: [8]", [], r"ials_factor is not a key of the file \(did you mean 'ials_factors'\?\)"),
+        ("ials_alphas: [0]", [], r"ials_alphas\.0: Input should be greater than 0 \(got 0\)"),
+        ("ials_alphas: 5", [], r"Write ials_alphas: \[5\]"),
+        ("names: [knn]", [], "'knn' is not one of popularity, ease"),
+        ("select_by: auc", [], r"select_by: must be recall@K or ndcg@K .*\(got 'auc'\)"),
+        ("output: runs/a", [], "'a run configuration' is not settings of baselines"),
+        ("seed: 1", ["--no-baselines"], "has nothing to set, because --no-baselines fits none"),
+        (None, [], "'.*baselines.yaml' does not exist"),
+    ],
+)
+def test_wrong_settings_of_baselines_are_refused_before_ranks_start(
+    text: str | None, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cllm4rec_dist.cli.evaluate.launch_short", lambda *args, **kwargs: pytest.fail("started ranks"))
+    if text is not None:
+        (tmp_path / "baselines.yaml").write_text(text)
+    given = ["--baseline-settings", str(tmp_path / "baselines.yaml"), *options]
+    with pytest.raises(ConfigError, match=message):
+        cli.app(["evaluate", str(tmp_path), "--launcher", "process", *given], standalone_mode=False)
+
+
 def test_paths_of_the_command_line_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=f"{tmp_path}/run.yaml' does not exist"):

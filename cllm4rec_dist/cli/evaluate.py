@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,14 +27,15 @@ from cllm4rec_dist.cli.options import (
     moved_paths,
     output_problems,
 )
-from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.config import load_config
+from cllm4rec_dist.errors import CLLM4RecError, ConfigError
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.baseline_names import LABELS
 from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.launchers.launch import is_main, require_launchable
 from cllm4rec_dist.launchers.short_jobs import launch_short
 from cllm4rec_dist.suggestions import did_you_mean
 
-BASELINES = "popularity,ease,title_ease,ials"
 METRICS = "recall@20,recall@40,ndcg@100"
 
 
@@ -49,12 +51,20 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or valid.")] = "test",
     metrics: MetricNames = METRICS,
     baselines: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Baselines to fit, too, of popularity, ease, title_ease, sparse_ease and ials. In a catalog too large"
-            " for ease and title_ease, sparse_ease takes their place."
+            help="Baselines to fit, too, of popularity, ease, title_ease, sparse_ease and ials; default: those of"
+            " --baseline-settings, which are all but sparse_ease. In a catalog too large for ease and title_ease,"
+            " sparse_ease takes their place."
         ),
-    ] = BASELINES,
+    ] = None,
+    baseline_settings: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with grids and limits of the baselines; `cllm4rec settings baselines` explains its keys.",
+            callback=expanded,
+        ),
+    ] = None,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Fit no baselines.")] = False,
     without_rows: Annotated[
         bool,
@@ -76,7 +86,7 @@ def evaluate(
     """Rank the whole catalog for every user, print metrics next to the baselines, write a report."""
     require_launchable(launcher, workers, os.environ)
     folder = output or Path(run) / _folder_name(split, users, without_rows=without_rows)
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    names = [name for name in _names(metrics) if name]
     problems = preflight.metric_problems("--metrics", names)
     if output is not None or Path(run).is_dir():  # else the error is about RUN
         problems += output_problems("--output", folder, launcher)
@@ -84,19 +94,13 @@ def evaluate(
         why = ": the model has learnt these items, so finding them shows nothing" if split == "train" else ""
         cure = f"Leave it out for test.{did_you_mean(split, ('test', 'valid'))}"
         problems.append(ConfigError("--split", split, f"is neither test nor valid{why}", cure))
-    chosen = [] if no_baselines else [name.strip() for name in baselines.split(",")]
-    models = [name for name in LABELS if name in chosen]
-    problems += [
-        ConfigError(
-            "--baselines",
-            name,
-            "is no baseline",
-            f"Name some of {', '.join(LABELS)}, or give --no-baselines.{did_you_mean(name, LABELS)}",
-        )
-        for name in chosen
-        if name not in LABELS
-    ]
+    if no_baselines and baseline_settings is not None:
+        rule = "has nothing to set, because --no-baselines fits none"
+        problems.append(ConfigError("--baseline-settings", str(baseline_settings), rule, "Give one of the two."))
+    problems += _baseline_problems([] if no_baselines else _names(baselines))
+    settings = _read_settings(baseline_settings, problems)
     preflight.require_none(problems, "evaluate")
+    models = [] if no_baselines else [name for name in LABELS if name in _names(baselines)] or settings.names
     folder, run_path, moved = folder.absolute(), find_trained(run), moved_paths(backbone, corpus)
     announce(f"evaluate: reading {run}, importing torch", launcher)
     with importing_libraries():
@@ -121,7 +125,36 @@ def evaluate(
         from cllm4rec_dist.evaluation.comparison import compare
 
         log_alone()
-        typer.echo(compare(folder, names, baselines=models, seconds=time.monotonic() - started))
+        seconds = time.monotonic() - started
+        typer.echo(compare(folder, names, baselines=models, seconds=seconds, settings=settings))
+
+
+def _names(text: str | None) -> list[str]:
+    """Split a comma-separated option; empty if it was left out."""
+    return [] if text is None else [name.strip() for name in text.split(",")]
+
+
+def _baseline_problems(names: Sequence[str]) -> list[CLLM4RecError]:
+    """Return an error for each name that is no baseline."""
+    return [
+        ConfigError(
+            "--baselines",
+            name,
+            "is no baseline",
+            f"Name some of {', '.join(LABELS)}, or give --no-baselines.{did_you_mean(name, LABELS)}",
+        )
+        for name in names
+        if name not in LABELS
+    ]
+
+
+def _read_settings(path: Path | None, problems: list[CLLM4RecError]) -> BaselineConfig:
+    """Read the settings of the baselines; an error is added to `problems`, and the defaults are returned."""
+    try:
+        return load_config(BaselineConfig, path)
+    except ConfigError as error:
+        problems.append(error)
+        return BaselineConfig()
 
 
 def _folder_name(split: str, num_users: int | None, *, without_rows: bool) -> str:

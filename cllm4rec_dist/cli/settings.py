@@ -14,11 +14,11 @@ def settings(
     section: Annotated[
         str | None,
         typer.Argument(
-            help="Section of a run (optimizer), recipe, recipe.SECTION, or backbone; default: all of a run."
+            help="Section of a run (optimizer), recipe, recipe.SECTION, backbone, or baselines; default: all of a run."
         ),
     ] = None,
 ) -> None:
-    """Print the settings of runs, recipes and the small backbone with type, default and meaning."""
+    """Print the settings of runs, recipes, the small backbone and the baselines with type, default and meaning."""
     from cllm4rec_dist.cli.settings_reference import describe_settings
 
     typer.echo(describe_settings(section))

@@ -17,11 +17,16 @@ from pydantic.fields import FieldInfo
 from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.suggestions import did_you_mean
 
 _WIDTH = 79
 _INDENT = " " * 4
-_ROOTS: dict[str, type[BaseModel]] = {"recipe": PrepareConfig, "backbone": BackboneConfig}
+_ROOTS: dict[str, type[BaseModel]] = {
+    "recipe": PrepareConfig,
+    "backbone": BackboneConfig,
+    "baselines": BaselineConfig,
+}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -67,7 +72,7 @@ def list_sections(model: type[BaseModel], path: str = "") -> Iterator[Section]:
 
 
 def describe_settings(section: str | None = None) -> str:
-    """Describe the settings of a run, one of its sections, `recipe` (or `recipe.SECTION`) or `backbone`.
+    """Describe the settings of a run, one of its sections, `recipe` (or `recipe.SECTION`), `backbone` or `baselines`.
 
     Raises:
         ConfigError: for an unknown section.

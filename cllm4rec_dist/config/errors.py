@@ -68,7 +68,8 @@ def _cure(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> st
         return f"Keys of {_name(path)}: {', '.join(_keys(section))}."
     if error["type"] == "float_parsing" and (hint := decimal_hint(str(value))):
         return hint.strip()
-    return "`cllm4rec settings` explains every key of a run, `cllm4rec settings recipe` those of a recipe."
+    others = "`cllm4rec settings recipe` those of a recipe, `cllm4rec settings baselines` those of the baselines"
+    return f"`cllm4rec settings` explains every key of a run, {others}."
 
 
 def _hint(word: str, choices: Iterable[str]) -> str:

@@ -45,16 +45,21 @@ class HeldOutUsers:
 
     @classmethod
     def of(cls, corpus: Corpus, split: str, num_users: int | None = None) -> Self:
-        """Read the users with held-out items from a corpus.
+        """Read the users with held-out items from a corpus; of a sample, the histories of its users alone.
 
         Args:
             split: valid or test.
             num_users: size of a sample, drawn by a hash of the users' positions in the corpus: the same in every run,
                 and a part of any larger one. None reads all of them.
         """
-        return cls.among(
-            corpus.splits((split, "train")), corpus.new_user_splits((split, "history")), num_users=num_users
-        )
+        new = corpus.new_user_splits((split, "history"))
+        if num_users is None:
+            return cls.among(corpus.splits((split, "train")), new)
+        held_out, (new_held_out, new_histories) = corpus.split(split), new
+        rows, new_rows, num_all = _draw(held_out, new_held_out, num_users)
+        histories = Ragged.concat([corpus.split("train", rows), new_histories.take(new_rows)])
+        held_out = Ragged.concat([held_out.take(rows), new_held_out.take(new_rows)])
+        return cls(rows, new_rows, histories, held_out, num_all)
 
     @classmethod
     def among(cls, known: Sequence[Ragged], new: Sequence[Ragged], *, num_users: int | None = None) -> Self:
@@ -66,13 +71,7 @@ class HeldOutUsers:
         """
         held_out, histories = known
         new_held_out, new_histories = new
-        rows, new_rows = np.flatnonzero(held_out.lengths), np.flatnonzero(new_held_out.lengths)
-        num_all = len(rows) + len(new_rows)
-        if num_users is not None and num_users < num_all:
-            keys = np.concatenate([keyed_bits(_SAMPLE, 0, rows), keyed_bits(_SAMPLE, 1, new_rows)])
-            is_drawn = np.zeros(len(keys), bool)
-            is_drawn[np.argsort(keys, kind="stable")[:num_users]] = True
-            rows, new_rows = rows[is_drawn[: len(rows)]], new_rows[is_drawn[len(rows) :]]
+        rows, new_rows, num_all = _draw(held_out, new_held_out, num_users)
         return cls(
             rows,
             new_rows,
@@ -104,3 +103,19 @@ class HeldOutUsers:
         """Return the external id of each user."""
         known, new = corpus.ids("users")["user"].take(self.known), corpus.new_users()["user"].take(self.new)
         return [*known.to_pylist(), *new.to_pylist()]
+
+
+def _draw(held_out: Ragged, new_held_out: Ragged, num_users: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the rows of known users with held-out items, the positions of new ones, both ascending, and their number.
+
+    Args:
+        num_users: size of a sample; the number is that of all users nevertheless.
+    """
+    rows, new_rows = np.flatnonzero(held_out.lengths), np.flatnonzero(new_held_out.lengths)
+    num_all = len(rows) + len(new_rows)
+    if num_users is not None and num_users < num_all:
+        keys = np.concatenate([keyed_bits(_SAMPLE, 0, rows), keyed_bits(_SAMPLE, 1, new_rows)])
+        is_drawn = np.zeros(len(keys), bool)
+        is_drawn[np.argsort(keys, kind="stable")[:num_users]] = True
+        rows, new_rows = rows[is_drawn[: len(rows)]], new_rows[is_drawn[len(rows) :]]
+    return rows, new_rows, num_all

@@ -244,27 +244,31 @@ class Corpus:
         return self.splits((name,), users)[0]
 
     def splits(self, names: Sequence[str], users: np.ndarray | None = None) -> list[Ragged]:
-        """Like `split` for several splits. Reads each record that has one of the users once, and only these splits."""
+        """Like `split` for several splits. Reads each record that has one of the users once, and only these splits.
+
+        Keeps the lists of these users alone in memory, beside one record.
+        """
         assert set(names) <= set(SPLITS), names
         arrays = [array for name in names for array in (f"{name}_offsets", f"{name}_items")]
         sizes = self.interactions.record_sizes
         ends = np.cumsum(sizes)
-        of_user = np.searchsorted(ends, users, side="right") if users is not None else None
-        indexes = np.arange(len(sizes)) if of_user is None else np.unique(of_user)
-        records = [self.interactions.read_record(index, arrays) for index in indexes.tolist()]
-        if not records:
+        of_user = np.searchsorted(ends, users, side="right") if users is not None else np.empty(0, np.int64)
+        order = np.argsort(of_user, kind="stable")
+        indexes = np.arange(len(sizes)) if users is None else np.unique(of_user)
+        bounds = np.searchsorted(of_user[order], indexes), np.searchsorted(of_user[order], indexes, side="right")
+        parts: list[list[Ragged]] = [[] for _ in names]
+        for index, low, high in zip(indexes.tolist(), *bounds, strict=True):
+            record = self.interactions.read_record(index, arrays)
+            for name, lists in zip(names, parts, strict=True):
+                part = Ragged(record[f"{name}_offsets"], record[f"{name}_items"])
+                if users is not None:
+                    part = part.take(users[order[low:high]] - (ends - sizes)[index])
+                lists.append(part)
+        if not len(indexes):
             return [Ragged.from_lists([]) for _ in names]
-        lists = [
-            Ragged.concat([Ragged(record[f"{name}_offsets"], record[f"{name}_items"]) for record in records])
-            for name in names
-        ]
-        if users is None or of_user is None:
-            return lists
-        # The records that were read lie one after the other, without those between them.
-        starts = np.cumsum(sizes[indexes]) - sizes[indexes]
-        record = np.searchsorted(indexes, of_user)
-        rows = starts[record] + users - (ends - sizes)[of_user]
-        return [part.take(rows) for part in lists]
+        if users is None:
+            return [Ragged.concat(lists) for lists in parts]
+        return [Ragged.concat(lists).take(np.argsort(order, kind="stable")) for lists in parts]
 
     def history(self, users: np.ndarray | None = None) -> Ragged:
         """Read all items of each user, including held-out ones: U lists of int32 item rows.

@@ -4,7 +4,8 @@ The metrics of a language model mean little without a comparison; `baseline_mode
 
 Every candidate of a grid is fitted on the training items and ranks the catalog once, in blocks of users. That ranking
 is evaluated on the validation items, which select the candidate, and on the test items, which are reported for the
-selected candidate only. Only the items of the histories are excluded from the ranking. No array of size [U, I] is
+selected candidate only. Where a grid takes too long, the candidate is selected on a sample (`split_data.py`) and
+fitted once on everything. Only the items of the histories are excluded from the ranking. No array of size [U, I] is
 stored. Equal scores rank the lower item row first, so that results do not depend on the sorting algorithm.
 
 Shapes: P users, known and new, I items, b users of a block, K ranked items.
@@ -25,13 +26,8 @@ from numpy.typing import NDArray
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.evaluation.baseline_models import (
-    BaselineConfig,
-    Candidate,
-    Scorer,
-    SplitData,
-    make_grids,
-)
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_models import make_grids
 from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
 from cllm4rec_dist.evaluation.metrics import (
     LIST_LENGTH,
@@ -42,6 +38,7 @@ from cllm4rec_dist.evaluation.metrics import (
     top_items,
     user_metrics,
 )
+from cllm4rec_dist.evaluation.split_data import Candidate, Grid, Scorer, SplitData
 from cllm4rec_dist.log import ProgressBar, progress_bar
 
 logger = logging.getLogger(__name__)
@@ -55,6 +52,8 @@ class BaselineResult:
 
     `values` float64 [n, M] are those of the n users with test items, in the order of their rows. `listed` int64 [I]
     counts for each item the lists of `LIST_LENGTH` that contain it. `seconds` is the wall time of the whole grid.
+    `chosen_on` names the sample on which the hyper-parameters were selected, such as "5,000 of 200,000 users"; empty
+    for everything.
     """
 
     name: BaselineName
@@ -64,6 +63,7 @@ class BaselineResult:
     values: FloatArray
     listed: NDArray[np.int64]
     seconds: float
+    chosen_on: str = ""
 
     @property
     def num_users(self) -> int:
@@ -115,7 +115,7 @@ def _evaluate(score: Scorer, data: SplitData, select_by: str, metrics: Sequence[
 
 def _tune(
     name: BaselineName,
-    candidates: Sequence[Candidate],
+    grid: Grid,
     data: SplitData,
     metrics: Sequence[str],
     select_by: str,
@@ -124,9 +124,12 @@ def _tune(
     """Fit every candidate and report test metrics of the best one on validation (the first of equals)."""
     started = time.perf_counter()
     bar.set_description(f"baselines: {LABELS[name]}")
+    candidates, chosen_on, num_tried = grid.candidates, "", len(grid.candidates)
+    if grid.draw is not None:
+        candidates, chosen_on, num_tried = _select_on_sample(name, grid, select_by, bar)
     best: tuple[_CandidateResult, dict[str, float]] | None = None
     for candidate in candidates:
-        result = _evaluate(candidate.fit(), data, select_by, metrics)
+        result = _evaluate(candidate.fit(bar.update), data, select_by, metrics)
         logger.debug("baseline %s %s: validation %s %.4f", name, candidate.settings, select_by, result.valid)
         if best is None or result.valid > best[0].valid:
             best = result, candidate.settings
@@ -137,15 +140,59 @@ def _tune(
     seconds = time.perf_counter() - started
     settings = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
     logger.info(
-        "baseline %s%s: validation %s %.4f; settings tried: %d, in %.1f s",
+        "baseline %s%s: validation %s %.4f; settings tried: %d%s, in %.1f s",
         LABELS[name],
         f" ({settings})" if settings else "",
         select_by,
         result.valid,
-        len(candidates),
+        num_tried,
+        f" on {chosen_on}" if chosen_on else "",
         seconds,
     )
-    return BaselineResult(name, means.mean, means.stderr, chosen, result.values, result.listed, seconds)
+    return BaselineResult(name, means.mean, means.stderr, chosen, result.values, result.listed, seconds, chosen_on)
+
+
+def _select_on_sample(
+    name: BaselineName, grid: Grid, select_by: str, bar: ProgressBar
+) -> tuple[Sequence[Candidate], str, int]:
+    """Return the candidate that ranks the validation items of a sample best, what was sampled, and how many were tried.
+
+    The middle of the grid, and nothing, if the sample has no validation items.
+    """
+    assert grid.draw is not None
+    sample = grid.draw()
+    if sample is None:
+        logger.warning(
+            "baseline %s is not tuned: %d fits would take too long, and a sample has no validation items",
+            LABELS[name],
+            len(grid.candidates),
+        )
+        return [grid.candidates[grid.middle]], "", 1
+    logger.info(
+        "baseline %s: %d settings are compared on %s, because fits on everything would take too long",
+        LABELS[name],
+        grid.num_compared,
+        sample.description,
+    )
+
+    def value(index: int) -> float:
+        candidate = sample.candidates[index]
+        result = _evaluate(candidate.fit(bar.update), sample.data, select_by, [select_by]).valid
+        logger.debug("baseline %s %s: on the sample %s %.4f", name, candidate.settings, select_by, result)
+        bar.update()
+        return result
+
+    values = {index: value(index) for index in sample.first_round()}
+    best = max(values, key=values.__getitem__)
+    values |= {index: value(index) for index in sample.second_round(best)}
+    best = max(values, key=values.__getitem__)
+    return [grid.candidates[best]], sample.description, len(values)
+
+
+def _num_steps(grid: Grid) -> int:
+    """Return the steps of the progress bar: the sweeps and the ranking of each fit."""
+    num_fits = len(grid.candidates) if grid.draw is None else grid.num_compared + 1
+    return num_fits * (grid.candidates[0].num_sweeps + 1)
 
 
 def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfig) -> list[BaselineResult]:
@@ -164,9 +211,9 @@ def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfi
     """
     largest_cutoff(metrics)  # raises for a name that is not a metric, before anything is fitted
     grids = make_grids(data, config)
-    total = sum(len(grid) for grid in grids.values())
+    total = sum(map(_num_steps, grids.values()))
     # Baselines are fitted in one process, after the ranks of the evaluation have ended.
     alone = World(0, 1, 0, torch.device("cpu"), has_terminal=sys.stderr.isatty())
-    bar = progress_bar(alone, total, "baselines", "fit")
+    bar = progress_bar(alone, total, "baselines", "step")
     with closing(bar), logging_redirect_tqdm([logging.getLogger("cllm4rec_dist")]):
-        return [_tune(name, grid, data, metrics, config.select_by, bar) for name, grid in grids.items() if grid]
+        return [_tune(name, grid, data, metrics, config.select_by, bar) for name, grid in grids.items()]

@@ -26,11 +26,6 @@ from cllm4rec_dist.system import InferenceSystem
 logger = logging.getLogger(__name__)
 
 
-def training_counts(corpus: Corpus) -> np.ndarray:
-    """Return the number of training interactions of each item, int64 [I]."""
-    return np.bincount(corpus.split("train").values, minlength=corpus.num_items)
-
-
 def fill_cold_rows(system: InferenceSystem) -> None:
     """Replace rows and biases of items without training interactions by those of their texts. Collective.
 
@@ -38,7 +33,7 @@ def fill_cold_rows(system: InferenceSystem) -> None:
     """
     if not system.corpus.manifest.has_cold_items:
         return
-    num_cold = _fill(system, training_counts(system.corpus))
+    num_cold = _fill(system, system.corpus.training_counts())
     if num_cold:
         logger.info("rows of %s items without training interactions come from their texts", f"{num_cold:,}")
 
@@ -49,7 +44,7 @@ def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
     if not system.corpus.manifest.has_cold_items:
         yield
         return
-    model, counts = system.recommender, training_counts(system.corpus)
+    model, counts = system.recommender, system.corpus.training_counts()
     first, last = model.item_partition.range(model.world.rank)
     cold = torch.from_numpy(np.flatnonzero(counts[first:last] == 0)).to(system.world.device)
     bias = model.head.local_bias

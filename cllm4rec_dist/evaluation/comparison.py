@@ -20,7 +20,8 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.views import interaction_matrix, texts_of_table
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, select_baselines
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_models import select_baselines
 from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
 from cllm4rec_dist.evaluation.baselines import BaselineResult, run_baselines
 from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE
@@ -38,15 +39,24 @@ from cllm4rec_dist.evaluation.results import (
     Results,
     markdown_table,
 )
+from cllm4rec_dist.evaluation.split_data import SplitData
 
 
-def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[BaselineName], seconds: float) -> str:
+def compare(
+    folder: Path,
+    metrics: Sequence[str],
+    *,
+    baselines: Sequence[BaselineName],
+    seconds: float,
+    settings: BaselineConfig | None = None,
+) -> str:
     """Fit the baselines, write results, plots and report into `folder`, and return the table as Markdown.
 
     Args:
         folder: folder with `evaluation.json`, written by `inference.evaluate_run`.
         baselines: names of the baselines to fit; may be empty.
         seconds: duration of the evaluation.
+        settings: grids and limits of the baselines, whose own names are not used; None for the defaults.
 
     Raises:
         DataError: if `folder` has no evaluation.
@@ -60,7 +70,8 @@ def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[Baselin
     items = corpus.items()
     splits = _Splits.of(corpus, evaluated["split"], evaluated.get("sample"))
     users, data = splits.users, splits.data(texts_of_table(items)) if baselines else None
-    fitted, left_out = _fit_baselines(data, metrics, baselines)
+    settings = settings or BaselineConfig()
+    fitted, left_out = _fit_baselines(data, metrics, settings.model_copy(update={"names": tuple(baselines)}))
     if fitted:
         _write_values(fitted, users.ids(corpus), users, items, metrics, folder)
     rows = _model_rows(evaluated)
@@ -69,7 +80,7 @@ def compare(folder: Path, metrics: Sequence[str], *, baselines: Sequence[Baselin
         dataset=f"{corpus.manifest.name} ({evaluated['split']})",
         rows=tuple(rows),
         groups=_groups(evaluated, fitted, users, metrics),
-        item_groups=_item_groups(evaluated, corpus, data, fitted, metrics),
+        item_groups=_item_groups(evaluated, corpus, data, fitted, metrics, settings),
         num_users=evaluated["num_users"],
         seconds=seconds,
         config=config,
@@ -116,12 +127,11 @@ def _items(table: pa.Table, popularity: np.ndarray) -> pl.DataFrame:
 
 
 def _fit_baselines(
-    data: SplitData | None, metrics: Sequence[str], names: Sequence[BaselineName]
+    data: SplitData | None, metrics: Sequence[str], config: BaselineConfig
 ) -> tuple[list[BaselineResult], dict[BaselineName, str]]:
     """Return the results of the baselines that can run, and the reasons for leaving out others."""
     if data is None:
         return [], {}
-    config = BaselineConfig(names=tuple(names))
     return run_baselines(data, metrics, config), select_baselines(data, config)[1]
 
 
@@ -192,9 +202,10 @@ def _model_rows(means: dict[str, Any]) -> list[ResultRow]:
 def _baseline_row(baseline: BaselineResult, metrics: Sequence[str], chosen: np.ndarray | None = None) -> ResultRow:
     """Return the row of a baseline over all users, or over the chosen ones; bool [n]."""
     result = mean_metrics(baseline.values if chosen is None else baseline.values[chosen], metrics)
-    return ResultRow(
-        name=baseline.label, metrics=result.mean, stderr=result.stderr, chosen=dict(baseline.chosen), baseline=True
-    )
+    settings: dict[str, float | str] = dict(baseline.chosen)
+    if baseline.chosen_on:
+        settings["chosen on"] = baseline.chosen_on
+    return ResultRow(name=baseline.label, metrics=result.mean, stderr=result.stderr, chosen=settings, baseline=True)
 
 
 def _groups(
@@ -220,13 +231,14 @@ def _item_groups(
     data: SplitData | None,
     baselines: Sequence[BaselineResult],
     metrics: Sequence[str],
+    settings: BaselineConfig,
 ) -> tuple[ItemGroupResults, ...]:
     """Return the tables for warm and for cold items; empty unless the split holds out whole items."""
     means: dict[str, Any] = evaluated.get("item_groups", {})
     groups = [group for group in item_groups(corpus, evaluated["split"]) if group.name in means]
     others: list[list[ResultRow]] = [[] for _ in groups]
     if groups and data is not None:
-        others = group_rows(data, groups, baselines, metrics, BaselineConfig())
+        others = group_rows(data, groups, baselines, metrics, settings)
     return tuple(
         ItemGroupResults(
             group=group.name,

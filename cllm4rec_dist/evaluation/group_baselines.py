@@ -15,12 +15,14 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, Candidate, Scorer, SplitData, has_words, make_grids
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_models import has_words, make_grids
 from cllm4rec_dist.evaluation.baselines import BaselineResult
 from cllm4rec_dist.evaluation.ease import Float32Array
 from cllm4rec_dist.evaluation.item_groups import ItemGroup
 from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, top_items, user_metrics
 from cllm4rec_dist.evaluation.results import ResultRow
+from cllm4rec_dist.evaluation.split_data import Candidate, Scorer, SplitData
 
 TEXT_NEIGHBORS = "Text neighbours"
 _BLOCK_USERS = 512
@@ -42,14 +44,18 @@ def group_rows(
     grids = make_grids(data, config.model_copy(update={"names": tuple(result.name for result in baselines)}))
     rows: list[list[ResultRow]] = [[] for _ in groups]
     for baseline in baselines:
-        (candidate,) = (point for point in grids[baseline.name] if point.settings == baseline.chosen)
-        _add_rows(rows, baseline.label, candidate, candidate.fit(), data, groups, metrics)
-    fitted = [(candidate, candidate.fit()) for candidate in _text_neighbors(data)]
+        (candidate,) = (point for point in grids[baseline.name].candidates if point.settings == baseline.chosen)
+        _add_rows(rows, baseline.label, candidate, candidate.fit(_no_progress), data, groups, metrics)
+    fitted = [(candidate, candidate.fit(_no_progress)) for candidate in _text_neighbors(data)]
     if fitted:
         of_validation = groups[-1]  # cold among cold: the question that text neighbours are for
         best = max(fitted, key=lambda pair: _value(pair[1], data, of_validation, config.select_by))
         _add_rows(rows, TEXT_NEIGHBORS, *best, data, groups, metrics)
     return rows
+
+
+def _no_progress() -> None:
+    """Show nothing of a fit."""
 
 
 def _add_rows(
@@ -108,6 +114,9 @@ def _text_neighbors(data: SplitData) -> list[Candidate]:
 
         return score
 
+    def candidate(longest: int) -> Candidate:
+        return Candidate({"words": float(longest)}, lambda swept: fit(longest))
+
     if not has_words(data.item_texts):
         return []
-    return [Candidate({"words": float(longest)}, lambda longest=longest: fit(longest)) for longest in (1, 2)]  # type: ignore[misc]
+    return [candidate(longest) for longest in (1, 2)]

@@ -19,7 +19,6 @@ from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
-from cllm4rec_dist.evaluation.cold_items import training_counts
 from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.topk import rank_by_weights
 from cllm4rec_dist.system import InferenceSystem
@@ -44,7 +43,7 @@ def item_groups(corpus: Corpus, split: str) -> tuple[ItemGroup, ...]:
     """Return the groups of a corpus that holds out whole items, without those that have no held-out items."""
     if corpus.manifest.preparation.split.kind != "cold_items":
         return ()
-    cold = training_counts(corpus) == 0
+    cold = corpus.training_counts() == 0
     everything = np.ones_like(cold)
     is_held_out = np.zeros_like(cold)
     is_held_out[corpus.split(split).values] = True

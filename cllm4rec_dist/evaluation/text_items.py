@@ -20,7 +20,6 @@ from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.views import interaction_matrix, item_texts
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.errors import DataError
-from cllm4rec_dist.evaluation.cold_items import training_counts
 from cllm4rec_dist.model.linear_fit import (
     LinearSettings,
     WordCounts,
@@ -30,7 +29,7 @@ from cllm4rec_dist.model.linear_fit import (
 )
 from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
-from cllm4rec_dist.model.text_rows import TextRows, fit_text_rows
+from cllm4rec_dist.model.text_rows import MAX_ITEMS, TextRows, fit_text_rows
 from cllm4rec_dist.system import InferenceSystem
 
 _SHOWN = 60
@@ -61,7 +60,7 @@ class TextItems:
         texts = item_texts(corpus)
         rows_of = fit_text_rows(
             texts,
-            training_counts(corpus),
+            corpus.training_counts(),
             model.collaborative.items.local_rows,
             model.head.local_bias,
             first,
@@ -96,7 +95,8 @@ class TextItems:
             raise DataError(
                 f"new_items: text of {name!r}",
                 text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...",
-                "has no word that a trained item's title or description has, so that nothing is known of it",
+                "has no word that a trained item's title or description has (in a catalog of more than"
+                f" {MAX_ITEMS:,}, a sampled item's), so that nothing is known of it",
                 "Write more of the text, in the language of the other items, or leave the item out.",
             )
         rows = rows.to(device)

@@ -24,7 +24,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, CorpusError
-from cllm4rec_dist.evaluation.cold_items import fill_rows, training_counts
+from cllm4rec_dist.evaluation.cold_items import fill_rows
 from cllm4rec_dist.evaluation.trained_run import log_choice, recorded_config
 from cllm4rec_dist.model.backbone import COLLABORATIVE, CONTENT, fingerprint, load_config, local_folder
 
@@ -100,7 +100,7 @@ def open_source(
     if run_corpus is not None and run_corpus.manifest.has_cold_items:  # as when the run is loaded
         bias, rows = tables.get("head.bias"), tables[f"{COLLABORATIVE}.items"]
         local_bias, offset = None if bias is None else bias[:, None], config.head.new_item_offset
-        fill_rows(run_corpus, training_counts(run_corpus), rows, local_bias, 0, world, offset)
+        fill_rows(run_corpus, run_corpus.training_counts(), rows, local_bias, 0, world, offset)
     log_choice(store, names, opened)
     candidates = (base_model, config.backbone, str(opened.metadata.config["backbone"]))
     return Source(

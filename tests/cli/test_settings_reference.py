@@ -12,6 +12,7 @@ from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.corpus.recipe import ItemTable, PrepareConfig
 from cllm4rec_dist.corpus.split_settings import LastSplit
 from cllm4rec_dist.errors import ConfigError
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -24,7 +25,9 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-@pytest.mark.parametrize(("section", "model"), [(None, RunConfig), ("backbone", BackboneConfig)])
+@pytest.mark.parametrize(
+    ("section", "model"), [(None, RunConfig), ("backbone", BackboneConfig), ("baselines", BaselineConfig)]
+)
 def test_every_setting_is_there(section: str | None, model: type[BaseModel]) -> None:
     lines = describe_settings(section).splitlines()
     for key in keys(model):
@@ -43,7 +46,7 @@ def test_a_recipe_has_all_its_formats_and_splits() -> None:
         assert key == "split" or f"\n{key}  (" in text, key
 
 
-@pytest.mark.parametrize("section", [None, "recipe", "backbone", "optimizer", "recipe.table"])
+@pytest.mark.parametrize("section", [None, "recipe", "backbone", "baselines", "optimizer", "recipe.table"])
 def test_lines_fit_a_terminal(section: str | None) -> None:
     assert max(map(len, describe_settings(section).splitlines())) <= 80
 
@@ -59,7 +62,9 @@ def test_types_bounds_defaults_and_meaning() -> None:
 
 
 def test_an_unknown_section_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"adapter, embeddings.*backbone, or none for all. Did you mean 'validation'"):
+    with pytest.raises(
+        ConfigError, match=r"adapter, embeddings.*backbone, baselines, or none for all. Did you mean 'validation'"
+    ):
         describe_settings("validaton")
     with pytest.raises(ConfigError, match="Did you mean 'epochs'"):
         describe_settings("epoch")

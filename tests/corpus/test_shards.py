@@ -71,6 +71,17 @@ def test_what_is_written_is_read(catalog: Catalog, tmp_path: Path) -> None:
     assert corpus.interactions.num_examples == 40
 
 
+def test_lists_of_some_users_come_in_the_order_in_which_these_are_named(catalog: Catalog, tmp_path: Path) -> None:
+    write(catalog, tmp_path / "c")
+    corpus = Corpus.open(str(tmp_path / "c"))
+    assert len(corpus.interactions) > 2
+    users = np.random.default_rng(0).integers(0, corpus.num_users, 2 * corpus.num_users)  # several times, any order
+    for name, lists in zip(("valid", "train"), corpus.splits(("valid", "train"), users), strict=True):
+        expected = corpus.split(name).take(users)
+        assert lists.offsets.tolist() == expected.offsets.tolist()
+        assert lists.values.tolist() == expected.values.tolist()
+
+
 def test_types_on_disk(catalog: Catalog, tmp_path: Path) -> None:
     write(catalog, tmp_path / "c")
     corpus = Corpus.open(str(tmp_path / "c"))

@@ -176,6 +176,8 @@ def test_a_sample_of_users_is_always_the_same_and_part_of_larger_ones(catalog: C
         assert drawn.rows.tolist() == every.rows[index].tolist()
         for part in ("histories", "held_out"):
             assert getattr(drawn, part).values.tolist() == getattr(every, part).take(index).values.tolist()
+            assert getattr(drawn, part).offsets.tolist() == getattr(every, part).take(index).offsets.tolist()
+        assert drawn.num_all == len(every)
 
 
 def test_digests_cover_held_out_users(raw: RawData, catalog: Catalog, tmp_path: Path) -> None:

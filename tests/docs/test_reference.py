@@ -13,7 +13,8 @@ from cllm4rec_dist.cli import app
 from cllm4rec_dist.config import BackboneConfig, RunConfig
 from cllm4rec_dist.corpus.recipe import ItemTable, PrepareConfig, RecboleSource
 from cllm4rec_dist.corpus.split_settings import UsersSplit
-from docs.reference import backbone_settings, commands, recipe_keys, run_settings
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
+from docs.reference import backbone_settings, baseline_settings, commands, recipe_keys, run_settings
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -28,7 +29,11 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_settings_have_type_default_and_meaning() -> None:
     page = run_settings()
-    for model, text in ((RunConfig, page), (BackboneConfig, backbone_settings())):
+    for model, text in (
+        (RunConfig, page),
+        (BackboneConfig, backbone_settings()),
+        (BaselineConfig, baseline_settings()),
+    ):
         for key in keys(model):
             assert f"`{key}` <small>" in text, key
     assert "`optimizer.lr` <small>number, &gt; 0; default `0.001`</small>\n:   Peak learning rate" in page
@@ -44,7 +49,9 @@ def test_recipe_keys_of_all_formats_and_splits() -> None:
         assert f"## `source` (`{name}`)" in page
 
 
-@pytest.mark.parametrize("page", [run_settings() + backbone_settings(), recipe_keys()], ids=["settings", "recipe"])
+@pytest.mark.parametrize(
+    "page", [run_settings() + backbone_settings() + baseline_settings(), recipe_keys()], ids=["settings", "recipe"]
+)
 def test_every_anchor_comes_once(page: str) -> None:
     anchors = re.findall(r'id="([^"]+)"', page)
     assert anchors

@@ -10,10 +10,12 @@ from implicit.cpu.als import AlternatingLeastSquares
 
 from cllm4rec_dist.config import validate
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.evaluation import baselines, ease
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig, SplitData, make_grids, select_baselines
+from cllm4rec_dist.evaluation import baselines, ease, ials, split_data
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_models import make_grids, select_baselines
 from cllm4rec_dist.evaluation.baselines import run_baselines
 from cllm4rec_dist.evaluation.metrics import mean_metrics, top_items, user_metrics
+from cllm4rec_dist.evaluation.split_data import SplitData
 from cllm4rec_dist.model.linear_fit import text_features
 
 METRICS = ["recall@5", "ndcg@10"]
@@ -227,19 +229,201 @@ def test_in_a_large_catalog_the_sparse_ease_takes_the_place_of_the_dense_ones(da
     np.testing.assert_allclose(results[1].values, expected.values, atol=1e-6)
 
 
-def test_the_middle_setting_is_fitted_where_a_whole_grid_would_take_too_long(data, caplog):
-    axes = {"ials_factors": (4, 8), "ials_regularizations": (1.0, 2.0, 3.0), "ials_alphas": (5.0,)}
-    sizes = {"max_grid_interactions": 6 * data.train.nnz, "max_grid_items": 3 * 30}
-    config = BaselineConfig(names=("ials", "sparse_ease"), **axes, **sizes)
-    assert {name: len(grid) for name, grid in make_grids(data, config).items()} == {"ials": 6, "sparse_ease": 3}
-    smaller = config.model_copy(update={name: size - 1 for name, size in sizes.items()})
-    grids = make_grids(data, smaller)
-    assert [candidate.settings for candidate in grids["ials"]] == [{"factors": 4, "regularization": 2.0, "alpha": 5.0}]
-    assert [candidate.settings for candidate in grids["sparse_ease"]] == [{"alpha": 10.0, "lambda": 200.0}]
-    assert "baseline iALS is not tuned, because 6 fits would take too long" in caplog.text
+IALS_AXES = {"ials_factors": (4, 8), "ials_regularizations": (10.0, 0.1), "ials_alphas": (5.0,)}
+
+
+def test_a_grid_that_takes_too_long_is_compared_on_a_sample(data):
+    limits = {"max_grid_interactions": 4 * data.train.nnz, "max_grid_items": 3 * 30}
+    config = BaselineConfig(names=("ials", "sparse_ease"), **IALS_AXES, **limits)
+    grids = make_grids(data, config)
+    assert {name: (len(grid.candidates), grid.draw) for name, grid in grids.items()} == {
+        "ials": (4, None),
+        "sparse_ease": (3, None),
+    }
+    # Two regularizations are compared with 4 factors, and then 8 factors with the better one.
+    fewer = {"max_grid_interactions": 3 * data.train.nnz - 1, "max_grid_items": 3 * 30 - 1}
+    smaller = make_grids(data, config.model_copy(update=fewer))
+    assert [(len(grid.candidates), grid.num_compared) for grid in smaller.values()] == [(4, 3), (3, 3)]
+    users, items = (smaller[name].draw() for name in ("ials", "sparse_ease"))
+    assert users.description == "79 of 80 users"
+    assert [candidate.settings for candidate in users.candidates] == [
+        candidate.settings for candidate in smaller["ials"].candidates
+    ]
+    assert items.description == "29 of 30 items"
     names, reasons = select_baselines(data, config.model_copy(update={"max_grid_items": 29}))
     assert names == ["ials"]
     assert reasons["sparse_ease"].startswith("30 regressions take too long (max_grid_items is 29)")
+
+
+def interactions_below(limit):
+    return lambda num_interactions, num_rows: num_interactions <= limit
+
+
+@pytest.mark.parametrize("split", ["data", "with_new"])
+def test_a_sample_has_whole_users_with_their_items_and_those_with_validation_items_first(split, request):
+    whole = request.getfixturevalue(split)
+    num_users = whole.train.shape[0]
+    has_valid = whole.valid.getnnz(axis=1) > 0
+    drawn = split_data.sample_users(whole, interactions_below(200), 4)
+    assert 180 < drawn.train.nnz <= 200
+    dense = whole.train.toarray()
+    items = [item for item in range(30) if any((dense[:, item] > 0) & is_in_sample(whole, drawn))]
+    users = np.flatnonzero(is_in_sample(whole, drawn))
+    np.testing.assert_array_equal(drawn.train.toarray(), dense[users][:, items])
+    new = np.flatnonzero(has_valid[num_users:]) + num_users
+    np.testing.assert_array_equal(drawn.valid.toarray(), whole.valid.toarray()[np.concatenate([users, new])][:, items])
+    np.testing.assert_array_equal(drawn.histories.toarray()[len(users) :], whole.histories.toarray()[new][:, items])
+    assert drawn.item_texts == [whole.item_texts[item] for item in items]
+    assert has_valid[users].all() or set(np.flatnonzero(has_valid[:num_users])) <= set(users)
+    larger = split_data.sample_users(whole, interactions_below(300), 4)
+    assert set(users) < set(np.flatnonzero(is_in_sample(whole, larger)))
+
+
+def test_the_size_of_a_sample_is_told_by_interactions_and_by_users_and_items_with_any(data):
+    told = []
+
+    def is_small(num_interactions, num_rows):
+        told.append((num_interactions, num_rows))
+        return num_interactions <= 200
+
+    drawn = split_data.sample_users(data, is_small, 4)
+    ((interactions, rows),) = told
+    last = drawn.train.shape[0] - 1
+    assert (interactions[last], rows[last]) == (drawn.train.nnz, sum(drawn.train.shape))
+    assert (interactions[-1], rows[-1]) == (data.train.nnz, 80 + 30)
+
+
+def is_in_sample(whole, drawn):
+    """Find sampled users by their histories, which all differ."""
+    rows = {tuple(np.array(whole.item_texts)[row.indices]): user for user, row in enumerate(whole.train)}
+    assert len(rows) == whole.train.shape[0]
+    texts = np.array(drawn.item_texts)
+    found = np.zeros(whole.train.shape[0], bool)
+    found[[rows[tuple(texts[row.indices])] for row in drawn.train]] = True
+    return found
+
+
+def test_few_users_of_a_sample_are_ranked_if_items_and_candidates_are_many(data, monkeypatch):
+    monkeypatch.setattr(split_data, "_SAMPLE_SCORES", 4 * 30 * 11)
+    _, drawn = split_data.sample_items(data, 30, 4)
+    assert np.count_nonzero(drawn.valid.getnnz(axis=1)) == 11
+    assert drawn.train.nnz == data.train.nnz, "others are still trained on"
+
+
+@pytest.mark.parametrize("name", ["ials", "sparse_ease"])
+def test_the_best_of_a_sample_is_fitted_on_everything(name, data, caplog):
+    limits = {"max_grid_interactions": 3 * 200, "max_grid_items": 3 * 20}
+    config = BaselineConfig(names=(name,), **IALS_AXES, **limits, num_threads=1, sparse_ease_lambdas=(1.0, 50.0, 1e4))
+    sample = make_grids(data, config)[name].draw()
+
+    def value(candidate):
+        scores = candidate.fit(int)(np.arange(sample.data.valid.shape[0]))
+        scores[sample.data.histories.nonzero()] = -np.inf
+        metrics = user_metrics(slow_ranking(scores, scores.shape[1]), sample.data.valid, ["ndcg@100"])
+        return mean_metrics(metrics, ["ndcg@100"]).mean["ndcg@100"]
+
+    compared = [candidate for candidate in sample.candidates if candidate.settings.get("factors") in (None, 4)]
+    best = max(compared, key=value)
+    last = [
+        candidate
+        for candidate in sample.candidates
+        if candidate not in compared and candidate.settings == best.settings | {"factors": 8}
+    ]
+    assert (len(compared), len(last)) == ((2, 1) if name == "ials" else (3, 0))
+    values = [value(candidate) for candidate in [*compared, *last]]
+    assert len(set(values)) == len(values) == 3
+    chosen = [*compared, *last][int(np.argmax(values))].settings
+    assert chosen != sample.candidates[0].settings
+    with caplog.at_level(logging.INFO):
+        (result,) = run_baselines(data, METRICS, config)
+    assert result.chosen == chosen
+    assert result.chosen_on == sample.description
+    (line,) = (record.getMessage() for record in caplog.records if "settings tried" in record.getMessage())
+    assert f"; settings tried: {len(values)} on {sample.description}, in " in line
+    keys = {
+        "ials": {"factors": "ials_factors", "regularization": "ials_regularizations", "alpha": "ials_alphas"},
+        "sparse_ease": {"lambda": "sparse_ease_lambdas", "alpha": "sparse_ease_alphas"},
+    }
+    only = {keys[name][setting]: (value,) for setting, value in chosen.items()}
+    whole = validate(BaselineConfig, {"names": (name,), "num_threads": 1} | only, source="the chosen point")
+    (expected,) = run_baselines(data, METRICS, whole)
+    np.testing.assert_array_equal(result.values, expected.values)
+    assert expected.chosen_on == ""
+
+
+def test_the_middle_setting_is_fitted_if_a_sample_has_no_validation_items(data, caplog):
+    limits = {"max_grid_interactions": 1, "max_grid_items": 30}
+    axes = IALS_AXES | {"ials_regularizations": (1.0, 2.0, 3.0)}
+    config = BaselineConfig(names=("ials", "sparse_ease"), **axes, **limits)
+    grids = make_grids(data, config)
+    assert grids["ials"].candidates[grids["ials"].middle].settings == {
+        "factors": 4,
+        "regularization": 2.0,
+        "alpha": 5.0,
+    }
+    middle = grids["sparse_ease"].candidates[grids["sparse_ease"].middle]
+    assert middle.settings == {"alpha": 10.0, "lambda": 200.0}
+    with caplog.at_level(logging.WARNING):
+        results = run_baselines(data, METRICS, config.model_copy(update={"names": ("ials",)}))
+    assert results[0].chosen == {"factors": 4, "regularization": 2.0, "alpha": 5.0}
+    assert results[0].chosen_on == ""
+    assert "baseline iALS is not tuned: 6 fits would take too long, and a sample has no validation items" in caplog.text
+
+
+def test_every_sweep_and_every_ranking_is_a_step_of_the_bar(data, monkeypatch):
+    steps = []
+
+    class Bar:
+        def __init__(self, world, total, description, unit):
+            self.total, self.done = total, 0
+            steps.append(self)
+
+        def update(self, count=1):
+            self.done += count
+
+        def set_description(self, text):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(baselines, "progress_bar", Bar)
+    config = BaselineConfig(names=("popularity", "ials"), **IALS_AXES, ials_iterations=3)
+    for limit in (10**9, 4 * 200):
+        run_baselines(data, METRICS, config.model_copy(update={"max_grid_interactions": limit}))
+    assert [(bar.total, bar.done) for bar in steps] == [(1 + 4 * 4,) * 2, (1 + (3 + 1) * 4,) * 2]
+
+
+def test_factors_whose_fit_takes_too_long_are_left_out_or_halved(data, caplog):
+    nnz, rows = (
+        data.train.nnz,
+        np.count_nonzero(data.train.getnnz(axis=1)) + np.count_nonzero(data.train.getnnz(axis=0)),
+    )
+    minutes = {factors: 15 * float(ials.sweep_seconds(nnz, rows, factors)) / 60 for factors in (16, 32, 64, 256)}
+    assert minutes[16] < minutes[32] < minutes[64] < minutes[256] < 1
+    assert ials.sweep_seconds(10**7, 10**6, 64) == pytest.approx(1.8 + 0.86016 + 5.12)
+
+    def factors(limit, **others):
+        config = BaselineConfig(names=("ials",), max_grid_interactions=1, max_fit_minutes=limit, **others)
+        assert (ials.too_large(data, config) is None) == bool(ials.fitting_factors(data, config))
+        return ials.fitting_factors(data, config)
+
+    assert factors(1) == (64, 256)
+    assert factors(0.99 * minutes[256]) == (64,)
+    assert factors(0.99 * minutes[64]) == (32,)
+    assert factors(0.99 * minutes[32]) == (16,)
+    assert factors(0.99 * minutes[16]) == ()
+    assert factors(0.99 * minutes[16], ials_factors=(8, 64)) == (8,)
+    large = BaselineConfig(names=("ials", "popularity"), max_grid_interactions=1, max_fit_minutes=0.99 * minutes[64])
+    with caplog.at_level(logging.WARNING):
+        make_grids(data, large)
+    assert "baseline iALS: 32 instead of 64 and 256 factors, with which a fit would take more than" in caplog.text
+    too_large = large.model_copy(update={"max_fit_minutes": 0.99 * minutes[16]})
+    names, reasons = select_baselines(data, too_large)
+    assert names == ["popularity"]
+    assert reasons["ials"].startswith(f"{nnz} interactions take about 0 CPU minutes even with 16 factors, more than")
+    whole = too_large.model_copy(update={"max_grid_interactions": 24 * nnz})
+    assert select_baselines(data, whole)[0] == ["ials", "popularity"], "a small split is fitted as it is"
 
 
 def test_the_sparse_ease_is_fitted_in_parts_of_the_catalog(data, monkeypatch):
@@ -271,7 +455,7 @@ def test_bad_configurations_are_refused(tree):
 
 
 def test_unknown_metrics_are_refused(data):
-    with pytest.raises(ConfigError, match="recall@K or ndcg@K"):
-        BaselineConfig(select_by="auc")
+    with pytest.raises(ConfigError, match="select_by: must be recall@K or ndcg@K"):
+        validate(BaselineConfig, {"select_by": "auc"}, source="baselines")
     with pytest.raises(ConfigError, match="recall@K or ndcg@K"):
         run_baselines(data, ["hits@5"], BaselineConfig(names=("popularity",)))

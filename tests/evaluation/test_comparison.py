@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation import comparison
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.per_user import read_baselines, read_baselines_recommended
@@ -55,12 +55,12 @@ def write_evaluation(folder: Path, corpus: Corpus, url: str) -> int:
     return len(users)
 
 
-def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus, monkeypatch):
-    fast = partial(BaselineConfig, ease_lambdas=(10.0,))
-    monkeypatch.setattr(comparison, "BaselineConfig", fast)
+def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus):
     folder = tmp_path / "evaluation"
     num_users = write_evaluation(folder, corpus, str(tmp_path / "corpus"))
-    assert "| Popularity |" in compare(folder, METRICS, baselines=BASELINES, seconds=1.0)
+    settings = BaselineConfig(ease_lambdas=(10.0,))
+    table = compare(folder, METRICS, baselines=BASELINES, seconds=1.0, settings=settings)
+    assert "| Popularity |" in table
     baselines = read_baselines(folder)
     assert baselines.group_by("model", maintain_order=True).len().rows() == [
         ("Popularity", num_users),
@@ -80,6 +80,26 @@ def test_baselines_write_their_values_and_the_report_tests_them(tmp_path, corpus
     assert "No verdict: the evaluation was made without baselines" in page
     assert "Paired t-test over" not in page
     assert page.count("of 17</small>") == 1
+
+
+def test_the_table_says_which_settings_were_chosen_and_on_what(tmp_path, corpus):
+    folder = tmp_path / "evaluation"
+    write_evaluation(folder, corpus, str(tmp_path / "corpus"))
+    settings = BaselineConfig(
+        names=("popularity",),
+        ease_lambdas=(10.0,),
+        ials_factors=(4,),
+        ials_regularizations=(0.1, 1.0),
+        ials_alphas=(2.0,),
+        max_grid_interactions=100,
+    )
+    compare(folder, METRICS, baselines=("ease", "ials"), seconds=1.0, settings=settings)
+    _, linear, ials = json.loads((folder / "results.json").read_text())["rows"]
+    assert linear["chosen"] == {"lambda": 10.0}
+    sample = ials["chosen"].pop("chosen on")
+    assert re.fullmatch(rf"\d+ of {corpus.manifest.num_users} users", sample)
+    assert ials["chosen"].keys() == {"factors", "regularization", "alpha"}
+    assert f"alpha 2, chosen on {sample}</small>" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_below_the_current_folder_is_named_by_its_relative_path(tmp_path, monkeypatch):

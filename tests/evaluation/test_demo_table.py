@@ -12,7 +12,7 @@ from cllm4rec_dist.config import RunConfig, load_config
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.corpus.sources import read_source
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.evaluation.inference import evaluate_run
 from tests.harness import alone, make_backbone, make_corpus, make_run

@@ -22,9 +22,8 @@ from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.views import item_texts
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import trained_run
-from cllm4rec_dist.evaluation.baseline_models import BaselineConfig
+from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.baselines import run_baselines
-from cllm4rec_dist.evaluation.cold_items import training_counts
 from cllm4rec_dist.evaluation.comparison import _Splits, compare
 from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, group_rows
 from cllm4rec_dist.evaluation.inference import evaluate_run
@@ -77,7 +76,7 @@ def system(made: Made) -> InferenceSystem:
 
 
 def test_rows_of_cold_items_come_from_their_texts_when_a_run_is_loaded(made: Made, system: InferenceSystem) -> None:
-    is_cold = torch.from_numpy(training_counts(made.corpus) == 0)
+    is_cold = torch.from_numpy(made.corpus.training_counts() == 0)
     assert 8 <= int(is_cold.sum()) <= 30
     rows, bias = system.recommender.collaborative.items.local_rows.detach(), system.recommender.head.local_bias
     assert bias is not None
@@ -93,7 +92,7 @@ def test_lists_new_texts_and_exports_take_the_offset_of_the_run(made: Made, tmp_
     settings = config.model_dump(include={"embeddings"}) | {"head": {"new_item_offset": 0.25}}
     run = str(make_run(tmp_path / "run", config.corpus, config.backbone, **settings))
     system, _ = trained_run.load_local(run, torch.device("cpu"))
-    bias, is_cold = system.recommender.head.local_bias, torch.from_numpy(training_counts(made.corpus) == 0)
+    bias, is_cold = system.recommender.head.local_bias, torch.from_numpy(made.corpus.training_counts() == 0)
     assert bias is not None
     expected = bias[~is_cold].mean().item() + 0.25
     assert bias[is_cold].flatten().tolist() == pytest.approx([expected] * int(is_cold.sum()))
@@ -155,7 +154,7 @@ def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
 
 
 def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, system: InferenceSystem) -> None:
-    users, cold = HeldOutUsers.of(made.corpus, "test"), training_counts(made.corpus) == 0
+    users, cold = HeldOutUsers.of(made.corpus, "test"), made.corpus.training_counts() == 0
     everything = np.ones_like(cold)
     expected = {}
     for name, counted, candidates in (
@@ -188,7 +187,7 @@ def test_text_neighbours_rank_by_the_cosine_with_the_texts_of_the_history(made: 
     by_group = {group.name: {row.name: row for row in of_group} for group, of_group in zip(groups, rows, strict=True)}
     shown = by_group[COLD][TEXT_NEIGHBORS]
     longest = int(float(shown.chosen["words"]))
-    cold = np.flatnonzero(training_counts(made.corpus) == 0)
+    cold = np.flatnonzero(made.corpus.training_counts() == 0)
     texts = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, longest)).fit_transform(data.item_texts).toarray()
     recalls = []
     for history, held_out in zip(data.histories, data.test, strict=True):

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.model import text_rows
 from cllm4rec_dist.model.text_rows import fit_ridge, fit_text_rows
 from tests.harness import alone, run_ranks
 
@@ -77,3 +78,66 @@ def test_a_rank_may_have_no_items() -> None:
 
 def test_items_without_words_have_no_map() -> None:
     assert fit_text_rows(["", ""], np.array([1, 1]), torch.ones(2, 3), None, 0, alone(), None) is None
+
+
+def sampled_fit(world: World, most: int | None, counts: np.ndarray) -> tuple[torch.Tensor, float, float]:
+    """Fit 40 items with words of ten, of which at most `most` are sampled, and return weights, norm and bias."""
+    random = np.random.default_rng(1)
+    texts = [" ".join(f"word{word}" for word in random.integers(0, 10, 3)) for _ in range(40)]
+    rows = torch.from_numpy(random.standard_normal((40, WIDTH)).astype(np.float32))
+    bias = torch.arange(40.0)[:, None]
+    first, last = world.local_range(0, 40)
+    with pytest.MonkeyPatch.context() as patch:
+        if most is not None:
+            patch.setattr(text_rows, "MAX_ITEMS", most)
+        fitted = fit_text_rows(texts, counts, rows[first:last], bias[first:last], first, world, None)
+    assert fitted is not None
+    return fitted.weights, fitted.norm, fitted.bias
+
+
+def test_a_large_catalog_is_fitted_on_a_sample_of_its_items() -> None:
+    counts = np.arange(40) % 4  # thirty items have interactions
+    sampled, norm, bias = sampled_fit(alone(), 12, counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_rows, "MAX_ITEMS", 12)
+        items = text_rows._fitted_items(counts)
+    assert len(items) == 12
+    assert (np.diff(items) > 0).all()
+    assert counts[items].all()
+    assert set(items) != set(np.flatnonzero(counts)[:12]), "they are drawn from the whole catalog"
+    only = np.where(np.isin(np.arange(40), items), counts, 0)
+    assert torch.equal(sampled, sampled_fit(alone(), None, only)[0]), "the other items have no part in the regression"
+    whole, *means = sampled_fit(alone(), 30, counts)
+    assert [norm, bias] == means, "lengths and biases are means of all items with interactions"
+    assert not torch.equal(sampled, whole)
+    assert torch.equal(whole, sampled_fit(alone(), None, counts)[0]), "as many items as the limit are all of them"
+    for on_rank in run_ranks(3, sampled_fit, 12, counts):
+        torch.testing.assert_close(on_rank[0], sampled, rtol=1e-3, atol=1e-3)
+        assert on_rank[1:] == pytest.approx((norm, bias))
+
+
+def test_items_without_interactions_change_no_bit_of_the_regression() -> None:
+    counts = np.arange(40) % 4
+    seen: list[tuple[sp.csr_matrix, torch.Tensor]] = []
+
+    def with_all_items(
+        features: sp.csr_matrix, targets: torch.Tensor, weights: torch.Tensor, l2: float, world: World
+    ) -> torch.Tensor:
+        seen.append((features, weights))
+        padding = sp.csr_matrix(np.full((10, features.shape[1]), 0.5, np.float32))
+        rows = torch.full((10, WIDTH), 0.5)
+        return fit_ridge(
+            sp.vstack([features, padding], format="csr"),
+            torch.cat([targets, rows]),
+            torch.cat([weights, torch.zeros(10)]),
+            l2,
+            world,
+        )
+
+    expected = sampled_fit(alone(), None, counts)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_rows, "fit_ridge", with_all_items)
+        assert torch.equal(sampled_fit(alone(), None, counts)[0], expected)
+    ((features, weights),) = seen
+    assert features.shape[0] == 30
+    assert (weights > 0).all()
