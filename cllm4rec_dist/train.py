@@ -33,7 +33,6 @@ from cllm4rec_dist.checkpointing.lineage import TrainedOn
 from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, LOCK_FILE, STEP, store_url
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import FaultsConfig, RunConfig, dotted_items, validate
-from cllm4rec_dist.config.embedding_width import embedding_width, require_same_width
 from cllm4rec_dist.config.resume_rules import may_change
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.stream import prefetch
@@ -233,14 +232,10 @@ def _load_initial_weights(system: System, path: str) -> str:
     """
     fingerprints = dict(system.fingerprints)
     corpus = fingerprints.pop("corpus")
-    hidden_size = system.recommender.words.embedding.shape[1]
-    width = system.recommender.collaborative.items.local_rows.shape[1]
 
     def read(candidate: Checkpoint) -> checkpoint.CheckpointShard | warm_start.WarmStart:
         checkpoint.require_same_fingerprints(candidate, fingerprints)
-        about = candidate.metadata
-        dim = about.config.get("embeddings", {}).get("dim")
-        require_same_width(width, candidate.path, embedding_width(dim, hidden_size, about.num_users + about.num_items))
+        checkpoint.require_same_embedding_width(system, candidate)
         same_rows = candidate.metadata.has_shared_user == (system.config.method.shared_user_ratio > 0)
         if same_rows and candidate.metadata.fingerprints.get("corpus") == corpus:
             return checkpoint.read(system, candidate, moments=False)

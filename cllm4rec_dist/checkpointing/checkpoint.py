@@ -17,6 +17,7 @@ from torch import Tensor
 from cllm4rec_dist.checkpointing.format import ADAPTER, Checkpoint
 from cllm4rec_dist.checkpointing.run_folder import BEST
 from cllm4rec_dist.checkpointing.store import USE_ANOTHER, Store
+from cllm4rec_dist.config.embedding_width import embedding_width, require_same_width
 from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.collectives import gather_integers
 from cllm4rec_dist.distributed.topology import RowPartition, World
@@ -106,6 +107,18 @@ def require_same_fingerprints(checkpoint: Checkpoint, fingerprints: dict[str, st
                 f"is not this run's, {fingerprint}",
                 f"Use the {name} that the checkpoint was made with, or start a new run.",
             )
+
+
+def require_same_embedding_width(system: InferenceSystem, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of the same backbone whose embeddings have another width.
+
+    Raises:
+        CheckpointError: names both widths.
+    """
+    model, about = system.recommender, checkpoint.metadata
+    dim = about.config.get("embeddings", {}).get("dim")
+    before = embedding_width(dim, model.words.embedding.shape[1], about.num_users + about.num_items)
+    require_same_width(model.collaborative.items.local_rows.shape[1], checkpoint.path, before)
 
 
 def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tables: bool = True) -> CheckpointShard:
