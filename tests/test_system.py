@@ -246,7 +246,7 @@ def test_embeddings_of_a_large_catalog_are_narrow_by_default() -> None:
 def test_run_and_plan_choose_the_same_width(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, width: int
 ) -> None:
-    monkeypatch.setattr(embedding_width_module, "_NARROW", 8)
+    monkeypatch.setattr(embedding_width_module, "NARROW_WIDTH", 8)
     monkeypatch.setattr(embedding_width_module, "_MAX_ENTRIES", limit)
     config, world = run_config(*made, tmp_path), World(0, 1, 0, torch.device("cpu"))
     cluster = Cluster(find_gpu("h100"), 2, 8, 0.45)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from cllm4rec_dist.config.schema import EmbeddingsConfig
 from cllm4rec_dist.errors import CheckpointError, ConfigError
 
-_NARROW = 256
+NARROW_WIDTH = 256
+"""Width that cost nothing in the quality of a wider backbone (docs/narrow-rows.md)."""
 _MAX_ENTRIES = 1 << 31
 """Entries of the users' and items' embeddings at the backbone's width above which these are narrow, if `embeddings.dim`
 leaves it open: with Adam's moments and those of the content LLM they would take 48 GiB."""
@@ -21,7 +22,7 @@ def embedding_width(dim: int | None, hidden_size: int, num_embeddings: int) -> i
     """
     if dim is not None:
         return dim
-    return min(_NARROW, hidden_size) if num_embeddings * hidden_size > _MAX_ENTRIES else hidden_size
+    return min(NARROW_WIDTH, hidden_size) if num_embeddings * hidden_size > _MAX_ENTRIES else hidden_size
 
 
 def require_not_wider(config: EmbeddingsConfig, hidden_size: int) -> None:
@@ -63,4 +64,4 @@ def can_have_same_width(first: int | None, second: int | None, hidden_size: int 
     if first is not None and second is not None:
         return first == second
     dim = second if first is None else first
-    return dim is None or hidden_size is None or dim in (hidden_size, min(_NARROW, hidden_size))
+    return dim is None or hidden_size is None or dim in (hidden_size, min(NARROW_WIDTH, hidden_size))

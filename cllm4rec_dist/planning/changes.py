@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.config.embedding_width import NARROW_WIDTH
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.distributed.topology import shard_group_size
 from cllm4rec_dist.planning.plan import Cluster, Plan, make_plan
@@ -77,6 +78,7 @@ _MAX_GPU_FACTOR = 64
 _CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"precision": "bf16"}, "rounding; faster on GPUs"),
     ({"activation_checkpointing": True}, "a third more compute in the backbone"),
+    ({"embeddings.dim": NARROW_WIDTH}, "narrower rows, in both stages"),
     ({"batch.gradient_accumulation_steps": 2}, "more, smaller passes"),
     ({"batch.gradient_accumulation_steps": 4}, "more, smaller passes"),
     ({"batch.gradient_accumulation_steps": 8}, "more, smaller passes"),
@@ -108,6 +110,8 @@ def suggest_changes(config: RunConfig, plan: Plan, num_samples: int) -> Iterator
     for settings, cost in _CHANGES:
         if plan.fits:
             return
+        if settings.get("embeddings.dim", 0) >= plan.embedding_width:
+            continue
         changed = _changed(config, settings)
         if changed is None:
             continue

@@ -75,6 +75,7 @@ class Plan:
         packing_efficiency: fraction of the computed positions that are tokens.
         steps_per_epoch: optimizer steps per epoch.
         linear_flops: FLOPs of a rank's CPUs for solving the linear memory, once, before finetuning.
+        embedding_width: width of the user and item embeddings.
         left_out: ZeRO settings that the plan does not include.
     """
 
@@ -88,6 +89,7 @@ class Plan:
     packing_efficiency: float
     steps_per_epoch: int
     linear_flops: int
+    embedding_width: int
     left_out: list[str]
 
     @property
@@ -160,6 +162,7 @@ def plan_samples(meta_run: MetaRun, cluster: Cluster, samples: list[StepSample],
         tokens / sum(batch.word_ids.numel() for batch in batches),
         steps_per_epoch,
         linear_flops(meta_run),
+        meta_run.model.collaborative.items.local_rows.shape[1],
         meta_run.left_out,
     )
 

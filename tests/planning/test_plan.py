@@ -16,7 +16,7 @@ from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning import changes
 from cllm4rec_dist.planning.changes import faster_runs, suggest_changes
 from cllm4rec_dist.planning.hardware import GIB, GPUS, find_gpu
-from cllm4rec_dist.planning.plan import Cluster, make_plan
+from cllm4rec_dist.planning.plan import Cluster, Plan, make_plan
 from cllm4rec_dist.planning.table import as_json, format_faster_runs, format_plan
 from tests.harness import make_backbone, make_catalog, make_corpus
 from tests.planning.runs import make_config
@@ -70,6 +70,24 @@ def test_a_run_that_does_not_fit_gets_changes_that_help(config: RunConfig) -> No
     needed = [plan.needed, *(change.needed for change in changes)]
     assert needed[-1] < needed[0]
     assert "does NOT fit" in format_plan(plan)
+
+
+def test_a_run_with_wide_embeddings_that_does_not_fit_may_have_narrow_ones(tmp_path: Path) -> None:
+    catalog = make_catalog(num_items=3000)
+    backbone = make_backbone(tmp_path / "backbone", catalog, hidden_size=512)
+    config = make_config((make_corpus(tmp_path / "corpus", catalog, backbone), str(backbone)), tmp_path, {}, {})
+    plan = plan_of(config)
+    assert plan.embedding_width == 512
+    needed = {change.settings: change.needed for change in suggest_changes(config, plan, 2)}
+    settings = [*needed]
+    index = settings.index("embeddings.dim=256")
+    assert needed[settings[index]] < needed[settings[index - 1]]
+    narrow = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"dim": 256})})
+    assert not any("embeddings.dim" in change.settings for change in suggest_changes(narrow, plan_of(narrow), 2))
+
+
+def plan_of(config: RunConfig) -> Plan:
+    return make_plan(config, replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory=1)))
 
 
 @pytest.mark.slow
