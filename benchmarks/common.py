@@ -9,12 +9,13 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from cllm4rec_dist.config import RunConfig, validate
 
@@ -56,6 +57,27 @@ def run_config(chosen: argparse.Namespace, stage: str, **batch: int) -> RunConfi
         },
         "benchmark",
     )
+
+
+def pretrain_command(folder: Path, num_ranks: int, settings: Mapping[str, Any]) -> list[str]:
+    """Write the settings of a pretraining run and return the command that starts it on `num_ranks` ranks.
+
+    The run reads `corpus` and `backbone` and writes `run`, all in `folder`. It has a small adapter and random
+    embeddings, and ends with `max_steps` or a signal.
+    """
+    common = {
+        **{name: f"{folder}/{name}" for name in ("corpus", "backbone")},
+        "output": f"{folder}/run",
+        "deepspeed": f"{ROOT}/ds_configs/zero3.json",
+        "adapter": {"rank": 8},
+        "embeddings": {"init": "prior"},
+        "method": {"max_history": 32},
+        "epochs": 100_000,
+    }
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({**common, **settings}), encoding="utf-8")
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={num_ranks}"]
+    return [*torchrun, "launch/pretrain.py", "--config", str(config)]
 
 
 def machine() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,26 +18,11 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, show, show_table, write_json
+from benchmarks.common import ROOT, parser, pretrain_command, show, show_table, write_json
 from cllm4rec_dist.checkpointing.format import Checkpoint, shard_file
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.distributed.adam import MOMENTS
 
-ROOT = Path(__file__).parents[1]
-CONFIG = """
-corpus: {folder}/corpus
-backbone: {folder}/backbone
-output: {folder}/run
-deepspeed: {root}/ds_configs/zero3.json
-adapter: {{rank: 8}}
-embeddings: {{init: prior}}
-head: {{num_negatives: {negatives}}}
-batch: {{users: {batch_users}, texts: {batch_texts}}}
-method: {{max_history: 32}}
-epochs: 100000
-max_steps: {steps}
-checkpoint: {{every_steps: {every}, keep: 1000, full_every: {full_every}}}
-"""
 _SAVED = re.compile(r"checkpoint (step-\d+): copied in ([\d.]+) s, ([\d.]+) MB written in ([\d.]+) s")
 _TABLES = ("collaborative.users", "content.users", "collaborative.items", "content.items")
 
@@ -89,10 +73,13 @@ def main() -> None:
 def train(folder: Path, chosen: Any) -> str:
     """Build a corpus and train one cycle of checkpoints, and the whole one after it; return the log."""
     make_corpus(folder, chosen.users, chosen.items, chosen.hidden)
-    settings = vars(chosen) | {"folder": folder, "root": ROOT, "steps": chosen.every * (chosen.full_every + 1)}
-    (folder / "run.yaml").write_text(CONFIG.format(**settings))
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={chosen.ranks}"]
-    command = [*torchrun, "launch/pretrain.py", "--config", str(folder / "run.yaml")]
+    settings = {
+        "head": {"num_negatives": chosen.negatives},
+        "batch": {"users": chosen.batch_users, "texts": chosen.batch_texts},
+        "max_steps": chosen.every * (chosen.full_every + 1),
+        "checkpoint": {"every_steps": chosen.every, "keep": 1000, "full_every": chosen.full_every},
+    }
+    command = pretrain_command(folder, chosen.ranks, settings)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         show(done.stdout[-2000:] + done.stderr[-2000:])

@@ -13,28 +13,14 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.catalogs import make_corpus
-from benchmarks.common import parser, show, show_table, write_json
+from benchmarks.common import ROOT, parser, pretrain_command, show, show_table, write_json
 
-ROOT = Path(__file__).parents[1]
-CONFIG = """
-corpus: {folder}/corpus
-backbone: {folder}/backbone
-output: {folder}/run
-deepspeed: {root}/ds_configs/zero3.json
-adapter: {{rank: 8}}
-embeddings: {{init: prior}}
-batch: {{users: 32, texts: 32}}
-method: {{max_history: 32}}
-epochs: 100000
-checkpoint: {{every_steps: 1000000000, every_minutes: {every}, keep: 2}}
-"""
 _SAVED = re.compile(r"checkpoint step-(\d+): copied in ([\d.]+) s, [\d.]+ MB written in ([\d.]+) s")
 _MEGABYTES = re.compile(r"([\d.]+) MB written")
 
@@ -73,10 +59,10 @@ def main() -> None:
 def train(folder: Path, chosen: Any) -> str:
     """Build a corpus and train until enough checkpoints are written; return the log."""
     make_corpus(folder, chosen.users, chosen.items, chosen.hidden)
-    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, root=ROOT, every=chosen.every))
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={chosen.ranks}"]
+    checkpoint = {"every_steps": 1_000_000_000, "every_minutes": chosen.every, "keep": 2}
+    settings = {"batch": {"users": 32, "texts": 32}, "checkpoint": checkpoint}
     running = subprocess.Popen(
-        [*torchrun, "launch/pretrain.py", "--config", str(folder / "run.yaml")],
+        pretrain_command(folder, chosen.ranks, settings),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -6,14 +6,14 @@ from cllm4rec_dist.config.schema import EmbeddingsConfig
 from cllm4rec_dist.errors import CheckpointError, ConfigError
 
 NARROW_WIDTH = 256
-"""Width that cost nothing in the quality of a wider backbone (docs/narrow-rows.md)."""
+"""Width that cost no quality with a backbone of twice that width (docs/narrow-rows.md)."""
 _MAX_ENTRIES = 1 << 31
 """Entries of the users' and items' embeddings at the backbone's width above which these are narrow, if `embeddings.dim`
 leaves it open: with Adam's moments and those of the content LLM they would take 48 GiB."""
 
 
 def embedding_width(dim: int | None, hidden_size: int, num_embeddings: int) -> int:
-    """Return the width of embeddings.
+    """Return the width of user and item embeddings: `embeddings.dim`, or one that fits the size of the catalog.
 
     Args:
         dim: `embeddings.dim`.
@@ -36,7 +36,7 @@ def require_not_wider(config: EmbeddingsConfig, hidden_size: int) -> None:
             "embeddings.dim",
             config.dim,
             f"exceeds the backbone's hidden size, {hidden_size}",
-            "Lower it, or leave it out for embeddings as wide as the backbone.",
+            "Lower it, or leave it out.",
         )
 
 

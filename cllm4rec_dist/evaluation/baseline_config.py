@@ -47,8 +47,8 @@ class BaselineConfig(StrictModel):
     """Largest product of training interactions and candidates of iALS. In a larger split they are compared on a sample
     of users, and the best is fitted on everything."""
     max_fit_minutes: PositiveFloat = 5.0
-    """Estimated CPU minutes that a fit of iALS on everything may take, and twice those that the comparison on a sample
-    of users may take. Numbers of factors whose fit takes more are left out or, if all do, halved down to 16."""
+    """Most CPU minutes, as estimated, of a fit of iALS on everything; the comparison on a sample of users gets half as
+    many. Numbers of factors whose fit takes longer are left out or, if all do, the smallest is halved down to 16."""
     max_grid_items: PositiveInt = 400_000
     """Largest product of items and candidates of the sparse EASE. In a larger catalog they are compared on a sample of
     items, and the best is fitted on everything; in a catalog that is larger itself none is."""

@@ -2,9 +2,9 @@
 
 Source: Hu, Koren and Volinsky, "Collaborative Filtering for Implicit Feedback Datasets", ICDM 2008; fitted by implicit.
 
-A grid of 24 fits takes an hour at 1.2 million interactions. In a larger split the settings are chosen on a sample of
-users, the others with the fewest factors and the number of factors last, and fitted once on everything. Numbers of
-factors for which that would take too long are left out.
+In a split that is too large for the whole grid the settings are chosen on a sample of users, and the best are fitted
+once on everything: first all others with the fewest factors, then the number of factors. Numbers of factors with which
+that fit would take too long are left out.
 
 Shapes: U training users, N new ones, P = U + N, I items.
 """

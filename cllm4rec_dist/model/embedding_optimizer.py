@@ -123,7 +123,8 @@ class EmbeddingOptimizer:
         """State by parameter name: `exp_avg` and `exp_avg_sq`, fp32 in the parameter's shape, and `step`, a scalar.
 
         Args:
-            rows: by table, the local rows, int64 [k], whose moments are returned, on the host; all of the other ones.
+            rows: by table, the local rows, int64 [k], whose moments are returned, on the host. Moments of other
+                parameters are returned whole.
         """
         states: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._named:

@@ -1,6 +1,6 @@
 """The item head: queries from hidden states, and the output weight from the item table.
 
-Legend: n positions, D hidden size, d width of the rows (D unless `embeddings.dim` is set).
+Legend: n positions, D hidden size, d width of the rows, at most D.
 """
 
 from __future__ import annotations

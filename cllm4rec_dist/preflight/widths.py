@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cllm4rec_dist.checkpointing.find_run import find
+from cllm4rec_dist.checkpointing.increments import STATE_FILE
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.config.embedding_width import (
     can_have_same_width,
@@ -102,7 +103,7 @@ def _saved(path: str) -> _Saved | None:
         return None
     try:
         store, (name, *_) = find(path)
-        file = store.fetch(name, "state.json", store.marker(name).files["state.json"])
+        file = store.fetch(name, STATE_FILE, store.marker(name).files[STATE_FILE])
         state = json.loads(file.read_bytes())
         dim = state["config"].get("embeddings", {}).get("dim")
         return _Saved(store.path(name), dim, state["num_users"] + state["num_items"])
