@@ -331,7 +331,7 @@ def test_only_rows_that_the_old_run_lacks_are_initialized(
 CONFIG = {
     "adapter": {"kind": "full"},
     "embeddings": {"init": "spectral", "dropout": 0.5},
-    "epochs": 12,
+    "epochs": 8,
     "method": {"max_history": 400, "target": "all"},
     "batch": {"users": 64, "texts": 0, "gradient_accumulation_steps": 2},
     "optimizer": {"lr": 1e-3, "embeddings_lr": 2e-4, "warmup_steps": 10},

@@ -14,7 +14,7 @@ from tests.integration.runs import ROOT
 @pytest.mark.timeout(1800)  # six starts of two ranks, beside another test that starts some
 @pytest.mark.parametrize(
     "options",
-    [["--kills", "2", "--full-every", "3"], ["--worlds", "2,1", "--epochs", "4"]],
+    [["--kills", "2", "--full-every", "3", "--epochs", "20"], ["--worlds", "2,1", "--epochs", "4"]],
     ids=["kills", "worlds"],
 )
 def test_nothing_is_lost(options: list[str]) -> None:

@@ -68,33 +68,31 @@ def command(folder: Path, *arguments: str, ranks: int = 1) -> str:
     return found.stdout + found.stderr
 
 
+def here(*arguments: str) -> None:
+    """Run `cllm4rec ARGUMENTS` in this process, which has imported torch already."""
+    cli.app([*arguments], standalone_mode=False)
+
+
 @pytest.mark.integration
 def test_a_shop_recommends_nothing_that_its_customers_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sales = sell(tmp_path)
     (tmp_path / "shop.yaml").write_text(RECIPE)
     (tmp_path / "run.yaml").write_text(RUN)
-    command(
-        tmp_path,
-        "build-backbone",
-        "shop.yaml",
-        "backbone",
-        "hidden_size=32",
-        "num_layers=1",
-        "num_heads=2",
-        "vocab_size=400",
-    )
-    command(tmp_path, "prepare", "shop.yaml", "corpus", "--tokenizer", "backbone")
+    monkeypatch.chdir(tmp_path)
+    sizes = ["hidden_size=32", "num_layers=1", "num_heads=2", "vocab_size=400"]
+    here("build-backbone", "shop.yaml", "backbone", *sizes)
+    here("prepare", "shop.yaml", "corpus", "--tokenizer", "backbone")
     command(tmp_path, "pretrain", "-c", "run.yaml", "output=pretrained", ranks=2)
     command(tmp_path, "finetune", "-c", "run.yaml", "output=run", "init_from=pretrained")
     bought = set(zip(sales["user"], sales["item"], strict=True))
 
-    def recommended(*options: str, ranks: int = 0) -> pd.DataFrame:
-        """Lists of the command on so many ranks; in this process, which has imported torch already, with 0."""
+    def recommended(*options: str, ranks: int = 1) -> pd.DataFrame:
+        """Lists of the command on so many ranks."""
         arguments = ["recommend", "run", "out", "--top", "5", *options]
-        if ranks:
+        if ranks > 1:
             command(tmp_path, *arguments, ranks=ranks)
         else:
-            cli.app(arguments, standalone_mode=False)
+            here(*arguments)
         found = pd.read_parquet(tmp_path / "out")
         assert not found.duplicated(["user", "rank"]).any()
         return found
@@ -102,7 +100,6 @@ def test_a_shop_recommends_nothing_that_its_customers_have(tmp_path: Path, monke
     def num_bought(found: pd.DataFrame) -> int:
         return len(bought & set(zip(found["user"], found["item"], strict=True)))
 
-    monkeypatch.chdir(tmp_path)
     for ranks in (2, 1):
         found = recommended(ranks=ranks)
         assert set(found["user"]) == set(sales["user"])
