@@ -37,6 +37,7 @@ from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.new_items import NewItems
 from cllm4rec_dist.model.probe import require_equal_to_transformers
 from cllm4rec_dist.model.recommender import Recommender
+from cllm4rec_dist.model.shared_words import load_shared_words
 
 if TYPE_CHECKING:
     from cllm4rec_dist.distributed.engine import Engine
@@ -103,7 +104,11 @@ def assemble(config: RunConfig, world: World) -> System:
             way than transformers computes each alone (`model/probe.py`).
     """
     system = _assemble_sharded(config, world, trains=True)
-    optimizer = EmbeddingOptimizer(system.recommender, config.optimizer.betas, config.optimizer.embeddings_state)
+    words, ratio = None, config.optimizer.words_lr_ratio
+    if ratio > 0:
+        model, num_words = system.recommender, system.prompts.space.num_words
+        words = load_shared_words(system.corpus, num_words, model.item_partition, model.world, ratio)
+    optimizer = EmbeddingOptimizer(system.recommender, config.optimizer.betas, config.optimizer.embeddings_state, words)
     return System(**vars(system), embedding_optimizer=optimizer)
 
 

@@ -191,8 +191,9 @@ def _checked_shape(checkpoint: Checkpoint, name: str, value: Tensor, shape: tupl
 def _require_all(system: System, checkpoint: Checkpoint, shard: CheckpointShard) -> None:
     """Refuse a checkpoint that lacks a tensor: a run must not resume from part of its state."""
     whole = {name: tuple(p.shape) for name, p in system.recommender.replicated_parameters()}
-    scalars = {f"{name}.step": () for name in system.embedding_optimizer.names}
-    moments = {f"{name}.{key}": shape for name, shape in whole.items() for key in MOMENTS}
+    optimizer = system.embedding_optimizer
+    scalars = {f"{name}.step": () for name in optimizer.moment_names}
+    moments = {f"{name}.{key}": shape for name, shape in optimizer.replicated_shapes.items() for key in MOMENTS}
     for name, shape in (whole | moments | scalars).items():
         if name not in shard.replicated:
             raise DamagedCheckpointError(f"{checkpoint.path}: {name}", "missing", "should be there", USE_ANOTHER)
@@ -230,7 +231,7 @@ def restore_linear_memory(system: InferenceSystem, checkpoint: Checkpoint, shard
 def _restore_moments(system: System, shard: CheckpointShard, steps_taken: float) -> None:
     device, whole = system.world.device, shard.replicated
     states = {}
-    for name in system.embedding_optimizer.names:
+    for name in system.embedding_optimizer.moment_names:
         moments = shard.moments.get(name) or {
             key: whole[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in whole
         }

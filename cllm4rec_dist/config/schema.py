@@ -187,6 +187,10 @@ class OptimizerConfig(StrictModel):
     """Peak learning rate of adapters (or of the backbone)."""
     embeddings_lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of user and item embeddings, of their projection and of the head's parameters."""
+    words_lr_ratio: float = Field(default=0.0, ge=0)
+    """Learning rate, relative to `embeddings_lr`, of updates that items share through the words of their texts: an item
+    learns from what items with the same words learn, which helps those with few interactions (docs/shared-words.md).
+    0: none are shared. Requires a softmax over all items (`head.num_negatives` of 0)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of adapters; embeddings have their priors instead."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -331,6 +335,14 @@ class RunConfig(StrictModel):
     def _check_quantization(self) -> RunConfig:
         if self.quantization != "none" and self.adapter.kind == "full":
             raise ValueError("quantization requires a frozen backbone: adapter.kind must be lora or none")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shared_words(self) -> RunConfig:
+        if self.optimizer.words_lr_ratio and self.head.num_negatives:
+            raise ValueError(
+                "optimizer.words_lr_ratio requires head.num_negatives=0: words update many items that are not sampled"
+            )
         return self
 
 

@@ -22,10 +22,14 @@ from torch.optim.adamw import adamw
 
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model.recommender import Recommender
+from cllm4rec_dist.model.shared_words import SharedWords
 
 Storage = Literal["fp32", "int8", "cpu"]
 Rows = slice | Tensor
 """Consecutive rows, or an index of distinct rows, int64 [k]."""
+_ITEMS = "collaborative.items"
+_WORDS = "collaborative.items.words"
+"""Name of the moments of the words that items share."""
 _BLOCK_ENTRIES = 1 << 22
 """Entries of a dense parameter stepped at a time; limits what is dequantized or copied to the host."""
 _QUANTIZATION_BLOCKS = (256, 128, 64)
@@ -39,16 +43,28 @@ class EmbeddingOptimizer:
         model: its sharded and replicated parameters are trained.
         betas: Adam's decay rates.
         storage: `fp32`, `int8`, or `cpu` (fp32 in host memory), of the moments.
+        words: shares updates of the collaborative items, whose gradient must be dense; None for no sharing.
 
     Raises:
         ConfigError: if 8-bit moments are not possible.
     """
 
-    def __init__(self, model: Recommender, betas: tuple[float, float], storage: Storage = "fp32") -> None:
+    def __init__(
+        self,
+        model: Recommender,
+        betas: tuple[float, float],
+        storage: Storage = "fp32",
+        words: SharedWords | None = None,
+    ) -> None:
         named = [(name, parameter) for name, parameter, _ in model.sharded_parameters()]
         self._tables, self._changed = dict(named), dict[str, Tensor]()
         self._named, self._betas = [*named, *model.replicated_parameters()], betas
-        self._moments = {name: _make_moments(_as_rows(parameter), storage) for name, parameter in self._named}
+        self._words, stepped = words, {name: parameter.detach() for name, parameter in self._named}
+        if words is not None:
+            items = self._tables[_ITEMS]
+            stepped[_WORDS] = items.new_empty(words.num_words, items.shape[1])
+        self._shapes = {name: values.shape for name, values in stepped.items()}
+        self._moments = {name: _make_moments(_as_rows(values), storage) for name, values in stepped.items()}
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -60,12 +76,24 @@ class EmbeddingOptimizer:
         """Names of `parameters`, in the same order."""
         return [name for name, _ in self._named]
 
+    @property
+    def moment_names(self) -> list[str]:
+        """Names of everything that has moments: `parameters`, and the words that items share."""
+        return [*self._moments]
+
+    @property
+    def replicated_shapes(self) -> dict[str, torch.Size]:
+        """Shapes by name of the moments that are the same on all ranks."""
+        return {name: shape for name, shape in self._shapes.items() if name not in self._tables}
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update with learning rate `lr` and drop the gradients."""
+        """Update with learning rate `lr` and drop the gradients. A collective if items share updates."""
         for name, parameter in self._named:
             if parameter.grad is None:
                 continue
+            if name == _ITEMS and self._words is not None:
+                self._step_words(self._words, parameter, lr)
             moments = self._moments[name]
             for rows, gradient in _parts(parameter.grad):
                 self._update(_as_rows(parameter), rows, gradient, moments, lr)
@@ -75,6 +103,15 @@ class EmbeddingOptimizer:
             # The fused kernel does not increment the version, which `PendingLookup.wait` checks.
             torch.autograd.graph.increment_version(parameter)
         self.discard()
+
+    def _step_words(self, words: SharedWords, items: torch.nn.Parameter, lr: float) -> None:
+        assert items.grad is not None
+        gradient, moments = words.gradient(items.grad), self._moments[_WORDS]
+        update = torch.zeros_like(gradient)
+        for rows, part in _parts(gradient):
+            self._update(update, rows, part, moments, lr * words.lr_ratio)
+        moments.steps += 1
+        words.add_update(items.detach(), update)
 
     def _update(self, weights: Tensor, rows: Rows, gradient: Tensor, moments: _Moments, lr: float) -> None:
         part = _read(weights, rows).to(moments.device)
@@ -120,27 +157,26 @@ class EmbeddingOptimizer:
         return {name: flags.nonzero().flatten() for name, flags in self._changed.items() if not flags.all()}
 
     def state(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-        """State by parameter name: `exp_avg` and `exp_avg_sq`, fp32 in the parameter's shape, and `step`, a scalar.
+        """State by name: `exp_avg` and `exp_avg_sq`, fp32 in the parameter's shape, and `step`, a scalar.
 
         Args:
             rows: by table, the local rows, int64 [k], whose moments are returned, on the host. Moments of other
                 parameters are returned whole.
         """
         states: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._named:
-            moments = self._moments[name]
+        for name, moments in self._moments.items():
             if rows is not None and name in rows:
                 first, second = moments.take(rows[name])
             else:
-                first, second = (value.view(parameter.shape) for value in moments.whole())
+                first, second = (value.view(self._shapes[name]) for value in moments.whole())
             states[name] = {"exp_avg": first, "exp_avg_sq": second, "step": torch.tensor(float(moments.steps))}
         return states
 
     def load_state(self, states: dict[str, dict[str, Tensor]]) -> None:
-        """Restore the result of `state`; a parameter without state starts from zero."""
-        for name, parameter in self._named:
-            moments, state = self._moments[name], states.get(name)
-            zero = torch.zeros_like(parameter.detach())
+        """Restore the result of `state`; what has no state starts from zero."""
+        for name, moments in self._moments.items():
+            state = states.get(name)
+            zero = torch.zeros(self._shapes[name], device=moments.device)
             moments.steps = 0 if state is None else int(state["step"])
             first, second = (zero, zero) if state is None else (state["exp_avg"], state["exp_avg_sq"])
             moments.fill(_as_rows(first), _as_rows(second))

@@ -65,7 +65,9 @@ def build_item_features(
     if words is not None:
         interactions = sp.hstack([interactions, words * np.float32(scales[0])], format="csr")
     return RowShardedFeatures(
-        _to_torch(interactions, world), _to_torch(interactions.T.tocsr(), world), dense.to(world.device) * scales[-1]
+        to_sparse_csr(interactions, world),
+        to_sparse_csr(interactions.T.tocsr(), world),
+        dense.to(world.device) * scales[-1],
     )
 
 
@@ -152,7 +154,8 @@ def _csr(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple
     return sp.coo_matrix((values.astype(np.float32), (rows, columns)), shape=shape).tocsr()
 
 
-def _to_torch(matrix: sp.csr_matrix, world: World) -> Tensor:
+def to_sparse_csr(matrix: sp.csr_matrix, world: World) -> Tensor:
+    """Copy a matrix to this rank's device with int32 indices."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, message="Sparse")  # CSR is a beta feature of torch
         return torch.sparse_csr_tensor(

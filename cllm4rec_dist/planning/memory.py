@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, GRADIENTS, HEAD, LOOKUP, WORD_HEAD, DryRun
+from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, GRADIENTS, HEAD, LOOKUP, META, WORD_HEAD, DryRun
 from cllm4rec_dist.planning.meta_run import MetaRun
 from cllm4rec_dist.planning.zero3_simulation import Gathers
 from cllm4rec_dist.step import SQUARE_CHUNK
@@ -21,7 +21,7 @@ from cllm4rec_dist.step import SQUARE_CHUNK
 Memory = Counter[str]
 """Bytes by part."""
 
-FLOAT, DOUBLE, INTEGER = 4, 8, 8
+INDEX, FLOAT, DOUBLE, INTEGER = 4, 4, 8, 8
 MOMENTS = 2
 _MIN_QUANTIZATION_BLOCK = 64
 """Smallest block size of 8-bit moments."""
@@ -31,7 +31,7 @@ PARTS = {
     "adapters": "weights that the engine trains: this rank's partitions, and small persistent weights",
     "tables": "user and item rows of this rank, item bias, projections",
     "linear": "linear memory: its index of this rank's rows",
-    "optimizer": "fp32 masters and Adam's moments",
+    "optimizer": "fp32 masters, Adam's moments, words of this rank's items that share updates",
     GRADIENTS: "of the engine (this rank's partition), and dense ones of tables",
     "activations": "what the backbone keeps for backward or recomputes",
     "heads": "queries of all ranks, a chunk of logits and of item rows, in backward the gradient of these rows",
@@ -62,6 +62,7 @@ def resident(meta_run: MetaRun) -> Memory:
         held[GRADIENTS] = _parts(meta_run, meta_run.trained, element)
     held["linear"] = _linear_memory(meta_run)
     held["optimizer"] += sum(_moments(meta_run, parameter) for parameter in meta_run.model.parameters())
+    held["optimizer"] += _moments(meta_run, shared_word_parts(meta_run)) + _word_weights(meta_run)
     held["buffers"] = zero.settings.reduce_bucket * element * meta_run.contiguous_gradients
     return held
 
@@ -87,6 +88,22 @@ def linear_neighbors(meta_run: MetaRun) -> int:
     return min(meta_run.config.linear.num_neighbors(num_items), num_items - 1)
 
 
+def shared_word_parts(meta_run: MetaRun) -> torch.Tensor:
+    """Empty [V, d] fp32 of the parts of the words that items share."""
+    return torch.empty(
+        meta_run.shared_words.num_words, meta_run.model.collaborative.items.width, device=META, dtype=torch.float32
+    )
+
+
+def _word_weights(meta_run: MetaRun) -> int:
+    """Bytes of `SharedWords`: two CSR matrices with int32 indices."""
+    size = meta_run.shared_words
+    if size.num_words == 0:
+        return 0
+    offsets = meta_run.model.item_partition.num_rows + size.num_words + 2
+    return INDEX * offsets + 2 * size.num_entries * (INDEX + FLOAT)
+
+
 def _parts(meta_run: MetaRun, parameters: list[nn.Parameter], element: int) -> int:
     return sum(map(meta_run.zero.part, parameters)) * element
 
@@ -101,7 +118,7 @@ def _scales(meta_run: MetaRun) -> int:
     return entries // 64 + entries // (64 * 256) * FLOAT
 
 
-def _moments(meta_run: MetaRun, parameter: nn.Parameter) -> int:
+def _moments(meta_run: MetaRun, parameter: torch.Tensor) -> int:
     """Bytes of the moments of `embedding_optimizer._make_moments`."""
     storage = meta_run.config.optimizer.embeddings_state
     if storage == "cpu":
@@ -143,4 +160,5 @@ def in_step(meta_run: MetaRun, traced: DryRun) -> Memory:
     replicated_bytes = sum(_bytes(parameter) for _, parameter in meta_run.model.replicated_parameters())
     squared = min(dense // FLOAT, SQUARE_CHUNK) * 2 * DOUBLE
     copied = 2 * replicated_bytes * (meta_run.num_ranks > 1)
-    return Counter({GRADIENTS: dense, "buffers": max(squared, copied, 3 * trained)})
+    words = 2 * _bytes(shared_word_parts(meta_run))  # gradient and update
+    return Counter({GRADIENTS: dense, "buffers": max(squared, copied, 3 * trained, words)})

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.config.embedding_width import embedding_width
+from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed import engine
 from cllm4rec_dist.distributed.topology import RowPartition, World, shard_group_size
 from cllm4rec_dist.model import backbone
@@ -17,6 +18,7 @@ from cllm4rec_dist.model.architecture import logit_transform, meta_language_mode
 from cllm4rec_dist.model.backbone import DualBackbone, FrozenEmbeddings
 from cllm4rec_dist.model.dtypes import DTYPES
 from cllm4rec_dist.model.recommender import Recommender
+from cllm4rec_dist.model.shared_words import local_item_words
 from cllm4rec_dist.planning.dry_run import META
 from cllm4rec_dist.planning.zero3_simulation import Zero3Settings, Zero3Simulation
 
@@ -30,6 +32,19 @@ _UNSUPPORTED = {
 
 
 @dataclass(frozen=True)
+class SharedWordsSize:
+    """Size of rank 0's part of `model/shared_words.py`; nothing is shared by default.
+
+    Attributes:
+        num_words: words that items share.
+        num_entries: pairs of an item of rank 0 and one of these words.
+    """
+
+    num_words: int = 0
+    num_entries: int = 0
+
+
+@dataclass(frozen=True)
 class MetaRun:
     """The parts of a run on rank 0, which has the largest part of the tables.
 
@@ -40,6 +55,7 @@ class MetaRun:
         num_groups: number of flat groups of ZeRO-3's optimizer.
         offload_optimizer, offload_weights: True if they are in host memory.
         left_out: ZeRO settings that the plan does not include.
+        shared_words: size of the words that items share.
     """
 
     config: RunConfig
@@ -52,6 +68,7 @@ class MetaRun:
     offload_optimizer: bool
     offload_weights: bool
     left_out: list[str]
+    shared_words: SharedWordsSize = SharedWordsSize()
 
     @property
     def num_shards(self) -> int:
@@ -77,12 +94,14 @@ def make_meta_run(
     num_ranks: int,
     max_logits: int,
     hpz: int | None = None,
+    shared_words: SharedWordsSize | None = None,
 ) -> MetaRun:
     """Build a run on the meta device from its configuration and the sizes of its corpus.
 
     Args:
         max_logits: logits that a head holds at a time.
         hpz: ranks of a group of hpZ; those of the DeepSpeed file if None.
+        shared_words: size of the words that items share; none if None.
 
     Raises:
         ConfigError: for an invalid backbone or DeepSpeed file, as in a run.
@@ -131,7 +150,22 @@ def make_meta_run(
         _is_offloaded(rules.offload_optimizer),
         _is_offloaded(rules.offload_param),
         [name for name, default in _UNSUPPORTED.items() if getattr(rules, name) != default],
+        shared_words or SharedWordsSize(),
     )
+
+
+def measure_shared_words(config: RunConfig, corpus: Corpus, num_words: int, num_ranks: int) -> SharedWordsSize:
+    """Read the texts of a corpus and count the words that its items share, if the run shares updates.
+
+    Args:
+        num_words: words of the backbone.
+    """
+    if not config.optimizer.words_lr_ratio:
+        return SharedWordsSize()
+    words = local_item_words(corpus, num_words, RowPartition(corpus.num_items, 1), World(0, 1, 0, torch.device("cpu")))
+    num_shards = shard_group_size(config.embeddings.shard_group, num_ranks)
+    rows = RowPartition(corpus.num_items, num_shards).block
+    return SharedWordsSize(words.shape[1], words[:rows].nnz)
 
 
 def _words(decoder: PretrainedConfig, dtype: torch.dtype, content: bool) -> FrozenEmbeddings:

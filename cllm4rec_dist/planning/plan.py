@@ -28,7 +28,7 @@ from cllm4rec_dist.planning import memory
 from cllm4rec_dist.planning.dry_run import ATTENTION, BACKBONE, HEAD, LOOKUP, META, WORD_HEAD, DryRun, dry_run
 from cllm4rec_dist.planning.hardware import GIB, Gpu
 from cllm4rec_dist.planning.memory import Memory
-from cllm4rec_dist.planning.meta_run import MetaRun, make_meta_run
+from cllm4rec_dist.planning.meta_run import MetaRun, make_meta_run, measure_shared_words
 from cllm4rec_dist.planning.sampling import MicroBatchSample, StepSample, sample_step
 from cllm4rec_dist.planning.traffic import IN_GROUP, Model, Traffic, loop_traffic, step_traffic
 from cllm4rec_dist.planning.zero3_simulation import Gathers
@@ -136,6 +136,7 @@ def make_plan(config: RunConfig, cluster: Cluster, num_samples: int = 2, hpz: in
         cluster.num_ranks,
         max_logits_within(cluster.gpu.memory),
         hpz,
+        measure_shared_words(config, corpus, prompts.space.num_words, cluster.num_ranks),
     )
     return plan_samples(meta_run, cluster, samples, steps)
 
@@ -229,6 +230,7 @@ def traffic_model(meta_run: MetaRun, gathers: Gathers) -> Model:
         dense,
         sparse,
         -(-config.head.num_negatives // meta_run.num_shards),
+        memory.shared_word_parts(meta_run).numel(),
     )
 
 
@@ -287,12 +289,18 @@ def step_seconds(
         tables = [*meta_run.model.tables.values()]
     entries = sum(table.local_rows.numel() for table in tables)
     entries += sum(parameter.numel() for _, parameter in meta_run.model.replicated_parameters())
+    entries += memory.shared_word_parts(meta_run).numel()
     return {
         "backbone": decoder,
         "item head": max(compute[HEAD], launches[HEAD]),
         "word head": max(compute[WORD_HEAD], launches.get(WORD_HEAD, 0.0)),
         "lookup": max(compute[LOOKUP], launches[LOOKUP]),
-        "optimizer": entries * _ADAM_ACCESSES * 4 / gpu.bandwidth,
+        "optimizer": (entries * _ADAM_ACCESSES + _shared_word_accesses(meta_run)) * 4 / gpu.bandwidth,
         "communication of weights": exposed,
         "other communication": float(others),
     }
+
+
+def _shared_word_accesses(meta_run: MetaRun) -> int:
+    """fp32 accesses of the two sparse products by which items share updates: a row for each entry."""
+    return 2 * meta_run.shared_words.num_entries * meta_run.model.collaborative.items.width

@@ -38,6 +38,7 @@ IN_GROUP = frozenset(
         "log-sum-exps",
         "scores",
         "query gradients",
+        "gradients of shared words",
     }
 )
 """Contents that stay in a group of ranks that together hold a copy of the tables."""
@@ -72,6 +73,7 @@ class Model:
         dense: `users` or `items`, and entries of a row, of each sharded parameter whose gradient is dense.
         sparse: width of each sharded parameter with a sparse gradient, by name.
         num_negatives: items that this rank samples for a micro-batch, which are taken to be different ones.
+        shared_words: entries of the parts of the words that items share.
     """
 
     width: int
@@ -84,6 +86,7 @@ class Model:
     dense: list[tuple[str, int]]
     sparse: dict[str, int]
     num_negatives: int
+    shared_words: int
 
 
 def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int) -> Traffic:
@@ -92,6 +95,8 @@ def step_traffic(model: Model, config: RunConfig, sample: StepSample, rank: int)
     for batch in sample.micro_batches:
         total += item_head_traffic(model, config, batch, rank)
     total += replica_traffic(model, sample, rank)
+    if model.shared_words:
+        total["gradients of shared words"] += all_reduce(model.shared_words * FLOAT, sample.num_shards)
     return total + zero_traffic(model, sample) + bookkeeping_traffic(model, sample.num_ranks)
 
 

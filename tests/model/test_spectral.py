@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cllm4rec_dist.distributed.topology import RowPartition, World
 from cllm4rec_dist.model import spectral
-from cllm4rec_dist.model.item_features import _to_torch
+from cllm4rec_dist.model.item_features import to_sparse_csr
 from cllm4rec_dist.model.spectral import RowShardedFeatures, spectral_rows
 from tests.harness import alone, run_ranks
 
@@ -38,7 +38,7 @@ def local_features(world: World, *, num_dense: int = NUM_DENSE) -> tuple[RowShar
     local = matrix()[slice(*partition.range(world.rank))]
     sparse = sp.csr_matrix(local[:, : NUM_SPARSE + NUM_DENSE - num_dense])
     dense = torch.from_numpy(local[:, NUM_SPARSE + NUM_DENSE - num_dense :]).float()
-    return RowShardedFeatures(_to_torch(sparse, world), _to_torch(sparse.T.tocsr(), world), dense), partition
+    return RowShardedFeatures(to_sparse_csr(sparse, world), to_sparse_csr(sparse.T.tocsr(), world), dense), partition
 
 
 def noise(partition: RowPartition, num_factors: int, world: World) -> Tensor:
@@ -78,7 +78,9 @@ def test_blocks_of_factors_do_not_matter() -> None:
 def test_more_factors_than_the_rank_of_the_matrix_change_nothing() -> None:
     features, partition = local_features(alone(), num_dense=0)
     dense = sp.csr_matrix(matrix()[:, :NUM_SPARSE] * 0 + np.outer(np.arange(NUM_ROWS), np.ones(NUM_SPARSE)))
-    features = RowShardedFeatures(_to_torch(dense, alone()), _to_torch(dense.T.tocsr(), alone()), features.dense)
+    features = RowShardedFeatures(
+        to_sparse_csr(dense, alone()), to_sparse_csr(dense.T.tocsr(), alone()), features.dense
+    )
     rows = spectral_rows(features, noise(partition, 6, alone()), alone())
     cosines = rows[1:] @ rows[1:].T
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-3)
@@ -88,7 +90,7 @@ def test_more_factors_than_the_rank_of_the_matrix_change_nothing() -> None:
 def test_a_matrix_without_entries_gives_rows_of_zeros() -> None:
     empty = sp.csr_matrix((NUM_ROWS, 4), dtype=np.float32)
     features = RowShardedFeatures(
-        _to_torch(empty, alone()), _to_torch(empty.T.tocsr(), alone()), torch.zeros(NUM_ROWS, 0)
+        to_sparse_csr(empty, alone()), to_sparse_csr(empty.T.tocsr(), alone()), torch.zeros(NUM_ROWS, 0)
     )
     rows = spectral_rows(features, torch.randn(NUM_ROWS, 4), alone())
     assert rows.shape == (NUM_ROWS, 4)

@@ -10,7 +10,7 @@ from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.planning.meta_run import MetaRun, make_meta_run
+from cllm4rec_dist.planning.meta_run import MetaRun, make_meta_run, measure_shared_words
 from cllm4rec_dist.planning.plan import prompt_builder_of
 from cllm4rec_dist.planning.sampling import StepSample, sample_step
 from cllm4rec_dist.step import train_step
@@ -40,8 +40,12 @@ def make_config(made: tuple[str, str], folder: Path, changes: dict[str, Any], ze
 def meta_run_of(config: RunConfig, num_ranks: int, step: int) -> tuple[MetaRun, StepSample]:
     """Build the run on the meta device, and sample a step of its corpus."""
     corpus = Corpus.open(config.corpus)
-    meta_run = make_meta_run(config, corpus.num_users, corpus.num_items, True, num_ranks, MAX_LOGITS)
-    return meta_run, sample_step(corpus, prompt_builder_of(config, corpus), config, num_ranks, step)
+    prompts = prompt_builder_of(config, corpus)
+    words = measure_shared_words(config, corpus, prompts.space.num_words, num_ranks)
+    meta_run = make_meta_run(
+        config, corpus.num_users, corpus.num_items, True, num_ranks, MAX_LOGITS, shared_words=words
+    )
+    return meta_run, sample_step(corpus, prompts, config, num_ranks, step)
 
 
 def trained(world: World, config: RunConfig, steps: int) -> tuple[System, BatchLoader]:

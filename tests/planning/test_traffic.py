@@ -62,6 +62,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
             "head": {"projection": True},
             "embeddings": {"init": "prior", "dim": 12},
             "method": {"shared_user_ratio": 0.4},
+            "optimizer": {"words_lr_ratio": 1.0},
         },
         EAGER,
     ),
@@ -84,6 +85,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, int]]] = {
         {
             "adapter": {"kind": "lora", "rank": 4},
             "embeddings": {"init": "prior", "shard_group": 2},
+            "optimizer": {"words_lr_ratio": 1.0},
             "activation_checkpointing": True,
         },
         EAGER | {"zero_hpz_partition_size": 2},
