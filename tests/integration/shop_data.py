@@ -45,7 +45,7 @@ class Shop:
     num_dirty: int
 
 
-def make_shop(folder: Path, num_customers: int = 2000, num_products: int = 600, seed: int = 7) -> Shop:
+def make_shop(folder: Path, num_customers: int, num_products: int, seed: int = 7) -> Shop:
     """Write the files of a shop to a folder, which is made."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A shop of 2,000 customers and 600 products, from its dirty files to a page in a browser, by the commands alone."""
+"""A shop of 1,000 customers and 300 products, from its dirty files to a page in a browser, by the commands alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Project:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("shop")
-    shop = make_shop(folder / "data")
+    shop = make_shop(folder / "data", num_customers=1000, num_products=300)
     files = ["--orders", str(shop.orders), "--items", str(shop.products), "--customers", str(shop.customers)]
     proposed = cllm4rec(folder, "init", "shop", *files)
     return Project(folder, shop, proposed, cllm4rec(folder, "run", "shop", *SMALL))
@@ -69,7 +69,7 @@ def test_init_reads_the_files_as_the_shop_means_them(project: Project) -> None:
         r"timestamp +Bestelldatum +.*%d\.%m\.%Y %H:%M",
         r"title +Bezeichnung",
         r"category +Warengruppe",
-        r"data +2,000 customers",
+        r"data +1,000 customers",
     ):
         assert re.search(line, project.proposed), (line, project.proposed)
 
