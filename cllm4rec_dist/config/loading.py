@@ -106,9 +106,7 @@ def _read_yaml(model: type[StrictModel], path: Path) -> dict[str, Any]:
             "configuration file", str(path), f"is not readable YAML ({error})", "Fix the file."
         ) from error
     if not isinstance(tree, dict):
-        raise ConfigError(
-            "configuration file", str(path), "must consist of key: value pairs", _examples(model)
-        )
+        raise ConfigError("configuration file", str(path), "must consist of key: value pairs", _examples(model))
     return tree
 
 
