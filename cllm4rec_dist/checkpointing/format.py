@@ -329,9 +329,8 @@ def _needing(path: str, base: str) -> Iterator[None]:
     try:
         yield
     except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(
-            f"{path}: base", base, f"is damaged or not beside it ({error})", USE_ANOTHER
-        ) from error
+        cure = f"Copy {base} beside it from where they were written, or use another checkpoint."
+        raise DamagedCheckpointError(f"{path}: base", base, f"is damaged or not beside it ({error})", cure) from error
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def _num_embeddings(corpus: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Checkpoint that a run would start from, the width or `embeddings.dim` that it records, and its number of users and items."""
+    """Checkpoint that a run would start from, its width or `embeddings.dim`, and its number of users and items."""
 
     path: str
     dim: int | None
