@@ -32,8 +32,8 @@ from cllm4rec_dist.checkpointing.format import Checkpoint, RunState
 from cllm4rec_dist.checkpointing.lineage import TrainedOn
 from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, LOCK_FILE, STEP, store_url
 from cllm4rec_dist.checkpointing.store import Store
-from cllm4rec_dist.config import FaultsConfig, RunConfig, dotted_items, validate
-from cllm4rec_dist.config.resume_rules import may_change
+from cllm4rec_dist.checkpointing.trajectory import require_same_trajectory
+from cllm4rec_dist.config import FaultsConfig, RunConfig
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.stream import prefetch
 from cllm4rec_dist.distributed.collectives import gather_integers, require_agreement
@@ -187,7 +187,8 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
                 "Choose another output to continue from it, or remove the newer ones.",
             )
         source, names = (store, names) if names else (source, requested)
-    resumed = checkpoint.resume(system, source, names, partial(_require_same_trajectory, config=config))
+    width = system.recommender.collaborative.items.local_rows.shape[1]
+    resumed = checkpoint.resume(system, source, names, partial(require_same_trajectory, config=config, width=width))
     if resumed is not None:
         if system.linear.is_empty:  # an earlier version wrote the checkpoint
             init_linear_memory(system)
@@ -254,20 +255,6 @@ def _load_initial_weights(system: System, path: str) -> str:
         if "content.items" not in contents.weights:
             init_content_embeddings(system)
     return candidate.path
-
-
-def _require_same_trajectory(candidate: Checkpoint, config: RunConfig) -> None:
-    # Validate as a configuration, so that settings newer than the checkpoint get their defaults.
-    saved = dict(dotted_items(validate(RunConfig, candidate.metadata.config, candidate.path).model_dump(mode="json")))
-    current = dotted_items(config.model_dump(mode="json"))
-    changed = {key: (saved[key], value) for key, value in current if saved[key] != value and not may_change(key)}
-    if changed:
-        raise CheckpointError(
-            f"{candidate.path}: configuration",
-            changed,
-            "differs between the checkpoint (first) and this run (second)",
-            "Resume with the settings of the checkpoint, or choose another output folder.",
-        )
 
 
 class _SaveTimer:

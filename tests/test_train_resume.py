@@ -14,7 +14,9 @@ from cllm4rec_dist import preflight
 from cllm4rec_dist.checkpointing.find_run import find
 from cllm4rec_dist.checkpointing.format import Checkpoint, RunState
 from cllm4rec_dist.checkpointing.store import Store
+from cllm4rec_dist.checkpointing.trajectory import require_same_trajectory
 from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks, with_messages
 from tests.training import Made, about, make_config, metrics, refused, run
@@ -55,15 +57,46 @@ def test_settings_that_came_later_have_their_defaults_in_an_older_checkpoint(tmp
     old = validate(RunConfig, tree, "test").model_dump(mode="json")
     del old["quantization"], old["embeddings"]["comm_dtype"], old["optimizer"]["embeddings_state"]
     del old["head"]["projection"], old["embeddings"]["dim"]
-    candidate = SimpleNamespace(path="old", metadata=SimpleNamespace(config=old))
-    train_module._require_same_trajectory(cast(Checkpoint, candidate), validate(RunConfig, tree, "test"))
+    candidate = SimpleNamespace(path="old", metadata=SimpleNamespace(config=old, embedding_width=None))
+    require_same_trajectory(cast(Checkpoint, candidate), validate(RunConfig, tree, "test"))
     changed = validate(RunConfig, tree | {"embeddings": {"comm_dtype": "bf16"}}, "test")
     with pytest.raises(CheckpointError, match="comm_dtype"):
-        train_module._require_same_trajectory(cast(Checkpoint, candidate), changed)
+        require_same_trajectory(cast(Checkpoint, candidate), changed)
     assert not validate(RunConfig, old, "test").head.projection, "older checkpoints have the plain form"
     changed = validate(RunConfig, tree | {"head": {"projection": True}}, "test")
     with pytest.raises(CheckpointError, match=r"head\.projection"):
-        train_module._require_same_trajectory(cast(Checkpoint, candidate), changed)
+        require_same_trajectory(cast(Checkpoint, candidate), changed)
+
+
+def test_the_width_of_embeddings_counts_and_not_how_it_was_chosen() -> None:
+    tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
+    default, named = (validate(RunConfig, tree | {"embeddings": {"dim": dim}}, "test") for dim in (None, 32))
+    metadata = SimpleNamespace(config=default.model_dump(mode="json"), embedding_width=32)
+    candidate = cast(Checkpoint, SimpleNamespace(path="saved", metadata=metadata))
+    for config in (default, named):
+        require_same_trajectory(candidate, config, 32)
+    with pytest.raises(CheckpointError, match=r"embeddings\.dim: 32 is not this run's, 8\. Set embeddings\.dim=32"):
+        require_same_trajectory(candidate, default, 8)
+
+
+def then_with_narrow_default(world: World, config: RunConfig, *changes: dict[str, Any]) -> list[str]:
+    """Train, then with each change where the default width is 8; return what refuses it."""
+    run(world, config)
+    assert about(Path(config.output)).embedding_width == 16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cllm4rec_dist.config.embedding_width.NARROW_WIDTH", 8)
+        patch.setattr("cllm4rec_dist.config.embedding_width._MAX_ENTRIES", 100)
+        return [refused(world, config.model_copy(update=change)) for change in changes]
+
+
+@pytest.mark.slow
+def test_a_run_whose_default_width_has_changed_is_refused_without_loss(made: Made, tmp_path: Path) -> None:
+    config = make_config(made, tmp_path / "run", max_steps=1)
+    wide = {"max_steps": 2, "embeddings": config.embeddings.model_copy(update={"dim": 16})}
+    ((narrow, nothing),) = run_ranks(1, then_with_narrow_default, config, {"max_steps": 2}, wide)
+    assert "embeddings.dim: 16 is not this run's, 8. Set embeddings.dim=16" in narrow
+    assert nothing == ""
+    assert about(tmp_path / "run").run.step == 2
 
 
 @pytest.mark.slow
@@ -77,7 +110,8 @@ def test_a_changed_setting_is_refused_and_named(made: Made, tmp_path: Path) -> N
 def test_a_refusal_names_only_the_settings_that_differ() -> None:
     tree: dict[str, Any] = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-"}
     saved = validate(RunConfig, tree, "test").model_dump(mode="json")
-    candidate = cast(Checkpoint, SimpleNamespace(path="saved", metadata=SimpleNamespace(config=saved)))
+    metadata = SimpleNamespace(config=saved, embedding_width=None)
+    candidate = cast(Checkpoint, SimpleNamespace(path="saved", metadata=metadata))
     free: dict[str, Any] = {
         "batch": {"gradient_accumulation_steps": 3},
         "optimizer": {"embeddings_state": "cpu"},
@@ -87,13 +121,13 @@ def test_a_refusal_names_only_the_settings_that_differ() -> None:
         "corpus": "moved",
         "init_from": "another",
     }
-    train_module._require_same_trajectory(candidate, validate(RunConfig, tree | free, "test"))
+    require_same_trajectory(candidate, validate(RunConfig, tree | free, "test"))
     changed = free | {
         "batch": {"gradient_accumulation_steps": 3, "users": 7},
         "optimizer": {"lr": 0.5, "embeddings_state": "cpu"},
     }
     with pytest.raises(CheckpointError) as refusal:
-        train_module._require_same_trajectory(candidate, validate(RunConfig, tree | changed, "test"))
+        require_same_trajectory(candidate, validate(RunConfig, tree | changed, "test"))
     assert refusal.value.value == {"batch.users": (256, 7), "optimizer.lr": (0.001, 0.5)}
 
 

@@ -117,7 +117,8 @@ def require_same_embedding_width(system: InferenceSystem, checkpoint: Checkpoint
     """
     model, about = system.recommender, checkpoint.metadata
     dim = about.config.get("embeddings", {}).get("dim")
-    before = embedding_width(dim, model.words.embedding.shape[1], about.num_users + about.num_items)
+    default = embedding_width(dim, model.words.embedding.shape[1], about.num_users + about.num_items)
+    before = about.embedding_width or default  # checkpoints of early versions do not record it
     require_same_width(model.collaborative.items.local_rows.shape[1], checkpoint.path, before)
 
 

@@ -104,6 +104,8 @@ class CheckpointMetadata(StrictModel):
     """Number of files, the first ones, that hold the tables; all of them if None."""
     has_shared_user: bool = False
     """True if the user tables have a shared row after those of the users."""
+    embedding_width: int | None = Field(default=None, ge=1)
+    """Width of the rows of users and items; None if an earlier version wrote the checkpoint."""
     base: Base | None = None
     """The checkpoint that this one holds the changed rows of; None if it is whole."""
 
@@ -327,9 +329,8 @@ def _needing(path: str, base: str) -> Iterator[None]:
     try:
         yield
     except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(
-            f"{path}: base", base, f"is damaged or not beside it ({error})", USE_ANOTHER
-        ) from error
+        cure = f"Copy {base} beside it from where they were written, or use another checkpoint."
+        raise DamagedCheckpointError(f"{path}: base", base, f"is damaged or not beside it ({error})", cure) from error
 
 
 @contextmanager

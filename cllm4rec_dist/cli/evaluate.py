@@ -94,6 +94,9 @@ def evaluate(
         why = ": the model has learnt these items, so finding them shows nothing" if split == "train" else ""
         cure = f"Leave it out for test.{did_you_mean(split, ('test', 'valid'))}"
         problems.append(ConfigError("--split", split, f"is neither test nor valid{why}", cure))
+    if no_baselines and baselines is not None:
+        rule = "names what to fit, but --no-baselines fits none"
+        problems.append(ConfigError("--baselines", baselines, rule, "Give one of the two."))
     if no_baselines and baseline_settings is not None:
         rule = "has nothing to set, because --no-baselines fits none"
         problems.append(ConfigError("--baseline-settings", str(baseline_settings), rule, "Give one of the two."))

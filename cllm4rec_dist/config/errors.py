@@ -24,12 +24,18 @@ def config_error(model: type[BaseModel], error: ValidationError, source: str) ->
         source: file or other origin of the configuration.
     """
     fields, clauses, cures = [], [], []
-    for each in error.errors():
+    for each in _without_consequences(error.errors()):
         section, path = _section(model, each["loc"])
         fields.append(path)
         clauses.append(_clause(each, path, section))
         cures.append(_cure(each, path, section))
     return ConfigError(source, fields, f"is invalid: {'; '.join(clauses)}", " ".join(dict.fromkeys(cures)))
+
+
+def _without_consequences(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Leave out that a list is too short if entries of it are wrong, which pydantic does not count."""
+    longer = {each["loc"][:length] for each in errors for length in range(len(each["loc"]))}
+    return [each for each in errors if each["type"] != "too_short" or each["loc"] not in longer]
 
 
 def _clause(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> str:
@@ -62,6 +68,8 @@ def _cure(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> st
     """Return the cure of one violation: the valid keys, or how to write the value."""
     value = error.get("input")
     if error["type"] in ("tuple_type", "list_type"):
+        if value is None:
+            return f"Leave {path} out for its default, or write a list."
         items = ", ".join(str(value).replace(",", " ").split()) if isinstance(value, str) else value
         return f"Write {path}: [{items}], or {path}=[{items}] as an override."
     if error["type"] == "extra_forbidden":

@@ -94,7 +94,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = float(text) if _SCIENTIFIC.fullmatch(text) else value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(model: type[StrictModel], path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         hint = did_you_mean_path(str(path))
@@ -106,9 +106,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             "configuration file", str(path), f"is not readable YAML ({error})", "Fix the file."
         ) from error
     if not isinstance(tree, dict):
-        raise ConfigError(
-            "configuration file", str(path), "must consist of key: value pairs", f"See examples: {_EXAMPLES}."
-        )
+        raise ConfigError("configuration file", str(path), "must consist of key: value pairs", _examples(model))
     return tree
 
 
@@ -116,12 +114,24 @@ def _require_kind(model: type[StrictModel], tree: Mapping[str, Any], source: str
     """Refuse a file of another kind than `model`: a recipe for a run, a run for a recipe."""
     kind = next((kind for kind, key in _KEY_OF_KIND.items() if key in tree), None)
     if kind is not None and model.file_kind is not None and kind != model.file_kind:
-        raise ConfigError(source, kind, f"is not {model.file_kind}", f"Give {model.file_kind} instead: {_EXAMPLES}.")
+        raise ConfigError(source, kind, f"is not {model.file_kind}", f"Give {model.file_kind}. {_examples(model)}")
+
+
+def _examples(model: type[StrictModel]) -> str:
+    """Return a sentence that says where to find what such a file looks like."""
+    command = _COMMAND_OF_KIND.get(model.file_kind or "")
+    if command is not None:
+        return f"`{command}` explains its keys."
+    return "See examples: recipes are in shards/, run configurations in launch/configs/."
 
 
 _KEY_OF_KIND = {"a recipe": "source", "a run configuration": "output", "settings of a small backbone": "vocab_size"}
 """Kinds of files, with a key that only this kind has."""
-_EXAMPLES = "recipes are in shards/, run configurations in launch/configs/"
+_COMMAND_OF_KIND = {
+    "settings of a small backbone": "cllm4rec settings backbone",
+    "settings of baselines": "cllm4rec settings baselines",
+}
+"""Commands that print the keys of files of which there are no examples."""
 
 
 def load_config(model: type[ModelT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ModelT:
@@ -135,7 +145,7 @@ def load_config(model: type[ModelT], path: str | Path | None = None, overrides: 
     Raises:
         ConfigError: for an unreadable file, an unknown key, a wrong type or range; names every violation.
     """
-    tree = {} if path is None else _read_yaml(Path(path))
+    tree = {} if path is None else _read_yaml(model, Path(path))
     if path is not None:
         _require_kind(model, tree, str(path))
     for override in overrides:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from cllm4rec_dist.config import METRIC_NAME, StrictModel
 from cllm4rec_dist.evaluation.baseline_names import BaselineName
+
+_Weight = Annotated[float, Field(gt=0, le=1e9)]
+"""Strength of a regularizer or confidence in a grid. Far larger ones, as infinity, overflow the models' float32."""
 
 
 class BaselineConfig(StrictModel):
@@ -19,27 +22,27 @@ class BaselineConfig(StrictModel):
     """Baselines to run, in this order. `sparse_ease` takes the place of `ease` and `title_ease` if these do not fit."""
     select_by: str = "ndcg@100"
     """Validation metric that selects among the candidates of a grid."""
-    ease_lambdas: tuple[PositiveFloat, ...] = Field(default=(50.0, 100.0, 200.0, 500.0), min_length=1)
+    ease_lambdas: tuple[_Weight, ...] = Field(default=(50.0, 100.0, 200.0, 500.0), min_length=1)
     """L2 weights of EASE."""
-    title_ease_lambdas: tuple[PositiveFloat, ...] = Field(default=(100.0, 200.0, 500.0), min_length=1)
+    title_ease_lambdas: tuple[_Weight, ...] = Field(default=(100.0, 200.0, 500.0), min_length=1)
     """L2 weights of the title-aware EASE."""
-    title_ease_alphas: tuple[PositiveFloat, ...] = Field(default=(3.0, 10.0, 30.0), min_length=1)
+    title_ease_alphas: tuple[_Weight, ...] = Field(default=(3.0, 10.0, 30.0), min_length=1)
     """Weights of the text Gram matrix relative to the interactions in the title-aware EASE."""
     sparse_ease_neighbors: PositiveInt = 100
     """Neighbors by which the sparse EASE predicts an item."""
-    sparse_ease_lambdas: tuple[PositiveFloat, ...] = Field(default=(100.0, 200.0, 500.0), min_length=1)
+    sparse_ease_lambdas: tuple[_Weight, ...] = Field(default=(100.0, 200.0, 500.0), min_length=1)
     """L2 weights of the sparse EASE."""
-    sparse_ease_alphas: tuple[PositiveFloat, ...] = Field(default=(10.0,), min_length=1)
+    sparse_ease_alphas: tuple[_Weight, ...] = Field(default=(10.0,), min_length=1)
     """Weights of the texts in the sparse EASE."""
     ials_factors: tuple[PositiveInt, ...] = Field(default=(64, 256), min_length=1)
     """Numbers of latent factors of iALS."""
-    ials_regularizations: tuple[PositiveFloat, ...] = Field(default=(30.0, 100.0, 300.0), min_length=1)
+    ials_regularizations: tuple[_Weight, ...] = Field(default=(30.0, 100.0, 300.0), min_length=1)
     """L2 weights of iALS."""
-    ials_alphas: tuple[PositiveFloat, ...] = Field(default=(5.0, 20.0, 50.0, 100.0), min_length=1)
+    ials_alphas: tuple[_Weight, ...] = Field(default=(5.0, 20.0, 50.0, 100.0), min_length=1)
     """Confidence of a seen item in iALS; an unseen one has 1."""
     ials_iterations: PositiveInt = 15
     """Alternating sweeps of iALS."""
-    num_threads: PositiveInt | None = None
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of iALS and of the sparse EASE; None uses every core."""
     max_dense_gib: PositiveFloat = 2.0
     """Memory limit of the two dense [I, I] float32 matrices of EASE, in GiB; 2 GiB is about 16,000 items."""

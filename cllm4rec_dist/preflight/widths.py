@@ -90,7 +90,7 @@ def _num_embeddings(corpus: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Checkpoint that a run would start from, its `embeddings.dim`, and its number of users and items."""
+    """Checkpoint that a run would start from, its width or `embeddings.dim`, and its number of users and items."""
 
     path: str
     dim: int | None
@@ -105,7 +105,7 @@ def _saved(path: str) -> _Saved | None:
         store, (name, *_) = find(path)
         file = store.fetch(name, STATE_FILE, store.marker(name).files[STATE_FILE])
         state = json.loads(file.read_bytes())
-        dim = state["config"].get("embeddings", {}).get("dim")
+        dim = state.get("embedding_width") or state["config"].get("embeddings", {}).get("dim")
         return _Saved(store.path(name), dim, state["num_users"] + state["num_items"])
     except (CheckpointError, KeyError, TypeError, ValueError):  # the run reports it, or uses another checkpoint
         return None

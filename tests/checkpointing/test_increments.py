@@ -263,6 +263,7 @@ def test_what_is_missing_is_named(made: Made, saved: dict[str, Path], tmp_path: 
     told = next(message for message in messages if "DAMAGED CHECKPOINT" in message)
     assert f"{NEWEST}: base: '{BASE}' is damaged or not beside it" in told
     assert f"{BASE}/COMMIT.json: 'missing' is not there" in told
+    assert told.endswith(f"Copy {BASE} beside it from where they were written, or use another checkpoint.")
 
 
 @pytest.mark.slow
