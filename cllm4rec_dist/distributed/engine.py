@@ -23,20 +23,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_grad,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_grad,
-    safe_set_local_optimizer_state,
-    set_z3_leaf_module,
-)
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -44,6 +32,7 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed import rendezvous
 from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.diagnosis import HANG_SECONDS
+from cllm4rec_dist.distributed.hidden_modules import hidden_modules
 from cllm4rec_dist.distributed.topology import (
     BACKEND_EXTRA_SECONDS,
     RowPartition,
@@ -52,6 +41,20 @@ from cllm4rec_dist.distributed.topology import (
 )
 from cllm4rec_dist.distributed.watchdog import Watch, Watchdog
 from cllm4rec_dist.errors import ConfigError
+
+with hidden_modules("mlflow"):  # DeepSpeed's autotuner would import it, for a second at each start
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_grad,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_grad,
+        safe_set_local_optimizer_state,
+        set_z3_leaf_module,
+    )
 
 DEFAULT_SETTINGS = Path(__file__).with_name("ds_configs") / "zero3.json"
 """Default DeepSpeed file, which is part of the package."""

@@ -1,0 +1,37 @@
+"""Modules that an import must not see, and that may be imported later."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from cllm4rec_dist.distributed.hidden_modules import hidden_modules
+
+
+def test_hidden_modules_are_not_found_and_can_be_imported_afterwards() -> None:
+    sys.modules.pop("colorsys", None)
+    with hidden_modules("colorsys"), pytest.raises(ModuleNotFoundError):
+        importlib.import_module("colorsys")
+    assert importlib.import_module("colorsys").__name__ == "colorsys"
+
+
+def test_modules_that_are_there_stay_as_they_are() -> None:
+    with hidden_modules("json"):
+        assert importlib.import_module("json") is sys.modules["json"] is not None
+
+
+def test_an_error_while_importing_hides_nothing_for_longer() -> None:
+    with pytest.raises(RuntimeError), hidden_modules("colorsys_of_nobody"):
+        raise RuntimeError
+    assert "colorsys_of_nobody" not in sys.modules
+
+
+@pytest.mark.slow
+def test_the_engine_starts_without_mlflow_and_leaves_it_to_trackers() -> None:
+    """If this fails, DeepSpeed imports MLflow elsewhere than in its autotuner: see who does, and whether it is used."""
+    pytest.importorskip("mlflow")
+    code = "import sys, cllm4rec_dist.distributed.engine; assert 'mlflow' not in sys.modules; import mlflow"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
