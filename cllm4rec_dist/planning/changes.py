@@ -57,10 +57,14 @@ def faster_runs(config: RunConfig, plan: Plan, num_samples: int) -> Iterator[Fas
             yield FasterRun(f"zero_hpz_partition_size: {hpz} in the DeepSpeed file", "a copy of the weights", best)
     num_items = load_manifest(config.corpus)[0].num_items
     if config.head.num_negatives == 0 and num_items >= _SAMPLED_SHARE * _NUM_NEGATIVES:
-        sampled = _changed(fastest, {"head.num_negatives": _NUM_NEGATIVES})
+        changes: dict[str, Any] = {"head.num_negatives": _NUM_NEGATIVES}
+        if config.optimizer.words_lr_ratio:
+            changes["optimizer.words_lr_ratio"] = 0.0
+        sampled = _changed(fastest, changes)
         other = None if sampled is None else make_plan(sampled, cluster, num_samples, hpz=hpz)
         if other is not None and other.is_faster_than(best):
-            yield FasterRun(f"head.num_negatives={_NUM_NEGATIVES}", "noise in the item softmax", other)
+            cost = "noise in the item softmax" + ", no shared updates" * ("optimizer.words_lr_ratio" in changes)
+            yield FasterRun(_overrides(changes), cost, other)
 
 
 def _group_sizes(cluster: Cluster) -> Iterator[int]:
@@ -117,12 +121,17 @@ def suggest_changes(config: RunConfig, plan: Plan, num_samples: int) -> Iterator
             continue
         plan = make_plan(changed, cluster, num_samples)
         config = changed
-        yield Change(" ".join(f"{key}={value}" for key, value in settings.items()), cost, plan.needed)
+        yield Change(_overrides(settings), cost, plan.needed)
     max_ranks = min(cluster.num_ranks * _MAX_GPU_FACTOR, config.batch.users)
     while not plan.fits and 2 * cluster.num_ranks <= max_ranks:
         cluster = replace(cluster, num_ranks=2 * cluster.num_ranks)
         plan = make_plan(config, cluster, num_samples)
         yield Change(f"--gpus {cluster.num_ranks}", "twice the GPUs", plan.needed)
+
+
+def _overrides(settings: Mapping[str, Any]) -> str:
+    """Format settings as arguments of a command."""
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig | None:

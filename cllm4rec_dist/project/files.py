@@ -174,9 +174,14 @@ def _method(max_history: int, *, is_first: bool) -> dict[str, Any]:
 
 
 def _optimizer(proposal: Proposal, *, pretrained: bool, is_first: bool) -> dict[str, Any]:
-    # docs/quality.md has what other rates do.
-    lr, embeddings_lr = (5e-4, 2e-4) if pretrained else (1e-3, 1e-4 if is_first else 3e-4)
-    return {"lr": lr, "embeddings_lr": embeddings_lr, "warmup_steps": proposal.sizes.warmup_steps}
+    # docs/quality.md and docs/shared-words.md have what other rates do.
+    warmup_steps = proposal.sizes.warmup_steps
+    if pretrained or is_first:
+        lr, embeddings_lr = (5e-4, 2e-4) if pretrained else (1e-3, 1e-4)
+        return {"lr": lr, "embeddings_lr": embeddings_lr, "warmup_steps": warmup_steps}
+    if proposal.data.num_letters == 0:
+        return {"lr": 1e-3, "embeddings_lr": 3e-4, "warmup_steps": warmup_steps}
+    return {"lr": 1e-3, "embeddings_lr": 1.5e-4, "words_lr_ratio": 2.0, "warmup_steps": warmup_steps}
 
 
 def describe(project: Project, proposal: Proposal, machine: Machine, backbone: str | None) -> str:

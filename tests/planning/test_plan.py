@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cllm4rec_dist import cli
-from cllm4rec_dist.config import RunConfig
+from cllm4rec_dist.config import OptimizerConfig, RunConfig
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.errors import CLLM4RecError, ConfigError
 from cllm4rec_dist.planning import changes
@@ -123,6 +123,9 @@ def test_a_plan_names_a_sampled_softmax_for_a_large_catalog(tmp_path: Path, monk
     (sampled,) = faster_runs(config, plan, 2)
     assert sampled.settings == "head.num_negatives=100"
     assert sampled.plan.seconds["item head"] < plan.seconds["item head"] / 5
+    sharing = config.model_copy(update={"optimizer": OptimizerConfig(words_lr_ratio=1.0)})
+    (sampled,) = faster_runs(sharing, make_plan(sharing, slow), 2)
+    assert sampled.settings == "head.num_negatives=100 optimizer.words_lr_ratio=0.0"
 
 
 def with_shard_group(config: RunConfig, size: int) -> RunConfig:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cllm4rec_dist.cli import main
-from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config, validate
+from cllm4rec_dist.config import BackboneConfig, OptimizerConfig, RunConfig, load_config, validate
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.recipe import PrepareConfig, TableSource
 from cllm4rec_dist.corpus.sources import read_source
@@ -201,16 +201,26 @@ def test_a_description_in_the_file_of_orders_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_embeddings_learn_as_fast_as_in_the_committed_runs(tmp_path: Path, stage: str) -> None:
     """launch/configs/ of the Amazon data sets, whose rates docs/quality.md compares with others."""
-    rows = [f"c{n},s{(n + k) % 9}" for n in range(60) for k in range(5)]
-    (tmp_path / "orders.csv").write_text("customer,sku\n" + "\n".join(rows) + "\n")
-    with pytest.raises(SystemExit) as ended:
-        main(["init", str(tmp_path / "mine"), "--orders", str(tmp_path / "orders.csv")])
-    assert ended.value.code == 0
-    mine = load_config(RunConfig, tmp_path / "mine" / f"{stage}.yaml", [f"stage={stage}"]).optimizer
+    mine = proposed_optimizer(tmp_path, stage, "customer,sku,title", ",a thing")
     for data in ("amazon-beauty", "amazon-toys"):
         path = Path(__file__).parents[2] / f"launch/configs/{data}-{stage}.yaml"
         committed = load_config(RunConfig, path, [f"stage={stage}"]).optimizer
-        assert (mine.lr, mine.embeddings_lr) == (committed.lr, committed.embeddings_lr)
+        assert mine.model_copy(update={"warmup_steps": committed.warmup_steps}) == committed
+
+
+def test_without_texts_nothing_is_shared_and_embeddings_learn_faster(tmp_path: Path) -> None:
+    optimizer = proposed_optimizer(tmp_path, "finetune", "customer,sku", "")
+    assert (optimizer.words_lr_ratio, optimizer.embeddings_lr) == (0.0, 3e-4)
+
+
+def proposed_optimizer(folder: Path, stage: str, header: str, title: str) -> OptimizerConfig:
+    """What `init` proposes for orders of 60 customers."""
+    rows = [f"c{n},s{(n + k) % 9}{title}" for n in range(60) for k in range(5)]
+    (folder / "orders.csv").write_text("\n".join([header, *rows, ""]))
+    with pytest.raises(SystemExit) as ended:
+        main(["init", str(folder / "mine"), "--orders", str(folder / "orders.csv")])
+    assert ended.value.code == 0
+    return load_config(RunConfig, folder / "mine" / f"{stage}.yaml", [f"stage={stage}"]).optimizer
 
 
 @pytest.mark.slow
@@ -223,7 +233,7 @@ def test_committed_run_files_have_the_settings_that_init_chooses(name: str, monk
     recipe = load_config(PrepareConfig, REPOSITORY / "shards" / f"{name}.yaml")
     data = create._measured(read_source(recipe.source), recipe.rating_threshold)
     sizes = choose_sizes(data, Machine(cores=2, memory=24 * GIB))
-    proposal = SimpleNamespace(recipe={"name": name}, sizes=sizes)
+    proposal = SimpleNamespace(recipe={"name": name}, sizes=sizes, data=data)
     for stage in ("pretrain", "finetune"):
         chosen = files._run(SimpleNamespace(folder=Path("folder")), proposal, None, stage)  # type: ignore[arg-type]
         committed = (REPOSITORY / "launch" / "configs" / f"{name}-{stage}.yaml").read_text()
