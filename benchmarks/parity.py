@@ -193,6 +193,10 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "pretrain, fp32, narrow rows": ({"optimizer": _LR, "embeddings": {"init": "prior", "dim": 24}}, 1e-3),
     "pretrain, fp32, deterministic": ({"optimizer": _LR, "deterministic": True}, 1e-3),
     "finetune, fp32, deterministic": ({"stage": "finetune", "optimizer": _LR, "deterministic": True}, 1e-3),
+    "finetune, fp32, shared words, deterministic": (
+        {"stage": "finetune", "optimizer": _LR | {"words_lr_ratio": 2.0}, "deterministic": True, **_SAVED},
+        1e-3,
+    ),
     "pretrain, fp32, moments on the host": ({"optimizer": _LR | {"embeddings_state": "cpu"}, **_SAVED}, 1e-3),
     "pretrain, fp32, 8-bit moments": ({"optimizer": _LR | {"embeddings_state": "int8"}}, 5e-2),
     "pretrain, bf16, checkpointed, bf16 on the wire": (
