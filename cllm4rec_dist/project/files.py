@@ -179,9 +179,9 @@ def _optimizer(proposal: Proposal, *, pretrained: bool, is_first: bool) -> dict[
     if pretrained or is_first:
         lr, embeddings_lr = (5e-4, 2e-4) if pretrained else (1e-3, 1e-4)
         return {"lr": lr, "embeddings_lr": embeddings_lr, "warmup_steps": warmup_steps}
-    if proposal.data.num_letters == 0:
-        return {"lr": 1e-3, "embeddings_lr": 3e-4, "warmup_steps": warmup_steps}
-    return {"lr": 1e-3, "embeddings_lr": 1.5e-4, "words_lr_ratio": 2.0, "warmup_steps": warmup_steps}
+    if proposal.sizes.shares_words:
+        return {"lr": 1e-3, "embeddings_lr": 1.5e-4, "words_lr_ratio": 2.0, "warmup_steps": warmup_steps}
+    return {"lr": 1e-3, "embeddings_lr": 3e-4, "warmup_steps": warmup_steps}
 
 
 def describe(project: Project, proposal: Proposal, machine: Machine, backbone: str | None) -> str:

@@ -19,6 +19,8 @@ _MAX_LOST_FRACTION = 0.01
 """Largest fraction of the interactions that is left out with rare items."""
 _BYTES_PER_ENTRY = 24
 """Bytes per entry of the embedding tables: two sets of fp32 rows, each with two moments."""
+_MANY_INTERACTIONS = 20
+"""Mean interactions of an item with which it needs nothing from items with the same words (docs/shared-words.md)."""
 _MICRO_BATCH_TOKENS = 1 << 13
 """Maximum tokens of a micro-batch per 4 GiB of memory."""
 
@@ -73,6 +75,7 @@ class Sizes:
         gradient_accumulation_steps: micro-batches per step.
         max_history: maximum items in a prompt.
         dropout: dropout of user and item embeddings.
+        shares_words: items share updates through the words of their texts in the second stage.
         pretrain_epochs, finetune_epochs: passes over the users.
         patience: validations without improvement before early stopping.
         warmup_steps: warm-up of the learning rates; one epoch at most, so that a run of one epoch works.
@@ -88,6 +91,7 @@ class Sizes:
     gradient_accumulation_steps: int
     max_history: int
     dropout: float
+    shares_words: bool
     pretrain_epochs: int
     finetune_epochs: int
     patience: int
@@ -126,6 +130,7 @@ def choose_sizes(data: DataStats, machine: Machine) -> Sizes:
         gradient_accumulation_steps=_power_of_two(num_tokens / (_MICRO_BATCH_TOKENS * max(1, memory >> 32)), 1, 16),
         max_history=max_history,
         dropout=0.5 if lengths.mean() >= 20 else 0.7,
+        shares_words=data.num_letters > 0 and data.interactions < _MANY_INTERACTIONS * data.items,
         pretrain_epochs=pretrain_epochs,
         finetune_epochs=finetune_epochs,
         patience=8 if steps < 40 else 3,

@@ -208,14 +208,17 @@ def test_embeddings_learn_as_fast_as_in_the_committed_runs(tmp_path: Path, stage
         assert mine.model_copy(update={"warmup_steps": committed.warmup_steps}) == committed
 
 
-def test_without_texts_nothing_is_shared_and_embeddings_learn_faster(tmp_path: Path) -> None:
-    optimizer = proposed_optimizer(tmp_path, "finetune", "customer,sku", "")
+@pytest.mark.parametrize(("header", "title", "num_items"), [("customer,sku", "", 99), ("customer,sku,title", ",a", 9)])
+def test_items_share_nothing_without_texts_or_with_many_interactions(
+    tmp_path: Path, header: str, title: str, num_items: int
+) -> None:
+    optimizer = proposed_optimizer(tmp_path, "finetune", header, title, num_items)
     assert (optimizer.words_lr_ratio, optimizer.embeddings_lr) == (0.0, 3e-4)
 
 
-def proposed_optimizer(folder: Path, stage: str, header: str, title: str) -> OptimizerConfig:
-    """What `init` proposes for orders of 60 customers."""
-    rows = [f"c{n},s{(n + k) % 9}{title}" for n in range(60) for k in range(5)]
+def proposed_optimizer(folder: Path, stage: str, header: str, title: str, num_items: int = 99) -> OptimizerConfig:
+    """What `init` proposes for 300 orders of 60 customers."""
+    rows = [f"c{n},s{(5 * n + k) % num_items}{title}" for n in range(60) for k in range(5)]
     (folder / "orders.csv").write_text("\n".join([header, *rows, ""]))
     with pytest.raises(SystemExit) as ended:
         main(["init", str(folder / "mine"), "--orders", str(folder / "orders.csv")])
@@ -233,7 +236,7 @@ def test_committed_run_files_have_the_settings_that_init_chooses(name: str, monk
     recipe = load_config(PrepareConfig, REPOSITORY / "shards" / f"{name}.yaml")
     data = create._measured(read_source(recipe.source), recipe.rating_threshold)
     sizes = choose_sizes(data, Machine(cores=2, memory=24 * GIB))
-    proposal = SimpleNamespace(recipe={"name": name}, sizes=sizes, data=data)
+    proposal = SimpleNamespace(recipe={"name": name}, sizes=sizes)
     for stage in ("pretrain", "finetune"):
         chosen = files._run(SimpleNamespace(folder=Path("folder")), proposal, None, stage)  # type: ignore[arg-type]
         committed = (REPOSITORY / "launch" / "configs" / f"{name}-{stage}.yaml").read_text()
