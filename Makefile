@@ -71,7 +71,7 @@ bench: install
 	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
-# Three files of tests at a time, those that start whole runs first (tests/conftest.py): while some wait for their ranks,
+# Four files of tests at a time, those that start whole runs first (tests/conftest.py): while some wait for their ranks,
 # others use the cores.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4 --no-loadscope-reorder
 test: install lint
