@@ -187,7 +187,7 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
                 "Choose another output to continue from it, or remove the newer ones.",
             )
         source, names = (store, names) if names else (source, requested)
-    width = system.recommender.collaborative.items.local_rows.shape[1]
+    width = system.recommender.collaborative.items.width
     resumed = checkpoint.resume(system, source, names, partial(require_same_trajectory, config=config, width=width))
     if resumed is not None:
         if system.linear.is_empty:  # an earlier version wrote the checkpoint

@@ -342,7 +342,7 @@ def _metadata(system: System, state: RunState, trained_on: TrainedOn | None, bas
         lineage=None if trained_on is None else trained_on.lineage,
         linear=None if system.linear.is_empty else system.linear.settings,
         has_shared_user=system.config.method.shared_user_ratio > 0,
-        embedding_width=system.recommender.collaborative.items.local_rows.shape[1],
+        embedding_width=system.recommender.collaborative.items.width,
         base=base,
     )
 

@@ -119,7 +119,7 @@ def require_same_embedding_width(system: InferenceSystem, checkpoint: Checkpoint
     dim = about.config.get("embeddings", {}).get("dim")
     default = embedding_width(dim, model.words.embedding.shape[1], about.num_users + about.num_items)
     before = about.embedding_width or default  # checkpoints of early versions do not record it
-    require_same_width(model.collaborative.items.local_rows.shape[1], checkpoint.path, before)
+    require_same_width(model.collaborative.items.width, checkpoint.path, before)
 
 
 def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tables: bool = True) -> CheckpointShard:

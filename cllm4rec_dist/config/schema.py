@@ -341,7 +341,8 @@ class RunConfig(StrictModel):
     def _check_shared_words(self) -> RunConfig:
         if self.optimizer.words_lr_ratio and self.head.num_negatives:
             raise ValueError(
-                "optimizer.words_lr_ratio requires head.num_negatives=0: words update many items that are not sampled"
+                "optimizer.words_lr_ratio requires head.num_negatives=0, since words update items that are not sampled:"
+                " set one of the two to 0"
             )
         return self
 
