@@ -163,6 +163,9 @@ class LinearConfig(StrictModel):
     history_power: float | None = Field(default=None, ge=0, le=1)
     """Interactions of a user with n of them weigh n^-history_power; 0 weighs all alike. Chosen on validation if left
     out."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout of the regressions, which shrinks the weights of frequent neighbors more than those of rare ones; chosen
+    on validation if left out."""
 
     def num_neighbors(self, num_items: int) -> int:
         """Neighbors of each item in a catalog of this size."""

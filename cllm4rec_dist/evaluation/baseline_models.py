@@ -36,7 +36,13 @@ from cllm4rec_dist.evaluation.split_data import (
     middle_point,
     sample_items,
 )
-from cllm4rec_dist.model.linear_fit import item_features, ridge_weights, strongest_neighbors, text_features
+from cllm4rec_dist.model.linear_fit import (
+    LinearSettings,
+    item_features,
+    ridge_weights,
+    strongest_neighbors,
+    text_features,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +144,12 @@ def _sparse_ease(data: SplitData, config: BaselineConfig) -> Grid:
     num_items, num_threads = data.train.shape[1], config.num_threads or os.cpu_count() or 1
 
     def fit(fitted: IntArray, alpha: float, l2: float) -> Scorer:
-        features = item_features(data.train, texts, alpha)
-        columns = []
+        settings = LinearSettings(alpha, l2)
+        features, columns = item_features(data.train, texts, alpha), []
         for start in range(0, len(fitted), _FIT_ITEMS):
             items = fitted[start : start + _FIT_ITEMS]
             neighbors = strongest_neighbors(features, items, config.sparse_ease_neighbors)
-            weights = ridge_weights(features, items, neighbors, l2, num_threads).astype(np.float32)
+            weights = ridge_weights(features, items, neighbors, settings, num_threads).astype(np.float32)
             item, rank = np.nonzero(neighbors >= 0)
             entries = weights[item, rank], (neighbors[item, rank], item)
             columns.append(sp.csc_matrix(entries, shape=(num_items, len(items))))

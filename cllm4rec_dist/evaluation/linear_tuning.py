@@ -47,6 +47,7 @@ _GRIDS = {
     "text_weight": (0.3, 1.0, 3.0, 10.0, 30.0),
     "regularization": (50.0, 100.0, 200.0, 500.0, 1000.0),
     "history_power": (0.0, 0.25, 0.5, 0.75),
+    "dropout": (0.0, 0.33, 0.5, 0.7),
 }
 """Values of each setting, the default among them."""
 _NUM_ITEMS, _NUM_USERS, _NUM_NEIGHBORS = 2048, 16384, 100
@@ -100,11 +101,13 @@ def choose_settings(
         return settings
     num_neighbors = min(config.num_neighbors(corpus.num_items), _NUM_NEIGHBORS)
 
-    features_of = functools.lru_cache(1)(functools.partial(item_features, train, texts))
+    @functools.lru_cache(1)
+    def features_of(text_weight: float, history_power: float) -> ItemFeatures:
+        return item_features(train, texts, text_weight, history_power).with_gram()
 
     def ndcg(candidate: LinearSettings) -> float:
         features = features_of(candidate.text_weight, candidate.history_power)
-        return sample.ndcg(_weights(features, sample.items, num_neighbors, candidate.regularization, world), world)
+        return sample.ndcg(_weights(features, sample.items, num_neighbors, candidate, world), world)
 
     return climb(settings, names, ndcg)
 
@@ -127,13 +130,13 @@ def climb(
 
 
 def _weights(
-    features: ItemFeatures, items: NDArray[np.int64], num_neighbors: int, l2: float, world: World
+    features: ItemFeatures, items: NDArray[np.int64], num_neighbors: int, settings: LinearSettings, world: World
 ) -> sp.csr_matrix:
     """Fit sampled items, each rank a part, and return the weights [I, S] of all of them."""
     low, high = world.local_range(0, len(items))
     with world.watch.doing("choosing the settings of the linear memory"):
         neighbors = strongest_neighbors(features, items[low:high], num_neighbors)
-        weights = ridge_weights(features, items[low:high], neighbors, l2, torch.get_num_threads())
+        weights = ridge_weights(features, items[low:high], neighbors, settings, torch.get_num_threads())
     counts = gather_counts(high - low, world)
     parts = [torch.from_numpy(part).to(world.device) for part in (neighbors, weights.astype(np.float32))]
     neighbors, weights = (all_gather_rows(part, counts, world).cpu().numpy() for part in parts)

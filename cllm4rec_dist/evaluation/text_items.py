@@ -148,5 +148,5 @@ class _LinearData:
         features = item_features(train, words, settings.text_weight, settings.history_power)
         neighbors = strongest_neighbors(features, items, num_neighbors)
         with self.lock:  # it limits the threads of BLAS and then restores the limit, which may be another thread's
-            weights = ridge_weights(features, items, neighbors, settings.regularization, torch.get_num_threads())
+            weights = ridge_weights(features, items, neighbors, settings, torch.get_num_threads())
         return torch.from_numpy(neighbors), torch.from_numpy(weights.astype(np.float32))

@@ -7,9 +7,12 @@ which needs dense [I, I] matrices. Its zero diagonal makes the columns independe
 
 so that N may be restricted to the K items k with the largest A[j, k] / sqrt(A[k, k]). D weighs users by the length of
 their histories. With K = I - 1 and D = 1 the weights are those of EASE (of the title-aware EASE with a text weight
-above 0). Nothing dense of size [I, I] is made: A is computed in sparse blocks of rows for the choice of neighbors, and
-again for the neighbors of a batch of items. An item costs 2 K^3 / 3 FLOPs and the sparse products of its neighbors'
-features, whatever the size of the catalog.
+above 0). Dropout p of the features divides the diagonal of A[N, N] by 1 - p, its expectation in closed form (Steck,
+"Autoencoders that don't overfit towards the Identity", NeurIPS 2020).
+
+Nothing dense of size [I, I] is made of more than a few thousand items: A is computed in sparse blocks of rows for the
+choice of neighbors, and again for the neighbors of a batch of items. An item costs 2 K^3 / 3 FLOPs and the sparse
+products of its neighbors' features, whatever the size of the catalog.
 
 Legend: U users, I items, W words, K neighbors, n items of a block, b items of a batch.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -33,6 +36,8 @@ _WORD_ITEMS, _WORD_PAIRS = (2_000, 20_000), 400_000_000
 """Bounds of `_max_word_items`, and the largest product of a word's items and all items between them."""
 _ROW_ENTRIES, _BATCH_ENTRIES = 1 << 20, 1 << 23
 """Entries of a block of rows of A, which fits into a cache, and of the Gram matrices of a batch (64 MiB in fp64)."""
+_DENSE_ITEMS = 4096
+"""Items of a catalog whose A is kept whole (128 MiB in fp64)."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,13 @@ class LinearSettings:
         text_weight: weight of T T' in A; 0 leaves the texts out.
         regularization: L2 weight of the regressions, above 0.
         history_power: exponent of `history_weights`.
+        dropout: probability of leaving out a neighbor's feature in the regressions, below 1.
     """
 
     text_weight: float = 10.0
     regularization: float = 200.0
     history_power: float = 0.0
+    dropout: float = 0.0
 
     @classmethod
     def of(cls, config: LinearConfig) -> Self:
@@ -62,10 +69,12 @@ class ItemFeatures:
     Attributes:
         rows: CSR [I + 1, U + W] fp64; the last row is empty and serves as padding.
         columns: CSR [U + W, I], its transpose without the padding.
+        gram: A, with zeros for the padding, fp64 [I + 1, I + 1]; None if it is not kept.
     """
 
     rows: sp.csr_matrix
     columns: sp.csr_matrix
+    gram: NDArray[np.float64] | None = None
 
     @property
     def num_items(self) -> int:
@@ -77,6 +86,10 @@ class ItemFeatures:
         """1 / sqrt(A[k, k]) of each item [I]; 0 for an item without features."""
         squares = self.rows.multiply(self.rows).sum(axis=1).A1[: self.num_items]
         return np.divide(1.0, np.sqrt(squares), out=np.zeros(self.num_items), where=squares > 0)
+
+    def with_gram(self) -> ItemFeatures:
+        """Keep A whole, which makes fits of many items faster, unless the catalog is too large for it."""
+        return replace(self, gram=(self.rows @ self.rows.T).toarray()) if self.num_items <= _DENSE_ITEMS else self
 
 
 def _max_word_items(num_items: int) -> int:
@@ -242,7 +255,7 @@ def _left_aligned(column: np.ndarray, kept: np.ndarray, width: int) -> NDArray[n
 
 
 def ridge_weights(
-    features: ItemFeatures, items: np.ndarray, neighbors: np.ndarray, l2: float, num_threads: int = 1
+    features: ItemFeatures, items: np.ndarray, neighbors: np.ndarray, settings: LinearSettings, num_threads: int = 1
 ) -> NDArray[np.float64]:
     """Return the ridge weights of the neighbors of n items: [n, K], zero where there is no neighbor.
 
@@ -251,7 +264,7 @@ def ridge_weights(
     Args:
         items: int [n].
         neighbors: int32 [n, K], from `strongest_neighbors`.
-        l2: weight of the squared norm, above 0.
+        settings: of which `regularization` and `dropout` count; the others are in the features.
     """
     weights = np.zeros(neighbors.shape)
     counts = (neighbors >= 0).sum(axis=1)
@@ -265,7 +278,7 @@ def ridge_weights(
 
     def solve(batch: np.ndarray) -> None:
         chosen = neighbors[batch, : counts[batch[0]]]
-        weights[batch, : chosen.shape[1]] = _solve(features, items[batch], chosen, l2)
+        weights[batch, : chosen.shape[1]] = _solve(features, items[batch], chosen, settings)
 
     # One thread of the products for each of ours: more would only wait for each other.
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(num_threads) as pool:
@@ -274,23 +287,31 @@ def ridge_weights(
     return weights
 
 
-def _solve(features: ItemFeatures, items: np.ndarray, neighbors: np.ndarray, l2: float) -> NDArray[np.float64]:
+def _solve(
+    features: ItemFeatures, items: np.ndarray, neighbors: np.ndarray, settings: LinearSettings
+) -> NDArray[np.float64]:
     """Return the ridge weights [b, K] of a batch of items; padding has weight 0."""
     width = neighbors.shape[1]
     gram = _gram_matrices(features, np.column_stack([neighbors, items]))
     systems, targets = gram[:, :width, :width], gram[:, :width, width, None].copy()
-    systems += l2 * np.eye(width)
+    diagonals = np.einsum("bii->bi", systems)  # a view
+    diagonals /= 1.0 - settings.dropout
+    diagonals += settings.regularization
     solved: NDArray[np.float64] = np.linalg.solve(systems, targets).astype(np.float64, copy=False)
     return solved[:, :, 0]
 
 
 def _gram_matrices(features: ItemFeatures, items: np.ndarray) -> NDArray[np.float64]:
-    """Return A[S, S] for the rows S of `items` [b, k], -1 for padding: [b, k, k], by one sparse product.
+    """Return A[S, S] for the rows S of `items` [b, k], -1 for padding: [b, k, k].
 
-    The features of all sets are the blocks of a block-diagonal matrix.
+    Without A they are made by one sparse product, in which the features of all sets are the blocks of a block-diagonal
+    matrix.
     """
     num_sets, width = items.shape
-    rows = features.rows[np.where(items < 0, features.num_items, items).ravel()]
+    sets = np.where(items < 0, features.num_items, items)
+    if features.gram is not None:
+        return features.gram[sets[:, :, None], sets[:, None, :]]
+    rows = features.rows[sets.ravel()]
     # Only columns in use: a transpose takes time and memory for every column.
     of_set = np.repeat(np.arange(num_sets), np.diff(rows.indptr[::width]))
     used, column = np.unique(of_set * rows.shape[1] + rows.indices, return_inverse=True)

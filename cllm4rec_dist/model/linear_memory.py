@@ -98,7 +98,7 @@ def fit_linear_memory(
         train: binary [U, I], the training interactions alone.
         texts: [I, W], from `linear_fit.text_features`.
     """
-    features = item_features(train, texts, settings.text_weight, settings.history_power)
+    features = item_features(train, texts, settings.text_weight, settings.history_power).with_gram()
     start, stop = memory.partition.range(world.rank)
     width = min(num_neighbors, features.num_items - 1)
     neighbors, weights = np.full((stop - start, width), -1, np.int32), np.zeros((stop - start, width), np.float32)
@@ -107,6 +107,6 @@ def fit_linear_memory(
         with world.watch.doing("fitting the linear memory"):
             part, items = slice(low - start, high - start), np.arange(low, high)
             neighbors[part] = chosen = strongest_neighbors(features, items, num_neighbors)
-            weights[part] = ridge_weights(features, items, chosen, settings.regularization, torch.get_num_threads())
+            weights[part] = ridge_weights(features, items, chosen, settings, torch.get_num_threads())
         gather_counts(high - start, world)
     memory.fill(torch.from_numpy(neighbors), torch.from_numpy(weights), settings)

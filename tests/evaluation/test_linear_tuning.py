@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from cllm4rec_dist.model.linear_fit import LinearSettings, item_features, text_f
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks
 from tests.training import Made, make_config, newest, run
 
-SETTINGS = LinearSettings(text_weight=3.0, regularization=50.0, history_power=0.25)
+SETTINGS = LinearSettings(text_weight=3.0, regularization=50.0, history_power=0.25, dropout=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_equally_good_settings_stay_as_they_are() -> None:
 def weights_of(world: World, corpus: Corpus, items: np.ndarray) -> sp.csr_matrix:
     train, texts = inputs(corpus)
     features = item_features(train, texts, SETTINGS.text_weight, SETTINGS.history_power)
-    return _weights(features, items, 4, SETTINGS.regularization, world)
+    return _weights(features, items, 4, SETTINGS, world)
 
 
 @pytest.mark.parametrize("num_items", [1000, 7])
@@ -80,26 +81,25 @@ def test_users_are_sampled_too(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) 
     assert len(_Sample.of(corpus).held_out) == 5 < len(every.held_out)
 
 
-def chosen_by(world: World, folder: str) -> list[float]:
+def chosen_by(world: World, folder: str) -> dict[str, float]:
     corpus = Corpus.open(folder, verify=False)
-    chosen = choose_settings(*inputs(corpus), corpus, LinearConfig(neighbors=4), world)
-    return [chosen.text_weight, chosen.regularization, chosen.history_power]
+    return asdict(choose_settings(*inputs(corpus), corpus, LinearConfig(neighbors=4), world))
 
 
 def test_ranks_choose_alike_and_no_single_step_is_better(made: Made, corpus: Corpus) -> None:
-    chosen = chosen_by(alone(), made[1])
+    alike = chosen_by(alone(), made[1])
     for size in (2, 3):
-        assert run_ranks(size, chosen_by, made[1]) == [chosen] * size
-    settings, sample = LinearSettings(*chosen), _Sample.of(corpus)
-    assert settings != LinearSettings(), "this corpus shows nothing"
+        assert run_ranks(size, chosen_by, made[1]) == [alike] * size
+    chosen, sample = LinearSettings(**alike), _Sample.of(corpus)
+    assert chosen != LinearSettings(), "this corpus shows nothing"
     train, texts = inputs(corpus)
 
     def value_of(settings: LinearSettings) -> float:
         features = item_features(train, texts, settings.text_weight, settings.history_power)
-        return sample.ndcg(_weights(features, sample.items, 4, settings.regularization, alone()), alone())
+        return sample.ndcg(_weights(features, sample.items, 4, settings, alone()), alone())
 
-    assert climb(settings, [*linear_tuning._GRIDS], value_of) == settings
-    assert value_of(settings) > value_of(LinearSettings())
+    assert climb(chosen, [*linear_tuning._GRIDS], value_of) == chosen
+    assert value_of(chosen) > value_of(LinearSettings())
 
 
 def test_given_settings_stay_and_texts_without_words_are_not_weighed(corpus: Corpus) -> None:

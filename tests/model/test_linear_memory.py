@@ -27,6 +27,7 @@ from tests.harness import alone, run_ranks
 
 NUM_USERS, NUM_ITEMS = 60, 23
 L2, ALPHA = 3.0, 2.0
+SETTINGS = LinearSettings(ALPHA, L2)
 ITEMS = np.arange(NUM_ITEMS)
 
 
@@ -54,9 +55,11 @@ def gram(text_weight: float, history_power: float = 0.0) -> np.ndarray:
     return (train.T * user_weights) @ train + text_weight * titles @ titles.T
 
 
-def dense_ease(text_weight: float, history_power: float) -> np.ndarray:
-    """Weights [from, to] in closed form (Steck 2019, equation 8)."""
-    inverse = np.linalg.inv(gram(text_weight, history_power) + L2 * np.eye(NUM_ITEMS))
+def dense_ease(text_weight: float, history_power: float, dropout: float) -> np.ndarray:
+    """Weights [from, to] in closed form (Steck 2019, equation 8), with dropout (Steck 2020, equation 10)."""
+    matrix = gram(text_weight, history_power)
+    penalties = L2 + dropout / (1 - dropout) * np.diag(matrix)
+    inverse = np.linalg.inv(matrix + np.diag(penalties))
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
     return weights
@@ -70,19 +73,24 @@ def as_dense(neighbors: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return dense
 
 
-def fitted(num_neighbors: int, text_weight: float, history_power: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    features = item_features(interactions(), texts(), text_weight, history_power)
+def fitted(num_neighbors: int, settings: LinearSettings, *, keeps_gram: bool) -> tuple[np.ndarray, np.ndarray]:
+    features = item_features(interactions(), texts(), settings.text_weight, settings.history_power)
+    features = features.with_gram() if keeps_gram else features
     neighbors = strongest_neighbors(features, ITEMS, num_neighbors)
-    return neighbors, ridge_weights(features, ITEMS, neighbors, L2)
+    return neighbors, ridge_weights(features, ITEMS, neighbors, settings)
 
 
 @pytest.mark.parametrize("text_weight", [0.0, ALPHA])
 @pytest.mark.parametrize("num_neighbors", [NUM_ITEMS - 1, 1000])
-@pytest.mark.parametrize("history_power", [0.0, 0.5, 1.0])
-def test_with_all_neighbors_it_is_ease(text_weight: float, num_neighbors: int, history_power: float) -> None:
-    neighbors, weights = fitted(num_neighbors, text_weight, history_power)
+@pytest.mark.parametrize(("history_power", "dropout"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.25), (0.0, 0.75)])
+@pytest.mark.parametrize("keeps_gram", [False, True])
+def test_with_all_neighbors_it_is_ease(
+    text_weight: float, num_neighbors: int, history_power: float, dropout: float, keeps_gram: bool
+) -> None:
+    settings = LinearSettings(text_weight, L2, history_power, dropout)
+    neighbors, weights = fitted(num_neighbors, settings, keeps_gram=keeps_gram)
     assert neighbors.shape == (NUM_ITEMS, NUM_ITEMS - 1)
-    expected = dense_ease(text_weight, history_power)
+    expected = dense_ease(text_weight, history_power, dropout)
     np.testing.assert_allclose(as_dense(neighbors, weights), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -95,21 +103,49 @@ def test_a_history_counts_less_for_each_item_the_longer_it_is_and_interactions_a
 
 def test_any_items_can_be_fitted() -> None:
     features = item_features(interactions(), texts(), ALPHA)
-    neighbors, weights = fitted(6, ALPHA)
+    neighbors, weights = fitted(6, SETTINGS, keeps_gram=False)
     chosen = np.array([20, 3, 7])
     np.testing.assert_array_equal(strongest_neighbors(features, chosen, 6), neighbors[chosen])
-    np.testing.assert_allclose(ridge_weights(features, chosen, neighbors[chosen], L2), weights[chosen], rtol=1e-12)
+    np.testing.assert_allclose(
+        ridge_weights(features, chosen, neighbors[chosen], SETTINGS), weights[chosen], rtol=1e-12
+    )
+
+
+def test_dropout_gives_the_weights_that_are_best_on_average_over_masks() -> None:
+    """The mean squared error over all masks of two neighbors, as least squares on the masked rows."""
+    train = interactions()[:, :3]
+    target, (first, second) = train[:, [2]].toarray()[:, 0], train[:, :2].toarray().T.astype(np.float64)
+    kept, l2 = 0.6, 1e-9
+    rows, targets = [], []
+    for mask in np.ndindex(2, 2):
+        share = np.prod([kept if bit else 1 - kept for bit in mask])
+        rows.append(np.stack([first * mask[0], second * mask[1]], axis=1) / kept * np.sqrt(share))
+        targets.append(target * np.sqrt(share))
+    expected = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets))[0]
+    features = item_features(train, sp.csr_matrix((3, 0)), 0.0)
+    settings = LinearSettings(0.0, l2, dropout=1 - kept)
+    result = ridge_weights(features, np.array([2]), np.array([[0, 1]], np.int32), settings)
+    np.testing.assert_allclose(result[0], expected, rtol=1e-6)
+
+
+def test_a_large_catalog_keeps_no_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = item_features(interactions(), texts(), ALPHA)
+    monkeypatch.setattr(linear_fit, "_DENSE_ITEMS", NUM_ITEMS)
+    assert features.with_gram().gram is not None
+    monkeypatch.setattr(linear_fit, "_DENSE_ITEMS", NUM_ITEMS - 1)
+    assert features.with_gram().gram is None
 
 
 @pytest.mark.parametrize("text_weight", [0.0, ALPHA])
 @pytest.mark.parametrize("num_neighbors", [1, 4, 15])
 @pytest.mark.parametrize("block_entries", [1, 100, 1 << 23])
+@pytest.mark.parametrize("keeps_gram", [False, True])
 def test_each_item_is_a_ridge_regression_on_its_strongest_neighbors(
-    monkeypatch: pytest.MonkeyPatch, text_weight: float, num_neighbors: int, block_entries: int
+    monkeypatch: pytest.MonkeyPatch, text_weight: float, num_neighbors: int, block_entries: int, keeps_gram: bool
 ) -> None:
     for name in ("_ROW_ENTRIES", "_BATCH_ENTRIES"):
         monkeypatch.setattr(linear_fit, name, block_entries)
-    neighbors, weights = fitted(num_neighbors, text_weight)
+    neighbors, weights = fitted(num_neighbors, LinearSettings(text_weight, L2), keeps_gram=keeps_gram)
     matrix = gram(text_weight)
     scale = np.sqrt(np.diag(matrix))
     strength = np.divide(matrix, scale[None, :], out=np.zeros_like(matrix), where=scale[None, :] > 0)
@@ -136,9 +172,9 @@ def test_equally_strong_neighbors_are_chosen_by_row_in_blocks_of_any_size(monkey
 def test_batches_in_several_threads_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     features = item_features(interactions(), texts(), ALPHA)
     neighbors = strongest_neighbors(features, ITEMS, 6)
-    expected = ridge_weights(features, ITEMS, neighbors, L2)
+    expected = ridge_weights(features, ITEMS, neighbors, SETTINGS)
     monkeypatch.setattr(linear_fit, "_BATCH_ENTRIES", 100)
-    np.testing.assert_allclose(ridge_weights(features, ITEMS, neighbors, L2, num_threads=3), expected, rtol=1e-12)
+    np.testing.assert_allclose(ridge_weights(features, ITEMS, neighbors, SETTINGS, num_threads=3), expected, rtol=1e-12)
 
 
 def test_texts_without_words_are_no_features() -> None:
@@ -148,7 +184,7 @@ def test_texts_without_words_are_no_features() -> None:
 
 
 HISTORIES = [[], [0], [1, 3, 7], list(range(0, NUM_ITEMS, 2)), [NUM_ITEMS - 1]]
-NUM_NEIGHBORS, SETTINGS = 6, LinearSettings(ALPHA, L2)
+NUM_NEIGHBORS = 6
 
 
 def filled(world: World) -> LinearMemory:
@@ -174,7 +210,7 @@ def scored(world: World) -> dict[str, Tensor]:
 def test_ranks_fit_and_score_as_one_dense_matrix(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(linear_memory, "_CHUNK", 5)
     ranks: list[dict[str, Any]] = run_ranks(size, scored)
-    neighbors, weights = fitted(NUM_NEIGHBORS, ALPHA)
+    neighbors, weights = fitted(NUM_NEIGHBORS, SETTINGS, keeps_gram=True)
     parts = {name: torch.cat([rank[name] for rank in ranks]).numpy() for name in ranks[0]}
     np.testing.assert_array_equal(parts["neighbors"], neighbors)
     np.testing.assert_allclose(parts["weights"], weights, rtol=1e-6)
@@ -216,7 +252,7 @@ def test_regressions_of_a_batch_take_no_room_for_columns_that_they_do_not_use(mo
         return matrix
 
     monkeypatch.setattr(linear_fit.sp, "csr_matrix", record)
-    weights = ridge_weights(features, pairs[:, 0], pairs[:, 1:].astype(np.int32), L2)
+    weights = ridge_weights(features, pairs[:, 0], pairs[:, 1:].astype(np.int32), SETTINGS)
     np.testing.assert_allclose(weights, 1 / (1 + L2))
     assert max(sizes) == 80, "a row for each item and neighbor; a column for each of 40 users"
 
