@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cllm4rec_dist.config.errors import config_error
 from cllm4rec_dist.config.renames import require_new_keys
@@ -22,13 +23,35 @@ from cllm4rec_dist.suggestions import did_you_mean_path
 
 
 class StrictModel(BaseModel):
-    """A frozen section of a configuration; refuses unknown keys and does not convert numbers to strings."""
+    """A frozen section of a configuration; refuses unknown keys, numbers for texts and booleans for numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
     renamed_keys: ClassVar[Mapping[str, str]] = {}
     """Old dotted keys, refused with their new name."""
     file_kind: ClassVar[str | None] = None
     """Kind of file, for errors; None for a section of a file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_no_boolean_as_a_number(cls, values: object) -> object:
+        """Make booleans text where pydantic would read 0 or 1, so that it refuses them by the name of their field."""
+        if not isinstance(values, Mapping):
+            return values
+        types = {key: set(_types(field.annotation)) for key, field in cls.model_fields.items()}
+        numbers = {key for key, allowed in types.items() if allowed & {int, float} and bool not in allowed}
+        return {
+            key: str(value).lower() if isinstance(value, bool) and key in numbers else value
+            for key, value in values.items()
+        }
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """Yield the types of a union."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        for part in get_args(annotation):
+            yield from _types(part)
+    else:
+        yield annotation
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
