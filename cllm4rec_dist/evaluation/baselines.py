@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.baseline_models import make_grids
 from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
@@ -121,20 +122,35 @@ def _tune(
     select_by: str,
     bar: ProgressBar,
 ) -> BaselineResult:
-    """Fit every candidate and report test metrics of the best one on validation (the first of equals)."""
+    """Fit every candidate and report test metrics of the best one on validation (the first of equals).
+
+    Candidates that cannot be fitted are left out.
+
+    Raises:
+        ConfigError: if no candidate can be fitted.
+    """
     started = time.perf_counter()
     bar.set_description(f"baselines: {LABELS[name]}")
     candidates, chosen_on, num_tried = grid.candidates, "", len(grid.candidates)
     if grid.draw is not None:
         candidates, chosen_on, num_tried = _select_on_sample(name, grid, select_by, bar)
     best: tuple[_CandidateResult, dict[str, float]] | None = None
+    refusal: ConfigError | None = None
     for candidate in candidates:
-        result = _evaluate(candidate.fit(bar.update), data, select_by, metrics)
+        try:
+            score = candidate.fit(bar.update)
+        except ConfigError as error:
+            logger.warning("baseline %s: a setting is left out: %s", LABELS[name], error)
+            refusal = error
+            continue
+        result = _evaluate(score, data, select_by, metrics)
         logger.debug("baseline %s %s: validation %s %.4f", name, candidate.settings, select_by, result.valid)
         if best is None or result.valid > best[0].valid:
             best = result, candidate.settings
         bar.update()
-    assert best is not None, "a grid has at least one candidate"
+    if best is None:
+        assert refusal is not None, "a grid has at least one candidate"
+        raise refusal
     result, chosen = best
     means = mean_metrics(result.values, metrics)
     seconds = time.perf_counter() - started
@@ -207,7 +223,7 @@ def run_baselines(data: SplitData, metrics: Sequence[str], config: BaselineConfi
         one result for each baseline that can run (`select_baselines`).
 
     Raises:
-        ConfigError: for a name that is not a metric, or a lambda too small for EASE.
+        ConfigError: for a name that is not a metric, or if every lambda is too small for EASE.
     """
     largest_cutoff(metrics)  # raises for a name that is not a metric, before anything is fitted
     grids = make_grids(data, config)

@@ -193,6 +193,17 @@ def test_validation_chooses_the_lambda(data):
     assert tuned.chosen == {"lambda": grid[int(np.argmax(values))]}
 
 
+def test_a_setting_that_cannot_be_fitted_is_left_out_and_only_such_settings_are_an_error(data, caplog):
+    never = sp.diags([0.0, *[1.0] * 29])  # no one has the first item in training
+    singular = SplitData((data.train @ never).tocsr().astype(np.float32), data.valid, data.test, data.item_texts)
+    config = BaselineConfig(names=("ease",), ease_lambdas=(1e-50, 5.0))
+    (result,) = run_baselines(singular, METRICS, config)
+    assert result.chosen == {"lambda": 5.0}
+    assert "baseline EASE: a setting is left out: EASE lambda: 1e-50 is too small for this catalog" in caplog.text
+    with pytest.raises(ConfigError, match="EASE lambda: 1e-50 is too small"):
+        run_baselines(singular, METRICS, BaselineConfig(names=("ease",), ease_lambdas=(1e-50,)))
+
+
 def test_each_baseline_is_one_line_with_its_settings_and_seconds(data, caplog):
     config = BaselineConfig(names=("popularity", "ease"), ease_lambdas=(1.0, 20.0, 1e4))
     with caplog.at_level(logging.INFO):
