@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 import cllm4rec_dist.train as train_module
 from cllm4rec_dist import preflight
@@ -18,8 +19,9 @@ from cllm4rec_dist.checkpointing.trajectory import require_same_trajectory
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError
+from cllm4rec_dist.evaluation.trained_run import load_local
 from tests.harness import alone, make_backbone, make_catalog, make_corpus, run_ranks, with_messages
-from tests.training import Made, about, make_config, metrics, refused, run
+from tests.training import Made, about, make_config, metrics, newest, refused, run
 
 
 @pytest.mark.slow
@@ -90,13 +92,19 @@ def then_with_narrow_default(world: World, config: RunConfig, *changes: dict[str
 
 
 @pytest.mark.slow
-def test_a_run_whose_default_width_has_changed_is_refused_without_loss(made: Made, tmp_path: Path) -> None:
+def test_a_run_whose_default_width_has_changed_is_refused_without_loss_and_can_be_used(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config(made, tmp_path / "run", max_steps=1)
     wide = {"max_steps": 2, "embeddings": config.embeddings.model_copy(update={"dim": 16})}
     ((narrow, nothing),) = run_ranks(1, then_with_narrow_default, config, {"max_steps": 2}, wide)
     assert "embeddings.dim: 16 is not this run's, 8. Set embeddings.dim=16" in narrow
     assert nothing == ""
     assert about(tmp_path / "run").run.step == 2
+    monkeypatch.setattr("cllm4rec_dist.config.embedding_width.NARROW_WIDTH", 8)
+    monkeypatch.setattr("cllm4rec_dist.config.embedding_width._MAX_ENTRIES", 100)
+    system, _ = load_local(str(newest(tmp_path / "run")), torch.device("cpu"))
+    assert system.recommender.collaborative.items.width == 16
 
 
 @pytest.mark.slow

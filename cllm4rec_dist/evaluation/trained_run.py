@@ -183,14 +183,18 @@ def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
 
 
 def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str | None = None) -> RunConfig:
-    """Return the configuration of a checkpoint, with the current paths of corpus and backbone.
+    """Return the configuration of a checkpoint, with the width of its embeddings and the paths of today.
 
-    These are the given paths, else those in the run's project with matching fingerprints, else the recorded paths.
+    Corpus and backbone have the given paths, else those in the run's project with matching fingerprints, else the
+    recorded paths.
 
     Raises:
         ConfigError: if a recorded path no longer exists and there is no replacement.
     """
     config = validate(RunConfig, used.metadata.config, f"{used.path}: configuration")
+    if used.metadata.embedding_width is not None:  # the default may be another one in this version
+        embeddings = config.embeddings.model_copy(update={"dim": used.metadata.embedding_width})
+        config = config.model_copy(update={"embeddings": embeddings})
     corpus = corpus or corpus_in_project(used.store, used.metadata.fingerprints.get("corpus"))
     return relocated(config, used.path, backbone or _backbone_in_project(used), corpus)
 
