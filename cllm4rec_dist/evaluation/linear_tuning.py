@@ -102,12 +102,13 @@ def choose_settings(
     num_neighbors = min(config.num_neighbors(corpus.num_items), _NUM_NEIGHBORS)
 
     @functools.lru_cache(1)
-    def features_of(text_weight: float, history_power: float) -> ItemFeatures:
-        return item_features(train, texts, text_weight, history_power).with_gram()
+    def neighbors_by(text_weight: float, history_power: float) -> _Neighbors:
+        features = item_features(train, texts, text_weight, history_power).with_gram()
+        return _Neighbors.of(features, sample.items, num_neighbors, world)
 
     def ndcg(candidate: LinearSettings) -> float:
-        features = features_of(candidate.text_weight, candidate.history_power)
-        return sample.ndcg(_weights(features, sample.items, num_neighbors, candidate, world), world)
+        neighbors = neighbors_by(candidate.text_weight, candidate.history_power)
+        return sample.ndcg(neighbors.fit(candidate, world), world)
 
     return climb(settings, names, ndcg)
 
@@ -129,20 +130,36 @@ def climb(
     return settings
 
 
-def _weights(
-    features: ItemFeatures, items: NDArray[np.int64], num_neighbors: int, settings: LinearSettings, world: World
-) -> sp.csr_matrix:
-    """Fit sampled items, each rank a part, and return the weights [I, S] of all of them."""
-    low, high = world.local_range(0, len(items))
-    with world.watch.doing("choosing the settings of the linear memory"):
-        neighbors = strongest_neighbors(features, items[low:high], num_neighbors)
-        weights = ridge_weights(features, items[low:high], neighbors, settings, torch.get_num_threads())
-    counts = gather_counts(high - low, world)
-    parts = [torch.from_numpy(part).to(world.device) for part in (neighbors, weights.astype(np.float32))]
-    neighbors, weights = (all_gather_rows(part, counts, world).cpu().numpy() for part in parts)
-    column, rank = np.nonzero(neighbors >= 0)
-    entries = weights[column, rank], (neighbors[column, rank], column)
-    return sp.csr_matrix(entries, shape=(features.num_items, len(items)))
+@dataclass(frozen=True)
+class _Neighbors:
+    """Neighbors of this rank's part of the sampled items, which regularization and dropout do not change.
+
+    Attributes:
+        items: [s] item rows.
+        neighbors: int32 [s, K], see `linear_fit.strongest_neighbors`.
+    """
+
+    features: ItemFeatures
+    items: NDArray[np.int64]
+    neighbors: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, features: ItemFeatures, items: NDArray[np.int64], num_neighbors: int, world: World) -> Self:
+        """Find the neighbors of this rank's part of S sampled items. No collective."""
+        low, high = world.local_range(0, len(items))
+        with world.watch.doing("choosing the settings of the linear memory"):
+            return cls(features, items[low:high], strongest_neighbors(features, items[low:high], num_neighbors))
+
+    def fit(self, settings: LinearSettings, world: World) -> sp.csr_matrix:
+        """Return the weights [I, S] of all sampled items. Collective: two all-gathers."""
+        with world.watch.doing("choosing the settings of the linear memory"):
+            weights = ridge_weights(self.features, self.items, self.neighbors, settings, torch.get_num_threads())
+        counts = gather_counts(len(self.items), world)
+        parts = [torch.from_numpy(part).to(world.device) for part in (self.neighbors, weights.astype(np.float32))]
+        neighbors, weights = (all_gather_rows(part, counts, world).cpu().numpy() for part in parts)
+        column, rank = np.nonzero(neighbors >= 0)
+        entries = weights[column, rank], (neighbors[column, rank], column)
+        return sp.csr_matrix(entries, shape=(self.features.num_items, sum(counts)))
 
 
 @dataclass(frozen=True)

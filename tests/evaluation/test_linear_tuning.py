@@ -16,7 +16,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.views import interaction_matrix, item_texts
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import linear_tuning
-from cllm4rec_dist.evaluation.linear_tuning import _Sample, _weights, choose_settings, climb
+from cllm4rec_dist.evaluation.linear_tuning import _Neighbors, _Sample, choose_settings, climb
 from cllm4rec_dist.evaluation.metrics import user_metrics
 from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.model.linear_fit import LinearSettings, item_features, text_features
@@ -55,7 +55,7 @@ def test_equally_good_settings_stay_as_they_are() -> None:
 def weights_of(world: World, corpus: Corpus, items: np.ndarray) -> sp.csr_matrix:
     train, texts = inputs(corpus)
     features = item_features(train, texts, SETTINGS.text_weight, SETTINGS.history_power)
-    return _weights(features, items, 4, SETTINGS, world)
+    return _Neighbors.of(features, items, 4, world).fit(SETTINGS, world)
 
 
 @pytest.mark.parametrize("num_items", [1000, 7])
@@ -96,7 +96,7 @@ def test_ranks_choose_alike_and_no_single_step_is_better(made: Made, corpus: Cor
 
     def value_of(settings: LinearSettings) -> float:
         features = item_features(train, texts, settings.text_weight, settings.history_power)
-        return sample.ndcg(_weights(features, sample.items, 4, settings, alone()), alone())
+        return sample.ndcg(_Neighbors.of(features, sample.items, 4, alone()).fit(settings, alone()), alone())
 
     assert climb(chosen, [*linear_tuning._GRIDS], value_of) == chosen
     assert value_of(chosen) > value_of(LinearSettings())
