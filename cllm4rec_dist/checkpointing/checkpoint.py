@@ -204,8 +204,13 @@ def _require_all(system: System, checkpoint: Checkpoint, shard: CheckpointShard)
             raise DamagedCheckpointError(f"{checkpoint.path}: {name}", "missing", "should be there", USE_ANOTHER)
 
 
-def restore_weights(system: InferenceSystem, shard: CheckpointShard) -> None:
-    """Load weights. What the checkpoint lacks (tables of a run without texts) is unchanged, with a warning."""
+def restore_weights(system: InferenceSystem, shard: CheckpointShard, *, keeps_mapping: bool = False) -> None:
+    """Load weights. What the checkpoint lacks (tables of a run without texts) is unchanged, with a warning.
+
+    Args:
+        keeps_mapping: on a CPU, use tables as they are mapped into memory instead of a copy: for a system that is not
+            trained, of which most rows are never read.
+    """
     replicated = dict(system.recommender.replicated_parameters())
     missing = [*(_partitions(system).keys() - shard.weights.keys()), *(replicated.keys() - shard.replicated.keys())]
     if missing:
@@ -216,7 +221,11 @@ def restore_weights(system: InferenceSystem, shard: CheckpointShard) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             value = (shard.weights | shard.replicated).get(name)
-            if value is not None:
+            if value is None:
+                continue
+            if keeps_mapping and parameter.device == value.device and parameter.dtype == value.dtype:
+                parameter.data = value
+            else:
                 parameter.copy_(value)
     system.engine.set_weights(_adapter_entries(shard.weights))
 

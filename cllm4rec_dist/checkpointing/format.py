@@ -185,6 +185,9 @@ class Checkpoint:
     ) -> Tensor | None:
         """Read rows [start, stop) of a sharded tensor of `num_rows` rows from the files that hold them.
 
+        Rows of a single file are mapped into memory: they are read where they are used, and changing them changes
+        no file.
+
         Args:
             dtype: what it must have, as safetensors names it.
 
@@ -208,7 +211,7 @@ class Checkpoint:
         widths = {tuple(part.shape[1:]) for part in parts}
         if len(widths) > 1:
             raise DamagedCheckpointError(f"{self.path}: {name}", widths, "should be one shape of rows", USE_ANOTHER)
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows_of_file(
         self, file: str, name: str, num_rows: int, wanted: range, dtype: str

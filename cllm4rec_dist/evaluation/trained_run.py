@@ -100,7 +100,7 @@ def _load(
         checkpoint.require_same_fingerprints(configured[0], system.fingerprints)
         loaded = checkpoint.load_first_valid(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
         if loaded is not None:
-            checkpoint.restore_weights(system, loaded[1])
+            checkpoint.restore_weights(system, loaded[1], keeps_mapping=True)
             fill_cold_rows(system)
             checkpoint.restore_linear_memory(system, *loaded)
             if world.is_main:

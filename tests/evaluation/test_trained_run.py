@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cllm4rec_dist.checkpointing.find_run import find
-from cllm4rec_dist.checkpointing.format import Checkpoint
+from cllm4rec_dist.checkpointing.format import Checkpoint, shard_file
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.distributed.topology import World
@@ -171,3 +171,27 @@ def test_a_damaged_checkpoint_is_told_of_alone_and_a_run_of_damaged_ones_as_such
     (folder / "checkpoints" / second / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=f"'{folder}' has 2 checkpoints, all damaged. Use another run"):
         load_local(str(folder), cpu)
+
+
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that a tensor is mapped from; empty for memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, _, stop = line.split()[0].partition("-")
+        if int(start, 16) <= tensor.data_ptr() < int(stop, 16):
+            return line.split(maxsplit=5)[5] if len(line.split()) > 5 else ""
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+def test_tables_are_mapped_and_changing_them_changes_no_checkpoint(made: Made) -> None:
+    folder = make_run(made[0] / "run", made[1], made[2])
+    system, used = load_local(str(folder), torch.device("cpu"))
+    shard = str(used.file(shard_file(0, 1)))
+    for _, parameter, _ in system.recommender.sharded_parameters():
+        assert mapped_file(parameter) == shard
+        with torch.no_grad():
+            parameter.add_(1.0)
+    again, _ = load_local(str(folder), torch.device("cpu"))  # verifies the digest of each file
+    pairs = zip(again.recommender.sharded_parameters(), system.recommender.sharded_parameters(), strict=True)
+    for (_, unchanged, _), (_, changed, _) in pairs:
+        torch.testing.assert_close(unchanged + 1.0, changed.detach(), rtol=0, atol=0)
