@@ -3,6 +3,7 @@
     python -m tests.integration.chaos --seed 0 --kills 10            kill -9 of a random rank at random steps
     python -m tests.integration.chaos --worlds 2,3,1,4               stop and go on at other numbers of ranks
     python -m tests.integration.chaos --kills 5 --full-every 3       with checkpoints of changed rows
+    python -m tests.integration.chaos --kills 2 --worlds 2,1         both, one after the other
 
 Each compares with an uninterrupted run of 2 ranks that saves whole checkpoints: at the same number of ranks weights,
 moments and metrics must be the same bit for bit, at others the losses within fp32 noise; and the audit log must show
@@ -87,6 +88,15 @@ def kill_and_go_on(config: Path, output: Path, kills: int, total: int, seed: int
     return told
 
 
+def change_world(config: Path, output: Path, worlds: str, total: int, seed: int, *more: str) -> list[int]:
+    """Run to the end, from random steps on at the next number of ranks; those steps."""
+    sizes = [int(size) for size in worlds.split(",")]
+    cuts = sorted(random.Random(seed).sample(range(2, total - 2), len(sizes) - 1))
+    for size, until in zip(sizes, [*cuts, total], strict=True):
+        complete(config, output, size, f"max_steps={until}", *more)
+    return cuts
+
+
 def newest(output: Path) -> Path:
     return max((output / "checkpoints").glob("step-*/COMMIT.json")).parent
 
@@ -108,38 +118,42 @@ def metrics_of(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
 
 
+def require_audited(output: Path) -> None:
+    """Every example was read exactly once an epoch."""
+    subprocess.run([sys.executable, "-m", "cllm4rec_dist", "audit", str(output)], check=True, cwd=ROOT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the steps and ranks to kill")
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--worlds", help="numbers of ranks, as 2,3,1,4: no kills, but another number at each start")
-    parser.add_argument("--epochs", type=int, help="of 3 steps each; 60, or 12 with --worlds, if left out")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--worlds", help="numbers of ranks, as 2,3,1,4: another number at each start")
+    parser.add_argument("--epochs", type=int, help="of 3 steps each; 60, or 12 without kills, if left out")
     parser.add_argument("--full-every", type=int, default=1, help="checkpoint.full_every of the run that is stopped")
     options = parser.parse_args()
-    epochs = options.epochs or (12 if options.worlds else 60)
+    if not options.kills and not options.worlds:
+        parser.error("give --kills, --worlds or both")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        config = make_config(folder, epochs)
-        whole, broken = folder / "whole", folder / "broken"
+        config = make_config(folder, options.epochs or (60 if options.kills else 12))
+        whole, killed, changed = folder / "whole", folder / "killed", folder / "changed"
         saving = f"checkpoint.full_every={options.full_every}"
         complete(config, whole, 2)
         wanted = losses_of(whole)
+        if options.kills:
+            for row in kill_and_go_on(config, killed, options.kills, len(wanted), options.seed, saving):
+                print("kill {kill}: rank {rank}, after step {step}".format(**row))  # noqa: T201
+            require_equal(whole, killed)
+            print(f"{len(wanted)} steps, {options.kills} kills: weights, moments and metrics equal bit for bit")  # noqa: T201
+            require_audited(killed)
         if options.worlds:
-            sizes = [int(size) for size in options.worlds.split(",")]
-            cuts = sorted(random.Random(options.seed).sample(range(2, len(wanted) - 2), len(sizes) - 1))
-            for size, until in zip(sizes, [*cuts, len(wanted)], strict=True):
-                complete(config, broken, size, f"max_steps={until}", saving)
-            apart = max(abs(a - b) / abs(b) for a, b in zip(losses_of(broken), wanted, strict=True))
+            cuts = change_world(config, changed, options.worlds, len(wanted), options.seed, saving)
+            apart = max(abs(a - b) / abs(b) for a, b in zip(losses_of(changed), wanted, strict=True))
             print(f"{len(wanted)} steps, ranks {options.worlds}, changed after steps {cuts}")  # noqa: T201
             print(f"losses apart by at most {apart:.1e} of themselves (allowed: {NOISE:.0e})")  # noqa: T201
             if apart > NOISE:
                 raise SystemExit("the runs differ by more than fp32 noise")
-        else:
-            for row in kill_and_go_on(config, broken, options.kills, len(wanted), options.seed, saving):
-                print("kill {kill}: rank {rank}, after step {step}".format(**row))  # noqa: T201
-            require_equal(whole, broken)
-            print(f"{len(wanted)} steps, {options.kills} kills: weights, moments and metrics equal bit for bit")  # noqa: T201
-        subprocess.run([sys.executable, "-m", "cllm4rec_dist", "audit", str(broken)], check=True, cwd=ROOT)
+            require_audited(changed)
 
 
 if __name__ == "__main__":

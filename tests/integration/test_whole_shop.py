@@ -1,12 +1,17 @@
-"""A shop of 1,000 customers and 300 products, from its dirty files to a page in a browser, by the commands alone."""
+"""A shop of 1,000 customers and 300 products, from its dirty files to a page in a browser, by the commands alone.
+
+`cllm4rec run` is stopped in its first training and goes on.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
+import signal
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,43 +19,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from playwright.sync_api import expect
 
 from cllm4rec_dist.corpus.manifest import load_manifest
-from tests.integration.runs import BIN, ROOT, clean_environment
+from tests.integration.runs import BIN, ROOT, clean_environment, finish
 from tests.integration.shop_data import Shop, make_shop
 from tests.serving.browser import running_browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
-SMALL = ["pretrain.epochs=1", "finetune.epochs=2", "backbone.hidden_size=64"]
+SMALL = ["epochs=2", "backbone.hidden_size=64"]
 
 
-def cllm4rec(folder: Path, *arguments: str) -> str:
-    """What a command prints and logs; it must end with status 0."""
-    ended = subprocess.run(
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [str(BIN / "cllm4rec"), *arguments],
         cwd=folder,
         env=clean_environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
         text=True,
-        timeout=900,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
-        check=False,
     )
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    return ended.stdout + ended.stderr
+
+
+def ended(started: subprocess.Popen[str], status: int = 0) -> str:
+    """What a command prints and logs; it must end with this status."""
+    text = finish(started, timeout=900)
+    assert started.returncode == status, text[-3000:]
+    return text
+
+
+def cllm4rec(folder: Path, *arguments: str, status: int = 0) -> str:
+    """What a command prints and logs; it must end with this status."""
+    return ended(start(folder, *arguments), status)
 
 
 @dataclass(frozen=True)
 class Project:
-    """A project that `init` and `run` have made in `folder`, and what they printed."""
+    """A project that `init` and `run` have made in `folder`, and what they printed; `run` was stopped once."""
 
     folder: Path
     shop: Shop
     proposed: str
-    summary: str
+    stopped: str
+    resumed: str
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +74,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     shop = make_shop(folder / "data", num_customers=1000, num_products=300)
     files = ["--orders", str(shop.orders), "--items", str(shop.products), "--customers", str(shop.customers)]
     proposed = cllm4rec(folder, "init", "shop", *files)
-    return Project(folder, shop, proposed, cllm4rec(folder, "run", "shop", *SMALL))
+    started = start(folder, "run", "shop", *SMALL)
+    deadline = time.monotonic() + 240
+    while not (folder / "shop/runs/pretrain/metrics.jsonl").exists():
+        assert started.poll() is None, ended(started)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    stopped = ended(started, status=75)
+    return Project(folder, shop, proposed, stopped, cllm4rec(folder, "run", "shop", *SMALL, "--top", "5"))
 
 
 def test_init_reads_the_files_as_the_shop_means_them(project: Project) -> None:
@@ -82,12 +105,35 @@ def test_run_counts_every_dirty_line(project: Project) -> None:
     assert counted == project.shop.num_dirty
 
 
+def test_a_stopped_run_says_how_to_go_on_and_goes_on(project: Project) -> None:
+    assert f"`cllm4rec run shop {' '.join(SMALL)}` resumes from there" in project.stopped
+    assert project.stopped.count(" are left out: ") == 1, "two stages read the files, and one says what it leaves out"
+    assert "[2/6] prepare         done before" in project.resumed
+    assert "[3/6] pretrain" in project.resumed
+
+
 def test_run_ends_with_a_table_and_what_is_next(project: Project) -> None:
     results = json.loads((project.folder / "shop/runs/finetune/evaluation/results.json").read_text(encoding="utf-8"))
     recall = {row["name"]: row["metrics"]["recall@20"] for row in results["rows"]}
     assert recall["CLLM4Rec"] > 2 * recall["Popularity"]
-    for name in (*recall, "report.html", "cllm4rec serve shop", "cllm4rec recommend shop"):
-        assert name in project.summary, project.summary
+    assert "next: " not in project.resumed, "the summary alone says what comes next"
+    summary = project.resumed.partition("\ndata ")[2]
+    next_commands = ("cllm4rec serve shop", "cllm4rec recommend shop")
+    for words in ("1,000 customers", "left out:", "EASE", "recall@20", *recall, "report.html", "next", *next_commands):
+        assert words in summary, (words, summary)
+
+
+def test_run_writes_a_list_for_each_customer(project: Project) -> None:
+    lists = pd.read_parquet(project.folder / "shop/recommendations")
+    assert lists.groupby("user").size().eq(5).all()
+    assert lists["user"].nunique() == project.shop.num_customers
+
+
+def test_a_finished_run_is_not_run_again_and_refuses_another_recipe(project: Project) -> None:
+    again = cllm4rec(project.folder, "run", "shop", *SMALL, "--top", "5")
+    assert again.count("done before") == 6
+    refused = cllm4rec(project.folder, "run", "shop", *SMALL, "recipe.min_user_items=4", status=2)
+    assert "recipe.min_user_items: 1 is now 4" in refused
 
 
 def test_later_and_new_customers_get_lists_without_what_they_have(project: Project) -> None:
@@ -132,15 +178,7 @@ def rows(path: Path, separator: str) -> list[dict[str, str]]:
 @contextmanager
 def service(project: Project) -> Iterator[str]:
     """The URL of `cllm4rec serve`, which must end in order when it is interrupted."""
-    command = [str(BIN / "cllm4rec"), "serve", "shop", "--port", "0"]
-    started = subprocess.Popen(
-        command,
-        cwd=project.folder,
-        env=clean_environment(PYTHONPATH=str(ROOT)),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    started = start(project.folder, "serve", "shop", "--port", "0")
     assert started.stdout is not None
     printed: list[str] = []
     try:

@@ -56,7 +56,7 @@ def gram(text_weight: float, history_power: float = 0.0) -> np.ndarray:
 
 
 def dense_ease(text_weight: float, history_power: float, dropout: float) -> np.ndarray:
-    """Weights [from, to] in closed form (Steck 2019, equation 8), with dropout (Steck 2020, equation 10)."""
+    """Weights [from, to] in closed form (Steck 2019, equation 8), with dropout (Steck 2020)."""
     matrix = gram(text_weight, history_power)
     penalties = L2 + dropout / (1 - dropout) * np.diag(matrix)
     inverse = np.linalg.inv(matrix + np.diag(penalties))
