@@ -331,7 +331,7 @@ def test_only_rows_that_the_old_run_lacks_are_initialized(
 CONFIG = {
     "adapter": {"kind": "full"},
     "embeddings": {"init": "spectral", "dropout": 0.5},
-    "epochs": 8,
+    "epochs": 4,
     "method": {"max_history": 400, "target": "all"},
     "batch": {"users": 64, "texts": 0, "gradient_accumulation_steps": 2},
     "optimizer": {"lr": 1e-3, "embeddings_lr": 2e-4, "warmup_steps": 10},
@@ -381,7 +381,7 @@ def test_movielens_continues_with_the_users_and_items_of_its_last_weeks(
     logs = {name: metrics(tmp_path / name) for name in ("grown", "fresh")}
     loss = {name: mean(line["loss"] for line in lines if "loss" in line) for name, lines in logs.items()}
     recall = {name: lines[-1]["valid/recall@20"] for name, lines in logs.items()}
-    assert loss["grown"] < loss["fresh"] - 0.1
+    assert loss["grown"] < loss["fresh"] - 0.05
     # One item a user is held out, so that a recall has a standard error of 0.014: the loss tells the two apart, and by
     # recall it can only be seen that growth does no harm.
     assert recall["grown"] > recall["fresh"] - 0.03
