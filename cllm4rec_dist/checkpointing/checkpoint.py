@@ -220,12 +220,14 @@ def restore_weights(system: InferenceSystem, shard: CheckpointShard, *, keeps_ma
     parameters = {name: p for name, p, _ in system.recommender.sharded_parameters()} | replicated
     with torch.no_grad():
         for name, parameter in parameters.items():
-            value = (shard.weights | shard.replicated).get(name)
-            if value is None:
-                continue
-            if keeps_mapping and parameter.device == value.device and parameter.dtype == value.dtype:
-                parameter.data = value
-            else:
+            table, value = shard.weights.get(name), (shard.weights | shard.replicated).get(name)
+            if (
+                keeps_mapping
+                and table is not None
+                and (table.device, table.dtype) == (parameter.device, parameter.dtype)
+            ):
+                parameter.data = table
+            elif value is not None:
                 parameter.copy_(value)
     system.engine.set_weights(_adapter_entries(shard.weights))
 

@@ -142,6 +142,7 @@ def _tune(
         except ConfigError as error:
             logger.warning("baseline %s: a setting is left out: %s", LABELS[name], error)
             refusal = error
+            bar.update()
             continue
         result = _evaluate(score, data, select_by, metrics)
         logger.debug("baseline %s %s: validation %s %.4f", name, candidate.settings, select_by, result.valid)
