@@ -218,15 +218,12 @@ def restore_weights(system: InferenceSystem, shard: CheckpointShard, *, keeps_ma
     if "head.projection" in shard.replicated.keys() - replicated.keys():
         logger.warning("the checkpoint's head.projection is not used, because this run has head.projection=false")
     parameters = {name: p for name, p, _ in system.recommender.sharded_parameters()} | replicated
+    mapped = shard.weights if keeps_mapping and system.world.device.type == "cpu" else {}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            table, value = shard.weights.get(name), (shard.weights | shard.replicated).get(name)
-            if (
-                keeps_mapping
-                and table is not None
-                and (table.device, table.dtype) == (parameter.device, parameter.dtype)
-            ):
-                parameter.data = table
+            value = (shard.weights | shard.replicated).get(name)
+            if name in mapped:
+                parameter.data = mapped[name].to(parameter.dtype)
             elif value is not None:
                 parameter.copy_(value)
     system.engine.set_weights(_adapter_entries(shard.weights))
