@@ -81,6 +81,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "negative": ([*PRETRAIN, "optimizer.lr=-1"], ["optimizer.lr", "greater than 0"]),
     "boolean for a number": ([*PRETRAIN, "batch.texts=false"], ["batch.texts", "valid integer", "got 'false'"]),
     "boolean for a number or nothing": ([*PRETRAIN, "max_steps=yes"], ["max_steps", "valid integer", "got 'true'"]),
+    "boolean in a list of numbers": ([*PRETRAIN, "optimizer.betas=[true, 0.9]"], ["optimizer.betas.0", "got 'true'"]),
     "list": ([*PRETRAIN, "validation.metrics=recall@20,ndcg@10"], ["must be a list", "[recall@20, ndcg@10]"]),
     "open list": ([*PRETRAIN, "optimizer.betas=[0.9"], ["optimizer.betas=[0.9", "is not YAML"]),
     "word": ([*PRETRAIN, "adapter.kind=lorra"], ["'lorra' is not one of lora, none, full", "did you mean 'lora'"]),

@@ -122,12 +122,15 @@ def require_same_embedding_width(system: InferenceSystem, checkpoint: Checkpoint
     require_same_width(model.collaborative.items.width, checkpoint.path, before)
 
 
-def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tables: bool = True) -> CheckpointShard:
+def read(
+    system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tables: bool = True, maps: bool = False
+) -> CheckpointShard:
     """Read this rank's part of a checkpoint that any number of ranks wrote. Changes nothing; no collective.
 
     Args:
         moments: read Adam's moments, too.
         tables: False leaves out tensors with a row for each user or item (of another catalog: `warm_start.py`).
+        maps: map tables into memory where one file has this rank's rows (`Checkpoint.rows`).
 
     Raises:
         DamagedCheckpointError: for damage.
@@ -143,7 +146,7 @@ def read(system: InferenceSystem, checkpoint: Checkpoint, *, moments: bool, tabl
             continue
         rank = system.world.rank if name.startswith(ADAPTER) else shards.rank
         span = partition.num_rows, *partition.range(rank)
-        weights = checkpoint.rows(name, *span)
+        weights = checkpoint.rows(name, *span, maps=maps)
         if weights is not None:
             shard.weights[name] = _checked_shape(checkpoint, name, weights, shapes[name])
         if moments:
@@ -204,12 +207,11 @@ def _require_all(system: System, checkpoint: Checkpoint, shard: CheckpointShard)
             raise DamagedCheckpointError(f"{checkpoint.path}: {name}", "missing", "should be there", USE_ANOTHER)
 
 
-def restore_weights(system: InferenceSystem, shard: CheckpointShard, *, keeps_mapping: bool = False) -> None:
+def restore_weights(system: InferenceSystem, shard: CheckpointShard, *, shares_tables: bool = False) -> None:
     """Load weights. What the checkpoint lacks (tables of a run without texts) is unchanged, with a warning.
 
     Args:
-        keeps_mapping: on a CPU, use tables as they are mapped into memory instead of a copy: for a system that is not
-            trained, of which most rows are never read.
+        shares_tables: on a CPU, use the tables of `shard` instead of copying them.
     """
     replicated = dict(system.recommender.replicated_parameters())
     missing = [*(_partitions(system).keys() - shard.weights.keys()), *(replicated.keys() - shard.replicated.keys())]
@@ -218,12 +220,12 @@ def restore_weights(system: InferenceSystem, shard: CheckpointShard, *, keeps_ma
     if "head.projection" in shard.replicated.keys() - replicated.keys():
         logger.warning("the checkpoint's head.projection is not used, because this run has head.projection=false")
     parameters = {name: p for name, p, _ in system.recommender.sharded_parameters()} | replicated
-    mapped = shard.weights if keeps_mapping and system.world.device.type == "cpu" else {}
+    shared = shard.weights if shares_tables and system.world.device.type == "cpu" else {}
     with torch.no_grad():
         for name, parameter in parameters.items():
             value = (shard.weights | shard.replicated).get(name)
-            if name in mapped:
-                parameter.data = mapped[name].to(parameter.dtype)
+            if name in shared:
+                parameter.data = shared[name].to(parameter.dtype)
             elif value is not None:
                 parameter.copy_(value)
     system.engine.set_weights(_adapter_entries(shard.weights))

@@ -181,15 +181,21 @@ class Checkpoint:
             raise DamagedCheckpointError(f"{self.path}/{SEEN_FILE}", "content", str(error), USE_ANOTHER) from error
 
     def rows(
-        self, name: str, num_rows: int, start: int, stop: int, dtype: Literal["F32", "I32"] = "F32"
+        self,
+        name: str,
+        num_rows: int,
+        start: int,
+        stop: int,
+        dtype: Literal["F32", "I32"] = "F32",
+        *,
+        maps: bool = False,
     ) -> Tensor | None:
         """Read rows [start, stop) of a sharded tensor of `num_rows` rows from the files that hold them.
 
-        Rows of a single file are mapped into memory: they are read where they are used, and changing them changes
-        no file.
-
         Args:
             dtype: what it must have, as safetensors names it.
+            maps: map rows of a single file into memory, to be read where they are used. Changing them changes no file;
+                the file must not change, but may be removed.
 
         Returns None if no such tensor was saved. Every file is verified before it is read.
         """
@@ -211,7 +217,7 @@ class Checkpoint:
         widths = {tuple(part.shape[1:]) for part in parts}
         if len(widths) > 1:
             raise DamagedCheckpointError(f"{self.path}: {name}", widths, "should be one shape of rows", USE_ANOTHER)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if maps and len(parts) == 1 else torch.cat(parts)
 
     def _rows_of_file(
         self, file: str, name: str, num_rows: int, wanted: range, dtype: str

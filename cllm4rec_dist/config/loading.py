@@ -39,15 +39,18 @@ class StrictModel(BaseModel):
             return values
         types = {key: set(_types(field.annotation)) for key, field in cls.model_fields.items()}
         numbers = {key for key, allowed in types.items() if allowed & {int, float} and bool not in allowed}
-        return {
-            key: str(value).lower() if isinstance(value, bool) and key in numbers else value
-            for key, value in values.items()
-        }
+        return {key: _with_booleans_as_text(value) if key in numbers else value for key, value in values.items()}
+
+
+def _with_booleans_as_text(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_with_booleans_as_text(each) for each in value]
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _types(annotation: Any) -> Iterator[Any]:
-    """Yield the types of a union."""
-    if get_origin(annotation) in (Annotated, Union, UnionType):
+    """Yield the types of a union, or of the entries of a tuple."""
+    if get_origin(annotation) in (Annotated, Union, UnionType, tuple):
         for part in get_args(annotation):
             yield from _types(part)
     else:

@@ -52,7 +52,8 @@ def load(
 ) -> tuple[InferenceSystem, Checkpoint]:
     """Load a run's best checkpoint (or the given checkpoint); return the system and the checkpoint. Collective.
 
-    A single rank does not use DeepSpeed, unless the run's DeepSpeed file offloads parameters.
+    For a command that ends: tables are mapped into memory (`Checkpoint.rows`). A single rank does not use DeepSpeed,
+    unless the run's DeepSpeed file offloads parameters.
 
     Args:
         backbone, corpus: current paths, if they differ from those in the checkpoint.
@@ -70,7 +71,7 @@ def load(
             return assemble_sharded_for_inference(without_missing_deepspeed_file(config), world)
         return assemble_for_inference(config, world)
 
-    return _load(run, world, build, backbone, corpus)
+    return _load(run, world, build, backbone, corpus, maps=True)
 
 
 def load_sharded(
@@ -89,8 +90,17 @@ def load_local(
 
 
 def _load(
-    run: str, world: World, build: Callable[[RunConfig], SystemT], backbone: str | None, corpus: str | None
+    run: str,
+    world: World,
+    build: Callable[[RunConfig], SystemT],
+    backbone: str | None,
+    corpus: str | None,
+    *,
+    maps: bool = False,
 ) -> tuple[SystemT, Checkpoint]:
+    def read(opened: Checkpoint) -> checkpoint.CheckpointShard:
+        return checkpoint.read(system, opened, moments=False, maps=maps)
+
     store, names = find(run)
     configured = checkpoint.load_first_valid(
         store, names, world, lambda opened: recorded_config(opened, backbone, corpus)
@@ -98,9 +108,9 @@ def _load(
     if configured is not None:
         system = build(_with_one_copy_of_tables(configured[1]))
         checkpoint.require_same_fingerprints(configured[0], system.fingerprints)
-        loaded = checkpoint.load_first_valid(store, names, world, lambda c: checkpoint.read(system, c, moments=False))
+        loaded = checkpoint.load_first_valid(store, names, world, read)
         if loaded is not None:
-            checkpoint.restore_weights(system, loaded[1], keeps_mapping=True)
+            checkpoint.restore_weights(system, loaded[1], shares_tables=True)
             fill_cold_rows(system)
             checkpoint.restore_linear_memory(system, *loaded)
             if world.is_main:

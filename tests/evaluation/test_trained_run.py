@@ -20,7 +20,7 @@ from cllm4rec_dist.evaluation.inference import evaluate_run, load
 from cllm4rec_dist.evaluation.trained_run import load_local, log_choice, relocated
 from cllm4rec_dist.export.source import open_source
 from cllm4rec_dist.serving.known_ids import read_known_ids
-from tests.harness import make_backbone, make_catalog, make_corpus, make_run, run_ranks, with_messages
+from tests.harness import alone, make_backbone, make_catalog, make_corpus, make_run, run_ranks, with_messages
 from tests.training import Made, make_config, run
 
 
@@ -183,9 +183,9 @@ def mapped_file(tensor: torch.Tensor) -> str:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
-def test_tables_are_mapped_and_changing_them_changes_no_checkpoint(made: Made) -> None:
+def test_a_command_maps_tables_and_changing_them_changes_no_checkpoint(made: Made) -> None:
     folder = make_run(made[0] / "run", made[1], made[2])
-    system, used = load_local(str(folder), torch.device("cpu"))
+    system, used = load(str(folder), alone())
     shard = str(used.file(shard_file(0, 1)))
     for _, parameter, _ in system.recommender.sharded_parameters():
         assert mapped_file(parameter) == shard
@@ -194,4 +194,5 @@ def test_tables_are_mapped_and_changing_them_changes_no_checkpoint(made: Made) -
     again, _ = load_local(str(folder), torch.device("cpu"))  # verifies the digest of each file
     pairs = zip(again.recommender.sharded_parameters(), system.recommender.sharded_parameters(), strict=True)
     for (_, unchanged, _), (_, changed, _) in pairs:
+        assert mapped_file(unchanged) != shard, "a service lives longer than a file"
         torch.testing.assert_close(unchanged + 1.0, changed.detach(), rtol=0, atol=0)
