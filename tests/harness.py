@@ -41,9 +41,12 @@ from cllm4rec_dist.system import assemble_for_inference
 
 
 def free_port() -> int:
-    """Return a free port below those that the kernel gives to connections, one of which could take it meanwhile."""
+    """Return a free port below those that the kernel gives to connections, and above those of Ray's workers.
+
+    Another test could take one of these in the meantime.
+    """
     while True:
-        port = 15_000 + secrets.randbelow(15_000)
+        port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cllm4rec_dist.checkpointing.run_folder import EVALUATION_FILE
+from cllm4rec_dist.config import dotted_items
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.evaluation.results import Results, markdown_table
@@ -174,12 +175,21 @@ def _read_evaluation(source: Source) -> tuple[Results | None, str]:
 
 def _matches(evaluated: dict[str, Any], source: Source) -> bool:
     """True if an evaluation belongs to the exported checkpoint, even if either has been moved."""
-    about, settings = source.opened.metadata, evaluated.get("config", {})
+    about = source.opened.metadata
     return (
         Path(str(evaluated.get("checkpoint"))).name == source.opened.name
         and evaluated.get("fingerprints") == about.fingerprints
-        and all(settings.get(key) == about.config.get(key) for key in _SETTINGS)
+        and _have_same_settings(evaluated.get("config", {}), about.config)
     )
+
+
+def _have_same_settings(measured: dict[str, Any], trained: dict[str, Any]) -> bool:
+    """True if an evaluation depends on the settings of a run; a newer one names some that the run does not.
+
+    It names the width even if the run left it open.
+    """
+    one, other = (dict(dotted_items({key: config.get(key) for key in _SETTINGS})) for config in (measured, trained))
+    return all(other[key] == value for key, value in one.items() if key in other and key != "embeddings.dim")
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.evaluation.inference import evaluate_run, load
 from cllm4rec_dist.evaluation.topk import rank_users
 from cllm4rec_dist.export import hub
-from cllm4rec_dist.export.card import escape_markdown, score_lines
+from cllm4rec_dist.export.card import _have_same_settings, escape_markdown, score_lines
 from cllm4rec_dist.export.folder import export
 from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.serving.recommender import Recommender
@@ -366,3 +366,11 @@ def test_the_documentation_shows_the_lines_of_a_card() -> None:
 
 def test_markup_in_names_is_shown_as_it_is() -> None:
     assert escape_markdown("a | <b> *c*\n# d") == r"a \| \<b\> \*c\* \# d"
+
+
+def test_an_evaluation_may_name_the_width_and_settings_that_are_newer_than_the_run() -> None:
+    trained = {"stage": "finetune", "embeddings": {"dim": None, "init": "spectral"}, "linear": {"neighbors": 3}}
+    measured = trained | {"embeddings": {"dim": 16, "init": "spectral"}, "linear": {"neighbors": 3, "dropout": None}}
+    assert _have_same_settings(measured, trained)
+    for change in ({"stage": "pretrain"}, {"linear": {"neighbors": 4}}, {"embeddings": {"dim": 16, "init": "normal"}}):
+        assert not _have_same_settings(measured | change, trained)
