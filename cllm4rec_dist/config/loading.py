@@ -33,8 +33,8 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_no_boolean_as_a_number(cls, values: object) -> object:
-        """Make booleans text where pydantic would read 0 or 1, so that it refuses them by the name of their field."""
+    def _refuse_booleans_as_numbers(cls, values: object) -> object:
+        """Turn booleans, which pydantic reads as 0 and 1, into text, which it refuses by the name of the field."""
         if not isinstance(values, Mapping):
             return values
         types = {key: set(_types(field.annotation)) for key, field in cls.model_fields.items()}

@@ -52,8 +52,8 @@ def load(
 ) -> tuple[InferenceSystem, Checkpoint]:
     """Load a run's best checkpoint (or the given checkpoint); return the system and the checkpoint. Collective.
 
-    For a command that ends: tables are mapped into memory (`Checkpoint.rows`). A single rank does not use DeepSpeed,
-    unless the run's DeepSpeed file offloads parameters.
+    Tables are mapped into memory (`Checkpoint.rows`), which suits a command that ends. A single rank does not use
+    DeepSpeed, unless the run's DeepSpeed file offloads parameters.
 
     Args:
         backbone, corpus: current paths, if they differ from those in the checkpoint.

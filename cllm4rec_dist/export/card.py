@@ -184,9 +184,9 @@ def _matches(evaluated: dict[str, Any], source: Source) -> bool:
 
 
 def _have_same_settings(measured: dict[str, Any], trained: dict[str, Any]) -> bool:
-    """True if an evaluation depends on the settings of a run; a newer one names some that the run does not.
+    """True if the settings that both the evaluation and the checkpoint name are the same, except for the width.
 
-    It names the width even if the run left it open.
+    An evaluation names the width even if the run left it open, and settings that are newer than the checkpoint.
     """
     one, other = (dict(dotted_items({key: config.get(key) for key in _SETTINGS})) for config in (measured, trained))
     return all(other[key] == value for key, value in one.items() if key in other and key != "embeddings.dim")
