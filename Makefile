@@ -79,4 +79,4 @@ test: install lint
 
 # What to run before each commit: under two minutes on two cores.
 fast: install lint
-	$(PYTEST) -m "not slow and not integration"
+	$(BIN)/python -m pytest --numprocesses logical -m "not slow and not integration"

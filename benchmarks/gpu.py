@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 -m benchmarks.gpu                 on 8 GPUs
     torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu --items 100000  on one, too small for a million items
+    ... -m benchmarks.gpu embeddings.dim=256 head.compute_dtype=bf16           with other settings, for a million on one
     python -m benchmarks.gpu --hidden 64 --layers 2 --heads 4 --items 1000 --users 500 --batch-users 16 --batch-texts 8
 
 The last command checks on a CPU that the code runs. Weights are random, so nothing is downloaded. They are frozen in
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.catalogs import make_corpus
 from benchmarks.common import parser, show, show_table, write_json
-from cllm4rec_dist.config import RunConfig, validate
+from cllm4rec_dist.config import RunConfig, load_config, path_override
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.distributed.collectives import barrier, gather_integers
 from cllm4rec_dist.distributed.engine import start_world
@@ -44,6 +45,7 @@ _LARGEST_PRODUCT = {"cuda": 8192, "cpu": 512}
 
 def main() -> None:
     options = parser("gpu", __doc__)
+    options.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of the run")
     options.add_argument("--hidden", type=int, default=4096)
     options.add_argument("--layers", type=int, default=32)
     options.add_argument("--heads", type=int, default=32)
@@ -75,7 +77,7 @@ def measure(world: World, folder: Path, chosen: argparse.Namespace) -> dict[str,
     if world.is_main:
         make_missing(folder, chosen, world.device)
     barrier(world, "the corpus and the weights")
-    config = run_config(folder, chosen)
+    config = load_config(RunConfig, overrides=[*settings(folder, chosen), *chosen.settings])
     cluster = Cluster(GPUS[chosen.gpu], world.size, torch.cuda.device_count() or 1, 0.45)
     plan = make_plan(config, cluster)
     if world.is_main:
@@ -88,9 +90,10 @@ def measure(world: World, folder: Path, chosen: argparse.Namespace) -> dict[str,
     speed = statistics.median(t / s for t, s in zip(tokens, seconds, strict=True))
     return {
         "ranks": world.size,
+        "settings": chosen.settings,
         "tokens_per_second": speed,
         "step_seconds": statistics.median(seconds),
-        "step_seconds_range": [min(seconds), max(seconds)],
+        "steps": [{"tokens": t, "seconds": s} for t, s in zip(tokens, seconds, strict=True)],
         "planned_step_seconds": plan.step_seconds,
         "product_peak": peak,
         "share_of_peak": reached / peak,
@@ -123,23 +126,19 @@ def make_missing(folder: Path, chosen: argparse.Namespace, device: torch.device)
         AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder / "large")
 
 
-def run_config(folder: Path, chosen: argparse.Namespace) -> RunConfig:
-    """Configuration with frozen bf16 weights, LoRA and activation checkpointing."""
-    return validate(
-        RunConfig,
-        {
-            "stage": "pretrain",
-            "corpus": str(folder / "corpus"),
-            "backbone": str(folder / "large"),
-            "output": str(folder),
-            "deepspeed": str(ROOT / "ds_configs/zero3.json"),
-            "precision": "bf16",
-            "activation_checkpointing": True,
-            "embeddings": {"init": "prior", "comm_dtype": "bf16"},
-            "batch": {"users": chosen.batch_users, "texts": chosen.batch_texts},
-        },
-        "benchmark",
-    )
+def settings(folder: Path, chosen: argparse.Namespace) -> list[str]:
+    """Settings of a run with frozen bf16 weights, LoRA and activation checkpointing."""
+    return [
+        "stage=pretrain",
+        path_override("corpus", folder / "corpus"),
+        path_override("backbone", folder / "large"),
+        path_override("output", folder),
+        path_override("deepspeed", ROOT / "ds_configs/zero3.json"),
+        "precision=bf16",
+        "activation_checkpointing=true",
+        "embeddings={init: prior, comm_dtype: bf16}",
+        f"batch={{users: {chosen.batch_users}, texts: {chosen.batch_texts}}}",
+    ]
 
 
 def run_steps(system: System, chosen: argparse.Namespace) -> tuple[list[float], list[int], int]:

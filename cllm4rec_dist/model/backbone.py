@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from cllm4rec_dist.config import AdapterConfig
+from cllm4rec_dist.distributed.hidden_modules import hidden_modules
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.model.architecture import (
     decoder_class,
@@ -300,11 +301,12 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
     decoder.set_input_embeddings(nn.Identity())
     decoder.requires_grad_(adapter.kind == "full")
     if adapter.kind == "lora":
-        from peft import inject_adapter_in_model
+        is_quantized = hasattr(decoder.config, "quantization_config")
+        with nullcontext() if is_quantized else _without_bitsandbytes(), warnings.catch_warnings():
+            from peft import inject_adapter_in_model
 
-        torch.manual_seed(seed)
-        settings = lora_settings(adapter, decoder)
-        with warnings.catch_warnings():
+            torch.manual_seed(seed)
+            settings = lora_settings(adapter, decoder)
             # PEFT warns about a second adapter, which is intended.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             try:
@@ -322,6 +324,19 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.to(dtype)
     return DualBackbone(decoder, dual=adapter.kind == "lora")
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Keep PEFT from importing bitsandbytes, which takes most of a second and adapts quantized weights alone."""
+    with hidden_modules("bitsandbytes"):
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+        try:
+            yield
+        finally:  # they remember their answer, and the next decoder of this process may be quantized
+            is_bnb_available.cache_clear()
+            is_bnb_4bit_available.cache_clear()
 
 
 def _load_decoder(folder: Path, dtype: torch.dtype, quantization: str) -> PreTrainedModel:

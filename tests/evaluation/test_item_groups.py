@@ -17,6 +17,7 @@ from cllm4rec_dist import train as train_module
 from cllm4rec_dist.checkpointing.format import RunState
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
+from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.views import item_texts
@@ -156,7 +157,11 @@ def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
 def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, system: InferenceSystem) -> None:
     users, cold = HeldOutUsers.of(made.corpus, "test"), made.corpus.training_counts() == 0
     everything = np.ones_like(cold)
-    expected = {}
+    expected, ranked = {}, []
+    for index in range(len(users)):
+        history = users.histories.take([index])
+        (ranking,) = rank_users(system, users.rows[[index]], history, made.corpus.num_items, 1, seen=history)
+        ranked.append(ranking.items[0].tolist())
     for name, counted, candidates in (
         (WARM, ~cold, everything),
         (WARM_ONLY, ~cold, ~cold),
@@ -167,11 +172,8 @@ def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, s
         for index in range(len(users)):
             held_out = [item for item in users.held_out[index].tolist() if counted[item]]
             if held_out:
-                history = users.histories.take([index])
-                (ranking,) = rank_users(system, users.rows[[index]], history, 40, 1, seen=history)
-                ranked = [item for item in ranking.items[0].tolist() if candidates[item]]
-                lists = type(history).from_lists([held_out])
-                values.append(user_metrics(np.array([ranked]), lists, METRICS, len(ranked))[0])
+                listed, lists = [item for item in ranked[index] if candidates[item]], Ragged.from_lists([held_out])
+                values.append(user_metrics(np.array([listed]), lists, METRICS, len(listed))[0])
         expected[name] = mean_metrics(np.stack(values), METRICS).mean
     for result in [on_ranks(alone(), made.run), *run_ranks(2, on_ranks, made.run)]:
         assert result.keys() == expected.keys()

@@ -26,7 +26,7 @@ from tests.integration.runs import (
 
 pytestmark = pytest.mark.integration
 
-EPOCHS = 40
+EPOCHS = 16
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from tests.integration.runs import BIN, ROOT, clean_environment, losses, losses_of
 
 SCRIPT = ROOT / "tests" / "integration" / "slurm.sh"
-EPOCHS = 40
+EPOCHS = 20
 GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 

@@ -53,7 +53,12 @@ LENGTHS = [6, 8, 3]
 WORDS = torch.arange(sum(LENGTHS)) * 17 % 300
 POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])
 
-families = pytest.mark.parametrize("family", DECODERS)
+FAST = {"gpt2", "llama", "gemma3_text", "phi3", "opt"}
+"""Families of `make fast`: between them they have all that sets families apart but experts."""
+
+families = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in DECODERS]
+)
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def dense(size: int, similarity: str, item_bias: bool, num_items: int) -> list[d
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 def test_each_form_of_the_sharded_softmax_equals_the_dense_one(size: int, accumulate: bool) -> None:
     """Losses and gradients of states, rows, biases and temperature; gradients add up over micro-batches."""
     ranks = run_ranks(size, sharded, accumulate)

@@ -72,6 +72,7 @@ def test_a_run_that_does_not_fit_gets_changes_that_help(config: RunConfig) -> No
     assert "does NOT fit" in format_plan(plan)
 
 
+@pytest.mark.slow
 def test_a_run_with_wide_embeddings_that_does_not_fit_may_have_narrow_ones(tmp_path: Path) -> None:
     catalog = make_catalog(num_items=3000)
     backbone = make_backbone(tmp_path / "backbone", catalog, hidden_size=512)
