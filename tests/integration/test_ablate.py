@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import BIN, ROOT, clean_environment, write_config
+from cllm4rec_dist import cli
+from cllm4rec_dist.cli import child
+from tests.integration.runs import ROOT, clean_environment, write_config
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_two_variants_by_one_command(tmp_path: Path) -> None:
+def test_two_variants_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trainings are commands; `evaluate` runs in this process, which has imported torch already."""
+
+    def run_command(name: str, *arguments: str) -> None:
+        if name == "evaluate":
+            cli.app([name, *arguments], standalone_mode=False)
+        else:
+            child.run_command(name, *arguments)
+
+    monkeypatch.setattr("cllm4rec_dist.cli.ablate.run_command", run_command)
+    monkeypatch.chdir(tmp_path)
+    for name, value in clean_environment(PYTHONPATH=str(ROOT)).items():
+        monkeypatch.setenv(name, value)
     config = str(write_config(tmp_path))
-    command = [str(BIN / "cllm4rec"), "ablate", "--pretrain", config, "--finetune", config, "--output", "table"]
+    command = ["ablate", "--pretrain", config, "--finetune", config, "--output", "table"]
     choices = ["--variants", "llm-scratch,llm-prerec", "--seeds", "0", "--no-baselines", "--launcher", "process"]
-    run = subprocess.run(
-        [*command, *choices, "max_steps=2"],
-        cwd=tmp_path,
-        env=clean_environment(PYTHONPATH=str(ROOT)),
-        text=True,
-        capture_output=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "| LLM-Scratch | 1 |" in run.stdout
-    assert "| LLM-PreRec | 1 |" in run.stdout
+    cli.app([*command, *choices, "max_steps=2"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "| LLM-Scratch | 1 |" in printed
+    assert "| LLM-PreRec | 1 |" in printed
     content = json.loads((tmp_path / "table/ablation.json").read_text())
     scratch, pretrained = content["variants"]
     assert scratch["num_trained"] > pretrained["num_trained"], "a random decoder is trained whole"
