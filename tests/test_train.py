@@ -104,6 +104,7 @@ def with_slow_steps(world: World, config: RunConfig) -> None:
     run(world, config)
 
 
+@pytest.mark.slow
 def test_all_ranks_save_when_the_clock_of_rank_0_says_so(made: Made, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoint": {"every_minutes": 1, "every_steps": 4, "keep": 10}, "max_steps": 8}
     run_ranks(2, with_slow_steps, make_config(made, tmp_path / "run", **changes))

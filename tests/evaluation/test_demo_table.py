@@ -31,6 +31,7 @@ GROUPS = [
 ]
 
 
+@pytest.mark.slow
 def test_new_customers_and_new_products_have_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_config(PrepareConfig, ROOT / "shards/demo.yaml", SMALL)
     catalog = build_catalog(read_source(recipe.source), recipe)

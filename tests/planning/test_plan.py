@@ -114,6 +114,7 @@ def test_a_plan_names_layouts_that_make_a_step_faster(config: RunConfig, tmp_pat
         make_plan(with_shard_group(config, 3), cluster)
 
 
+@pytest.mark.slow
 def test_a_plan_names_a_sampled_softmax_for_a_large_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = make_catalog(num_items=5000)
     backbone = make_backbone(tmp_path / "backbone", catalog, hidden_size=32)
