@@ -30,9 +30,9 @@ FORMS = [(similarity, bias) for similarity in ("cosine", "dot") for bias in (Tru
 # Hidden states of each rank in each of two micro-batches.
 POSITIONS = {1: [[6], [3]], 2: [[4, 0], [3, 5]], 3: [[2, 0, 5], [0, 0, 0]], 4: [[3, 1, 0, 4], [0, 2, 1, 0]]}
 NUM_ITEMS = [11, 3]
+"""Shards of 2 or 3 ranks are uneven; of 3 items on 4 ranks one is empty."""
 FEW = [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
 """Numbers of ranks, of which `make fast` tries two."""
-"""Shards of 2 or 3 ranks are uneven; of 3 items on 4 ranks one is empty."""
 
 
 def normal(*shape: int, seed: int) -> Tensor:
