@@ -154,6 +154,7 @@ def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
     return {name: result.mean for name, (result,) in groups.items()}
 
 
+@pytest.mark.slow
 def test_groups_are_a_plain_loop_over_users_on_any_number_of_ranks(made: Made, system: InferenceSystem) -> None:
     users, cold = HeldOutUsers.of(made.corpus, "test"), made.corpus.training_counts() == 0
     everything = np.ones_like(cold)

@@ -5,6 +5,7 @@ The columns of the table there are the tests here; `test_the_documentation_lists
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,9 +57,14 @@ POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])
 FAST = {"gpt2", "llama", "gemma3_text", "phi3", "opt"}
 """Families of `make fast`: between them they have all that sets families apart but experts."""
 
-families = pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in DECODERS]
-)
+
+def of_families(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test for each of these families; those that `make fast` leaves out are slow."""
+    marked = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("family", marked)
+
+
+families = of_families(DECODERS)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +202,7 @@ def test_the_probe_accepts_it_in_bf16(folders: dict[str, Path], family: str) -> 
     assert "forward" not in vars(dual)
 
 
-@pytest.mark.parametrize("family", sorted(DECODERS.keys() - WITHOUT_NF4))
+@of_families(sorted(DECODERS.keys() - WITHOUT_NF4))
 def test_four_bit_weights_pass_the_probe(folders: dict[str, Path], family: str) -> None:
     require_adaptable(load_config(folders[family]), LORA, "nf4")
     dual = load_backbone(folders[family], LORA, torch.float32, 5, "nf4")
@@ -222,7 +228,7 @@ def test_experts_stay_frozen_and_are_named(family: str, caplog: pytest.LogCaptur
         require_adaptable(tiny_config(family), AdapterConfig(kind="full"), "none")
 
 
-@pytest.mark.parametrize("family", EXPORTED)
+@of_families(EXPORTED)
 def test_exported_adapters_compute_the_same_in_transformers(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
