@@ -71,12 +71,13 @@ bench: install
 	    $(BIN)/python -m benchmarks.stream $(BEAUTY) --steps 8 --json benchmarks/results/stream-amazon-beauty.json; fi
 	if [ -d backbones/amazon-beauty ]; then $(BIN)/python -m benchmarks.step $(BEAUTY); fi
 
+PYTEST := $(BIN)/python -m pytest --no-loadscope-reorder
+
 # Four files of tests at a time, those that start whole runs first (tests/conftest.py): while some wait for their ranks,
 # others use the cores.
-PYTEST := $(BIN)/python -m pytest --numprocesses 4 --no-loadscope-reorder
 test: install lint
-	$(PYTEST)
+	$(PYTEST) --numprocesses 4
 
-# What to run before each commit: under two minutes on two cores.
+# What to run before each commit: under two minutes on two cores. Few tests wait, so a process a core is enough.
 fast: install lint
-	$(BIN)/python -m pytest --numprocesses logical -m "not slow and not integration"
+	$(PYTEST) --numprocesses logical -m "not slow and not integration"

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 -m benchmarks.gpu                 on 8 GPUs
     torchrun --standalone --nproc_per_node=1 -m benchmarks.gpu --items 100000  on one, too small for a million items
-    ... -m benchmarks.gpu embeddings.dim=256 head.compute_dtype=bf16           with other settings, for a million on one
+    ... -m benchmarks.gpu embeddings.dim=256 head.compute_dtype=bf16           with other settings: a million items
     python -m benchmarks.gpu --hidden 64 --layers 2 --heads 4 --items 1000 --users 500 --batch-users 16 --batch-texts 8
 
 The last command checks on a CPU that the code runs. Weights are random, so nothing is downloaded. They are frozen in

@@ -326,7 +326,7 @@ def compare_run(folder: Path, name: str, changes: dict[str, Any]) -> tuple[Diffe
         env = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # cuBLAS needs it to be deterministic
-        env |= {"OMP_NUM_THREADS": "1"}  # as many processes as cores run at once
+        env |= {"OMP_NUM_THREADS": "1"}  # as many processes as there are cores run at once
         env |= {"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {}
         command = [sys.executable, "-m", "benchmarks.parity", "--steps", str(base), json.dumps(changes)]
         command += ["--folder", str(folder)]

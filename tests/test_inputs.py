@@ -272,7 +272,7 @@ def test_weights_that_do_not_fit_the_backbone_are_never_made_up(decoder: Path, t
 
 
 @pytest.mark.slow
-@settings(patient, max_examples=60, derandomize=True)  # libraries read these files: damage the same ones in every run
+@settings(patient, derandomize=True)  # libraries read these files: damage the same ones in every run
 @given(data=st.data())
 def test_spoilt_backbone_configurations(decoder: Path, data: st.DataObject, tmp_path: Path) -> None:
     expected = facts_of(decoder)

@@ -301,8 +301,7 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
     decoder.set_input_embeddings(nn.Identity())
     decoder.requires_grad_(adapter.kind == "full")
     if adapter.kind == "lora":
-        is_quantized = hasattr(decoder.config, "quantization_config")
-        with nullcontext() if is_quantized else _without_bitsandbytes(), warnings.catch_warnings():
+        with _without_bitsandbytes(), warnings.catch_warnings():
             from peft import inject_adapter_in_model
 
             torch.manual_seed(seed)
@@ -328,13 +327,13 @@ def _adapted(decoder: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtyp
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Keep PEFT from importing bitsandbytes, which takes most of a second and adapts quantized weights alone."""
+    """Keep PEFT from importing bitsandbytes, which takes most of a second, unless a quantized decoder has done so."""
     with hidden_modules("bitsandbytes"):
         from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
         try:
             yield
-        finally:  # they remember their answer, and the next decoder of this process may be quantized
+        finally:  # both cache their answer, and the next decoder of this process may be quantized
             is_bnb_available.cache_clear()
             is_bnb_4bit_available.cache_clear()
 

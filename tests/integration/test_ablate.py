@@ -9,7 +9,7 @@ import pytest
 
 from cllm4rec_dist import cli
 from cllm4rec_dist.cli import child
-from tests.integration.runs import ROOT, clean_environment, write_config
+from tests.integration.runs import ROOT, write_config
 
 
 @pytest.mark.slow
@@ -27,8 +27,8 @@ def test_two_variants_by_one_command(
 
     monkeypatch.setattr("cllm4rec_dist.cli.ablate.run_command", run_command)
     monkeypatch.chdir(tmp_path)
-    for name, value in clean_environment(PYTHONPATH=str(ROOT)).items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = str(write_config(tmp_path))
     command = ["ablate", "--pretrain", config, "--finetune", config, "--output", "table"]
     choices = ["--variants", "llm-scratch,llm-prerec", "--seeds", "0", "--no-baselines", "--launcher", "process"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -21,8 +20,10 @@ SMALL = "--hidden 64 --layers 2 --heads 4 --words 600 --items 1000 --users 500 -
 def test_the_benchmark_of_a_7b_backbone_runs(tmp_path: Path) -> None:
     told = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", *SMALL.split(), "--steps", "2", "--warmup", "1"]
-    found = subprocess.run([*command, "--json", str(told)], cwd=ROOT, capture_output=True, text=True)
+    settings = ["embeddings.dim=32", "head.compute_dtype=bf16"]
+    found = subprocess.run([*command, "--json", str(told), *settings], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+    assert json.loads(told.read_text())["settings"] == settings
     assert json.loads(told.read_text())["tokens_per_second"] > 0
 
 
@@ -40,7 +41,9 @@ def test_the_whole_way_runs_at_a_tiny_scale(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(million, "run_command", run_command)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     told = tmp_path / "million.json"
-    million.run(argparse.Namespace(scale=["tiny"], folder=tmp_path, note=None, json=told))
+    options = ["--scale", "tiny", "--folder", str(tmp_path), "--json", str(told)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.million", *options])
+    million.main()
     parts = {row["part"]: row for row in json.loads(told.read_text())["parts"]}
     assert {"prepare", "pretrain", "resume", "finetune", "evaluate", "recommend"} <= parts.keys()
     assert all(row["cpu_seconds"] > 0 and row["peak_gib"] > 0 for row in parts.values())

@@ -55,11 +55,11 @@ WORDS = torch.arange(sum(LENGTHS)) * 17 % 300
 POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])
 
 FAST = {"gpt2", "llama", "gemma3_text", "phi3", "opt"}
-"""Families of `make fast`: between them they have all that sets families apart but experts."""
+"""Families that `make fast` tests."""
 
 
 def of_families(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Run a test for each of these families; those that `make fast` leaves out are slow."""
+    """Run a test for each of these families, marked as slow if `make fast` leaves it out."""
     marked = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
     return pytest.mark.parametrize("family", marked)
 

@@ -31,8 +31,8 @@ FORMS = [(similarity, bias) for similarity in ("cosine", "dot") for bias in (Tru
 POSITIONS = {1: [[6], [3]], 2: [[4, 0], [3, 5]], 3: [[2, 0, 5], [0, 0, 0]], 4: [[3, 1, 0, 4], [0, 2, 1, 0]]}
 NUM_ITEMS = [11, 3]
 """Shards of 2 or 3 ranks are uneven; of 3 items on 4 ranks one is empty."""
-FEW = [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
-"""Numbers of ranks, of which `make fast` tries two."""
+WORLD_SIZES = [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
+"""`make fast` tests the first two."""
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -123,7 +123,7 @@ def dense(size: int, similarity: str, item_bias: bool, num_items: int) -> list[d
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
-@pytest.mark.parametrize("size", FEW)
+@pytest.mark.parametrize("size", WORLD_SIZES)
 def test_each_form_of_the_sharded_softmax_equals_the_dense_one(size: int, accumulate: bool) -> None:
     """Losses and gradients of states, rows, biases and temperature; gradients add up over micro-batches."""
     ranks = run_ranks(size, sharded, accumulate)
@@ -182,7 +182,7 @@ def dense_travelling(size: int) -> dict[str, Tensor]:
     return {"queries": torch.cat([q.grad for q in queries]), "rows": rows.grad, "bias": bias.grad}
 
 
-@pytest.mark.parametrize("size", FEW)
+@pytest.mark.parametrize("size", WORLD_SIZES)
 def test_rounded_queries_give_the_dense_result_of_these_queries_on_any_number_of_ranks(size: int) -> None:
     """Rows and biases see the rounding of queries alone; gradients of queries are rounded once for each shard."""
     ranks = run_ranks(size, travelling, torch.bfloat16, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,27 @@ def test_settings_of_other_adapters_are_refused(setting: str) -> None:
     tree = {"stage": "pretrain", "corpus": "-", "backbone": "-", "output": "-", "adapter": {setting: True}}
     with pytest.raises(ConfigError, match=f"adapter.{setting}"):
         validate(RunConfig, tree, "test")
+
+
+@pytest.mark.slow
+@relies_on("model/backbone.py", "cache_clear")
+def test_adapters_do_without_bitsandbytes_unless_weights_are_quantized(llama: Path) -> None:
+    """PEFT imports bitsandbytes if `find_spec` finds it, and `is_bnb_available` caches the answer until `cache_clear`.
+
+    If this fails, PEFT imports it elsewhere, or keeps its answer elsewhere: see peft/import_utils.py.
+    """
+    pytest.importorskip("bitsandbytes")
+    code = f"""
+import sys
+from pathlib import Path
+import torch
+from cllm4rec_dist.config import AdapterConfig
+from cllm4rec_dist.model.backbone import load_backbone
+load = lambda quantization: load_backbone(Path({str(llama)!r}), AdapterConfig(), torch.bfloat16, 0, quantization)
+load("none")
+assert "bitsandbytes" not in sys.modules
+from peft.tuners.lora.bnb import Linear4bit
+assert any(isinstance(module, Linear4bit) for module in load("nf4").modules())
+"""
+    found = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert found.returncode == 0, found.stderr
