@@ -66,6 +66,7 @@ def tuned(made: Made, output: Path, init_from: Path, **changes: Any) -> RunConfi
     return make_config(made, output, "finetune", init_from=str(init_from), max_steps=2, **changes)
 
 
+@pytest.mark.slow
 def test_a_leak_is_counted_exactly_and_an_example_is_given(corpora: dict[str, Made]) -> None:
     first, again = (Corpus.open(corpora[name][1]) for name in ("first", "again"))
     leak, example = find_leak(again, TrainedOn.of_corpus(first).seen)

@@ -203,6 +203,7 @@ def test_text_neighbours_rank_by_the_cosine_with_the_texts_of_the_history(made: 
     assert by_group[COLD]["Popularity"].metrics["recall@5"] < shown.metrics["recall@5"]
 
 
+@pytest.mark.slow
 def test_the_table_shows_warm_cold_and_all(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "cllm4rec_dist.evaluation.comparison.BaselineConfig",

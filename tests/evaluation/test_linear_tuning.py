@@ -86,6 +86,7 @@ def chosen_by(world: World, folder: str) -> dict[str, float]:
     return asdict(choose_settings(*inputs(corpus), corpus, LinearConfig(neighbors=4), world))
 
 
+@pytest.mark.slow
 def test_ranks_choose_alike_and_no_single_step_is_better(made: Made, corpus: Corpus) -> None:
     alike = chosen_by(alone(), made[1])
     for size in (2, 3):

@@ -183,6 +183,7 @@ def test_a_resumed_optimizer_steps_like_the_saved_one(storage: Storage) -> None:
             torch.testing.assert_close(value, saved[name][key], rtol=0, atol=near, msg=f"{name}.{key}")
 
 
+@pytest.mark.slow
 def test_8_bits_take_a_quarter_of_the_memory_and_converge_as_fast() -> None:
     sizes, losses = {}, {}
     for storage in ("fp32", "int8"):
