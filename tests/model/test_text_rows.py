@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model import text_rows
@@ -68,6 +70,55 @@ def fit_on_two_ranks(world: World) -> torch.Tensor:
     assert rows_of is not None
     assert rows_of([]).shape == (0, 2)
     return rows_of(["red teapot"])
+
+
+def catalog() -> tuple[list[str], np.ndarray, torch.Tensor]:
+    """Texts of 31 items with words of sixty, training interactions (none for every fifth), and rows."""
+    random = np.random.default_rng(3)
+    texts = [" ".join(f"word{word}" for word in random.integers(0, 60, random.integers(1, 40))) for _ in range(31)]
+    counts = np.where(np.arange(31) % 5 == 4, 0, random.integers(1, 40, 31))
+    return texts, counts, torch.from_numpy(random.standard_normal((31, WIDTH)).astype(np.float32))
+
+
+NEW_TEXTS = ["word1 word2", "word3 word4 word5 word6 word7", "word8 other", "word11 word11 word0", "other"]
+
+
+def new_rows(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    texts, counts, rows = catalog()
+    bounds = {1: [0, 31], 2: [0, 27, 31], 3: [0, 12, 12, 31]}[world.size]  # uneven, and a rank without items
+    local = slice(bounds[world.rank], bounds[world.rank + 1])
+    rows_of = fit_text_rows(texts, counts, rows[local], None, local.start, world, None)
+    assert rows_of is not None
+    return rows_of(NEW_TEXTS), torch.cat([rows_of([text]) for text in NEW_TEXTS])
+
+
+def dense_new_rows() -> np.ndarray:
+    """The rows' directions, in fp64 without a sparse or a sharded matrix."""
+    texts, counts, rows = catalog()
+    warm = np.flatnonzero(counts)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float64)
+    x = vectorizer.fit_transform([texts[item] for item in warm]).toarray()
+    new = vectorizer.transform(NEW_TEXTS).toarray()
+    targets = F.normalize(rows[warm].double(), dim=1).numpy()
+    weights = (counts[warm] / (counts[warm] + 10))[:, None]
+    regression = new @ np.linalg.solve(x.T @ (weights * x) + 0.3 * np.eye(x.shape[1]), x.T @ (weights * targets))
+    cosines = new @ x.T
+    assert ((cosines > 0) & (cosines < 0.1)).any()
+    similar = np.where(cosines < 0.1, 0, cosines**3) @ (weights * targets)
+    both = F.normalize(torch.from_numpy(regression), dim=1) + 0.5 * F.normalize(torch.from_numpy(similar), dim=1)
+    return F.normalize(both, dim=1).numpy()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_rows_of_new_items_are_those_of_a_dense_computation(size: int) -> None:
+    expected = dense_new_rows()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_rows, "_BLOCK", 2)
+        results = [new_rows(alone())] if size == 1 else run_ranks(size, new_rows)
+    for together, one_by_one in results:
+        assert torch.equal(together, one_by_one), "a text's row depends on no other text"
+        np.testing.assert_allclose(F.normalize(together, dim=1).numpy(), expected, rtol=2e-3, atol=2e-3)
+        assert torch.equal(together, results[0][0]), "all ranks have the same rows"
 
 
 def test_a_rank_may_have_no_items() -> None:
