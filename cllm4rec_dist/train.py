@@ -39,9 +39,8 @@ from cllm4rec_dist.corpus.stream import prefetch
 from cllm4rec_dist.distributed.collectives import gather_integers, require_agreement
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
-from cllm4rec_dist.evaluation import mixing
-from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
 from cllm4rec_dist.evaluation.linear_tuning import init_linear_memory
+from cllm4rec_dist.evaluation.validation import validate
 from cllm4rec_dist.log import ReportMetrics
 from cllm4rec_dist.model.table_replicas import copy_first_replica
 from cllm4rec_dist.monitoring.progress import Schedule, Validation
@@ -363,21 +362,14 @@ def _reset_best_of_other_metric(state: RunState, config: RunConfig, world: World
 
 
 def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunReporter) -> RunState:
-    """Evaluate on the validation items, and save a new best result as the `best` checkpoint. Collective.
-
-    With a linear memory its weight is chosen anew, and the metrics are those of the sum of both scores.
-    """
-    config = system.config.validation
-    with cold_rows_filled(system):
-        users = config.sample_size(system.corpus.num_users)
-        mixed = mixing.choose_weight(system, "valid", config.metrics, config.batch_users, users)
-    system.linear.weight = mixed.weight
-    metric = config.metrics[0]
+    """Validate (`evaluation/validation.py`), and save a new best result as the `best` checkpoint. Collective."""
+    mixed, new_item_offset = validate(system)
+    metric = system.config.validation.metrics[0]
     value = mixed.metrics[metric]
     is_best = state.best is None or value > state.best
-    reporter.validation(state, Validation(mixed.metrics, is_best, mixed.parts, mixed.weight))
+    reporter.validation(state, Validation(mixed.metrics, is_best, mixed.parts, mixed.weight, new_item_offset))
     weight = None if system.linear.is_empty else mixed.weight
-    state = replace(state, validated_step=state.step, linear_weight=weight)
+    state = replace(state, validated_step=state.step, linear_weight=weight, new_item_offset=new_item_offset)
     if not is_best:
         # While the learning rates still rise, no improvement does not mean that there will be none.
         counts = state.step > system.config.optimizer.warmup_steps

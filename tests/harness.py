@@ -192,12 +192,14 @@ def make_run(
     seed: int = 0,
     step: int = 7,
     linear_weight: float | None = None,
+    new_item_offset: float | None = None,
     **settings: Any,
 ) -> Path:
     """Make a finetuned run with a best checkpoint of random weights, without training.
 
     Args:
         linear_weight: weight of a random linear memory; None for none.
+        new_item_offset: offset that a validation has chosen; None for none.
     """
     tree = {"stage": "finetune", "corpus": corpus, "backbone": str(backbone), "output": str(folder)} | settings
     config = validate(RunConfig, tree, "test")
@@ -224,6 +226,7 @@ def make_run(
         best_metric="recall@5",
         validated_step=step,
         linear_weight=linear_weight,
+        new_item_offset=new_item_offset,
     )
     saver.save(state, "best-")
     saver.finish()

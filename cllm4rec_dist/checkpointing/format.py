@@ -66,6 +66,7 @@ class RunState:
         skipped_in_a_row: steps skipped since the last accepted one.
         validated_step: step of the last validation.
         linear_weight: weight of the linear memory that the last validation chose; None without one.
+        new_item_offset: offset of new items' biases that the last validation chose; None if it chose none.
     """
 
     step: int = 0
@@ -77,6 +78,7 @@ class RunState:
     best_metric: str | None = None
     validated_step: int | None = None
     linear_weight: float | None = None
+    new_item_offset: float | None = None
 
 
 class CheckpointMetadata(StrictModel):

@@ -99,7 +99,8 @@ class HeadConfig(StrictModel):
     training interactions, plus one; scores are corrected by the logarithm of the probability (logQ)."""
     new_item_offset: float | None = Field(default=None, allow_inf_nan=False)
     """Item bias of new items, which have a text and no training interactions, relative to the mean of the others: the
-    higher, the more places of the lists they take (docs/new-products.md); -1.5 if left out. Requires `item_bias`."""
+    higher, the more places of the lists they take (docs/new-products.md). If left out it is chosen on validation, by
+    `validation.max_known_item_loss`, and is -1.5 in a run whose corpus has no new items. Requires `item_bias`."""
 
     @model_validator(mode="after")
     def _check_requirements(self) -> HeadConfig:
@@ -234,6 +235,9 @@ class ValidationConfig(StrictModel):
     early_stopping_patience: int = Field(default=0, ge=0)
     """Validations without improvement after which training stops; those during the warm-up of the learning rates do not
     count. 0 disables early stopping."""
+    max_known_item_loss: float = Field(default=0.01, ge=0, le=1)
+    """Share of any metric of the known items that new items in the lists may cost. The highest `head.new_item_offset`
+    up to 0 that costs no more is chosen; a larger share finds more of the new items (docs/new-products.md)."""
 
     def sample_size(self, num_users: int) -> int | None:
         """Users of the sample in a corpus of so many users; None for all of them."""

@@ -80,7 +80,7 @@ def evaluate_groups(
     rows = np.full(len(users), -1, np.int64) if without_rows else users.rows
     results = {}
     for group in groups:
-        held_out = _restrict(users.held_out, group.held_out)
+        held_out = restrict(users.held_out, group.held_out)
         chosen = np.flatnonzero(held_out.lengths)
         if not len(chosen):
             continue
@@ -100,8 +100,8 @@ def evaluate_groups(
     return results
 
 
-def _restrict(lists: Ragged, kept: np.ndarray) -> Ragged:
-    """Leave out the items that are not `kept`, bool [I]; lists may become empty."""
+def restrict(lists: Ragged, kept: np.ndarray) -> Ragged:
+    """Return the lists without the items that are not `kept`, bool [I]; some may become empty."""
     is_kept = kept[lists.values]
     lengths = np.bincount(lists.rows[is_kept], minlength=len(lists))
     return Ragged.from_lengths(lengths, lists.values[is_kept])

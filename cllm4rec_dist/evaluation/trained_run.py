@@ -193,8 +193,9 @@ def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
 
 
 def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str | None = None) -> RunConfig:
-    """Return the configuration of a checkpoint, with the width of its embeddings and the paths of today.
+    """Return the configuration of a checkpoint, with the paths of today.
 
+    The width of the embeddings and the offset of new items, which may be left out, are those that the run has chosen.
     Corpus and backbone have the given paths, else those in the run's project with matching fingerprints, else the
     recorded paths.
 
@@ -205,6 +206,9 @@ def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str |
     if used.metadata.embedding_width is not None:  # the default may be another one in this version
         embeddings = config.embeddings.model_copy(update={"dim": used.metadata.embedding_width})
         config = config.model_copy(update={"embeddings": embeddings})
+    if config.head.new_item_offset is None:
+        head = config.head.model_copy(update={"new_item_offset": used.metadata.run.new_item_offset})
+        config = config.model_copy(update={"head": head})
     corpus = corpus or corpus_in_project(used.store, used.metadata.fingerprints.get("corpus"))
     return relocated(config, used.path, backbone or _backbone_in_project(used), corpus)
 

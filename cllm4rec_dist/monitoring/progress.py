@@ -46,12 +46,14 @@ class Validation:
         is_best: True if it is the best so far.
         parts: metrics of the LLM alone (`llm`) and of the linear memory alone (`linear`); empty without a memory.
         linear_weight: chosen weight of the linear memory.
+        new_item_offset: chosen offset of new items' biases; None if none was chosen.
     """
 
     metrics: Mapping[str, float]
     is_best: bool = False
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     linear_weight: float = 0.0
+    new_item_offset: float | None = None
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,8 @@ class RunReporter:
         }
         if parts:
             parts["linear_weight"] = validation.linear_weight
+        if validation.new_item_offset is not None:
+            parts["new_item_offset"] = validation.new_item_offset
         self._metrics.write(state.step, {"epoch": self._schedule.epoch(state.step) - 1, **logged, **parts})
         self._report(logged)
         self._validation = validation

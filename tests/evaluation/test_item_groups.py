@@ -22,15 +22,17 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.views import item_texts
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.evaluation import trained_run
+from cllm4rec_dist.evaluation import new_item_offset, trained_run, validation
 from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.baselines import run_baselines
+from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
 from cllm4rec_dist.evaluation.comparison import _Splits, compare
 from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, group_rows
 from cllm4rec_dist.evaluation.inference import evaluate_run
 from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.mixing import MixedMetrics
+from cllm4rec_dist.evaluation.new_item_offset import choose_offset
 from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import rank_users
 from cllm4rec_dist.export.source import open_source
@@ -88,14 +90,19 @@ def test_rows_of_cold_items_come_from_their_texts_when_a_run_is_loaded(made: Mad
     torch.testing.assert_close(bias[is_cold], (bias[~is_cold].mean() - 1.5).expand(int(is_cold.sum()), 1))
 
 
-def test_lists_new_texts_and_exports_take_the_offset_of_the_run(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fixed", "chosen", "used"), [(0.25, None, 0.25), (None, -4.5, -4.5), (0.25, -4.5, 0.25)], ids=str
+)
+def test_lists_new_texts_and_exports_take_the_offset_of_the_run_or_of_its_validation(
+    made: Made, tmp_path: Path, fixed: float | None, chosen: float | None, used: float
+) -> None:
     config = open_source(made.run, None, None).config
-    settings = config.model_dump(include={"embeddings"}) | {"head": {"new_item_offset": 0.25}}
-    run = str(make_run(tmp_path / "run", config.corpus, config.backbone, **settings))
+    settings = config.model_dump(include={"embeddings"}) | {"head": {"new_item_offset": fixed}}
+    run = str(make_run(tmp_path / "run", config.corpus, config.backbone, new_item_offset=chosen, **settings))
     system, _ = trained_run.load_local(run, torch.device("cpu"))
     bias, is_cold = system.recommender.head.local_bias, torch.from_numpy(made.corpus.training_counts() == 0)
     assert bias is not None
-    expected = bias[~is_cold].mean().item() + 0.25
+    expected = bias[~is_cold].mean().item() + used
     assert bias[is_cold].flatten().tolist() == pytest.approx([expected] * int(is_cold.sum()))
     new = TextItems.fit(system).add(system, {"new": item_texts(made.corpus)[0]}).new_items
     assert new is not None
@@ -128,23 +135,72 @@ def test_a_validation_sees_rows_from_texts_and_training_its_rows(
     bias, filled_bias = (model.head.local_bias for model in models)
     assert bias is not None
     trained_bias = bias.detach().clone()
-    seen = []
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    states: list[RunState] = []
+
+    def look() -> None:
+        seen.append((rows.detach().clone(), bias.detach().clone()))
 
     def choose_weight(*_: Any) -> MixedMetrics:
-        seen.append((rows.detach().clone(), bias.detach().clone()))
-        return MixedMetrics(0.0, {"recall@20": 0.5}, {}, {})
+        look()
+        return MixedMetrics(0.25, {"recall@20": 0.5}, {}, {})
 
-    def save(*_: Any) -> None:
-        seen.append((rows.detach().clone(), bias.detach().clone()))
+    def choose_offset(system: InferenceSystem, filled_with: float, max_loss: float, *_: Any) -> float:
+        look()
+        assert (system.linear.weight, filled_with, max_loss) == (0.25, -1.5, 0.01)
+        return -4.0
 
-    monkeypatch.setattr(train_module.mixing, "choose_weight", choose_weight)
+    def measure_weight(system: InferenceSystem, weight: float, *_: Any) -> MixedMetrics:
+        look()
+        return MixedMetrics(weight, {"recall@20": 0.375}, {}, {})
+
+    def save(state: RunState, *_: Any) -> None:
+        look()
+        states.append(state)
+
+    for function in (choose_weight, choose_offset, measure_weight):
+        monkeypatch.setattr(validation, function.__name__, function)
     stubs: Any = SimpleNamespace(save=save), SimpleNamespace(validation=lambda *_: None)
     train_module._validate(cast(System, training), RunState(step=1), *stubs)
-    ranked, saved = seen
-    assert torch.equal(ranked[0], filled)
-    assert torch.equal(ranked[1], filled_bias)
-    assert torch.equal(saved[0], made.trained)
-    assert torch.equal(saved[1], trained_bias)
+    for ranked in seen[:3]:
+        assert torch.equal(ranked[0], filled)
+    is_cold = torch.from_numpy(made.corpus.training_counts() == 0)
+    for ranked in seen[:2]:
+        assert torch.equal(ranked[1], filled_bias)
+    torch.testing.assert_close(seen[2][1], torch.where(is_cold[:, None], filled_bias - 2.5, filled_bias))
+    assert torch.equal(seen[3][0], made.trained)
+    assert torch.equal(seen[3][1], trained_bias)
+    assert [(state.best, state.new_item_offset) for state in states] == [(0.375, -4.0)]
+
+
+def chosen_offsets(world: World, run: str, losses: list[float]) -> list[float | None]:
+    system, _ = trained_run.load(run, world)
+    return [choose_offset(system, -1.5, loss, "valid", METRICS, 4) for loss in losses]
+
+
+@pytest.mark.slow
+def test_the_highest_offset_that_costs_known_items_little_is_chosen(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, losses = HeldOutUsers.of(made.corpus, "valid"), [0.0, 0.05, 0.2, 0.5, 1.0]
+    offsets = np.arange(-12.0, 1.0)
+    largest_loss = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained_run, "fill_cold_rows", lambda system: None)
+        training, _ = trained_run.load_local(made.run, torch.device("cpu"))
+    for offset in offsets.tolist():
+        with cold_rows_filled(training, offset):
+            groups = evaluate_groups(training, "valid", users, METRICS, 64, [0.0])
+        (among_all,), (alone_in_lists,) = groups[WARM], groups[WARM_ONLY]
+        ratios = [among_all.mean[name] / alone_in_lists.mean[name] for name in METRICS]
+        largest_loss.append(1 - min(ratios))
+    assert np.all(np.diff(largest_loss) > -1e-9), "known items lose more with every higher offset"
+    monkeypatch.setattr(new_item_offset, "_STEPS_PER_LOGIT", 1)
+    expected = [max(offsets[np.array(largest_loss) <= loss + 1e-9]) for loss in losses]
+    assert len(set(expected)) >= 4
+    assert expected[-1] == 0
+    for chosen in [chosen_offsets(alone(), made.run, losses), *run_ranks(2, chosen_offsets, made.run, losses)]:
+        assert chosen == pytest.approx(expected)
 
 
 def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:
