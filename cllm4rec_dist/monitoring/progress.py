@@ -156,14 +156,16 @@ def format_epoch(report: EpochReport) -> str:
 
 def format_validation(validation: Validation) -> str:
     """Format as `recall@20 0.1870 * best (LLM alone 0.1670, linear memory alone 0.1770, weight 128)`."""
+    details = []
+    if validation.parts:
+        name = next(iter(validation.metrics))
+        llm, linear = (validation.parts[part][name] for part in ("llm", "linear"))
+        weight = f"weight {validation.linear_weight:.4g}"
+        details = [f"{name}: LLM alone {llm:.4f}", f"linear memory alone {linear:.4f}", weight]
+    if validation.new_item_offset is not None:
+        details.append(f"offset of new items {validation.new_item_offset:.4g}")
     text = format_metrics(validation.metrics) + (" * best" if validation.is_best else "")
-    if not validation.parts:
-        return text
-    name = next(iter(validation.metrics))
-    llm, linear = (validation.parts[part][name] for part in ("llm", "linear"))
-    return (
-        f"{text} ({name}: LLM alone {llm:.4f}, linear memory alone {linear:.4f}, weight {validation.linear_weight:.4g})"
-    )
+    return f"{text} ({', '.join(details)})" if details else text
 
 
 def format_best(metric: str, value: float, step: int, schedule: Schedule) -> str:
