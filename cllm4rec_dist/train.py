@@ -40,7 +40,7 @@ from cllm4rec_dist.distributed.collectives import gather_integers, require_agree
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import CheckpointError, ConfigError, FaultError
 from cllm4rec_dist.evaluation.linear_tuning import init_linear_memory
-from cllm4rec_dist.evaluation.validation import validate
+from cllm4rec_dist.evaluation.validation import choose_new_item_offset, validate
 from cllm4rec_dist.log import ReportMetrics
 from cllm4rec_dist.model.table_replicas import copy_first_replica
 from cllm4rec_dist.monitoring.progress import Schedule, Validation
@@ -363,17 +363,25 @@ def _reset_best_of_other_metric(state: RunState, config: RunConfig, world: World
 
 def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunReporter) -> RunState:
     """Validate (`evaluation/validation.py`), and save a new best result as the `best` checkpoint. Collective."""
-    mixed, new_item_offset = validate(system)
+    mixed = validate(system)
     metric = system.config.validation.metrics[0]
     value = mixed.metrics[metric]
     is_best = state.best is None or value > state.best
-    reporter.validation(state, Validation(mixed.metrics, is_best, mixed.parts, mixed.weight, new_item_offset))
+    offset = choose_new_item_offset(system) if is_best else None
+    reporter.validation(state, Validation(mixed.metrics, is_best, mixed.parts, mixed.weight, offset))
     weight = None if system.linear.is_empty else mixed.weight
-    state = replace(state, validated_step=state.step, linear_weight=weight, new_item_offset=new_item_offset)
+    state = replace(state, validated_step=state.step, linear_weight=weight)
     if not is_best:
         # While the learning rates still rise, no improvement does not mean that there will be none.
         counts = state.step > system.config.optimizer.warmup_steps
         return replace(state, validations_since_best=state.validations_since_best + counts)
-    state = replace(state, best=value, best_metric=metric, best_step=state.step, validations_since_best=0)
+    state = replace(
+        state,
+        best=value,
+        best_metric=metric,
+        best_step=state.step,
+        validations_since_best=0,
+        new_item_offset=offset,
+    )
     saver.save(state, BEST)
     return state

@@ -66,7 +66,7 @@ class RunState:
         skipped_in_a_row: steps skipped since the last accepted one.
         validated_step: step of the last validation.
         linear_weight: weight of the linear memory that the last validation chose; None without one.
-        new_item_offset: offset of new items' biases that the last validation chose; None if it chose none.
+        new_item_offset: offset of new items' biases, chosen for the best validation; None if none was chosen.
     """
 
     step: int = 0

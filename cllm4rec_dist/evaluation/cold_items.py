@@ -33,18 +33,14 @@ def fill_cold_rows(system: InferenceSystem) -> None:
     """
     if not system.corpus.manifest.has_cold_items:
         return
-    num_cold = _fill(system, system.corpus.training_counts(), system.config.head.new_item_offset)
+    num_cold = _fill(system, system.corpus.training_counts())
     if num_cold:
         logger.info("rows of %s items without training interactions come from their texts", f"{num_cold:,}")
 
 
 @contextmanager
-def cold_rows_filled(system: InferenceSystem, offset: float | None = None) -> Iterator[None]:
-    """Fill the rows of cold items within the context; then the trained rows are back, bit for bit. Collective.
-
-    Args:
-        offset: of their biases; that of the run if left out.
-    """
+def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
+    """Fill the rows of cold items within the context; then the trained rows are back, bit for bit. Collective."""
     if not system.corpus.manifest.has_cold_items:
         yield
         return
@@ -55,18 +51,18 @@ def cold_rows_filled(system: InferenceSystem, offset: float | None = None) -> It
     filled = [model.collaborative.items.local_rows.detach(), *([] if bias is None else [bias.detach()])]
     trained = [values[cold] for values in filled]
     try:
-        _fill(system, counts, system.config.head.new_item_offset if offset is None else offset)
+        _fill(system, counts)
         yield
     finally:
         for values, before in zip(filled, trained, strict=True):
             values[cold] = before
 
 
-def _fill(system: InferenceSystem, counts: np.ndarray, offset: float | None) -> int:
+def _fill(system: InferenceSystem, counts: np.ndarray) -> int:
     model = system.recommender
     first, _ = model.item_partition.range(model.world.rank)
     rows, bias = model.collaborative.items.local_rows, model.head.local_bias
-    return fill_rows(system.corpus, counts, rows, bias, first, model.world, offset)
+    return fill_rows(system.corpus, counts, rows, bias, first, model.world, system.config.head.new_item_offset)
 
 
 @torch.no_grad()

@@ -58,42 +58,14 @@ def choose_weight(
         num_users: size of a sample, see `HeldOutUsers.of`; None for all users.
     """
     if system.linear.is_empty:
-        return measure_weight(system, LLM_ALONE, split, metrics, batch_users, num_users)
+        (alone,) = evaluate(system, split, metrics, batch_users, [LLM_ALONE], num_users=num_users)
+        return MixedMetrics(LLM_ALONE, alone.result().mean, alone.result().mean, {})
     scale = score_ratio(system, split, batch_users)
     grid = [LLM_ALONE, *(scale * 2.0**exponent for exponent in _EXPONENTS if scale > 0), LINEAR_ALONE]
-    results = _means(system, grid, split, metrics, batch_users, num_users)
+    evaluations = evaluate(system, split, metrics, batch_users, grid, num_users=num_users)
+    results = [evaluation.result().mean for evaluation in evaluations]
     best = max(range(len(grid) - 1), key=lambda index: (results[index][metrics[0]], -index))
     return MixedMetrics(grid[best], results[best], results[0], results[-1])
-
-
-def measure_weight(
-    system: InferenceSystem,
-    weight: float,
-    split: str,
-    metrics: Sequence[str],
-    batch_users: int,
-    num_users: int | None = None,
-) -> MixedMetrics:
-    """Rank the held-out items of a split with one weight, and with each score alone. Arguments as in `choose_weight`.
-
-    Collective.
-    """
-    grid = [weight] if system.linear.is_empty else [weight, LLM_ALONE, LINEAR_ALONE]
-    mixed, *alone = _means(system, grid, split, metrics, batch_users, num_users)
-    llm, linear = alone or (mixed, {})
-    return MixedMetrics(weight, mixed, llm, linear)
-
-
-def _means(
-    system: InferenceSystem,
-    weights: Sequence[float],
-    split: str,
-    metrics: Sequence[str],
-    batch_users: int,
-    num_users: int | None,
-) -> list[dict[str, float]]:
-    evaluations = evaluate(system, split, metrics, batch_users, weights, num_users=num_users)
-    return [evaluation.result().mean for evaluation in evaluations]
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Validation in training: the metrics of what a checkpoint will recommend, and what is chosen for that."""
+"""Validation in training: the metrics of a model, and what is chosen for those that recommend with its checkpoint."""
 
 from __future__ import annotations
 
 from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
-from cllm4rec_dist.evaluation.mixing import MixedMetrics, choose_weight, measure_weight
+from cllm4rec_dist.evaluation.mixing import MixedMetrics, choose_weight
 from cllm4rec_dist.evaluation.new_item_offset import choose_offset
 from cllm4rec_dist.model.text_rows import DEFAULT_OFFSET
 from cllm4rec_dist.system import InferenceSystem
@@ -11,22 +11,36 @@ from cllm4rec_dist.system import InferenceSystem
 _SPLIT = "valid"
 
 
-def validate(system: InferenceSystem) -> tuple[MixedMetrics, float | None]:
-    """Rank the validation items; return the metrics, and the chosen offset of new items or None. Collective.
+def validate(system: InferenceSystem) -> MixedMetrics:
+    """Rank the validation items. Collective.
 
-    With a linear memory its weight is chosen anew and set, and the metrics are those of the sum of both scores. With
-    new items in the corpus their offset is chosen for that sum, unless the run has a fixed one, and the metrics are
-    measured with it.
+    With a linear memory its weight is chosen anew and set, and the metrics are those of the sum of both scores. New
+    items have the offset of the run's settings or the default, so that epochs can be compared.
+    """
+    config = system.config.validation
+    with cold_rows_filled(system):
+        mixed = choose_weight(
+            system, _SPLIT, config.metrics, config.batch_users, config.sample_size(system.corpus.num_users)
+        )
+    system.linear.weight = mixed.weight
+    return mixed
+
+
+def choose_new_item_offset(system: InferenceSystem) -> float | None:
+    """Return the offset of new items for a validated system, by `validation.max_known_item_loss`. Collective.
+
+    None if the settings fix it, the head has no item bias, or the corpus has no new items.
     """
     config, head = system.config.validation, system.config.head
-    arguments = _SPLIT, config.metrics, config.batch_users, config.sample_size(system.corpus.num_users)
-    offset = None
+    if head.new_item_offset is not None or not head.item_bias or not system.corpus.manifest.has_cold_items:
+        return None
     with cold_rows_filled(system):
-        mixed = choose_weight(system, *arguments)
-        system.linear.weight = mixed.weight
-        if system.corpus.manifest.has_cold_items and head.item_bias and head.new_item_offset is None:
-            offset = choose_offset(system, DEFAULT_OFFSET, config.max_known_item_loss, *arguments)
-    if offset is None:
-        return mixed, None
-    with cold_rows_filled(system, offset):
-        return measure_weight(system, mixed.weight, *arguments), offset
+        return choose_offset(
+            system,
+            DEFAULT_OFFSET,
+            config.max_known_item_loss,
+            _SPLIT,
+            config.metrics,
+            config.batch_users,
+            config.sample_size(system.corpus.num_users),
+        )

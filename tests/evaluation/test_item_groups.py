@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,36 +141,42 @@ def test_a_validation_sees_rows_from_texts_and_training_its_rows(
     def look() -> None:
         seen.append((rows.detach().clone(), bias.detach().clone()))
 
+    results = [MixedMetrics(0.25, {"recall@20": value}, {}, {}) for value in (0.5, 0.25)]
+
     def choose_weight(*_: Any) -> MixedMetrics:
         look()
-        return MixedMetrics(0.25, {"recall@20": 0.5}, {}, {})
+        return results.pop(0)
 
     def choose_offset(system: InferenceSystem, filled_with: float, max_loss: float, *_: Any) -> float:
         look()
-        assert (system.linear.weight, filled_with, max_loss) == (0.25, -1.5, 0.01)
+        assert (system.linear.weight, filled_with, max_loss) == (0.25, -1.5, 0.03)
         return -4.0
-
-    def measure_weight(system: InferenceSystem, weight: float, *_: Any) -> MixedMetrics:
-        look()
-        return MixedMetrics(weight, {"recall@20": 0.375}, {}, {})
 
     def save(state: RunState, *_: Any) -> None:
         look()
         states.append(state)
 
-    for function in (choose_weight, choose_offset, measure_weight):
+    for function in (choose_weight, choose_offset):
         monkeypatch.setattr(validation, function.__name__, function)
     stubs: Any = SimpleNamespace(save=save), SimpleNamespace(validation=lambda *_: None)
-    train_module._validate(cast(System, training), RunState(step=1), *stubs)
-    for ranked in seen[:3]:
+    state = train_module._validate(cast(System, training), RunState(step=1), *stubs)
+    measured, chosen, saved = seen
+    for ranked in (measured, chosen):
         assert torch.equal(ranked[0], filled)
-    is_cold = torch.from_numpy(made.corpus.training_counts() == 0)
-    for ranked in seen[:2]:
         assert torch.equal(ranked[1], filled_bias)
-    torch.testing.assert_close(seen[2][1], torch.where(is_cold[:, None], filled_bias - 2.5, filled_bias))
-    assert torch.equal(seen[3][0], made.trained)
-    assert torch.equal(seen[3][1], trained_bias)
-    assert [(state.best, state.new_item_offset) for state in states] == [(0.375, -4.0)]
+    assert torch.equal(saved[0], made.trained)
+    assert torch.equal(saved[1], trained_bias)
+    assert [(state.best, state.new_item_offset) for state in states] == [(0.5, -4.0)]
+    worse = train_module._validate(cast(System, training), state, *stubs)
+    assert len(seen) == 4, "an offset is chosen for the best checkpoint alone"
+    assert (worse.best, worse.new_item_offset) == (0.5, -4.0)
+
+
+@pytest.mark.parametrize("head", [{"new_item_offset": 0.0}, {"item_bias": False}], ids=str)
+def test_no_offset_is_chosen_where_it_is_fixed_or_has_no_effect(system: InferenceSystem, head: dict[str, Any]) -> None:
+    fixed = system.config.head.model_copy(update=head)
+    config = system.config.model_copy(update={"head": fixed})
+    assert validation.choose_new_item_offset(replace(system, config=config)) is None
 
 
 def chosen_offsets(world: World, run: str, losses: list[float]) -> list[float | None]:
@@ -189,7 +195,8 @@ def test_the_highest_offset_that_costs_known_items_little_is_chosen(
         patch.setattr(trained_run, "fill_cold_rows", lambda system: None)
         training, _ = trained_run.load_local(made.run, torch.device("cpu"))
     for offset in offsets.tolist():
-        with cold_rows_filled(training, offset):
+        head = training.config.head.model_copy(update={"new_item_offset": offset})
+        with cold_rows_filled(replace(training, config=training.config.model_copy(update={"head": head}))):
             groups = evaluate_groups(training, "valid", users, METRICS, 64, [0.0])
         (among_all,), (alone_in_lists,) = groups[WARM], groups[WARM_ONLY]
         ratios = [among_all.mean[name] / alone_in_lists.mean[name] for name in METRICS]

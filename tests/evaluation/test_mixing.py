@@ -14,7 +14,7 @@ import torch
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation import mixing
 from cllm4rec_dist.evaluation.inference import evaluate_run
-from cllm4rec_dist.evaluation.mixing import choose_weight, measure_weight, score_ratio
+from cllm4rec_dist.evaluation.mixing import choose_weight, score_ratio
 from cllm4rec_dist.evaluation.sharded_topk import LINEAR_ALONE, LLM_ALONE
 from cllm4rec_dist.evaluation.topk import evaluate
 from cllm4rec_dist.evaluation.trained_run import load_local
@@ -42,14 +42,6 @@ def test_the_best_weight_of_the_grid_is_chosen_and_both_parts_are_reported(syste
     assert chosen.parts.keys() == {"llm", "linear"}
 
 
-def test_a_given_weight_is_measured_beside_both_scores_alone(system: InferenceSystem) -> None:
-    chosen = choose_weight(system, "valid", METRICS, 5)
-    assert measure_weight(system, chosen.weight, "valid", METRICS, 5) == chosen
-    other = measure_weight(system, 3 * chosen.weight + 1, "valid", METRICS, 5)
-    assert (other.llm, other.linear) == (chosen.llm, chosen.linear)
-    assert other.metrics != chosen.metrics
-
-
 def test_a_validation_may_rank_a_sample_of_the_users(system: InferenceSystem) -> None:
     (every,) = evaluate(system, "valid", METRICS, 5, [LLM_ALONE])
     (sampled,) = evaluate(system, "valid", METRICS, 5, [LLM_ALONE], num_users=7)
@@ -65,7 +57,6 @@ def test_a_run_without_linear_memory_has_no_weight_and_no_parts(runs: dict[str, 
     chosen = choose_weight(plain, "valid", METRICS, 5)
     (alone,) = evaluate(plain, "valid", METRICS, 5, [LLM_ALONE])
     assert (chosen.weight, chosen.metrics, chosen.parts) == (0.0, alone.result().mean, {})
-    assert measure_weight(plain, 0.0, "valid", METRICS, 5) == chosen
 
 
 def test_a_memory_without_any_weights_is_not_used(system: InferenceSystem) -> None:
