@@ -17,6 +17,7 @@ from cllm4rec_dist.cli.options import (
     BatchUsers,
     CorpusOption,
     MetricNames,
+    NewItemOffset,
     RunArgument,
     ShortLauncher,
     Workers,
@@ -77,6 +78,7 @@ def evaluate(
             help="Rank a sample of so many users, the same in every run and for the baselines, instead of all of them.",
         ),
     ] = None,
+    new_item_offset: NewItemOffset = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
@@ -122,6 +124,7 @@ def evaluate(
         baselines=bool(models),
         without_rows=without_rows,
         num_users=users,
+        new_item_offset=new_item_offset,
         **moved,
     )
     if is_main(launcher, os.environ):

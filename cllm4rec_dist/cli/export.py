@@ -12,6 +12,7 @@ from cllm4rec_dist.cli.frame import app
 from cllm4rec_dist.cli.options import (
     BackboneOption,
     CorpusOption,
+    NewItemOffset,
     RunArgument,
     announce,
     expanded,
@@ -44,6 +45,7 @@ def export(
         str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload to the Hugging Face hub; means --hub.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: to a private repository.")] = False,
+    new_item_offset: NewItemOffset = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
@@ -58,4 +60,5 @@ def export(
     with importing_libraries():
         from cllm4rec_dist.export.folder import export
 
-    typer.echo(f"exported to {output}: {', '.join(export(run, output, options, backbone, corpus))}")
+    written = export(run, output, options, backbone, corpus, new_item_offset)
+    typer.echo(f"exported to {output}: {', '.join(written)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -52,6 +53,14 @@ def parse_number(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number.{decimal_hint(text)}") from None
 
 
+def parse_finite(text: str) -> float:
+    """Parse a finite number, like `parse_number`."""
+    number = parse_number(text)
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"{text!r} is not a finite number.")
+    return number
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings, as section.key=value.", metavar="[KEY=VALUE]...")
 ]
@@ -82,6 +91,15 @@ BackboneOption = Annotated[
 CorpusOption = Annotated[
     str | None,
     typer.Option("--corpus", help="New path of the corpus, if it has moved since training.", callback=expanded),
+]
+NewItemOffset = Annotated[
+    float | None,
+    typer.Option(
+        "--new-item-offset",
+        help="Item bias of new items relative to the mean, instead of the run's; the higher, the more are listed.",
+        parser=parse_finite,
+        metavar="FLOAT",
+    ),
 ]
 AllowLeak = Annotated[
     bool,

@@ -18,6 +18,7 @@ from cllm4rec_dist.cli.options import (
     BackboneOption,
     BatchUsers,
     CorpusOption,
+    NewItemOffset,
     RunArgument,
     ShortLauncher,
     Workers,
@@ -135,6 +136,7 @@ def recommend(
         Format | None,
         typer.Option("--format", help="Files: parquet (default), csv or jsonl. Printed: table, csv or jsonl."),
     ] = None,
+    new_item_offset: NewItemOffset = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
     batch_users: BatchUsers = 256,
@@ -159,7 +161,9 @@ def recommend(
             basket, user, users_file, history, file_format, known_items, skip_unknown_users=skip_unknown_users
         )
         options = {"top": top or 10, "min_score": min_score, "include_seen": include_seen}
-        _print_list(run, basket or (), user, exclude, only, options, file_format, backbone, corpus, new_items)
+        _print_list(
+            run, basket or (), user, exclude, only, options, file_format, backbone, corpus, new_items, new_item_offset
+        )
         return
     problems = output_problems("output", output, launcher)
     if file_format is Format.TABLE:
@@ -220,6 +224,7 @@ def recommend(
         run=run_path,
         request=request,
         output=str(output.absolute()),
+        new_item_offset=new_item_offset,
         **moved_paths(backbone, corpus),
     )
 
@@ -259,6 +264,7 @@ def _print_list(
     backbone: str | None,
     corpus: str | None,
     new_items: str | None,
+    new_item_offset: float | None,
 ) -> None:
     """Print the list of a basket or a user."""
     run_path = find_trained(run)
@@ -275,7 +281,8 @@ def _print_list(
         from cllm4rec_dist.serving.queries import Query
         from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_new_items(products, NEW_ITEMS)
+    recommender = Recommender.load(run_path, new_item_offset=new_item_offset, **moved_paths(backbone, corpus))
+    recommender = recommender.with_new_items(products, NEW_ITEMS)
     query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)
     (answer,) = recommender.answer([query])
     if answer.fallback:

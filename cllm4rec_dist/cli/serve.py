@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from cllm4rec_dist.cli.frame import app
-from cllm4rec_dist.cli.options import BackboneOption, CorpusOption, RunArgument, find_trained, log_alone, moved_paths
+from cllm4rec_dist.cli.options import (
+    BackboneOption,
+    CorpusOption,
+    NewItemOffset,
+    RunArgument,
+    find_trained,
+    log_alone,
+    moved_paths,
+)
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.launchers.imports import importing_libraries
 from cllm4rec_dist.launchers.launch import require_launchable
@@ -33,6 +41,7 @@ def serve(
     check: Annotated[float, typer.Option(min=0.1, help="Seconds between checks for a new checkpoint.")] = 10.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the model.")] = None,
     gpus: Annotated[float, typer.Option(min=0.0, help="GPUs per replica, with --replicas; 0.5 shares one.")] = 0.0,
+    new_item_offset: NewItemOffset = None,
     backbone: BackboneOption = None,
     corpus: CorpusOption = None,
 ) -> None:
@@ -55,6 +64,7 @@ def serve(
         check_seconds=check,
         threads=threads,
         gpus=gpus,
+        new_item_offset=new_item_offset,
         **moved_paths(backbone, corpus),
     )
     log_alone()

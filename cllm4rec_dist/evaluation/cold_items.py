@@ -20,7 +20,7 @@ from torch import Tensor
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.views import item_texts
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.model.text_rows import fit_text_rows
+from cllm4rec_dist.model.text_rows import DEFAULT_OFFSET, fit_text_rows
 from cllm4rec_dist.system import InferenceSystem
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,12 @@ def fill_cold_rows(system: InferenceSystem) -> None:
         return
     num_cold = _fill(system, system.corpus.training_counts())
     if num_cold:
-        logger.info("rows of %s items without training interactions come from their texts", f"{num_cold:,}")
+        offset = system.config.head.new_item_offset
+        logger.info(
+            "rows of %s new items, without training interactions, come from their texts; offset of their bias: %g",
+            f"{num_cold:,}",
+            DEFAULT_OFFSET if offset is None else offset,
+        )
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def evaluate_run(
     baselines: bool = False,
     without_rows: bool = False,
     num_users: int | None = None,
+    new_item_offset: float | None = None,
 ) -> None:
     """Write the model's files of `evaluation/files.py` into `output`: means, metrics by user, and item counts.
 
@@ -64,11 +65,12 @@ def evaluate_run(
         baselines: True if baselines will be fitted, too, which needs validation items.
         without_rows: rank known users from their histories alone, as if they had no row.
         num_users: size of a sample of the users, see `HeldOutUsers.of`; None for all of them.
+        new_item_offset: offset of the item biases of new items, instead of the run's.
 
     Raises:
         DataError: before anything is ranked, if the corpus holds out no items of the split, or none for baselines.
     """
-    system, opened = load(run, world, backbone, corpus)
+    system, opened = load(run, world, backbone, corpus, new_item_offset)
     require_held_out(system.corpus.manifest, split, with_baselines=baselines)
     users = HeldOutUsers.of(system.corpus, split, num_users)
     bar = progress_bar(world, len(users), f"evaluate {split}", "user")

@@ -48,7 +48,11 @@ SystemT = TypeVar("SystemT", bound=InferenceSystem)
 
 
 def load(
-    run: str, world: World, backbone: str | None = None, corpus: str | None = None
+    run: str,
+    world: World,
+    backbone: str | None = None,
+    corpus: str | None = None,
+    new_item_offset: float | None = None,
 ) -> tuple[InferenceSystem, Checkpoint]:
     """Load a run's best checkpoint (or the given checkpoint); return the system and the checkpoint. Collective.
 
@@ -57,9 +61,11 @@ def load(
 
     Args:
         backbone, corpus: current paths, if they differ from those in the checkpoint.
+        new_item_offset: offset of the item biases of new items, instead of the run's.
 
     Raises:
         CheckpointError: if no checkpoint is intact, or its backbone, corpus or tokenizer is missing or has changed.
+        ConfigError: for an offset if the run's head has no item biases.
     """
 
     def build(config: RunConfig) -> InferenceSystem:
@@ -71,7 +77,7 @@ def load(
             return assemble_sharded_for_inference(without_missing_deepspeed_file(config), world)
         return assemble_for_inference(config, world)
 
-    return _load(run, world, build, backbone, corpus, maps=True)
+    return _load(run, world, build, backbone, corpus, new_item_offset, maps=True)
 
 
 def load_sharded(
@@ -82,11 +88,15 @@ def load_sharded(
 
 
 def load_local(
-    run: str, device: torch.device, backbone: str | None = None, corpus: str | None = None
+    run: str,
+    device: torch.device,
+    backbone: str | None = None,
+    corpus: str | None = None,
+    new_item_offset: float | None = None,
 ) -> tuple[InferenceSystem, Checkpoint]:
     """Like `load`, unsharded on one device in this process."""
     world = World(0, 1, 0, device)
-    return _load(run, world, lambda config: assemble_for_inference(config, world), backbone, corpus)
+    return _load(run, world, lambda config: assemble_for_inference(config, world), backbone, corpus, new_item_offset)
 
 
 def _load(
@@ -95,6 +105,7 @@ def _load(
     build: Callable[[RunConfig], SystemT],
     backbone: str | None,
     corpus: str | None,
+    new_item_offset: float | None = None,
     *,
     maps: bool = False,
 ) -> tuple[SystemT, Checkpoint]:
@@ -103,7 +114,7 @@ def _load(
 
     store, names = find(run)
     configured = checkpoint.load_first_valid(
-        store, names, world, lambda opened: recorded_config(opened, backbone, corpus)
+        store, names, world, lambda opened: recorded_config(opened, backbone, corpus, new_item_offset)
     )
     if configured is not None:
         system = build(_with_one_copy_of_tables(configured[1]))
@@ -192,7 +203,9 @@ def provenance(system: InferenceSystem, used: Checkpoint) -> Provenance:
     )
 
 
-def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str | None = None) -> RunConfig:
+def recorded_config(
+    used: Checkpoint, backbone: str | None = None, corpus: str | None = None, new_item_offset: float | None = None
+) -> RunConfig:
     """Return the configuration of a checkpoint, with the paths of today.
 
     The width of the embeddings and the offset of new items, which may be left out, are those that the run has chosen.
@@ -200,15 +213,23 @@ def recorded_config(used: Checkpoint, backbone: str | None = None, corpus: str |
     recorded paths.
 
     Raises:
-        ConfigError: if a recorded path no longer exists and there is no replacement.
+        ConfigError: if a recorded path no longer exists and there is no replacement, and for an offset of new items if
+            the head has no item biases.
     """
     config = validate(RunConfig, used.metadata.config, f"{used.path}: configuration")
     if used.metadata.embedding_width is not None:  # the default may be another one in this version
         embeddings = config.embeddings.model_copy(update={"dim": used.metadata.embedding_width})
         config = config.model_copy(update={"embeddings": embeddings})
-    if config.head.new_item_offset is None:
-        head = config.head.model_copy(update={"new_item_offset": used.metadata.run.new_item_offset})
-        config = config.model_copy(update={"head": head})
+    if new_item_offset is not None and not config.head.item_bias:
+        raise ConfigError(
+            "new_item_offset",
+            new_item_offset,
+            "is added to item biases, which this run does not have",
+            "Leave it out: its new items are ranked like known ones.",
+        )
+    offsets = new_item_offset, config.head.new_item_offset, used.metadata.run.new_item_offset
+    offset = next((value for value in offsets if value is not None), None)
+    config = config.model_copy(update={"head": config.head.model_copy(update={"new_item_offset": offset})})
     corpus = corpus or corpus_in_project(used.store, used.metadata.fingerprints.get("corpus"))
     return relocated(config, used.path, backbone or _backbone_in_project(used), corpus)
 

@@ -48,6 +48,7 @@ def export(
     options: ExportOptions | None = None,
     backbone: str | None = None,
     corpus: str | None = None,
+    new_item_offset: float | None = None,
 ) -> list[str]:
     """Write a run's best checkpoint to a new folder, and upload it if `options.push` is set.
 
@@ -55,6 +56,7 @@ def export(
         options: what to write, by default everything but an index; must have passed `option_problems`.
         backbone: current path of the backbone, if it differs from the one in the checkpoint.
         corpus: likewise for the corpus, which provides titles and the model card.
+        new_item_offset: offset of the item biases of new items, instead of the run's.
 
     Returns:
         names of the written files and folders.
@@ -67,7 +69,14 @@ def export(
     options = options or ExportOptions()
     disable_progress_bar()  # transformers shows one per file
     require_none(output_problems(output), "export")
-    source = open_source(run, backbone, corpus, base_model=options.base_model, needs_corpus=options.is_public)
+    source = open_source(
+        run,
+        backbone,
+        corpus,
+        new_item_offset=new_item_offset,
+        base_model=options.base_model,
+        needs_corpus=options.is_public,
+    )
     if options.push is not None:
         hub.create_repository(options.push, private=options.private)
     with _new_folder(output) as part:

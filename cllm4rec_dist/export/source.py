@@ -43,6 +43,7 @@ class Source:
         config: its configuration, with the current paths of corpus and backbone.
         corpus: the corpus of the checkpoint; None if it is not available.
         backbone: folder of the backbone.
+        new_item_offset: offset of the item biases of new items, instead of the run's.
         base_model: hub id of the backbone; None for a local folder.
         decoder: configuration of the backbone.
         tokenizer: tokenizer of the backbone.
@@ -68,13 +69,20 @@ class Source:
 
 
 def open_source(
-    run: str, backbone: str | None, corpus: str | None, *, base_model: str | None = None, needs_corpus: bool = False
+    run: str,
+    backbone: str | None,
+    corpus: str | None,
+    *,
+    new_item_offset: float | None = None,
+    base_model: str | None = None,
+    needs_corpus: bool = False,
 ) -> Source:
     """Open a run's best checkpoint, its backbone and its corpus.
 
     Args:
         backbone: current path of the backbone, if it differs from the one in the checkpoint.
         corpus: path of a corpus that must be the run's. By default the recorded path is used if it still exists.
+        new_item_offset: offset of the item biases of new items, instead of the run's.
         base_model: hub id of the backbone, if neither `backbone` nor the checkpoint has one.
         needs_corpus: raise if the corpus is not available.
 
@@ -91,7 +99,8 @@ def open_source(
     opened, (tensors, tables) = loaded
     in_project = corpus_in_project(opened.store, opened.metadata.fingerprints.get("corpus"))
     # The recorded path even if it does not exist: a corpus is optional.
-    config = recorded_config(opened, backbone, corpus or in_project or str(opened.metadata.config["corpus"]))
+    corpus_path = corpus or in_project or str(opened.metadata.config["corpus"])
+    config = recorded_config(opened, backbone, corpus_path, new_item_offset)
     folder = local_folder(config.backbone)
     decoder = load_config(folder)  # raises for an unusable backbone
     tokenizer = WordTokenizer.load(folder)

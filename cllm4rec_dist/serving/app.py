@@ -64,7 +64,12 @@ def open_run(options: ServiceOptions) -> LiveRecommender:
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    load = partial(Recommender.load, backbone=options.backbone, corpus=options.corpus)
+    load = partial(
+        Recommender.load,
+        backbone=options.backbone,
+        corpus=options.corpus,
+        new_item_offset=options.new_item_offset,
+    )
     return LiveRecommender(load, partial(_best_checkpoint, options.run), options.run)
 
 

@@ -87,6 +87,7 @@ def recommend_users(
     output: str,
     backbone: str | None = None,
     corpus: str | None = None,
+    new_item_offset: float | None = None,
 ) -> None:
     """Write the requested lists to `output`, one file per rank (see `recommendations.py`). Collective.
 
@@ -94,11 +95,12 @@ def recommend_users(
 
     Args:
         backbone, corpus: current paths, if they differ from those in the checkpoint.
+        new_item_offset: offset of the item biases of new items, instead of the run's.
 
     Raises:
         DataError: for unknown people, unless `skip_unknown_users` is set, and for new items that cannot be added.
     """
-    system, _ = load(run, world, backbone, corpus)
+    system, _ = load(run, world, backbone, corpus, new_item_offset)
     items, new_ids = ItemCatalog.from_corpus(system.corpus), [new.item for new in request.new_items]
     people = gather_people(
         system.corpus,

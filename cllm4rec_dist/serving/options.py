@@ -36,6 +36,8 @@ class ServiceOptions(StrictModel):
     """Current path of the backbone, if it differs from the one in the run."""
     corpus: str | None = None
     """Current path of the corpus, if it differs from the one in the run."""
+    new_item_offset: float | None = Field(default=None, allow_inf_nan=False)
+    """Item bias of new items relative to the mean of the others, instead of the run's."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the model; more than one needs Ray Serve."""
     max_batch: int = Field(default=64, ge=1)

@@ -75,7 +75,13 @@ class Recommender:
 
     @classmethod
     def load(
-        cls, run: str | Path, *, backbone: str | None = None, corpus: str | None = None, device: str | None = None
+        cls,
+        run: str | Path,
+        *,
+        backbone: str | None = None,
+        corpus: str | None = None,
+        device: str | None = None,
+        new_item_offset: float | None = None,
     ) -> Self:
         """Load a run's best checkpoint.
 
@@ -84,12 +90,12 @@ class Recommender:
             backbone: current path of the backbone, if it differs from the one recorded in the run.
             corpus: current path of the corpus, if it differs from the one recorded in the run.
             device: torch device; by default a GPU if there is one, else the CPU.
+            new_item_offset: item bias of new items relative to the mean, instead of the run's.
 
         Raises:
-            CLLM4RecError: if there is no intact checkpoint, the backbone or corpus is missing or has changed, or the
-                device does not exist.
+            CLLM4RecError: for a missing device, no intact checkpoint, or another backbone or corpus.
         """
-        system, checkpoint = load_local(run_of(str(run)), find_device(device), backbone, corpus)
+        system, checkpoint = load_local(run_of(str(run)), find_device(device), backbone, corpus, new_item_offset)
         return cls(system, describe_run(str(run), system, checkpoint))
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
+from typer.testing import CliRunner
 
 from cllm4rec_dist import train as train_module
 from cllm4rec_dist.checkpointing.format import RunState
+from cllm4rec_dist.cli import app
 from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
@@ -22,6 +27,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.views import item_texts
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.evaluation import new_item_offset, trained_run, validation
 from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.baselines import run_baselines
@@ -36,6 +42,9 @@ from cllm4rec_dist.evaluation.new_item_offset import choose_offset
 from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import rank_users
 from cllm4rec_dist.export.source import open_source
+from cllm4rec_dist.serving.app import open_run
+from cllm4rec_dist.serving.options import ServiceOptions
+from cllm4rec_dist.serving.recommender import Recommender
 from cllm4rec_dist.system import InferenceSystem, System
 from tests.corpus.samples import recipe, source
 from tests.harness import alone, make_backbone, make_corpus, make_run, run_ranks
@@ -109,6 +118,45 @@ def test_lists_new_texts_and_exports_take_the_offset_of_the_run_or_of_its_valida
     assert float(new.output_weight[0, -1]) == pytest.approx(expected)
     exported = open_source(run, None, None).tables["head.bias"]
     torch.testing.assert_close(exported, bias.detach().flatten())
+
+
+def share_of_new(lists: pd.DataFrame, made: Made) -> float:
+    new = np.array(made.corpus.items()["item"])[made.corpus.training_counts() == 0]
+    return float(lists["item"].isin(new).mean())
+
+
+def test_whoever_reads_a_run_may_choose_another_offset(made: Made, tmp_path: Path) -> None:
+    def called(*arguments: object) -> None:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    known = str(made.corpus.items()["item"][int(made.corpus.training_counts().argmax())])
+    for offset, expected in (("-1000", 0.0), ("1000", 1.0)):
+        output = tmp_path / offset
+        called("recommend", made.run, output / "lists", "--top", 3, "--new-item-offset", offset)
+        lists = pd.read_parquet(output / "lists")
+        assert share_of_new(lists, made) == expected
+        chosen = Recommender.load(made.run, new_item_offset=float(offset))
+        pd.testing.assert_series_equal(chosen.recommend(users=[lists["user"][0]], top=3)["item"], lists["item"][:3])
+        served = open_run(ServiceOptions(run=made.run, new_item_offset=float(offset)))
+        assert share_of_new(served.current.recommender.recommend(histories=[[known]], top=3), made) == expected
+        called("evaluate", made.run, "--output", output / "evaluation", "--new-item-offset", offset, "--no-baselines")
+        text = (output / "evaluation/evaluation.json").read_text(encoding="utf-8")
+        assert json.loads(text)["config"]["head"]["new_item_offset"] == float(offset)
+        called("export", made.run, output / "export", "--new-item-offset", offset)
+        bias = load_file(output / "export/tables.safetensors")["head.bias"]
+        gap = bias[made.corpus.training_counts() == 0].mean() - bias[made.corpus.training_counts() > 0].mean()
+        assert gap.item() == pytest.approx(float(offset), rel=1e-4)
+
+
+def test_an_offset_needs_item_biases_and_is_finite(made: Made, tmp_path: Path) -> None:
+    config = open_source(made.run, None, None).config
+    run = str(make_run(tmp_path / "run", config.corpus, config.backbone, head={"item_bias": False}))
+    with pytest.raises(ConfigError, match="which this run does not have"):
+        Recommender.load(run, new_item_offset=-1.0)
+    result = CliRunner().invoke(app, ["recommend", made.run, str(tmp_path / "lists"), "--new-item-offset", "nan"])
+    assert result.exit_code == 2
+    assert "is not a finite number" in result.output
 
 
 def test_other_corpora_keep_the_rows_of_the_checkpoint(made: Made, system: InferenceSystem) -> None:
