@@ -89,6 +89,8 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
         store = Store(store_url(config))
         state, trained_on, origin = _resume_or_init(system, store)
         state = _reset_best_of_other_metric(state, config, world)
+        if not system.linear.is_empty and config.linear.weight is not None:  # without a validation it stays
+            state = replace(state, linear_weight=config.linear.weight)
         source = BatchLoader(system.corpus, system.prompts, config, world)
         total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
         last_step = state.step if _should_stop_early(config, state) else total_steps

@@ -23,12 +23,13 @@ _MAY_CHANGE = {
     "embeddings.item_vectors",
     "embeddings.shard_group",
     "head.new_item_offset",
+    "linear.weight",
     "optimizer.embeddings_state",
 }
 """Settings, or whole sections, that may change on resume. Corpus and backbone may have moved: their fingerprints are
-compared. Item vectors are read only by a new run, and the offset of new items only by rankings. Epochs and steps may be
-raised; this also moves the end of a decaying learning rate. Checkpoints always contain fp32 moments, whatever
-`optimizer.embeddings_state` is."""
+compared. Item vectors are read only by a new run; the offset of new items and the weight of the linear memory only by
+rankings. Epochs and steps may be raised; this also moves the end of a decaying learning rate. Checkpoints always
+contain fp32 moments, whatever `optimizer.embeddings_state` is."""
 
 
 def may_change(key: str) -> bool:

@@ -168,6 +168,10 @@ class LinearConfig(StrictModel):
     """Dropout of the regressions, which shrinks the weights of frequent neighbors more than those of rare ones; chosen
     on validation if left out."""
 
+    weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Weight of the linear score beside the LLM's; chosen by every validation if left out. Without a validation it is
+    then 0: set that of another run with the same settings (`linear_weight` in its metrics.jsonl)."""
+
     def num_neighbors(self, num_items: int) -> int:
         """Neighbors of each item in a catalog of this size."""
         return min(self.neighbors, max(_FEWEST_NEIGHBORS, self.max_entries // num_items))

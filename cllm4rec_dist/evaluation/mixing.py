@@ -51,7 +51,7 @@ def choose_weight(
 ) -> MixedMetrics:
     """Rank the held-out items of a split with every weight of the grid; the smallest of equally good ones wins.
 
-    Without a linear memory the weight is 0. Collective.
+    A weight of the run's settings is taken as it is. Without a linear memory the weight is 0. Collective.
 
     Args:
         metrics: the first one decides.
@@ -60,12 +60,23 @@ def choose_weight(
     if system.linear.is_empty:
         (alone,) = evaluate(system, split, metrics, batch_users, [LLM_ALONE], num_users=num_users)
         return MixedMetrics(LLM_ALONE, alone.result().mean, alone.result().mean, {})
-    scale = score_ratio(system, split, batch_users)
-    grid = [LLM_ALONE, *(scale * 2.0**exponent for exponent in _EXPONENTS if scale > 0), LINEAR_ALONE]
+    grid = [LLM_ALONE, *_weights(system, split, batch_users), LINEAR_ALONE]
     evaluations = evaluate(system, split, metrics, batch_users, grid, num_users=num_users)
     results = [evaluation.result().mean for evaluation in evaluations]
-    best = max(range(len(grid) - 1), key=lambda index: (results[index][metrics[0]], -index))
+    if system.config.linear.weight is None:
+        best = max(range(len(grid) - 1), key=lambda index: (results[index][metrics[0]], -index))
+    else:
+        best = 1
     return MixedMetrics(grid[best], results[best], results[0], results[-1])
+
+
+def _weights(system: InferenceSystem, split: str, batch_users: int) -> list[float]:
+    """Return the weights between those of each score alone, ascending."""
+    fixed = system.config.linear.weight
+    if fixed is not None:
+        return [fixed]
+    scale = score_ratio(system, split, batch_users)
+    return [scale * 2.0**exponent for exponent in _EXPONENTS if scale > 0]
 
 
 @torch.no_grad()

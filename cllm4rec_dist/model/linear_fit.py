@@ -59,7 +59,7 @@ class LinearSettings:
     @classmethod
     def of(cls, config: LinearConfig) -> Self:
         """Return the settings of a run, with the default for each that is left to validation."""
-        return cls(**config.model_dump(exclude={"neighbors", "max_entries"}, exclude_none=True))
+        return cls(**config.model_dump(exclude={"neighbors", "max_entries", "weight"}, exclude_none=True))
 
 
 @dataclass(frozen=True)

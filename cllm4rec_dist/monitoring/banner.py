@@ -12,6 +12,7 @@ from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.distributed.collectives import gather_integers
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model import backbone
+from cllm4rec_dist.model.text_rows import DEFAULT_OFFSET
 from cllm4rec_dist.monitoring.progress import Schedule
 from cllm4rec_dist.system import InferenceSystem, System
 
@@ -135,8 +136,20 @@ def describe_validation(config: RunConfig, manifest: Manifest) -> str:
     if config.stage == "pretrain":
         return "none in pretraining; finetune validates"
     if validation.every_epochs == 0:
-        return "none (validation.every_epochs=0); the last checkpoint is the result"
+        return f"none (validation.every_epochs=0); the last checkpoint is the result{_not_chosen(config, manifest)}"
     every = "every epoch" if validation.every_epochs == 1 else f"every {validation.every_epochs} epochs"
     chosen, *others = validation.metrics
     also = f", also {', '.join(others)}" if others else ""
     return f"{every} on {manifest.num_held_out('valid'):,} interactions; best by {chosen}{also}"
+
+
+def _not_chosen(config: RunConfig, manifest: Manifest) -> str:
+    """Name the settings that only a validation chooses, which a run without one should be given."""
+    missing = []
+    if config.linear.neighbors and config.linear.weight is None:
+        missing.append("linear.weight is 0, so the linear memory will not be used")
+    if manifest.has_cold_items and config.head.item_bias and config.head.new_item_offset is None:
+        missing.append(f"head.new_item_offset is {DEFAULT_OFFSET:g}")
+    if not missing:
+        return ""
+    return f". {' and '.join(missing)}: set what a validated run with these settings has chosen (its metrics.jsonl)"

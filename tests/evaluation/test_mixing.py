@@ -23,6 +23,7 @@ from tests.harness import run_ranks
 from tests.training import Made, make_config, metrics, run
 
 METRICS = ["recall@5", "ndcg@10"]
+NO_VALIDATION = {"every_epochs": 0}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,16 @@ def test_the_best_weight_of_the_grid_is_chosen_and_both_parts_are_reported(syste
     assert (chosen.weight, chosen.metrics) == (pytest.approx(grid[best]), values[best])
     assert (chosen.llm, chosen.linear) == (values[0], values[-1])
     assert chosen.parts.keys() == {"llm", "linear"}
+
+
+def test_a_weight_of_the_settings_is_measured_as_it_is(system: InferenceSystem) -> None:
+    free = choose_weight(system, "valid", METRICS, 5)
+    for weight in (free.weight, 3 * free.weight + 1):
+        linear = system.config.linear.model_copy(update={"weight": weight})
+        fixed = replace(system, config=system.config.model_copy(update={"linear": linear}))
+        chosen = choose_weight(fixed, "valid", METRICS, 5)
+        assert (chosen.weight, chosen.llm, chosen.linear) == (weight, free.llm, free.linear)
+        assert (chosen.metrics == free.metrics) == (weight == free.weight)
 
 
 def test_a_validation_may_rank_a_sample_of_the_users(system: InferenceSystem) -> None:
@@ -98,3 +109,13 @@ def test_training_is_the_same_bit_for_bit_and_its_best_weight_is_used_in_evaluat
         for name, part in (("CLLM4Rec (LLM alone)", "llm"), ("Linear memory alone", "linear")):
             expected = {metric: best[f"valid_{part}/{metric}"] for metric in METRICS}
             assert content["parts"][name]["mean"] == pytest.approx(expected), (size, name)
+
+    # As a shop trains on everything, after it has validated a run.
+    settings = {"neighbors": 5, "regularization": 2.0, "weight": best["linear_weight"]}
+    silent = make_config(made, tmp_path / "silent", "finetune", epochs=2, linear=settings, validation=NO_VALIDATION)
+    run_ranks(1, run, silent)
+    used, _ = load_local(str(tmp_path / "silent"), torch.device("cpu"))
+    assert used.linear.weight == best["linear_weight"]
+    changed = silent.model_copy(update={"linear": silent.linear.model_copy(update={"weight": 0.5}), "epochs": 3})
+    run_ranks(1, run, changed)
+    assert load_local(str(tmp_path / "silent"), torch.device("cpu"))[0].linear.weight == 0.5
