@@ -265,7 +265,7 @@ def test_rows_are_the_same_bytes_after_they_were_indexed(
         parts = [indexed(expected, partition, rank).rows() for rank in range(size)]
         for rows, whole in zip(zip(*parts, strict=True), expected, strict=True):
             result = torch.cat(rows)
-            assert result.dtype == whole.dtype and result.shape == whole.shape
+            assert (result.dtype, result.shape) == (whole.dtype, whole.shape)
             assert result.numpy().tobytes() == whole.numpy().tobytes(), (num_rows, num_items, width)
 
 
