@@ -145,7 +145,7 @@ def _by_row(
     neighbors = np.full((num_rows, num_neighbors), -1, np.int32)
     weights = np.zeros((num_rows, num_neighbors), np.float32)
     following = np.arange(num_rows) * num_neighbors
-    bounds = np.searchsorted(starts, np.arange(0, len(rows), _CHUNK_ENTRIES), side="right") - 1
+    bounds = np.searchsorted(starts, np.arange(0, len(rows), _CHUNK_ENTRIES))
     for low, high in pairwise(np.unique([*bounds, len(starts) - 1]).tolist()):
         chunk = slice(starts[low], starts[high])
         entries = values[chunk], rows[chunk], starts[low : high + 1] - starts[low]

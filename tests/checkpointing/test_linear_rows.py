@@ -51,9 +51,7 @@ def system(tmp_path: Path) -> InferenceSystem:
     return load_local(str(run), torch.device("cpu"))[0]
 
 
-def test_a_linear_memory_is_written_as_the_rows_that_it_was_filled_with(
-    system: InferenceSystem, tmp_path: Path
-) -> None:
+def test_a_linear_memory_is_written_as_the_rows_that_filled_it(system: InferenceSystem, tmp_path: Path) -> None:
     system.linear.fill(*rows(), LinearSettings())
     shard = saved(system, tmp_path / "first")
     tensors = load_file(shard)
@@ -69,8 +67,8 @@ def test_a_linear_memory_is_read_where_it_is_mapped_and_outlives_its_file(
     system: InferenceSystem, tmp_path: Path
 ) -> None:
     system.linear.fill(*rows(), LinearSettings())
-    shard = saved(system, tmp_path / "run")
-    opened = Checkpoint.open(Store(f"{tmp_path}/run/checkpoints"), "best-00000007")
+    shard = saved(system, tmp_path / "saved")
+    opened = Checkpoint.open(Store(f"{tmp_path}/saved/checkpoints"), "best-00000007")
     linear = read(system, opened, moments=False).linear
     assert linear is not None
     shard.unlink()
