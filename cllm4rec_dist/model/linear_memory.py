@@ -71,8 +71,8 @@ class LinearMemory:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return new neighbors, int32 [n, K], ascending, then -1, and weights, fp32 [n, K], on the host."""
-        index = (part.cpu().numpy() for part in (self._starts, self._rows, self._values))
-        neighbors, weights = _by_row(*index, self._num_rows, self.num_neighbors)
+        starts, rows, values = (part.cpu().numpy() for part in (self._starts, self._rows, self._values))
+        neighbors, weights = _by_row(starts, rows, values, self._num_rows, self.num_neighbors)
         return torch.from_numpy(neighbors), torch.from_numpy(weights)
 
     def add_scores(self, scores: Tensor, rows: Tensor, history: Tensor) -> None:
