@@ -39,6 +39,7 @@ from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.collectives import barrier, gather_integers
 from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError
 from cllm4rec_dist.model.embedding_optimizer import rows_on_host
+from cllm4rec_dist.model.linear_memory import LinearMemory
 from cllm4rec_dist.model.table_replicas import require_equal_replicas
 from cllm4rec_dist.system import System
 
@@ -274,7 +275,7 @@ def _snapshot(
     adapters = {ADAPTER + name: adam for name, adam in system.engine.moments().items()} if moments else {}
     sharded = {ADAPTER + name: value for name, value in system.engine.weights().items()}
     if holds_tables:
-        sharded |= _tables(system, changed, has_base=base is not None)
+        sharded |= _tables(system, changed)
     whole = {name: p.detach() for name, p in model.replicated_parameters()}
     for name, adam in (tables | adapters).items():
         destination = sharded if name in sharded else whole
@@ -282,6 +283,8 @@ def _snapshot(
         if "step" in adam:
             whole[f"{name}.step"] = adam["step"]
     shard = _copies(sharded)
+    if holds_tables:
+        shard |= _linear_memory(system.linear, has_base=base is not None)
     files: dict[str, Callable[[Path], object]] = {
         shard_file(world.rank, world.size): lambda path: save_file(shard, path)
     }
@@ -302,12 +305,11 @@ def _snapshot(
     return files
 
 
-def _tables(system: System, changed: Mapping[str, Tensor], *, has_base: bool) -> dict[str, Tensor]:
-    """Return this rank's rows of the tables and of the linear memory.
+def _tables(system: System, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return this rank's rows of the tables.
 
     Args:
         changed: by table, the local rows to return, int64 [k], which are then copies on the host, with their indices.
-        has_base: leave out the rows of the linear memory, which is fitted before the first step.
     """
     tensors = {}
     for name, parameter, _ in system.recommender.sharded_parameters():
@@ -315,13 +317,26 @@ def _tables(system: System, changed: Mapping[str, Tensor], *, has_base: bool) ->
         if name in changed:
             tensors[name] = rows_on_host(tensors[name], changed[name])
             tensors[changed_rows_name(name)] = changed[name].int()
-    if not system.linear.is_empty:
-        linear = {LINEAR_NEIGHBORS: system.linear.neighbors, LINEAR_WEIGHTS: system.linear.weights}
-        if has_base:
-            linear = {name: value[:0] for name, value in linear.items()}
-            linear |= {changed_rows_name(name): torch.zeros(0, dtype=torch.int32) for name in [*linear]}
-        tensors |= linear
     return tensors
+
+
+def _linear_memory(memory: LinearMemory, *, has_base: bool) -> dict[str, Tensor]:
+    """Return this rank's rows of the linear memory on the host, made for it alone; none of an empty one.
+
+    Args:
+        has_base: return no row as changed, because the memory is fitted before the first step.
+    """
+    if memory.is_empty:
+        return {}
+    if not has_base:
+        return dict(zip((LINEAR_NEIGHBORS, LINEAR_WEIGHTS), memory.rows(), strict=True))
+    width, unchanged = memory.num_neighbors, torch.zeros(0, dtype=torch.int32)
+    return {
+        LINEAR_NEIGHBORS: torch.zeros(0, width, dtype=torch.int32),
+        LINEAR_WEIGHTS: torch.zeros(0, width),
+        changed_rows_name(LINEAR_NEIGHBORS): unchanged,
+        changed_rows_name(LINEAR_WEIGHTS): unchanged.clone(),
+    }
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -138,7 +138,8 @@ def read(
     """
     _require_same_shapes(system, checkpoint)
     shards = system.recommender.world
-    linear = checkpoint.linear_memory(*system.linear.partition.range(shards.rank)) if tables else None
+    # Mapped in any case, because an index of it is kept instead.
+    linear = checkpoint.linear_memory(*system.linear.partition.range(shards.rank), maps=True) if tables else None
     shard = CheckpointShard({}, {}, checkpoint.replicated(), linear)
     shapes = _local_shapes(system)
     for name, partition in _partitions(system).items():

@@ -260,11 +260,15 @@ class Checkpoint:
         result[changed] = rows
         return result
 
-    def linear_memory(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """Read neighbors, int32, and weights, fp32, of items [start, stop) of the linear memory; None without one."""
+    def linear_memory(self, start: int, stop: int, *, maps: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Read neighbors, int32, and weights, fp32, of items [start, stop) of the linear memory; None without one.
+
+        Args:
+            maps: as for `rows`.
+        """
         num_items = self.metadata.num_items
-        neighbors = self.rows(LINEAR_NEIGHBORS, num_items, start, stop, "I32")
-        weights = self.rows(LINEAR_WEIGHTS, num_items, start, stop)
+        neighbors = self.rows(LINEAR_NEIGHBORS, num_items, start, stop, "I32", maps=maps)
+        weights = self.rows(LINEAR_WEIGHTS, num_items, start, stop, maps=maps)
         if neighbors is None and weights is None:
             return None
         if neighbors is None or weights is None or neighbors.shape != weights.shape:

@@ -199,6 +199,7 @@ def recommend(
         orders = read_histories(history, history_format, known_ids.order_columns if known_ids is not None else None)
     if known_ids is not None:
         _require_known(known_ids, users, orders or {}, only, exclude, skip_unknown_users=skip_unknown_users)
+    del known_ids  # of a million users and items they take 0.3 GB
     with importing_libraries():
         from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
 
@@ -245,6 +246,7 @@ def similar(
     known_ids = read_known_ids(run_path, corpus)
     products = _read_new_items(new_items, known_ids)
     chosen = find_item("ITEM", item, known_ids.with_new(products).items)
+    del known_ids
     announce_printed(f"similar: reading {run}, importing torch")
     with importing_libraries():
         from cllm4rec_dist.serving.recommender import Recommender
@@ -276,6 +278,7 @@ def _print_list(
     if user is None:
         require_known_basket(items, known_ids.items)
     warn_unknown("--basket", items, known_ids.items)
+    del known_ids
     announce_printed(f"recommend: reading {run}, importing torch")
     with importing_libraries():
         from cllm4rec_dist.serving.queries import Query

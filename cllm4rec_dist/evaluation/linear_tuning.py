@@ -75,7 +75,7 @@ def init_linear_memory(system: System) -> None:
         logger.info(
             "linear memory: %d items by up to %d neighbors, %s, in %.1f s",
             corpus.num_items,
-            system.linear.neighbors.shape[1],
+            system.linear.num_neighbors,
             ", ".join(f"{name} {value:g}" for name, value in asdict(settings).items()),
             time.perf_counter() - started,
         )

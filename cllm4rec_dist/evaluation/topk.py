@@ -20,6 +20,7 @@ from cllm4rec_dist.corpus.collate import MicroBatch, collate
 from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
+from cllm4rec_dist.distributed.host_memory import return_freed_memory
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.evaluation.metrics import MetricResult, count_listed, largest_cutoff, mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.sharded_topk import Queries, mixed_topk
@@ -105,6 +106,7 @@ def rank_by_weights(
     num_best = min(num_best, system.num_items if candidates is None else int(candidates.sum()))
     mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
     system.train(False)
+    return_freed_memory()  # of what was read, before the largest matrix is made
     weight = model.output_weight()
     low, high = world.local_range(0, len(users))
     largest_part, window = -(-len(users) // world.size), _WINDOW * batch_users

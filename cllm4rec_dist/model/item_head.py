@@ -64,16 +64,20 @@ class ItemHead(nn.Module):
         """True if item rows are divided by their lengths."""
         return self.similarity == "cosine"
 
+    @torch.no_grad()
     def output_weight(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """Table rows [rows, d] -> weight of the item softmax as one matrix [rows, d or d+1], for predictions.
 
         Args:
             bias: item biases [rows, 1], if these are not the local rows; not used without item bias.
         """
-        weight = F.normalize(rows, dim=1) if self.normalizes_rows else rows
         if self.local_bias is None:
-            return weight
-        return torch.cat([weight, self.local_bias if bias is None else bias], dim=1)
+            return F.normalize(rows, dim=1) if self.normalizes_rows else rows
+        # Normalized in place, because a copy of the table is a large part of a process's memory.
+        weight = torch.cat([rows, self.local_bias if bias is None else bias], dim=1)
+        if self.normalizes_rows:
+            F.normalize(rows, dim=1, out=weight[:, :-1])
+        return weight
 
     def queries(self, hidden: Tensor, pooled: Tensor) -> Tensor:
         """Hidden states [n, D] and sums of the item rows read so far [n, d] -> queries [n, d], fp32 or wider."""

@@ -76,8 +76,12 @@ def until_step(meta_run: MetaRun) -> Memory:
 
 
 def _linear_memory(meta_run: MetaRun) -> int:
-    """Bytes of the index of the linear memory: an int64 and an fp32 for each neighbor."""
-    return meta_run.model.item_partition.num_rows * linear_neighbors(meta_run) * (INTEGER + FLOAT)
+    """Bytes of the index of the linear memory: a row and a weight for each neighbor, a start for each item of all."""
+    num_neighbors = linear_neighbors(meta_run)
+    if num_neighbors == 0:
+        return 0
+    num_rows = meta_run.model.item_partition.num_rows
+    return num_rows * num_neighbors * (INDEX + FLOAT) + (num_rows * meta_run.num_shards + 2) * INTEGER
 
 
 def linear_neighbors(meta_run: MetaRun) -> int:

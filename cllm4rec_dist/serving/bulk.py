@@ -101,7 +101,8 @@ def recommend_users(
         DataError: for unknown people, unless `skip_unknown_users` is set, and for new items that cannot be added.
     """
     system, _ = load(run, world, backbone, corpus, new_item_offset)
-    items, new_ids = ItemCatalog.from_corpus(system.corpus), [new.item for new in request.new_items]
+    items = ItemCatalog.from_corpus(system.corpus, with_titles=request.titles)
+    new_ids = [new.item for new in request.new_items]
     people = gather_people(
         system.corpus,
         request.users,

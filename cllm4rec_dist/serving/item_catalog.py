@@ -44,14 +44,18 @@ class ItemCatalog:
     popularity: np.ndarray
 
     @classmethod
-    def from_corpus(cls, corpus: Corpus) -> ItemCatalog:
-        """Read the items of a corpus."""
+    def from_corpus(cls, corpus: Corpus, *, with_titles: bool = True) -> ItemCatalog:
+        """Read the items of a corpus.
+
+        Args:
+            with_titles: False to read every title as "", which spares their memory.
+        """
         table = corpus.items()
         categories = None
         if "category" in table.column_names:
             categories = [name or "" for name in table["category"].to_pylist()]
         popularity = corpus.training_counts()
-        titles = [title or "" for title in table["title"].to_pylist()]
+        titles = [title or "" for title in table["title"].to_pylist()] if with_titles else [""] * len(table)
         return cls(table["item"].to_pylist(), titles, categories, popularity)
 
     def with_new(self, ids: Sequence[str], titles: Sequence[str]) -> ItemCatalog:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cllm4rec_dist.corpus.ragged import Ragged
+from cllm4rec_dist.distributed.host_memory import return_freed_memory
 from cllm4rec_dist.evaluation.sharded_topk import Queries, mixed_scores, mixed_topk, sharded_topk
 from cllm4rec_dist.evaluation.topk import encode_histories, history_pairs
 from cllm4rec_dist.system import InferenceSystem
@@ -45,8 +46,8 @@ class Scorer:
     def __init__(self, system: InferenceSystem) -> None:
         self._system = system
         system.train(False)
-        with torch.no_grad():
-            self._output_weight = system.recommender.output_weight()
+        return_freed_memory()  # of what was read, before the largest matrix is made
+        self._output_weight = system.recommender.output_weight()
         self._forward = threading.Lock()  # the backbone keeps state during a forward
 
     def for_system(self, system: InferenceSystem) -> Scorer:

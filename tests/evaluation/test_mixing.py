@@ -72,7 +72,7 @@ def test_a_run_without_linear_memory_has_no_weight_and_no_parts(runs: dict[str, 
 
 def test_a_memory_without_any_weights_is_not_used(system: InferenceSystem) -> None:
     memory = replace(system).linear
-    neighbors, weights = memory.neighbors, memory.weights
+    neighbors, weights = memory.rows()
     memory.fill(neighbors, torch.zeros_like(weights), memory.settings)
     try:
         assert score_ratio(system, "valid", 5) == 0.0

@@ -200,10 +200,11 @@ def history_pairs() -> Tensor:
 
 def scored(world: World) -> dict[str, Tensor]:
     memory = filled(world)
-    rows = torch.arange(len(memory.neighbors))
+    neighbors, weights = memory.rows()
+    rows = torch.arange(len(neighbors))
     scores = torch.ones(len(rows), len(HISTORIES), dtype=torch.float64)
     memory.add_scores(scores, rows, history_pairs())
-    return {"neighbors": memory.neighbors, "weights": memory.weights, "scores": scores}
+    return {"neighbors": neighbors, "weights": weights, "scores": scores}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -227,6 +228,93 @@ def test_any_rows_can_be_scored() -> None:
         scores = torch.zeros(len(rows), len(HISTORIES))
         memory.add_scores(scores, rows, history_pairs())
         torch.testing.assert_close(scores, every[rows])
+
+
+def sparse_rows(num_rows: int, num_items: int, width: int, share: float) -> tuple[Tensor, Tensor]:
+    """Rows of a linear memory with gaps at their ends, explicit zeros of both signs and rows without neighbors."""
+    random = np.random.default_rng(num_rows)
+    neighbors = np.full((num_rows, width), -1, np.int32)
+    weights = np.zeros((num_rows, width), np.float32)
+    for row in range(num_rows):
+        chosen = np.flatnonzero(random.random(num_items) < share)[:width]
+        neighbors[row, : len(chosen)] = chosen
+        weights[row, : len(chosen)] = random.choice(np.array([0.0, -0.0, 1.5, -0.3, 2.7], np.float32), len(chosen))
+    return torch.from_numpy(neighbors), torch.from_numpy(weights)
+
+
+def indexed(rows: tuple[Tensor, Tensor], partition: RowPartition, rank: int) -> LinearMemory:
+    memory = LinearMemory(partition, World(rank, partition.world_size, rank, torch.device("cpu")))
+    start, stop = partition.range(rank)
+    memory.fill(rows[0][start:stop], rows[1][start:stop], SETTINGS)
+    return memory
+
+
+SHAPES = [(1, 1, 1), (7, 7, 6), (5, 40, 3), (40, 5, 9), (23, 23, 22), (4, 9, 0)]
+"""Rows, items and width: also more columns than entries, and rows that no item fills."""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("chunk_entries", [1, 7, 1 << 20])
+def test_rows_are_the_same_bytes_after_they_were_indexed(
+    monkeypatch: pytest.MonkeyPatch, size: int, share: float, chunk_entries: int
+) -> None:
+    monkeypatch.setattr(linear_memory, "_CHUNK_ENTRIES", chunk_entries)
+    for num_rows, num_items, width in SHAPES:
+        expected, partition = sparse_rows(num_rows, num_items, width, share), RowPartition(num_rows, size)
+        parts = [indexed(expected, partition, rank).rows() for rank in range(size)]
+        for rows, whole in zip(zip(*parts, strict=True), expected, strict=True):
+            result = torch.cat(rows)
+            assert (result.dtype, result.shape) == (whole.dtype, whole.shape)
+            assert result.numpy().tobytes() == whole.numpy().tobytes(), (num_rows, num_items, width)
+
+
+def test_rows_in_any_order_of_their_neighbors_score_alike() -> None:
+    neighbors, weights = sparse_rows(23, 23, 9, 0.3)
+    mirrored = indexed((neighbors.flip(1), weights.flip(1)), RowPartition(23, 1), 0)
+    for part, expected in zip(mirrored.rows(), (neighbors, weights), strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("chunk_entries", [7, 1 << 20])
+def test_chunks_of_any_rows_score_as_a_dense_product(
+    monkeypatch: pytest.MonkeyPatch, size: int, share: float, chunk_entries: int
+) -> None:
+    monkeypatch.setattr(linear_memory, "_CHUNK_ENTRIES", chunk_entries)
+    random = np.random.default_rng(0)
+    for num_rows, num_items, width in SHAPES:
+        # New items, which are neighbors of none, may be in histories.
+        in_history = random.random((5, num_items + 3)) < [[0.0], [0.1], [0.3], [0.9], [1.0]]
+        history = torch.from_numpy(random.permutation(np.argwhere(in_history)))
+        rows, partition = sparse_rows(num_rows, num_items, width, share), RowPartition(num_rows, size)
+        matrix = torch.zeros(num_rows, num_items + 3, dtype=torch.float64)
+        row, column = (rows[0] >= 0).nonzero().T
+        matrix[row, rows[0][row, column].long()] = rows[1][row, column].double()
+        expected = 1 + matrix @ torch.from_numpy(in_history).double().T
+        for rank in range(size):
+            memory, (start, stop) = indexed(rows, partition, rank), partition.range(rank)
+            local = torch.arange(stop - start)
+            for chosen in (local, local[::2].contiguous(), local[random.random(len(local)) < 0.6]):
+                for chunk in (c for length in (1, 3, 100) for c in chosen.split(length)):
+                    scores = torch.ones(len(chunk), len(in_history), dtype=torch.float64)
+                    memory.add_scores(scores, chunk, history)
+                    torch.testing.assert_close(scores, expected[start:stop][chunk], rtol=1e-12, atol=1e-12)
+
+
+def test_a_chunk_of_rows_expands_no_entries_of_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = indexed(sparse_rows(40, 40, 39, 1.0), RowPartition(40, 1), 0)
+    history, expand, expanded = torch.tensor([[0, 3], [1, 38]]), torch.repeat_interleave, []
+
+    def record(counts: Tensor) -> Tensor:
+        expanded.append(counts.tolist())
+        return expand(counts)
+
+    monkeypatch.setattr(torch, "repeat_interleave", record)
+    for rows in ([5, 6, 9], [0], [39], [*range(40)]):
+        memory.add_scores(torch.zeros(len(rows), 2), torch.tensor(rows), history)
+    assert expanded == [[5, 5], [1, 1], [1, 1], [40, 40]]
 
 
 @pytest.mark.parametrize("most", [20_000, 2])

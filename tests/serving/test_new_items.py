@@ -96,9 +96,8 @@ def _copy_weights(inside: Recommender, outside: Recommender) -> None:
         taken.engine.set_weights(given.engine.weights())  # type: ignore[attr-defined]
         if not given.linear.is_empty:
             init_linear_memory(given)  # type: ignore[arg-type]
-            taken.linear.fill(
-                given.linear.neighbors[:num_items], given.linear.weights[:num_items], given.linear.settings
-            )
+            neighbors, weights = given.linear.rows()
+            taken.linear.fill(neighbors[:num_items], weights[:num_items], given.linear.settings)
         outside._scorer._output_weight = taken.recommender.output_weight()
 
 
@@ -143,10 +142,12 @@ def test_the_linear_memory_of_a_product_is_that_of_a_corpus_that_has_it(pairs: d
     if kind == "paper":
         assert new.linear.is_empty
         return
-    assert new.linear.neighbors.tolist() == inside.neighbors[-2:].tolist()
-    assert (new.linear.weights.abs().sum(dim=1) > 0).all()
-    assert 18 in new.linear.neighbors[0].tolist(), "new products are neighbors of each other"
-    torch.testing.assert_close(new.linear.weights, inside.weights[-2:])
+    neighbors, weights = new.linear.rows()
+    expected_neighbors, expected_weights = inside.rows()
+    assert neighbors.tolist() == expected_neighbors[-2:].tolist()
+    assert (weights.abs().sum(dim=1) > 0).all()
+    assert 18 in neighbors[0].tolist(), "new products are neighbors of each other"
+    torch.testing.assert_close(weights, expected_weights[-2:])
 
 
 @BOTH

@@ -91,8 +91,9 @@ class Dense:
     def linear(self, items: list[int]) -> Tensor:
         """Scores of the linear memory after a history, times its weight: [I]."""
         memory = self.system.linear
-        in_history = torch.isin(memory.neighbors, torch.tensor(items, dtype=torch.int32))
-        return memory.weight * (memory.weights.double() * in_history).sum(dim=1)
+        neighbors, weights = memory.rows()
+        in_history = torch.isin(neighbors, torch.tensor(items, dtype=torch.int32))
+        return memory.weight * (weights.double() * in_history).sum(dim=1)
 
 
 def rows(recommender: Recommender, items: Any) -> list[int]:
