@@ -37,7 +37,7 @@ def test_new_customers_and_new_products_have_rows(tmp_path: Path, monkeypatch: p
     catalog = build_catalog(read_source(recipe.source), recipe)
     backbone = make_backbone(tmp_path / "backbone", catalog)
     corpus = make_corpus(tmp_path / "corpus", catalog, backbone, **recipe.preparation().model_dump())
-    run = str(make_run(tmp_path / "run", corpus, backbone, linear_weight=0.5))
+    run = str(make_run(tmp_path / "run", corpus, backbone, linear_weight=2.0))
     one_point = {"title_ease_lambdas": (10.0,), "title_ease_alphas": (3.0,)}
     monkeypatch.setattr("cllm4rec_dist.evaluation.comparison.BaselineConfig", partial(BaselineConfig, **one_point))
     evaluate_run(alone(), lambda metrics: None, run, "test", METRICS, 64, str(tmp_path / "out"), baselines=True)
