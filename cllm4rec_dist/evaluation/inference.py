@@ -81,7 +81,10 @@ def evaluate_run(
     item_groups = evaluate_groups(system, split, users, metrics, batch_users, weights, without_rows=without_rows)
     items, ids = system.corpus.items(), users.ids(system.corpus)
     examples = _examples(system, users, ids, items, has_hit, without_rows=without_rows)
+    share_of_new = _share_of_new_items(system, evaluation)
     if world.is_main:
+        if share_of_new is not None:
+            logger.info("new items take %.1f %% of the first %d places of the lists", 100 * share_of_new, LIST_LENGTH)
         lineage = opened.metadata.lineage
         notes = [] if lineage is None else lineage.notes()
         for note in notes:
@@ -110,6 +113,7 @@ def evaluate_run(
             "leak": lineage.leak.model_dump() if lineage is not None and lineage.leak is not None else None,
             "examples": examples,
             "share_with_hit": float(has_hit.mean()),
+            "share_of_new_items": share_of_new,
             "provenance": provenance(system, opened).model_dump(),
             "fingerprints": system.fingerprints,
             "config": system.config.model_dump(mode="json"),
@@ -154,6 +158,14 @@ def _evaluate(
 
     by_name = {name: without_example_recall(part) for name, part in zip(weights, parts, strict=True)}
     return without_example_recall(evaluation), has_hit, by_name
+
+
+def _share_of_new_items(system: InferenceSystem, evaluation: Evaluation) -> float | None:
+    """Return the share of the lists' places that items without training interactions take; None if there are none."""
+    is_new = system.corpus.training_counts() == 0
+    if not system.corpus.manifest.has_cold_items or not is_new.any():
+        return None
+    return float(evaluation.listed[is_new].sum() / max(1, evaluation.listed.sum()))
 
 
 def _groups(evaluation: Evaluation, parts: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:

@@ -143,6 +143,8 @@ def test_whoever_reads_a_run_may_choose_another_offset(made: Made, tmp_path: Pat
         called("evaluate", made.run, "--output", output / "evaluation", "--new-item-offset", offset, "--no-baselines")
         text = (output / "evaluation/evaluation.json").read_text(encoding="utf-8")
         assert json.loads(text)["config"]["head"]["new_item_offset"] == float(offset)
+        # With few known items new ones are at the end of each list of twenty in any case.
+        assert (json.loads(text)["share_of_new_items"] > 0.4) == (offset == "1000")
         called("export", made.run, output / "export", "--new-item-offset", offset)
         bias = load_file(output / "export/tables.safetensors")["head.bias"]
         gap = bias[made.corpus.training_counts() == 0].mean() - bias[made.corpus.training_counts() > 0].mean()
