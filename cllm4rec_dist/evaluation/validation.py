@@ -9,6 +9,8 @@ from cllm4rec_dist.model.text_rows import DEFAULT_OFFSET
 from cllm4rec_dist.system import InferenceSystem
 
 _SPLIT = "valid"
+_OFFSET_USERS = 5_000
+"""Most users among whom the offset of new items is chosen, which ranks them twice."""
 
 
 def validate(system: InferenceSystem) -> MixedMetrics:
@@ -34,6 +36,7 @@ def choose_new_item_offset(system: InferenceSystem) -> float | None:
     config, head = system.config.validation, system.config.head
     if head.new_item_offset is not None or not head.item_bias or not system.corpus.manifest.has_cold_items:
         return None
+    num_users = min(config.sample_size(system.corpus.num_users) or _OFFSET_USERS, _OFFSET_USERS)
     with cold_rows_filled(system):
         return choose_offset(
             system,
@@ -42,5 +45,5 @@ def choose_new_item_offset(system: InferenceSystem) -> float | None:
             _SPLIT,
             config.metrics,
             config.batch_users,
-            config.sample_size(system.corpus.num_users),
+            num_users,
         )
