@@ -26,7 +26,7 @@ from cllm4rec_dist.evaluation import formatting, page, per_user
 from cllm4rec_dist.evaluation.page import CatalogSection, Group
 from cllm4rec_dist.evaluation.per_user import LengthBin, Rival
 from cllm4rec_dist.evaluation.plots import draw_panels, draw_sheets
-from cllm4rec_dist.evaluation.results import ExampleRecommendation, ResultRow, Results, markdown_table
+from cllm4rec_dist.evaluation.results import ExampleRecommendation, ResultRow, Results, cannot_rank_note, markdown_table
 from cllm4rec_dist.evaluation.training_log import read_curves, training_seconds
 
 _TEMPLATE, _SCRIPT = "report.html.j2", "report.js"
@@ -246,6 +246,7 @@ def _environment() -> Environment:
     environment.filters |= formatting.FILTERS
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     environment.globals |= {"best_shown": _best_shown, "bins_reach": _bins_reach, "tests_reach": _tests_reach}
+    environment.globals["cannot_rank_note"] = cannot_rank_note
     return environment
 
 
