@@ -66,7 +66,8 @@ NewItemsOption = Annotated[
     str | None,
     typer.Option(
         help="New products, known by their texts alone: CSV, JSON lines or Parquet with an id and a title or"
-        " description in each row. They may be listed, and histories may have them.",
+        " description in each row. They may be listed, and histories may have them. Products that the run has"
+        " already are left out.",
         callback=expanded,
     ),
 ]
@@ -244,7 +245,7 @@ def similar(
     with importing_libraries():
         from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_new_items(products, NEW_ITEMS)
+    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_feed(products, NEW_ITEMS)
     show(recommender.similar(chosen, top), file_format)
 
 
@@ -275,7 +276,7 @@ def _print_list(
         from cllm4rec_dist.serving.queries import Query
         from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_new_items(products, NEW_ITEMS)
+    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_feed(products, NEW_ITEMS)
     query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)
     (answer,) = recommender.answer([query])
     if answer.fallback:
@@ -288,9 +289,12 @@ def _print_list(
 def _read_new_items(path: str | None, known_ids: KnownIds | None) -> tuple[NewItem, ...]:
     if path is None:
         return ()
+    from cllm4rec_dist.serving.feed import new_products
     from cllm4rec_dist.serving.new_item_file import read_new_items
 
-    return tuple(read_new_items(path, known_ids.item_columns if known_ids is not None else None))
+    if known_ids is None:  # the ranks leave out what cannot be added
+        return tuple(read_new_items(path))
+    return new_products(NEW_ITEMS, read_new_items(path, known_ids.item_columns), known_ids.items)
 
 
 def _item_ids(path: Path | None, option: str) -> frozenset[str] | None:

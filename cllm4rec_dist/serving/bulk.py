@@ -18,6 +18,7 @@ from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import Ranking
 from cllm4rec_dist.evaluation.trained_run import load
 from cllm4rec_dist.log import ReportMetrics, progress_bar
+from cllm4rec_dist.serving.feed import new_products, readable_products
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.known_ids import NEW_ITEMS
 from cllm4rec_dist.serving.new_items import NewItem, require_new
@@ -46,7 +47,7 @@ class BulkRequest:
         titles: write a column of titles.
         file_format: format of the files.
         batch_users: people per forward of a rank.
-        new_items: products that the corpus does not have, which may be listed and ordered.
+        new_items: products of a file, of which those that can be added (`feed.py`) may be listed and ordered.
     """
 
     top: int
@@ -96,10 +97,18 @@ def recommend_users(
         backbone, corpus: current paths, if they differ from those in the checkpoint.
 
     Raises:
-        DataError: for unknown people, unless `skip_unknown_users` is set, and for new items that cannot be added.
+        DataError: for unknown people, unless `skip_unknown_users` is set, for a new item that comes twice, and if
+            none can be added.
     """
     system, _ = load(run, world, backbone, corpus)
-    items, new_ids = ItemCatalog.from_corpus(system.corpus), [new.item for new in request.new_items]
+    items = ItemCatalog.from_corpus(system.corpus)
+    products = new_products(NEW_ITEMS, request.new_items, items)
+    if products:
+        require_new(NEW_ITEMS, products, items)
+        texts = TextItems.fit(system)
+        products = readable_products(NEW_ITEMS, products, texts)
+        system = texts.add(system, {new.item: new.text for new in products})
+    new_ids = [new.item for new in products]
     people = gather_people(
         system.corpus,
         request.users,
@@ -108,10 +117,8 @@ def recommend_users(
         skip_unknown=request.skip_unknown_users,
         new_items=new_ids,
     )
-    if request.new_items:
-        require_new(NEW_ITEMS, request.new_items, items)
-        items = items.with_new(new_ids, [new.title for new in request.new_items])
-        system = TextItems.fit(system).add(system, {new.item: new.text for new in request.new_items})
+    if products:
+        items = items.with_new(new_ids, [new.title for new in products])
     folder, counts = Path(output), _Counts()
     make_folder(folder)
     bar = progress_bar(world, len(people.names), "recommend", "user")

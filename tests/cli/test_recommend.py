@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from typer.testing import CliRunner
 
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
+from cllm4rec_dist.serving.new_items import NewItem
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
+from tests.harness import alone
 
 
 def called(*arguments: str | Path) -> tuple[str, str]:
@@ -210,9 +214,9 @@ def test_files_of_lists_have_new_products(run: Path, recommender: Recommender, n
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("item,title\nsku-1,blue\nitem-003,tea\n", "--new-items: 'item-003' is an item of the run already"),
+        ("item,title\nitem-004,blue\nitem-003,tea\n", "nor is any other of 2: 2 are items of the run already"),
+        ("item,title\nitem-004,blue\nsku-2,\n", "1 are items of the run already and 1 have no text, such as 'sku-2'"),
         ("item,title\nsku-1,blue\nsku-1,tea\n", "--new-items: 'sku-1' comes twice"),
-        ("item,title\nsku-1,blue\nsku-2,\n", "--new-items: 'sku-2' has no text"),
         ("item,title\n,blue\n", "line 2: '' has no id"),
         ("item,price\nsku-1,3\n", "none with a usual name for titles or descriptions"),
     ],
@@ -230,6 +234,39 @@ def test_wrong_new_products_are_refused_before_the_model_is_read(
     ):
         assert message in refused(*command, "--new-items", path)
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_whole_feed_the_products_that_can_be_added_are_listed(
+    run: Path, recommender: Recommender, tmp_path: Path
+) -> None:
+    path = tmp_path / "feed.csv"
+    path.write_text(
+        "item,title,price\nitem-003,tea,1\nsku-1,quiet mountain trail,2\nsku-2,,3\nsku-3,Zahnbürste,4\n"
+        "item-004,blue,5\nsku-4,blue espresso,6\nsku-5,,7\n"
+    )
+    grown = recommender.with_items({"sku-1": "quiet mountain trail", "sku-4": "blue espresso"})
+    printed, _ = called("similar", run, "sku-1", "-k", "17", "--new-items", path, "--format", "jsonl")
+    assert [json.loads(line)["item"] for line in printed.splitlines()] == grown.similar("sku-1", 17)["item"].tolist()
+    arguments = ["--new-items", path, "--launcher", "process", "--top", "30"]
+    _, log = called("recommend", run, tmp_path / "out", *arguments)
+    result = pd.concat(map(pd.read_parquet, sorted((tmp_path / "out").iterdir())))
+    assert {item for item in result["item"] if item.startswith("sku")} == {"sku-1", "sku-4"}
+    for expected in (
+        "titles 'title', descriptions not given; not used: 'price'",
+        "--new-items: 2 of 7 products are items of the run already",
+        "--new-items: 2 of 7 products have no text and are left out, such as 'sku-2'",
+    ):
+        assert log.count(expected) == 1, expected
+
+
+def test_the_ranks_leave_out_what_cannot_be_added(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    products = [NewItem("item-003", "tea"), NewItem("sku-2", ""), NewItem("sku-3", "Zahnbürste"), NewItem("n", "blue")]
+    request = BulkRequest(top=30, users=["user-003"], new_items=tuple(products))
+    logging.getLogger("cllm4rec_dist").propagate = True
+    recommend_users(alone(), lambda metrics: None, str(run), request, str(tmp_path / "out"))
+    result = pd.concat(map(pd.read_parquet, sorted((tmp_path / "out").iterdir())))
+    assert [item for item in result["item"] if not item.startswith("item")] == ["n"]
+    assert "1 of 2 products have no word that a trained item's title or description has and are left out" in caplog.text
 
 
 def test_a_text_of_unknown_words_is_refused(run: Path, tmp_path: Path) -> None:
