@@ -50,6 +50,7 @@ from cllm4rec_dist.serving.known_ids import (
     read_known_ids,
     require_joined_items,
     unknown_error,
+    warn_of_alike_users,
 )
 from cllm4rec_dist.serving.new_items import NewItem
 
@@ -372,6 +373,7 @@ def _require_known(
         unknown_users = [name for name in dict.fromkeys(users) if name not in known_users and name not in orders]
         if unknown_users:
             raise unknown_error("users", unknown_users, known_ids.users, "user", LATER_ORDERS)
+    warn_of_alike_users("--history", orders, known_ids.users)
     require_joined_items("--history", (item for items in orders.values() for item in items), known_ids.items)
     known_items = set(known_ids.items.ids)
     if only is not None and not only & known_items:
