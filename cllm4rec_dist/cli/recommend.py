@@ -53,6 +53,7 @@ from cllm4rec_dist.serving.known_ids import (
     warn_of_alike_users,
 )
 from cllm4rec_dist.serving.new_items import NewItem
+from cllm4rec_dist.suggestions import plural
 
 
 class KnownItems(StrEnum):
@@ -284,7 +285,7 @@ def _print_list(
         typer.echo("no known item in the history: popular items, without a score", err=True)
     show(as_table(answer), file_format)
     if len(answer.items) < query.top:
-        typer.echo(f"{len(answer.items)} of {query.top} items: no more are left", err=True)
+        typer.echo(f"{len(answer.items)} of {plural(query.top, 'item')}: no more are left", err=True)
 
 
 def _read_new_items(path: str | None, known_ids: KnownIds | None) -> tuple[NewItem, ...]:
@@ -382,4 +383,4 @@ def _require_known(
     for option, ids in (("--items-file", only), ("--exclude-file", exclude)):
         unknown = sorted((ids or frozenset()) - known_items)
         if unknown:
-            typer.echo(f"{option}: {len(unknown):,} items are unknown to the run, such as {unknown[0]!r}", err=True)
+            typer.echo(f"{option}: {plural(len(unknown), 'item')} unknown to the run, such as {unknown[0]!r}", err=True)

@@ -15,6 +15,7 @@ from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.machine import Machine
 from cllm4rec_dist.project.points import decimal_mark
 from cllm4rec_dist.project.sample import Sample
+from cllm4rec_dist.suggestions import plural
 
 if TYPE_CHECKING:
     from cllm4rec_dist.project.create import Proposal
@@ -199,7 +200,7 @@ def describe(project: Project, proposal: Proposal, machine: Machine, backbone: s
     if proposal.interactions.time is None:
         lines.append("          no column of times: held-out items are drawn at random, not the last ones")
     num_rare = int((data.item_counts < core.min_item_users).sum())
-    rare = f"; {num_rare:,} items have fewer and will not be recommended" if num_rare else ""
+    rare = f"; {plural(num_rare, 'item')} with fewer will not be recommended" if num_rare else ""
     fewest = f"customers with {core.min_user_items}, items with {core.min_item_users} or more"
     lines.append(f"          kept: {fewest}{rare}")
     lines.append(f"machine   {machine}")

@@ -24,6 +24,7 @@ from cllm4rec_dist.serving.known_ids import NEW_ITEMS
 from cllm4rec_dist.serving.new_items import NewItem, require_new
 from cllm4rec_dist.serving.people import KnownItems, People, gather_people
 from cllm4rec_dist.serving.recommendations import FileFormat, list_schema, make_folder, write_recommendations
+from cllm4rec_dist.suggestions import plural
 from cllm4rec_dist.system import InferenceSystem
 
 logger = logging.getLogger(__name__)
@@ -212,13 +213,15 @@ def _tables(
 
 def _summary(people: People, counts: _Counts, request: BulkRequest) -> str:
     """Summary for the log: what was written and what was left out."""
-    parts = [f"{counts.people:,} users, {counts.rows:,} rows"]
+    parts = [f"{plural(counts.people, 'user')}, {plural(counts.rows, 'row')}"]
     if counts.fallbacks:
-        parts.append(f"{counts.fallbacks:,} users without a known item (popular items, without a score)")
+        parts.append(f"{plural(counts.fallbacks, 'user')} without a known item (popular items, without a score)")
     if people.unknown_items:
-        parts.append(f"{people.unknown_items:,} ordered items unknown to the run and left out")
+        parts.append(f"{plural(people.unknown_items, 'ordered item')} unknown to the run and left out")
     if counts.short:
-        parts.append(f"{counts.short:,} users with fewer than {request.top:,} items")
+        parts.append(f"{plural(counts.short, 'user')} with fewer than {plural(request.top, 'item')}")
     if people.unknown_users:
-        parts.append(f"{len(people.unknown_users):,} unknown users left out, such as {people.unknown_users[0]!r}")
+        parts.append(
+            f"{plural(len(people.unknown_users), 'unknown user')} left out, such as {people.unknown_users[0]!r}"
+        )
     return "; ".join(parts)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.new_items import NewItem
+from cllm4rec_dist.suggestions import plural
 
 if TYPE_CHECKING:
     from cllm4rec_dist.evaluation.text_items import TextItems
 
 logger = logging.getLogger(__name__)
 
-_WITHOUT_WORDS = "no word that a trained item's title or description has"
+_KNOWN_WORD = "word that a trained item's title or description has"
 
 
 def new_products(field: str, products: Sequence[NewItem], items: ItemCatalog) -> tuple[NewItem, ...]:
@@ -32,17 +33,18 @@ def new_products(field: str, products: Sequence[NewItem], items: ItemCatalog) ->
     kept = tuple(product for product in unknown if product.text)
     num_known, textless = len(products) - len(unknown), [product.item for product in unknown if not product.text]
     if products and not kept:
-        reasons = [f"{num_known:,} are items of the run already"] if num_known else []
-        reasons += [f"{len(textless):,} have no text, such as {textless[0]!r}"] if textless else []
+        reasons = [f"items of the run already: {num_known:,}"] if num_known else []
+        reasons += [f"without a text: {len(textless):,}, such as {textless[0]!r}"] if textless else []
         raise DataError(
             field,
             products[0].item,
-            f"is no new product with a text, nor is any other of {len(products):,}: {' and '.join(reasons)}",
+            f"is no new product with a text, nor is any other of {len(products):,} ({'; '.join(reasons)})",
             "Give a file with new products, or leave the option out.",
         )
     if num_known:
-        logger.info("%s: %s of %s products are items of the run already", field, f"{num_known:,}", f"{len(products):,}")
-    _warn_left_out(field, textless, products, "no text")
+        of_all = f"{num_known:,} of {plural(len(products), 'product')}"
+        logger.info("%s: left out %s: items of the run already", field, of_all)
+    _warn_left_out(field, textless, products, "a text")
     return kept
 
 
@@ -62,20 +64,14 @@ def readable_products(field: str, products: Sequence[NewItem], texts: TextItems)
         raise DataError(
             f"{field}: text of {products[0].item!r}",
             products[0].text[:60],
-            f"has {_WITHOUT_WORDS}{others}, so that nothing is known of it",
+            f"has no {_KNOWN_WORD}{others}, so that nothing is known of it",
             "Write more of the text, in the language of the other items.",
         )
-    _warn_left_out(field, without, products, _WITHOUT_WORDS)
+    _warn_left_out(field, without, products, f"a {_KNOWN_WORD}")
     return kept
 
 
-def _warn_left_out(field: str, left_out: Sequence[str], products: Sequence[NewItem], reason: str) -> None:
+def _warn_left_out(field: str, left_out: Sequence[str], products: Sequence[NewItem], missing: str) -> None:
     if left_out:
-        logger.warning(
-            "%s: %s of %s products have %s and are left out, such as %r",
-            field,
-            f"{len(left_out):,}",
-            f"{len(products):,}",
-            reason,
-            left_out[0],
-        )
+        of_all = f"{len(left_out):,} of {plural(len(products), 'product')}"
+        logger.warning("%s: left out %s without %s, such as %r", field, of_all, missing, left_out[0])

@@ -102,7 +102,7 @@ def test_files_with_titles_a_category_and_without_what_is_sold_out(run: Path, tm
     options = ["--exclude-file", tmp_path / "sold-out.txt", "--items-file", tmp_path / "category.txt", "--titles"]
     more = ["--history", tmp_path / "orders.csv", "--top", "20", "--format", "csv"]
     _, warnings = called("recommend", run, tmp_path / "out", *options, *more)
-    assert "--exclude-file: 1 items are unknown to the run, such as 'nothing'" in warnings
+    assert "--exclude-file: 1 item unknown to the run, such as 'nothing'" in warnings
     table = pd.read_csv(tmp_path / "out/recommendations-00000-of-00001.csv")
     assert table.columns.tolist() == ["user", "item", "title", "rank", "score"]
     assert table["user"].drop_duplicates().tolist() == ["new", "user-008"]
@@ -214,8 +214,8 @@ def test_files_of_lists_have_new_products(run: Path, recommender: Recommender, n
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("item,title\nitem-004,blue\nitem-003,tea\n", "nor is any other of 2: 2 are items of the run already"),
-        ("item,title\nitem-004,blue\nsku-2,\n", "1 are items of the run already and 1 have no text, such as 'sku-2'"),
+        ("item,title\nitem-004,blue\nitem-003,tea\n", "nor is any other of 2 (items of the run already: 2)"),
+        ("item,title\nitem-004,blue\nsku-2,\n", "(items of the run already: 1; without a text: 1, such as 'sku-2')"),
         ("item,title\nsku-1,blue\nsku-1,tea\n", "--new-items: 'sku-1' comes twice"),
         ("item,title\n,blue\n", "line 2: '' has no id"),
         ("item,price\nsku-1,3\n", "none with a usual name for titles or descriptions"),
@@ -253,8 +253,8 @@ def test_of_a_whole_feed_the_products_that_can_be_added_are_listed(
     assert {item for item in result["item"] if item.startswith("sku")} == {"sku-1", "sku-4"}
     for expected in (
         "titles 'title', descriptions not given; not used: 'price'",
-        "--new-items: 2 of 7 products are items of the run already",
-        "--new-items: 2 of 7 products have no text and are left out, such as 'sku-2'",
+        "--new-items: left out 2 of 7 products: items of the run already",
+        "--new-items: left out 2 of 7 products without a text, such as 'sku-2'",
     ):
         assert log.count(expected) == 1, expected
 
@@ -266,7 +266,7 @@ def test_the_ranks_leave_out_what_cannot_be_added(run: Path, tmp_path: Path, cap
     recommend_users(alone(), lambda metrics: None, str(run), request, str(tmp_path / "out"))
     result = pd.concat(map(pd.read_parquet, sorted((tmp_path / "out").iterdir())))
     assert [item for item in result["item"] if not item.startswith("item")] == ["n"]
-    assert "1 of 2 products have no word that a trained item's title or description has and are left out" in caplog.text
+    assert "left out 1 of 2 products without a word that a trained item's title or description has" in caplog.text
 
 
 def test_a_text_of_unknown_words_is_refused(run: Path, tmp_path: Path) -> None:
