@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _ACCENTS = re.compile("[\u0300-\u036f]")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
+_SPELLINGS = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}
+"""How German and Scandinavian letters are typed without their keys."""
 _LAST = chr(0x10FFFF)
 """Largest code point: no text with prefix P sorts after P followed by it."""
 _HAN_AND_KANA = r"\u{3040}-\u{30FF}\u{3400}-\u{9FFF}"
@@ -91,7 +93,8 @@ class ItemCatalog:
         """Return the rows of the items that match `query`, best first.
 
         An item matches if its title contains every word of `query`, the last of which may be a prefix, or if its id
-        begins with `query`. Case and accents are ignored, and ligatures are expanded. An item whose id equals the query
+        begins with `query`. Case and accents are ignored, ligatures are expanded, and letters such as ö are found
+        as `o` and `oe`. An item whose id equals the query
         comes first, then titles with the complete last word, titles with the prefix, and ids, each by popularity. If
         the query has punctuation, ids come before titles.
         """
@@ -153,7 +156,9 @@ class ItemCatalog:
     @cached_property
     def _index(self) -> tuple[pl.Series, Ragged]:
         """Inverted index: sorted distinct title words and the item rows of each, built at the first search."""
-        pairs = pl.DataFrame({"word": _words(self.titles), "row": np.arange(len(self.ids))})
+        spelled = _spelled_out(self.titles)
+        titles, rows = [*self.titles, *spelled.values()], [*range(len(self.ids)), *spelled]
+        pairs = pl.DataFrame({"word": _words(titles), "row": np.array(rows, dtype=np.int64)})
         pairs = pairs.explode("word").drop_nulls().unique().sort("word", "row")
         words = pairs["word"].unique(maintain_order=True)
         lengths = pairs["word"].rle().struct.field("len").to_numpy().astype(np.int64)
@@ -163,6 +168,16 @@ class ItemCatalog:
 def _words(texts: Sequence[str]) -> pl.Series:
     """Split each text into folded words."""
     return _folded(texts).str.extract_all(_WORDS)
+
+
+def _spelled_out(texts: Sequence[str]) -> dict[int, str]:
+    """Return by position the texts that have letters of `_SPELLINGS`, with these spelled out."""
+    text = unicodedata.normalize("NFC", "\n".join(text.replace("\n", " ") for text in texts).casefold())
+    before = text.split("\n")
+    for letter, spelling in _SPELLINGS.items():
+        text = text.replace(letter, spelling)
+    pairs = enumerate(zip(before, text.split("\n"), strict=True))
+    return {position: after for position, (each, after) in pairs if each != after}
 
 
 def _folded(texts: Sequence[str]) -> pl.Series:
