@@ -156,10 +156,10 @@ class ItemCatalog:
     @cached_property
     def _index(self) -> tuple[pl.Series, Ragged]:
         """Inverted index: sorted distinct title words and the item rows of each, built at the first search."""
-        spelled = _spelled_out(self.titles)
-        titles, rows = [*self.titles, *spelled.values()], [*range(len(self.ids)), *spelled]
-        pairs = pl.DataFrame({"word": _words(titles), "row": np.array(rows, dtype=np.int64)})
-        pairs = pairs.explode("word").drop_nulls().unique().sort("word", "row")
+        pairs = pl.DataFrame({"word": _words(self.titles), "row": np.arange(len(self.ids))})
+        pairs = (
+            pl.concat([pairs.explode("word").drop_nulls(), _spelled_words(self.titles)]).unique().sort("word", "row")
+        )
         words = pairs["word"].unique(maintain_order=True)
         lengths = pairs["word"].rle().struct.field("len").to_numpy().astype(np.int64)
         return words, Ragged.from_lengths(lengths, pairs["row"].to_numpy())
@@ -170,14 +170,15 @@ def _words(texts: Sequence[str]) -> pl.Series:
     return _folded(texts).str.extract_all(_WORDS)
 
 
-def _spelled_out(texts: Sequence[str]) -> dict[int, str]:
-    """Return by position the texts that have letters of `_SPELLINGS`, with these spelled out."""
+def _spelled_words(texts: Sequence[str]) -> pl.DataFrame:
+    """Return the folded words, with the index of their text, that have letters of `_SPELLINGS`, these spelled out."""
     text = unicodedata.normalize("NFC", "\n".join(text.replace("\n", " ") for text in texts).casefold())
-    before = text.split("\n")
-    for letter, spelling in _SPELLINGS.items():
-        text = text.replace(letter, spelling)
-    pairs = enumerate(zip(before, text.split("\n"), strict=True))
-    return {position: after for position, (each, after) in pairs if each != after}
+    found = pl.Series(text.split("\n")[: len(texts)], dtype=pl.String).str.extract_all(
+        rf"\w*[{''.join(_SPELLINGS)}]\w*"
+    )
+    pairs = pl.DataFrame({"word": found, "row": np.arange(len(texts))}).explode("word").drop_nulls()
+    spelled = pairs["word"].str.replace_many([*_SPELLINGS], [*_SPELLINGS.values()])
+    return pairs.with_columns(word=_folded(spelled.to_list())[: len(pairs)])
 
 
 def _folded(texts: Sequence[str]) -> pl.Series:
