@@ -275,3 +275,14 @@ def test_a_text_of_unknown_words_is_refused(run: Path, tmp_path: Path) -> None:
     assert "has no word that a trained item's title or description has" in refused(
         "recommend", run, "--basket", "item-003", "--new-items", path
     )
+
+
+def test_customers_of_later_orders_that_look_like_known_ones_are_warned_of(run: Path, tmp_path: Path) -> None:
+    orders = tmp_path / "orders.csv"
+    orders.write_text("user,item\nuser-3,item-000\nuser-004,item-000\nZoe,item-001\n")
+    arguments = ["--history", orders, "--launcher", "process"]
+    _, log = called("recommend", run, tmp_path / "out", *arguments)
+    warning = (
+        "--history: 1 user id differs from ids of the run only in case, zeros or punctuation, such as 'user-3' and"
+    )
+    assert log.count(f"{warning} 'user-003'") == 1
