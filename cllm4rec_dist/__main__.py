@@ -5,9 +5,9 @@ import signal
 
 try:
     from cllm4rec_dist.cli import main
-except KeyboardInterrupt:  # nothing has begun that a traceback could explain
+
+    if __name__ == "__main__":
+        main()
+except KeyboardInterrupt:  # before a command has begun: a traceback would explain nothing
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
-
-if __name__ == "__main__":
-    main()

@@ -35,13 +35,21 @@ class Interrupt:
         if name == "cllm4rec_dist.cli":
             raise KeyboardInterrupt
 
-sys.meta_path.insert(0, Interrupt())
+def interrupt(app):
+    raise KeyboardInterrupt
+
+if sys.argv[1] == "import":
+    sys.meta_path.insert(0, Interrupt())
+else:
+    import typer.main
+    typer.main.get_command = interrupt
+sys.argv[1:] = ["settings"]
 runpy.run_module("cllm4rec_dist", run_name="__main__")
 """
 
 
-def test_an_interrupt_while_a_command_is_imported_ends_it_without_a_traceback() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, check=False, env=clean_environment()
-    )
+@pytest.mark.parametrize("when", ["import", "build"])
+def test_an_interrupt_before_a_command_begins_ends_it_without_a_traceback(when: str) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED, when]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=clean_environment())
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
