@@ -1,4 +1,4 @@
-"""'Did you mean' hints for misspelt words and paths."""
+"""'Did you mean' hints for misspelt words and paths, and counts in messages."""
 
 from __future__ import annotations
 
@@ -62,3 +62,8 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except OSError:
         return []
+
+
+def plural(count: int, noun: str) -> str:
+    """Format as `1 rank` or `2 ranks`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -143,6 +143,28 @@ def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path: Path) -> 
     assert (config.epochs, config.optimizer.lr, config.optimizer.warmup_steps) == (3, 0.2, 7)
 
 
+@pytest.mark.parametrize(
+    ("content", "overrides", "source"),
+    [
+        ({}, ["epoch=3"], "override of "),
+        ({}, ["optimizr.lr=3"], "override of "),
+        ({}, ["optimizer.lr=x"], "override of "),
+        ({}, ["batch={users: x}"], "override of "),
+        ({"epoch": 3}, ["seed=3"], ""),
+        ({"epoch": 3}, ["sed=3"], ""),
+        ({"optimizer": {"lr": "x"}}, ["optimizer.warmup_steps=3"], ""),
+    ],
+    ids=str,
+)
+def test_an_error_says_whether_the_file_or_an_override_is_wrong(
+    tmp_path: Path, content: dict[str, Any], overrides: list[str], source: str
+) -> None:
+    path = written(tmp_path, json.dumps(BASE | content))
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides, path=path)
+    assert str(caught.value).startswith(f"{source}{path}: ")
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b", "just words", "a: [1, 2", "a: b: c", "\t- x"])
 def test_a_file_that_holds_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -51,8 +51,10 @@ from cllm4rec_dist.serving.known_ids import (
     read_known_ids,
     require_joined_items,
     unknown_error,
+    warn_of_alike_users,
 )
 from cllm4rec_dist.serving.new_items import NewItem
+from cllm4rec_dist.suggestions import plural
 
 
 class KnownItems(StrEnum):
@@ -67,7 +69,8 @@ NewItemsOption = Annotated[
     str | None,
     typer.Option(
         help="New products, known by their texts alone: CSV, JSON lines or Parquet with an id and a title or"
-        " description in each row. They may be listed, and histories may have them.",
+        " description in each row. They may be listed, and histories may have them. Products that the run has"
+        " already are left out.",
         callback=expanded,
     ),
 ]
@@ -251,7 +254,7 @@ def similar(
     with importing_libraries():
         from cllm4rec_dist.serving.recommender import Recommender
 
-    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_new_items(products, NEW_ITEMS)
+    recommender = Recommender.load(run_path, **moved_paths(backbone, corpus)).with_feed(products, NEW_ITEMS)
     show(recommender.similar(chosen, top), file_format)
 
 
@@ -285,22 +288,25 @@ def _print_list(
         from cllm4rec_dist.serving.recommender import Recommender
 
     recommender = Recommender.load(run_path, new_item_offset=new_item_offset, **moved_paths(backbone, corpus))
-    recommender = recommender.with_new_items(products, NEW_ITEMS)
+    recommender = recommender.with_feed(products, NEW_ITEMS)
     query = Query(items, user[0] if user else None, exclude=exclude or frozenset(), only=only, **options)
     (answer,) = recommender.answer([query])
     if answer.fallback:
         typer.echo("no known item in the history: popular items, without a score", err=True)
     show(as_table(answer), file_format)
     if len(answer.items) < query.top:
-        typer.echo(f"{len(answer.items)} of {query.top} items: no more are left", err=True)
+        typer.echo(f"{len(answer.items)} of {plural(query.top, 'item')}: no more are left", err=True)
 
 
 def _read_new_items(path: str | None, known_ids: KnownIds | None) -> tuple[NewItem, ...]:
     if path is None:
         return ()
+    from cllm4rec_dist.serving.feed import new_products
     from cllm4rec_dist.serving.new_item_file import read_new_items
 
-    return tuple(read_new_items(path, known_ids.item_columns if known_ids is not None else None))
+    if known_ids is None:  # the ranks leave out what cannot be added
+        return tuple(read_new_items(path))
+    return new_products(NEW_ITEMS, read_new_items(path, known_ids.item_columns), known_ids.items)
 
 
 def _item_ids(path: Path | None, option: str) -> frozenset[str] | None:
@@ -378,6 +384,7 @@ def _require_known(
         unknown_users = [name for name in dict.fromkeys(users) if name not in known_users and name not in orders]
         if unknown_users:
             raise unknown_error("users", unknown_users, known_ids.users, "user", LATER_ORDERS)
+    warn_of_alike_users("--history", orders, known_ids.users)
     require_joined_items("--history", (item for items in orders.values() for item in items), known_ids.items)
     known_items = set(known_ids.items.ids)
     if only is not None and not only & known_items:
@@ -386,4 +393,4 @@ def _require_known(
     for option, ids in (("--items-file", only), ("--exclude-file", exclude)):
         unknown = sorted((ids or frozenset()) - known_items)
         if unknown:
-            typer.echo(f"{option}: {len(unknown):,} items are unknown to the run, such as {unknown[0]!r}", err=True)
+            typer.echo(f"{option}: {plural(len(unknown), 'item')} unknown to the run, such as {unknown[0]!r}", err=True)

@@ -16,15 +16,21 @@ _MAX_VALUE = 80
 """Characters of a value in a message."""
 
 
-def config_error(model: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
+def config_error(
+    model: type[BaseModel], error: ValidationError, source: str, overridden: Sequence[str] = ()
+) -> ConfigError:
     """Return one error that names every violation.
 
     Args:
         model: model that was validated.
         source: file or other origin of the configuration.
+        overridden: dotted keys given as overrides. If all violations are theirs, the error says so.
     """
     fields, clauses, cures = [], [], []
-    for each in _without_consequences(error.errors()):
+    errors = _without_consequences(error.errors())
+    if all(_is_overridden(each, _section(model, each["loc"])[1], overridden) for each in errors):
+        source = f"override of {source}"
+    for each in errors:
         section, path = _section(model, each["loc"])
         fields.append(path)
         clauses.append(_clause(each, path, section))
@@ -36,6 +42,14 @@ def _without_consequences(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Leave out that a list is too short if entries of it are wrong, which pydantic does not count."""
     longer = {each["loc"][:length] for each in errors for length in range(len(each["loc"]))}
     return [each for each in errors if each["type"] != "too_short" or each["loc"] not in longer]
+
+
+def _is_overridden(error: ErrorDetails, path: str, overridden: Sequence[str]) -> bool:
+    """Return True if an override has set the wrong value, or has made the section that does not exist."""
+    is_unknown = error["type"] == "extra_forbidden"
+    return any(
+        f"{path}.".startswith(f"{key}.") or (is_unknown and f"{key}.".startswith(f"{path}.")) for key in overridden
+    )
 
 
 def _clause(error: ErrorDetails, path: str, section: type[BaseModel] | None) -> str:

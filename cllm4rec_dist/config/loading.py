@@ -176,16 +176,22 @@ def load_config(model: type[ModelT], path: str | Path | None = None, overrides: 
         _require_kind(model, tree, str(path))
     for override in overrides:
         _apply_override(tree, override)
-    return validate(model, tree, source=str(path) if path is not None else "configuration")
+    keys = [override.partition("=")[0] for override in overrides]
+    return validate(model, tree, source=str(path) if path is not None else "configuration", overridden=keys)
 
 
-def validate(model: type[ModelT], tree: dict[str, Any], source: str) -> ModelT:
-    """Validate a plain tree as `model`; one ConfigError names every violation."""
+def validate(model: type[ModelT], tree: dict[str, Any], source: str, overridden: Sequence[str] = ()) -> ModelT:
+    """Validate a plain tree as `model`; one ConfigError names every violation.
+
+    Args:
+        source: file or other origin, for errors.
+        overridden: dotted keys whose values are those of overrides.
+    """
     require_new_keys(tree, model.renamed_keys, source)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise config_error(model, error, source) from None
+        raise config_error(model, error, source, overridden) from None
 
 
 def path_override(key: str, path: str | Path) -> str:

@@ -15,6 +15,7 @@ from cllm4rec_dist.corpus.row_batch import Batch
 from cllm4rec_dist.corpus.skips import SkipLog, base_name
 from cllm4rec_dist.corpus.values import column_ids, whole_ids, without_missing
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.suggestions import plural
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class TextCollector:
                 reason, len(left_out), self._num_rows, file=self._paths[file], line=line, value=self._all_ids[code]
             )
         if num_new := int((kept["code"] >= self._num_ids).sum()):
-            logger.info("%s: %s items have no interactions and are kept as new items", self._files(), f"{num_new:,}")
+            logger.info("%s: %s without interactions kept as new", self._files(), plural(num_new, "item"))
 
     def _files(self) -> str:
         return ", ".join(map(base_name, self._paths[:3]))

@@ -26,7 +26,7 @@ from cllm4rec_dist.evaluation.baseline_names import LABELS, BaselineName
 from cllm4rec_dist.evaluation.baselines import BaselineResult, run_baselines
 from cllm4rec_dist.evaluation.files import BASELINES_FILE, BASELINES_RECOMMENDED_FILE
 from cllm4rec_dist.evaluation.group_baselines import group_rows
-from cllm4rec_dist.evaluation.item_groups import item_groups
+from cllm4rec_dist.evaluation.item_groups import cannot_rank, item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics
 from cllm4rec_dist.evaluation.report import Background, write_report
 from cllm4rec_dist.evaluation.results import (
@@ -196,7 +196,12 @@ def _model_rows(means: dict[str, Any]) -> list[ResultRow]:
         means: of all users or of a group, as in `evaluation.json`.
     """
     parts = {MODEL: means, **means.get("parts", {})}
-    return [ResultRow(name=name, metrics=part["mean"], stderr=part["stderr"]) for name, part in parts.items()]
+    rows = []
+    for name, part in parts.items():
+        row = ResultRow(name=name, metrics=part["mean"], stderr=part["stderr"])
+        is_tied = cannot_rank(part.get("num_tied", 0), part["num_users"])
+        rows.append(row.without_metrics() if is_tied else row)
+    return rows
 
 
 def _baseline_row(baseline: BaselineResult, metrics: Sequence[str], chosen: np.ndarray | None = None) -> ResultRow:

@@ -11,6 +11,7 @@ from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.corpus.split_settings import ColdItemsSplit, GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation.metrics import parse_metric
 from cllm4rec_dist.evaluation.results import LINEAR_ALONE, LLM_ALONE, metric_label
+from cllm4rec_dist.suggestions import plural
 
 _MODELS = {
     LLM_ALONE: "The model's ranking by the language model's score alone, without the linear memory.",
@@ -40,11 +41,6 @@ def signed(value: float) -> str:
 def p_value(value: float) -> str:
     """Format as `p = 0.012` or `p < 0.001`."""
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def plural(count: int, noun: str) -> str:
-    """Format as `1 rank` or `2 ranks`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def short_count(count: int) -> str:

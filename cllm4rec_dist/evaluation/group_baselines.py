@@ -19,8 +19,8 @@ from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.baseline_models import has_words, make_grids
 from cllm4rec_dist.evaluation.baselines import BaselineResult
 from cllm4rec_dist.evaluation.ease import Float32Array
-from cllm4rec_dist.evaluation.item_groups import ItemGroup
-from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, top_items, user_metrics
+from cllm4rec_dist.evaluation.item_groups import GroupResult, ItemGroup, cannot_rank
+from cllm4rec_dist.evaluation.metrics import are_tied, largest_cutoff, mean_metrics, top_items, user_metrics
 from cllm4rec_dist.evaluation.results import ResultRow
 from cllm4rec_dist.evaluation.split_data import Candidate, Scorer, SplitData
 
@@ -36,6 +36,8 @@ def group_rows(
     config: BaselineConfig,
 ) -> list[list[ResultRow]]:
     """Return for each group a row of each baseline and one of text neighbours, if items have texts with words.
+
+    A row of a baseline that cannot rank the group, see `cannot_rank`, has no metrics.
 
     Args:
         baselines: results over all items, whose settings are used.
@@ -69,9 +71,8 @@ def _add_rows(
 ) -> None:
     for of_group, group in zip(rows, groups, strict=True):
         result = _evaluate(scorer, data.histories, data.test, group, metrics)
-        of_group.append(
-            ResultRow(name=label, metrics=result.mean, stderr=result.stderr, chosen=candidate.settings, baseline=True)  # type: ignore[arg-type]
-        )
+        row = ResultRow(name=label, metrics=result.mean, stderr=result.stderr, chosen=candidate.settings, baseline=True)  # type: ignore[arg-type]
+        of_group.append(row.without_metrics() if cannot_rank(result.num_tied, result.num_users) else row)
 
 
 def _value(scorer: Scorer, data: SplitData, group: ItemGroup, metric: str) -> float:
@@ -83,21 +84,23 @@ def _value(scorer: Scorer, data: SplitData, group: ItemGroup, metric: str) -> fl
 
 def _evaluate(
     scorer: Scorer, histories: sp.csr_matrix, held_out: sp.csr_matrix, group: ItemGroup, metrics: Sequence[str]
-) -> MetricResult:
+) -> GroupResult:
     """Rank the candidates of a group for the users with held-out items of it, and return means over them."""
     counted = held_out @ sp.diags(group.held_out.astype(np.float32), format="csr")
     counted.eliminate_zeros()
     num_ranked = min(int(group.candidates.sum()), largest_cutoff(metrics))
-    every_user, values = np.flatnonzero(np.diff(counted.indptr)), []
+    every_user, values, num_tied = np.flatnonzero(np.diff(counted.indptr)), [], 0
     for start in range(0, len(every_user), _BLOCK_USERS):
         users = every_user[start : start + _BLOCK_USERS]
         scores = scorer(users)
+        scale = np.abs(scores).max(axis=1)
         seen = histories[users].tocoo()
         scores[seen.row, seen.col] = -np.inf
         scores[:, ~group.candidates] = -np.inf
+        num_tied += int(are_tied(scores, scale).sum())
         ranked = top_items(scores, num_ranked)
         values.append(user_metrics(ranked, counted[users], metrics, int(group.candidates.sum())))
-    return mean_metrics(np.concatenate(values), metrics)
+    return GroupResult(**vars(mean_metrics(np.concatenate(values), metrics)), num_tied=num_tied)
 
 
 def _text_neighbors(data: SplitData) -> list[Candidate]:

@@ -19,9 +19,24 @@ from cllm4rec_dist.corpus.heldout import HeldOutUsers
 from cllm4rec_dist.corpus.ragged import Ragged
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.distributed.collectives import all_reduce_sum
-from cllm4rec_dist.evaluation.metrics import MetricResult, largest_cutoff, mean_metrics, user_metrics
+from cllm4rec_dist.evaluation.metrics import MetricResult, are_tied, largest_cutoff, mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.topk import rank_by_weights
 from cllm4rec_dist.system import InferenceSystem
+
+_TIED_SHARE = 0.99
+"""Fraction of users with tied candidates from which a model cannot rank a group."""
+
+
+@dataclass(frozen=True)
+class GroupResult(MetricResult):
+    """Means over the users of a group; `num_tied` of them have candidates with equal scores, see `are_tied`."""
+
+    num_tied: int = 0
+
+
+def cannot_rank(num_tied: int, num_users: int) -> bool:
+    """Return True if (nearly) all users have candidates with equal scores: metrics would be those of the row order."""
+    return num_tied >= _TIED_SHARE * num_users
 
 
 @dataclass(frozen=True)
@@ -65,10 +80,10 @@ def evaluate_groups(
     weights: Sequence[float],
     *,
     without_rows: bool = False,
-) -> dict[str, list[MetricResult]]:
+) -> dict[str, list[GroupResult]]:
     """Return means by each weight, by the name of the group; empty if the corpus does not hold out whole items.
 
-    Collective: all-reduces a value for each weight, user, metric and group.
+    Collective: all-reduces a value for each weight, user, metric and group, and whether the user's best items are tied.
 
     Args:
         users: all users with held-out items in `split`, or a sample of them.
@@ -85,18 +100,22 @@ def evaluate_groups(
         if not len(chosen):
             continue
         histories, held_out = users.histories.take(chosen), held_out.take(chosen)
-        values, num_best = np.zeros((len(weights), len(chosen), len(metrics))), largest_cutoff(metrics)
+        values, num_best = np.zeros((len(weights), len(chosen), len(metrics) + 1)), largest_cutoff(metrics)
         for rankings in rank_by_weights(
             system, rows[chosen], histories, num_best, batch_users, weights, seen=histories, candidates=group.candidates
         ):
             for index, ranking in enumerate(rankings):
                 of_block = held_out.take(ranking.index)
-                values[index, ranking.index] = user_metrics(
+                values[index, ranking.index, :-1] = user_metrics(
                     ranking.items, of_block, metrics, int(group.candidates.sum())
                 )
+                values[index, ranking.index, -1] = are_tied(ranking.scores)
         summed = torch.from_numpy(values).to(system.world.device)
         summed = all_reduce_sum(summed, system.world, "metrics of item groups")
-        results[group.name] = [mean_metrics(by_weight, metrics) for by_weight in summed.cpu().numpy()]
+        results[group.name] = [
+            GroupResult(**vars(mean_metrics(by_weight[:, :-1], metrics)), num_tied=int(by_weight[:, -1].sum()))
+            for by_weight in summed.cpu().numpy()
+        ]
     return results
 
 

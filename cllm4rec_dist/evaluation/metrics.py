@@ -29,6 +29,9 @@ from cllm4rec_dist.errors import ConfigError, DataError
 LIST_LENGTH = 20
 """Length of the lists by which coverage of the catalog is counted."""
 
+_ROUNDING = 1e-6
+"""Largest difference, relative to the scores, that rounding in float32 may make of equal ones."""
+
 IntArray = NDArray[np.integer]
 FloatArray = NDArray[np.float64]
 
@@ -175,6 +178,24 @@ def top_items(scores: NDArray[np.float32], num_ranked: int) -> NDArray[np.int64]
     order = np.lexsort((columns, -scores[rows, columns], rows))
     starts = np.searchsorted(rows, np.arange(num_rows))
     return columns[order][starts[:, None] + np.arange(num_ranked)]
+
+
+def are_tied(scores: NDArray[np.float32], scale: NDArray[np.float32] | None = None) -> NDArray[np.bool_]:
+    """Return True for each row whose scores are all equal, bool [b]: the order of its items is that of the columns.
+
+    Args:
+        scores: [b, I] without NaN; items with -inf are no candidates. A row with a single candidate is not tied.
+        scale: [b], absolute score against which a difference may be rounding; by default the row's largest one.
+    """
+    is_candidate = np.isfinite(scores)
+    highest = np.where(is_candidate, scores, -np.inf).max(axis=1)
+    lowest = np.where(is_candidate, scores, np.inf).min(axis=1)
+    if scale is None:
+        scale = np.maximum(np.abs(highest), np.abs(lowest))
+    has_choice = is_candidate.sum(axis=1) > 1
+    tied: NDArray[np.bool_] = np.zeros(len(scores), bool)
+    tied[has_choice] = (highest - lowest)[has_choice] <= _ROUNDING * scale[has_choice]
+    return tied
 
 
 def user_metrics(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_items: int | None = None) -> FloatArray:

@@ -26,8 +26,9 @@ from cllm4rec_dist.evaluation import formatting, page, per_user
 from cllm4rec_dist.evaluation.page import CatalogSection, Group
 from cllm4rec_dist.evaluation.per_user import LengthBin, Rival
 from cllm4rec_dist.evaluation.plots import draw_panels, draw_sheets
-from cllm4rec_dist.evaluation.results import ExampleRecommendation, ResultRow, Results, markdown_table
+from cllm4rec_dist.evaluation.results import ExampleRecommendation, ResultRow, Results, cannot_rank_note, markdown_table
 from cllm4rec_dist.evaluation.training_log import read_curves, training_seconds
+from cllm4rec_dist.suggestions import plural
 
 _TEMPLATE, _SCRIPT = "report.html.j2", "report.js"
 
@@ -187,8 +188,8 @@ def _facts(results: Results, background: Background) -> list[tuple[str, str, str
         facts.append(("Backbone", formatting.backbone_name(str(config["backbone"])), ""))
     if origin is not None:
         count = formatting.short_count
-        evaluated = formatting.plural(origin.num_ranks, "rank")
-        trained = formatting.plural(origin.num_training_ranks, "rank")
+        evaluated = plural(origin.num_ranks, "rank")
+        trained = plural(origin.num_training_ranks, "rank")
         facts += [
             (
                 "Parameters",
@@ -246,6 +247,7 @@ def _environment() -> Environment:
     environment.filters |= formatting.FILTERS
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     environment.globals |= {"best_shown": _best_shown, "bins_reach": _bins_reach, "tests_reach": _tests_reach}
+    environment.globals["cannot_rank_note"] = cannot_rank_note
     return environment
 
 

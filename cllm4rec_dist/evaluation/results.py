@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeFloat, PositiveInt
 
@@ -64,6 +64,13 @@ class ResultRow(StrictModel):
     """Hyper-parameters that validation selected."""
     baseline: bool = False
     """True for a baseline."""
+    cannot_rank: bool = False
+    """True if it gives nearly every user's candidates equal scores. It has no metrics then: they would be those of the
+    order of the rows."""
+
+    def without_metrics(self) -> Self:
+        """Return the row of a model that cannot rank the candidates."""
+        return self.model_copy(update={"metrics": {}, "stderr": {}, "cannot_rank": True})
 
 
 class GroupResults(StrictModel):
@@ -143,7 +150,16 @@ class ExampleRecommendation:
 
 def _best_values(rows: Sequence[ResultRow], metric_names: Sequence[str]) -> dict[str, float]:
     """Return the best value of each metric, rounded as shown: rows that look equal are equally best."""
-    return {name: max(round(row.metrics[name], 4) for row in rows if name in row.metrics) for name in metric_names}
+    return {
+        name: max((round(row.metrics[name], 4) for row in rows if name in row.metrics), default=0.0)
+        for name in metric_names
+    }
+
+
+def cannot_rank_note(rows: Sequence[ResultRow]) -> str:
+    """Return a sentence about the models of a table that cannot rank the candidates; empty if all can."""
+    names = ", ".join(row.name for row in rows if row.cannot_rank)
+    return names and f"{names}: cannot rank these items, because all of a user's candidates have the same score."
 
 
 def markdown_table(results: Results) -> str:
@@ -178,4 +194,5 @@ def _table(rows: Sequence[ResultRow], metric_names: Sequence[str]) -> str:
     for row in rows:
         name = " ".join(row.name.split()).replace("|", "\\|")
         lines.append([name, *(cell(row, metric) for metric in best)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    note = cannot_rank_note(rows)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (f"\n{note}\n" if note else "")

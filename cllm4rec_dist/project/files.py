@@ -10,9 +10,12 @@ import yaml
 
 from cllm4rec_dist.config import MethodConfig
 from cllm4rec_dist.filesystems import is_url
+from cllm4rec_dist.project.column_stats import ColumnStats
 from cllm4rec_dist.project.layout import Project
 from cllm4rec_dist.project.machine import Machine
+from cllm4rec_dist.project.points import decimal_mark
 from cllm4rec_dist.project.sample import Sample
+from cllm4rec_dist.suggestions import plural
 
 if TYPE_CHECKING:
     from cllm4rec_dist.project.create import Proposal
@@ -197,7 +200,7 @@ def describe(project: Project, proposal: Proposal, machine: Machine, backbone: s
     if proposal.interactions.time is None:
         lines.append("          no column of times: held-out items are drawn at random, not the last ones")
     num_rare = int((data.item_counts < core.min_item_users).sum())
-    rare = f"; {num_rare:,} items have fewer and will not be recommended" if num_rare else ""
+    rare = f"; {plural(num_rare, 'item')} with fewer will not be recommended" if num_rare else ""
     fewest = f"customers with {core.min_user_items}, items with {core.min_item_users} or more"
     lines.append(f"          kept: {fewest}{rare}")
     lines.append(f"machine   {machine}")
@@ -230,6 +233,7 @@ def _columns(proposal: Proposal, sample: Sample, role: str) -> list[str]:
     if role == "orders" and "items" not in proposal.samples and "items" in source:
         tables.append("items")
     used: list[str] = []
+    used_roles = source["interactions"].keys()
     for table in tables:
         for key, value in source.get(table, {}).items():
             names = [value] if isinstance(value, str) else value
@@ -240,7 +244,31 @@ def _columns(proposal: Proposal, sample: Sample, role: str) -> list[str]:
     unused = [name for name in sample.names if name not in used]
     if unused:
         lines.append(f"  {'not used':<12}{', '.join(unused)}")
+    if role == "orders":
+        lines += [line for name in unused for line in _returns(sample, name, has_rating="rating" in used_roles)]
     return lines
+
+
+def _returns(sample: Sample, name: str, *, has_rating: bool) -> list[str]:
+    """Return lines about the negative quantities of an unused column; none if it has none."""
+    stats = ColumnStats(name, sample.columns[name])
+    if "quantity" not in stats.kinds:
+        return []
+    mark = decimal_mark(stats)
+    num_negative = int((stats.numbers(mark) < 0).sum())
+    if not num_negative:
+        return []
+    rows = f"{len(sample.columns):,}{'' if sample.is_whole else ' first'} rows"
+    lines = [f"{name} is negative in {num_negative:,} of the {rows}, which count as purchases like all others."]
+    if has_rating:
+        lines.append("If they are returns, remove them from the file.")
+    else:
+        decimal = "" if mark == "." else f" and `decimal: '{mark}'`"
+        lines += [
+            f"If they are returns, remove them from the file, or set `rating: {name}`{decimal} of interactions and",
+            "`rating_threshold: 0.001` of the recipe, which leaves them out.",
+        ]
+    return [f"  {'' if index else 'returns?':<12}{line}" for index, line in enumerate(lines)]
 
 
 def _shown(path: str) -> str:

@@ -35,7 +35,7 @@ from cllm4rec_dist.project.stages import (
     state_of,
     write_record,
 )
-from cllm4rec_dist.suggestions import did_you_mean_path
+from cllm4rec_dist.suggestions import closest, did_you_mean_path
 
 _OUTPUT_FOLDERS = {"build-backbone": "backbone", "pretrain": "pretrain_run", "finetune": "finetune_run"}
 _PREFIXES = ("recipe", "backbone", "pretrain", "finetune")
@@ -81,12 +81,28 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
                 f"sets {setting}, which the project decides",
                 "Leave it out; `cllm4rec pretrain` and `cllm4rec finetune` take any.",
             )
+        _require_prefix(override, prefix if dot else "")
         if dot and prefix in _PREFIXES:
             by_file[prefix].append(override.removeprefix(f"{prefix}."))
         else:
             by_file["pretrain"].append(override)
             by_file["finetune"].append(override)
     return by_file
+
+
+def _require_prefix(override: str, prefix: str) -> None:
+    """Refuse a prefix that is neither a file of the project nor a section of a run."""
+    sections = [*RunConfig.model_fields, *(old.partition(".")[0] for old in RunConfig.renamed_keys)]
+    if not prefix or prefix in _PREFIXES or prefix in sections:
+        return
+    meant = closest(prefix, [*_PREFIXES, *sections])
+    hint = "" if meant is None else f"Did you mean {override.replace(prefix, meant, 1)}? "
+    raise ConfigError(
+        "override",
+        override,
+        f"begins with {prefix}, which is neither a file of the project ({', '.join(_PREFIXES)}) nor a section of a run",
+        f"{hint}`cllm4rec settings` explains every key of a run.",
+    )
 
 
 def load_settings(project: Project, overrides: Mapping[str, Sequence[str]], top: int) -> Settings:

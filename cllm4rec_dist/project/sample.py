@@ -116,7 +116,7 @@ def _encoding(path: str, given: str) -> str:
     """Return the encoding of one file. One given for several files holds for those that are not UTF-8."""
     if given not in ("auto", *_UNICODE) and is_utf8_beyond_ascii(path):
         return "utf-8"
-    return resolve_encoding(path, given)
+    return resolve_encoding(path, given, "give --encoding")
 
 
 def _separator(role: Role, file: RawFile, dialect: Dialect) -> str:

@@ -18,11 +18,13 @@ from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import Ranking
 from cllm4rec_dist.evaluation.trained_run import load
 from cllm4rec_dist.log import ReportMetrics, progress_bar
+from cllm4rec_dist.serving.feed import new_products, readable_products
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.known_ids import NEW_ITEMS
 from cllm4rec_dist.serving.new_items import NewItem, require_new
 from cllm4rec_dist.serving.people import KnownItems, People, gather_people
 from cllm4rec_dist.serving.recommendations import FileFormat, list_schema, make_folder, write_recommendations
+from cllm4rec_dist.suggestions import plural
 from cllm4rec_dist.system import InferenceSystem
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class BulkRequest:
         titles: write a column of titles.
         file_format: format of the files.
         batch_users: people per forward of a rank.
-        new_items: products that the corpus does not have, which may be listed and ordered.
+        new_items: products of a file, of which those that can be added (`feed.py`) may be listed and ordered.
     """
 
     top: int
@@ -98,11 +100,18 @@ def recommend_users(
         new_item_offset: offset of the item biases of new items, instead of the run's.
 
     Raises:
-        DataError: for unknown people, unless `skip_unknown_users` is set, and for new items that cannot be added.
+        DataError: for unknown people, unless `skip_unknown_users` is set, for a new item that comes twice, and if
+            none can be added.
     """
     system, _ = load(run, world, backbone, corpus, new_item_offset)
     items = ItemCatalog.from_corpus(system.corpus, with_titles=request.titles)
-    new_ids = [new.item for new in request.new_items]
+    products = new_products(NEW_ITEMS, request.new_items, items)
+    if products:
+        require_new(NEW_ITEMS, products, items)
+        texts = TextItems.fit(system)
+        products = readable_products(NEW_ITEMS, products, texts)
+        system = texts.add(system, {new.item: new.text for new in products})
+    new_ids = [new.item for new in products]
     people = gather_people(
         system.corpus,
         request.users,
@@ -111,10 +120,8 @@ def recommend_users(
         skip_unknown=request.skip_unknown_users,
         new_items=new_ids,
     )
-    if request.new_items:
-        require_new(NEW_ITEMS, request.new_items, items)
-        items = items.with_new(new_ids, [new.title for new in request.new_items])
-        system = TextItems.fit(system).add(system, {new.item: new.text for new in request.new_items})
+    if products:
+        items = items.with_new(new_ids, [new.title for new in products])
     folder, counts = Path(output), _Counts()
     make_folder(folder)
     bar = progress_bar(world, len(people.names), "recommend", "user")
@@ -208,13 +215,15 @@ def _tables(
 
 def _summary(people: People, counts: _Counts, request: BulkRequest) -> str:
     """Summary for the log: what was written and what was left out."""
-    parts = [f"{counts.people:,} users, {counts.rows:,} rows"]
+    parts = [f"{plural(counts.people, 'user')}, {plural(counts.rows, 'row')}"]
     if counts.fallbacks:
-        parts.append(f"{counts.fallbacks:,} users without a known item (popular items, without a score)")
+        parts.append(f"{plural(counts.fallbacks, 'user')} without a known item (popular items, without a score)")
     if people.unknown_items:
-        parts.append(f"{people.unknown_items:,} ordered items unknown to the run and left out")
+        parts.append(f"{plural(people.unknown_items, 'ordered item')} unknown to the run and left out")
     if counts.short:
-        parts.append(f"{counts.short:,} users with fewer than {request.top:,} items")
+        parts.append(f"{plural(counts.short, 'user')} with fewer than {plural(request.top, 'item')}")
     if people.unknown_users:
-        parts.append(f"{len(people.unknown_users):,} unknown users left out, such as {people.unknown_users[0]!r}")
+        parts.append(
+            f"{plural(len(people.unknown_users), 'unknown user')} left out, such as {people.unknown_users[0]!r}"
+        )
     return "; ".join(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -25,7 +25,7 @@ from cllm4rec_dist.corpus.times import read_times
 from cllm4rec_dist.corpus.values import MISSING_WORDS
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.serving.id_list import similar_ids
-from cllm4rec_dist.serving.table_columns import ITEM_NAMES, column_names, likely_column
+from cllm4rec_dist.serving.table_columns import ITEM_NAMES, column_names, find_encoding, likely_column
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,11 @@ def _read(path: str, given: HistoryFormat, recipe: OrderColumns | None) -> RawDa
     """Read the file's interactions with the reader of `prepare`."""
     written = {"path": path, "separator": given.separator, "encoding": given.encoding}
     validate(TableFile, written, "--history")
-    file = _first_file(path)
+    files = _files(path)
+    file = files[0]
+    if given.encoding is None and len(files) == 1:
+        written["encoding"] = find_encoding(file.path, "give --encoding")
+        given = replace(given, encoding=written["encoding"])
     user, item, time = _columns(path, file, given, recipe)
     logger.info("%s: users are %r, items %r, times %s", path, user, item, "not given" if time is None else repr(time))
     columns = {"user": user, "item": item, "timestamp": time}
@@ -105,9 +109,9 @@ def _group_by_user(raw: RawData) -> dict[str, tuple[str, ...]]:
     return {users[user]: tuple(items[item] for item in each) for user, each in pairs}
 
 
-def _first_file(path: str) -> RawFile:
+def _files(path: str) -> list[RawFile]:
     try:
-        return find_files([path])[0]
+        return find_files([path])
     except DataError as error:
         raise DataError("--history", path, error.constraint, "Give a file of later orders.") from None
 

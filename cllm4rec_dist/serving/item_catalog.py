@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _ACCENTS = re.compile("[\u0300-\u036f]")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
+_SPELLINGS = {"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa"}
+"""How German and Scandinavian letters are typed without their keys."""
 _LAST = chr(0x10FFFF)
 """Largest code point: no text with prefix P sorts after P followed by it."""
 _HAN_AND_KANA = r"\u{3040}-\u{30FF}\u{3400}-\u{9FFF}"
@@ -95,7 +97,8 @@ class ItemCatalog:
         """Return the rows of the items that match `query`, best first.
 
         An item matches if its title contains every word of `query`, the last of which may be a prefix, or if its id
-        begins with `query`. Case and accents are ignored, and ligatures are expanded. An item whose id equals the query
+        begins with `query`. Case and accents are ignored, ligatures are expanded, and letters such as ö are found
+        as `o` and `oe`. An item whose id equals the query
         comes first, then titles with the complete last word, titles with the prefix, and ids, each by popularity. If
         the query has punctuation, ids come before titles.
         """
@@ -158,7 +161,9 @@ class ItemCatalog:
     def _index(self) -> tuple[pl.Series, Ragged]:
         """Inverted index: sorted distinct title words and the item rows of each, built at the first search."""
         pairs = pl.DataFrame({"word": _words(self.titles), "row": np.arange(len(self.ids))})
-        pairs = pairs.explode("word").drop_nulls().unique().sort("word", "row")
+        pairs = (
+            pl.concat([pairs.explode("word").drop_nulls(), _spelled_words(self.titles)]).unique().sort("word", "row")
+        )
         words = pairs["word"].unique(maintain_order=True)
         lengths = pairs["word"].rle().struct.field("len").to_numpy().astype(np.int64)
         return words, Ragged.from_lengths(lengths, pairs["row"].to_numpy())
@@ -167,6 +172,17 @@ class ItemCatalog:
 def _words(texts: Sequence[str]) -> pl.Series:
     """Split each text into folded words."""
     return _folded(texts).str.extract_all(_WORDS)
+
+
+def _spelled_words(texts: Sequence[str]) -> pl.DataFrame:
+    """Return the folded words, with the index of their text, that have letters of `_SPELLINGS`, these spelled out."""
+    text = unicodedata.normalize("NFC", "\n".join(text.replace("\n", " ") for text in texts).casefold())
+    found = pl.Series(text.split("\n")[: len(texts)], dtype=pl.String).str.extract_all(
+        rf"\w*[{''.join(_SPELLINGS)}]\w*"
+    )
+    pairs = pl.DataFrame({"word": found, "row": np.arange(len(texts))}).explode("word").drop_nulls()
+    spelled = pairs["word"].str.replace_many([*_SPELLINGS], [*_SPELLINGS.values()])
+    return pairs.with_columns(word=_folded(spelled.to_list())[: len(pairs)])
 
 
 def _folded(texts: Sequence[str]) -> pl.Series:

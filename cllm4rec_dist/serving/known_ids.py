@@ -18,6 +18,7 @@ from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.new_items import NewItem, require_new
+from cllm4rec_dist.suggestions import plural
 
 logger = logging.getLogger(__name__)
 
@@ -64,21 +65,34 @@ class KnownIds:
                 "Prepare the corpus with texts of its items, and train again.",
             )
         ids, titles = [new.item for new in new_items], [new.title for new in new_items]
-        _warn_of_alike(ids, self.items.ids)
+        _warn_of_alike(NEW_ITEMS, "item", ids, self.items.ids, "the same product would be listed twice")
         return replace(self, items=self.items.with_new(ids, titles))
 
 
-def _warn_of_alike(new_ids: Sequence[str], ids: Sequence[str]) -> None:
-    """Warn of new ids that are probably misspelt ids of the catalog: such a product would be listed twice."""
+def _warn_of_alike(field: str, kind: str, new_ids: Sequence[str], ids: Sequence[str], consequence: str) -> None:
+    """Warn of new ids that are probably misspelt ids of the run."""
     alike = alike_ids(new_ids, ids[:_MAX_COMPARED])
     if alike:
+        verb = "differs" if len(alike) == 1 else "differ"
         logger.warning(
-            "%s: %d ids differ from ids of the run only in case, zeros or punctuation, such as %r and %r: the same"
-            " product would be listed twice",
-            NEW_ITEMS,
-            len(alike),
+            "%s: %s %s from ids of the run only in case, zeros or punctuation, such as %r and %r: %s",
+            field,
+            plural(len(alike), f"{kind} id"),
+            verb,
             *alike[0],
+            consequence,
         )
+
+
+def warn_of_alike_users(field: str, ordering: Iterable[str], users: Sequence[str]) -> None:
+    """Warn of customers of later orders whose ids are probably misspelt ones of the run's users.
+
+    They would get lists as people whom the run does not know.
+    """
+    known = set(users)
+    strangers = [name for name in ordering if name not in known]
+    consequence = "they count as people who came later; if they are the same, write the ids equally"
+    _warn_of_alike(field, "user", strangers, users, consequence)
 
 
 def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:

@@ -25,7 +25,7 @@ from cllm4rec_dist.corpus.values import MISSING_WORDS, column_ids, is_float_colu
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.serving.known_ids import NEW_ITEMS as OPTION
 from cllm4rec_dist.serving.new_items import NewItem
-from cllm4rec_dist.serving.table_columns import ITEM_NAMES, column_names, likely_column
+from cllm4rec_dist.serving.table_columns import ITEM_NAMES, column_names, find_encoding, likely_column
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,13 @@ def read_new_items(path: str, recipe: ItemColumns | None = None) -> list[NewItem
         files = find_files([path])
     except DataError as error:
         raise DataError(OPTION, path, error.constraint, "Give a file of new products.") from None
-    table = _find_columns(path, files[0], recipe)
+    encodings = [find_encoding(file.path, "save it as UTF-8") for file in files]
+    table = _find_columns(path, files[0], recipe, encodings[0])
     log = SkipLog()
-    frames = [_read(file, table, log) for file in files]
+    frames = [
+        _read(file, table.model_copy(update={"encoding": encoding}), log)
+        for file, encoding in zip(files, encodings, strict=True)
+    ]
     for reason, count in log.counts.items():
         logger.warning("%s: left out %d x %s", path, count, reason)
     rows = pl.concat(frames)
@@ -95,10 +99,10 @@ def _read(file: RawFile, table: ItemTable, log: SkipLog) -> pl.DataFrame:
     return pl.concat(parts)
 
 
-def _find_columns(path: str, file: RawFile, recipe: ItemColumns | None) -> ItemTable:
+def _find_columns(path: str, file: RawFile, recipe: ItemColumns | None, encoding: str | None) -> ItemTable:
     """Find the columns of a file, those of the recipe first."""
     expected = [] if recipe is None else [recipe.item, *_text_columns(recipe)]
-    names = column_names(file, None, None, expected)
+    names = column_names(file, None, encoding, expected)
     if not names:
         raise DataError(OPTION, path, "is empty", "Give a file with a header and a row for each product.")
     item = recipe.item if recipe is not None and recipe.item in names else likely_column(f"{ITEM_NAMES} id", names)
@@ -114,7 +118,15 @@ def _find_columns(path: str, file: RawFile, recipe: ItemColumns | None) -> ItemT
         description = () if likely is None else (likely,)
     if title is None and not description:
         _refuse(path, names, "titles or descriptions", "title")
-    logger.info("%s: ids are %r, titles %s, descriptions %s", path, item, title or "not given", list(description))
+    unused = [name for name in names if name not in (item, title, *description)]
+    logger.info(
+        "%s: ids are %r, titles %s, descriptions %s; not used: %s",
+        path,
+        item,
+        "not given" if title is None else repr(title),
+        ", ".join(map(repr, description)) or "not given",
+        ", ".join(map(repr, unused)) or "none",
+    )
     html = recipe is not None and recipe.html
     columns = {"path": path, "item": item, "title": title, "description": description, "html": html}
     return validate(ItemTable, columns, OPTION)

@@ -36,6 +36,15 @@ def likely_column(usual: str, names: Sequence[str]) -> str | None:
     return next((plain[name] for name in usual.split() if name in plain), None)
 
 
+def find_encoding(path: str, cure: str) -> str | None:
+    """Return the encoding of a CSV file; None for files of other kinds, which have or name theirs.
+
+    Args:
+        cure: what to do if the detected one is wrong, for the warning.
+    """
+    return resolve_encoding(path, "auto", cure) if find_kind(path, "auto") == "csv" else None
+
+
 def column_names(file: RawFile, separator: str | None, encoding: str | None, expected: Collection[str]) -> list[str]:
     """Return the column names of a CSV, JSON or Parquet file, including partition columns of its folders.
 

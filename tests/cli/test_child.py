@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from cllm4rec_dist.cli.child import STOPPED, CommandEnded
+from tests.integration.runs import clean_environment
 
 
 @pytest.mark.parametrize(
@@ -22,3 +25,31 @@ def test_only_a_command_that_says_so_has_saved(returncode: int, status: int, mes
     ended = CommandEnded("evaluate", returncode)
     assert ended.status == status
     assert str(ended) == message
+
+
+_INTERRUPTED = """
+import runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "cllm4rec_dist.cli":
+            raise KeyboardInterrupt
+
+def interrupt(app):
+    raise KeyboardInterrupt
+
+if sys.argv[1] == "import":
+    sys.meta_path.insert(0, Interrupt())
+else:
+    import typer.main
+    typer.main.get_command = interrupt
+sys.argv[1:] = ["settings"]
+runpy.run_module("cllm4rec_dist", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("when", ["import", "build"])
+def test_an_interrupt_before_a_command_begins_ends_it_without_a_traceback(when: str) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED, when]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=clean_environment())
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from typer.testing import CliRunner
 
 from cllm4rec_dist.cli import app
 from cllm4rec_dist.errors import CLLM4RecError
+from cllm4rec_dist.serving.bulk import BulkRequest, recommend_users
+from cllm4rec_dist.serving.new_items import NewItem
 from cllm4rec_dist.serving.queries import Query
 from cllm4rec_dist.serving.recommender import Recommender
+from tests.harness import alone
 
 
 def called(*arguments: str | Path) -> tuple[str, str]:
@@ -98,7 +102,7 @@ def test_files_with_titles_a_category_and_without_what_is_sold_out(run: Path, tm
     options = ["--exclude-file", tmp_path / "sold-out.txt", "--items-file", tmp_path / "category.txt", "--titles"]
     more = ["--history", tmp_path / "orders.csv", "--top", "20", "--format", "csv"]
     _, warnings = called("recommend", run, tmp_path / "out", *options, *more)
-    assert "--exclude-file: 1 items are unknown to the run, such as 'nothing'" in warnings
+    assert "--exclude-file: 1 item unknown to the run, such as 'nothing'" in warnings
     table = pd.read_csv(tmp_path / "out/recommendations-00000-of-00001.csv")
     assert table.columns.tolist() == ["user", "item", "title", "rank", "score"]
     assert table["user"].drop_duplicates().tolist() == ["new", "user-008"]
@@ -210,9 +214,9 @@ def test_files_of_lists_have_new_products(run: Path, recommender: Recommender, n
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("item,title\nsku-1,blue\nitem-003,tea\n", "--new-items: 'item-003' is an item of the run already"),
+        ("item,title\nitem-004,blue\nitem-003,tea\n", "nor is any other of 2 (items of the run already: 2)"),
+        ("item,title\nitem-004,blue\nsku-2,\n", "(items of the run already: 1; without a text: 1, such as 'sku-2')"),
         ("item,title\nsku-1,blue\nsku-1,tea\n", "--new-items: 'sku-1' comes twice"),
-        ("item,title\nsku-1,blue\nsku-2,\n", "--new-items: 'sku-2' has no text"),
         ("item,title\n,blue\n", "line 2: '' has no id"),
         ("item,price\nsku-1,3\n", "none with a usual name for titles or descriptions"),
     ],
@@ -232,9 +236,53 @@ def test_wrong_new_products_are_refused_before_the_model_is_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_of_a_whole_feed_the_products_that_can_be_added_are_listed(
+    run: Path, recommender: Recommender, tmp_path: Path
+) -> None:
+    path = tmp_path / "feed.csv"
+    path.write_text(
+        "item,title,price\nitem-003,tea,1\nsku-1,quiet mountain trail,2\nsku-2,,3\nsku-3,Zahnbürste,4\n"
+        "item-004,blue,5\nsku-4,blue espresso,6\nsku-5,,7\n"
+    )
+    grown = recommender.with_items({"sku-1": "quiet mountain trail", "sku-4": "blue espresso"})
+    printed, _ = called("similar", run, "sku-1", "-k", "17", "--new-items", path, "--format", "jsonl")
+    assert [json.loads(line)["item"] for line in printed.splitlines()] == grown.similar("sku-1", 17)["item"].tolist()
+    arguments = ["--new-items", path, "--launcher", "process", "--top", "30"]
+    _, log = called("recommend", run, tmp_path / "out", *arguments)
+    result = pd.concat(map(pd.read_parquet, sorted((tmp_path / "out").iterdir())))
+    assert {item for item in result["item"] if item.startswith("sku")} == {"sku-1", "sku-4"}
+    for expected in (
+        "titles 'title', descriptions not given; not used: 'price'",
+        "--new-items: left out 2 of 7 products: items of the run already",
+        "--new-items: left out 2 of 7 products without a text, such as 'sku-2'",
+    ):
+        assert log.count(expected) == 1, expected
+
+
+def test_the_ranks_leave_out_what_cannot_be_added(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    products = [NewItem("item-003", "tea"), NewItem("sku-2", ""), NewItem("sku-3", "Zahnbürste"), NewItem("n", "blue")]
+    request = BulkRequest(top=30, users=["user-003"], new_items=tuple(products))
+    logging.getLogger("cllm4rec_dist").propagate = True
+    recommend_users(alone(), lambda metrics: None, str(run), request, str(tmp_path / "out"))
+    result = pd.concat(map(pd.read_parquet, sorted((tmp_path / "out").iterdir())))
+    assert [item for item in result["item"] if not item.startswith("item")] == ["n"]
+    assert "left out 1 of 2 products without a word that a trained item's title or description has" in caplog.text
+
+
 def test_a_text_of_unknown_words_is_refused(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "new.csv"
     path.write_text("item,title\nsku-1,Zahnbürste\n")
     assert "has no word that a trained item's title or description has" in refused(
         "recommend", run, "--basket", "item-003", "--new-items", path
     )
+
+
+def test_customers_of_later_orders_that_look_like_known_ones_are_warned_of(run: Path, tmp_path: Path) -> None:
+    orders = tmp_path / "orders.csv"
+    orders.write_text("user,item\nuser-3,item-000\nuser-004,item-000\nZoe,item-001\n")
+    arguments = ["--history", orders, "--launcher", "process"]
+    _, log = called("recommend", run, tmp_path / "out", *arguments)
+    warning = (
+        "--history: 1 user id differs from ids of the run only in case, zeros or punctuation, such as 'user-3' and"
+    )
+    assert log.count(f"{warning} 'user-003'") == 1

@@ -6,6 +6,7 @@ import pytest
 
 from cllm4rec_dist.corpus.split_settings import GivenSplit, LastSplit, RandomSplit, UsersSplit
 from cllm4rec_dist.evaluation import formatting
+from cllm4rec_dist.suggestions import plural
 
 
 def test_numbers():
@@ -14,7 +15,7 @@ def test_numbers():
     assert formatting.signed(-0.00001) == "0.0000"
     assert [formatting.p_value(value) for value in (0.0, 0.0004, 1.0)] == ["p < 0.001", "p < 0.001", "p = 1.000"]
     assert [formatting.short_count(n) for n in (999, 1234, 7_240_000_000, 10**12)] == ["999", "1.23K", "7.24B", "1T"]
-    assert [formatting.plural(n, "rank") for n in (0, 1, 1200)] == ["0 ranks", "1 rank", "1,200 ranks"]
+    assert [plural(n, "rank") for n in (0, 1, 1200)] == ["0 ranks", "1 rank", "1,200 ranks"]
     assert [formatting.setting(value) for value in (200.0, 0.5, "x")] == ["200", "0.5", "x"]
 
 

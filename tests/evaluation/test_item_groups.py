@@ -32,13 +32,15 @@ from cllm4rec_dist.evaluation import new_item_offset, trained_run, validation
 from cllm4rec_dist.evaluation.baseline_config import BaselineConfig
 from cllm4rec_dist.evaluation.baselines import run_baselines
 from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
-from cllm4rec_dist.evaluation.comparison import _Splits, compare
-from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, group_rows
+from cllm4rec_dist.evaluation.comparison import _model_rows, _Splits, compare
+from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, _add_rows, group_rows
 from cllm4rec_dist.evaluation.inference import evaluate_run
 from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.mixing import MixedMetrics
 from cllm4rec_dist.evaluation.new_item_offset import choose_offset
+from cllm4rec_dist.evaluation.results import ItemGroupResults, ResultRow, Results, markdown_table
+from cllm4rec_dist.evaluation.split_data import Candidate
 from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import rank_users
 from cllm4rec_dist.export.source import open_source
@@ -313,7 +315,62 @@ def test_text_neighbours_rank_by_the_cosine_with_the_texts_of_the_history(made: 
             best = cold[np.argsort(-scores, kind="stable")[:5]]
             recalls.append(len(wanted & set(best.tolist())) / min(5, len(wanted)))
     assert shown.metrics["recall@5"] == pytest.approx(np.mean(recalls), abs=1e-6)
-    assert by_group[COLD]["Popularity"].metrics["recall@5"] < shown.metrics["recall@5"]
+    assert (by_group[COLD]["Popularity"].cannot_rank, by_group[COLD]["Popularity"].metrics) == (True, {})
+    assert not by_group[WARM]["Popularity"].cannot_rank
+
+
+def of_ties(made: Made, highest: float) -> dict[str, list[ResultRow]]:
+    """Rows of one group by a baseline whose cold items all have one score, but for rounding below `highest`."""
+    data = _Splits.of(made.corpus, "test", None).data(item_texts(made.corpus))
+    groups = item_groups(made.corpus, "test")
+    noise = np.linspace(0, highest, data.train.shape[1], dtype=np.float32)
+    scores = np.where(made.corpus.training_counts() == 0, 1 + noise, np.arange(data.train.shape[1])).astype(np.float32)
+    rows: list[list[ResultRow]] = [[] for _ in groups]
+    candidate = Candidate({}, lambda swept: lambda users: np.tile(scores, (len(users), 1)))
+    _add_rows(rows, "tied", candidate, candidate.fit(lambda: None), data, groups, METRICS)
+    return {group.name: of_group for group, of_group in zip(groups, rows, strict=True)}
+
+
+@pytest.mark.parametrize(("highest", "is_tied"), [(0.0, True), (1e-7, True), (0.5, False)])
+def test_a_baseline_whose_candidates_are_tied_has_no_figures_that_the_order_of_rows_made(
+    made: Made, highest: float, is_tied: bool
+) -> None:
+    rows = of_ties(made, highest)
+    assert [rows[name][0].cannot_rank for name in (WARM, WARM_ONLY, COLD_ALL, COLD)] == [False, False, False, is_tied]
+    assert (rows[COLD][0].metrics == {}) == is_tied
+
+
+def test_a_table_says_who_cannot_rank_and_never_marks_it_as_best() -> None:
+    tied = ResultRow(name="Popularity", metrics={"recall@5": 0.9}, stderr={"recall@5": 0.1}).without_metrics()
+    rows = (ResultRow(name="CLLM4Rec", metrics={"recall@5": 0.5}), tied)
+    group = ItemGroupResults(group=COLD, num_users=3, rows=rows)
+    results = Results(dataset="d", rows=rows[:1], item_groups=(group,), num_users=3, seconds=0)
+    table = markdown_table(results).split(COLD)[1]
+    assert "| CLLM4Rec | **0.5000** |\n| Popularity | – |\n\nPopularity: cannot rank these items" in table
+    assert "cannot rank" not in markdown_table(results).split(COLD)[0]
+    assert "| Popularity | – |" in markdown_table(
+        results.model_copy(update={"item_groups": (ItemGroupResults(group=COLD, num_users=3, rows=(tied,)),)})
+    )
+    assert Results.model_validate_json(results.model_dump_json()).item_groups[0].rows[1].cannot_rank
+
+
+def test_the_model_itself_has_no_figures_where_it_cannot_rank(
+    made: Made, system: InferenceSystem, tmp_path: Path
+) -> None:
+    is_cold = torch.from_numpy(made.corpus.training_counts() == 0)
+    rows, bias = system.recommender.collaborative.items.local_rows, system.recommender.head.local_bias
+    assert bias is not None
+    kept, kept_bias = rows.detach().clone(), bias.detach().clone()
+    users = HeldOutUsers.of(made.corpus, "test")
+    assert [part[0].num_tied for part in evaluate_groups(system, "test", users, METRICS, 64, [0.0]).values()] == [0] * 4
+    with torch.no_grad():
+        rows[is_cold], bias[is_cold] = rows[is_cold][:1].clone(), 0.0
+        (of_cold,) = evaluate_groups(system, "test", users, METRICS, 64, [0.0])[COLD]
+        rows.copy_(kept)
+        bias.copy_(kept_bias)
+    assert of_cold.num_tied == of_cold.num_users
+    (row,) = _model_rows(vars(of_cold))
+    assert (row.cannot_rank, row.metrics) == (True, {})
 
 
 @pytest.mark.slow
@@ -330,3 +387,5 @@ def test_the_table_shows_warm_cold_and_all(made: Made, tmp_path: Path, monkeypat
     names = [line.split(" | ")[0].strip("| ") for line in of_cold.splitlines() if line.startswith("| ")]
     assert names == ["Model", "---", "CLLM4Rec", "Popularity", "EASE + titles", TEXT_NEIGHBORS]
     assert COLD in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Popularity: cannot rank these items" in of_cold
+    assert "Popularity: cannot rank these items" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -90,6 +91,75 @@ def test_orders_and_items_of_one_file(tmp_path: Path) -> None:
         assert isinstance(source, TableSource)
         assert source.items is not None
         assert (source.items.item, source.items.title) == ("sku", "title")
+
+
+def returns_file(folder: Path, column: str, quantities: tuple[str, ...]) -> Path:
+    """Write orders of 40 customers with 4 items each; quantities repeat."""
+    rows = [(f"k{user}", f"p{(user + step) % 9}", f"2024-05-{step + 1:02}") for user in range(40) for step in range(4)]
+    lines = [f"{';'.join(row)};{quantities[index % len(quantities)]}" for index, row in enumerate(rows)]
+    path = folder / "orders.csv"
+    path.write_text(f"customer_id;product_id;order_date;{column}\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "quantities", "decimal"),
+    [("Menge", ("1", "2", "-1", "3", "1"), ""), ("pieces", ("1,5", "-2", "1", "2,5", "1"), ",")],
+)
+def test_negative_quantities_are_reported_with_a_cure_that_leaves_them_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, quantities: tuple[str, ...], decimal: str
+) -> None:
+    path = returns_file(tmp_path, column, quantities)
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "mine"), "--orders", str(path)])
+    output = capsys.readouterr().out
+    assert f"returns?    {column} is negative in 32 of the 160 rows, which count as purchases" in output
+    assert f"`rating: {column}`" + (f" and `decimal: '{decimal}'`" if decimal else "") + " of interactions" in output
+    assert "`rating_threshold: 0.001` of the recipe" in output
+    settings = yaml.safe_load((tmp_path / "mine/recipe.yaml").read_text())
+    without = {**settings, "rating_threshold": 0.001}
+    orders = settings["source"]["interactions"] | {"rating": column} | ({"decimal": decimal} if decimal else {})
+    without["source"] = {**settings["source"], "interactions": orders}
+    counts = []
+    for recipe in (validate(PrepareConfig, each, "recipe") for each in (settings, without)):
+        catalog = build_catalog(read_source(recipe.source), recipe)
+        counts.append(sum(len(part.values) for part in (catalog.train, catalog.valid, catalog.test)))
+    assert counts == [160, 128]
+
+
+@pytest.mark.parametrize(("column", "quantities"), [("Menge", ("1", "2")), ("discount", ("1", "-2")), ("x", ("-1",))])
+def test_other_columns_are_no_returns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, quantities: tuple[str, ...]
+) -> None:
+    path = returns_file(tmp_path, column, quantities)
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "mine"), "--orders", str(path)])
+    assert "returns?" not in capsys.readouterr().out
+
+
+def test_ordered_items_without_a_row_in_the_file_of_items_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    orders = returns_file(tmp_path, "Menge", ("1",))
+    (tmp_path / "items.csv").write_text("id,title\n" + "".join(f"p{index},Soap {index}\n" for index in range(8)))
+    source = TableSource.model_validate(
+        {
+            "format": "table",
+            "interactions": {"path": str(orders), "user": "customer_id", "item": "product_id"},
+            "items": {"path": str(tmp_path / "items.csv"), "item": "id", "title": "title"},
+        }
+    )
+    logging.getLogger("cllm4rec_dist").propagate = True
+    read_source(source)
+    expected = (
+        "items.csv: has no row for 1 of 9 ordered items, such as 'p8' (16 customers in all): their texts are unknown"
+    )
+    assert caplog.messages == [expected]
+    caplog.clear()
+    with (tmp_path / "items.csv").open("a") as file:
+        file.write("p8,Soap 8\n")
+    read_source(source)
+    assert not caplog.messages
 
 
 def test_a_pretrained_backbone_gets_adapters(shop: Shop, tmp_path: Path) -> None:

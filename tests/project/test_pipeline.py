@@ -286,6 +286,20 @@ def test_what_the_project_decides_is_no_override(prefix: str, key: str) -> None:
         split_overrides([f"{prefix}{key}=x"])
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [("finetun.epochs=6", "finetune.epochs=6"), ("optmizer.lr=3", "optimizer.lr=3"), ("recip.name=x", "recipe.name=x")],
+)
+def test_an_override_that_begins_with_neither_a_file_nor_a_section_is_refused(override: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"override: '{override}' .*nor a section of a run. Did you mean {meant}"):
+        split_overrides([override])
+
+
+def test_a_renamed_section_is_refused_by_its_new_name(shop: Shop) -> None:
+    with pytest.raises(ConfigError, match="embeddings"):
+        shop.run("rows.start=x")
+
+
 def test_lists_of_another_length_are_made_again(shop: Shop) -> None:
     shop.run()
     assert shop.run(top=5) == ["recommend"]

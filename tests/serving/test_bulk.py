@@ -68,7 +68,7 @@ def test_lists_are_those_of_the_python_api(
         np.testing.assert_allclose(rows["score"], expected, atol=1e-5)
         assert rows["rank"].tolist() == list(range(1, 5))
     assert line == (
-        f"{tmp_path / 'out'}: 5 users, 20 rows; 1 users without a known item (popular items, without a score);"
+        f"{tmp_path / 'out'}: 5 users, 20 rows; 1 user without a known item (popular items, without a score);"
         " 2 ordered items unknown to the run and left out"
     )
 
@@ -82,7 +82,7 @@ def test_the_closing_line_counts_what_is_short_or_left_out(
     with pytest.raises(DataError, match="are not users of the run"):
         write(alone(), str(runs["paper"]), request, str(tmp_path / "out"))
     line = said(caplog, runs["paper"], replace(request, skip_unknown_users=True), tmp_path / "out")
-    assert line.endswith("1 users with fewer than 9 items; 2 unknown users left out, such as 'nobody'")
+    assert line.endswith("1 user with fewer than 9 items; 2 unknown users left out, such as 'nobody'")
     assert said(caplog, runs["paper"], BulkRequest(top=9, users=[]), tmp_path / "out").endswith("out: 0 users, 0 rows")
     assert written(tmp_path / "out").empty
     nothing = BulkRequest(top=9, only=frozenset(["?"]))

@@ -138,3 +138,13 @@ def test_an_encoding_and_a_format_of_no_kind_are_refused(tmp_path: Path, given: 
     path.write_text("user,item,date\nu1,a,2026-01-01\n")
     with pytest.raises(ConfigError, match=f"--history: .*{words}"):
         read_histories(str(path), given)
+
+
+def test_a_legacy_encoding_is_reported_once_with_the_option_that_sets_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_bytes("user;item\nJürgen;Röse\nBjörn;Seife\n".encode("cp1252"))
+    assert list(read_histories(str(path))) == ["Jürgen", "Björn"]
+    (warning,) = [message for message in caplog.messages if "is not UTF-8" in message]
+    assert warning.endswith("If that is wrong, give --encoding.")

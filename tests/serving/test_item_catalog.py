@@ -63,6 +63,9 @@ def test_items_are_found_by_words_of_their_titles(query: str, expected: list[int
         ("Þórr, ðe ıslak đak", ["thorr", "de", "islak", "dak", "þórr"]),
         ("CŒUR", ["coeur", "cœ"]),
         ("Oeuf", ["œuf"]),
+        ("Schöpfkelle für Öl", ["schoepfkelle", "SCHOEPF", "schopfkelle oel", "Schöpfkelle fuer ol", "o\u0308l"]),
+        ("Scho\u0308pfkelle", ["schoepfkelle", "schöpf"]),
+        ("Grødbolle på smør", ["groedbolle", "paa", "grodbolle smoer", "på"]),
     ],
 )
 def test_letters_that_have_no_accent_to_drop_are_spelt_out(title: str, queries: list[str]) -> None:

@@ -12,7 +12,13 @@ import pytest
 from cllm4rec_dist.errors import CheckpointError, DataError
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
-from cllm4rec_dist.serving.known_ids import KnownIds, find_item, read_known_ids, require_joined_items
+from cllm4rec_dist.serving.known_ids import (
+    KnownIds,
+    find_item,
+    read_known_ids,
+    require_joined_items,
+    warn_of_alike_users,
+)
 from cllm4rec_dist.serving.new_items import NewItem
 from tests.integration.runs import clean_environment
 
@@ -82,4 +88,20 @@ def test_new_ids_that_look_like_misspelt_known_ones_are_warned_of(caplog: pytest
     known_ids.with_new([NewItem("0073", "Red lamp"), NewItem("B-1", "Blue lamp")])
     assert not caplog.messages
     known_ids.with_new([NewItem("0073", "Red lamp"), NewItem("71", "Lamp"), NewItem("72", "Chair")])
-    assert "2 ids differ from ids of the run only in case, zeros or punctuation, such as '71' and '0071'" in caplog.text
+    assert (
+        "2 item ids differ from ids of the run only in case, zeros or punctuation, such as '71' and '0071'"
+        in caplog.text
+    )
+
+
+def test_customers_of_later_orders_that_look_like_misspelt_known_ones_are_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    users = ["00000329", "A-7", "12"]
+    warn_of_alike_users("--history", ["00000329", "12", "99990001"], users)
+    assert not caplog.messages
+    warn_of_alike_users("--history", ["329", "12", "a7", "new"], users)
+    assert "--history: 2 user ids differ from ids of the run only in case, zeros or punctuation" in caplog.text
+    assert "such as '329' and '00000329': they count as people who came later" in caplog.text
+    warn_of_alike_users("--history", ["329"], users)
+    assert "--history: 1 user id differs from ids" in caplog.text

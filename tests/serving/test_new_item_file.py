@@ -86,10 +86,11 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_new_items(str(tmp_path / "nothing.csv"))
 
 
-def test_a_legacy_encoding_is_reported_by_the_search_for_columns_and_by_the_reader(
+def test_a_legacy_encoding_is_reported_once_with_a_cure_that_helps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "new.csv"
     path.write_bytes("item_id;title\nn;Röse soap\n".encode("cp1252"))
     assert read_new_items(str(path)) == [NewItem("n", "Röse soap", "")]
-    assert sum("is not UTF-8" in message for message in caplog.messages) == 2
+    (warning,) = [message for message in caplog.messages if "is not UTF-8" in message]
+    assert warning.endswith("If that is wrong, save it as UTF-8.")

@@ -43,15 +43,18 @@ _OTHER_LATIN = {"cp1250", "iso8859_2", "cp1254", "iso8859_9", "cp1257", "iso8859
 _MIN_COHERENCE = 0.3
 
 
-def resolve_encoding(path: str, encoding: str) -> str:
+def resolve_encoding(path: str, encoding: str, cure: str = "set encoding in the recipe") -> str:
     """Return Python's name of a file's encoding: the given one, or the detected one for `auto`.
 
     A reader that opens a file several times resolves it once, so that a legacy encoding is reported once.
+
+    Args:
+        cure: what to do if the detected one is wrong, for the warning.
     """
-    return find_encoding(path) if encoding == "auto" else encoding
+    return find_encoding(path, cure) if encoding == "auto" else encoding
 
 
-def find_encoding(path: str) -> str:
+def find_encoding(path: str, cure: str) -> str:
     """Detect the encoding of a text file; `utf-8` unless its bytes are not.
 
     Reads the file up to its first byte that is not UTF-8, and to the end if there is one.
@@ -65,7 +68,7 @@ def find_encoding(path: str) -> str:
         if name.endswith(("-le", "-be")):
             logger.warning("%s: read as %s, because of its zero bytes", path, name)
         return name
-    return "utf-8" if _is_utf8(path) else _legacy_encoding(path)
+    return "utf-8" if _is_utf8(path) else _legacy_encoding(path, cure)
 
 
 def is_utf8_beyond_ascii(path: str) -> bool:
@@ -110,7 +113,7 @@ def _is_utf8(path: str) -> bool:
     return True
 
 
-def _legacy_encoding(path: str) -> str:
+def _legacy_encoding(path: str, cure: str) -> str:
     wrong: list[tuple[int, bytes]] = []
     num_right = num_wrong = 0
     with open_binary(path) as file:
@@ -137,12 +140,13 @@ def _legacy_encoding(path: str) -> str:
             "Set it in the recipe, as encoding: cp1252, or encoding: utf-8 to leave out such lines.",
         )
     logger.warning(
-        "%s is not UTF-8 (%s lines) and is read as %s: line %d as %r. If that is wrong, set encoding in the recipe.",
+        "%s is not UTF-8 (%s lines) and is read as %s: line %d as %r. If that is wrong, %s.",
         path,
         f"{num_wrong:,}",
         name,
         line_number,
         line.decode(name, errors="replace").strip()[:80],
+        cure,
     )
     return name
 

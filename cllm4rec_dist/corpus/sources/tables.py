@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from cllm4rec_dist.corpus.about import TextCollector, joined
 from cllm4rec_dist.corpus.raw import InteractionCollector, RawData, Rules
 from cllm4rec_dist.corpus.recipe import TableFile, TableSource
 from cllm4rec_dist.corpus.row_batch import Batch
-from cllm4rec_dist.corpus.skips import SkipLog
+from cllm4rec_dist.corpus.skips import SkipLog, base_name
 from cllm4rec_dist.corpus.sources.columnar import read_parquet
 from cllm4rec_dist.corpus.sources.delimited import read_delimited
 from cllm4rec_dist.corpus.sources.encoding import first_text
@@ -22,6 +23,9 @@ from cllm4rec_dist.corpus.sources.objects import Getter, object_batches, read_ob
 from cllm4rec_dist.corpus.sources.records import Dialect
 from cllm4rec_dist.corpus.values import id_text, number_text, plain_text
 from cllm4rec_dist.errors import DataError
+from cllm4rec_dist.suggestions import plural
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["id", "number", "text"]
 _CONVERSIONS = {"id": id_text, "number": number_text, "text": plain_text}
@@ -78,11 +82,29 @@ def _item_texts(source: TableSource, raw: RawData, rules: Rules, log: SkipLog) -
     for file in find_files(table.path):
         collector.add_file(file.path, _renamed(read_batches(file, table, source.encoding, names, roles, log), names))
     rows = collector.finish()
+    _report_without_texts(raw, rows["item"], table.path)
     return rows.select(
         "item",
         joined(rows, list(titles)).alias("title"),
         joined(rows, list(columns)).alias("description"),
         *categories,
+    )
+
+
+def _report_without_texts(raw: RawData, described: pl.Series, paths: tuple[str, ...]) -> None:
+    """Log how many items of the interactions no file of items has, unless they are most: that is a warning already."""
+    is_missing = ~raw.item_ids.is_in(described.implode())
+    num_missing = int(is_missing.sum())
+    if not num_missing or 2 * num_missing > len(raw.item_ids):
+        return
+    of_missing = raw.interactions.filter(is_missing.gather(raw.interactions["item"]))
+    logger.warning(
+        "%s: has no row for %s of %s ordered items, such as %r (%s in all): their texts are unknown",
+        ", ".join(map(base_name, paths[:3])),
+        f"{num_missing:,}",
+        f"{len(raw.item_ids):,}",
+        raw.item_ids.filter(is_missing)[0],
+        plural(of_missing["user"].n_unique(), "customer"),
     )
 
 
