@@ -32,7 +32,7 @@ from cllm4rec_dist.checkpointing.format import Checkpoint, RunState
 from cllm4rec_dist.checkpointing.lineage import TrainedOn
 from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, LOCK_FILE, STEP, store_url
 from cllm4rec_dist.checkpointing.store import Store
-from cllm4rec_dist.checkpointing.trajectory import require_same_trajectory
+from cllm4rec_dist.checkpointing.trajectory import require_same_rankings, require_same_trajectory
 from cllm4rec_dist.config import FaultsConfig, RunConfig
 from cllm4rec_dist.corpus.loader import BatchLoader
 from cllm4rec_dist.corpus.stream import prefetch
@@ -87,12 +87,12 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
         require_agreement({"configuration": zlib.crc32(config.model_dump_json().encode())}, world)
         system = assemble(config, world)
         store = Store(store_url(config))
-        state, trained_on, origin = _resume_or_init(system, store)
+        source = BatchLoader(system.corpus, system.prompts, config, world)
+        total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
+        state, trained_on, origin = _resume_or_init(system, store, total_steps)
         state = _reset_best_of_other_metric(state, config, world)
         if not system.linear.is_empty and config.linear.weight is not None:  # without a validation it stays
             state = replace(state, linear_weight=config.linear.weight)
-        source = BatchLoader(system.corpus, system.prompts, config, world)
-        total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
         last_step = state.step if _should_stop_early(config, state) else total_steps
         if world.is_main:
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -169,7 +169,7 @@ def _open_saver(store: Store, system: System, trained_on: TrainedOn | None) -> I
     saver.finish()
 
 
-def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn | None, str]:
+def _resume_or_init(system: System, store: Store, total_steps: int) -> tuple[RunState, TrainedOn | None, str]:
     """Resume, load another run's weights, or initialize the embeddings.
 
     Returns:
@@ -191,11 +191,14 @@ def _resume_or_init(system: System, store: Store) -> tuple[RunState, TrainedOn |
     width = system.recommender.collaborative.items.width
     resumed = checkpoint.resume(system, source, names, partial(require_same_trajectory, config=config, width=width))
     if resumed is not None:
+        before = resumed.metadata.run
+        if before.step >= total_steps or _should_stop_early(config, before):
+            require_same_rankings(resumed, config)
         if system.linear.is_empty:  # an earlier version wrote the checkpoint
             init_linear_memory(system)
         _warn_if_init_from_is_ignored(resumed, system)
         trained_on = leaks.trained_on_by_resumed_run(resumed, system.corpus) if system.world.is_main else None
-        return resumed.metadata.run, trained_on, f"resumes {resumed.path}"
+        return before, trained_on, f"resumes {resumed.path}"
     damaged = store.quarantined_names(STEP)
     if names or damaged:
         raise CheckpointError(

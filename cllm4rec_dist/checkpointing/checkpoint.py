@@ -138,8 +138,7 @@ def read(
     """
     _require_same_shapes(system, checkpoint)
     shards = system.recommender.world
-    # Mapped in any case, because an index of it is kept instead.
-    linear = checkpoint.linear_memory(*system.linear.partition.range(shards.rank), maps=True) if tables else None
+    linear = checkpoint.linear_memory(*system.linear.partition.range(shards.rank), maps=maps) if tables else None
     shard = CheckpointShard({}, {}, checkpoint.replicated(), linear)
     shapes = _local_shapes(system)
     for name, partition in _partitions(system).items():

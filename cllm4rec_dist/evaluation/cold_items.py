@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.views import item_texts
+from cllm4rec_dist.distributed.collectives import all_reduce_sum
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model.text_rows import DEFAULT_OFFSET, fit_text_rows
 from cllm4rec_dist.system import InferenceSystem
@@ -33,21 +34,24 @@ def fill_cold_rows(system: InferenceSystem) -> None:
     """
     if not system.corpus.manifest.has_cold_items:
         return
-    num_cold = _fill(system, system.corpus.training_counts())
-    if num_cold:
+    num_filled = int(_fill(system, system.corpus.training_counts()).sum())
+    if num_filled:
         offset = system.config.head.new_item_offset
         logger.info(
             "rows of %s new items, without training interactions, come from their texts; offset of their bias: %g",
-            f"{num_cold:,}",
+            f"{num_filled:,}",
             DEFAULT_OFFSET if offset is None else offset,
         )
 
 
 @contextmanager
-def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
-    """Fill the rows of cold items within the context; then the trained rows are back, bit for bit. Collective."""
+def cold_rows_filled(system: InferenceSystem) -> Iterator[np.ndarray]:
+    """Fill the rows of cold items within the context; then the trained rows are back, bit for bit. Collective.
+
+    Yields bool [I], the items that are filled: cold ones with a known word.
+    """
     if not system.corpus.manifest.has_cold_items:
-        yield
+        yield np.zeros(system.corpus.num_items, bool)
         return
     model, counts = system.recommender, system.corpus.training_counts()
     first, last = model.item_partition.range(model.world.rank)
@@ -56,14 +60,13 @@ def cold_rows_filled(system: InferenceSystem) -> Iterator[None]:
     filled = [model.collaborative.items.local_rows.detach(), *([] if bias is None else [bias.detach()])]
     trained = [values[cold] for values in filled]
     try:
-        _fill(system, counts)
-        yield
+        yield _fill(system, counts)
     finally:
         for values, before in zip(filled, trained, strict=True):
             values[cold] = before
 
 
-def _fill(system: InferenceSystem, counts: np.ndarray) -> int:
+def _fill(system: InferenceSystem, counts: np.ndarray) -> np.ndarray:
     model = system.recommender
     first, _ = model.item_partition.range(model.world.rank)
     rows, bias = model.collaborative.items.local_rows, model.head.local_bias
@@ -79,7 +82,7 @@ def fill_rows(
     first: int,
     world: World,
     offset: float | None,
-) -> int:
+) -> np.ndarray:
     """Replace rows [local items, D] and biases [local items, 1] of cold items, in place. Collective.
 
     Args:
@@ -88,14 +91,15 @@ def fill_rows(
         offset: `head.new_item_offset`.
 
     Returns:
-        Number of cold items on all ranks; 0 if there are no texts to learn from.
+        bool [I], the items of all ranks that are filled: cold ones with a known word.
     """
+    is_filled = np.zeros(len(counts), bool)
     if counts.all():
-        return 0
+        return is_filled
     texts = item_texts(corpus)
     rows_of = fit_text_rows(texts, counts, local_rows, local_bias, first, world, offset)
     if rows_of is None:
-        return 0
+        return is_filled
     local = np.flatnonzero(counts[first : first + len(local_rows)] == 0)
     rows = rows_of([texts[first + index] for index in local])
     has_row = rows.norm(dim=1) > 0
@@ -103,4 +107,6 @@ def fill_rows(
     local_rows[index] = rows[has_row].to(local_rows)
     if local_bias is not None:
         local_bias[index] = rows_of.bias
-    return int((counts == 0).sum())
+    is_filled[local[has_row.numpy()] + first] = True
+    of_all = all_reduce_sum(torch.from_numpy(is_filled.astype(np.float32)).to(world.device), world, "filled items")
+    return of_all.cpu().numpy() > 0

@@ -28,6 +28,7 @@ _STEPS_PER_LOGIT, _LOWEST = 16, -1024
 
 def choose_offset(
     system: InferenceSystem,
+    is_filled: np.ndarray,
     filled_with: float,
     max_loss: float,
     split: str,
@@ -41,23 +42,23 @@ def choose_offset(
     held out.
 
     Args:
-        filled_with: offset of the new items' biases, which are filled (`cold_rows_filled`).
+        is_filled: bool [I], the new items, whose biases are filled (`cold_rows_filled`); no offset moves others.
+        filled_with: offset of their biases.
         max_loss: from 0 to 1.
         num_users: size of a sample, see `HeldOutUsers.of`; None for all users.
 
     Collectives: those of two rankings, and an all-reduce of M values for each of up to 16 offsets.
     """
-    is_new = system.corpus.training_counts() == 0
     users = HeldOutUsers.of(system.corpus, split, num_users)
-    held_out = restrict(users.held_out, ~is_new)
+    held_out = restrict(users.held_out, system.corpus.training_counts() > 0)
     chosen = np.flatnonzero(held_out.lengths)
-    if not is_new.any() or not len(chosen):
+    if not is_filled.any() or not len(chosen):
         return None
     rows, histories = users.rows[chosen], users.histories.take(chosen)
     num_best = largest_cutoff(metrics)
     known, new = (
         _join([*rank_users(system, rows, histories, num_best, batch_users, seen=histories, candidates=candidates)])
-        for candidates in (~is_new, is_new)
+        for candidates in (~is_filled, is_filled)
     )
     held_out = held_out.take(chosen[known.index])
 

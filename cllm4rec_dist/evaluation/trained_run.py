@@ -124,6 +124,8 @@ def _load(
             checkpoint.restore_weights(system, loaded[1], shares_tables=True)
             fill_cold_rows(system)
             checkpoint.restore_linear_memory(system, *loaded)
+            if new_item_offset is not None and not system.corpus.manifest.has_cold_items:
+                logger.info("the corpus has no new items: new_item_offset counts for those given by their texts alone")
             if world.is_main:
                 log_choice(store, names, loaded[0])
             return system, loaded[0]

@@ -37,9 +37,10 @@ def choose_new_item_offset(system: InferenceSystem) -> float | None:
     if head.new_item_offset is not None or not head.item_bias or not system.corpus.manifest.has_cold_items:
         return None
     num_users = min(config.sample_size(system.corpus.num_users) or _OFFSET_USERS, _OFFSET_USERS)
-    with cold_rows_filled(system):
+    with cold_rows_filled(system) as is_filled:
         return choose_offset(
             system,
+            is_filled,
             DEFAULT_OFFSET,
             config.max_known_item_loss,
             _SPLIT,

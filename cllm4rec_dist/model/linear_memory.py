@@ -120,9 +120,9 @@ def _by_neighbor(
         starts: where the entries of each item begin and end, [items + 1]; the last item has none.
         rows, values: row and weight of each entry.
     """
-    step = max(1, _CHUNK_ENTRIES // max(1, neighbors.shape[1]))
-    chunks = [slice(first, first + step) for first in range(0, len(neighbors), step)]
     num_items = int(neighbors.max(initial=-1)) + 2
+    step = max(1, max(_CHUNK_ENTRIES, num_items) // max(1, neighbors.shape[1]))  # a chunk walks all items
+    chunks = [slice(first, first + step) for first in range(0, len(neighbors), step)]
     starts = np.zeros(num_items + 1, np.int64)
     for chunk in chunks:
         starts += np.bincount(neighbors[chunk].ravel() + 1, minlength=num_items + 1)
@@ -145,7 +145,7 @@ def _by_row(
     neighbors = np.full((num_rows, num_neighbors), -1, np.int32)
     weights = np.zeros((num_rows, num_neighbors), np.float32)
     following = np.arange(num_rows) * num_neighbors
-    bounds = np.searchsorted(starts, np.arange(0, len(rows), _CHUNK_ENTRIES))
+    bounds = np.searchsorted(starts, np.arange(0, len(rows), max(_CHUNK_ENTRIES, num_rows)))  # a chunk walks all rows
     for low, high in pairwise(np.unique([*bounds, len(starts) - 1]).tolist()):
         chunk = slice(starts[low], starts[high])
         entries = values[chunk], rows[chunk], starts[low : high + 1] - starts[low]

@@ -38,7 +38,7 @@ def banner_rows(system: System, schedule: Schedule, ranks: str, origin: str) -> 
         ("batch", describe_batch(config, system.world.size)),
         ("steps", describe_steps(schedule)),
         ("rate", describe_rates(config.optimizer)),
-        ("validation", describe_validation(config, manifest)),
+        ("validation", describe_validation(config, manifest, schedule.first_step)),
         ("start", origin),
     ]
     if config.trackers:
@@ -130,13 +130,18 @@ def describe_rates(optimizer: OptimizerConfig) -> str:
     )
 
 
-def describe_validation(config: RunConfig, manifest: Manifest) -> str:
-    """Describe when the run is validated and by which metric, or why it is not."""
+def describe_validation(config: RunConfig, manifest: Manifest, first_step: int) -> str:
+    """Describe when the run is validated and by which metric, or why it is not.
+
+    Args:
+        first_step: completed steps; a resumed run keeps what its validations have chosen.
+    """
     validation = config.validation
     if config.stage == "pretrain":
         return "none in pretraining; finetune validates"
     if validation.every_epochs == 0:
-        return f"none (validation.every_epochs=0); the last checkpoint is the result{_not_chosen(config, manifest)}"
+        missing = "" if first_step else _not_chosen(config, manifest)
+        return f"none (validation.every_epochs=0); the last checkpoint is the result{missing}"
     every = "every epoch" if validation.every_epochs == 1 else f"every {validation.every_epochs} epochs"
     chosen, *others = validation.metrics
     also = f", also {', '.join(others)}" if others else ""

@@ -163,7 +163,7 @@ def format_validation(validation: Validation) -> str:
         weight = f"weight {validation.linear_weight:.4g}"
         details = [f"{name}: LLM alone {llm:.4f}", f"linear memory alone {linear:.4f}", weight]
     if validation.new_item_offset is not None:
-        details.append(f"offset of new items {validation.new_item_offset:.4g}")
+        details.append(f"offset of new items {validation.new_item_offset:g}")
     text = format_metrics(validation.metrics) + (" * best" if validation.is_best else "")
     return f"{text} ({', '.join(details)})" if details else text
 

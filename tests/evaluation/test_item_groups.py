@@ -35,7 +35,7 @@ from cllm4rec_dist.evaluation.cold_items import cold_rows_filled
 from cllm4rec_dist.evaluation.comparison import _model_rows, _Splits, compare
 from cllm4rec_dist.evaluation.group_baselines import TEXT_NEIGHBORS, _add_rows, group_rows
 from cllm4rec_dist.evaluation.inference import evaluate_run
-from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups
+from cllm4rec_dist.evaluation.item_groups import evaluate_groups, item_groups, restrict
 from cllm4rec_dist.evaluation.metrics import mean_metrics, user_metrics
 from cllm4rec_dist.evaluation.mixing import MixedMetrics
 from cllm4rec_dist.evaluation.new_item_offset import choose_offset
@@ -199,8 +199,11 @@ def test_a_validation_sees_rows_from_texts_and_training_its_rows(
         look()
         return results.pop(0)
 
-    def choose_offset(system: InferenceSystem, filled_with: float, max_loss: float, *_: Any) -> float:
+    def choose_offset(
+        system: InferenceSystem, is_filled: np.ndarray, filled_with: float, max_loss: float, *_: Any
+    ) -> float:
         look()
+        assert is_filled.tolist() == (made.corpus.training_counts() == 0).tolist()
         assert (system.linear.weight, filled_with, max_loss) == (0.25, -1.5, 0.03)
         return -4.0
 
@@ -233,7 +236,8 @@ def test_no_offset_is_chosen_where_it_is_fixed_or_has_no_effect(system: Inferenc
 
 def chosen_offsets(world: World, run: str, losses: list[float]) -> list[float | None]:
     system, _ = trained_run.load(run, world)
-    return [choose_offset(system, -1.5, loss, "valid", METRICS, 4) for loss in losses]
+    is_new = system.corpus.training_counts() == 0
+    return [choose_offset(system, is_new, -1.5, loss, "valid", METRICS, 4) for loss in losses]
 
 
 @pytest.mark.slow
@@ -260,6 +264,39 @@ def test_the_highest_offset_that_costs_known_items_little_is_chosen(
     assert expected[-1] == 0
     for chosen in [chosen_offsets(alone(), made.run, losses), *run_ranks(2, chosen_offsets, made.run, losses)]:
         assert chosen == pytest.approx(expected)
+
+
+def known_metrics(system: InferenceSystem, candidates: np.ndarray) -> np.ndarray:
+    """Means of the known items of validation in lists of the candidates."""
+    users, known = HeldOutUsers.of(system.corpus, "valid"), system.corpus.training_counts() > 0
+    held_out = restrict(users.held_out, known)
+    chosen = np.flatnonzero(held_out.lengths)
+    histories = users.histories.take(chosen)
+    ranked = rank_users(system, users.rows[chosen], histories, 10, 64, seen=histories, candidates=candidates)
+    items = np.concatenate([ranking.items for ranking in ranked])
+    return user_metrics(items, held_out.take(chosen), METRICS, 40).mean(axis=0)
+
+
+@pytest.mark.slow
+def test_an_offset_moves_no_item_without_a_row_from_its_text(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, _ = trained_run.load_local(made.run, torch.device("cpu"))
+    is_new = made.corpus.training_counts() == 0
+    is_filled = is_new & (np.cumsum(is_new) % 2 == 0)
+    bias, everything = system.recommender.head.local_bias, np.ones_like(is_new)
+    assert bias is not None
+    without, trained, expected = known_metrics(system, ~is_filled), bias.detach().clone(), None
+    for offset in range(0, -13, -1):
+        with torch.no_grad():
+            bias.copy_(torch.where(torch.from_numpy(is_filled)[:, None], trained + offset + 1.5, trained))
+        if (known_metrics(system, everything) >= 0.9 * without).all():
+            expected = offset
+            break
+    with torch.no_grad():
+        bias.copy_(trained)
+    monkeypatch.setattr(new_item_offset, "_STEPS_PER_LOGIT", 1)
+    assert choose_offset(system, is_filled, -1.5, 0.1, "valid", METRICS, 64) == expected
+    assert expected != choose_offset(system, is_new, -1.5, 0.1, "valid", METRICS, 64)
+    assert choose_offset(system, np.zeros_like(is_new), -1.5, 0.1, "valid", METRICS, 64) is None
 
 
 def on_ranks(world: World, run: str) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from cllm4rec_dist.evaluation.topk import evaluate
 from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.system import InferenceSystem
 from tests.harness import run_ranks
-from tests.training import Made, make_config, metrics, run
+from tests.training import Made, make_config, metrics, refused, run
 
 METRICS = ["recall@5", "ndcg@10"]
 NO_VALIDATION = {"every_epochs": 0}
@@ -116,6 +117,8 @@ def test_training_is_the_same_bit_for_bit_and_its_best_weight_is_used_in_evaluat
     run_ranks(1, run, silent)
     used, _ = load_local(str(tmp_path / "silent"), torch.device("cpu"))
     assert used.linear.weight == best["linear_weight"]
-    changed = silent.model_copy(update={"linear": silent.linear.model_copy(update={"weight": 0.5}), "epochs": 3})
-    run_ranks(1, run, changed)
+    changed = silent.model_copy(update={"linear": silent.linear.model_copy(update={"weight": 0.5})})
+    (refusal,) = run_ranks(1, refused, changed)
+    assert re.search(r"linear.weight: 0.5 is .* and this run is finished.* Raise epochs", refusal), refusal
+    run_ranks(1, run, changed.model_copy(update={"epochs": 3}))
     assert load_local(str(tmp_path / "silent"), torch.device("cpu"))[0].linear.weight == 0.5

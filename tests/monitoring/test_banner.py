@@ -31,7 +31,9 @@ def test_a_run_without_validation_names_what_nothing_chooses(
 ) -> None:
     tree = {"stage": "finetune", "corpus": "-", "backbone": "-", "output": "-", "validation": {"every_epochs": 0}}
     config = validate(RunConfig, tree | settings, "test")
-    text = describe_validation(config, cast(Manifest, SimpleNamespace(has_cold_items=has_cold_items)))
+    manifest = cast(Manifest, SimpleNamespace(has_cold_items=has_cold_items))
+    text = describe_validation(config, manifest, 0)
     start = "none (validation.every_epochs=0); the last checkpoint is the result"
     assert text.startswith(start + named)
     assert text == start or named
+    assert describe_validation(config, manifest, 7) == start, "a resumed run keeps what was chosen"

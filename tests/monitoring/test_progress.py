@@ -51,7 +51,7 @@ def test_a_validation_with_a_linear_memory_shows_each_part_alone() -> None:
         " (recall@20: LLM alone 0.1671, linear memory alone 0.1774, weight 131.4)"
     )
     assert format_validation(Validation({"recall@20": 0.25}, new_item_offset=-2.0625)) == (
-        "recall@20 0.2500 (offset of new items -2.062)"
+        "recall@20 0.2500 (offset of new items -2.0625)"
     )
     both = format_validation(replace(validation, new_item_offset=-4))
     assert both.endswith("weight 131.4, offset of new items -4)")
