@@ -74,10 +74,11 @@ class _Counts:
     fallbacks: int = 0
     short: int = 0
     people: int = 0
+    new_items: int = 0
 
     def total(self, world: World) -> _Counts:
         """Sum over all ranks. One all-reduce."""
-        local = torch.tensor([self.rows, self.fallbacks, self.short, self.people], device=world.device)
+        local = torch.tensor([self.rows, self.fallbacks, self.short, self.people, self.new_items], device=world.device)
         return _Counts(*all_reduce_sum(local, world, "counts").tolist())
 
 
@@ -126,7 +127,8 @@ def recommend_users(
     make_folder(folder)
     bar = progress_bar(world, len(people.names), "recommend", "user")
     lists = _lists(system, people, items, request, bar.update)
-    tables = _tables(lists, people.names, items, request, counts)
+    is_new = np.append(system.corpus.training_counts() == 0, np.ones(len(products), bool))
+    tables = _tables(lists, people.names, items, is_new, request, counts)
     write_recommendations(tables, folder, world, request.file_format, titles=request.titles)
     bar.close()
     counts = counts.total(world)
@@ -193,7 +195,12 @@ def _select(ranked: Ranking, unknown: np.ndarray, popular: np.ndarray, min_score
 
 
 def _tables(
-    lists: Iterable[_Lists], names: Sequence[str], items: ItemCatalog, request: BulkRequest, counts: _Counts
+    lists: Iterable[_Lists],
+    names: Sequence[str],
+    items: ItemCatalog,
+    is_new: np.ndarray,
+    request: BulkRequest,
+    counts: _Counts,
 ) -> Iterator[pa.Table]:
     schema = list_schema(titles=request.titles)
     ids, titles = pa.array(items.ids, pa.string()), pa.array(items.titles, pa.string())
@@ -203,6 +210,7 @@ def _tables(
         counts.fallbacks += batch.fallbacks
         counts.short += int((batch.lengths < request.top).sum())
         counts.people += len(batch.lengths)
+        counts.new_items += int(is_new[batch.items].sum())
         columns = {
             "user": users.take(pa.array(batch.people)),
             "item": ids.take(pa.array(batch.items)),
@@ -218,6 +226,8 @@ def _summary(people: People, counts: _Counts, request: BulkRequest) -> str:
     parts = [f"{plural(counts.people, 'user')}, {plural(counts.rows, 'row')}"]
     if counts.fallbacks:
         parts.append(f"{plural(counts.fallbacks, 'user')} without a known item (popular items, without a score)")
+    if counts.new_items:
+        parts.append(f"{plural(counts.new_items, 'row')} with new items")
     if people.unknown_items:
         parts.append(f"{plural(people.unknown_items, 'ordered item')} unknown to the run and left out")
     if counts.short:

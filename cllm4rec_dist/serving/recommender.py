@@ -116,8 +116,7 @@ class Recommender:
             descriptions: further text of some of them, by id.
 
         Raises:
-            DataError: for an id that the run has already, or a text that is empty or has no word of the trained items'
-                texts, or if these have no texts.
+            DataError: for an id of the run, and a text without any word of the trained items' texts.
         """
         return self.with_new_items(checked_titles(new_items, descriptions))
 
@@ -138,11 +137,7 @@ class Recommender:
         return self.with_new_items(readable_products(field, products, self._texts.get()) if products else (), field)
 
     def fit_texts(self) -> None:
-        """Fit the map from texts to items now, which `with_items` otherwise does when first called.
-
-        Raises:
-            DataError: if no item with training interactions has a text.
-        """
+        """Fit the map from texts to items now, which `with_items` otherwise does when first called, with its errors."""
         self._texts.get()
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:

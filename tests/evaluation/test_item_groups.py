@@ -128,15 +128,17 @@ def share_of_new(lists: pd.DataFrame, made: Made) -> float:
 
 
 def test_whoever_reads_a_run_may_choose_another_offset(made: Made, tmp_path: Path) -> None:
-    def called(*arguments: object) -> None:
+    def called(*arguments: object) -> str:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
+        return result.output
 
     known = str(made.corpus.items()["item"][int(made.corpus.training_counts().argmax())])
     for offset, expected in (("-1000", 0.0), ("1000", 1.0)):
         output = tmp_path / offset
-        called("recommend", made.run, output / "lists", "--top", 3, "--new-item-offset", offset)
+        said = called("recommend", made.run, output / "lists", "--top", 3, "--new-item-offset", offset)
         lists = pd.read_parquet(output / "lists")
+        assert (f"{len(lists)} rows with new items" in said) == (expected == 1)
         assert share_of_new(lists, made) == expected
         chosen = Recommender.load(made.run, new_item_offset=float(offset))
         pd.testing.assert_series_equal(chosen.recommend(users=[lists["user"][0]], top=3)["item"], lists["item"][:3])
