@@ -28,6 +28,9 @@ _CHUNK_FACTOR = 2
 """Size of a chunk of scores relative to `max_logits_for`: scores are read once here, so that caches matter less."""
 _PEAK_ROWS = 16
 """Neighbouring scores whose maximum is compared first."""
+_FIRST_PARTS = 8
+"""Parts of the first chunk, of which only the first keeps every score that ties with a query's K-th best: linear scores
+are mostly zero."""
 LLM_ALONE, LINEAR_ALONE = 0.0, math.inf
 """Weights of the linear memory by which one of both scores counts alone."""
 
@@ -322,6 +325,14 @@ class _RunningTopk:
 
     def add(self, scores: Tensor, start: int) -> None:
         """Add the scores [C, b] of rows start..start+C-1; the first chunk has at least K rows."""
+        first = len(scores) // _FIRST_PARTS
+        if start == 0 and first >= self._num_best:
+            self._add(scores[:first], 0)
+            self._add(scores[first:], first)
+        else:
+            self._add(scores, start)
+
+    def _add(self, scores: Tensor, start: int) -> None:
         peaks = _row_groups(scores).amax(dim=1)
         if start == 0:
             source = peaks if len(peaks) >= self._num_best else scores

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec_dist.distributed.topology import RowPartition, World
+from cllm4rec_dist.evaluation import sharded_topk as sharded_topk_module
 from cllm4rec_dist.evaluation.sharded_topk import (
     LINEAR_ALONE,
     LLM_ALONE,
@@ -162,6 +163,29 @@ def test_groups_of_neighbouring_rows_do_not_change_the_ranking(num_items: int, n
     torch.testing.assert_close(scores, exact_scores)
     kept = exact_scores > -torch.inf
     assert items[kept].tolist() == exact_items[kept].tolist()
+
+
+def test_scores_that_are_mostly_equal_keep_few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(2)
+    scores = torch.randint(1, 4, (1600, 7), generator=random) * (torch.rand(1600, 7, generator=random) < 0.001)
+    scores[:, 0] = 0.0
+    counts = []
+
+    def counted(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found = above_threshold(*arguments)
+        counts.append(len(found[0]))
+        return found
+
+    above_threshold = sharded_topk_module._above_threshold
+    monkeypatch.setattr(sharded_topk_module, "_above_threshold", counted)
+    for num_chunks in (1, 4):
+        best = sharded_topk_module._RunningTopk(torch.empty(7, 2), 5, 1600)
+        for start in range(0, 1600, 1600 // num_chunks):
+            best.add(scores[start : start + 1600 // num_chunks].float(), start)
+        values, rows = scores.T.float().sort(dim=1, descending=True, stable=True)
+        assert torch.equal(best.scores, values[:, :5])
+        assert torch.equal(best.rows, rows[:, :5])
+    assert max(counts) <= 7 * 1600 // 8
 
 
 WEIGHTS = [0.5, LLM_ALONE, LINEAR_ALONE, 8.0]
