@@ -161,10 +161,10 @@ def _evaluate(
 
 
 def _share_of_new_items(system: InferenceSystem, evaluation: Evaluation) -> float | None:
-    """Return the share of the lists' places that items without training interactions take; None if there are none."""
-    is_new = system.corpus.training_counts() == 0
-    if not system.corpus.manifest.has_cold_items or not is_new.any():
+    """Return the share of the lists' places that items without training interactions take; None without new items."""
+    if not system.corpus.manifest.has_cold_items:
         return None
+    is_new = system.corpus.training_counts() == 0
     return float(evaluation.listed[is_new].sum() / max(1, evaluation.listed.sum()))
 
 

@@ -70,7 +70,7 @@ def tables(world: World, config: RunConfig, *, load: bool) -> dict[str, Tensor]:
     system = assemble(config, world)
     if load:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        train_module._resume_or_init(system, Store(store_url(config)))
+        train_module._resume_or_init(system, Store(store_url(config)), total_steps=100)
     else:
         init_embeddings(system)
     return {name: p.detach().clone() for name, p, _ in system.recommender.sharded_parameters()}
@@ -80,7 +80,7 @@ def loaded_projection(world: World, config: RunConfig) -> Tensor:
     """Return the head's projection as a run starts with the weights of `init_from`."""
     system = assemble(config, world)
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    train_module._resume_or_init(system, Store(store_url(config)))
+    train_module._resume_or_init(system, Store(store_url(config)), total_steps=100)
     return dict(system.recommender.replicated_parameters())["head.projection"].detach()
 
 
@@ -160,7 +160,7 @@ def loaded_parameters(world: World, config: RunConfig) -> dict[str, Tensor]:
     """Return this rank's rows and the replicated parameters as a run starts with the weights of `init_from`."""
     system = assemble(config, world)
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    train_module._resume_or_init(system, Store(store_url(config)))
+    train_module._resume_or_init(system, Store(store_url(config)), total_steps=100)
     sharded = {name: p.detach() for name, p, _ in system.recommender.sharded_parameters()}
     return sharded | {name: p.detach() for name, p in system.recommender.replicated_parameters()}
 
