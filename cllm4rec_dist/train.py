@@ -172,6 +172,9 @@ def _open_saver(store: Store, system: System, trained_on: TrainedOn | None) -> I
 def _resume_or_init(system: System, store: Store, total_steps: int) -> tuple[RunState, TrainedOn | None, str]:
     """Resume, load another run's weights, or initialize the embeddings.
 
+    Args:
+        total_steps: steps after which the run is finished.
+
     Returns:
         The state, on rank 0 what the model has been trained on, and a description of where it comes from.
     """

@@ -10,7 +10,7 @@ from cllm4rec_dist.config.resume_rules import may_change
 from cllm4rec_dist.errors import CheckpointError
 
 _WIDTH = "embeddings.dim"
-_OF_RANKINGS = ("linear.weight", "head.new_item_offset")
+_RANKING_SETTINGS = ("linear.weight", "head.new_item_offset")
 """Settings that may change on resume, but reach those that read the run only with its next checkpoint."""
 
 
@@ -51,7 +51,7 @@ def require_same_rankings(finished: Checkpoint, config: RunConfig) -> None:
         CheckpointError: names the setting and both values.
     """
     saved, current = _saved_settings(finished), dict(dotted_items(config.model_dump(mode="json")))
-    for key in _OF_RANKINGS:
+    for key in _RANKING_SETTINGS:
         if saved[key] != current[key]:
             raise CheckpointError(
                 key,

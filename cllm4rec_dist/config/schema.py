@@ -240,8 +240,9 @@ class ValidationConfig(StrictModel):
     """Validations without improvement after which training stops; those during the warm-up of the learning rates do not
     count. 0 disables early stopping."""
     max_known_item_loss: float = Field(default=0.03, ge=0, le=1)
-    """Share of any metric of the known items that new items in the lists may cost. The highest `head.new_item_offset`
-    up to 0 that costs no more is chosen; a larger share finds more of the new items (docs/new-products.md)."""
+    """Largest share of a metric of the known items that new items in the lists may cost. The highest
+    `head.new_item_offset` up to 0 that costs no more is chosen; a larger share lists more new items
+    (docs/new-products.md)."""
 
     def sample_size(self, num_users: int) -> int | None:
         """Users of the sample in a corpus of so many users; None for all of them."""

@@ -106,7 +106,7 @@ def rank_by_weights(
     num_best = min(num_best, system.num_items if candidates is None else int(candidates.sum()))
     mask = None if candidates is None else torch.from_numpy(candidates).to(world.device)
     system.train(False)
-    return_freed_memory()  # of what was read, before the largest matrix is made
+    return_freed_memory()  # before the largest matrix is allocated
     weight = model.output_weight()
     low, high = world.local_range(0, len(users))
     largest_part, window = -(-len(users) // world.size), _WINDOW * batch_users

@@ -124,10 +124,10 @@ def _load(
             checkpoint.restore_weights(system, loaded[1], shares_tables=True)
             fill_cold_rows(system)
             checkpoint.restore_linear_memory(system, *loaded)
-            if new_item_offset is not None and not system.corpus.manifest.has_cold_items:
-                logger.info("the corpus has no new items: new_item_offset counts for those given by their texts alone")
             if world.is_main:
                 log_choice(store, names, loaded[0])
+                if new_item_offset is not None and not system.corpus.manifest.has_cold_items:
+                    logger.info("the corpus has no new items: new_item_offset counts for those given by texts alone")
             return system, loaded[0]
     raise checkpoint.all_damaged(run, store, names)
 

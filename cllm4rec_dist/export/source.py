@@ -43,7 +43,6 @@ class Source:
         config: its configuration, with the current paths of corpus and backbone.
         corpus: the corpus of the checkpoint; None if it is not available.
         backbone: folder of the backbone.
-        new_item_offset: offset of the item biases of new items, instead of the run's.
         base_model: hub id of the backbone; None for a local folder.
         decoder: configuration of the backbone.
         tokenizer: tokenizer of the backbone.

@@ -41,7 +41,7 @@ _SIMILAR = 0.5
 _POWER = 3
 """A similar item counts by this power of the TF-IDF cosine."""
 _MIN_COSINE = 0.1
-"""TF-IDF cosine of an item that counts at all: less is a share of a thousandth, and most of the time."""
+"""Lowest TF-IDF cosine that counts: the third power of a lower one is below a thousandth, and most are lower."""
 _BLOCK = 256
 """Texts whose cosines are computed at once: at most [256, 50,000] in memory."""
 DEFAULT_OFFSET = -1.5
@@ -99,9 +99,9 @@ class TextRows:
 
     Attributes:
         vectorizer: fitted TF-IDF of the catalog's texts.
-        weights: of the ridge regression, fp32 [F, D].
+        weights: coefficients of the ridge regression, fp32 [F, D].
         words: TF-IDF of the fitted items' texts, [F, N].
-        directions: of the fitted items' rows, times the items' weights: fp32 [N, D] on the host.
+        directions: fitted items' rows of unit norm, times the items' weights, fp32 [N, D] on the host.
         norm: norm of the rows; the mean of trained rows.
         bias: item bias; the mean of trained ones (0 if there are none) and the offset.
     """
@@ -131,7 +131,7 @@ class TextRows:
 
 
 def _unit_norm(rows: np.ndarray) -> Tensor:
-    """Return them with unit norm; zeros stay zeros."""
+    """Return the rows with unit norm; zeros stay zeros."""
     return F.normalize(torch.from_numpy(np.ascontiguousarray(rows)), dim=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import zlib
+from dataclasses import asdict
 
 import torch
 
@@ -12,6 +13,7 @@ from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.distributed.collectives import gather_integers
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.model import backbone
+from cllm4rec_dist.model.linear_fit import LinearSettings
 from cllm4rec_dist.model.text_rows import DEFAULT_OFFSET
 from cllm4rec_dist.monitoring.progress import Schedule
 from cllm4rec_dist.system import InferenceSystem, System
@@ -150,11 +152,14 @@ def describe_validation(config: RunConfig, manifest: Manifest, first_step: int) 
 
 def _not_chosen(config: RunConfig, manifest: Manifest) -> str:
     """Name the settings that only a validation chooses, which a run without one should be given."""
-    missing = []
-    if config.linear.neighbors and config.linear.weight is None:
+    missing, linear = [], config.linear
+    unset = [f"linear.{name}" for name in asdict(LinearSettings()) if getattr(linear, name) is None]
+    if linear.neighbors and unset and not manifest.num_held_out("valid"):
+        missing.append(f"{', '.join(unset)} have their defaults")
+    if linear.neighbors and linear.weight is None:
         missing.append("linear.weight is 0, so the linear memory will not be used")
     if manifest.has_cold_items and config.head.item_bias and config.head.new_item_offset is None:
         missing.append(f"head.new_item_offset is {DEFAULT_OFFSET:g}")
     if not missing:
         return ""
-    return f". {' and '.join(missing)}: set what a validated run with these settings has chosen (its metrics.jsonl)"
+    return f". {' and '.join(missing)}: set what a validated run with these settings has chosen (its log)"

@@ -18,7 +18,7 @@ from cllm4rec_dist.evaluation.text_items import TextItems
 from cllm4rec_dist.evaluation.topk import Ranking
 from cllm4rec_dist.evaluation.trained_run import load
 from cllm4rec_dist.log import ReportMetrics, progress_bar
-from cllm4rec_dist.serving.feed import new_products, readable_products
+from cllm4rec_dist.serving.feed import new_products, with_known_words
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.known_ids import NEW_ITEMS
 from cllm4rec_dist.serving.new_items import NewItem, require_new
@@ -110,7 +110,7 @@ def recommend_users(
     if products:
         require_new(NEW_ITEMS, products, items)
         texts = TextItems.fit(system)
-        products = readable_products(NEW_ITEMS, products, texts)
+        products = with_known_words(NEW_ITEMS, products, texts)
         system = texts.add(system, {new.item: new.text for new in products})
     new_ids = [new.item for new in products]
     people = gather_people(

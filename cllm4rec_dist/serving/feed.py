@@ -48,7 +48,7 @@ def new_products(field: str, products: Sequence[NewItem], items: ItemCatalog) ->
     return kept
 
 
-def readable_products(field: str, products: Sequence[NewItem], texts: TextItems) -> tuple[NewItem, ...]:
+def with_known_words(field: str, products: Sequence[NewItem], texts: TextItems) -> tuple[NewItem, ...]:
     """Return the products whose text has a word that the run knows, and log how many are left out.
 
     Raises:

@@ -27,7 +27,7 @@ from cllm4rec_dist.evaluation.sharded_topk import Queries
 from cllm4rec_dist.evaluation.text_items import LazyTextItems
 from cllm4rec_dist.evaluation.trained_run import load_local
 from cllm4rec_dist.project.layout import run_of
-from cllm4rec_dist.serving.feed import readable_products
+from cllm4rec_dist.serving.feed import with_known_words
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.new_items import NewItem, checked_titles, require_new
@@ -134,7 +134,7 @@ class Recommender:
 
     def with_feed(self, products: Sequence[NewItem], field: str) -> Self:
         """Like `with_new_items`, without the products that have no known word (`feed.py`)."""
-        return self.with_new_items(readable_products(field, products, self._texts.get()) if products else (), field)
+        return self.with_new_items(with_known_words(field, products, self._texts.get()) if products else (), field)
 
     def fit_texts(self) -> None:
         """Fit the map from texts to items now, which `with_items` otherwise does when first called, with its errors."""

@@ -46,7 +46,7 @@ class Scorer:
     def __init__(self, system: InferenceSystem) -> None:
         self._system = system
         system.train(False)
-        return_freed_memory()  # of what was read, before the largest matrix is made
+        return_freed_memory()  # before the largest matrix is allocated
         self._output_weight = system.recommender.output_weight()
         self._forward = threading.Lock()  # the backbone keeps state during a forward
 

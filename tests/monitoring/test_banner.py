@@ -11,6 +11,7 @@ from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import Manifest
 from cllm4rec_dist.monitoring.banner import describe_validation
 
+CHOSEN_ONCE = "linear.text_weight, linear.regularization, linear.history_power, linear.dropout have their defaults"
 ALL = "linear.weight is 0, so the linear memory will not be used and head.new_item_offset is -1.5"
 
 
@@ -31,9 +32,16 @@ def test_a_run_without_validation_names_what_nothing_chooses(
 ) -> None:
     tree = {"stage": "finetune", "corpus": "-", "backbone": "-", "output": "-", "validation": {"every_epochs": 0}}
     config = validate(RunConfig, tree | settings, "test")
-    manifest = cast(Manifest, SimpleNamespace(has_cold_items=has_cold_items))
+    manifest = cast(Manifest, SimpleNamespace(has_cold_items=has_cold_items, num_held_out=lambda split: 5))
     text = describe_validation(config, manifest, 0)
     start = "none (validation.every_epochs=0); the last checkpoint is the result"
     assert text.startswith(start + named)
     assert text == start or named
     assert describe_validation(config, manifest, 7) == start, "a resumed run keeps what was chosen"
+
+
+def test_a_run_that_holds_nothing_out_names_the_settings_of_its_linear_memory() -> None:
+    tree = {"stage": "finetune", "corpus": "-", "backbone": "-", "output": "-", "validation": {"every_epochs": 0}}
+    config = validate(RunConfig, tree | {"linear": {"weight": 2.0}}, "test")
+    manifest = cast(Manifest, SimpleNamespace(has_cold_items=False, num_held_out=lambda split: 0))
+    assert f". {CHOSEN_ONCE}: set what" in describe_validation(config, manifest, 0)
