@@ -29,7 +29,7 @@ from cllm4rec_dist.corpus.shards import Corpus
 from cllm4rec_dist.corpus.views import interaction_matrix, item_texts
 from cllm4rec_dist.distributed.collectives import all_gather_rows, gather_counts, gather_integers
 from cllm4rec_dist.distributed.topology import World
-from cllm4rec_dist.evaluation.metrics import largest_cutoff, top_items, user_metrics
+from cllm4rec_dist.evaluation.metrics import metrics_of_scores
 from cllm4rec_dist.model.linear_fit import (
     ItemFeatures,
     LinearSettings,
@@ -148,7 +148,8 @@ class _Neighbors:
         """Find the neighbors of this rank's part of S sampled items. No collective."""
         low, high = world.local_range(0, len(items))
         with world.watch.doing("choosing the settings of the linear memory"):
-            return cls(features, items[low:high], strongest_neighbors(features, items[low:high], num_neighbors))
+            items, num_threads = items[low:high], torch.get_num_threads()
+            return cls(features, items, strongest_neighbors(features, items, num_neighbors, num_threads))
 
     def fit(self, settings: LinearSettings, world: World) -> sp.csr_matrix:
         """Return the weights [I, S] of all sampled items. Collective: two all-gathers."""
@@ -207,6 +208,4 @@ class _Sample:
         histories, held_out = self.histories[users], self.held_out.take(users)
         scores = (histories @ weights).toarray()
         scores[histories[:, self.items].nonzero()] = -np.inf
-        num_items = len(self.items)
-        ranked = top_items(scores, min(num_items, largest_cutoff([_METRIC])))
-        return float(user_metrics(ranked, held_out, [_METRIC], num_items).sum())
+        return float(metrics_of_scores(scores, held_out, [_METRIC]).sum())

@@ -32,6 +32,9 @@ LIST_LENGTH = 20
 _ROUNDING = 1e-6
 """Largest difference, relative to the scores, that rounding in float32 may make of equal ones."""
 
+_BLOCK_SCORES = 1 << 20
+"""Scores that are compared at a time."""
+
 IntArray = NDArray[np.integer]
 FloatArray = NDArray[np.float64]
 
@@ -226,11 +229,40 @@ def user_metrics(topk: IntArray, heldout: HeldOut, metrics: Sequence[str], num_i
             f"must have at least {needed} for {', '.join(metrics)}",
             "Rank more items.",
         )
+    return _metrics_of_hits(hit, num_heldout, parsed)
+
+
+def metrics_of_scores(scores: NDArray[np.float32], heldout: HeldOut, metrics: Sequence[str]) -> FloatArray:
+    """Return `user_metrics` of the ranking by scores; faster than `top_items`, because it ranks held-out items alone.
+
+    Args:
+        scores: [U, I] without NaN; equal scores rank the lower column first.
+        heldout: as for `user_metrics`, each item once.
+        metrics: as for `user_metrics`.
+    """
+    parsed = [parse_metric(name) for name in metrics]
+    num_users, num_items = scores.shape
+    offsets, item = _offsets_and_items(heldout)
+    user = np.repeat(np.arange(num_users), np.diff(offsets))
+    rank = np.empty(len(item), np.int64)
+    step = max(1, _BLOCK_SCORES // num_items)
+    for first in range(0, len(item), step):
+        part = slice(first, first + step)
+        others, score = scores[user[part]], scores[user[part], item[part], None]
+        precedes = (others > score) | ((others == score) & (np.arange(num_items) < item[part, None]))
+        rank[part] = precedes.sum(axis=1)
+    hit = np.zeros((num_users, min(largest_cutoff(metrics), num_items)), np.bool_)
+    is_listed = rank < hit.shape[1]
+    hit[user[is_listed], rank[is_listed]] = True
+    return _metrics_of_hits(hit, np.diff(offsets), parsed)
+
+
+def _metrics_of_hits(hit: NDArray[np.bool_], num_heldout: IntArray, metrics: Sequence[Metric]) -> FloatArray:
     has_heldout = num_heldout > 0
     hit, num_heldout = hit[has_heldout], num_heldout[has_heldout]
-    values = np.full((len(has_heldout), len(parsed)), np.nan)
+    values = np.full((len(has_heldout), len(metrics)), np.nan)
     values[has_heldout] = np.stack(
-        [_METRICS[metric.kind](hit, num_heldout, metric.cutoff) for metric in parsed], axis=1
+        [_METRICS[metric.kind](hit, num_heldout, metric.cutoff) for metric in metrics], axis=1
     )
     return values
 

@@ -10,16 +10,16 @@ their histories. With K = I - 1 and D = 1 the weights are those of EASE (of the 
 above 0). Dropout p of the features divides the diagonal of A[N, N] by 1 - p, its expectation in closed form (Steck,
 "Autoencoders that don't overfit towards the Identity", NeurIPS 2020).
 
-Nothing dense of size [I, I] is made of more than a few thousand items: A is computed in sparse blocks of rows for the
-choice of neighbors, and again for the neighbors of a batch of items. An item costs 2 K^3 / 3 FLOPs and the sparse
-products of its neighbors' features, whatever the size of the catalog.
+Nothing dense of size [I, I] is made of more than a few thousand items: the choice of neighbors keeps only the largest
+entries of a sparse product, and the fit computes A again for the neighbors of a batch of items. An item costs
+2 K^3 / 3 FLOPs and the sparse products of its neighbors' features, whatever the size of the catalog.
 
 Legend: U users, I items, W words, K neighbors, n items of a block, b items of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,14 +28,15 @@ from typing import Self
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from sparse_dot_topn import sp_matmul_topn
 from threadpoolctl import threadpool_limits
 
 from cllm4rec_dist.config import LinearConfig
 
 _WORD_ITEMS, _WORD_PAIRS = (2_000, 20_000), 400_000_000
 """Bounds of `_max_word_items`, and the largest product of a word's items and all items between them."""
-_ROW_ENTRIES, _BATCH_ENTRIES = 1 << 20, 1 << 23
-"""Entries of a block of rows of A, which fits into a cache, and of the Gram matrices of a batch (64 MiB in fp64)."""
+_BATCH_ENTRIES = 1 << 20
+"""Entries of the Gram matrices of a batch: 8 MiB in fp64. With eight times as many a fit takes twice as long."""
 _DENSE_ITEMS = 4096
 """Items of a catalog whose A is kept whole (128 MiB in fp64)."""
 
@@ -68,24 +69,32 @@ class ItemFeatures:
 
     Attributes:
         rows: CSR [I + 1, U + W] fp64; the last row is empty and serves as padding.
-        columns: CSR [U + W, I], its transpose without the padding.
         gram: A, with zeros for the padding, fp64 [I + 1, I + 1]; None if it is not kept.
     """
 
     rows: sp.csr_matrix
-    columns: sp.csr_matrix
     gram: NDArray[np.float64] | None = None
 
     @property
     def num_items(self) -> int:
         """Number of items I."""
-        return self.columns.shape[1]
+        return self.rows.shape[0] - 1
 
     @cached_property
-    def scale(self) -> NDArray[np.float64]:
-        """1 / sqrt(A[k, k]) of each item [I]; 0 for an item without features."""
-        squares = self.rows.multiply(self.rows).sum(axis=1).A1[: self.num_items]
-        return np.divide(1.0, np.sqrt(squares), out=np.zeros(self.num_items), where=squares > 0)
+    def squares(self) -> NDArray[np.float64]:
+        """A[k, k] of each item, 0 for the padding: [I + 1]."""
+        squares = np.add.reduceat(np.append(self.rows.data**2, 0.0), self.rows.indptr[:-1])
+        squares[np.diff(self.rows.indptr) == 0] = 0.0  # reduceat gives these the next entry
+        return squares
+
+    @cached_property
+    def directions(self) -> sp.csr_matrix:
+        """F[k] / sqrt(A[k, k]) of each item k as columns: CSR [U + W, I]."""
+        lengths = np.sqrt(self.squares[:-1])
+        scale = np.divide(1.0, lengths, out=np.zeros(self.num_items), where=lengths > 0)
+        columns = self.rows[:-1].T.tocsr()
+        columns.data *= scale[columns.indices]
+        return columns
 
     def with_gram(self) -> ItemFeatures:
         """Keep A whole, which makes fits of many items faster, unless the catalog is too large for it."""
@@ -186,72 +195,41 @@ def item_features(
         train: binary [U, I] of the training interactions.
         texts: [I, W], from `text_features`.
     """
-    parts = [(sp.diags(np.sqrt(history_weights(train, history_power))) @ train.astype(np.float64)).T]
+    rows = train.T.tocsr().astype(np.float64)
+    rows.data *= np.sqrt(history_weights(train, history_power))[rows.indices]
     if text_weight > 0 and texts.shape[1]:
-        parts.append(texts.astype(np.float64) * np.sqrt(text_weight))
-    rows = sp.hstack(parts, format="csr")
+        rows = sp.hstack([rows, texts.astype(np.float64) * np.sqrt(text_weight)], format="csr")
     rows.sort_indices()  # sums are then the same in every block
-    padding = sp.csr_matrix((1, rows.shape[1]))
-    return ItemFeatures(sp.vstack([rows, padding], format="csr"), rows.T.tocsr())
+    offsets = np.append(rows.indptr, rows.indptr[-1])
+    return ItemFeatures(sp.csr_matrix((rows.data, rows.indices, offsets), shape=(rows.shape[0] + 1, rows.shape[1])))
 
 
-def strongest_neighbors(features: ItemFeatures, items: np.ndarray, num_neighbors: int) -> NDArray[np.int32]:
+def strongest_neighbors(
+    features: ItemFeatures, items: np.ndarray, num_neighbors: int, num_threads: int = 1
+) -> NDArray[np.int32]:
     """Return the strongest neighbors of n items: [n, K], ascending, then -1 for those that do not exist.
 
-    K is `num_neighbors`, at most I - 1; then it is every other item, related or not. Equally strong neighbors are
-    chosen in the order of their rows, so that the choice does not depend on the block.
+    K is `num_neighbors`, at most I - 1; then it is every other item, related or not. Which of equally strong neighbors
+    are chosen depends on the features alone, not on the other items of the block.
     """
     num_items = features.num_items
     width = min(num_neighbors, num_items - 1)
     if width == num_items - 1:
         others = np.arange(width, dtype=np.int32)[None, :]
         return others + (others >= items[:, None])
-    result = np.empty((len(items), width), np.int32)
-    rows = features.rows[items]
-    for block in _row_blocks(features, rows):
-        product = rows[block] @ features.columns
-        product.sort_indices()
-        product.data *= features.scale[product.indices]
-        result[block] = _strongest(product, items[block], width)
-    return result
-
-
-def _row_blocks(features: ItemFeatures, rows: sp.csr_matrix) -> Iterator[NDArray[np.int64]]:
-    """Split rows [n, U + W], whose rows of A are computed, into blocks of at most `_ROW_ENTRIES` entries of A.
-
-    All rows of A of a block are counted as long as its longest, as they are padded, so rows of similar length are put
-    into one block. A row has at most as many entries as its columns have together, and at most I.
-    """
-    pattern = rows.copy()
-    pattern.data[:] = 1.0
-    lengths = np.minimum(pattern @ np.diff(features.columns.indptr).astype(np.float64), features.num_items)
-    order = np.argsort(lengths, kind="stable")
-    ascending, first = np.maximum(lengths[order], 1.0), 0
-    while first < len(order):
-        fits = np.arange(1, len(order) - first + 1) * ascending[first:] <= _ROW_ENTRIES
-        last = first + max(1, int(np.argmin(fits)) if not fits.all() else len(fits))
-        yield order[first:last]
-        first = last
-
-
-def _strongest(strengths: sp.csr_matrix, items: np.ndarray, width: int) -> NDArray[np.int32]:
-    """Return the `width` columns with the largest positive strengths of each row: [n, width], ascending, then -1."""
+    # One more, strongest first: an item is its own strongest neighbor, but for equally strong ones.
+    strengths = sp_matmul_topn(
+        features.rows[items], features.directions, width + 1, threshold=0.0, sort=True, n_threads=num_threads
+    )
     counts = np.diff(strengths.indptr)
-    filled = np.arange(max(width, counts.max(initial=0)))[None, :] < counts[:, None]
-    strength = np.zeros(filled.shape)
-    column = np.full(filled.shape, -1, np.int32)
-    strength[filled], column[filled] = strengths.data, strengths.indices
-    strength[column == items[:, None]] = 0.0
-    lowest = np.partition(strength, -width, axis=1)[:, -width, None]
-    above, tied = strength > lowest, strength == lowest
-    kept = above | (tied & (tied.cumsum(axis=1) <= width - above.sum(axis=1, keepdims=True)))
-    return _left_aligned(column, kept & (strength > 0), width)
-
-
-def _left_aligned(column: np.ndarray, kept: np.ndarray, width: int) -> NDArray[np.int32]:
-    result = np.full((len(column), width), -1, np.int32)
-    result[np.arange(width)[None, :] < kept.sum(axis=1)[:, None]] = column[kept]
-    return result
+    missing = np.int32(num_items)
+    found = np.full((len(items), width + 1), missing)
+    found[np.arange(width + 1) < counts[:, None]] = strengths.indices
+    is_self = found == items[:, None]
+    found[~is_self.any(axis=1), width] = missing
+    found[is_self] = missing
+    found = np.sort(found, axis=1)[:, :width]
+    return np.where(found < missing, found, np.int32(-1))
 
 
 def ridge_weights(
@@ -304,20 +282,37 @@ def _solve(
 def _gram_matrices(features: ItemFeatures, items: np.ndarray) -> NDArray[np.float64]:
     """Return A[S, S] for the rows S of `items` [b, k], -1 for padding: [b, k, k].
 
-    Without A they are made by one sparse product, in which the features of all sets are the blocks of a block-diagonal
-    matrix.
+    Without A they are the diagonal blocks of one sparse product. A feature that only one item of a set has counts for
+    nothing but that item's diagonal entry, which is known, so the product has the other features alone.
     """
     num_sets, width = items.shape
     sets = np.where(items < 0, features.num_items, items)
     if features.gram is not None:
         return features.gram[sets[:, :, None], sets[:, None, :]]
-    rows = features.rows[sets.ravel()]
-    # Only columns in use: a transpose takes time and memory for every column.
-    of_set = np.repeat(np.arange(num_sets), np.diff(rows.indptr[::width]))
-    used, column = np.unique(of_set * rows.shape[1] + rows.indices, return_inverse=True)
-    blocks = sp.csr_matrix((rows.data, column, rows.indptr), shape=(num_sets * width, len(used)))
-    product = (blocks @ blocks.T).tocsr()
-    gram = np.zeros((num_sets * width, width))
-    row = np.repeat(np.arange(num_sets * width), np.diff(product.indptr))
-    gram[row, product.indices - row // width * width] = product.data
-    return gram.reshape(num_sets, width, width)
+    shared = _shared_features(features.rows[sets.ravel()], width)
+    product = shared.tocsr() @ shared.T
+    first = np.repeat(np.arange(num_sets) * width, width)  # row of its set's first item
+    starts = np.arange(num_sets * width) * width - first
+    gram = np.zeros((num_sets, width, width))
+    gram.ravel()[np.repeat(starts, np.diff(product.indptr)) + product.indices] = product.data
+    np.einsum("bii->bi", gram)[:] = features.squares[sets]
+    return gram
+
+
+def _shared_features(rows: sp.csr_matrix, width: int) -> sp.csc_matrix:
+    """Return the features that several items of a set share, with columns of their own for each set: CSC [b k, shared].
+
+    Args:
+        rows: CSR [b k, U + W], the features of the k = `width` items of each of b sets.
+    """
+    of_set = np.repeat(np.arange(rows.shape[0] // width), np.diff(rows.indptr[::width]))
+    column = of_set * rows.shape[1] + rows.indices
+    # Sorted, and not transposed: that takes time and memory for every feature of the catalog.
+    entry = np.argsort(column)
+    column = column[entry]
+    is_same = column[1:] == column[:-1]
+    is_shared = np.append(is_same, False) | np.append(False, is_same)
+    entry, column = entry[is_shared], column[is_shared]
+    offsets = np.append(np.flatnonzero(np.diff(column, prepend=-1)), len(column))
+    row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    return sp.csc_matrix((rows.data[entry], row[entry], offsets), shape=(rows.shape[0], len(offsets) - 1))

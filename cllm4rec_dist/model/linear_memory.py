@@ -188,13 +188,13 @@ def fit_linear_memory(
     """
     features = item_features(train, texts, settings.text_weight, settings.history_power).with_gram()
     start, stop = memory.partition.range(world.rank)
-    width = min(num_neighbors, features.num_items - 1)
+    width, num_threads = min(num_neighbors, features.num_items - 1), torch.get_num_threads()
     neighbors, weights = np.full((stop - start, width), -1, np.int32), np.zeros((stop - start, width), np.float32)
     for first in range(0, memory.partition.block, _CHUNK):
         low, high = min(start + first, stop), min(start + first + _CHUNK, stop)
         with world.watch.doing("fitting the linear memory"):
             part, items = slice(low - start, high - start), np.arange(low, high)
-            neighbors[part] = chosen = strongest_neighbors(features, items, num_neighbors)
-            weights[part] = ridge_weights(features, items, chosen, settings, torch.get_num_threads())
+            neighbors[part] = chosen = strongest_neighbors(features, items, num_neighbors, num_threads)
+            weights[part] = ridge_weights(features, items, chosen, settings, num_threads)
         gather_counts(high - start, world)
     memory.fill(torch.from_numpy(neighbors), torch.from_numpy(weights), settings)

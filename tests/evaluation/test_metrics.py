@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse as sp
 
 from cllm4rec_dist.errors import ConfigError, DataError
+from cllm4rec_dist.evaluation import metrics
 from cllm4rec_dist.evaluation.metrics import (
     Metric,
     MetricResult,
@@ -15,7 +16,9 @@ from cllm4rec_dist.evaluation.metrics import (
     hits,
     largest_cutoff,
     mean_metrics,
+    metrics_of_scores,
     parse_metric,
+    top_items,
     user_metrics,
 )
 
@@ -71,6 +74,19 @@ def test_equals_loops(case, form):
         values = [loop_metric(name, topk[user].tolist(), set(heldout[user])) for user in users]
         assert result.mean[name] == pytest.approx(np.mean(values))
         assert result.stderr[name] == pytest.approx(np.std(values) / math.sqrt(len(values)))
+
+
+@pytest.mark.parametrize("form", ["csr", "ragged"])
+@pytest.mark.parametrize("num_items", [40, 7])
+@pytest.mark.parametrize("block_scores", [1, 100, 1 << 20])
+def test_held_out_items_are_ranked_by_scores_as_in_whole_rankings(case, form, num_items, block_scores, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK_SCORES", block_scores)
+    heldout = [[item for item in row if item < num_items] for row in case[1]]
+    scores = np.random.default_rng(1).integers(0, 5, (30, num_items)).astype(np.float32)  # with many ties
+    scores[:, ::4] = -np.inf
+    rows = as_csr(heldout, num_items) if form == "csr" else as_ragged(heldout)
+    expected = user_metrics(top_items(scores, min(20, num_items)), rows, NAMES, num_items)
+    np.testing.assert_array_equal(metrics_of_scores(scores, rows, NAMES), expected)
 
 
 def test_perfect_ranking_scores_one():

@@ -138,35 +138,38 @@ def test_a_large_catalog_keeps_no_gram_matrix(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("text_weight", [0.0, ALPHA])
 @pytest.mark.parametrize("num_neighbors", [1, 4, 15])
-@pytest.mark.parametrize("block_entries", [1, 100, 1 << 23])
+@pytest.mark.parametrize("batch_entries", [1, 100, 1 << 20])
 @pytest.mark.parametrize("keeps_gram", [False, True])
 def test_each_item_is_a_ridge_regression_on_its_strongest_neighbors(
-    monkeypatch: pytest.MonkeyPatch, text_weight: float, num_neighbors: int, block_entries: int, keeps_gram: bool
+    monkeypatch: pytest.MonkeyPatch, text_weight: float, num_neighbors: int, batch_entries: int, keeps_gram: bool
 ) -> None:
-    for name in ("_ROW_ENTRIES", "_BATCH_ENTRIES"):
-        monkeypatch.setattr(linear_fit, name, block_entries)
+    monkeypatch.setattr(linear_fit, "_BATCH_ENTRIES", batch_entries)
     neighbors, weights = fitted(num_neighbors, LinearSettings(text_weight, L2), keeps_gram=keeps_gram)
     matrix = gram(text_weight)
     scale = np.sqrt(np.diag(matrix))
     strength = np.divide(matrix, scale[None, :], out=np.zeros_like(matrix), where=scale[None, :] > 0)
     np.fill_diagonal(strength, 0.0)
     for item in range(NUM_ITEMS):
-        order = np.argsort(-strength[item], kind="stable")[:num_neighbors]
-        chosen = np.sort(order[strength[item, order] > 0])
-        np.testing.assert_array_equal(neighbors[item, : len(chosen)], chosen)
+        strongest = np.sort(strength[item])[::-1][:num_neighbors]
+        chosen = neighbors[item, : (strongest > 0).sum()]
+        assert (np.diff(chosen) > 0).all()
+        np.testing.assert_allclose(np.sort(strength[item, chosen])[::-1], strongest[strongest > 0], rtol=1e-12)
         assert (neighbors[item, len(chosen) :] == -1).all()
         system = matrix[np.ix_(chosen, chosen)] + L2 * np.eye(len(chosen))
         np.testing.assert_allclose(weights[item, : len(chosen)], np.linalg.solve(system, matrix[chosen, item]))
         assert (weights[item, len(chosen) :] == 0).all()
 
 
-def test_equally_strong_neighbors_are_chosen_by_row_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = sp.csr_matrix(np.ones((3, NUM_ITEMS), np.float32))
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_which_of_equally_strong_neighbors_are_chosen_does_not_depend_on_the_block(num_threads: int) -> None:
+    train = sp.csr_matrix(np.eye(2, dtype=np.float32)[:, ITEMS % 2])
     features = item_features(train, sp.csr_matrix((NUM_ITEMS, 0)), 0.0)
-    for block_entries in (1, 50, 1 << 23):
-        monkeypatch.setattr(linear_fit, "_ROW_ENTRIES", block_entries)
-        neighbors = strongest_neighbors(features, ITEMS[5:], 3)
-        assert neighbors.tolist() == [[0, 1, 2]] * (NUM_ITEMS - 5)
+    together = strongest_neighbors(features, ITEMS, 3, num_threads)
+    alone = [strongest_neighbors(features, ITEMS[[item]], 3)[0] for item in ITEMS]
+    np.testing.assert_array_equal(together, alone)
+    assert (np.diff(together) > 0).all()
+    assert not (together == ITEMS[:, None]).any()
+    assert (together % 2 == ITEMS[:, None] % 2).all()
 
 
 def test_batches_in_several_threads_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,14 +335,14 @@ def test_regressions_of_a_batch_take_no_room_for_columns_that_they_do_not_use(mo
     pairs = np.arange(80).reshape(40, 2)  # two items of each of 40 users
     train = sp.csr_matrix((np.ones(80), (np.repeat(np.arange(40), 2), pairs.ravel())), shape=(40, 80))
     features = item_features(train, sp.csr_matrix((80, 0)), 0.0)
-    sizes, make = [], sp.csr_matrix
+    sizes, make = [], sp.csc_matrix
 
-    def record(*arguments: Any, **settings: Any) -> sp.csr_matrix:
+    def record(*arguments: Any, **settings: Any) -> sp.csc_matrix:
         matrix = make(*arguments, **settings)
         sizes.append(max(matrix.shape))
         return matrix
 
-    monkeypatch.setattr(linear_fit.sp, "csr_matrix", record)
+    monkeypatch.setattr(linear_fit.sp, "csc_matrix", record)
     weights = ridge_weights(features, pairs[:, 0], pairs[:, 1:].astype(np.int32), SETTINGS)
     np.testing.assert_allclose(weights, 1 / (1 + L2))
     assert max(sizes) == 80, "a row for each item and neighbor; a column for each of 40 users"
