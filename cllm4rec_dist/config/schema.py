@@ -156,10 +156,10 @@ class LinearConfig(StrictModel):
     max_entries: int = Field(default=30_000_000, ge=1)
     """Most neighbors of all items together, which limits time and memory in large catalogs: an item then has
     `max_entries` / items of them, but at least 30."""
-    text_weight: float | None = Field(default=None, ge=0)
+    text_weight: float | None = Field(default=None, ge=0, le=1e6)
     """Weight of common words of titles and descriptions relative to common users; 0 ignores texts. Chosen on validation
     if left out."""
-    regularization: float | None = Field(default=None, gt=0)
+    regularization: float | None = Field(default=None, ge=1e-3, le=1e9)
     """L2 weight of the ridge regressions; chosen on validation if left out."""
     history_power: float | None = Field(default=None, ge=0, le=1)
     """Interactions of a user with n of them weigh n^-history_power; 0 weighs all alike. Chosen on validation if left
