@@ -1,13 +1,19 @@
-"""`python -m cllm4rec_dist` is the `cllm4rec` command."""
+"""The `cllm4rec` command, which is also `python -m cllm4rec_dist`."""
 
 import os
 import signal
 
-try:
-    from cllm4rec_dist.cli import main
 
-    if __name__ == "__main__":
-        main()
-except KeyboardInterrupt:  # before a command has begun: a traceback would explain nothing
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+def main() -> None:
+    """Run the command. An interrupt before it has begun ends the process by the signal, without a traceback."""
+    try:
+        from cllm4rec_dist import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +30,7 @@ def test_only_a_command_that_says_so_has_saved(returncode: int, status: int, mes
 
 
 _INTERRUPTED = """
-import runpy, sys
+import importlib, runpy, sys
 
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
@@ -38,18 +40,27 @@ class Interrupt:
 def interrupt(app):
     raise KeyboardInterrupt
 
-if sys.argv[1] == "import":
+when, script = sys.argv[1:]
+if when == "import":
     sys.meta_path.insert(0, Interrupt())
 else:
     import typer.main
     typer.main.get_command = interrupt
 sys.argv[1:] = ["settings"]
-runpy.run_module("cllm4rec_dist", run_name="__main__")
+if script:
+    module, function = script.split(":")
+    getattr(importlib.import_module(module), function)()
+else:
+    runpy.run_module("cllm4rec_dist", run_name="__main__")
 """
+_SCRIPTS = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "scripts"
+]
 
 
 @pytest.mark.parametrize("when", ["import", "build"])
-def test_an_interrupt_before_a_command_begins_ends_it_without_a_traceback(when: str) -> None:
-    command = [sys.executable, "-c", _INTERRUPTED, when]
+@pytest.mark.parametrize("script", ["", _SCRIPTS["cllm4rec"]], ids=["python -m", "cllm4rec"])
+def test_an_interrupt_before_a_command_begins_ends_it_without_a_traceback(when: str, script: str) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED, when, script]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=clean_environment())
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
