@@ -17,11 +17,12 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from cllm4rec_dist.checkpointing import checkpoint
 from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find, folders_in_project
 from cllm4rec_dist.checkpointing.format import Checkpoint, RunState
-from cllm4rec_dist.checkpointing.run_folder import BEST, STEP
+from cllm4rec_dist.checkpointing.run_folder import BEST, STATUS_FILE, STEP, RunRecord, is_locked
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.config import RunConfig, validate
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME
@@ -32,6 +33,7 @@ from cllm4rec_dist.evaluation.results import Provenance
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.model.backbone import fingerprint
 from cllm4rec_dist.monitoring.banner import device_name, parameter_counts
+from cllm4rec_dist.monitoring.next_steps import resume_command
 from cllm4rec_dist.system import (
     InferenceSystem,
     System,
@@ -144,12 +146,15 @@ def _offloads_parameters(config: RunConfig) -> bool:
 
 
 def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
-    """Log which checkpoint is used and why, and warn of newer checkpoints that were not validated.
+    """Log which checkpoint is used and why, and warn of an unfinished run and of newer checkpoints without validation.
 
     Args:
         names: candidates from which `used` was chosen, as returned by `checkpoint.find`.
     """
     logger.info("reading %s: %s", used.path, _describe(used))
+    steps = (name.removeprefix(STEP).removeprefix(BEST) for name in names)
+    newest_step = max([used.metadata.run.step, *(int(step) for step in steps if step.isdigit())])
+    _warn_if_unfinished(Path(store.url).parent, newest_step)
     newest = max((name for name in names if name.startswith(STEP)), default=None)
     if not used.name.startswith(BEST) or newest is None:
         return
@@ -166,6 +171,22 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
             latest.metadata.run.step,
             validated,
         )
+
+
+def _warn_if_unfinished(run: Path, newest_step: int) -> None:
+    """Warn if the run in this folder is still training or stopped before its last step; a folder may hold no run."""
+    try:
+        record = RunRecord.model_validate_json((run / STATUS_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return
+    if record.state == "done" or newest_step >= record.total_steps:
+        return
+    step = f"step {newest_step} of {record.total_steps}"
+    if is_locked(run):
+        logger.warning("the run is still training: its newest checkpoint is of %s", step)
+    else:
+        command = resume_command(record.stage, run, record.num_ranks)
+        logger.warning("the run has stopped before its end, with a checkpoint of %s; `%s` resumes it", step, command)
 
 
 def _describe(used: Checkpoint) -> str:

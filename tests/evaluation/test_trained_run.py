@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -72,6 +73,25 @@ def test_a_run_without_validation_says_so(made: Made, caplog: pytest.LogCaptureF
     run_ranks(1, run, make_config(made, made[0] / "run", max_steps=1))
     (message,) = said_of(str(made[0] / "run"), caplog)
     assert message.endswith("step-00000001: step 1, never validated")
+
+
+@pytest.mark.slow
+def test_a_run_that_has_not_ended_says_so(made: Made, caplog: pytest.LogCaptureFixture) -> None:
+    output = made[0] / "run"
+    run_ranks(1, run, make_config(made, output, max_steps=1))
+    record = json.loads((output / "status.json").read_text())
+    for state in ("interrupted", "failed", "running"):
+        (output / "status.json").write_text(json.dumps(record | {"state": state, "total_steps": 9}))
+        _, warning = said_of(str(output), caplog)
+        assert "stopped before its end, with a checkpoint of step 1 of 9; `cllm4rec pretrain -c " in warning
+        assert len(said_of(str(output / "checkpoints/step-00000001"), caplog)) == 2
+    with (output / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _, warning = said_of(str(output), caplog)
+    assert warning == "the run is still training: its newest checkpoint is of step 1 of 9"
+    for unknown in ("{", json.dumps(record | {"state": "interrupted"})):  # its last step was saved
+        (output / "status.json").write_text(unknown)
+        assert len(said_of(str(output), caplog)) == 1
 
 
 def loaded(world: World, folder: str, backbone: str | None, corpus: str | None) -> str:
