@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _DENSE: tuple[BaselineName, ...] = ("ease", "title_ease")
 """Baselines with dense [I, I] matrices."""
-_FIT_ITEMS = 4096
+_FIT_ITEMS = 1 << 14
 """Items of the sparse EASE that are fitted at a time."""
 _WORD = re.compile(r"\b\w\w+\b")  # a word of TfidfVectorizer
 
@@ -148,7 +148,7 @@ def _sparse_ease(data: SplitData, config: BaselineConfig) -> Grid:
         features, columns = item_features(data.train, texts, alpha), []
         for start in range(0, len(fitted), _FIT_ITEMS):
             items = fitted[start : start + _FIT_ITEMS]
-            neighbors = strongest_neighbors(features, items, config.sparse_ease_neighbors)
+            neighbors = strongest_neighbors(features, items, config.sparse_ease_neighbors, num_threads)
             weights = ridge_weights(features, items, neighbors, settings, num_threads).astype(np.float32)
             item, rank = np.nonzero(neighbors >= 0)
             entries = weights[item, rank], (neighbors[item, rank], item)

@@ -210,24 +210,27 @@ def strongest_neighbors(
     """Return the strongest neighbors of n items: [n, K], ascending, then -1 for those that do not exist.
 
     K is `num_neighbors`, at most I - 1; then it is every other item, related or not. Which of equally strong neighbors
-    are chosen depends on the features alone, not on the other items of the block.
+    are chosen depends on the features alone, not on the other items of the block. A call takes the time of a copy of
+    the features beside that of its items, so blocks should be large.
     """
     num_items = features.num_items
     width = min(num_neighbors, num_items - 1)
     if width == num_items - 1:
         others = np.arange(width, dtype=np.int32)[None, :]
         return others + (others >= items[:, None])
-    # One more, strongest first: an item is its own strongest neighbor, but for equally strong ones.
+    # One more, because an item is its own strongest neighbor; where it is missing, all that are found are as strong.
     strengths = sp_matmul_topn(
-        features.rows[items], features.directions, width + 1, threshold=0.0, sort=True, n_threads=num_threads
+        features.rows[items],
+        features.directions,
+        width + 1,
+        threshold=0.0,
+        n_threads=num_threads,
+        idx_dtype=features.directions.indptr.dtype,  # int32 is the default, in which many entries would overflow
     )
-    counts = np.diff(strengths.indptr)
     missing = np.int32(num_items)
     found = np.full((len(items), width + 1), missing)
-    found[np.arange(width + 1) < counts[:, None]] = strengths.indices
-    is_self = found == items[:, None]
-    found[~is_self.any(axis=1), width] = missing
-    found[is_self] = missing
+    found[np.arange(width + 1) < np.diff(strengths.indptr)[:, None]] = strengths.indices[: strengths.indptr[-1]]
+    found[found == items[:, None]] = missing
     found = np.sort(found, axis=1)[:, :width]
     return np.where(found < missing, found, np.int32(-1))
 

@@ -25,8 +25,8 @@ from cllm4rec_dist.model.linear_fit import LinearSettings, item_features, ridge_
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1024
-"""Items of a rank that are fitted between two small collectives, in which no rank waits long for another."""
+_FITTED_ENTRIES = 1 << 21
+"""Neighbors that a rank finds and weighs between two small collectives, in which no rank waits long for another."""
 _CHUNK_ENTRIES = 1 << 20
 """Entries that are indexed at a time, of which there are several copies."""
 
@@ -180,7 +180,7 @@ def fit_linear_memory(
     settings: LinearSettings,
     world: World,
 ) -> None:
-    """Fit and fill this rank's rows. Collective: a small all-gather for every 1,024 items of a rank.
+    """Fit and fill this rank's rows. Collective: a small all-gather for each block of items of a rank.
 
     Args:
         train: binary [U, I], the training interactions alone.
@@ -190,8 +190,9 @@ def fit_linear_memory(
     start, stop = memory.partition.range(world.rank)
     width, num_threads = min(num_neighbors, features.num_items - 1), torch.get_num_threads()
     neighbors, weights = np.full((stop - start, width), -1, np.int32), np.zeros((stop - start, width), np.float32)
-    for first in range(0, memory.partition.block, _CHUNK):
-        low, high = min(start + first, stop), min(start + first + _CHUNK, stop)
+    step = max(1, _FITTED_ENTRIES // max(1, width))
+    for first in range(0, memory.partition.block, step):
+        low, high = min(start + first, stop), min(start + first + step, stop)
         with world.watch.doing("fitting the linear memory"):
             part, items = slice(low - start, high - start), np.arange(low, high)
             neighbors[part] = chosen = strongest_neighbors(features, items, num_neighbors, num_threads)

@@ -180,6 +180,27 @@ def test_batches_in_several_threads_give_the_same_weights(monkeypatch: pytest.Mo
     np.testing.assert_allclose(ridge_weights(features, ITEMS, neighbors, SETTINGS, num_threads=3), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("index_type", [np.int32, np.int64])
+def test_items_without_features_have_no_neighbors(index_type: type) -> None:
+    without = np.array([0, 7, NUM_ITEMS - 1])
+    has_features = ~np.isin(ITEMS, without)
+    features = item_features(
+        sp.csr_matrix(interactions().multiply(has_features)),
+        sp.csr_matrix(texts().multiply(has_features[:, None])),
+        ALPHA,
+    )
+    for part in (features.rows, features.directions):
+        part.indices, part.indptr = part.indices.astype(index_type), part.indptr.astype(index_type)
+    assert (strongest_neighbors(features, without, 4) == -1).all()
+    neighbors = strongest_neighbors(features, ITEMS, 4)
+    assert (neighbors[without] == -1).all()
+    assert not np.isin(neighbors, without).any()
+    nothing = item_features(sp.csr_matrix((NUM_USERS, NUM_ITEMS), dtype=np.float32), sp.csr_matrix((NUM_ITEMS, 0)), 0.0)
+    neighbors = strongest_neighbors(nothing, ITEMS, 4)
+    assert (neighbors == -1).all()
+    assert (ridge_weights(nothing, ITEMS, neighbors, SETTINGS) == 0).all()
+
+
 def test_texts_without_words_are_no_features() -> None:
     assert text_features(["", "-", "a"]).shape == (3, 0)
     features = item_features(interactions(), text_features([""] * NUM_ITEMS), ALPHA)
@@ -212,7 +233,7 @@ def scored(world: World) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_fit_and_score_as_one_dense_matrix(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(linear_memory, "_CHUNK", 5)
+    monkeypatch.setattr(linear_memory, "_FITTED_ENTRIES", 5 * NUM_NEIGHBORS)
     ranks: list[dict[str, Any]] = run_ranks(size, scored)
     neighbors, weights = fitted(NUM_NEIGHBORS, SETTINGS, keeps_gram=True)
     parts = {name: torch.cat([rank[name] for rank in ranks]).numpy() for name in ranks[0]}
