@@ -61,6 +61,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "section": ([*PRETRAIN, "optimzer.lr=1"], ["optimzer", "did you mean 'optimizer'"]),
     "key": ([*PRETRAIN, "optimizer.leraning_rate=1"], ["Keys of optimizer: lr, embeddings_lr"]),
     "key of the file": ([*PRETRAIN, "epoch=3"], ["epoch is not a key", "did you mean 'epochs'"]),
+    "option of another command": (
+        [*PRETRAIN, "--baselines", "popularity,ease"],
+        ["'--baselines' is an option of `cllm4rec evaluate`, not of pretrain", "give it to evaluate"],
+    ),
     "setting as an option": ([*PRETRAIN, "--epochs", "3"], ["--epochs: '3' is no option", "Write epochs=3."]),
     "setting of a section as an option": ([*FINETUNE, "--embeddings-lr=1"], ["Write optimizer.embeddings_lr=1."]),
     "setting of several sections": ([*PRETRAIN, "--dropout", "0"], ["adapter.dropout=0 or embeddings.dropout=0"]),

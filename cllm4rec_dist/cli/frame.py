@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -56,9 +56,13 @@ def _require_options(arguments: list[str]) -> None:
         return
     group = typer.main.get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
-    options = {option for parameter in group.commands[name].params for option in parameter.opts}
-    options |= {option for parameter in group.commands[name].params for option in parameter.secondary_opts}
-    require_no_setting_flags(name, arguments[arguments.index(name) + 1 :], options | {"--help"})
+    options = {other: _options_of(command) for other, command in group.commands.items()}
+    elsewhere = {option: other for other in reversed(options) for option in options[other]}
+    require_no_setting_flags(name, arguments[arguments.index(name) + 1 :], options[name] | {"--help"}, elsewhere)
+
+
+def _options_of(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -201,11 +201,11 @@ class _Sample:
             self._ndcg_sum(np.arange(start, min(start + num_block, high)), weights)
             for start in range(low, high, num_block)
         )
-        # Integers, so that all ranks compare the same values.
-        return sum(part for (part,) in gather_integers([round(total * 2**32)], world)) / 2**32 / len(self.held_out)
+        return sum(part for (part,) in gather_integers([total], world)) / 2**32 / len(self.held_out)
 
-    def _ndcg_sum(self, users: NDArray[np.int64], weights: sp.csr_matrix) -> float:
+    def _ndcg_sum(self, users: NDArray[np.int64], weights: sp.csr_matrix) -> int:
+        """Return the sum over some users in units of 2^-32, rounded for each: it does not depend on the order."""
         histories, held_out = self.histories[users], self.held_out.take(users)
         scores = (histories @ weights).toarray()
         scores[histories[:, self.items].nonzero()] = -np.inf
-        return float(metrics_of_scores(scores, held_out, [_METRIC]).sum())
+        return int(np.rint(metrics_of_scores(scores, held_out, [_METRIC]) * 2**32).astype(np.int64).sum())

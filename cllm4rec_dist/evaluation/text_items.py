@@ -71,7 +71,7 @@ class TextItems:
             raise DataError(
                 "new_items",
                 corpus.manifest.name,
-                "has no item with a title or description, so that texts of new ones mean nothing to the run",
+                "has no item with words in its title or description, so that texts of new ones mean nothing to the run",
                 "Prepare the corpus with texts of its items, and train again.",
             )
         uses_words = not system.linear.is_empty and system.linear.settings.text_weight > 0

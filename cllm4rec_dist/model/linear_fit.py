@@ -314,7 +314,9 @@ def _shared_features(rows: sp.csr_matrix, width: int) -> sp.csc_matrix:
     entry = np.argsort(column)
     column = column[entry]
     is_same = column[1:] == column[:-1]
-    is_shared = np.append(is_same, False) | np.append(False, is_same)
+    is_shared = np.zeros(len(column), bool)
+    is_shared[1:] = is_same
+    is_shared[:-1] |= is_same
     entry, column = entry[is_shared], column[is_shared]
     offsets = np.append(np.flatnonzero(np.diff(column, prepend=-1)), len(column))
     row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from cllm4rec_dist import preflight
 from cllm4rec_dist.checkpointing.find_run import newest_step
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.project.changed_inputs import with_digests
@@ -178,10 +179,27 @@ def run_stages(
                 record = read_record(project, stage.name)
                 echo(f"{head}  done before ({duration(record.seconds if record else 0)})")
                 continue
+            if stage.trains:
+                _require_held_out(project, settings)
             echo(f"{head}  {stage.what}{_why(state)}")
             if redo and state.status is Status.EXTENDED:
                 echo(f"      --redo trains nothing again, as this run can resume: to start anew, rename {_run(state)}")
             _run_stage(project, settings, state, commands[stage.name], echo)
+
+
+def _require_held_out(project: Project, settings: Settings) -> None:
+    """Refuse a corpus that holds nothing out before a stage trains, since later ones need it."""
+    manifest, _ = load_manifest(str(project.corpus))
+    splits = ("valid", "test") if settings.finetune.validation.every_epochs else ("test",)
+    if settings.recipe.split.kind != "none" and not all(map(manifest.num_held_out, splits)):
+        raise ConfigError(
+            "project",
+            str(project.folder),
+            f"has nothing to validate and test with: its split ({settings.recipe.split.kind}) holds no items out of"
+            f" {manifest.num_users:,} customers, for example because they have too few",
+            "Use more orders, or train on everything: write split: {kind: none} into its recipe.yaml, and every_epochs:"
+            " 0 into validation of its finetune.yaml.",
+        )
 
 
 def _why(state: State) -> str:

@@ -75,6 +75,15 @@ def test_the_value_is_ndcg_of_sampled_items_among_each_other(
     assert sample.ndcg(weights, alone()) == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_value_is_the_same_however_ranks_share_the_users(corpus: Corpus) -> None:
+    sample = _Sample.of(corpus)
+    weights = weights_of(alone(), corpus, sample.items)
+    users = np.arange(len(sample.held_out))
+    whole = sample._ndcg_sum(users, weights)
+    for num_parts in (2, 3, len(users)):
+        assert sum(sample._ndcg_sum(part, weights) for part in np.array_split(users, num_parts)) == whole
+
+
 def test_users_are_sampled_too(monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> None:
     every = _Sample.of(corpus)
     monkeypatch.setattr(linear_tuning, "_NUM_USERS", 5)

@@ -196,9 +196,10 @@ def test_items_without_features_have_no_neighbors(index_type: type) -> None:
     assert (neighbors[without] == -1).all()
     assert not np.isin(neighbors, without).any()
     nothing = item_features(sp.csr_matrix((NUM_USERS, NUM_ITEMS), dtype=np.float32), sp.csr_matrix((NUM_ITEMS, 0)), 0.0)
-    neighbors = strongest_neighbors(nothing, ITEMS, 4)
-    assert (neighbors == -1).all()
-    assert (ridge_weights(nothing, ITEMS, neighbors, SETTINGS) == 0).all()
+    assert (strongest_neighbors(nothing, ITEMS, 4) == -1).all()
+    for num_neighbors in (4, NUM_ITEMS):
+        neighbors = strongest_neighbors(nothing, ITEMS, num_neighbors)
+        assert (ridge_weights(nothing, ITEMS, neighbors, SETTINGS) == 0).all()
 
 
 def test_texts_without_words_are_no_features() -> None:

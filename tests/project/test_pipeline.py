@@ -40,6 +40,7 @@ class Shop:
         self.output: list[str] = []
         self.fails: str | None = None
         self.num_written = 0
+        self.manifest: dict[str, Any] = {}
         self.project.folder.mkdir()
         self.orders.write_text("u,i\n1,2\n")
         self.project.recipe_file.write_text(RECIPE % self.orders)
@@ -67,6 +68,8 @@ class Shop:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.num_written += 1
                 path.write_text(f"{name} {self.num_written}")
+            if name == "prepare":
+                write_manifest(self, **{"name": f"shop {self.num_written}"} | self.manifest)
 
         return command
 
@@ -310,6 +313,22 @@ def test_without_held_out_items_nothing_is_evaluated(shop: Shop) -> None:
         shop.run("recipe.split={kind: none}")
     ran = shop.run("recipe.split={kind: none}", "finetune.validation.every_epochs=0")
     assert ran == [name for name in ALL if name != "evaluate"]
+
+
+@pytest.mark.parametrize(("missing", "validates"), [("valid", True), ("test", True), ("test", False)])
+def test_a_corpus_without_held_out_items_is_refused_before_anything_is_trained(
+    shop: Shop, missing: str, validates: bool
+) -> None:
+    shop.manifest = {"num_interactions": {"train": 4, "valid": 1, "test": 1} | {missing: 0}}
+    overrides = [] if validates else ["finetune.validation.every_epochs=0"]
+    with pytest.raises(ConfigError, match=r"nothing to validate and test with: .* holds no items out of 3 customers"):
+        shop.run(*overrides)
+    assert "pretrain" not in shop.ran
+    if missing == "valid":
+        assert shop.run("finetune.validation.every_epochs=0") == ALL[2:]
+    shop.manifest = {"num_interactions": {"train": 6, "valid": 0, "test": 0}}
+    ran = shop.run("recipe.split={kind: none}", "finetune.validation.every_epochs=0", redo=True)
+    assert [name for name in ALL[2:] if name in ran] == ["pretrain", "finetune", "recommend"]
 
 
 def test_a_damaged_record_counts_as_missing(shop: Shop) -> None:
