@@ -285,7 +285,7 @@ def test_a_corpus_without_texts_is_refused_and_served(
     backbone = make_backbone(tmp_path / "backbone", catalog)
     bare = dataclasses.replace(catalog, item_titles=pl.Series([""] * catalog.num_items))
     run = make_run(tmp_path / "run", make_corpus(tmp_path / "corpus", bare, backbone), backbone)
-    with pytest.raises(DataError, match="has no item with a title or description"):
+    with pytest.raises(DataError, match="has no item with words in its title or description"):
         Recommender.load(run, device="cpu").with_items({"n": "blue tea"})
     caplog.set_level("INFO", "cllm4rec_dist")
     recommender = Recommender.load(run, device="cpu")
@@ -295,7 +295,7 @@ def test_a_corpus_without_texts_is_refused_and_served(
         assert client.post("/recommend", json={"history": ["item-003"]}).status_code == 200
         response = client.post("/recommend", json={"new_items": [{"item": "n", "title": "blue tea"}]})
     assert response.status_code == 422
-    assert "has no item with a title or description" in response.json()["detail"]
+    assert "has no item with words in its title or description" in response.json()["detail"]
     new = tmp_path / "new.csv"
     new.write_text("item,title\nn,blue tea\n")
     monkeypatch.setattr(Recommender, "load", lambda *args, **options: pytest.fail("read the model"))
