@@ -29,8 +29,7 @@ _CHUNK_FACTOR = 2
 _PEAK_ROWS = 16
 """Neighbouring scores whose maximum is compared first."""
 _FIRST_PARTS = 8
-"""Parts of the first chunk, of which only the first keeps every score that ties with a query's K-th best: linear scores
-are mostly zero."""
+"""Parts of the first chunk: only the first keeps all ties with a query's K-th best, as most linear scores are zero."""
 LLM_ALONE, LINEAR_ALONE = 0.0, math.inf
 """Weights of the linear memory by which one of both scores counts alone."""
 
@@ -156,7 +155,7 @@ def score_deviations(queries: Queries, local_weight: Tensor, memory: LinearMemor
     sums = torch.zeros(2, len(vectors), 2, dtype=torch.float64, device=vectors.device)
     for start in range(0, len(vectors), _BLOCK):
         block = Queries(vectors[start : start + _BLOCK], _pairs_of_block(history, start))
-        for _, dots, linear in shard.chunks(block, 1):
+        for _, dots, linear, _ in shard.chunks(block, 1):
             for column, scores in enumerate((dots.double(), linear.double())):
                 sums[0, start : start + _BLOCK, column] += scores.sum(dim=0)
                 sums[1, start : start + _BLOCK, column] += scores.square().sum(dim=0)
@@ -206,25 +205,26 @@ class _Shard:
     memory: LinearMemory
     max_logits: int
 
-    def chunks(self, queries: Queries, num_best: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the first row, the dot products [C, b] and the linear scores [C, b] of each chunk of rows.
+    def chunks(self, queries: Queries, num_best: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Yield the first row, dot products [C, b], linear scores [C, b] and their entries of each chunk of rows.
 
-        Both are overwritten by the next chunk, which is at least as long as `num_best` if there are so many rows. The
-        linear scores are empty, [0, b], if the queries have no history.
+        The next chunk, of at least `num_best` rows if there are so many, overwrites scores. Linear ones are zero but
+        at their entries, int64 [e] positions in the flattened scores, and empty, [0, b], if no query has a history.
         """
         num_queries = len(queries.vectors)
         chunk = max(num_best, self.max_logits // num_queries, 1)
         size = num_queries * min(chunk, len(self.weight))
-        # New pages for each chunk would take time.
-        dots, linear = queries.vectors.new_empty(size), queries.vectors.new_empty(size * bool(len(queries.history)))
+        # New pages for each chunk would take time, and so would zeros in all of them.
+        dots, linear = queries.vectors.new_empty(size), queries.vectors.new_zeros(size * bool(len(queries.history)))
         for start in range(0, len(self.weight), chunk):
             weight, rows = self.weight[start : start + chunk], self.rows[start : start + chunk]
             # [rows, queries]: maxima over neighbouring rows are then computed for many queries at once.
             shape = len(rows), num_queries
             scores = torch.mm(weight, queries.vectors.T, out=dots[: len(rows) * num_queries].view(shape))
-            added = linear[: len(rows) * num_queries].view(-1, num_queries).zero_()
-            self.memory.add_scores(added, rows, queries.history)
-            yield start, scores, added
+            added = linear[: len(rows) * num_queries]
+            entries = self.memory.add_scores(added.view(-1, num_queries), rows, queries.history)
+            yield start, scores, added.view(-1, num_queries), entries
+            added[entries] = 0.0
 
 
 def mixed_scores(dots: Tensor, linear: Tensor, weight: float) -> Tensor:
@@ -291,12 +291,16 @@ def _block_topk(
     """
     running = [_RunningTopk(queries.vectors, num_best, len(shard.rows)) for _ in weights]
     seen_rows = seen[:, 1].contiguous()
-    for start, dots, linear in shard.chunks(queries, num_best):
+    for start, dots, linear, entries in shard.chunks(queries, num_best):
         low, high = torch.searchsorted(seen_rows, seen_rows.new_tensor([start, start + len(dots)])).tolist()
         query, row = seen[low:high].T
+        llm_entries, linear_entries = dots.view(-1)[entries], linear.view(-1)[entries]
         for best, weight in zip(running, weights, strict=True):
-            scores = mixed_scores(dots, linear, weight)
-            # Also in the operands of the next weight, whose sum with them is then -inf, too.
+            if weight == LINEAR_ALONE:
+                scores = mixed_scores(dots, linear, weight).clone()
+            else:  # a sum of all scores would read and write millions to change thousands
+                dots.view(-1)[entries] = mixed_scores(llm_entries, linear_entries, weight)
+                scores = dots
             scores[row - start, query] = -torch.inf
             best.add(scores, start)
     return [(best.scores, best.rows) for best in running]

@@ -75,16 +75,19 @@ class LinearMemory:
         neighbors, weights = _by_row(starts, rows, values, self._num_rows, self.num_neighbors)
         return torch.from_numpy(neighbors), torch.from_numpy(weights)
 
-    def add_scores(self, scores: Tensor, rows: Tensor, history: Tensor) -> None:
-        """Add the linear scores of some rows to `scores` [rows, b], in place. No collective.
+    def add_scores(self, scores: Tensor, rows: Tensor, history: Tensor) -> Tensor:
+        """Add the linear scores of some rows to `scores` [rows, b], in place; return which have changed. No collective.
 
         Args:
             scores: contiguous.
             rows: int64 local rows, ascending.
             history: int64 [h, 2] pairs (query, item), each once.
+
+        Returns:
+            int64 [e], positions in the flattened scores, of which most linear scores are zero; one may come repeatedly.
         """
         if self.is_empty or not len(rows) or not len(history):
-            return
+            return history.new_empty(0)
         query, item = history.T
         low, high = self._positions(item, torch.stack([rows[0], rows[-1] + 1]))
         counts = high - low
@@ -93,7 +96,9 @@ class LinearMemory:
         row = self._rows[entry].long()
         position = torch.searchsorted(rows, row)
         values = torch.where(rows[position] == row, self._values[entry], 0.0).to(scores.dtype)
-        scores.view(-1).index_add_(0, position * scores.shape[1] + query[pair], values)
+        changed = position * scores.shape[1] + query[pair]
+        scores.view(-1).index_add_(0, changed, values)
+        return changed
 
     def _positions(self, items: Tensor, bounds: Tensor) -> Tensor:
         """Return where the first entry of each item with a row of at least each bound is, or would be: [bounds, h].
