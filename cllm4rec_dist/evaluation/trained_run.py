@@ -154,7 +154,7 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
     logger.info("reading %s: %s", used.path, _describe(used))
     steps = (name.removeprefix(STEP).removeprefix(BEST) for name in names)
     newest_step = max([used.metadata.run.step, *(int(step) for step in steps if step.isdigit())])
-    _warn_if_unfinished(Path(store.url).parent, newest_step)
+    _log_if_unfinished(Path(store.url).parent, newest_step)
     newest = max((name for name in names if name.startswith(STEP)), default=None)
     if not used.name.startswith(BEST) or newest is None:
         return
@@ -173,18 +173,18 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
         )
 
 
-def _warn_if_unfinished(run: Path, newest_step: int) -> None:
-    """Warn if the run in this folder is still training or stopped before its last step; a folder may hold no run."""
+def _log_if_unfinished(run: Path, newest_step: int) -> None:
+    """Say whether the run in this folder is still training or stopped before its last step; there may be no run."""
     try:
         record = RunRecord.model_validate_json((run / STATUS_FILE).read_bytes())
     except (OSError, ValidationError):
         return
     if record.state == "done" or newest_step >= record.total_steps:
         return
-    step = f"step {newest_step} of {record.total_steps}"
-    if is_locked(run):
-        logger.warning("the run is still training: its newest checkpoint is of %s", step)
-    else:
+    step, is_training = f"step {newest_step} of {record.total_steps}", is_locked(run)
+    if is_training:
+        logger.info("the run is still training: its newest checkpoint is of %s", step)
+    elif is_training is False:  # not None, which is unknown
         command = resume_command(record.stage, run, record.num_ranks)
         logger.warning("the run has stopped before its end, with a checkpoint of %s; `%s` resumes it", step, command)
 
