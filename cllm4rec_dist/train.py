@@ -91,8 +91,6 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
         total_steps = min(config.epochs * source.steps_per_epoch, config.max_steps or 1 << 62)
         state, trained_on, origin = _resume_or_init(system, store, total_steps)
         state = _reset_best_of_other_metric(state, config, world)
-        if not system.linear.is_empty and config.linear.weight is not None:  # without a validation it stays
-            state = replace(state, linear_weight=config.linear.weight)
         last_step = state.step if _should_stop_early(config, state) else total_steps
         if world.is_main:
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -120,8 +118,10 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
                 interrupted, due = _sync_control_flags(system, state, stop.signal_name is not None, save_timer.is_due())
                 stops = interrupted or _should_stop_early(config, state) or state.step == total_steps
                 if stops or due or state.step % config.checkpoint.every_steps == 0:
+                    if system.linear.is_empty and not interrupted:  # whoever interrupts a run waits for seconds
+                        init_linear_memory(system)
                     audit.sync()
-                    saver.save(state, STEP)
+                    saver.save(_with_fixed_linear_weight(system, state), STEP)
                     save_timer.restart()
                 if stops:
                     break
@@ -197,8 +197,6 @@ def _resume_or_init(system: System, store: Store, total_steps: int) -> tuple[Run
         before = resumed.metadata.run
         if before.step >= total_steps or _should_stop_early(config, before):
             require_same_rankings(resumed, config)
-        if system.linear.is_empty:  # an earlier version wrote the checkpoint
-            init_linear_memory(system)
         _warn_if_init_from_is_ignored(resumed, system)
         trained_on = leaks.trained_on_by_resumed_run(resumed, system.corpus) if system.world.is_main else None
         return before, trained_on, f"resumes {resumed.path}"
@@ -217,8 +215,13 @@ def _resume_or_init(system: System, store: Store, total_steps: int) -> tuple[Run
     else:
         origin = f"weights of {_load_initial_weights(system, config.init_from)}"
     copy_first_replica(system.recommender)
-    init_linear_memory(system)
     return RunState(), trained_on, origin
+
+
+def _with_fixed_linear_weight(system: System, state: RunState) -> RunState:
+    """Take the weight of the linear memory from the settings if they have one, which no validation may choose."""
+    weight = system.config.linear.weight
+    return state if system.linear.is_empty or weight is None else replace(state, linear_weight=weight)
 
 
 def _warn_if_init_from_is_ignored(resumed: Checkpoint, system: System) -> None:
@@ -371,6 +374,8 @@ def _reset_best_of_other_metric(state: RunState, config: RunConfig, world: World
 
 def _validate(system: System, state: RunState, saver: AsyncSaver, reporter: RunReporter) -> RunState:
     """Validate (`evaluation/validation.py`), and save a new best result as the `best` checkpoint. Collective."""
+    if system.linear.is_empty:
+        init_linear_memory(system)
     mixed = validate(system)
     metric = system.config.validation.metrics[0]
     value = mixed.metrics[metric]

@@ -28,7 +28,7 @@ from cllm4rec_dist.step import StepResult
 from cllm4rec_dist.system import System
 from cllm4rec_dist.train import train
 from tests.harness import run_ranks
-from tests.training import Made, assert_equal_checkpoints, make_config, metrics, names, newest, refused, run
+from tests.training import Made, about, assert_equal_checkpoints, make_config, metrics, names, newest, refused, run
 
 
 def flip_last_bit(path: Path) -> None:
@@ -135,6 +135,21 @@ def test_a_signal_to_one_rank_saves_and_stops_all_at_the_same_step(made: Made, t
     assert run_ranks(2, interrupted, make_config(made, parts)) == [(5, True), (5, True)]
     assert names(parts)[-1] == "step-00000005"
     run_ranks(2, run, make_config(made, parts))
+    assert metrics(parts) == metrics(whole)
+    assert_equal_checkpoints(parts, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_the_linear_memory_which_no_step_needs(made: Made, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    late = {"checkpoint": {"every_steps": 9}, "validation": {"metrics": ["recall@5"], "every_epochs": 3}}
+    settings = late | {"linear": {"neighbors": 5}}
+    run_ranks(2, run, make_config(made, whole, "finetune", **settings))
+    config = make_config(made, parts, "finetune", **settings)
+    assert run_ranks(2, interrupted, config) == [(5, True), (5, True)]
+    assert about(parts).linear is None
+    run_ranks(2, run, config)
+    assert about(parts).linear is not None
     assert metrics(parts) == metrics(whole)
     assert_equal_checkpoints(parts, whole)
 

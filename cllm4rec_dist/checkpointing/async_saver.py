@@ -324,7 +324,7 @@ def _linear_memory(memory: LinearMemory, *, has_base: bool) -> dict[str, Tensor]
     """Return this rank's rows of the linear memory on the host, made for it alone; none of an empty one.
 
     Args:
-        has_base: return no row as changed, because the memory is fitted before the first step.
+        has_base: return no row as changed, because the memory is fitted before the first checkpoint.
     """
     if memory.is_empty:
         return {}
