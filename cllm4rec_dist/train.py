@@ -118,7 +118,7 @@ def train(world: World, report: ReportMetrics, config: RunConfig) -> TrainResult
                 interrupted, due = _sync_control_flags(system, state, stop.signal_name is not None, save_timer.is_due())
                 stops = interrupted or _should_stop_early(config, state) or state.step == total_steps
                 if stops or due or state.step % config.checkpoint.every_steps == 0:
-                    if system.linear.is_empty and not interrupted:  # whoever interrupts a run waits for seconds
+                    if system.linear.is_empty and (not interrupted or state.step == total_steps):  # a signal is urgent
                         init_linear_memory(system)
                     audit.sync()
                     saver.save(_with_fixed_linear_weight(system, state), STEP)

@@ -153,6 +153,11 @@ def test_a_signal_does_not_wait_for_the_linear_memory_which_no_step_needs(made: 
     assert metrics(parts) == metrics(whole)
     assert_equal_checkpoints(parts, whole)
 
+    settings |= {"validation": {"every_epochs": 0}, "max_steps": 5}
+    last = make_config(made, tmp_path / "last", "finetune", **settings)
+    assert run_ranks(2, interrupted, last) == [(5, True), (5, True)]
+    assert about(tmp_path / "last").linear is not None, "the run is finished, so no later checkpoint has it"
+
 
 def on_a_failing_store(world: World, config: RunConfig, failing: list[str]) -> str:
     """Train with a full disk under the named checkpoints, on rank 1."""
