@@ -219,7 +219,7 @@ def _resume_or_init(system: System, store: Store, total_steps: int) -> tuple[Run
 
 
 def _with_fixed_linear_weight(system: System, state: RunState) -> RunState:
-    """Take the weight of the linear memory from the settings if they have one, which no validation may choose."""
+    """Return the state with the weight of the linear memory that the settings name, if they name one."""
     weight = system.config.linear.weight
     return state if system.linear.is_empty or weight is None else replace(state, linear_weight=weight)
 

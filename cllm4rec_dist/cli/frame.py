@@ -50,7 +50,7 @@ def _require_new_command(arguments: list[str]) -> None:
 
 
 def _require_options(arguments: list[str]) -> None:
-    """Refuse a setting written as an option. Typer reports other unknown options."""
+    """Refuse a setting written as an option, and an option of another command. Typer reports other unknown ones."""
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     if not takes_settings(name):
         return

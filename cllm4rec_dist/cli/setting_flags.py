@@ -1,4 +1,4 @@
-"""Refuse settings written as options: `--epochs 3` instead of `epochs=3`."""
+"""Refuse settings written as options, `--epochs 3` instead of `epochs=3`, and options of other commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def require_no_setting_flags(
         command: name of a command that takes settings.
         arguments: arguments after the command.
         options: options of the command.
-        elsewhere: a command of each option of others.
+        elsewhere: options of all commands, each with a command that has it.
 
     Raises:
         ConfigError: with the setting in its correct form, or the other command.

@@ -152,10 +152,9 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
         names: candidates from which `used` was chosen, as returned by `checkpoint.find`.
     """
     logger.info("reading %s: %s", used.path, _describe(used))
-    steps = (name.removeprefix(STEP).removeprefix(BEST) for name in names)
-    newest_step = max([used.metadata.run.step, *(int(step) for step in steps if step.isdigit())])
-    _log_if_unfinished(Path(store.url).parent, newest_step)
     newest = max((name for name in names if name.startswith(STEP)), default=None)
+    newest_step = used.metadata.run.step if newest is None else int(newest.removeprefix(STEP))
+    _log_if_unfinished(Path(store.url).parent, newest_step)
     if not used.name.startswith(BEST) or newest is None:
         return
     try:
@@ -174,7 +173,7 @@ def log_choice(store: Store, names: Sequence[str], used: Checkpoint) -> None:
 
 
 def _log_if_unfinished(run: Path, newest_step: int) -> None:
-    """Say whether the run in this folder is still training or stopped before its last step; there may be no run."""
+    """Log whether the run in this folder, if there is one, is still training or stopped before its last step."""
     try:
         record = RunRecord.model_validate_json((run / STATUS_FILE).read_bytes())
     except (OSError, ValidationError):

@@ -210,8 +210,8 @@ def strongest_neighbors(
     """Return the strongest neighbors of n items: [n, K], ascending, then -1 for those that do not exist.
 
     K is `num_neighbors`, at most I - 1; then it is every other item, related or not. Which of equally strong neighbors
-    are chosen depends on the features alone, not on the other items of the block. A call takes the time of a copy of
-    the features beside that of its items, so blocks should be large.
+    are chosen depends on the features alone, not on the other items of the block. Each call copies the features, so
+    blocks should be large.
     """
     num_items = features.num_items
     width = min(num_neighbors, num_items - 1)
