@@ -35,9 +35,13 @@ from cllm4rec_dist.corpus.tokenizer import WordTokenizer
 from cllm4rec_dist.corpus.writer import write_corpus
 from cllm4rec_dist.distributed.diagnosis import HANG_SECONDS
 from cllm4rec_dist.distributed.topology import World
+from cllm4rec_dist.model import backbone as backbone_module
 from cllm4rec_dist.model.build_backbone import build_backbone
 from cllm4rec_dist.model.linear_fit import LinearSettings
 from cllm4rec_dist.system import assemble_for_inference
+
+with backbone_module._without_bitsandbytes():  # once, and not in every forked rank that adapts a backbone
+    import peft  # noqa: F401
 
 
 def free_port() -> int:

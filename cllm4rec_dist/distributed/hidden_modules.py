@@ -1,10 +1,13 @@
-"""Imports without packages that a library would import if it could, and that nothing here uses through it."""
+"""Imports of libraries without what takes long and nothing here uses."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_DISABLE = "TORCHDYNAMO_DISABLE"
 
 
 @contextmanager
@@ -18,3 +21,17 @@ def hidden_modules(*names: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Let `torch.compile` return functions as they are; otherwise it imports its compiler when it decorates one."""
+    before = os.environ.get(_DISABLE)
+    os.environ[_DISABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_DISABLE]
+        else:
+            os.environ[_DISABLE] = before

@@ -1,14 +1,16 @@
-"""Modules that an import must not see, and that may be imported later."""
+"""Imports without modules that may be imported later, and without torch's compiler."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from cllm4rec_dist.distributed.hidden_modules import hidden_modules
+from cllm4rec_dist.distributed.hidden_modules import hidden_modules, nothing_compiled
 
 
 def test_hidden_modules_are_not_found_and_can_be_imported_afterwards() -> None:
@@ -27,6 +29,20 @@ def test_an_error_while_importing_hides_nothing_for_longer() -> None:
     with pytest.raises(RuntimeError), hidden_modules("colorsys_of_nobody"):
         raise RuntimeError
     assert "colorsys_of_nobody" not in sys.modules
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_torch_compiles_nothing_meanwhile(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", before)
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    with nothing_compiled():
+        assert torch.compile(double) is double
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == before
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +248,31 @@ def test_transformers_shards_a_model_while_the_deepspeed_configuration_lives(lla
         assert is_deepspeed_zero3_enabled()
     gc.collect()
     assert not is_deepspeed_zero3_enabled()
+
+
+def imports_of_an_engine(world: World, folder: str) -> list[str]:
+    settings = resolve_settings(
+        validate(RunConfig, {"stage": "pretrain", "corpus": "-", "backbone": folder, "output": "-"}, "test")
+    )
+    with sharded_loading(settings):
+        dual = load_backbone(Path(folder), LORA, torch.float32, 5)
+    Engine(dual, settings, torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad]), dual.layers)
+    return [*sys.modules]
+
+
+@pytest.mark.slow
+@relies_on("distributed/engine.py", "muon_optimizer")
+def test_an_engine_starts_without_the_compiler_of_torch(llama: Path) -> None:
+    """ZeRO-3 imports the optimizer Muon when it starts, which decorates three functions with `torch.compile`.
+
+    If this fails, each rank takes seconds longer to start: see who imports `torch._inductor`, with `-X importtime`.
+    """
+    code = f"""
+from tests.harness import run_ranks
+from tests.private_apis.test_deepspeed import imports_of_an_engine
+(modules,) = run_ranks(1, imports_of_an_engine, {str(llama)!r})
+assert "deepspeed.runtime.zero.stage3" in modules
+assert "torch._inductor.compile_fx" not in modules
+"""
+    found = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT.parent)
+    assert found.returncode == 0, found.stderr
