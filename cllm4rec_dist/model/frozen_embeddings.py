@@ -76,6 +76,19 @@ def load_frozen_embeddings(
     return FrozenEmbeddings(embedding, head_weight, logit_transform(config))
 
 
+def embedding_scale(folder: Path) -> float:
+    """Root mean square of what the decoder of a backbone is given for words, from a sample of some thousand words.
+
+    Raises:
+        ConfigError: for a backbone without word embeddings.
+    """
+    config, stored = load_config(folder), stored_weights(folder)
+    model = meta_language_model(config)
+    weight = read_embedding(folder, model, stored)
+    sample = weight[:: max(1, len(weight) // 4096)].float()
+    return embedded_words(model, sample).square().mean().sqrt().item()
+
+
 def embedded_words(model: PreTrainedModel, weight: Tensor) -> Tensor:
     """Apply the embedding layer of a language model to each of its rows, [n, D]; a plain layer returns them unchanged.
 

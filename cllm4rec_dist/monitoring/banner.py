@@ -39,7 +39,7 @@ def banner_rows(system: System, schedule: Schedule, ranks: str, origin: str) -> 
         ("ranks", f"{ranks}{_describe_copies(system.recommender.replicas.size)}"),
         ("batch", describe_batch(config, system.world.size)),
         ("steps", describe_steps(schedule)),
-        ("rate", describe_rates(config.optimizer)),
+        ("rate", describe_rates(config.optimizer, system.recommender.words.scale)),
         ("validation", describe_validation(config, manifest, schedule.first_step)),
         ("start", origin),
     ]
@@ -123,12 +123,16 @@ def describe_steps(schedule: Schedule) -> str:
     return f"{text}, from step {schedule.first_step:,}" if schedule.first_step else text
 
 
-def describe_rates(optimizer: OptimizerConfig) -> str:
-    """Describe the learning rates and their schedule."""
+def describe_rates(optimizer: OptimizerConfig, embedding_scale: float) -> str:
+    """Describe the learning rates and their schedule.
+
+    Args:
+        embedding_scale: root mean square of the word embeddings, and of user and item embeddings at first.
+    """
     decay = "" if optimizer.schedule == "constant" else f" to {optimizer.min_lr_ratio:g} of it"
     return (
-        f"{optimizer.lr:g} (embeddings {optimizer.embeddings_lr:g}), {optimizer.schedule}{decay} after"
-        f" {optimizer.warmup_steps:,} steps of warm-up"
+        f"{optimizer.lr:g} (embeddings {optimizer.embeddings_lr:g}, {optimizer.embeddings_lr / embedding_scale:.2%} of"
+        f" their scale), {optimizer.schedule}{decay} after {optimizer.warmup_steps:,} steps of warm-up"
     )
 
 

@@ -76,6 +76,7 @@ class Proposal:
         data: statistics of the data.
         core, sizes: filters and sizes for the data.
         left_out: number of rows that the recipe leaves out, by reason.
+        embedding_scale: root mean square of a pretrained backbone's word embeddings; None for a small decoder.
     """
 
     samples: dict[Role, Sample]
@@ -87,6 +88,7 @@ class Proposal:
     core: Core
     sizes: Sizes
     left_out: dict[str, int]
+    embedding_scale: float | None
 
 
 def create(folder: Path, options: InitOptions, machine: Machine, echo: Callable[[str], None]) -> Project:
@@ -128,7 +130,17 @@ def propose(name: str, options: InitOptions, machine: Machine) -> Proposal:
     data, left_out = _data_stats(recipe, samples["orders"], options)
     core = choose_core(data)
     recipe |= {"min_user_items": core.min_user_items, "min_item_users": core.min_item_users}
-    return Proposal(samples, interactions, items, customers, recipe, data, core, choose_sizes(data, machine), left_out)
+    sizes, scale = choose_sizes(data, machine), _embedding_scale(options.backbone)
+    return Proposal(samples, interactions, items, customers, recipe, data, core, sizes, left_out, scale)
+
+
+def _embedding_scale(backbone: str | None) -> float | None:
+    """Import torch only for a pretrained backbone."""
+    if backbone is None:
+        return None
+    from cllm4rec_dist.model.frozen_embeddings import embedding_scale
+
+    return embedding_scale(Path(backbone))
 
 
 def _sample_with(role: Role, samples: dict[Role, Sample]) -> Sample:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SHARED_USER_RATIO = 0.2
 """Fraction of the training prompts with the shared user embedding, which serves users without one."""
+_RELATIVE_EMBEDDINGS_LR = 0.01
+"""Learning rate of embeddings relative to their initial scale, which is that of a pretrained backbone's words."""
 _COMMENT_COLUMN = 44
 _COMMENTS = {
     "user": "who",
@@ -147,7 +149,7 @@ def _run(project: Project, proposal: Proposal, backbone: str | None, stage: str)
         "texts": sizes.texts,
         "gradient_accumulation_steps": sizes.gradient_accumulation_steps,
     }
-    optimizer = _optimizer(proposal, pretrained=backbone is not None, is_first=is_first)
+    optimizer = _optimizer(proposal, None if backbone is None else proposal.embedding_scale, is_first=is_first)
     lines += [
         _line(0, "adapter", adapter, why),
         _line(0, "embeddings", {"init": "spectral", "dropout": sizes.dropout}, dropout),
@@ -176,12 +178,14 @@ def _method(max_history: int, *, is_first: bool) -> dict[str, Any]:
     return method
 
 
-def _optimizer(proposal: Proposal, *, pretrained: bool, is_first: bool) -> dict[str, Any]:
+def _optimizer(proposal: Proposal, embedding_scale: float | None, *, is_first: bool) -> dict[str, Any]:
     # docs/quality.md and docs/shared-words.md have what other rates do.
     warmup_steps = proposal.sizes.warmup_steps
-    if pretrained or is_first:
-        lr, embeddings_lr = (5e-4, 2e-4) if pretrained else (1e-3, 1e-4)
-        return {"lr": lr, "embeddings_lr": embeddings_lr, "warmup_steps": warmup_steps}
+    if embedding_scale is not None:
+        embeddings_lr = float(f"{_RELATIVE_EMBEDDINGS_LR * embedding_scale:.1e}")
+        return {"lr": 5e-4, "embeddings_lr": embeddings_lr, "warmup_steps": warmup_steps}
+    if is_first:
+        return {"lr": 1e-3, "embeddings_lr": 1e-4, "warmup_steps": warmup_steps}
     if proposal.sizes.shares_words:
         return {"lr": 1e-3, "embeddings_lr": 1.5e-4, "words_lr_ratio": 2.0, "warmup_steps": warmup_steps}
     return {"lr": 1e-3, "embeddings_lr": 3e-4, "warmup_steps": warmup_steps}

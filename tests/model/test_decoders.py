@@ -36,6 +36,7 @@ from cllm4rec_dist.model.backbone import (
     load_frozen_embeddings,
     meta_backbone,
 )
+from cllm4rec_dist.model.frozen_embeddings import embedding_scale
 from cllm4rec_dist.model.losses import text_losses
 from cllm4rec_dist.model.pretrained import require_adaptable, require_head, require_targets, require_weights
 from cllm4rec_dist.model.probe import require_equal_to_transformers
@@ -301,6 +302,7 @@ def test_rows_meet_words_on_the_scale_of_the_decoders_input(folders: dict[str, P
         layer: Any = model.get_input_embeddings()
         assert words.scale == pytest.approx(scale * layer.weight.square().mean().sqrt().item(), rel=1e-5)
         torch.testing.assert_close(words.embedding, layer(torch.arange(300)).detach())
+        assert embedding_scale(folders[family]) == pytest.approx(words.scale, rel=1e-5)
 
 
 def test_the_documentation_lists_what_is_tested() -> None:

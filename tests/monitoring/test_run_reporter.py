@@ -66,7 +66,10 @@ def test_a_run_says_what_it_is_how_far_it_is_and_how_it_ended(tmp_path: Path) ->
     assert rows["ranks"] == "2 on 1 host, CPU"
     assert rows["batch"] == "9 users and 7 texts a step, 4.5 and 3.5 on each rank, in 2 micro-batches"
     assert rows["steps"] == "8 in 3 epochs of 3"
-    assert rows["rate"] == "0.01 (embeddings 0.0001), cosine to 0.5 of it after 4 steps of warm-up"
+    rate = r"0\.01 \(embeddings 0\.0001, 0\.\d\d% of their scale\), cosine to 0\.5 of it after 4 steps of warm-up"
+    assert re.fullmatch(rate, rows["rate"])
+    percent = float(re.search(r"([\d.]+)%", rows["rate"])[1])  # type: ignore[index]
+    assert percent == pytest.approx(0.5, abs=0.02), "GPT-2's initial embeddings have a standard deviation of 0.02"
     assert re.fullmatch(r"every epoch on \d+ interactions; best by recall@5, also ndcg@10", rows["validation"])
     assert rows["start"] == "from scratch"
     assert rows["trackers"] == "tensorboard"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from cllm4rec_dist.cli import main
 from cllm4rec_dist.config import BackboneConfig, OptimizerConfig, RunConfig, load_config, validate
@@ -23,6 +24,7 @@ from cllm4rec_dist.project import create, files
 from cllm4rec_dist.project.layout import is_project, run_of
 from cllm4rec_dist.project.machine import Machine, this_machine
 from cllm4rec_dist.project.sizing import Core, DataStats, choose_core, choose_sizes
+from tests.harness import make_backbone, make_catalog
 from tests.integration.shop_data import Shop, make_shop
 
 REPOSITORY = Path(__file__).parents[2]
@@ -163,15 +165,24 @@ def test_ordered_items_without_a_row_in_the_file_of_items_are_reported(
 
 
 def test_a_pretrained_backbone_gets_adapters(shop: Shop, tmp_path: Path) -> None:
-    (tmp_path / "llm").mkdir()
-    (tmp_path / "llm" / "config.json").write_text("{}")
-    options = ["--orders", str(shop.orders), "--backbone", str(tmp_path / "llm")]
-    with pytest.raises(SystemExit):
-        main(["init", str(tmp_path / "mine"), *options])
-    config = load_config(RunConfig, tmp_path / "mine" / "finetune.yaml", ["stage=finetune"])
-    assert (config.adapter.kind, config.backbone) == ("lora", str(tmp_path / "llm"))
-    assert config.head.projection
-    assert not (tmp_path / "mine" / "backbone.yaml").exists()
+    """Adam moves an embedding as much whatever its size, so its learning rate follows the scale of the words."""
+    backbone = make_backbone(tmp_path / "llm", make_catalog())
+    weights = load_file(backbone / "model.safetensors")
+    rates = []
+    for factor, name in ((1, "mine"), (7, "larger")):
+        scaled = {key: weight * (factor if "wte" in key else 1) for key, weight in weights.items()}
+        save_file(scaled, backbone / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SystemExit) as ended:
+            main(["init", str(tmp_path / name), "--orders", str(shop.orders), "--backbone", str(backbone)])
+        assert ended.value.code == 0
+        config = load_config(RunConfig, tmp_path / name / "finetune.yaml", ["stage=finetune"])
+        assert (config.adapter.kind, config.backbone) == ("lora", str(backbone))
+        assert config.head.projection
+        assert not (tmp_path / name / "backbone.yaml").exists()
+        first = load_config(RunConfig, tmp_path / name / "pretrain.yaml", ["stage=pretrain"])
+        assert first.optimizer == config.optimizer
+        rates.append(config.optimizer.embeddings_lr)
+    assert rates == pytest.approx([2e-4, 1.4e-3], rel=0.05)
 
 
 def test_nothing_is_written_on_an_error(shop: Shop, tmp_path: Path) -> None:
