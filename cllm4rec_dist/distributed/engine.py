@@ -18,7 +18,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ with hidden_modules("mlflow"):  # DeepSpeed's autotuner would import it, for a s
         safe_set_local_optimizer_state,
         set_z3_leaf_module,
     )
-with nothing_compiled():  # ZeRO-3 imports this optimizer when it starts, and with it the whole compiler of torch
+# ZeRO-3 imports this optimizer when it starts, and with it the whole compiler of torch. Other versions may not have it
+with nothing_compiled(), suppress(ImportError):
     import deepspeed.runtime.zero.muon.muon_optimizer
 
 DEFAULT_SETTINGS = Path(__file__).with_name("ds_configs") / "zero3.json"

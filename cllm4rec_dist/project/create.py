@@ -109,6 +109,7 @@ def create(folder: Path, options: InitOptions, machine: Machine, echo: Callable[
 
 def propose(name: str, options: InitOptions, machine: Machine) -> Proposal:
     """Guess columns, and choose recipe and sizes for files of orders, items and customers."""
+    embedding_scale = _embedding_scale(options.backbone)
     samples: dict[Role, Sample] = {"orders": _sample("orders", options.orders, options)}
     if options.items is not None:
         samples["items"] = _sample("items", options.items, options)
@@ -130,8 +131,8 @@ def propose(name: str, options: InitOptions, machine: Machine) -> Proposal:
     data, left_out = _data_stats(recipe, samples["orders"], options)
     core = choose_core(data)
     recipe |= {"min_user_items": core.min_user_items, "min_item_users": core.min_item_users}
-    sizes, scale = choose_sizes(data, machine), _embedding_scale(options.backbone)
-    return Proposal(samples, interactions, items, customers, recipe, data, core, sizes, left_out, scale)
+    sizes = choose_sizes(data, machine)
+    return Proposal(samples, interactions, items, customers, recipe, data, core, sizes, left_out, embedding_scale)
 
 
 def _embedding_scale(backbone: str | None) -> float | None:

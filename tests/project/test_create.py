@@ -185,6 +185,19 @@ def test_a_pretrained_backbone_gets_adapters(shop: Shop, tmp_path: Path) -> None
     assert rates == pytest.approx([2e-4, 1.4e-3], rel=0.05)
 
 
+def test_a_backbone_without_weights_is_refused_before_anything_is_read(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = make_backbone(tmp_path / "llm", make_catalog())
+    (backbone / "model.safetensors").unlink()
+    monkeypatch.setattr(create, "read_sample", lambda *_: pytest.fail("orders were read"))
+    with pytest.raises(SystemExit) as ended:
+        main(["init", str(tmp_path / "mine"), "--orders", str(shop.orders), "--backbone", str(backbone)])
+    assert ended.value.code == 2
+    assert str(backbone) in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
 def test_nothing_is_written_on_an_error(shop: Shop, tmp_path: Path) -> None:
     (tmp_path / "orders.csv").write_text("customer,sku\n" + "c1,s1\n" * 3)
     before = sorted(tmp_path.iterdir())
