@@ -32,7 +32,7 @@ from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.distributed import rendezvous
 from cllm4rec_dist.distributed.adam import MOMENTS
 from cllm4rec_dist.distributed.diagnosis import HANG_SECONDS
-from cllm4rec_dist.distributed.hidden_modules import hidden_modules, nothing_compiled
+from cllm4rec_dist.distributed.hidden_modules import hidden_modules, torch_compile_disabled
 from cllm4rec_dist.distributed.topology import (
     BACKEND_EXTRA_SECONDS,
     RowPartition,
@@ -55,8 +55,8 @@ with hidden_modules("mlflow"):  # DeepSpeed's autotuner would import it, for a s
         safe_set_local_optimizer_state,
         set_z3_leaf_module,
     )
-# ZeRO-3 imports this optimizer when it starts, and with it the whole compiler of torch. Other versions may not have it
-with nothing_compiled(), suppress(ImportError):
+# ZeRO-3 imports this optimizer when an engine starts, and with it the whole compiler of torch.
+with torch_compile_disabled(), suppress(ImportError):  # other versions of DeepSpeed may not have it
     import deepspeed.runtime.zero.muon.muon_optimizer
 
 DEFAULT_SETTINGS = Path(__file__).with_name("ds_configs") / "zero3.json"

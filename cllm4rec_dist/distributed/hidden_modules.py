@@ -1,4 +1,4 @@
-"""Imports of libraries without what takes long and nothing here uses."""
+"""Faster imports of libraries, without modules that nothing here uses."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def hidden_modules(*names: str) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_compiled() -> Iterator[None]:
-    """Let `torch.compile` return functions as they are; otherwise it imports its compiler when it decorates one."""
+def torch_compile_disabled() -> Iterator[None]:
+    """Let `torch.compile` return functions unchanged; as a decorator it imports the compiler at once."""
     before = os.environ.get(_DISABLE)
     os.environ[_DISABLE] = "1"
     try:

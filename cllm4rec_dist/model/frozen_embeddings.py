@@ -27,6 +27,9 @@ from cllm4rec_dist.model.architecture import (
 from cllm4rec_dist.model.pretrained import load_config, require_head
 from cllm4rec_dist.model.weights import StoredWeight, open_weights, stored_weights
 
+_SAMPLED_WORDS = 4096
+"""Words from which the scale of embeddings is estimated."""
+
 
 @dataclass(frozen=True)
 class FrozenEmbeddings:
@@ -77,7 +80,7 @@ def load_frozen_embeddings(
 
 
 def embedding_scale(folder: Path) -> float:
-    """Root mean square of what the decoder of a backbone is given for words, from a sample of some thousand words.
+    """`FrozenEmbeddings.scale` of a backbone, estimated from some thousand words.
 
     Raises:
         ConfigError: for a backbone without word embeddings.
@@ -85,8 +88,8 @@ def embedding_scale(folder: Path) -> float:
     config, stored = load_config(folder), stored_weights(folder)
     model = meta_language_model(config)
     weight = read_embedding(folder, model, stored)
-    sample = weight[:: max(1, len(weight) // 4096)].float()
-    return embedded_words(model, sample).square().mean().sqrt().item()
+    embedding = embedded_words(model, weight[:: max(1, len(weight) // _SAMPLED_WORDS)].float())
+    return FrozenEmbeddings(embedding, embedding[:0]).scale
 
 
 def embedded_words(model: PreTrainedModel, weight: Tensor) -> Tensor:

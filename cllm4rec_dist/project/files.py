@@ -149,7 +149,7 @@ def _run(project: Project, proposal: Proposal, backbone: str | None, stage: str)
         "texts": sizes.texts,
         "gradient_accumulation_steps": sizes.gradient_accumulation_steps,
     }
-    optimizer = _optimizer(proposal, None if backbone is None else proposal.embedding_scale, is_first=is_first)
+    optimizer = _optimizer(proposal, is_first=is_first)
     lines += [
         _line(0, "adapter", adapter, why),
         _line(0, "embeddings", {"init": "spectral", "dropout": sizes.dropout}, dropout),
@@ -178,11 +178,11 @@ def _method(max_history: int, *, is_first: bool) -> dict[str, Any]:
     return method
 
 
-def _optimizer(proposal: Proposal, embedding_scale: float | None, *, is_first: bool) -> dict[str, Any]:
+def _optimizer(proposal: Proposal, *, is_first: bool) -> dict[str, Any]:
     # docs/quality.md and docs/shared-words.md have what other rates do.
     warmup_steps = proposal.sizes.warmup_steps
-    if embedding_scale is not None:
-        embeddings_lr = float(f"{_RELATIVE_EMBEDDINGS_LR * embedding_scale:.1e}")
+    if proposal.embedding_scale is not None:
+        embeddings_lr = float(f"{_RELATIVE_EMBEDDINGS_LR * proposal.embedding_scale:.1e}")
         return {"lr": 5e-4, "embeddings_lr": embeddings_lr, "warmup_steps": warmup_steps}
     if is_first:
         return {"lr": 1e-3, "embeddings_lr": 1e-4, "warmup_steps": warmup_steps}

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from cllm4rec_dist.distributed.hidden_modules import hidden_modules, nothing_compiled
+from cllm4rec_dist.distributed.hidden_modules import hidden_modules, torch_compile_disabled
 
 
 def test_hidden_modules_are_not_found_and_can_be_imported_afterwards() -> None:
@@ -32,7 +32,9 @@ def test_an_error_while_importing_hides_nothing_for_longer() -> None:
 
 
 @pytest.mark.parametrize("before", [None, "0", "1"])
-def test_torch_compiles_nothing_meanwhile(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_are_not_compiled_while_the_compiler_is_disabled(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     if before is not None:
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", before)
@@ -40,7 +42,7 @@ def test_torch_compiles_nothing_meanwhile(before: str | None, monkeypatch: pytes
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    with nothing_compiled():
+    with torch_compile_disabled():
         assert torch.compile(double) is double
     assert os.environ.get("TORCHDYNAMO_DISABLE") == before
 

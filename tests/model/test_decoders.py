@@ -25,6 +25,7 @@ from cllm4rec_dist.distributed.local_engine import LocalEngine
 from cllm4rec_dist.distributed.topology import World
 from cllm4rec_dist.errors import ConfigError
 from cllm4rec_dist.export.models import write_adapters
+from cllm4rec_dist.model import frozen_embeddings
 from cllm4rec_dist.model.architecture import decoder_class, finds_packed_documents, lora_targets, meta_decoder
 from cllm4rec_dist.model.backbone import (
     COLLABORATIVE,
@@ -295,7 +296,9 @@ def test_decoders_that_do_not_find_packed_documents_are_given_a_mask() -> None:
     assert without == {"opt", "falcon"}
 
 
-def test_rows_meet_words_on_the_scale_of_the_decoders_input(folders: dict[str, Path]) -> None:
+def test_rows_meet_words_on_the_scale_of_the_decoders_input(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gemma multiplies its word embeddings by sqrt(D); Granite multiplies all embeddings, rows too, in its forward."""
     for family, scale in (("gemma", 32**0.5), ("granite", 1.0)):
         model, words = AutoModelForCausalLM.from_pretrained(folders[family]), words_of(folders[family])
@@ -303,6 +306,9 @@ def test_rows_meet_words_on_the_scale_of_the_decoders_input(folders: dict[str, P
         assert words.scale == pytest.approx(scale * layer.weight.square().mean().sqrt().item(), rel=1e-5)
         torch.testing.assert_close(words.embedding, layer(torch.arange(300)).detach())
         assert embedding_scale(folders[family]) == pytest.approx(words.scale, rel=1e-5)
+        with monkeypatch.context() as patch:
+            patch.setattr(frozen_embeddings, "_SAMPLED_WORDS", 100)
+            assert embedding_scale(folders[family]) == pytest.approx(words.scale, rel=0.05)
 
 
 def test_the_documentation_lists_what_is_tested() -> None:

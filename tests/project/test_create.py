@@ -165,7 +165,7 @@ def test_ordered_items_without_a_row_in_the_file_of_items_are_reported(
 
 
 def test_a_pretrained_backbone_gets_adapters(shop: Shop, tmp_path: Path) -> None:
-    """Adam moves an embedding as much whatever its size, so its learning rate follows the scale of the words."""
+    """The learning rate of embeddings is proportional to the scale of the backbone's word embeddings."""
     backbone = make_backbone(tmp_path / "llm", make_catalog())
     weights = load_file(backbone / "model.safetensors")
     rates = []
@@ -330,7 +330,7 @@ def test_committed_run_files_have_the_settings_that_init_chooses(name: str, monk
     recipe = load_config(PrepareConfig, REPOSITORY / "shards" / f"{name}.yaml")
     data = create._measured(read_source(recipe.source), recipe.rating_threshold)
     sizes = choose_sizes(data, Machine(cores=2, memory=24 * GIB))
-    proposal = SimpleNamespace(recipe={"name": name}, sizes=sizes)
+    proposal = SimpleNamespace(recipe={"name": name}, sizes=sizes, embedding_scale=None)
     for stage in ("pretrain", "finetune"):
         chosen = files._run(SimpleNamespace(folder=Path("folder")), proposal, None, stage)  # type: ignore[arg-type]
         committed = (REPOSITORY / "launch" / "configs" / f"{name}-{stage}.yaml").read_text()
