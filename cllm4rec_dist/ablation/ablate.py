@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
@@ -21,9 +25,13 @@ SETTINGS_FILE = "settings.json"
 
 
 class RunCommand(Protocol):
-    """Runs a `cllm4rec` command and raises an exception if it fails."""
+    """Runs a `cllm4rec` command of a cell and raises an exception if it fails.
 
-    def __call__(self, name: str, *arguments: str) -> None: ...
+    Args:
+        slot: 0 to `num_jobs` - 1; cells that run at once have different ones.
+    """
+
+    def __call__(self, name: str, *arguments: str, cell: Cell, slot: int) -> None: ...
 
 
 def ablate(
@@ -36,10 +44,12 @@ def ablate(
     echo: Callable[[str], None],
     *,
     baselines: bool,
+    num_jobs: int = 1,
 ) -> str:
     """Run all cells without an evaluation and return the table as Markdown.
 
-    A cell that was interrupted resumes where it stopped.
+    A cell that was interrupted resumes where it stopped. After a failure no other cell starts; those that run at the
+    same time end first.
 
     Args:
         files: run files of the method.
@@ -47,6 +57,7 @@ def ablate(
         make_random_backbone: writes a decoder of the shape of another one, with random weights of a seed, to a folder.
         echo: prints a line.
         baselines: fit the baselines, once, with the first cell.
+        num_jobs: cells that run at once, each in a thread.
 
     Raises:
         ConfigError: if a cell has been trained with other settings, or another process trains here.
@@ -54,36 +65,86 @@ def ablate(
     for cell in cells:
         _require_same_settings(cell)
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(output / ".lock").acquire(timeout=0)
     except Timeout:
         raise ConfigError("--output", str(output), "is in use by another ablation", "Wait for its end.") from None
-    with lock:
-        for index, cell in enumerate(cells, start=1):
-            head = f"[{index}/{len(cells)}] {cell.variant.name}, seed {cell.seed}"
-            if cell.is_evaluated:
-                echo(f"{head}: done before")
-                continue
+    shared = _SharedFiles(make_random_backbone, cells)
+    slots: SimpleQueue[int] = SimpleQueue()
+    for slot in range(num_jobs):
+        slots.put(slot)
+    has_failed = Event()
+
+    def run(index: int, cell: Cell) -> bool:
+        """Return True if the cell was evaluated."""
+        head = f"[{index + 1}/{len(cells)}] {cell.variant.name}, seed {cell.seed}"
+        if cell.is_evaluated:
+            echo(f"{head}: done before")
+            return False
+        slot = slots.get()
+        try:
+            if has_failed.is_set():
+                return False
             echo(head)
-            _write_settings(cell)
-            if cell.variant.config.backbone == "random" and not (Path(cell.backbone) / "config.json").is_file():
-                make_random_backbone(cell.given_backbone, Path(cell.backbone), cell.seed)
-            for name, *arguments in _commands(cell, files, ranks, baselines=baselines and index == 1):
-                run_command(name, *arguments)
-            write_table(cells, output)
+            run_in_slot = partial(run_command, cell=cell, slot=slot)
+            _run_cell(cell, files, ranks, run_in_slot, shared, baselines=baselines and index == 0)
+        except BaseException:
+            has_failed.set()
+            raise
+        finally:
+            slots.put(slot)
+        if num_jobs > 1:
+            echo(f"{head}: done")
+        return True
+
+    with held, ThreadPoolExecutor(num_jobs) as executor:
+        futures = [executor.submit(run, index, cell) for index, cell in enumerate(cells)]
+        for future in as_completed(futures):
+            if future.exception() is None and future.result():
+                write_table(cells, output)
+    for future in futures:
+        future.result()  # raises its exception
     return write_table(cells, output)
 
 
-def _commands(cell: Cell, files: RunFiles, ranks: Sequence[str], *, baselines: bool) -> Iterator[list[str]]:
-    """Yield the commands of a cell, without stages that have ended."""
-    if not _is_done(cell.pretrain_run):
-        yield _training("pretrain", cell, files, ranks, [path_override("output", cell.pretrain_run)])
+class _SharedFiles:
+    """What several cells use, made by one of them while others wait.
+
+    Attributes:
+        pretraining: a lock for each pretraining run.
+    """
+
+    def __init__(self, make_random_backbone: Callable[[str, Path, int], None], cells: Sequence[Cell]) -> None:
+        self._make_random_backbone, self._making = make_random_backbone, Lock()
+        self.pretraining = {cell.pretrain_run: Lock() for cell in cells}
+
+    def make_backbone(self, cell: Cell) -> None:
+        """Make the cell's random decoder, if it has one that does not exist."""
+        with self._making:
+            if cell.variant.config.backbone == "random" and not (Path(cell.backbone) / "config.json").is_file():
+                self._make_random_backbone(cell.given_backbone, Path(cell.backbone), cell.seed)
+
+
+def _run_cell(
+    cell: Cell,
+    files: RunFiles,
+    ranks: Sequence[str],
+    run_command: Callable[..., None],
+    shared: _SharedFiles,
+    *,
+    baselines: bool,
+) -> None:
+    """Run the commands of a cell, without stages that have ended."""
+    _write_settings(cell)
+    shared.make_backbone(cell)
+    with shared.pretraining[cell.pretrain_run]:
+        if not _is_done(cell.pretrain_run):
+            run_command(*_training("pretrain", cell, files, ranks, [path_override("output", cell.pretrain_run)]))
     if cell.variant.config.ranked_by == "finetune" and not _is_done(cell.finetune_run):
         paths = [path_override("output", cell.finetune_run), path_override("init_from", cell.pretrain_run)]
-        yield _training("finetune", cell, files, ranks, paths)
+        run_command(*_training("finetune", cell, files, ranks, paths))
     options = ["--output", str(cell.evaluation), *([] if baselines else ["--no-baselines"])]
-    yield ["evaluate", str(cell.ranked_run), *options, *ranks]
+    run_command("evaluate", str(cell.ranked_run), *options, *ranks)
 
 
 def _training(stage: Stage, cell: Cell, files: RunFiles, ranks: Sequence[str], paths: Sequence[str]) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier, Event
 
 import numpy as np
 import polars as pl
@@ -28,10 +30,12 @@ class Stages:
     def __init__(self, fail: Callable[[str, Path], bool] = lambda name, path: False) -> None:
         self.commands: list[list[str]] = []
         self.random_backbones: list[tuple[str, int]] = []
+        self.slots: list[int] = []
         self.fail = fail
 
-    def __call__(self, name: str, *arguments: str) -> None:
+    def __call__(self, name: str, *arguments: str, cell: Cell, slot: int) -> None:
         self.commands.append([name, *arguments])
+        self.slots.append(slot)
         values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
         if name == "evaluate":
             self._evaluate(Path(arguments[arguments.index("--output") + 1]), arguments)
@@ -80,9 +84,9 @@ def cells_of(files: RunFiles, names: list[str], seeds: list[int], tmp_path: Path
     return make_cells(files, load_variants(names), seeds, tmp_path / "out")
 
 
-def run(cells: list[Cell], files: RunFiles, stages: Stages, tmp_path: Path) -> str:
-    output, ranks = tmp_path / "out", ["--launcher", "process"]
-    return ablate(cells, files, ranks, stages, stages.make_random_backbone, output, lambda line: None, baselines=True)
+def run(cells: list[Cell], files: RunFiles, stages: Stages, tmp_path: Path, num_jobs: int = 1) -> str:
+    output, ranks, random = tmp_path / "out", ["--launcher", "process"], stages.make_random_backbone
+    return ablate(cells, files, ranks, stages, random, output, lambda line: None, baselines=True, num_jobs=num_jobs)
 
 
 def test_the_table_has_means_over_seeds_their_errors_and_a_paired_test(files: RunFiles, tmp_path: Path) -> None:
@@ -133,6 +137,65 @@ def test_an_interrupted_ablation_resumes_and_does_nothing_twice(files: RunFiles,
     again = Stages()
     assert run(cells, files, again, tmp_path) == table
     assert again.commands == []
+
+
+class Together(Stages):
+    """Stages of which two must run at the same time, each in a slot of its own."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage, self.meeting = stage, Barrier(2)
+        self.used: set[int] = set()
+
+    def __call__(self, name: str, *arguments: str, cell: Cell, slot: int) -> None:
+        assert slot not in self.used
+        self.used.add(slot)
+        if name == self.stage:
+            self.meeting.wait(timeout=60)
+        super().__call__(name, *arguments, cell=cell, slot=slot)
+        self.used.remove(slot)
+
+
+def test_cells_that_run_at_once_have_the_same_table(files: RunFiles, tmp_path: Path) -> None:
+    cells = cells_of(files, ["full", "llm-cf"], [0, 1], tmp_path)
+    stages = Together("finetune")
+    table = run(cells, files, stages, tmp_path, num_jobs=2)
+    assert sorted(stages.names) == sorted(["pretrain", "finetune", "evaluate"] * 4)
+    assert set(stages.slots) == {0, 1}
+    shutil.rmtree(tmp_path / "out")
+    assert run(cells, files, Stages(), tmp_path) == table
+
+
+def test_cells_that_run_at_once_share_a_pretraining_and_a_random_decoder(files: RunFiles, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("label: other\nbackbone: random\npretrain: {batch: {users: 3}}\n")
+    stages = Together("evaluate")
+    names = ["full", "llm-prerec", "llm-scratch", str(tmp_path / "other.yaml")]
+    run(cells_of(files, names, [0], tmp_path), files, stages, tmp_path, num_jobs=2)
+    assert sorted(stages.names) == sorted(["pretrain"] * 3 + ["finetune"] * 3 + ["evaluate"] * 4)
+    assert stages.random_backbones == [("decoder", 0)]
+
+
+def test_after_a_failure_no_cell_starts_and_those_that_run_end(files: RunFiles, tmp_path: Path) -> None:
+    class FirstFails(Stages):
+        others_run, has_failed = Event(), Event()
+
+        def __call__(self, name: str, *arguments: str, cell: Cell, slot: int) -> None:
+            if cell is cells[0] and name == "finetune":
+                assert self.others_run.wait(timeout=60)
+                self.has_failed.set()
+                raise RuntimeError("out of memory")
+            if cell is cells[1] and name == "finetune":
+                self.others_run.set()
+                assert self.has_failed.wait(timeout=60)
+            super().__call__(name, *arguments, cell=cell, slot=slot)
+
+    cells = cells_of(files, ["full", "llm-cf"], [0, 1, 2], tmp_path)
+    stages = FirstFails()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(cells, files, stages, tmp_path, num_jobs=2)
+    assert cells[1].is_evaluated
+    assert stages.names.count("evaluate") == 1
+    assert "| LLM-CF | 1 |" in (tmp_path / "out/ablation.md").read_text()
 
 
 def test_a_cell_of_other_settings_is_refused_before_anything_runs(files: RunFiles, tmp_path: Path) -> None:

@@ -8,29 +8,19 @@ from pathlib import Path
 import pytest
 
 from cllm4rec_dist import cli
-from cllm4rec_dist.cli import child
 from tests.integration.runs import ROOT, write_config
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_two_variants_by_one_command(
+def test_two_variants_at_once_by_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trainings are commands; `evaluate` runs in this process, which has imported torch already."""
-
-    def run_command(name: str, *arguments: str) -> None:
-        if name == "evaluate":
-            cli.app([name, *arguments], standalone_mode=False)
-        else:
-            child.run_command(name, *arguments)
-
-    monkeypatch.setattr("cllm4rec_dist.cli.ablate.run_command", run_command)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = str(write_config(tmp_path))
-    command = ["ablate", "--pretrain", config, "--finetune", config, "--output", "table"]
+    command = ["ablate", "--pretrain", config, "--finetune", config, "--output", "table", "--jobs", "2"]
     choices = ["--variants", "llm-scratch,llm-prerec", "--seeds", "0", "--no-baselines", "--launcher", "process"]
     cli.app([*command, *choices, "max_steps=2"], standalone_mode=False)
     printed = capsys.readouterr().out
@@ -40,3 +30,5 @@ def test_two_variants_by_one_command(
     scratch, pretrained = content["variants"]
     assert scratch["num_trained"] > pretrained["num_trained"], "a random decoder is trained whole"
     assert pretrained["against_first"]["verdict"] in ("ahead", "level", "behind", "too few users")
+    for name in ("llm-scratch", "llm-prerec"):
+        assert "\nReport: " in (tmp_path / f"table/{name}/seed-0/log.txt").read_text()
