@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -229,7 +230,9 @@ def spelling_hint(ours: str, theirs: str, count: int) -> str:
     """Return a sentence about the difference between similar ids, for the end of a message; empty if there are none."""
     if not count:
         return ""
-    if ours.casefold() == theirs.casefold():
+    if unicodedata.normalize("NFKC", ours) == unicodedata.normalize("NFKC", theirs):
+        what = "Unicode form (such as one character or two for an accented letter)"
+    elif ours.casefold() == theirs.casefold():
         what = "upper and lower case"
     elif ours.casefold().lstrip("0") == theirs.casefold().lstrip("0"):
         what = "leading zeros"
@@ -242,8 +245,8 @@ def spelling_hint(ours: str, theirs: str, count: int) -> str:
 
 
 def _plain(name: str) -> str:
-    """Normalize an id: without case, leading zeros, punctuation and `.0`."""
-    parts = re.findall(r"[^\W\d_]+|\d+", name.casefold().removesuffix(".0"))
+    """Normalize an id: without case, Unicode forms, leading zeros, punctuation and `.0`."""
+    parts = re.findall(r"[^\W\d_]+|\d+", unicodedata.normalize("NFKC", name).casefold().removesuffix(".0"))
     return "".join(part.lstrip("0") for part in parts)
 
 

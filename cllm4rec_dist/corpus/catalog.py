@@ -125,8 +125,8 @@ def build_catalog(raw: RawData, config: PrepareConfig) -> Catalog:
     log = raw.log.copy()
     ids = {"user": raw.user_ids, "item": raw.item_ids}
     frame = _sorted(raw, ids)
-    frame = _first_of_each_pair(frame, raw, ids, log)
     frame = _above_threshold(frame, config.rating_threshold, raw, log)
+    frame = _first_of_each_pair(frame, raw, ids, log)
     frame = _core(frame, config.min_user_items, config.min_item_users, raw, log)
     if "part" in frame.columns:
         frame = _with_training(frame, "part", log)

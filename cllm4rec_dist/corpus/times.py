@@ -26,7 +26,7 @@ _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 _LATEST = 1e11
 _DAY = 86400
 _ZONE = r"(?:\s*(Z|z|UTC|GMT|[+-]\d{2}:?(?:\d{2})?))?"
-_CLOCK = rf"(?:[T ,:]+(\d{{1,2}}):(\d{{2}})(?::(\d{{2}})(?:[.,]\d+)?)?(?:\s*([AaPp]\.?\s?[Mm]\.?))?{_ZONE})?"
+_CLOCK = rf"(?:[T ,:]+(\d{{1,2}}):(\d{{2}})(?::(\d{{2}}(?:[.,]\d+)?))?(?:\s*([AaPp]\.?\s?[Mm]\.?))?{_ZONE})?"
 """Hour, minute, second, AM or PM, and offset after a date."""
 _YEAR = r"(\d{4}|\d{2})"
 _WEEKDAY = r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\.?,?\s+)?"
@@ -279,7 +279,8 @@ def _from_parts(year: pl.Series, month: pl.Series, day: pl.Series, clock: Sequen
     )
     date = pl.select(pl.concat_str(full_year, month.str.zfill(2), day.str.zfill(2), separator="-")).to_series()
     seconds = _epoch(date.str.to_datetime("%Y-%m-%d", strict=False))
-    hours, minutes, rest = (part.fill_null("0").cast(pl.Float64).to_numpy().copy() for part in (hour, minute, second))
+    clocks = (hour, minute, second.str.replace(",", ".", literal=True))
+    hours, minutes, rest = (part.fill_null("0").cast(pl.Float64).to_numpy().copy() for part in clocks)
     has_half = (half.str.len_bytes() > 0).fill_null(False).to_numpy()
     afternoon = half.str.to_lowercase().str.starts_with("p").fill_null(False).to_numpy()
     seconds[(hours > 23) | (minutes > 59) | (rest > 60) | (has_half & ((hours > 12) | (hours == 0)))] = np.nan

@@ -41,7 +41,8 @@ MISSING_WORDS = (
 _EXACT: dict[Any, int] = {pl.Float64: 1 << 53, pl.Float32: 1 << 24, pl.Float16: 1 << 11}
 """Smaller integers are exact in a float of this type."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_NUMBER = r"^-?\d+(\.\d+)?$"
+_FLOAT = r"^-?\d+(\.(0|\d*[1-9]))?$"
+"""A whole number, or a float as Python writes it; `4711.00` beside `4711.01` is a text."""
 _WHOLE_FLOAT = r"^(-?\d+)\.0+$"
 _ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 
@@ -217,8 +218,12 @@ def without_missing(texts: pl.Series, missing: Sequence[str]) -> pl.Series:
 
 
 def is_float_column(ids: pl.Series) -> bool:
-    """True if all ids are numbers and some look like `100.0`, as pandas writes integers of a column with gaps."""
-    return bool(ids.str.contains(_WHOLE_FLOAT).any()) and bool(ids.str.contains(_NUMBER).all())
+    """True if all ids are numbers and some look like `100.0`, as pandas writes integers of a column with gaps.
+
+    Also if all of them look like `100.00`, as databases write integers of a decimal column.
+    """
+    is_whole = ids.str.contains(_WHOLE_FLOAT)
+    return bool(is_whole.any()) and bool(is_whole.all() or ids.str.contains(_FLOAT).all())
 
 
 def whole_ids(ids: pl.Series) -> pl.Series:

@@ -215,13 +215,19 @@ def test_what_is_left_out_names_its_first_place() -> None:
     repeated = catalog.log.skipped["repeated interaction of a user with an item"]
     assert (repeated.count, repeated.total, repeated.file, repeated.line, repeated.value) == (
         1,
-        7,
+        4,
         "sample",
         7,
         "u i0 5",
     )
     below = catalog.log.skipped["interaction rated below 5"]
-    assert (below.count, below.total, below.line, below.value) == (3, 6, 2, "u i1 4")
+    assert (below.count, below.total, below.line, below.value) == (3, 7, 2, "u i1 4")
+
+
+def test_the_earliest_interaction_that_is_rated_high_enough_counts() -> None:
+    rows = [("u", "a", 2.0, 1.0, ""), ("u", "b", 5.0, 2.0, ""), ("u", "a", 5.0, 3.0, ""), ("u", "b", 1.0, 4.0, "")]
+    catalog = build_catalog(raw_data(rows), recipe(rating_threshold=4))
+    assert [catalog.item_ids[int(item)] for item in catalog.train.values] == ["b", "a"], "bought again, returned later"
 
 
 def test_building_twice_counts_nothing_twice() -> None:

@@ -72,6 +72,20 @@ def test_compression_is_known_by_the_first_bytes(
     assert result.messages.count("its first bytes mean") == (suffix != kind)
 
 
+@pytest.mark.parametrize(("flags", "method", "reason"), [(1, 0, "encrypted"), (0, 9, "compression")])
+def test_a_zip_archive_that_python_cannot_unpack_is_refused(
+    refuse: Refuse, flags: int, method: int, reason: str
+) -> None:
+    content = bytearray(zipped("i.csv"))
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = content.index(mark) + offset
+        content[place] |= flags
+        content[place + 2] = method
+    message = refuse({"i.zip": bytes(content)}, **table("i.zip"))
+    assert reason in message
+    assert "unpack it and give the file" in message
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, zst])
 def test_joined_streams_are_read_to_the_end(read: Read, pack: Callable[[bytes], bytes]) -> None:
     assert len(read({"i": pack(CSV) + pack(b"c,3\n")}, **table("i")).pairs) == 3

@@ -117,6 +117,11 @@ def test_one_file_of_orders_and_items_loses_nothing_by_being_read_twice(read: Re
         ),
         (["007", "008", "9"], ["7", "8", "9"], "2 ids of the two sides differ only in leading zeros, such as '007'"),
         (
+            ["M\u00fcsli-1", "M\u00fcsli-2", "x"],
+            ["Mu\u0308sli-1", "Mu\u0308sli-2", "x"],
+            "2 ids of the two sides differ only in Unicode form",
+        ),
+        (
             ["A-1", "A-2", "x"],
             ["a001", "a002", "x"],
             "2 ids of the two sides differ only in punctuation, zeros or case",

@@ -204,6 +204,13 @@ def test_a_repeated_header_is_left_out_and_counted(read: Read) -> None:
     assert result.lost == {"repeated header": (2, "i.csv", 7, "u, i, t, x")}
 
 
+def test_files_with_byte_order_marks_may_be_joined(read: Read) -> None:
+    part = "\ufeffu,i\n" + "".join(f"u{n},i{n}\n" for n in range(5))
+    result = read({"i.csv": part + part}, **table())
+    assert len(result.pairs) == 10
+    assert result.lost == {"repeated header": (1, "i.csv", 7, "u, i")}
+
+
 def test_a_header_that_does_not_decode_costs_no_row(read: Read) -> None:
     content = b"u,i,\xff\n" + "u1,i1,é\n".encode() * 5
     assert len(read({"i.csv": content}, **table()).pairs) == 5

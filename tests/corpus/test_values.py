@@ -23,6 +23,12 @@ def test_whole_numbers_of_a_float_column(read: Read) -> None:
     assert ids(read, "100.0", "7.0", "100") == ["100", "7", "100"]
     assert ids(read, "100.0", "1.5") == ["100", "1.5"]
     assert ids(read, "1.0", "v2") == ["1.0", "v2"]  # a column of texts
+    assert ids(read, "100.00", "7.00") == ["100", "7"]  # a decimal column of a database
+
+
+@pytest.mark.parametrize("names", [["4711.00", "4711.01"], ["4711", "4711.00"], ["1.0", "1.10"]])
+def test_numbers_of_variants_stay_as_they_are(read: Read, names: list[str]) -> None:
+    assert ids(read, *names) == names
 
 
 @pytest.mark.parametrize("name", ["0108775015", "S1", "1e5", "12345678901234567890123", "007", "1,5", "-1"])

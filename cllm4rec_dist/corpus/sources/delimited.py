@@ -125,7 +125,9 @@ def _first_line_with_text(file: RawFile, dialect: Dialect) -> int:
 def _without_headers(batch: Batch, header: list[str], log: SkipLog) -> Batch:
     """Leave out repeated headers, as in concatenated files."""
     names = zip(batch.columns.columns, header, strict=True)
-    is_header = pl.all_horizontal([pl.col(name).str.strip_chars() == text for name, text in names])
+    is_header = pl.all_horizontal(
+        [pl.col(name).str.strip_prefix("\ufeff").str.strip_chars() == text for name, text in names]
+    )
     repeated = batch.columns.select(is_header.fill_null(False)).to_series().to_numpy()
     if repeated.any():
         line = int(batch.lines[np.flatnonzero(repeated)[0]])

@@ -188,7 +188,10 @@ def _unzip(file: BinaryIO) -> BinaryIO:
         raise ValueError("an Excel workbook: save it as CSV")
     if len(members) != 1:
         raise ValueError(f"a zip archive of {len(members)} files: unpack it and give the file")
-    return cast(BinaryIO, archive.open(members[0]))
+    try:
+        return cast(BinaryIO, archive.open(members[0]))
+    except RuntimeError as error:  # encrypted, or a kind of compression that Python cannot read
+        raise ValueError(f"a zip archive that cannot be unpacked here ({error}): unpack it and give the file") from None
 
 
 class _Zstandard(io.RawIOBase):
