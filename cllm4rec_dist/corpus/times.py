@@ -26,7 +26,7 @@ _UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 _LATEST = 1e11
 _DAY = 86400
 _ZONE = r"(?:\s*(Z|z|UTC|GMT|[+-]\d{2}:?(?:\d{2})?))?"
-_CLOCK = rf"(?:[T ,:]+(\d{{1,2}}):(\d{{2}})(?::(\d{{2}}(?:[.,]\d+)?))?(?:\s*([AaPp]\.?\s?[Mm]\.?))?{_ZONE})?"
+_CLOCK = rf"(?:[T\s,:]+(\d{{1,2}}):(\d{{2}})(?::(\d{{2}}(?:[.,]\d+)?))?(?:\s*([AaPp]\.?\s?[Mm]\.?))?{_ZONE})?"
 """Hour, minute, second, AM or PM, and offset after a date."""
 _YEAR = r"(\d{4}|\d{2})"
 _WEEKDAY = r"(?i:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\.?,?\s+)?"

@@ -250,7 +250,21 @@ def _columns(proposal: Proposal, sample: Sample, role: str) -> list[str]:
         lines.append(f"  {'not used':<12}{', '.join(unused)}")
     if role == "orders":
         lines += [line for name in unused for line in _returns(sample, name, has_rating="rating" in used_roles)]
+        if "timestamp" not in used_roles:
+            lines += [line for name in unused for line in _unread_times(sample, name)]
     return lines
+
+
+def _unread_times(sample: Sample, name: str) -> list[str]:
+    """Return lines about an unused column that is named like a time and has digits, but cannot be read as one."""
+    stats = ColumnStats(name, sample.columns[name])
+    is_like_time = "time" in stats.kinds and "other_time" not in stats.kinds and stats.times is None
+    if not is_like_time or not stats.texts.str.contains(r"\d").any():
+        return []
+    return [
+        f"  {'times?':<12}{name} cannot be read, such as {_example(sample, name)}. If it is the time of a purchase,",
+        f"  {'':<12}remove the folder and repeat with its form: --time-column {name} --time-format '%d.%m.%Y %H:%M'",
+    ]
 
 
 def _returns(sample: Sample, name: str, *, has_rating: bool) -> list[str]:

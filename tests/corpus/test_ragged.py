@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm4rec_dist.corpus.ragged import Ragged, ranges
@@ -15,6 +15,7 @@ def as_lists(ragged: Ragged) -> list[list[int]]:
     return [row.tolist() for row in ragged]
 
 
+@settings(deadline=None)
 @given(lists=LISTS, count=st.integers(0, 6), data=st.data())
 def test_rows_are_taken_cut_and_joined_as_lists_are(lists: list[list[int]], count: int, data: st.DataObject) -> None:
     ragged = Ragged.from_lists(lists)
@@ -29,6 +30,7 @@ def test_rows_are_taken_cut_and_joined_as_lists_are(lists: list[list[int]], coun
     assert as_lists(ragged.take(rows)) == [lists[row] for row in rows]
 
 
+@settings(deadline=None)
 @given(pairs=st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 4)), max_size=6))
 def test_ranges(pairs: list[tuple[int, int]]) -> None:
     starts, lengths = np.array(pairs, np.int64).reshape(-1, 2).T

@@ -139,6 +139,29 @@ def test_other_columns_are_no_returns(
     assert "returns?" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("column", "times", "is_told"),
+    [
+        ("order_date", "20240501120000", True),
+        ("order_date", "2024-05-01 12.00 Uhr", True),
+        ("order_date", "2024-05-01", False),
+        ("order_date", "morning", False),
+        ("box", "20240501120000", False),
+    ],
+)
+def test_a_column_of_times_that_cannot_be_read_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, times: str, is_told: bool
+) -> None:
+    lines = [f"k{user};p{(user + step) % 9};{times}" for user in range(40) for step in range(4)]
+    path = tmp_path / "orders.csv"
+    path.write_text(f"customer_id;product_id;{column}\n" + "\n".join(lines) + "\n")
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "mine"), "--orders", str(path)])
+    output = capsys.readouterr().out
+    assert (f"times?      {column} cannot be read, such as '{times}'" in output) == is_told
+    assert (f"--time-column {column} --time-format" in output) == is_told
+
+
 def test_ordered_items_without_a_row_in_the_file_of_items_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
