@@ -76,11 +76,11 @@ def ablate(
     has_failed = Event()
 
     def run(index: int, cell: Cell) -> bool:
-        """Return True if the cell was evaluated."""
+        """Return True if the cell has an evaluation."""
         head = f"[{index + 1}/{len(cells)}] {cell.variant.name}, seed {cell.seed}"
         if cell.is_evaluated:
             echo(f"{head}: done before")
-            return False
+            return True
         slot = slots.get()
         try:
             if has_failed.is_set():
@@ -98,10 +98,13 @@ def ablate(
         return True
 
     with held, ThreadPoolExecutor(num_jobs) as executor:
-        futures = [executor.submit(run, index, cell) for index, cell in enumerate(cells)]
+        futures = {executor.submit(run, index, cell): cell for index, cell in enumerate(cells)}
+        evaluated: set[Path] = set()
         for future in as_completed(futures):
             if future.exception() is None and future.result():
-                write_table(cells, output)
+                evaluated.add(futures[future].folder)
+                # Others may be writing their results.
+                write_table([cell for cell in cells if cell.folder in evaluated], output)
     for future in futures:
         future.result()  # raises its exception
     return write_table(cells, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Barrier, Event
@@ -164,6 +165,31 @@ def test_cells_that_run_at_once_have_the_same_table(files: RunFiles, tmp_path: P
     assert set(stages.slots) == {0, 1}
     shutil.rmtree(tmp_path / "out")
     assert run(cells, files, Stages(), tmp_path) == table
+
+
+def test_the_table_does_not_read_what_another_cell_is_writing(files: RunFiles, tmp_path: Path) -> None:
+    table = tmp_path / "out/ablation.md"
+
+    class HalfWritten(Stages):
+        begun = Event()
+
+        def __call__(self, name: str, *arguments: str, cell: Cell, slot: int) -> None:
+            if name == "evaluate" and cell is cells[0]:
+                assert self.begun.wait(timeout=60)
+            if name == "evaluate" and cell is cells[1]:
+                cell.evaluation.mkdir(parents=True)
+                for file in ("evaluation.json", "results.json"):
+                    (cell.evaluation / file).write_text("{")
+                self.begun.set()
+                deadline = time.monotonic() + 60
+                while not table.exists():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                shutil.rmtree(cell.evaluation)
+            super().__call__(name, *arguments, cell=cell, slot=slot)
+
+    cells = cells_of(files, ["full", "llm-cf"], [0], tmp_path)
+    assert "| LLM-CF | 1 |" in run(cells, files, HalfWritten(), tmp_path, num_jobs=2)
 
 
 def test_cells_that_run_at_once_share_a_pretraining_and_a_random_decoder(files: RunFiles, tmp_path: Path) -> None:
