@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from cllm4rec_dist.corpus.date_order import UndecidedDates, decide_orders
 from cllm4rec_dist.corpus.ids import IdCodes, canonical_ids
 from cllm4rec_dist.corpus.markup import strip_html
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.row_batch import Batch
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.times import Times, UndecidedDates, date_text, far_times, read_times
+from cllm4rec_dist.corpus.times import Times, compact_date_formats, date_text, far_times, read_times
 from cllm4rec_dist.corpus.values import (
     MISSING_WORDS,
     clean_texts,
@@ -241,36 +242,48 @@ class InteractionCollector:
             self._log.lose(reason, batch.path, int(batch.lines[first]), value, int(rows.sum()), is_gap=is_gap)
 
     def _keep_undecided(self, times: Times, keep: np.ndarray, batch: Batch) -> None:
-        if times.day_first is None or times.month_first is None:
-            return
-        day_first, month_first = times.day_first[keep], times.month_first[keep]
-        rows = np.flatnonzero(~(np.isnan(day_first) & np.isnan(month_first)))
+        rows = np.flatnonzero(times.is_undecided[keep])
         if len(rows):
             example = str(batch.columns["timestamp"].filter(keep)[int(rows[0])])
-            part = UndecidedDates(self._size + rows, day_first[rows], month_first[rows], example)
+            readings = {order: seconds[keep][rows] for order, seconds in times.readings.items()}
+            part = UndecidedDates(self._size + rows, readings, example)
             self._undecided.setdefault(batch.path, []).append(part)
 
     def _decide_dates(self, times: np.ndarray) -> None:
-        """Set the times of ambiguous dates such as 3/4/2024.
-
-        The dates of each file decide its order of day and month. A file whose dates are all ambiguous follows the other
-        files if these agree.
+        """Set the times of numeric dates such as 3/4/2024.
 
         Raises:
-            DataError: if the order of a file cannot be decided.
+            DataError: if the order of a file's dates cannot be decided.
         """
         files = {path: UndecidedDates.join(parts) for path, parts in self._undecided.items()}
-        decided = {dates.order for dates in files.values()} - {None}
-        for path, dates in files.items():
+        for path, order in decide_orders(files).items():
+            dates = files[path]
             line = self._origins.find(int(dates.positions[0]))["line"]
             where = f"{path} line {line}: {self._names.get('timestamp', 'timestamp')}"
-            follows = dates.is_open and len(decided) == 1
-            order = next(iter(decided)) if follows else dates.order
             if order is None:
                 raise dates.refusal(where)
-            level = logging.WARNING if follows else logging.INFO  # a day above 12 is unambiguous
+            level = logging.INFO if order == dates.order else logging.WARNING  # the file itself does not decide
             logger.log(level, "%s: dates like %r are read as %s", where, dates.example, order)
-            times[dates.positions] = dates.day_first if order == "day-first" else dates.month_first
+            times[dates.positions] = dates.readings[order]
+
+    def _refuse_compact_dates(self, times: np.ndarray) -> None:
+        """Refuse numbers that were read as seconds since 1970 and are all dates, such as 24112025.
+
+        Raises:
+            DataError: for such numbers, whose order in time would be wrong.
+        """
+        formats = compact_date_formats(times)
+        if not formats or self._rules.time_format is not None:
+            return
+        largest = int(np.nanargmax(times))
+        raise DataError(
+            "{file} line {line}: {name}".format(
+                **self._origins.find(largest), name=self._names.get("timestamp", "timestamp")
+            ),
+            f"{times[largest]:.{4 * ('.' in formats[0])}f}",
+            "would be read as seconds since 1970, but all times of the source look like dates",
+            f"Set time_format, for example {' or '.join(map(repr, formats))}.",
+        )
 
     def _warn_of_far_times(self, times: np.ndarray) -> None:
         """Warn about implausible times, such as 0 for a missing time or the year 9999 as a placeholder."""
@@ -310,6 +323,7 @@ class InteractionCollector:
                 "Check the file and the format in the recipe.",
             )
         self._decide_dates(values["timestamp"])
+        self._refuse_compact_dates(values["timestamp"])
         self._warn_of_far_times(values["timestamp"])
         ids = {}
         for kind in ("user", "item"):

@@ -1,8 +1,7 @@
 """Parse times of interactions in many formats to seconds since 1970.
 
 Numbers are Unix times whose magnitude decides the unit; texts are ISO 8601, RFC 2822, dates with names of months, or in
-`time_format`. `3/4/2024` is the third of April or the fourth of March: a day above 12 in the same file decides; without
-one the file follows the others of the source.
+`time_format`. Numeric dates such as `3/4/2024` are parsed in every order of their parts (`date_order.py`).
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import calendar
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Literal
 
 import numpy as np
 import polars as pl
 
+from cllm4rec_dist.corpus.date_order import DateOrder
 from cllm4rec_dist.corpus.values import column_text, without_missing
 from cllm4rec_dist.errors import DataError
 
@@ -36,9 +35,6 @@ _ISO = (
 )
 _ISO_BASIC = r"^(\d{4})(\d{2})(\d{2})[Tt](\d{2})(\d{2})(\d{2})?"
 _NUMERIC_DATE = rf"^(\d{{1,2}})[/.\-](\d{{1,2}})[/.\-]{_YEAR}{_CLOCK}$"
-_NUMERIC_PARTS = re.compile(
-    r"\d{1,2}([/.\-])\d{1,2}\1(\d{4}|\d{2})(?:(,? |T)\d{1,2}:\d{2}(:\d{2})?( [AaPp][Mm])?)?", re.ASCII
-)
 _YEAR_FIRST = rf"^(\d{{4}})[-/.](\d{{1,2}})[-/.](\d{{1,2}}){_CLOCK}$"
 _CJK_DATE = r"^(\d{4})\s*[年년]\s*(\d{1,2})\s*[月월]\s*(\d{1,2})\s*[日일]"
 _AMAZON_DATE = rf"^(\d{{1,2}}) (\d{{1,2}}), (\d{{4}}){_CLOCK}$"
@@ -64,14 +60,21 @@ class Times:
     Attributes:
         seconds: float64 [n], NaN if missing, invalid or ambiguous.
         wrong: bool [n] mask of invalid values.
-        day_first, month_first: float64 [n] seconds of dates such as 3/4/2024 in each order, NaN if invalid; None if
-            there are no such dates.
+        readings: float64 [n] seconds of numeric dates such as 3/4/2024 in each order of their parts, NaN if that is no
+            date; empty if there are no such dates.
     """
 
     seconds: np.ndarray
     wrong: np.ndarray
-    day_first: np.ndarray | None = None
-    month_first: np.ndarray | None = None
+    readings: dict[DateOrder, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def is_undecided(self) -> np.ndarray:
+        """Bool [n] mask of the dates whose order has to be decided."""
+        undecided = np.zeros(len(self.seconds), bool)
+        for seconds in self.readings.values():
+            undecided |= ~np.isnan(seconds)
+        return undecided
 
 
 def read_times(values: pl.Series, where: str, time_format: str | None, missing: Sequence[str]) -> Times:
@@ -97,6 +100,8 @@ def read_times(values: pl.Series, where: str, time_format: str | None, missing: 
     if dtype == pl.Boolean or dtype.is_nested() or dtype.is_temporal():
         raise DataError(where, str(dtype), "is not a type of times", "Name a column of times, or none.")
     texts = without_missing(column_text(values, where), missing)
+    if dtype.is_integer() and time_format is not None:
+        texts = texts.str.zfill(len(datetime(2024, 11, 25, tzinfo=UTC).strftime(time_format)))  # 1112025 is 01.11.2025
     has_text = texts.is_not_null().to_numpy()
     if time_format is not None:
         seconds = _parse(texts, time_format)
@@ -115,78 +120,14 @@ def _guess(texts: pl.Series, has_text: np.ndarray) -> Times:
     wrong = has_text & np.isnan(seconds)
     if not len(left):
         return Times(seconds, wrong)
-    day_first, month_first = np.full((2, len(seconds)), np.nan)
-    day_first[left], month_first[left] = _numeric_dates(texts[left])
-    same = day_first == month_first
+    day_first, month_first, year_first = readings = np.full((3, len(seconds)), np.nan)
+    readings[:, left] = _numeric_dates(texts[left])
+    same = (day_first == month_first) & (np.isnan(year_first) | (year_first == day_first))
     seconds[same] = day_first[same]
-    wrong &= ~same
-    day_first[same], month_first[same] = np.nan, np.nan
-    return Times(seconds, wrong & np.isnan(day_first) & np.isnan(month_first), day_first, month_first)
-
-
-@dataclass(frozen=True)
-class UndecidedDates:
-    """Ambiguous dates of one file, such as 3/4/2024, in which the day or the month may be first.
-
-    Attributes:
-        positions: int64 [n] positions of their interactions.
-        day_first, month_first: float64 [n] seconds in each order, NaN if that is no date.
-        example: text of the first date.
-    """
-
-    positions: np.ndarray
-    day_first: np.ndarray
-    month_first: np.ndarray
-    example: str
-
-    @staticmethod
-    def join(parts: Sequence[UndecidedDates]) -> UndecidedDates:
-        """Concatenate the dates of several parts."""
-        return UndecidedDates(
-            np.concatenate([part.positions for part in parts]),
-            np.concatenate([part.day_first for part in parts]),
-            np.concatenate([part.month_first for part in parts]),
-            parts[0].example,
-        )
-
-    @property
-    def is_open(self) -> bool:
-        """True if all are dates in both orders."""
-        return not np.isnan(self.day_first).any() and not np.isnan(self.month_first).any()
-
-    @property
-    def order(self) -> Literal["day-first", "month-first"] | None:
-        """Order that the dates decide; None if no day is above 12 or dates contradict each other."""
-        only_day, only_month = np.isnan(self.month_first).any(), np.isnan(self.day_first).any()
-        if only_day == only_month:
-            return None
-        return "day-first" if only_day else "month-first"
-
-    def refusal(self, where: str) -> DataError:
-        """Return the error for dates whose order cannot be decided."""
-        only_day, only_month = np.isnan(self.month_first).sum(), np.isnan(self.day_first).sum()
-        return DataError(
-            where,
-            self.example,
-            f"is ambiguous: {only_day:,} dates can only be day-first, {only_month:,} only month-first",
-            "Set time_format in the recipe, for example {!r} or {!r}.".format(
-                *(numeric_formats(self.example) or ("%d/%m/%Y", "%m/%d/%Y %I:%M:%S %p"))
-            ),
-        )
-
-
-def numeric_formats(text: str) -> tuple[str, str] | None:
-    """Return the `strptime` formats of a date such as 3/4/2024 10:30, day-first and month-first.
-
-    Returns None for a text of another form.
-    """
-    match = _NUMERIC_PARTS.fullmatch(text.strip())
-    if match is None:
-        return None
-    mark, year, gap, second, half = match.groups()
-    clock = "" if gap is None else f"{gap}{'%I' if half else '%H'}:%M{':%S' if second else ''}{' %p' if half else ''}"
-    last = "%Y" if len(year) == 4 else "%y"
-    return f"%d{mark}%m{mark}{last}{clock}", f"%m{mark}%d{mark}{last}{clock}"
+    readings[:, same] = np.nan
+    times = Times(seconds, wrong, {"day-first": day_first, "month-first": month_first, "year-first": year_first})
+    times.wrong[same | times.is_undecided] = False
+    return times
 
 
 def far_times(seconds: np.ndarray) -> np.ndarray:
@@ -201,6 +142,36 @@ def far_times(seconds: np.ndarray) -> np.ndarray:
     low, median, high = np.percentile(present, [25, 50, 75])
     is_epoch = (np.abs(seconds) < _DAY) & (median > 365 * _DAY)
     return is_epoch | (np.abs(seconds - median) > max(20 * 365.25 * _DAY, 10 * (high - low)))
+
+
+def compact_date_formats(numbers: np.ndarray) -> list[str]:
+    """Return the `strptime` formats in which all numbers are dates, such as 24112025, 20251124, 202511 and 11.2025.
+
+    Args:
+        numbers: float64 [n], NaN if missing.
+    """
+    numbers = numbers[~np.isnan(numbers)]
+    if not len(numbers) or numbers.min() < 1 or numbers.max() > 99_999_999:
+        return []
+    with_fraction = (numbers != np.floor(numbers)).any()
+    digits = np.rint(numbers * 10_000 if with_fraction else numbers).astype(np.int64)
+    high, middle, low = digits // 1_000_000, digits // 10_000 % 100, digits % 10_000
+    if with_fraction:
+        forms = {"%m.%Y": (1, digits // 10_000, low)}
+    else:
+        forms = {
+            "%d%m%Y": (high, middle, low),
+            "%m%d%Y": (middle, high, low),
+            "%Y%m%d": (digits % 100, low // 100, digits // 10_000),
+            "%Y%m": (1, digits % 100, digits // 100),
+        }
+    return [form for form, parts in forms.items() if _are_dates(*parts)]
+
+
+def _are_dates(day: np.ndarray | int, month: np.ndarray, year: np.ndarray) -> bool:
+    """True if all parts are those of a date from 1900 to 2100."""
+    is_date = (1 <= month) & (month <= 12) & (1900 <= year) & (year <= 2100) & (np.asarray(day) >= 1)
+    return bool((is_date & (np.asarray(day) <= 31)).all())
 
 
 def date_text(seconds: float) -> str:
@@ -292,10 +263,12 @@ def _groups(texts: pl.Series, pattern: str) -> list[pl.Series]:
     return texts.str.extract_groups(pattern).struct.unnest().get_columns()
 
 
-def _numeric_dates(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Parse dates such as 3/4/2024, day-first and month-first."""
-    first, second, year, *clock = _groups(texts, _NUMERIC_DATE)
-    return _from_parts(year, second, first, clock), _from_parts(year, first, second, clock)
+def _numeric_dates(texts: pl.Series) -> np.ndarray:
+    """Parse dates such as 3/4/2024, day-first, month-first and, with two digits, year-first: float64 [3, n]."""
+    first, second, last, *clock = _groups(texts, _NUMERIC_DATE)
+    two_digits = pl.select(pl.when((first.str.len_bytes() == 2) & (last.str.len_bytes() == 2)).then(first)).to_series()
+    orders = ((last, second, first), (last, first, second), (two_digits, second, last))
+    return np.stack([_from_parts(*parts, clock) for parts in orders])
 
 
 def _year_first(texts: pl.Series) -> np.ndarray:

@@ -87,7 +87,7 @@ class ColumnStats:
             return None
         seconds = times.seconds[~np.isnan(times.seconds)]
         plausible = int(((seconds > _EARLIEST) & (seconds < _LATEST)).sum())
-        is_time = plausible + _num_ambiguous(times) >= 0.9 * len(self.texts) and len(self.texts) > 0
+        is_time = plausible + int(times.is_undecided.sum()) >= 0.9 * len(self.texts) and len(self.texts) > 0
         return times if is_time else None
 
     @cached_property
@@ -125,12 +125,6 @@ class ColumnStats:
     def has_tags(self) -> bool:
         """True if any value has HTML tags."""
         return bool(self.texts.str.contains(_TAGS).any())
-
-
-def _num_ambiguous(times: Times) -> int:
-    if times.day_first is None or times.month_first is None:
-        return 0
-    return int((~np.isnan(times.day_first) | ~np.isnan(times.month_first)).sum())
 
 
 def column_stats(sample: Sample) -> dict[str, ColumnStats]:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 
 from cllm4rec_dist.corpus.about import alike_ids, spelling_hint
-from cllm4rec_dist.corpus.times import numeric_formats, read_times
+from cllm4rec_dist.corpus.date_order import UndecidedDates, decide_orders, numeric_formats
+from cllm4rec_dist.corpus.times import read_times
 from cllm4rec_dist.corpus.values import MISSING_WORDS
 from cllm4rec_dist.errors import ConfigError, DataError
 from cllm4rec_dist.project.column_stats import ColumnStats, column_stats
@@ -284,20 +284,20 @@ def _time_format(stats: ColumnStats, options: ColumnOptions) -> str | None:
         return options.time_format
     if stats.is_compact_date:
         return "%Y%m%d"
-    times = stats.times
-    if times is None or times.day_first is None or times.month_first is None:
+    if stats.times is None or not stats.times.is_undecided.any():
         return None
-    both = ~np.isnan(times.day_first) | ~np.isnan(times.month_first)
-    only_day, only_month = np.isnan(times.month_first[both]).any(), np.isnan(times.day_first[both]).any()
-    example = stats.texts.filter(pl.Series(both))[0] if len(both) == len(stats.texts) else stats.example
+    rows = np.flatnonzero(stats.times.is_undecided)
+    example = stats.texts[int(rows[0])] if len(stats.times.seconds) == len(stats.texts) else stats.example
+    dates = UndecidedDates(rows, {order: each[rows] for order, each in stats.times.readings.items()}, example)
     formats = numeric_formats(example)
-    if formats is None or only_day != only_month:
-        decided = None if formats is None or only_day == only_month else formats[0 if only_day else 1]
-        return decided if decided is not None and _fits(stats, decided) else None
-    if "." in formats[0]:
-        return formats[0] if _fits(stats, formats[0]) else None  # dates with points have the day first everywhere
-    question = f"how {example!r} of column {stats.name!r} is read, with the day or the month first"
-    return options.choose("--time-format", question, formats)
+    order = decide_orders({"": dates})[""]
+    if order is None and "." in example:
+        order = "day-first"  # dates with points have the day first everywhere
+    if order is not None or not formats:
+        return formats[order] if order in formats and _fits(stats, formats[order]) else None
+    likely = [form for order, form in formats.items() if order in dates.possible] or [*formats.values()]
+    question = f"how {example!r} of column {stats.name!r} is read"
+    return options.choose("--time-format", question, likely)
 
 
 def _fits(stats: ColumnStats, time_format: str) -> bool:

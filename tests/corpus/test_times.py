@@ -6,7 +6,7 @@ import datetime as dt
 
 import pytest
 
-from cllm4rec_dist.corpus.times import numeric_formats
+from cllm4rec_dist.corpus.date_order import numeric_formats
 from tests.corpus.reading import Read, Refuse, table
 
 TEN = dt.datetime(2024, 3, 1, 10, tzinfo=dt.UTC).timestamp()
@@ -183,6 +183,86 @@ def test_dates_that_decide_nothing_or_contradict_each_other_are_refused(
     assert "time_format" in message
 
 
+def of_2023(number: int, pattern: str) -> str:
+    """Return the date of a day of January to July 2023."""
+    return f"{dt.date(2023, 1, 1) + dt.timedelta(days=number):{pattern}}"
+
+
+@pytest.mark.parametrize("pattern", ["%y-%m-%d", "%y/%m/%d", "%y.%m.%d 10:00", "%d-%m-%y", "%d/%m/%y", "%d.%m.%y"])
+def test_the_part_that_takes_more_values_is_the_day(read: Read, pattern: str) -> None:
+    texts = [of_2023(number, pattern) for number in range(0, 200, 7)]
+    days = [day(2023, 1, 1) + 86400 * number for number in range(0, 200, 7)]
+    result = read({"i.csv": rows(*texts)}, **SOURCE)
+    assert [time // 86400 * 86400 for time in result.column("timestamp")] == days
+    assert f"are read as {'year-first' if pattern.startswith('%y') else 'day-first'}" in result.messages
+
+
+def test_the_files_of_a_source_decide_together_what_no_file_decides(read: Read) -> None:
+    texts = [of_2023(number, "%y/%m/%d") for number in range(0, 200, 7)]
+    files = {f"{number:02d}.csv": rows(text) for number, text in enumerate(texts)}
+    result = read(files, **table(list(files), timestamp="t", separator=";"))
+    assert result.column("timestamp") == [day(2023, 1, 1) + 86400 * number for number in range(0, 200, 7)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "seconds"),
+    [
+        (("96-05-13", "97-01-02"), [day(1996, 5, 13), day(1997, 1, 2)]),
+        (("02-05-96", "13-05-97"), [day(1996, 5, 2), day(1997, 5, 13)]),
+        (("13/02/24",), [day(2024, 2, 13)]),
+        (("13.02.24", "14.02.25"), [day(2024, 2, 13), day(2025, 2, 14)]),
+        (("2.13.24",), [day(2024, 2, 13)]),
+        (("05-05-05",), [day(2005, 5, 5)]),
+    ],
+)
+def test_few_dates_of_two_digit_years(read: Read, texts: tuple[str, ...], seconds: list[float]) -> None:
+    assert read({"i.csv": rows(*texts)}, **SOURCE).column("timestamp") == seconds
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("25-01-23",),
+        ("25-01-23", "25-01-24", "25-01-25"),
+        ("23-01-25", "24-02-25"),
+        tuple(f"01-{month:02d}-{year:02d}" for year in range(5, 25) for month in range(1, 13)),
+        ("25-01-23", "13-14-25"),
+    ],
+)
+def test_two_digit_years_that_may_be_days_are_refused(refuse: Refuse, texts: tuple[str, ...]) -> None:
+    message = refuse({"i.csv": rows(*texts)}, **SOURCE)
+    assert "is ambiguous" in message
+    assert "'%y-%m-%d'" in message
+
+
+@pytest.mark.parametrize(
+    ("texts", "time_format"),
+    [
+        (("01112025", "24112025", "05122025"), "%d%m%Y"),
+        (("11012025", "11242025"), "%m%d%Y"),
+        (("20251124", "20240101"), "%Y%m%d"),
+        (("202511", "202401"), "%Y%m"),
+        (("11.2025", "01.2024"), "%m.%Y"),
+    ],
+)
+def test_dates_without_marks_are_not_taken_as_seconds(
+    read: Read, refuse: Refuse, texts: tuple[str, ...], time_format: str
+) -> None:
+    message = refuse({"i.csv": rows(*texts)}, **SOURCE)
+    largest = max(texts, key=float)
+    assert message.startswith(f"i.csv line {2 + texts.index(largest)}: t: {largest!r}")
+    assert f"time_format, for example {time_format!r}" in message
+    source = table(timestamp="t", separator=";", time_format=time_format)
+    assert read({"i.csv": rows(*texts)}, **source).column("timestamp") == [
+        dt.datetime.strptime(text, time_format).replace(tzinfo=dt.UTC).timestamp() for text in texts
+    ]
+
+
+@pytest.mark.parametrize("texts", [("1", "2", "3"), ("20251124", "20251199"), ("11.5", "12.5"), ("8640000", "9000000")])
+def test_counters_and_early_seconds_are_times(read: Read, texts: tuple[str, ...]) -> None:
+    assert read({"i.csv": rows(*texts)}, **SOURCE).column("timestamp") == [float(text) for text in texts]
+
+
 @pytest.mark.parametrize(
     ("text", "time_format", "seconds"),
     [
@@ -229,5 +309,5 @@ def test_the_format_that_is_proposed_has_the_form_of_the_file(
 
 
 def test_a_date_of_another_form_has_no_numeric_format() -> None:
-    assert numeric_formats("2024-03-01") is None
-    assert numeric_formats("3/4-2024") is None
+    assert numeric_formats("2024-03-01") == {}
+    assert numeric_formats("3/4-2024") == {}
