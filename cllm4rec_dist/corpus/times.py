@@ -170,8 +170,8 @@ def compact_date_formats(numbers: np.ndarray) -> list[str]:
 
 def _are_dates(day: np.ndarray | int, month: np.ndarray, year: np.ndarray) -> bool:
     """True if all parts are those of a date from 1900 to 2100."""
-    is_date = (1 <= month) & (month <= 12) & (1900 <= year) & (year <= 2100) & (np.asarray(day) >= 1)
-    return bool((is_date & (np.asarray(day) <= 31)).all())
+    limits = ((np.asarray(day), 1, 31), (month, 1, 12), (year, 1900, 2100))
+    return all(bool((part >= least).all() and (part <= most).all()) for part, least, most in limits)
 
 
 def date_text(seconds: float) -> str:

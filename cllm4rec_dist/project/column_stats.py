@@ -90,6 +90,14 @@ class ColumnStats:
         is_time = plausible + int(times.is_undecided.sum()) >= 0.9 * len(self.texts) and len(self.texts) > 0
         return times if is_time else None
 
+    @property
+    def seconds(self) -> np.ndarray:
+        """Times of all rows in seconds since 1970, float64; NaN if missing, undecided or no time."""
+        seconds = np.full(len(self.values), np.nan)
+        if self.times is not None:
+            seconds[self.values.is_not_null().to_numpy()] = self.times.seconds
+        return seconds
+
     @cached_property
     def is_epoch(self) -> bool:
         """True for whole numbers that are epochs in any unit, from 2000 to 2040, spanning more than a day.

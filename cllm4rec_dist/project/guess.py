@@ -41,6 +41,9 @@ _MIN_POINTS = 2.0
 """Least points for a guess."""
 _MIN_JOIN_RATIO = 0.3
 """Least fraction of the orders' ids in a column that counts as their key."""
+_DAY = 86400
+_MIN_SAME_DAYS = 0.99
+"""Least fraction of rows in which two columns of times have the same day, for them to mean the same."""
 _MIN_MARGIN = 0.9
 """Least margin of the best guess over the second, in points."""
 
@@ -142,7 +145,7 @@ def guess_interactions(
         },
     )
     left = {name: each for name, each in stats.items() if name not in (user, item)}
-    time = _optional(sample, "--time-column", options.time, {name: time_points(each) for name, each in left.items()})
+    time = _time(sample, options, left)
     left.pop(time or "", None)
     points = {name: rating_points(each) for name, each in left.items()}
     rating = _optional(sample, "--rating-column", options.rating, points)
@@ -267,6 +270,35 @@ def _optional(sample: Sample, option: str, given: str | None, points: Mapping[st
         return None if given == NONE else require_columns(sample, option, given)
     best, _ = _best(points)
     return best if best is not None and points[best] >= _MIN_POINTS else None
+
+
+def _time(sample: Sample, options: ColumnOptions, stats: Mapping[str, ColumnStats]) -> str | None:
+    """Return the given or guessed name of the column of times, or None.
+
+    Two columns that could be it are no question if they are at most a day apart, as a date and its Unix time are.
+    """
+    points = {name: time_points(each) for name, each in stats.items()}
+    best = _optional(sample, "--time-column", options.time, points)
+    if options.time is not None or best is None:
+        return best
+    rivals = [
+        name
+        for name in points
+        if name != best
+        and points[name] >= max(_MIN_POINTS, points[best] - _MIN_MARGIN)
+        and not _are_same_days(stats[best], stats[name])
+    ]
+    if not rivals:
+        return best
+    question = "which column has the time of the purchase"
+    return options.choose("--time-column", question, sorted([best, *rivals], key=lambda name: -points[name]))
+
+
+def _are_same_days(stats: ColumnStats, other: ColumnStats) -> bool:
+    """True if the times of two columns are at most a day apart in nearly all rows that have both."""
+    first, second = stats.seconds, other.seconds
+    both = ~np.isnan(first) & ~np.isnan(second)
+    return bool(both.sum() >= 0.5 * len(both)) and bool((np.abs(first - second)[both] <= _DAY).mean() >= _MIN_SAME_DAYS)
 
 
 def _best(points: Mapping[str, float]) -> tuple[str | None, float]:

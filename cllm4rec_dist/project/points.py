@@ -97,7 +97,7 @@ def time_points(stats: ColumnStats) -> float:
     points = 2.0 * bool(stats.kinds & {"time"}) - 2.0 * bool(stats.kinds & {"other_time"})
     written = stats.values.dtype.is_temporal() or bool(stats.texts.str.contains(r"\d[-/.:]\d|[A-Za-z]{3}").all())
     written |= stats.is_epoch and not stats.kinds - {"time", "other_time", "order"}
-    return points + 1.5 * written + 0.5 + 0.2 * ("order" in stats.kinds) + 0.3 * stats.distinct_ratio
+    return points + 1.5 * written + 0.5 + 1.5 * ("order" in stats.kinds) + 0.3 * stats.distinct_ratio
 
 
 def rating_points(stats: ColumnStats) -> float:

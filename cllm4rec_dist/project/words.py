@@ -45,7 +45,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         shipped shipping delivery delivered updated modified changed aktualisiert geandert versendet actualizado
         modificado enviado modifie expedie aggiornato spedito atualizado bijgewerkt verzonden birth birthday dob expiry
         expires due paid payment return returned registered signup joined liefer lieferung versand geburt anderung
-        faellig livraison naissance entrega nacimiento consegna nascita nascimento
+        faellig livraison naissance entrega nacimiento consegna nascita nascimento ship shipdate shipment zahldatum
+        zahlung paiement pago pagamento etl load loaded import imported export exported sync synced ingested extracted
+        snapshot processed refreshed
     """),
     "rating": _words("""
         rating rate stars star score overall grade sterne bewertung note etoiles puntuacion calificacion valoracion
@@ -103,7 +105,7 @@ _WORD = re.compile(r"[^\W_]+")
 _MIN_COMPOUND_LETTERS = 4
 """Least length of a word that may be a part of a compound."""
 _ENDINGS = ("id", "nr", "no", "num", "key", "code")
-_NO_COMPOUNDS = {"title", "count", "rate", "line", "data", "item"}
+_NO_COMPOUNDS = {"title", "count", "rate", "line", "data", "item", "ship", "load", "import", "export", "sync", "pago"}
 """Words that unrelated words begin or end with, as `country` does with `count`."""
 
 

@@ -76,7 +76,7 @@ def test_what_the_csv_module_writes_is_read_back(path: Path, rows: list[tuple[st
     ]
 
 
-MESSY = st.text(alphabet='a"\n,\\1é\r', max_size=60)
+MESSY = st.text(alphabet='a "\n,\\1é\r', max_size=60)
 QUOTING = st.sampled_from(["auto", "double", "none"])
 ESCAPE = st.sampled_from([None, "\\"])
 
@@ -115,9 +115,11 @@ def test_plain_lines_are_read_as_the_line_reader_would(path: Path, body: str, qu
     assert parse(path, content, dialect) == one_by_one
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_line_ends_of_all_systems(read: Read, end: str) -> None:
-    result = read({"i.csv": lines(end=end)}, **table(**TEXTS))
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+@pytest.mark.parametrize("mark", ["", '"'])
+def test_line_ends_of_all_systems(read: Read, end: str, mark: str) -> None:
+    quoted = lines(end=end).replace("text", f"{mark}text").replace(end, mark + end) if mark else lines(end=end)
+    result = read({"i.csv": quoted.replace(f"x{mark}", "x", 1)}, **table(**TEXTS))
     assert result.reviews == [f"text {k}" for k in range(20)]
     assert not result.lost
 
@@ -135,6 +137,10 @@ def test_line_ends_of_all_systems(read: Read, end: str) -> None:
         ('u1,i1,1600000000,"quoted"', {"quoting": "none"}, '"quoted"'),
         ('u1,i1,1600000000,"he said \\"hi\\", ok"', {"escape": "\\"}, 'he said "hi", ok'),
         ('u1,i1,1600000000,"he said ""hi"", ok"', {"escape": '"'}, 'he said "hi", ok'),
+        ('"u1", "i1", "1600000000", "a, ""b"""', {}, 'a, "b"'),
+        ('"u1" ,"i1" ,"1600000000" , "a" ', {}, "a"),
+        ('u1,i1,1600000000, "a" and "b"', {}, '"a" and "b"'),
+        ('u1,i1,1600000000, "a', {}, '"a'),
         ("u1,i1,1600000000,a\\,b", {"escape": "\\"}, "a,b"),
         ("u1,i1,1600000000,a\\\nb", {"escape": "\\", "quoting": "none"}, "a\nb"),
         ("u1,i1,1600000000,a\\\nb", {"escape": "\\"}, "a\nb"),
@@ -167,7 +173,7 @@ def test_quotes_whose_meaning_cannot_be_told_are_refused(
     [
         ("u1,i1,1600000000,a,b", {}, "has 5 fields instead of 4"),
         ("u1", {}, "has 1 field instead of 4"),
-        ('u1,i1,1600000000, "a, b"', {}, "has 5 fields instead of 4"),
+        ('u1,i1,1600000000, "a, b"', {"quoting": "double"}, "has 5 fields instead of 4"),
         ('u1,i1,1600000000,"a"b', {"quoting": "double"}, "has quotes that are not doubled"),
     ],
 )
@@ -186,7 +192,7 @@ def test_the_first_lost_line_is_reported_whichever_way_it_was_read(read: Read) -
     assert result.lost == {"row that has 1 field instead of 4": (2, "i.csv", 7, "u1")}
 
 
-@pytest.mark.parametrize("header", ['"u","i","t","x"', "\ufeffu,i,t,x", "\n\n u , i,t,x"])
+@pytest.mark.parametrize("header", ['"u","i","t","x"', '"u", "i", "t" ,"x"', "\ufeffu,i,t,x", "\n\n u , i,t,x"])
 def test_headers_with_quotes_marks_and_blank_lines(read: Read, header: str) -> None:
     assert len(read({"i.csv": lines(header=header)}, **table(**TEXTS)).reviews) == 20
 

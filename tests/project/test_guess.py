@@ -366,6 +366,44 @@ def test_epochs_of_any_unit_are_times(name: str, unit: int, tmp_path: Path) -> N
     assert (guessed.user, guessed.item, guessed.time, guessed.time_format) == ("user", "item", name, None)
 
 
+def times(days_later: Sequence[int], pattern: str = "%Y-%m-%d") -> list[str]:
+    return [f"{each + timedelta(days=days_later[row % len(days_later)]):{pattern}}" for row, each in enumerate(MOMENTS)]
+
+
+@pytest.mark.parametrize(
+    ("purchase", "other"),
+    [
+        ("order_date", "ship_date"),
+        ("Bestelldatum", "Zahldatum"),
+        ("order_ts", "etl_timestamp"),
+        ("date", "loaded_at"),
+        ("order_date", "created_at"),
+        ("InvoiceDate", "DueDate"),
+    ],
+)
+def test_the_time_of_the_purchase_and_not_another_one(purchase: str, other: str, tmp_path: Path) -> None:
+    later = times([1, 4, 9], "%Y-%m-%d %H:%M:%S")
+    path = write(tmp_path / "orders.csv", {"user": USERS, "item": ITEMS, other: later, purchase: times([0])})
+    assert guess(path)[0].time == purchase
+
+
+@pytest.mark.parametrize("names", [("Bestelldatum", "Rechnungsdatum"), ("time", "day"), ("c3", "c4")])
+def test_two_columns_that_could_be_the_time_of_the_purchase_are_a_question(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    first, second = names
+    path = write(tmp_path / "orders.csv", {"user": USERS, "item": ITEMS, first: times([0]), second: times([0, 3, 20])})
+    with pytest.raises(ConfigError, match="leave it open which column has the time of the purchase"):
+        guess(path)
+    assert guess(path, options=ColumnOptions(time=second))[0].time == second
+
+
+def test_two_columns_of_the_same_time_are_no_question(tmp_path: Path) -> None:
+    epochs = [int(moment.timestamp()) for moment in MOMENTS]
+    columns = {"user": USERS, "item": ITEMS, "reviewTime": times([0], "%m %d, %Y"), "unixReviewTime": epochs}
+    assert guess(write(tmp_path / "orders.csv", columns))[0].time == "unixReviewTime"
+
+
 @pytest.mark.parametrize("name", ["Note", "note"])
 def test_a_rating_is_no_id_of_a_customer(name: str, tmp_path: Path) -> None:
     columns = {"Qui": USERS, name: STARS, "produit": ITEMS, "x": column("12345"), "date": [f"{m}" for m in MOMENTS]}

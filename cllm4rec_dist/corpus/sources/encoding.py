@@ -204,15 +204,18 @@ def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
         if b"\n" in head or len(head) >= _MAC_SAMPLE:
             break
     is_mac = b"\r" in head and b"\n" not in head
-    returned = b""  # a carriage return at the end of a block; its line feed may start the next one
+    returned = b""  # carriage returns at the end of a block; their line feed may start the next one
     for block in chain([head.removeprefix(codecs.BOM_UTF8)], blocks):
         if is_mac:
             yield block.replace(b"\r", b"\n")
             continue
         block, returned = returned + block, b""
         if block.endswith(b"\r"):
-            block, returned = block[:-1], b"\r"
-        yield block.replace(b"\r\n", b"\n") if b"\r" in block else block
+            returned = block[len(block.rstrip(b"\r")) :]
+            block = block.rstrip(b"\r")
+        while b"\r\n" in block:  # again for \r\r\n, which a conversion of line ends leaves if it is done twice
+            block = block.replace(b"\r\n", b"\n")
+        yield block
 
 
 def _raw_blocks(path: str) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ Meaning of a quotation mark with `quoting: auto`:
                                                                    row: then the file is refused
     anything else                                                  a character of the text, reported once per file
 
+Blanks between a separator and the mark of a quoted field are left out, if the field is closed on its line.
 `double` is strict RFC 4180, and with `none` every mark is a character. An `escape` character before a mark, a
 separator, a line end or another escape makes it a plain character.
 """
@@ -109,6 +110,8 @@ class LineReader:
         self._escape = b"" if dialect.escape == '"' else (dialect.escape or "").encode()
         self._num_stray, self._first_stray = 0, 0
         escapable = b"".join(map(re.escape, {self.separator, _QUOTE, _NEWLINE, self._escape}))
+        self._ends_field = re.compile(b" *(?=" + re.escape(self.separator) + rb"|\n|\Z)")
+        self._blanks = re.compile(rb' +(?="(?:[^"\n]|"")*"' + self._ends_field.pattern + b")")
         self._escaped = re.compile(re.escape(self._escape) + b"([" + escapable + b"])") if self._escape else None
 
     @property
@@ -273,6 +276,8 @@ class LineReader:
         fields: list[bytes] = []
         at = start
         while True:
+            if self._dialect.quoting == "auto" and (blanks := self._blanks.match(buffer, at)):
+                at = blanks.end()
             if buffer[at : at + 1] == _QUOTE:
                 value, at = self._quoted(buffer, at + 1)
             else:
@@ -296,12 +301,14 @@ class LineReader:
                 raise _Unclosed
             if self._is_escaped(buffer, start, end):
                 at = end + 1
-            elif buffer[end + 1 : end + 2] == _QUOTE:
+                continue
+            if buffer[end + 1 : end + 2] == _QUOTE:
                 at = end + 2
-            elif buffer[end + 1 : end + 2] in (self.separator, _NEWLINE, b""):
-                return self._unescaped(buffer[start:end].replace(_QUOTE * 2, _QUOTE)), end + 1
-            else:
+                continue
+            blanks = self._ends_field.match(buffer, end + 1)
+            if blanks is None or (self._dialect.quoting == "double" and blanks[0]):
                 raise _Malformed
+            return self._unescaped(buffer[start:end].replace(_QUOTE * 2, _QUOTE)), blanks.end()
 
     def _field_end(self, buffer: bytes, start: int) -> int:
         """Return the position of the separator or line end after an unquoted field."""
