@@ -53,6 +53,17 @@ def canonical_ids(ids: pl.Series, codes: np.ndarray, kind: str) -> tuple[pl.Seri
             rounded[0],
         )
     if not is_float_column(ids):
+        whole = whole_ids(ids)
+        twice = ids.filter((whole != ids) & whole.is_in(ids.implode()))
+        if len(twice):
+            logger.warning(
+                "%s %s ids are others with .0, such as %r and %r: they stay different, because the column also has ids"
+                " that are no whole numbers. If they mean the same, write them alike in the files.",
+                f"{len(twice):,}",
+                kind,
+                twice[0],
+                whole_ids(twice)[0],
+            )
         return ids, codes
     unique = IdCodes()
     new_codes = unique.encode(whole_ids(ids))

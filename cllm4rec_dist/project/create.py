@@ -166,12 +166,10 @@ def _sample(role: Role, path: str, options: InitOptions) -> Sample:
 
 
 def _with_option(error: DataError) -> DataError:
-    """Add the option of `init` that sets the dialect to the cure of an error about delimited text."""
-    cure = error.cure
-    for key in ("quoting", "escape", "encoding", "separator", "time_format"):
-        if key in cure:
-            cure = f"{cure.rstrip()} (cllm4rec init: --{key.replace('_', '-')})"
-            break
+    """Add the options of `init` that set the keys of the recipe in the cure of an error."""
+    keys = [key for key in ("separator", "quoting", "escape", "encoding", "time_format") if key in error.cure]
+    options = ", ".join(f"--{key.replace('_', '-')}" for key in keys)
+    cure = f"{error.cure.rstrip()} (cllm4rec init: {options})" if keys else error.cure
     return DataError(error.field, error.value, error.constraint, cure)
 
 

@@ -42,6 +42,31 @@ def nested_columns(columns: pl.DataFrame) -> dict[str, Nesting]:
     return nested
 
 
+def rows_path(document: Any) -> str | None:
+    """Return the `jq` path of the only list of several objects within objects, such as `.data.orders`, or None."""
+    if not isinstance(document, dict):
+        return None
+    paths = []
+    for name, value in document.items():
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(each, dict) for each in value):
+            paths.append(_field(name))
+        elif (inner := rows_path(value)) is not None:
+            paths.append(_field(name) + (inner[1:] if inner.startswith(".[") else inner))
+    return paths[0] if len(paths) == 1 else None
+
+
+def jq(path: str, program: str) -> str:
+    """Return the line of shell that writes the results of a `jq` program to `flat.json`."""
+    source = shlex.quote(path)
+    command = f"zcat {source} | jq -c" if path.endswith(".gz") else "jq -c"
+    end = "" if path.endswith(".gz") else f" {source}"
+    return f"{command} {shlex.quote(program)}{end} > flat.json"
+
+
+def _field(name: str) -> str:
+    return f".{name}" if _NAME.fullmatch(name) else f".[{json.dumps(name)}]"
+
+
 def flattening(path: str, kind: str, nested: Mapping[str, Nesting]) -> str:
     """Return the end of an error's cure: a line of shell or Python that flattens the file."""
     fields = ", ".join(repr(name) for name in nested)
@@ -53,16 +78,13 @@ def flattening(path: str, kind: str, nested: Mapping[str, Nesting]) -> str:
 def _jq_line(path: str, nested: Mapping[str, Nesting]) -> str:
     steps = [".[]"] if first_text(path).lstrip().startswith("[") else []
     for name, nesting in nested.items():
-        field = f".{name}" if _NAME.fullmatch(name) else f".[{json.dumps(name)}]"
+        field = _field(name)
         inner = f"with_entries(.key |= {json.dumps(name + '_')} + .)"
         if nesting == "list":
             steps.append(f"{field}[]? as $x | del({field}) + ($x | {inner})")
         else:
             steps.append(f". + ({field} // {{}} | {inner}) | del({field})")
-    source = shlex.quote(path)
-    command = f"zcat {source} | jq -c" if path.endswith(".gz") else "jq -c"
-    end = "" if path.endswith(".gz") else f" {source}"
-    return f"{command} {shlex.quote(' | '.join(steps))}{end} > flat.json"
+    return jq(path, " | ".join(steps))
 
 
 def _polars_line(path: str, nested: Mapping[str, Nesting]) -> str:

@@ -151,7 +151,7 @@ def category_points(stats: ColumnStats) -> float:
 
 def is_description(stats: ColumnStats) -> bool:
     """True for a column that describes items: long texts, or a name such as brand, author or genre."""
-    if np.isfinite(stats.numbers()).mean() > 0.5 or stats.fill_ratio < 0.05 or stats.texts.str.contains("://").any():
+    if stats.fill_ratio < 0.05 or np.isfinite(stats.numbers()).mean() > 0.5 or stats.texts.str.contains("://").any():
         return False
     if stats.kinds & {"user", "personal", "price", "order", "time", "review", "other_time"}:
         return False

@@ -22,12 +22,12 @@ from cllm4rec_dist.corpus.sources.columnar import read_parquet
 from cllm4rec_dist.corpus.sources.delimited import header_lines, read_delimited
 from cllm4rec_dist.corpus.sources.encoding import is_utf8_beyond_ascii, resolve_encoding
 from cllm4rec_dist.corpus.sources.files import RawFile, find_files, open_binary
-from cllm4rec_dist.corpus.sources.objects import read_objects
+from cllm4rec_dist.corpus.sources.objects import read_objects, read_single_object
 from cllm4rec_dist.corpus.sources.records import Dialect, LineReader
 from cllm4rec_dist.corpus.sources.tables import find_kind
 from cllm4rec_dist.corpus.values import BadValue, plain_text
 from cllm4rec_dist.errors import ConfigError, DataError
-from cllm4rec_dist.project.nested import Nesting, flattening, nested_columns, nested_fields
+from cllm4rec_dist.project.nested import Nesting, flattening, jq, nested_columns, nested_fields, rows_path
 from cllm4rec_dist.project.words import kinds_of
 
 ROWS = 50_000
@@ -100,6 +100,7 @@ def read_sample(role: Role, path: str, dialect: Dialect) -> Sample:
         columns, repeated = _parquet(file)
         nested = nested_columns(columns)
     else:
+        _require_rows(role, file, dialect.encoding)
         columns, nested = _objects(file, dialect.encoding)
     _require_names(role, file, repeated)
     if not len(columns):
@@ -190,6 +191,21 @@ def _parquet(file: RawFile) -> tuple[pl.DataFrame, list[str]]:
         if batch is not None:
             columns[name] = batch.columns[name].head(ROWS)
     return pl.DataFrame(columns), _repeated(names)
+
+
+def _require_rows(role: Role, file: RawFile, encoding: str) -> None:
+    """Refuse a JSON document that is one object with the rows in a field, as in `{"orders": [...]}`."""
+    try:
+        path = rows_path(read_single_object(file.path, encoding))
+    except DataError:
+        return  # lines, some of them damaged
+    if path is not None:
+        raise DataError(
+            f"--{role}",
+            file.path,
+            f"is one object, whose rows are in its field {path}",
+            f"Write them to a file of their own: {jq(file.path, f'{path}[]')}",
+        )
 
 
 def _objects(file: RawFile, encoding: str) -> tuple[pl.DataFrame, dict[str, Nesting]]:

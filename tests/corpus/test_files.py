@@ -6,9 +6,11 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -83,7 +85,7 @@ def test_a_zip_archive_that_python_cannot_unpack_is_refused(
         content[place + 2] = method
     message = refuse({"i.zip": bytes(content)}, **table("i.zip"))
     assert reason in message
-    assert "unpack it and give the file" in message
+    assert "Unpack it and give the file" in message
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, zst])
@@ -112,7 +114,11 @@ def test_a_damaged_file_is_refused(refuse: Refuse, pack: Callable[[bytes], bytes
         (zipped("a.csv", "b.csv"), "a zip archive of 2 files"),
         (zipped(), "a zip archive of 0 files"),
         (zipped("a.csv")[:-30], "cannot be read"),
-        (zipped("xl/workbook.xml"), "an Excel workbook"),
+        (zipped("xl/workbook.xml"), "is an Excel workbook. Save its sheet as CSV"),
+        (zipped("mimetype", "content.xml"), "is an OpenDocument file. Save its sheet as CSV"),
+        (b"%PDF-1.7 u,i", "is a PDF document"),
+        (b'\xef\xbb\xbf<?xml version="1.0"?><u/>', "is an XML file"),
+        (b"\n<!DOCTYPE HTML><p>Please log in", "is an HTML page"),
         (tar("w"), "is a tar archive"),
         (tar("w:gz"), "is a tar archive"),
         (b"ORC\x00\x01", "is an ORC file"),
@@ -126,6 +132,10 @@ def test_a_damaged_file_is_refused(refuse: Refuse, pack: Callable[[bytes], bytes
         "empty zip",
         "cut zip",
         "Excel",
+        "OpenDocument",
+        "PDF",
+        "XML",
+        "HTML",
         "tar",
         "tar.gz",
         "ORC",
@@ -137,6 +147,21 @@ def test_a_damaged_file_is_refused(refuse: Refuse, pack: Callable[[bytes], bytes
 )
 def test_what_cannot_be_read_is_named(refuse: Refuse, content: bytes, words: str) -> None:
     assert words in refuse({"i": content}, **table("i"))
+
+
+@pytest.mark.parametrize("header", ["ORCID", "ARROW1"])
+def test_a_header_that_begins_like_a_binary_file_is_text(read: Read, header: str) -> None:
+    result = read({"i.csv": f"{header},i\na,1\n"}, **table("i.csv", user=header))
+    assert result.pairs == [("a", "1")]
+
+
+def test_a_zstandard_file_may_begin_with_a_frame_to_skip(read: Read) -> None:
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00size"  # as pzstd writes
+    assert read({"i.zst": skipped + zst(CSV) + skipped + zst(b"c,3\n")}, **table("i.zst")).pairs == [
+        ("a", "1"),
+        ("b", "2"),
+        ("c", "3"),
+    ]
 
 
 def test_a_zip_archive_may_hold_hidden_files_beside_the_one(read: Read) -> None:
@@ -185,6 +210,21 @@ def test_parts_of_spark_may_lack_a_header(read: Read) -> None:
 )
 def test_columns_that_folders_name(read: Read, files: dict[str, Content], pairs: list[tuple[str, str]]) -> None:
     assert read(files, **table("h")).pairs == pairs
+
+
+@pytest.mark.parametrize("path", ["h/u=*", "h/u=*/p.csv", "h/u=[ab]*/*.csv", "h/**/*.csv"])
+def test_columns_that_the_folders_of_a_pattern_name(read: Read, path: str) -> None:
+    files: dict[str, Content] = {"h/u=a/p.csv": "i,t\n1,9\n", "h/u=b%20c/p.csv": "t,i\n9,2\n"}
+    assert read(files, **table(path)).pairs == [("a", "1"), ("b c", "2")]
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(read: Read) -> None:
+    assert read({"p[1]/a.csv": CSV, "p1/b.csv": SWAPPED}, **table("p[1]")).pairs == [("a", "1"), ("b", "2")]
+
+
+def test_a_pipe_is_no_file(refuse: Refuse, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is neither a file nor a folder" in refuse({}, **table(str(tmp_path / "pipe")))
 
 
 def test_a_null_of_hive_is_a_missing_id(read: Read) -> None:

@@ -36,6 +36,12 @@ def test_other_ids_stay_as_they_are(read: Read, name: str) -> None:
     assert ids(read, name, "x") == [name, "x"]
 
 
+def test_ids_with_and_without_zeros_in_a_column_of_texts_are_warned_of(read: Read) -> None:
+    rows = "".join(f"{user},1\n" for user in ("1.0", "1", "v2", "3.0"))
+    result = read({"i.csv": f"u,i\n{rows}"}, **table())
+    assert "WARNING: 1 user ids are others with .0, such as '1.0' and '1'" in result.messages
+
+
 def test_ids_that_a_spreadsheet_has_rounded_are_reported(read: Read) -> None:
     result = read({"i.csv": "u,i\n1.23457E+12,a\n"}, **table())
     assert result.pairs == [("1.23457E+12", "a")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -459,6 +460,32 @@ def test_ids_inside_of_objects_are_refused_with_a_line_that_flattens(tmp_path: P
     pl.DataFrame(rows).write_parquet(tmp_path / "orders.parquet")
     with pytest.raises(DataError, match=r"explode\('lines'\).*unnest\('customer'\)"):
         guess(str(tmp_path / "orders.parquet"))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (lambda rows: {"orders": rows}, ".orders"),
+        (lambda rows: {"meta": {"count": 3}, "data": {"my orders": rows}, "next": None}, '.data["my orders"]'),
+    ],
+)
+def test_rows_in_a_field_of_one_object_are_refused_with_a_line_that_writes_them(
+    tmp_path: Path, wrap: Any, path: str, indent: int | None
+) -> None:
+    rows = [{"customer": u, "sku": i} for u, i in zip(USERS, ITEMS, strict=True)]
+    file = tmp_path / "api.json"
+    file.write_text(json.dumps(wrap(rows), indent=indent))
+    with pytest.raises(DataError, match=re.escape(f"whose rows are in its field {path}. ")) as caught:
+        guess(str(file))
+    assert caught.value.cure.endswith(f"jq -c '{path}[]' {file} > flat.json")
+
+
+def test_a_field_without_any_value_is_no_description(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    rows = [{"customer": u, "sku": i, "note": None} for u, i in zip(USERS, ITEMS, strict=True)]
+    (tmp_path / "orders.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert guess(str(tmp_path / "orders.json"))[1].description == ()
+    assert not recwarn.list
 
 
 def test_each_file_has_its_own_encoding(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ fsspec file system. A file's first bytes, not its name, determine the compressio
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import logging
@@ -16,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
@@ -26,13 +27,19 @@ import pyarrow as pa
 from cllm4rec_dist.corpus.skips import base_name
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
+from cllm4rec_dist.suggestions import plural
 
 logger = logging.getLogger(__name__)
 
 _PATTERN = "*?["
+_UNPACK = "Unpack it and give the file or the folder."
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowInvalid, ValueError)
 _UNSUPPORTED = {
     b"ORC": "an ORC file",
+    b"%PDF-": "a PDF document",
+    b"<?xml": "an XML file",
+    b"<!doctype html": "an HTML page, perhaps of a login,",
+    b"<html": "an HTML page, perhaps of a login,",
     b"Obj\x01": "an Avro file",
     b"ARROW1": "an Arrow (Feather) file",
     b"\x89HDF": "an HDF5 file",
@@ -42,6 +49,8 @@ _UNSUPPORTED = {
     b"Rar!": "a RAR archive",
     b"\x1f\x9d": "a compress (.Z) file",
 }
+_LAST_CONTROL = 8
+"""Bytes up to this one are in no text."""
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _HEAD = 262
 """First bytes that identify every kind of file: the mark of a tar archive is at 257."""
@@ -88,21 +97,30 @@ def _find(path: str) -> list[RawFile]:
         with as_os_errors():
             if fs.isfile(fs_path):
                 return [RawFile(path)]
-            is_pattern = any(letter in path for letter in _PATTERN)
+            is_folder = fs.isdir(fs_path)
+            is_pattern = not is_folder and any(letter in fs_path for letter in _PATTERN)
             if is_pattern:
                 names = sorted(str(name) for name in fs.glob(fs_path))
                 roots = [name for name in names if fs.isdir(name)]
-                files = [RawFile(_full_path(fs, name)) for name in names if name not in roots and _is_part(fs, name)]
+                files = [
+                    RawFile(_full_path(fs, name), _partition(_matched(fs_path, name)[:-1]))
+                    for name in names
+                    if name not in roots and _is_part(fs, name)
+                ]
             else:
-                roots, files = ([fs_path] if fs.isdir(fs_path) else []), []
+                roots, files = ([fs_path] if is_folder else []), []
             for root in roots:
-                files += _parts(fs, root)
+                above = _partition(_matched(fs_path, root)) if is_pattern else {}
+                files += [replace(file, partition=above | file.partition) for file in _parts(fs, root)]
+            exists = bool(files or roots or is_pattern or fs.exists(fs_path))
     except OSError as error:
         raise DataError("file", path, f"cannot be reached ({error})", "Fix the path or its credentials.") from error
     if files:
         return files
     if roots:
         raise DataError("file", path, "is a folder without files to read", "Give the folder of the parts.")
+    if exists and not is_pattern:
+        raise DataError("file", path, "is neither a file nor a folder, but perhaps a pipe", "Write it to a file first.")
     constraint = "matches no file" if is_pattern else "does not exist"
     raise DataError("file", path, constraint, "Fix the path in the recipe, or download the data.")
 
@@ -112,10 +130,21 @@ def _parts(fs: fsspec.AbstractFileSystem, root: str) -> list[RawFile]:
     for name in sorted(str(name) for name in fs.find(root)):
         inner = name.removeprefix(root).strip("/").split("/")
         if not any(part.startswith(("_", ".")) for part in inner) and _is_part(fs, name):
-            pairs = (part.split("=", 1) for part in inner[:-1] if "=" in part)
-            keys = {unquote(key): None if value == _HIVE_NULL else unquote(value) for key, value in pairs}
-            files.append(RawFile(_full_path(fs, name), keys))
+            files.append(RawFile(_full_path(fs, name), _partition(inner[:-1])))
     return files
+
+
+def _partition(folders: Sequence[str]) -> dict[str, str | None]:
+    """Return the columns in the names of folders, such as `country=de`."""
+    pairs = (folder.split("=", 1) for folder in folders if "=" in folder)
+    return {unquote(key): None if value == _HIVE_NULL else unquote(value) for key, value in pairs}
+
+
+def _matched(pattern: str, name: str) -> list[str]:
+    """Return the parts of a name from the first one that the pattern leaves open."""
+    parts = pattern.split("/")
+    first = next(index for index, part in enumerate(parts) if any(letter in part for letter in _PATTERN))
+    return name.split("/")[first:]
 
 
 def _is_part(fs: fsspec.AbstractFileSystem, name: str) -> bool:
@@ -144,6 +173,8 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
             raise DataError(
                 "file", path, "does not exist", "Fix the path in the recipe, or download the data."
             ) from error
+        except _Unreadable as error:
+            raise DataError("file", path, *error.args) from error
         except _DAMAGE as error:
             if isinstance(error, UnicodeError):
                 raise
@@ -175,23 +206,39 @@ def _decompressed(path: str, file: BinaryIO, stack: ExitStack) -> BinaryIO:
     content.seek(0)
     if head[257:] == b"ustar":
         raise DataError("file", path, "is a tar archive", "Unpack it and give its file or folder.")
-    for prefix, what in _UNSUPPORTED.items():
-        if head.startswith(prefix):
-            raise DataError("file", path, f"is {what}", "Save it as CSV, JSON lines or Parquet.")
+    what = _unsupported_kind(head)
+    if what is not None:
+        raise DataError("file", path, f"is {what} that cannot be read", "Save it as CSV, JSON lines or Parquet.")
     return cast(BinaryIO, content)
+
+
+def _unsupported_kind(head: bytes) -> str | None:
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    for prefix, what in _UNSUPPORTED.items():
+        is_text = prefix.startswith((b"<", b"%"))
+        is_header = prefix.isalnum() and min(head, default=0) > _LAST_CONTROL  # a column whose name begins with ORC
+        if (text if is_text else head).startswith(prefix.lower() if is_text else prefix) and not is_header:
+            return what
+    return None
 
 
 def _unzip(file: BinaryIO) -> BinaryIO:
     archive = zipfile.ZipFile(file)
     members = [info for info in archive.infolist() if not info.is_dir() and base_name(info.filename)[:1] not in "_."]
     if any(info.filename == "xl/workbook.xml" for info in members):
-        raise ValueError("an Excel workbook: save it as CSV")
+        raise _Unreadable("is an Excel workbook", "Save its sheet as CSV.")
+    if any(info.filename == "content.xml" for info in members):
+        raise _Unreadable("is an OpenDocument file", "Save its sheet as CSV.")
     if len(members) != 1:
-        raise ValueError(f"a zip archive of {len(members)} files: unpack it and give the file")
+        raise _Unreadable(f"is a zip archive of {plural(len(members), 'file')}", _UNPACK)
     try:
         return cast(BinaryIO, archive.open(members[0]))
     except RuntimeError as error:  # encrypted, or a kind of compression that Python cannot read
-        raise ValueError(f"a zip archive that cannot be unpacked here ({error}): unpack it and give the file") from None
+        raise _Unreadable(f"is a zip archive that cannot be unpacked here ({error})", _UNPACK) from None
+
+
+class _Unreadable(Exception):
+    """A file that another download does not mend; the arguments are why, and the cure."""
 
 
 class _Zstandard(io.RawIOBase):
@@ -228,10 +275,10 @@ _OPENERS: dict[str, tuple[tuple[bytes, ...], Callable[[BinaryIO], Any]]] = {
     "gz": ((b"\x1f\x8b",), lambda file: gzip.GzipFile(fileobj=file)),
     "bz2": ((b"BZh",), bz2.BZ2File),
     "xz": ((b"\xfd7zXZ\x00",), lzma.LZMAFile),
-    "zst": ((b"\x28\xb5\x2f\xfd",), _open_zstandard),
+    "zst": ((b"\x28\xb5\x2f\xfd", *(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60))), _open_zstandard),
     "zip": ((b"PK\x03\x04", b"PK\x05\x06"), _unzip),
 }
-"""First bytes of each kind of compression, and its opener."""
+"""First bytes of each kind of compression, and its opener. A zstandard file may begin with a frame to skip."""
 
 
 def first_bytes(path: str, count: int = 1 << 16) -> bytes:

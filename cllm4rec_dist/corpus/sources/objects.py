@@ -241,3 +241,16 @@ def read_members(path: str, encoding: str) -> Iterator[tuple[str, Any]] | None:
     if not first.lstrip().startswith(b"{") or (second is not None and isinstance(parse_line(first), dict)):
         return None
     return _stream(path, encoding).members()
+
+
+def read_single_object(path: str, encoding: str) -> Object | None:
+    """Return the object of a document that is one object with few members; None for any other document.
+
+    Raises:
+        DataError: if it is not JSON.
+    """
+    stream = _stream(path, resolve_encoding(path, encoding))
+    if stream.peek() != "{":
+        return None
+    members = dict(islice(stream.members(), _SAMPLE_MEMBERS))
+    return members if len(members) < _SAMPLE_MEMBERS and not stream.peek() else None
