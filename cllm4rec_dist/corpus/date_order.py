@@ -22,6 +22,8 @@ _PARTS = re.compile(
 )
 _MIN_DAYS = 13
 """Least distinct values of a part that is the day rather than the year."""
+_FEW_DAYS, _MIN_SPREAD = 5, 15
+"""Least distinct values of such a part that is three times as varied and scattered: years would be contiguous."""
 _MANY_DAYS = 26
 _MIN_RATIO = 1.5
 """Least ratio of the distinct values of the day to those of the year."""
@@ -79,10 +81,10 @@ class UndecidedDates:
         """Compare the distinct values of the first and the last part: the day takes more of them than the year."""
         first, last = (_distinct_days(self.readings[order]) for order in ("day-first", "year-first"))
         few, many = sorted((first, last), key=len)
-        fills_month = len(many) >= _MANY_DAYS or not few <= _MONTH_ENDS
-        if len(many) < _MIN_DAYS or len(many) < _MIN_RATIO * len(few) or not fills_month:
-            return None
-        return many is last
+        is_scattered = len(many) >= max(_FEW_DAYS, 3 * len(few)) and max(many) - min(many) >= _MIN_SPREAD
+        is_frequent = len(many) >= max(_MIN_DAYS, _MIN_RATIO * len(few))
+        is_monthly = few <= _MONTH_ENDS and len(many) < _MANY_DAYS
+        return many is last if (is_scattered or is_frequent) and not is_monthly else None
 
     def refusal(self, where: str) -> DataError:
         """Return the error for dates whose order cannot be decided."""

@@ -25,7 +25,7 @@ from cllm4rec_dist.corpus.markup import strip_html
 from cllm4rec_dist.corpus.reviews import ReviewStore
 from cllm4rec_dist.corpus.row_batch import Batch
 from cllm4rec_dist.corpus.skips import SkipLog
-from cllm4rec_dist.corpus.times import Times, compact_date_formats, date_text, far_times, read_times
+from cllm4rec_dist.corpus.times import Times, compact_dates, date_text, far_times, read_times
 from cllm4rec_dist.corpus.values import (
     MISSING_WORDS,
     clean_texts,
@@ -266,24 +266,25 @@ class InteractionCollector:
             logger.log(level, "%s: dates like %r are read as %s", where, dates.example, order)
             times[dates.positions] = dates.readings[order]
 
-    def _refuse_compact_dates(self, times: np.ndarray) -> None:
-        """Refuse numbers that were read as seconds since 1970 and are all dates, such as 24112025.
+    def _decide_compact_dates(self, times: np.ndarray) -> None:
+        """Set the times of numbers that are all dates, such as 24112025, instead of seconds since 1970.
 
         Raises:
-            DataError: for such numbers, whose order in time would be wrong.
+            DataError: if they are dates in several forms.
         """
-        formats = compact_date_formats(times)
-        if not formats or self._rules.time_format is not None:
+        dates = {} if self._rules.time_format is not None else compact_dates(times)
+        if not dates:
             return
-        largest = int(np.nanargmax(times))
-        raise DataError(
-            "{file} line {line}: {name}".format(
-                **self._origins.find(largest), name=self._names.get("timestamp", "timestamp")
-            ),
-            f"{times[largest]:.{4 * ('.' in formats[0])}f}",
-            "would be read as seconds since 1970, but all times of the source look like dates",
-            f"Set time_format, for example {' or '.join(map(repr, formats))}.",
-        )
+        largest, (form, *others) = int(np.nanargmax(times)), dates
+        origin = self._origins.find(largest)
+        name = self._names.get("timestamp", "timestamp")
+        where = f"{origin.get('file', '?')} line {origin.get('line', '?')}: {name}"
+        example = f"{times[largest]:.{4 * ('.' in form)}f}"
+        if others:
+            cure = f"Set time_format, for example {' or '.join(map(repr, dates))}."
+            raise DataError(where, example, "is ambiguous: all times of the source are dates in several forms", cure)
+        logger.warning("%s: numbers like %s are all dates and are read as %s, not as seconds", where, example, form)
+        times[:] = dates[form]
 
     def _warn_of_far_times(self, times: np.ndarray) -> None:
         """Warn about implausible times, such as 0 for a missing time or the year 9999 as a placeholder."""
@@ -323,7 +324,7 @@ class InteractionCollector:
                 "Check the file and the format in the recipe.",
             )
         self._decide_dates(values["timestamp"])
-        self._refuse_compact_dates(values["timestamp"])
+        self._decide_compact_dates(values["timestamp"])
         self._warn_of_far_times(values["timestamp"])
         ids = {}
         for kind in ("user", "item"):

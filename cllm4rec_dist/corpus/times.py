@@ -144,34 +144,43 @@ def far_times(seconds: np.ndarray) -> np.ndarray:
     return is_epoch | (np.abs(seconds - median) > max(20 * 365.25 * _DAY, 10 * (high - low)))
 
 
-def compact_date_formats(numbers: np.ndarray) -> list[str]:
-    """Return the `strptime` formats in which all numbers are dates, such as 24112025, 20251124, 202511 and 11.2025.
+def compact_dates(numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Parse numbers that are dates without marks, such as 24112025, 20251124, 202511 and 11.2025.
 
     Args:
         numbers: float64 [n], NaN if missing.
+
+    Returns:
+        float64 [n] seconds since 1970 by `strptime` format, for each format in which all numbers are dates.
     """
-    numbers = numbers[~np.isnan(numbers)]
-    if not len(numbers) or numbers.min() < 1 or numbers.max() > 99_999_999:
-        return []
-    with_fraction = (numbers != np.floor(numbers)).any()
-    digits = np.rint(numbers * 10_000 if with_fraction else numbers).astype(np.int64)
-    high, middle, low = digits // 1_000_000, digits // 10_000 % 100, digits % 10_000
-    if with_fraction:
-        forms = {"%m.%Y": (1, digits // 10_000, low)}
-    else:
-        forms = {
-            "%d%m%Y": (high, middle, low),
-            "%m%d%Y": (middle, high, low),
-            "%Y%m%d": (digits % 100, low // 100, digits // 10_000),
-            "%Y%m": (1, digits % 100, digits // 100),
-        }
-    return [form for form, parts in forms.items() if _are_dates(*parts)]
+    present = ~np.isnan(numbers)
+    if not present.any() or numbers[present].min() < 1 or numbers[present].max() > 99_999_999:
+        return {}
+    has_fraction = bool((numbers[present] != np.floor(numbers[present])).any())
+    digits = np.rint(numbers[present] * 10_000 if has_fraction else numbers[present]).astype(np.int64)
+    first, second, last = digits // 1_000_000, digits // 10_000 % 100, digits % 10_000
+    ones = np.ones_like(digits)
+    forms = {
+        "%d%m%Y": (last, second, first),
+        "%m%d%Y": (last, first, second),
+        "%Y%m%d": (digits // 10_000, last // 100, digits % 100),
+        "%Y%m": (digits // 100, digits % 100, ones),
+    }
+    found = {}
+    for form, parts in ({"%m.%Y": (last, digits // 10_000, ones)} if has_fraction else forms).items():
+        seconds = _days(*parts)
+        if not np.isnan(seconds).any():
+            found[form] = np.full(len(numbers), np.nan)
+            found[form][present] = seconds
+    return found
 
 
-def _are_dates(day: np.ndarray | int, month: np.ndarray, year: np.ndarray) -> bool:
-    """True if all parts are those of a date from 1900 to 2100."""
-    limits = ((np.asarray(day), 1, 31), (month, 1, 12), (year, 1900, 2100))
-    return all(bool((part >= least).all() and (part <= most).all()) for part, least, most in limits)
+def _days(year: np.ndarray, month: np.ndarray, day: np.ndarray) -> np.ndarray:
+    """Convert dates from 1900 to 2100 to seconds, NaN for others."""
+    months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
+    days = months.astype("datetime64[D]") + (day - 1)
+    is_date = (year >= 1900) & (year <= 2100) & (month >= 1) & (month <= 12) & (days.astype("datetime64[M]") == months)
+    return np.where(is_date, days.astype("datetime64[s]").astype(np.float64), np.nan)
 
 
 def date_text(seconds: float) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import io
 
+import polars as pl
 import pytest
 
 from cllm4rec_dist.corpus.date_order import numeric_formats
@@ -209,6 +211,8 @@ def test_the_files_of_a_source_decide_together_what_no_file_decides(read: Read) 
     [
         (("96-05-13", "97-01-02"), [day(1996, 5, 13), day(1997, 1, 2)]),
         (("02-05-96", "13-05-97"), [day(1996, 5, 2), day(1997, 5, 13)]),
+        (tuple(f"25-01-{d:02d}" for d in range(3, 30, 5)), [day(2025, 1, d) for d in range(3, 30, 5)]),
+        (tuple(f"{d:02d}-01-25" for d in range(3, 30, 5)), [day(2025, 1, d) for d in range(3, 30, 5)]),
         (("13/02/24",), [day(2024, 2, 13)]),
         (("13.02.24", "14.02.25"), [day(2024, 2, 13), day(2025, 2, 14)]),
         (("2.13.24",), [day(2024, 2, 13)]),
@@ -226,6 +230,7 @@ def test_few_dates_of_two_digit_years(read: Read, texts: tuple[str, ...], second
         ("25-01-23", "25-01-24", "25-01-25"),
         ("23-01-25", "24-02-25"),
         tuple(f"01-{month:02d}-{year:02d}" for year in range(5, 25) for month in range(1, 13)),
+        tuple(f"15-{month:02d}-{year:02d}" for year in range(19, 25) for month in range(1, 13)),
         ("25-01-23", "13-14-25"),
     ],
 )
@@ -245,17 +250,29 @@ def test_two_digit_years_that_may_be_days_are_refused(refuse: Refuse, texts: tup
         (("11.2025", "01.2024"), "%m.%Y"),
     ],
 )
-def test_dates_without_marks_are_not_taken_as_seconds(
-    read: Read, refuse: Refuse, texts: tuple[str, ...], time_format: str
-) -> None:
-    message = refuse({"i.csv": rows(*texts)}, **SOURCE)
-    largest = max(texts, key=float)
-    assert message.startswith(f"i.csv line {2 + texts.index(largest)}: t: {largest!r}")
-    assert f"time_format, for example {time_format!r}" in message
+def test_numbers_that_are_all_dates_are_read_as_dates(read: Read, texts: tuple[str, ...], time_format: str) -> None:
+    seconds = [dt.datetime.strptime(text, time_format).replace(tzinfo=dt.UTC).timestamp() for text in texts]
     source = table(timestamp="t", separator=";", time_format=time_format)
-    assert read({"i.csv": rows(*texts)}, **source).column("timestamp") == [
-        dt.datetime.strptime(text, time_format).replace(tzinfo=dt.UTC).timestamp() for text in texts
-    ]
+    assert read({"i.csv": rows(*texts)}, **source).column("timestamp") == seconds
+    result = read({"i.csv": rows(*texts, "NULL")}, **SOURCE)
+    assert result.column("timestamp") == [*seconds, None]
+    largest = max(texts, key=float).lstrip("0")
+    assert f"numbers like {largest} are all dates and are read as {time_format}" in result.messages
+
+
+def test_integers_have_lost_the_zero_of_the_day(read: Read) -> None:
+    sink = io.BytesIO()
+    pl.DataFrame({"u": ["a", "a"], "i": ["1", "2"], "t": [1112025, 24112025]}).write_parquet(sink)
+    seconds = [day(2025, 11, 1), day(2025, 11, 24)]
+    for options in ({}, {"time_format": "%d%m%Y"}):
+        result = read({"i.parquet": sink.getvalue()}, **table("i.parquet", timestamp="t", **options))
+        assert result.column("timestamp") == seconds
+
+
+def test_numbers_that_are_dates_in_two_forms_are_refused(refuse: Refuse) -> None:
+    message = refuse({"i.csv": rows("01112025", "05122025")}, **SOURCE)
+    assert message.startswith("i.csv line 3: t: '5122025' is ambiguous")
+    assert "'%d%m%Y' or '%m%d%Y'" in message
 
 
 @pytest.mark.parametrize("texts", [("1", "2", "3"), ("20251124", "20251199"), ("11.5", "12.5"), ("8640000", "9000000")])
