@@ -156,6 +156,7 @@ def _metadata(
 
 def _read_evaluation(source: Source) -> tuple[Results | None, str]:
     """Read the results of this checkpoint and the split they were computed on; None if it was not evaluated."""
+    others: list[str] = []
     for run in dict.fromkeys((Path(source.run).absolute(), Path(source.opened.path).absolute().parent.parent)):
         folder = run / "evaluation"
         try:
@@ -168,8 +169,11 @@ def _read_evaluation(source: Source) -> tuple[Results | None, str]:
             continue
         if _matches(evaluated, source):
             return results, str(evaluated["split"])
-        logger.warning("the card has no results: %s evaluates another checkpoint than %s", folder, source.opened.path)
-    logger.warning("%s was not evaluated, so the card has no results; run `cllm4rec evaluate` first", source.run)
+        others.append(str(folder))
+    reason = (
+        f"{', '.join(others)} evaluates another checkpoint or other settings" if others else "there is no evaluation"
+    )
+    logger.warning("the card has no results: %s; run `cllm4rec evaluate %s` first", reason, source.run)
     return None, ""
 
 
@@ -179,16 +183,16 @@ def _matches(evaluated: dict[str, Any], source: Source) -> bool:
     return (
         Path(str(evaluated.get("checkpoint"))).name == source.opened.name
         and evaluated.get("fingerprints") == about.fingerprints
-        and _have_same_settings(evaluated.get("config", {}), about.config)
+        and _have_same_settings(evaluated.get("config", {}), source.config.model_dump(mode="json"))
     )
 
 
-def _have_same_settings(measured: dict[str, Any], trained: dict[str, Any]) -> bool:
-    """True if the settings that both the evaluation and the checkpoint name are the same, except for the width.
+def _have_same_settings(measured: dict[str, Any], exported: dict[str, Any]) -> bool:
+    """True if the settings that both the evaluation and the export name are the same, except for the width.
 
-    An evaluation names the width even if the run left it open, and settings that are newer than the checkpoint.
+    An evaluation names the width even if the run left it open.
     """
-    one, other = (dict(dotted_items({key: config.get(key) for key in _SETTINGS})) for config in (measured, trained))
+    one, other = (dict(dotted_items({key: config.get(key) for key in _SETTINGS})) for config in (measured, exported))
     return all(other[key] == value for key, value in one.items() if key in other and key != "embeddings.dim")
 
 

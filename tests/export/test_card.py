@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from cllm4rec_dist.evaluation.comparison import compare
 from cllm4rec_dist.evaluation.inference import evaluate_run, load
 from cllm4rec_dist.evaluation.topk import rank_users
 from cllm4rec_dist.export import hub
-from cllm4rec_dist.export.card import _have_same_settings, escape_markdown, score_lines
+from cllm4rec_dist.export.card import _have_same_settings, _matches, escape_markdown, score_lines
 from cllm4rec_dist.export.folder import export
 from cllm4rec_dist.export.options import ExportOptions
 from cllm4rec_dist.serving.recommender import Recommender
@@ -368,9 +369,20 @@ def test_markup_in_names_is_shown_as_it_is() -> None:
     assert escape_markdown("a | <b> *c*\n# d") == r"a \| \<b\> \*c\* \# d"
 
 
-def test_an_evaluation_may_name_the_width_and_settings_that_are_newer_than_the_run() -> None:
-    trained = {"stage": "finetune", "embeddings": {"dim": None, "init": "spectral"}, "linear": {"neighbors": 3}}
-    measured = trained | {"embeddings": {"dim": 16, "init": "spectral"}, "linear": {"neighbors": 3, "dropout": None}}
-    assert _have_same_settings(measured, trained)
+def test_an_evaluation_has_the_settings_that_the_run_has_chosen_itself() -> None:
+    """The run file leaves the offset of new items open, and the export has the one that validation chose."""
+    head = {"similarity": "cosine", "new_item_offset": None}
+    measured = {"config": {"head": head | {"new_item_offset": -3.75}}, "fingerprints": {}, "checkpoint": "x/best-1"}
+    metadata = SimpleNamespace(fingerprints={}, config={"head": head})
+    for offset in (-3.75, -2.0, None):
+        config = SimpleNamespace(model_dump=lambda offset=offset, **_: {"head": head | {"new_item_offset": offset}})
+        source: Any = SimpleNamespace(opened=SimpleNamespace(name="best-1", metadata=metadata), config=config)
+        assert _matches(measured, source) == (offset == -3.75)
+
+
+def test_an_evaluation_may_name_the_width() -> None:
+    exported = {"stage": "finetune", "embeddings": {"dim": None, "init": "spectral"}, "linear": {"neighbors": 3}}
+    measured = exported | {"embeddings": {"dim": 16, "init": "spectral"}, "linear": {"neighbors": 3, "dropout": None}}
+    assert _have_same_settings(measured, exported)
     for change in ({"stage": "pretrain"}, {"linear": {"neighbors": 4}}, {"embeddings": {"dim": 16, "init": "normal"}}):
-        assert not _have_same_settings(measured | change, trained)
+        assert not _have_same_settings(measured | change, exported)
