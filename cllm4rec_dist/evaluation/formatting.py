@@ -129,7 +129,7 @@ def split_text(split: object) -> str:
 def hidden_items(manifest: Manifest | None) -> str:
     """Describe the held-out items, as a phrase that follows `of`."""
     if manifest is not None and isinstance(manifest.preparation.split, LastSplit):
-        return "the items that a user took next"
+        return "the items that a user took last"
     return "the items that a user took and the model was not shown"
 
 

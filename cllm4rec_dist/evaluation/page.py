@@ -124,7 +124,7 @@ def lead(rival: Rival, popularity: Rival | None, hidden: str) -> str:
     Args:
         rival: comparison with the best baseline.
         popularity: comparison with popularity, if that is not the best baseline.
-        hidden: description of the held-out items, such as "the items that a user took next".
+        hidden: description of the held-out items, such as "the items that a user took last".
     """
     kind, _, cutoff = rival.metric.partition("@")
     if kind != "recall":

@@ -56,8 +56,8 @@ def test_a_warning_takes_the_colour_and_the_claim_away():
 
 def test_leads():
     popular = Rival("recall@20", "Popularity", 0.25, 0.1, PairedTest(1, None, None, None, None, "too few users"))
-    assert lead(rival("recall@20", "level"), popular, "the items that a user took next") == (
-        "Of the items that a user took next, the model's list of 20 held 25.0% on average; the list of EASE, "
+    assert lead(rival("recall@20", "level"), popular, "the items that a user took last") == (
+        "Of the items that a user took last, the model's list of 20 held 25.0% on average; the list of EASE, "
         "the best baseline, held 20.0%, and the 20 most popular items 10.0%."
     )
     assert lead(rival("ndcg@5", "level"), None, "-") == "NDCG@5 is 0.250 for the model, 0.200 for EASE."
