@@ -20,15 +20,12 @@ DateOrder = Literal["day-first", "month-first", "year-first"]
 _PARTS = re.compile(
     r"(\d{1,2})([/.\-])\d{1,2}\2(\d{4}|\d{2})(?:(,? |T)\d{1,2}:\d{2}(:\d{2})?( [AaPp][Mm])?)?", re.ASCII
 )
-_MIN_DAYS = 13
-"""Least distinct values of a part that is the day rather than the year."""
-_FEW_DAYS, _MIN_SPREAD = 5, 15
-"""Least distinct values of such a part that is three times as varied and scattered: years would be contiguous."""
-_MANY_DAYS = 26
-_MIN_RATIO = 1.5
-"""Least ratio of the distinct values of the day to those of the year."""
-_MONTH_ENDS = {1, 28, 29, 30, 31}
-"""Days of monthly dates: the only ones over many years would look like one year and many days."""
+_MIN_DAYS, _MIN_RATIO = 13, 1.5
+"""The day takes at least so many distinct values, and so many times as many as the year."""
+_FEW_DAYS, _HIGH_RATIO, _MIN_SPREAD = 5, 3, 15
+"""Fewer distinct values suffice with a higher ratio and a larger difference between the largest and the smallest."""
+_MONTH_ENDS, _MANY_DAYS = {1, 28, 29, 30, 31}, 26
+"""Monthly dates over many years look like many days of few years, unless there are so many."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,10 @@ class UndecidedDates:
         return possible.pop() if is_usual and len(possible) == 1 else None
 
     def _is_year_first(self) -> bool | None:
-        """Compare the distinct values of the first and the last part: the day takes more of them than the year."""
+        """Decide which of the first and the last part is the day: the one that takes clearly more distinct values."""
         first, last = (_distinct_days(self.readings[order]) for order in ("day-first", "year-first"))
         few, many = sorted((first, last), key=len)
-        is_scattered = len(many) >= max(_FEW_DAYS, 3 * len(few)) and max(many) - min(many) >= _MIN_SPREAD
+        is_scattered = len(many) >= max(_FEW_DAYS, _HIGH_RATIO * len(few)) and max(many) - min(many) >= _MIN_SPREAD
         is_frequent = len(many) >= max(_MIN_DAYS, _MIN_RATIO * len(few))
         is_monthly = few <= _MONTH_ENDS and len(many) < _MANY_DAYS
         return many is last if (is_scattered or is_frequent) and not is_monthly else None

@@ -20,6 +20,7 @@ from cllm4rec_dist.corpus.catalog import build_catalog
 from cllm4rec_dist.corpus.recipe import PrepareConfig, TableSource
 from cllm4rec_dist.corpus.sources import read_source
 from cllm4rec_dist.corpus.split_settings import LastSplit, RandomSplit
+from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.project import create, files
 from cllm4rec_dist.project.layout import is_project, run_of
 from cllm4rec_dist.project.machine import Machine, this_machine
@@ -360,3 +361,9 @@ def test_committed_run_files_have_the_settings_that_init_chooses(name: str, monk
         settings = [validate(RunConfig, yaml.safe_load(text) | {"stage": stage}, name) for text in (chosen, committed)]
         ours, theirs = (config.model_dump(exclude={"corpus", "backbone", "output", "init_from"}) for config in settings)
         assert ours == theirs, stage
+
+
+def test_an_error_about_a_recipe_names_all_options_that_may_mend_it() -> None:
+    error = DataError("orders.csv line 3", "x", "is no row", "Fix the recipe (quoting, encoding, time_format).")
+    assert create._with_option(error).cure.endswith("(cllm4rec init: --quoting, --encoding, --time-format)")
+    assert create._with_option(DataError("a", "b", "c", "Fix the file.")).cure == "Fix the file."

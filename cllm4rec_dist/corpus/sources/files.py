@@ -34,12 +34,8 @@ logger = logging.getLogger(__name__)
 _PATTERN = "*?["
 _UNPACK = "Unpack it and give the file or the folder."
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowInvalid, ValueError)
-_UNSUPPORTED = {
+_BINARIES = {
     b"ORC": "an ORC file",
-    b"%PDF-": "a PDF document",
-    b"<?xml": "an XML file",
-    b"<!doctype html": "an HTML page, perhaps of a login,",
-    b"<html": "an HTML page, perhaps of a login,",
     b"Obj\x01": "an Avro file",
     b"ARROW1": "an Arrow (Feather) file",
     b"\x89HDF": "an HDF5 file",
@@ -49,8 +45,15 @@ _UNSUPPORTED = {
     b"Rar!": "a RAR archive",
     b"\x1f\x9d": "a compress (.Z) file",
 }
+_DOCUMENTS = {
+    b"%pdf-": "a PDF document",
+    b"<?xml": "an XML file",
+    b"<!doctype html": "an HTML page, perhaps of a login,",
+    b"<html": "an HTML page, perhaps of a login,",
+}
+"""First letters of documents, lower case."""
 _LAST_CONTROL = 8
-"""Bytes up to this one are in no text."""
+"""Largest of the control characters that no text has."""
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _HEAD = 262
 """First bytes that identify every kind of file: the mark of a tar archive is at 257."""
@@ -213,11 +216,14 @@ def _decompressed(path: str, file: BinaryIO, stack: ExitStack) -> BinaryIO:
 
 
 def _unsupported_kind(head: bytes) -> str | None:
+    """Return what a file of an unsupported kind is, by its first bytes; None for any other file."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    for prefix, what in _UNSUPPORTED.items():
-        is_text = prefix.startswith((b"<", b"%"))
-        is_header = prefix.isalnum() and min(head, default=0) > _LAST_CONTROL  # a column whose name begins with ORC
-        if (text if is_text else head).startswith(prefix.lower() if is_text else prefix) and not is_header:
+    is_binary = min(head, default=0) <= _LAST_CONTROL
+    for prefix, what in _DOCUMENTS.items():
+        if text.startswith(prefix):
+            return what
+    for prefix, what in _BINARIES.items():
+        if head.startswith(prefix) and (is_binary or not prefix.isalnum()):  # a header may begin with ORC
             return what
     return None
 
