@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +81,17 @@ def store_of_run(path: str) -> str:
     checkpoint = tree.get("checkpoint")
     folder = checkpoint.get("dir") if isinstance(checkpoint, dict) else None
     return str(folder or f"{path}/checkpoints")
+
+
+def earlier_folder(folder: Path) -> Path:
+    """Return a new name beside a folder that is about to be replaced and kept."""
+    names = (folder.with_name(f"{folder.name}-earlier-{number}") for number in count(1))
+    return next(path for path in names if not path.exists())
+
+
+def is_earlier(run: Path) -> bool:
+    """True for a run that was renamed by `earlier_folder`, so that its settings name the one that replaced it."""
+    return re.search(r"-earlier-\d+$", run.name) is not None
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from cllm4rec_dist.checkpointing.run_folder import (
     STATUS_FILE,
     STEP,
     RunRecord,
+    is_earlier,
     is_locked,
     read_config,
     read_metrics,
@@ -342,6 +343,8 @@ def _next(status: RunStatus, run: Path, *, has_config: bool) -> list[str]:
     """Suggested commands; none that would be rejected."""
     if status.stage is None or status.lives or status.checkpoints is None:
         return []
+    if is_earlier(run) and not (status.stage == "finetune" and status.condition == "done"):
+        return []  # its settings would go on with the run that replaced it
     if status.condition == "done":
         is_usable = status.checkpoint is not None or status.best_checkpoint is not None
         if not is_usable or not (has_config or status.stage == "finetune") or _has_successor(run):
@@ -358,7 +361,8 @@ def _has_successor(run: Path) -> bool:
             start = read_config(file.parent).get("init_from")
         except ConfigError:
             continue
-        if start is not None and file.parent != run and Path(str(start)).name == run.name:
+        is_other = file.parent != run and not is_earlier(file.parent)
+        if start is not None and is_other and Path(str(start)).name == run.name:
             return True
     return False
 

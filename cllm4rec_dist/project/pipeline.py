@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from cllm4rec_dist import preflight
 from cllm4rec_dist.checkpointing.find_run import newest_step
+from cllm4rec_dist.checkpointing.run_folder import earlier_folder
 from cllm4rec_dist.config import BackboneConfig, RunConfig, load_config
 from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.corpus.recipe import PrepareConfig
@@ -293,10 +294,7 @@ def _keep_earlier(folder: Path, echo: Echo) -> None:
     """Rename an earlier output, to keep it."""
     if not folder.exists():
         return
-    index = 1
-    while (kept := folder.with_name(f"{folder.name}-earlier-{index}")).exists():
-        index += 1
-    folder.rename(kept)
+    kept = folder.rename(earlier_folder(folder))
     echo(f"      the earlier {folder.name} is now {kept}{_use_of(folder.name, shlex.quote(str(kept)))}")
 
 

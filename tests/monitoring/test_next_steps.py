@@ -28,9 +28,28 @@ def test_after_pretraining_comes_the_configuration_beside_its_own(run: Path) -> 
     finetune = config.with_name("shop-finetune.yaml")
     finetune.write_text(CONFIG + "init_from: my shop/runs/pretrain\n")
     assert next_commands("pretrain", run, config) == ["cllm4rec finetune -c launch/shop-finetune.yaml"]
-    finetune.write_text(CONFIG + "init_from: another\n")
-    expected = "cllm4rec finetune -c launch/shop-finetune.yaml init_from='my shop/runs/pretrain'"
-    assert next_commands("pretrain", run, config) == [expected]
+
+
+def test_from_another_run_than_the_configuration_names_another_output_is_trained(run: Path) -> None:
+    """Else the command would resume, without a word but a warning, what the configuration's output has."""
+    config = Path("launch/shop-pretrain.yaml")
+    config.parent.mkdir()
+    config.with_name("shop-finetune.yaml").write_text(CONFIG + "init_from: another\n")
+    command = "cllm4rec finetune -c launch/shop-finetune.yaml init_from='my shop/runs/pretrain' output="
+    assert next_commands("pretrain", run, config) == [f"{command}'my shop/runs/finetune'"]
+    run.with_name("finetune").mkdir()
+    assert next_commands("pretrain", run, config) == [f"{command}'my shop/runs/finetune-2'"]
+    warm = run.parent / "warm"
+    warm.mkdir()
+    assert next_commands("pretrain", warm, config)[0].endswith("output='my shop/runs/warm-finetune'")
+
+
+def test_the_second_stage_has_the_corpus_of_the_first_and_its_permission_for_a_leak(run: Path) -> None:
+    """As when a grown catalog is trained from settings on the command line (docs/running.md)."""
+    (run.parents[1] / "finetune.yaml").write_text(CONFIG + f"init_from: {run}\n")
+    (run / "config.yaml").write_text(f"corpus: {Path('grown').absolute()}\nbackbone: owner/name\nallow_leak: true\n")
+    more = "corpus=grown backbone=owner/name --allow-leak"
+    assert next_commands("pretrain", run) == [f"cllm4rec finetune -c 'my shop/finetune.yaml' {more}"]
 
 
 def test_after_pretraining_in_a_project_comes_its_finetuning(run: Path) -> None:
@@ -53,7 +72,12 @@ def test_after_finetuning_the_run_is_used(run: Path) -> None:
 
 
 def test_a_run_goes_on_from_its_own_configuration(run: Path) -> None:
-    assert resume_command("pretrain", run, 4) == "cllm4rec pretrain -c 'my shop/runs/pretrain/config.yaml' --workers 4"
+    command = "cllm4rec pretrain -c 'my shop/runs/pretrain/config.yaml' --workers 4"
+    assert resume_command("pretrain", run, 4) == command
+    (run / "config.yaml").write_text(f"output: {run}\n")
+    assert resume_command("pretrain", run, 4) == command
+    (run / "config.yaml").write_text(f"output: {run.with_name('original')}\n")
+    assert resume_command("pretrain", run, 4) == f"{command} output='my shop/runs/pretrain'", "of a copy"
 
 
 def test_the_first_line_comes_before_torch_is_imported(run: Path) -> None:

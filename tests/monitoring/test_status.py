@@ -272,6 +272,20 @@ def test_what_has_been_done_is_not_next(tmp_path: Path) -> None:
     assert read(run).next == [f"cllm4rec serve {run}"]
 
 
+def test_a_run_that_was_replaced_and_kept_suggests_nothing_that_would_go_on_with_the_new_one(tmp_path: Path) -> None:
+    runs = tmp_path / "shop/runs"
+    before = make_run(runs / "pretrain", record=make_record(stage="pretrain", state="done"))
+    for number, (state, stage) in enumerate([("done", "pretrain"), ("interrupted", "pretrain"), ("failed", "finetune")]):
+        kept = make_run(runs / f"{stage}-earlier-{number}", record=make_record(stage=stage, state=state))
+        assert read(kept).next == []
+    tuned = make_run(runs / "finetune-earlier-9", record=make_record(state="done"))
+    with (tuned / "config.yaml").open("a") as file:
+        file.write(f"init_from: {before}\n")
+    assert read(tuned).next == [f"cllm4rec {command} {tuned}" for command in ("evaluate", "serve")]
+    (command,) = read(before).next
+    assert command.startswith("cllm4rec finetune"), "the kept finetuning started from the run that was replaced"
+
+
 def test_an_untrained_project_names_the_next_command(tmp_path: Path) -> None:
     for name in ("recipe.yaml", "finetune.yaml"):
         (tmp_path / name).write_text("{}")
