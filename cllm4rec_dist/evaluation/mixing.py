@@ -1,14 +1,15 @@
 """The weight of the linear memory's score against the LLM's, chosen on validation.
 
 The grid has factors of two around the ratio of the standard deviations of both scores over the catalog, so that it fits
-scores of any scale, and 0, so that a memory that does not help is left out. Queries are encoded and scored once for the
-whole grid.
+scores of any scale, and 0, so that a memory that does not help is left out. Where its largest weight is the best, larger
+ones are tried, up to those at which the memory decides alone. Queries are encoded and scored once for a whole grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ _SAMPLED_USERS = 256
 """Users from whose scores the scale of the grid is estimated."""
 _EXPONENTS = range(-6, 2)
 """Powers of two of the grid, in units of the ratio of standard deviations."""
+_LARGER_EXPONENTS = range(2, 9)
+"""Those that are tried if the largest one of the grid is the best."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,38 @@ def choose_weight(
     if system.linear.is_empty:
         (alone,) = evaluate(system, split, metrics, batch_users, [LLM_ALONE], num_users=num_users)
         return MixedMetrics(LLM_ALONE, alone.result().mean, alone.result().mean, {})
-    grid = [LLM_ALONE, *_weights(system, split, batch_users), LINEAR_ALONE]
-    evaluations = evaluate(system, split, metrics, batch_users, grid, num_users=num_users)
-    results = [evaluation.result().mean for evaluation in evaluations]
-    if system.config.linear.weight is None:
-        best = max(range(len(grid) - 1), key=lambda index: (results[index][metrics[0]], -index))
-    else:
-        best = 1
-    return MixedMetrics(grid[best], results[best], results[0], results[-1])
 
-
-def _weights(system: InferenceSystem, split: str, batch_users: int) -> list[float]:
-    """Return the weights between those of each score alone, ascending."""
+    rank = partial(_rank, system, split, metrics, batch_users, num_users)
     fixed = system.config.linear.weight
     if fixed is not None:
-        return [fixed]
+        ranked = rank([LLM_ALONE, fixed, LINEAR_ALONE])
+        return MixedMetrics(fixed, ranked[fixed], ranked[LLM_ALONE], ranked[LINEAR_ALONE])
     scale = score_ratio(system, split, batch_users)
-    return [scale * 2.0**exponent for exponent in _EXPONENTS if scale > 0]
+    ranked = rank([LLM_ALONE, *(scale * 2.0**exponent for exponent in _EXPONENTS if scale > 0), LINEAR_ALONE])
+    linear = ranked.pop(LINEAR_ALONE)
+    if _best(ranked, metrics[0]) == max(ranked) > 0:
+        ranked |= rank([scale * 2.0**exponent for exponent in _LARGER_EXPONENTS])
+    weight = _best(ranked, metrics[0])
+    return MixedMetrics(weight, ranked[weight], ranked[LLM_ALONE], linear)
+
+
+def _rank(
+    system: InferenceSystem,
+    split: str,
+    metrics: Sequence[str],
+    batch_users: int,
+    num_users: int | None,
+    weights: Sequence[float],
+) -> dict[float, dict[str, float]]:
+    """Return the metrics of the held-out items by weight. Collective."""
+    distinct = [*dict.fromkeys(weights)]  # a weight of the settings may be 0, too
+    parts = evaluate(system, split, metrics, batch_users, distinct, num_users=num_users)
+    return {weight: part.result().mean for weight, part in zip(distinct, parts, strict=True)}
+
+
+def _best(ranked: Mapping[float, Mapping[str, float]], metric: str) -> float:
+    """Return the weight with the highest metric, the smallest of equally good ones."""
+    return max(ranked, key=lambda weight: (ranked[weight][metric], -weight))
 
 
 @torch.no_grad()

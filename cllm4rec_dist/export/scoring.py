@@ -3,7 +3,7 @@
 It describes `PromptBuilder.prediction`, `Recommender.item_queries` and `ItemHead` with the settings of the run:
 
     prompt      tokens in order: a token id of the backbone's tokenizer, "user" for the user, or "history" for the items
-    history     the user's last `longest` items, oldest first
+    history     the user's last `longest` items, oldest first, after all but the first of repeated items are left out
     users       names of the tables of user rows: `rows`, null in a folder to publish without users, and `without_row`,
                 the row for anyone who has none
     inputs      one embedding per token: the backbone's input embedding, a user row, or a row of collaborative.items;
@@ -55,7 +55,7 @@ def describe_scoring(source: Source, backbone: str, *, with_users: bool, with_pa
         "quantization": config.quantization,
         "adapter": {"kind": config.adapter.kind, "folder": folders[config.adapter.kind]},
         "prompt": _prompt(source),
-        "history": {"longest": config.method.max_history, "order": "oldest first"},
+        "history": {"longest": config.method.max_history, "order": "oldest first", "distinct": True},
         "users": {
             "rows": f"{COLLABORATIVE}.users" if with_users else None,
             "without_row": f"{COLLABORATIVE}.{SHARED_USER}",

@@ -35,7 +35,8 @@ def system(runs: dict[str, Path]) -> InferenceSystem:
 def test_the_best_weight_of_the_grid_is_chosen_and_both_parts_are_reported(system: InferenceSystem) -> None:
     ratio = score_ratio(system, "valid", 5)
     assert ratio > 0
-    grid = [0.0, *(ratio * 2.0**exponent for exponent in mixing._EXPONENTS)]
+    exponents = [*mixing._EXPONENTS, *mixing._LARGER_EXPONENTS]
+    grid = [0.0, *(ratio * 2.0**exponent for exponent in exponents)]
     values = [part.result().mean for part in evaluate(system, "valid", METRICS, 5, [*grid, LINEAR_ALONE])]
     chosen = choose_weight(system, "valid", METRICS, 5)
     best = int(np.argmax([value["recall@5"] for value in values[:-1]]))
@@ -44,14 +45,38 @@ def test_the_best_weight_of_the_grid_is_chosen_and_both_parts_are_reported(syste
     assert chosen.parts.keys() == {"llm", "linear"}
 
 
+def test_larger_weights_are_tried_where_the_largest_of_the_grid_is_the_best(
+    system: InferenceSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a memory that is much better than the LLM is held back by the grid's edge, and so are the lists."""
+    ratio = score_ratio(system, "valid", 5)
+    weights = [0.0, *(ratio * 2.0**exponent for exponent in range(-6, 9))]
+    values = [part.result().mean["recall@5"] for part in evaluate(system, "valid", METRICS, 5, weights)]
+    best = weights[int(np.argmax(values))]
+    assert best > 0.0, "the case needs a memory that helps"
+    # A grid that ends below the best weight goes on to it; one that does not reach its end is not continued.
+    exponent = round(np.log2(best / ratio))
+    monkeypatch.setattr(mixing, "_EXPONENTS", range(exponent - 2, exponent))
+    monkeypatch.setattr(mixing, "_LARGER_EXPONENTS", range(exponent, exponent + 4))
+    ranked: list[list[float]] = []
+    rank = mixing._rank
+    monkeypatch.setattr(mixing, "_rank", lambda *arguments: (ranked.append(arguments[-1]), rank(*arguments))[1])
+    assert choose_weight(system, "valid", METRICS, 5).weight == pytest.approx(best)
+    assert [len(weights) for weights in ranked] == [4, 4]
+    monkeypatch.setattr(mixing, "_EXPONENTS", range(exponent, exponent + 4))
+    assert choose_weight(system, "valid", METRICS, 5).weight == pytest.approx(best)
+    assert len(ranked) == 3
+
+
 def test_a_weight_of_the_settings_is_measured_as_it_is(system: InferenceSystem) -> None:
     free = choose_weight(system, "valid", METRICS, 5)
-    for weight in (free.weight, 3 * free.weight + 1):
+    for weight, expected in ((free.weight, free.metrics), (LLM_ALONE, free.llm)):
         linear = system.config.linear.model_copy(update={"weight": weight})
         fixed = replace(system, config=system.config.model_copy(update={"linear": linear}))
         chosen = choose_weight(fixed, "valid", METRICS, 5)
         assert (chosen.weight, chosen.llm, chosen.linear) == (weight, free.llm, free.linear)
-        assert (chosen.metrics == free.metrics) == (weight == free.weight)
+        assert chosen.metrics == expected
+    assert free.metrics != free.llm
 
 
 def test_a_validation_may_rank_a_sample_of_the_users(system: InferenceSystem) -> None:

@@ -275,7 +275,8 @@ def test_what_has_been_done_is_not_next(tmp_path: Path) -> None:
 def test_a_run_that_was_replaced_and_kept_suggests_nothing_that_would_go_on_with_the_new_one(tmp_path: Path) -> None:
     runs = tmp_path / "shop/runs"
     before = make_run(runs / "pretrain", record=make_record(stage="pretrain", state="done"))
-    for number, (state, stage) in enumerate([("done", "pretrain"), ("interrupted", "pretrain"), ("failed", "finetune")]):
+    ends = ("done", "pretrain"), ("interrupted", "pretrain"), ("failed", "finetune")
+    for number, (state, stage) in enumerate(ends):
         kept = make_run(runs / f"{stage}-earlier-{number}", record=make_record(stage=stage, state=state))
         assert read(kept).next == []
     tuned = make_run(runs / "finetune-earlier-9", record=make_record(state="done"))
