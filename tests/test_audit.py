@@ -266,6 +266,21 @@ def test_the_command_says_yes_or_ends_with_status_2(tmp_path: Path, capsys: pyte
     assert "yes" not in shown.out
 
 
+def test_the_command_checks_both_runs_of_a_project(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("recipe.yaml", "finetune.yaml"):
+        (tmp_path / name).touch()
+    session(tmp_path / "runs/pretrain", 100, 2, 0, 9)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"'{tmp_path}/runs/finetune/audit' does not exist" in capsys.readouterr().err
+    session(tmp_path / "runs/finetune", 100, 2, 0, 9)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", str(tmp_path)])
+    assert not ended.value.code
+    assert capsys.readouterr().out.count("exactly once: yes\n") == 2
+
+
 def test_a_log_goes_on_on_a_fresh_line_after_a_torn_one(tmp_path: Path) -> None:
     config: Any = SimpleNamespace(audit=True, batch=SimpleNamespace(users=2, texts=1))
     source: Any = SimpleNamespace(num_users=2, has_texts=True, text_record_sizes=np.array([2, 2, 1]))

@@ -16,6 +16,7 @@ from cllm4rec_dist.errors import ConfigError
 
 _PROVIDED = ("output", "init_from", "seed", "stage", "backbone", "resume", "checkpoint.dir")
 """Settings that the ablation decides; a variant's backbone is `given` or `random`."""
+_STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,18 @@ def make_cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int
         ConfigError: if the settings of any variant are not valid.
     """
     _require_free(files.overrides, "override")
+    _require_order(files)
     for variant in variants:
         _require_free([*variant.overrides("pretrain"), *variant.overrides("finetune")], f"variant {variant.name}")
     return list(_cells(files, variants, seeds, output))
+
+
+def _require_order(files: RunFiles) -> None:
+    """Refuse run files that are swapped: both are valid for either stage."""
+    starts = {stage: files.load(stage, []).init_from for stage in _STAGES}
+    if starts["pretrain"] is not None and starts["finetune"] is None:
+        what = "starts from another run (init_from), and the file of --finetune does not, so that they seem swapped"
+        raise ConfigError("--pretrain", str(files.pretrain), what, "Give the file of the first stage as --pretrain.")
 
 
 def _cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int], output: Path) -> Iterator[Cell]:

@@ -159,9 +159,20 @@ def recommend(
     exclude, only = _item_ids(exclude_file, "--exclude-file"), _item_ids(items_file, "--items-file")
     if only is not None and not only:
         raise DataError("--items-file", str(items_file), "has no ids", "Write one id per line, or omit the option.")
+    _require_history(
+        history,
+        {
+            "--user-column": user_column,
+            "--item-column": item_column,
+            "--time-column": time_column,
+            "--time-format": time_format,
+            "--separator": separator,
+            "--encoding": encoding,
+        },
+    )
     if output is None:
         _require_printable(
-            basket, user, users_file, history, file_format, known_items, skip_unknown_users=skip_unknown_users
+            run, basket, user, users_file, history, file_format, known_items, skip_unknown_users=skip_unknown_users
         )
         options = {"top": top or 10, "min_score": min_score, "include_seen": include_seen}
         _print_list(
@@ -175,17 +186,6 @@ def recommend(
     users = None if user is None and users_file is None else list(user or ())
     if users is not None and users_file is not None:
         users += read_ids(users_file, "--users-file")
-    _require_history(
-        history,
-        {
-            "--user-column": user_column,
-            "--item-column": item_column,
-            "--time-column": time_column,
-            "--time-format": time_format,
-            "--separator": separator,
-            "--encoding": encoding,
-        },
-    )
     run_path = find_trained(run)
     announce(f"recommend: reading {run}, importing torch", launcher)
     is_here = not ranks_are_elsewhere(launcher, os.environ) or runs_here(launcher, workers, os.environ)
@@ -341,6 +341,7 @@ def _require_new_history(history: str | None) -> None:
 
 
 def _require_printable(
+    run: str,
     basket: list[str] | None,
     user: list[str] | None,
     users_file: Path | None,
@@ -353,7 +354,7 @@ def _require_printable(
     """Refuse a call without OUTPUT for several lists or with options for files."""
     if not basket and (user is None or len(user) > 1 or users_file is not None or history is not None):
         raise ConfigError(
-            "OUTPUT", None, "is missing", "Give a folder for the lists, or --basket A,B or one --user to print a list."
+            "RUN", run, "has no OUTPUT after it", "Give a folder for lists, or --basket A,B or one --user to print one."
         )
     for_files = {
         "--user": user if user is not None and len(user) > 1 else None,

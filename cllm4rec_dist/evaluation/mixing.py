@@ -1,8 +1,8 @@
 """The weight of the linear memory's score against the LLM's, chosen on validation.
 
 The grid has factors of two around the ratio of the standard deviations of both scores over the catalog, so that it fits
-scores of any scale, and 0, so that a memory that does not help is left out. Where its largest weight is the best, larger
-ones are tried, up to those at which the memory decides alone. Queries are encoded and scored once for a whole grid.
+scores of any scale, and 0, so that a memory that does not help is left out. Where its largest weight is the best,
+larger ones are tried, up to those at which the memory decides alone. Queries are encoded and scored once for a grid.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
+from pydantic import ValidationError
 
-from cllm4rec_dist.config import validate
 from cllm4rec_dist.corpus.manifest import OrderColumns
 from cllm4rec_dist.corpus.raw import RawData
 from cllm4rec_dist.corpus.recipe import InteractionTable, TableFile, TableSource
@@ -39,7 +40,10 @@ _NAMES = {
 """Usual column names, lower case letters only, most likely first."""
 _SAMPLE = 1000
 """Number of times with which the recipe's time format is tried."""
+_OPTIONS = {"path": "--history", "user": "--user-column", "item": "--item-column", "timestamp": "--time-column"}
+"""Options that are not named like their key of a recipe."""
 Columns = tuple[str, str, str | None]
+TableT = TypeVar("TableT", bound=TableFile)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def read_histories(
 def _read(path: str, given: HistoryFormat, recipe: OrderColumns | None) -> RawData:
     """Read the file's interactions with the reader of `prepare`."""
     written = {"path": path, "separator": given.separator, "encoding": given.encoding}
-    validate(TableFile, written, "--history")
+    _validated(TableFile, written)
     files = _files(path)
     file = files[0]
     if given.encoding is None and len(files) == 1:
@@ -92,10 +96,21 @@ def _read(path: str, given: HistoryFormat, recipe: OrderColumns | None) -> RawDa
     user, item, time = _columns(path, file, given, recipe)
     logger.info("%s: users are %r, items %r, times %s", path, user, item, "not given" if time is None else repr(time))
     columns = {"user": user, "item": item, "timestamp": time}
-    table = validate(InteractionTable, {**written, **columns, "time_format": given.time_format}, "--history")
+    table = _validated(InteractionTable, {**written, **columns, "time_format": given.time_format})
     if given.time_format is None:
         table = table.model_copy(update={"time_format": _recipe_format(file, table, recipe)})
     return read_table(TableSource(format="table", interactions=table))
+
+
+def _validated(model: type[TableT], given: dict[str, Any]) -> TableT:
+    """Validate the format of the file. An error names the first option that is wrong."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, rule = str(first["loc"][0]), str(first["msg"]).removeprefix("Value error, ")
+        option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+        raise ConfigError(option, given[name], f"is refused: {rule}", "Leave it out: it is detected.") from None
 
 
 def _group_by_user(raw: RawData) -> dict[str, tuple[str, ...]]:

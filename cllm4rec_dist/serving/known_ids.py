@@ -6,14 +6,16 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 
 from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find
+from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.corpus.about import alike_ids
 from cllm4rec_dist.corpus.manifest import ItemColumns, OrderColumns, load_manifest
-from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DataError
+from cllm4rec_dist.errors import CLLM4RecError, CorpusError, DamagedCheckpointError, DataError
 from cllm4rec_dist.filesystems import as_os_errors, locate
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
@@ -120,10 +122,24 @@ def read_known_ids(run: str, corpus: str | None = None) -> KnownIds:
 def _corpus_of(run: str) -> str:
     """Path of the corpus of a run's best checkpoint. Its configuration is validated later, by the ranks."""
     store, names = find(run)
-    marker = store.marker(names[0])
-    state = json.loads(store.fetch(names[0], "state.json", marker.files["state.json"]).read_bytes())
+    state = _first_state(store, names)
     in_project = corpus_in_project(store, state.get("fingerprints", {}).get("corpus"))
     return in_project or str(state["config"].get("corpus"))
+
+
+def _first_state(store: Store, names: Sequence[str]) -> dict[str, Any]:
+    """Return the state of the first checkpoint in which it is intact, as loading it passes over damaged ones."""
+    for name in names[:-1]:
+        try:
+            return _state(store, name)
+        except DamagedCheckpointError:
+            continue  # the ranks report it
+    return _state(store, names[-1])
+
+
+def _state(store: Store, name: str) -> dict[str, Any]:
+    entry = store.marker(name).files["state.json"]
+    return cast(dict[str, Any], json.loads(store.fetch(name, "state.json", entry).read_bytes()))
 
 
 def _table(url: str, kind: str) -> pl.DataFrame:
@@ -149,7 +165,7 @@ def unknown_error(field: str, unknown: Sequence[str], known: Sequence[str], kind
     many = f" ({len(unknown):,} in all)" if len(unknown) > len(shown) else ""
     article = "an" if kind == "item" else "a"
     rule = f"is not {article} {kind} of the run" if len(unknown) == 1 else f"are not {kind}s of the run{many}"
-    return DataError(field, value, rule, f"Did you mean {likely}? {cure}" if likely else cure)
+    return DataError(field, value, rule, f"Did you mean {likely}? {cure}".rstrip() if likely else cure)
 
 
 def require_joined_items(field: str, ordered: Iterable[str], items: ItemCatalog) -> None:
@@ -196,6 +212,8 @@ def find_item(field: str, text: str, items: ItemCatalog) -> str:
         raise DataError(field, text, f"is in the titles of {len(rows):,} items", f"Give the id of one:{shown}{more}")
     cure = "Give an id, or words of its title."
     similar = items.search(text, 3)
-    if similar:
+    if similar and similar_ids(text, items.ids):
+        cure = ""
+    elif similar:
         cure = f"Did you mean {' or '.join(f'{items.ids[row]} ({items.titles[row]})' for row in similar)}?"
     raise unknown_error(field, [text], items.ids, "item", cure)

@@ -30,11 +30,14 @@ from cllm4rec_dist.serving.table_columns import ITEM_NAMES, column_names, find_e
 logger = logging.getLogger(__name__)
 
 _TITLE_NAMES = "title name producttitle productname itemtitle itemname movietitle booktitle titel produktname"
+_KINDS = ("title", "description")
 _DESCRIPTION_NAMES = "description text details summary productdescription beschreibung produktbeschreibung"
 
 
 def read_new_items(path: str, recipe: ItemColumns | None = None) -> list[NewItem]:
     """Read new products in the order of the file.
+
+    If several rows have the same id, the first text of each column is used, as in a corpus.
 
     Args:
         path: file, pattern or folder of parts.
@@ -51,26 +54,40 @@ def read_new_items(path: str, recipe: ItemColumns | None = None) -> list[NewItem
     encodings = [find_encoding(file.path, "save it as UTF-8") for file in files]
     table = _find_columns(path, files[0], recipe, encodings[0])
     log = SkipLog()
-    frames = [
-        _read(file, table.model_copy(update={"encoding": encoding}), log)
-        for file, encoding in zip(files, encodings, strict=True)
-    ]
+    try:
+        frames = [
+            _read(file, table.model_copy(update={"encoding": encoding}), log)
+            for file, encoding in zip(files, encodings, strict=True)
+        ]
+    except DataError as error:
+        if "recipe" not in error.cure:
+            raise
+        raise DataError(error.field, error.value, error.constraint, "Save the file as UTF-8.") from None
     for reason, count in log.counts.items():
         logger.warning("%s: left out %d x %s", path, count, reason)
     rows = pl.concat(frames)
-    if not len(rows):
+    products = rows.group_by("item", maintain_order=True).agg(pl.exclude("item").drop_nulls().first())
+    if len(products) < len(rows):
+        logger.info("%s: %d rows are further ones of the same products", path, len(rows) - len(products))
+    if not len(products):
         raise DataError(OPTION, path, "has no product", "Give a file with a header and a row for each product.")
-    return [NewItem(*row) for row in rows.iter_rows()]
+    texts = (
+        joined(products, [name for name in products.columns if name.startswith(f"{kind} ")]).fill_null("").alias(kind)
+        for kind in _KINDS
+    )
+    return [NewItem(*row) for row in products.select("item", *texts).iter_rows()]
 
 
 def _read(file: RawFile, table: ItemTable, log: SkipLog) -> pl.DataFrame:
-    """Return columns item, title and description of a file, "" for a missing text."""
+    """Return a column `item` and one for each column of texts, whose name begins with its kind; null if missing."""
     titles = [] if table.title is None else [table.title]
     texts = list(dict.fromkeys([*titles, *table.description]))
     roles: dict[str, Role] = {**dict.fromkeys(texts, "text"), table.item: "id"}
     names = {name: name for name in roles}
     rules = Rules(has_html=table.html)
-    parts = [pl.DataFrame(schema=dict.fromkeys(("item", "title", "description"), pl.String))]
+    kinds = dict(zip(_KINDS, (titles, table.description), strict=True))
+    names_of_texts = [f"{kind} {name}" for kind, columns in kinds.items() for name in columns]
+    parts = [pl.DataFrame(schema=dict.fromkeys(["item", *names_of_texts], pl.String))]
     for batch in read_batches(file, table, "auto", names, roles, log):
         ids = without_missing(column_ids(batch.columns[table.item], f"{batch.path}: {table.item}"), MISSING_WORDS)
         if is_float_column(ids.drop_nulls()):
@@ -82,19 +99,10 @@ def _read(file: RawFile, table: ItemTable, log: SkipLog) -> pl.DataFrame:
             )
         columns = {
             f"{kind} {name}": read_texts(batch, name, f"{batch.path}: {name}", rules, log, one_line=kind == "title")
-            for kind, each in (("title", titles), ("description", table.description))
+            for kind, each in kinds.items()
             for name in each
         }
-        rows = pl.DataFrame({"item": ids, **columns})
-        parts.append(
-            rows.select(
-                "item",
-                *(
-                    joined(rows, [name for name in columns if name.startswith(f"{kind} ")]).fill_null("").alias(kind)
-                    for kind in ("title", "description")
-                ),
-            )
-        )
+        parts.append(pl.DataFrame({"item": ids, **columns}))
     log.close_file(file.path)
     return pl.concat(parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cllm4rec_dist.errors import DataError
@@ -57,23 +57,29 @@ def checked_titles(titles: object, descriptions: object) -> list[NewItem]:
 
 
 def require_new(field: str, new_items: Sequence[NewItem], items: ItemCatalog) -> None:
-    """Refuse an empty id, an id that the catalog has, an id that comes twice, and an item without a text.
+    """Refuse products that `violations` names.
 
     Raises:
-        DataError: names the first one.
+        DataError: the first violation.
     """
+    for violation in violations(field, new_items, items):
+        raise violation
+
+
+def violations(field: str, new_items: Sequence[NewItem], items: ItemCatalog) -> Iterator[DataError]:
+    """Yield an error for an empty id, an id that the catalog has or that comes twice, and an item without a text."""
     seen: set[str] = set()
     for new in new_items:
         if not new.item.strip():
-            raise DataError(field, new.item, "is an empty id", "Give each new product an id.")
-        if items.row(new.item) is not None:
-            raise DataError(
+            yield DataError(field, new.item, "is an empty id", "Give each new product an id.")
+        elif items.row(new.item) is not None:
+            yield DataError(
                 field, new.item, "is an item of the run already", "Leave it out: it is ranked and shown by its own id."
             )
-        if new.item in seen:
-            raise DataError(field, new.item, "comes twice", "Give each new product once.")
-        if not new.text:
-            raise DataError(
+        elif new.item in seen:
+            yield DataError(field, new.item, "comes twice", "Give each new product once.")
+        elif not new.text:
+            yield DataError(
                 field, new.item, "has no text", "Give its title or description: nothing else is known of a new product."
             )
         seen.add(new.item)

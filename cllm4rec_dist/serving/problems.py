@@ -140,7 +140,7 @@ def _explain(kind: str, context: dict[str, Any], message: str) -> tuple[str, str
         case "string_too_long":
             return f"has more than {context['max_length']:,} characters", "Send a shorter text."
         case "string_too_short":
-            return "is empty", "Leave it out or write something."
+            return "is empty", "Write something."
         case "less_than_equal":
             return f"is more than {context['le']:,}", f"Send {context['le']:,} or less."
         case "greater_than_equal":

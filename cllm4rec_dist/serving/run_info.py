@@ -18,8 +18,8 @@ class RunInfo:
         step: completed optimizer steps.
         date: time at which the checkpoint was written, ISO 8601 in UTC, in seconds; "" if the store does not record it.
         stage: pretrain or finetune.
-        best_metric, best_value: validation metric that selects checkpoints, and its best value so far; None if the run
-            never validated.
+        best_metric: validation metric that selects checkpoints; None if the run never validated.
+        best_value: its value for this checkpoint; None if this is not the best one.
         corpus: name of the corpus.
         num_users, num_items: rows of the run.
         backbone: path or hub id.
@@ -58,7 +58,7 @@ def describe_run(run: str, system: InferenceSystem, checkpoint: Checkpoint) -> R
         date="" if written is None else written.isoformat(timespec="seconds"),
         stage=config.stage,
         best_metric=state.best_metric,
-        best_value=state.best,
+        best_value=state.best if state.best_step == state.step else None,
         corpus=system.corpus.manifest.name,
         num_users=system.corpus.num_users,
         num_items=system.corpus.num_items,

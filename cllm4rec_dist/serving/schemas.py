@@ -160,8 +160,9 @@ class Run(_Answer):
     stage: str
     """pretrain or finetune."""
     best_metric: str | None
-    """Validation metric that selected the checkpoint; null if the run never validated."""
+    """Validation metric that selects checkpoints; null if the run never validated."""
     best_value: float | None
+    """Its value for this checkpoint; null if this is not the best one, as where that one is damaged."""
     corpus: str
     num_users: int
     num_items: int

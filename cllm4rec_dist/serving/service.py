@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import PurePath
 
 import pandas as pd
@@ -16,9 +17,16 @@ from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.serving import schemas
 from cllm4rec_dist.serving.batching import Batcher, OverloadError
 from cllm4rec_dist.serving.live import LiveRecommender, Outcome, Served
-from cllm4rec_dist.serving.new_items import NewItem, require_new
+from cllm4rec_dist.serving.new_items import NewItem, violations
 from cllm4rec_dist.serving.options import MAX_EXPLAINED, ServiceOptions
-from cllm4rec_dist.serving.problems import did_you_mean, from_input_error, request_error, shown
+from cllm4rec_dist.serving.problems import (
+    MAX_REPORTED,
+    RequestError,
+    did_you_mean,
+    from_input_error,
+    request_error,
+    shown,
+)
 from cllm4rec_dist.serving.queries import Answer, Query
 from cllm4rec_dist.serving.telemetry import Telemetry
 
@@ -223,10 +231,9 @@ def _query(request: schemas.RecommendRequest, served: Served) -> Query:
 def _new_items(given: Sequence[schemas.NewItem], served: Served) -> list[NewItem]:
     """Return the new products of a request. Raises RequestError if they are no new ones."""
     new_items = [NewItem(new.item, new.title, new.description) for new in given]
-    try:
-        require_new("new_items", new_items, served.recommender.items)
-    except DataError as error:
-        raise from_input_error(error) from None
+    wrong = islice(violations("new_items", new_items, served.recommender.items), MAX_REPORTED)
+    if found := [violation for error in wrong for violation in from_input_error(error).violations]:
+        raise RequestError(found)
     return new_items
 
 

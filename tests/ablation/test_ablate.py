@@ -267,6 +267,14 @@ def test_settings_that_the_ablation_decides_are_refused(files: RunFiles, tmp_pat
         cells_of(RunFiles(files.pretrain, files.finetune, [override]), ["full"], [0], tmp_path)
 
 
+def test_swapped_run_files_are_refused(files: RunFiles, tmp_path: Path) -> None:
+    swapped = RunFiles(files.finetune, files.pretrain)
+    with files.finetune.open("a") as file:
+        file.write("init_from: runs/pretrain\n")
+    with pytest.raises(ConfigError, match="--pretrain: .*init_from.*swapped"):
+        make_cells(swapped, load_variants(["full"]), [0], tmp_path)
+
+
 def test_an_invalid_setting_of_any_variant_is_refused_at_once(files: RunFiles, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("label: wrong\nfinetune: {optimizer: {lr: -1}}\n")

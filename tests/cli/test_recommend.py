@@ -118,8 +118,8 @@ WRONG = [
     (["out", "more"], r"OUTPUT: \['out', 'more'\] must be one folder"),
     (["--basket", "item-2", "--basket", "x"], r"are not items .* item-002 .*for 'item-2'. Give ids between commas"),
     (["--basket", "TITLE"], r"--basket: 'TITLE' is not an item of the run\. "),
-    ([], "OUTPUT: None is missing"),
-    (["--user", "user-001", "--user", "user-002"], "OUTPUT: None is missing"),
+    ([], "has no OUTPUT after it"),
+    (["--user", "user-001", "--user", "user-002"], "has no OUTPUT after it"),
     (["--basket", "item-001", "--known-items", "train"], "--known-items: 'train' is for lists that are written"),
     (["--basket", "item-001", "--skip-unknown-users"], "--skip-unknown-users"),
     (["--basket", "item-001", "--format", "parquet"], "--format: 'parquet' cannot be printed"),
@@ -134,6 +134,9 @@ WRONG = [
     (["out", "--history", "nothing.csv"], "--history: 'nothing.csv' does not exist"),
     (["out", "--user-column", "x"], "is about --history"),
     (["out", "--encoding", "cp1252"], "--encoding: 'cp1252' is about --history"),
+    (["--basket", "item-001", "--separator", ";"], "--separator: ';' is about --history"),
+    (["--user", "user-001", "--time-format", "%d"], "--time-format: '%d' is about --history"),
+    (["out", "--history", "orders.csv", "--encoding", "foo"], "--encoding: 'foo' is refused: 'foo' is not an encoding"),
     (["out", "--min-score", "nan"], "--min-score"),
     (["out", "--launcher", "mpi"], "--launcher"),
 ]
@@ -146,6 +149,7 @@ def test_mistakes_are_reported_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     Path("wrong.txt").write_text("ITEM-1\n")
     Path("blank.txt").write_text("\n \n")
+    Path("orders.csv").write_text("user,item\nuser-001,item-001\n")
     monkeypatch.setattr("cllm4rec_dist.cli.recommend.launch_short", lambda *a, **k: pytest.fail("started"))
     monkeypatch.setattr(Recommender, "load", lambda *a, **k: pytest.fail("loaded"))
     assert re.search(message, refused("recommend", run, *options))
@@ -216,7 +220,6 @@ def test_files_of_lists_have_new_products(run: Path, recommender: Recommender, n
     [
         ("item,title\nitem-004,blue\nitem-003,tea\n", "nor is any other of 2 (items of the run already: 2)"),
         ("item,title\nitem-004,blue\nsku-2,\n", "(items of the run already: 1; without a text: 1, such as 'sku-2')"),
-        ("item,title\nsku-1,blue\nsku-1,tea\n", "--new-items: 'sku-1' comes twice"),
         ("item,title\n,blue\n", "line 2: '' has no id"),
         ("item,price\nsku-1,3\n", "none with a usual name for titles or descriptions"),
     ],

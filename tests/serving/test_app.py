@@ -104,9 +104,12 @@ def test_a_new_checkpoint_is_taken_up_and_a_damaged_one_is_not(run: Path, caplog
     live = open_run(options)
     with TestClient(create_app(live, options)) as client:
         before = client.post("/recommend", json={"history": BASKET}).json()
+        assert client.get("/run").json()["best_value"] == 0.25
         old = weakref.ref(live.current.recommender)
         newer = add_checkpoint(run)
         wait_until(client, newer)
+        shown = client.get("/run").json()
+        assert (shown["best_metric"], shown["best_value"]) == ("recall@5", None), "it is not of the best step"
         gc.collect()
         assert old() is None  # its memory is given back
         after = client.post("/recommend", json={"history": BASKET}).json()

@@ -129,14 +129,14 @@ def test_a_file_of_another_form_is_read_as_the_options_say(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (HistoryFormat(encoding="klingon"), "'klingon' is not an encoding"),
-        (HistoryFormat(time_format="day"), "'day' is not a strptime format"),
+        (HistoryFormat(encoding="klingon"), "--encoding: 'klingon' is refused: 'klingon' is not an encoding"),
+        (HistoryFormat(time_format="day"), "--time-format: 'day' is refused: 'day' is not a strptime format"),
     ],
 )
 def test_an_encoding_and_a_format_of_no_kind_are_refused(tmp_path: Path, given: HistoryFormat, words: str) -> None:
     path = tmp_path / "orders.csv"
     path.write_text("user,item,date\nu1,a,2026-01-01\n")
-    with pytest.raises(ConfigError, match=f"--history: .*{words}"):
+    with pytest.raises(ConfigError, match=words):
         read_histories(str(path), given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cllm4rec_dist.errors import CheckpointError, DataError
+from cllm4rec_dist.checkpointing.find_run import find
+from cllm4rec_dist.errors import CheckpointError, DamagedCheckpointError, DataError
 from cllm4rec_dist.serving.id_list import similar_ids
 from cllm4rec_dist.serving.item_catalog import ItemCatalog
 from cllm4rec_dist.serving.known_ids import (
@@ -40,6 +42,23 @@ def test_ids_are_read_without_torch(runs: dict[str, Path]) -> None:
         read_known_ids(str(runs["paper"].parent))
 
 
+def test_ids_are_read_although_the_best_checkpoint_is_damaged(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The ranks pass over it, too, and report it."""
+    run = tmp_path / "run"
+    shutil.copytree(runs["paper"], run, ignore=shutil.ignore_patterns("tensorboard"))
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "best-00000007", checkpoints / "step-00000007", dirs_exist_ok=True)
+    store, names = find(str(run))
+    assert names == ["best-00000007", "step-00000007"]
+    for file in ("state.json", "COMMIT.json"):
+        Path(store.path(names[0]), file).write_text("{}")
+        assert read_known_ids(str(run)).users[3] == "user-003"
+    for name in names[1:]:
+        Path(store.path(name), "state.json").write_text("{}")
+    with pytest.raises(DamagedCheckpointError, match="is not what was committed"):
+        read_known_ids(str(run))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("1", "1"), ("lamp", "lamp"), ("blue", "3"), ("Chair blue", "3"), ("red LAMP", "1")]
 )
@@ -54,6 +73,9 @@ def test_what_means_several_items_or_none_is_refused_with_candidates() -> None:
         find_item("ITEM", "blue cha", CATALOG)
     with pytest.raises(DataError, match=r"'lamb' is not an item of the run. Did you mean lamp\?"):
         find_item("ITEM", "lamb", CATALOG)
+    alike = ItemCatalog(["SKU-0001", "SKU-0002"], ["Pan", "Pot"], None, np.zeros(2, np.int64))
+    with pytest.raises(DataError, match=r"Did you mean SKU-0001\?$"):
+        find_item("ITEM", "sku-0001", alike)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ RECIPE = ItemColumns(item="Nr", title="Bezeichnung", description=("Marke", "Farb
         ('{"item": 5, "title": "Rose soap", "x": 1}\n{"item": "6"}\n', [("5", "Rose soap", ""), ("6", "", "")]),
         ("id_x,Nr,Bezeichnung,Farbe,title\n1,7,<b>Rose</b> soap,red,none\n", [("7", "Rose soap", "red")]),
         ("item,title\n1.0,Rose\n2.0,Soap\n", [("1", "Rose", ""), ("2", "Soap", "")]),
+        (
+            "item,title,description\nb,,\na,Soap,\nb,Rose,red\na,Tea,green\nb,Soap,\n",
+            [("b", "Rose", "red"), ("a", "Soap", "green")],
+        ),
     ],
 )
 def test_columns_are_those_of_the_recipe_or_have_usual_names(
@@ -51,6 +55,7 @@ def test_parquet_with_gaps_and_lists(tmp_path: Path) -> None:
 def test_a_product_has_the_text_that_prepare_gives_it(tmp_path: Path) -> None:
     (tmp_path / "orders.csv").write_text("user,item\nu1,a\nu2,a\n")
     content = 'Nr,Bezeichnung,Marke,Farbe\na,Brush,,\nn,<i>Rose</i>  soap &amp; &#34;x&#34;,NULL,"red\n blue"\n'
+    content += "n,,Acme,\n"  # a further row of the same product, as of a variant
     (tmp_path / "items.csv").write_text(content)
     table = {"path": str(tmp_path / "items.csv"), **RECIPE.model_dump()}
     orders = {"path": str(tmp_path / "orders.csv"), "user": "user", "item": "item"}
@@ -58,7 +63,7 @@ def test_a_product_has_the_text_that_prepare_gives_it(tmp_path: Path) -> None:
     prepared = {
         row["item"]: NewItem(row["item"], row["title"] or "", row["description"] or "") for row in raw.items.to_dicts()
     }
-    assert prepared["n"] == NewItem("n", 'Rose soap & "x"', "red blue")
+    assert prepared["n"] == NewItem("n", 'Rose soap & "x"', "Acme red blue")
     assert read_new_items(str(tmp_path / "items.csv"), RECIPE) == [prepared["a"], prepared["n"]]
 
 

@@ -139,6 +139,14 @@ def test_a_request_may_have_products_that_the_run_does_not_have(client: TestClie
     assert "n1" in [item["item"] for item in response.json()["items"]]
 
 
+def test_all_wrong_new_products_of_a_request_are_named(client: TestClient) -> None:
+    wrong = [{"item": "s1", "title": "Soap"}, {"item": "n2", "title": ""}, NEW, NEW]
+    response = client.post("/recommend", json={"history": ["s1"], "new_items": wrong})
+    assert response.status_code == 422
+    rules = [error["constraint"] for error in response.json()["errors"]]
+    assert rules == ['"s1" is an item of the run already', '"n2" has no text', '"n1" comes twice']
+
+
 def test_nothing_of_a_new_product_is_kept(client: TestClient) -> None:
     recommend(client, history=["s1"], new_items=[NEW])
     assert "n1" not in listed(recommend(client, history=["s1"], top=100))

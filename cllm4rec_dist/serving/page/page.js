@@ -364,7 +364,7 @@ async function showRun() {
   const date = new Date(run.date);
   const day = Number.isNaN(date.getTime()) ? run.date : date.toLocaleDateString("en-GB", { day: "numeric", month: "short", year: "numeric" });
   const time = Number.isNaN(date.getTime()) ? run.date : date.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
-  const metric = run.best_metric === null ? null : `${run.best_metric} ${run.best_value.toFixed(3)}`;
+  const metric = run.best_value === null ? null : `${run.best_metric} ${run.best_value.toFixed(3)}`;
   byId("run-line").textContent = [run.corpus, day, metric].filter(Boolean).join(" · ");
   const facts = {
     Data: run.corpus,
@@ -372,7 +372,7 @@ async function showRun() {
     Checkpoint: run.checkpoint,
     Written: time,
     Steps: number(run.step),
-    Validation: metric ?? "never validated",
+    Validation: metric ?? (run.best_metric === null ? "never validated" : "another checkpoint was better"),
     Products: number(run.num_items),
     Customers: number(run.num_users),
     Backbone: run.backbone,
