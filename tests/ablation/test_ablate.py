@@ -271,7 +271,7 @@ def test_swapped_run_files_are_refused(files: RunFiles, tmp_path: Path) -> None:
     swapped = RunFiles(files.finetune, files.pretrain)
     with files.finetune.open("a") as file:
         file.write("init_from: runs/pretrain\n")
-    with pytest.raises(ConfigError, match="--pretrain: .*init_from.*swapped"):
+    with pytest.raises(ConfigError, match=r"--pretrain: .*init_from.*swapped"):
         make_cells(swapped, load_variants(["full"]), [0], tmp_path)
 
 
