@@ -248,6 +248,13 @@ def _require_current(project: Project, settings: Settings, stages: Sequence[Stag
     changes: list[str] = []
     for stage in stages:
         state = state_of(project, settings, stage)
+        if stage.trains and read_record(project, stage.name) is None and newest_step(stage.output.parent) > 0:
+            raise ConfigError(
+                f"project {project.folder}",
+                stage.name,
+                f"was trained, but {project.record(stage.name)}, which says with what, is missing or unreadable",
+                f"Restore it, or train again with `{redo}`; the earlier run is then kept under another name.",
+            )
         is_affected = bool(changes) or state.status is Status.STALE
         if stage.trains and is_affected and _has_trained(project, stage):
             why = "; ".join(dict.fromkeys(changes or state.changes))

@@ -231,6 +231,22 @@ def commit(run: Path, name: str) -> None:
     store.commit(name, {"state.json": store.write(name, "state.json", lambda path: path.write_text(name))})
 
 
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_trained_run_without_a_readable_record_is_replaced_only_with_redo(shop: Shop, content: str | None) -> None:
+    shop.run()
+    commit(shop.project.finetune_run, "step-00000006")
+    record = shop.project.record("finetune")
+    if content is None:
+        record.unlink()
+    else:
+        record.write_text(content)
+    with pytest.raises(ConfigError, match=r"'finetune' was trained, but .*finetune.json, .* --redo"):
+        shop.run()
+    assert shop.ran == []
+    assert shop.run(redo=True)[0] == "finetune"
+    assert (shop.project.finetune_run.with_name("finetune-earlier-1") / "checkpoints/step-00000006").is_dir()
+
+
 def test_a_run_trained_further_by_another_command_is_evaluated_again(shop: Shop) -> None:
     shop.run()
     commit(shop.project.finetune_run, "best-00000020")
