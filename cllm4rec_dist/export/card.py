@@ -47,7 +47,7 @@ _SETTINGS = (
 """Settings that affect the result; the others are paths, or concern logging and checkpoints."""
 _LIBRARIES = {"lora": "peft", "full": "transformers", "none": "transformers"}
 _TAGS = ["recommendation", "recommender-system", "collaborative-filtering", "cllm4rec"]
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_card(source: Source, options: ExportOptions, scoring: dict[str, Any], path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cllm4rec_dist.checkpointing.run_folder import CONFIG_FILE, read_config
 from cllm4rec_dist.config import RunConfig, load_config
+from cllm4rec_dist.corpus.manifest import load_manifest
 from cllm4rec_dist.errors import CLLM4RecError
 from cllm4rec_dist.preflight import resolve_paths
 
@@ -23,7 +24,8 @@ def next_commands(stage: str, run: Path, config_file: Path | None = None, *, is_
         is_evaluated: True if the run has been evaluated since its last step.
     """
     if stage == "finetune":
-        return [f"cllm4rec {command} {_short(run)}" for command in ("evaluate", "serve")[is_evaluated:]]
+        commands = ("serve",) if is_evaluated or not _holds_out(run) else ("evaluate", "serve")
+        return [f"cllm4rec {command} {_short(run)}" for command in commands]
     finetune_config = _finetune_config(run, config_file)
     if finetune_config is None:
         config = config_file or run / CONFIG_FILE
@@ -63,6 +65,15 @@ def _overrides(config_file: Path, run: Path) -> list[str]:
         values = {"init_from": str(run), "output": str(_unused(_finetuned(run))), **values}
     changed = [f"{field}={_short(value)}" for field, value in values.items() if value != getattr(config, field)]
     return [*changed, *(["--allow-leak"] if pretrained.get("allow_leak") else [])]
+
+
+def _holds_out(run: Path) -> bool:
+    """True if the corpus of a run has items to evaluate on, or cannot be read."""
+    try:
+        manifest, _ = load_manifest(str(_read_config(run).get("corpus")))
+    except CLLM4RecError:
+        return True
+    return manifest.num_held_out("test") > 0
 
 
 def _finetuned(run: Path) -> Path:

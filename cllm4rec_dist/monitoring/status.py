@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
@@ -35,6 +35,7 @@ from cllm4rec_dist.checkpointing.run_folder import (
 from cllm4rec_dist.checkpointing.store import COMMIT, FileEntry, Store
 from cllm4rec_dist.errors import CheckpointError, CLLM4RecError, ConfigError
 from cllm4rec_dist.filesystems import is_url
+from cllm4rec_dist.monitoring.chosen import chosen_settings
 from cllm4rec_dist.monitoring.next_steps import next_commands, resume_command
 from cllm4rec_dist.monitoring.progress import Schedule
 
@@ -66,6 +67,7 @@ class RunStatus:
         eta: seconds to the end, if the run is alive.
         validation: metrics of the last validation, at `validated_step`.
         damaged: unusable checkpoints that are newer than the usable ones, or all if none is usable.
+        chosen: what validation has chosen (`chosen.py`), in a finetuning run that is done.
         problems: files that are missing or cannot be read.
         next: suggested commands.
     """
@@ -93,6 +95,7 @@ class RunStatus:
     best_checkpoint: Newest | None = None
     checkpoints: str | None = None
     damaged: list[str] = field(default_factory=list)
+    chosen: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     next: list[str] = field(default_factory=list)
 
@@ -170,6 +173,9 @@ def _read_run(run: Path, now: float) -> RunStatus:
     if not status.lives:
         status.eta = None
     status.next = _next(status, run, has_config=bool(config))
+    if status.stage == "finetune" and status.condition == "done" and status.best_checkpoint is not None:
+        state = _read_state(Store(store_of_run(str(run))), status.best_checkpoint.name)
+        status.chosen = chosen_settings(state, status.steps_per_epoch)
     return status
 
 
@@ -184,15 +190,22 @@ def _read_store(url: str, now: float) -> RunStatus:
             f"holds only damaged checkpoints: {', '.join(status.damaged)}" if status.damaged else "holds no checkpoint"
         )
         raise ConfigError("RUN", url, what, "Give the folder or URL that checkpoint.dir names.")
-    files = store.marker(newest.name).files
-    if STATE_FILE not in files:
+    state = _read_state(store, newest.name)
+    if not state:
         status.problems.append(f"{newest.name} holds no {STATE_FILE}")
         return status
-    state = json.loads(store.fetch(newest.name, STATE_FILE, files[STATE_FILE]).read_bytes())
     run = state["run"]
     status.stage = state["config"].get("stage")
     status.best, status.best_metric, status.best_step = (run.get(key) for key in ("best", "best_metric", "best_step"))
     return status
+
+
+def _read_state(store: Store, name: str) -> dict[str, Any]:
+    """Return the state of an intact checkpoint; empty if it has none."""
+    files = store.marker(name).files
+    if STATE_FILE not in files:
+        return {}
+    return cast(dict[str, Any], json.loads(store.fetch(name, STATE_FILE, files[STATE_FILE]).read_bytes()))
 
 
 def _read_settings(run: Path, status: RunStatus) -> dict[str, Any]:

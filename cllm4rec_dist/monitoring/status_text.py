@@ -51,6 +51,8 @@ def format_status(status: RunStatus) -> str:
         rows.append(("checkpoint", f"{none} in {status.checkpoints}"))
     if status.updated is not None:
         rows.append(("updated", f"{format_duration(status.updated)} ago"))
+    if status.chosen:
+        rows.append(("chosen", " ".join(status.chosen)))
     rows += [("note", problem) for problem in status.problems]
     rows += [("next" if status.condition == "done" else "resume", command) for command in status.next]
     return f"{status.run}: {status.stage or 'run'} {_SENTENCES[status.condition]}\n{format_rows(rows)}"

@@ -100,7 +100,7 @@ def _recipe(project: Project, proposal: Proposal) -> str:
         _line(0, "min_user_items", recipe["min_user_items"], "customers with fewer items are left out"),
         _line(0, "min_item_users", recipe["min_item_users"], "items that fewer customers have are left out"),
         _line(0, "split", split, f"held out to choose and to judge the model: {held_out}"),
-        "# split: {kind: none}   # for production: train on everything, validate nothing",
+        "# split: {kind: none}   # for production: train on everything, as a validated run chose (docs/linear.md)",
         "",
     ]
     return "\n".join(lines)

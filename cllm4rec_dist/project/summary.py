@@ -14,6 +14,8 @@ from cllm4rec_dist.project.pipeline import duration
 from cllm4rec_dist.project.stages import Settings, read_record, stages_of
 
 _MAX_REASONS = 5
+_WIDEST_COMMAND = 60
+"""Width of the column of commands; the reason of a longer one follows it."""
 
 
 def summarize(project: Project, settings: Settings, command_line: str) -> str:
@@ -23,7 +25,7 @@ def summarize(project: Project, settings: Settings, command_line: str) -> str:
         command_line: the `run` command with its overrides, without `--redo`.
     """
     manifest, _ = load_manifest(str(project.corpus))
-    parts = [_data(manifest), _times(project, settings), _table(project), _paths(project)]
+    parts = [_data(manifest), _times(project, settings), _table(project), _paths(project), _unchosen(settings)]
     return "\n".join([line for part in parts for line in part] + _next(project, command_line))
 
 
@@ -86,6 +88,13 @@ def _paths(project: Project) -> Iterator[str]:
     yield f"lists     {project.recommendations} (Parquet: user, item, rank, score)"
 
 
+def _unchosen(settings: Settings) -> Iterator[str]:
+    """Yield what the lists lack because nothing was held out to choose it."""
+    validation, linear = settings.finetune.validation, settings.finetune.linear
+    if validation.every_epochs == 0 and linear.neighbors and linear.weight is None:
+        yield "          without the linear memory: its weight is chosen on validation, or given (docs/linear.md)"
+
+
 def _next(project: Project, command_line: str) -> list[str]:
     folder = shlex.quote(str(project.folder))
     commands = {
@@ -94,6 +103,6 @@ def _next(project: Project, command_line: str) -> list[str]:
         f"cllm4rec export {folder} FOLDER": "for other programs",
         f"{command_line} --redo": "when the data have changed",
     }
-    width = max(map(len, commands))
+    width = min(_WIDEST_COMMAND, max(map(len, commands)))
     heads = ["next", "", "", ""]
     return [f"{head:<10}{line:<{width}}  {why}" for head, (line, why) in zip(heads, commands.items(), strict=True)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cllm4rec_dist.corpus.manifest import FileEntry, Manifest, Preparation
 from cllm4rec_dist.monitoring.next_steps import next_commands, resume_command
 
 CONFIG = "corpus: c\nbackbone: b\noutput: o\n"
@@ -69,6 +70,30 @@ def test_after_finetuning_the_run_is_used(run: Path) -> None:
         "cllm4rec evaluate 'my shop/runs/finetune'",
         "cllm4rec serve 'my shop/runs/finetune'",
     ]
+
+
+@pytest.mark.parametrize(("num_test", "commands"), [(1, ["evaluate", "serve"]), (0, ["serve"])])
+def test_a_run_whose_corpus_holds_nothing_out_is_not_evaluated(run: Path, num_test: int, commands: list[str]) -> None:
+    tuned, corpus = run.with_name("finetune"), run / "corpus"
+    for folder in (tuned, corpus):
+        folder.mkdir()
+    (tuned / "config.yaml").write_text(f"corpus: {corpus}\n")
+    files = tuple(
+        FileEntry(path=f"{kind}.parquet", kind=kind, num_bytes=1, sha256="0" * 64) for kind in ("users", "items")
+    )
+    manifest = Manifest(
+        name="shop",
+        num_users=2,
+        num_items=2,
+        num_interactions={"train": 4, "valid": 0, "test": num_test},
+        num_content={},
+        tokenizer_fingerprint="0",
+        preparation=Preparation(),
+        skipped={},
+        files=files,
+    )
+    (corpus / "manifest.json").write_bytes(manifest.to_bytes())
+    assert next_commands("finetune", tuned) == [f"cllm4rec {name} 'my shop/runs/finetune'" for name in commands]
 
 
 def test_a_run_goes_on_from_its_own_configuration(run: Path) -> None:

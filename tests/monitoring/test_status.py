@@ -287,6 +287,22 @@ def test_a_run_that_was_replaced_and_kept_suggests_nothing_that_would_go_on_with
     assert command.startswith("cllm4rec finetune"), "the kept finetuning started from the run that was replaced"
 
 
+def test_what_validation_has_chosen_is_shown_as_settings(tmp_path: Path) -> None:
+    """A run that is trained on everything cannot choose them (docs/linear.md)."""
+    run = make_run(tmp_path / "run", record=make_record(state="done"))
+    state = {
+        "run": {"step": 30, "linear_weight": 42.49627, "new_item_offset": -2.75},
+        "linear": {"text_weight": 10.0, "regularization": 100.0, "history_power": 0.25, "dropout": 0.0},
+    }
+    store, name = Store(f"{run}/checkpoints"), "best-00000030"
+    content = json.dumps(state)
+    store.commit(name, {"state.json": store.write(name, "state.json", lambda path: path.write_text(content))})
+    linear = "linear.weight=42.4963 linear.text_weight=10 linear.regularization=100 linear.history_power=0.25"
+    assert rows_of(read(run))["chosen"] == f"epochs=3 {linear} linear.dropout=0 head.new_item_offset=-2.75"
+    write_record(run, make_record(state="interrupted"))
+    assert "chosen" not in rows_of(read(run))
+
+
 def test_an_untrained_project_names_the_next_command(tmp_path: Path) -> None:
     for name in ("recipe.yaml", "finetune.yaml"):
         (tmp_path / name).write_text("{}")

@@ -386,6 +386,15 @@ def test_the_summary_counts_customers_who_are_held_out_whole(shop: Shop) -> None
     assert "2 of these customers are held out whole: 6 shown as their history, 1 to validate, 2 to test" in output
 
 
+def test_the_summary_says_that_lists_lack_the_linear_memory_if_nothing_chose_its_weight(shop: Shop) -> None:
+    shop.run()
+    for more, is_said in (([], False), (["every_epochs=0"], True), (["every_epochs=0", "weight=2"], False)):
+        sections = {"every_epochs": "finetune.validation", "weight": "finetune.linear"}
+        overrides = [f"{sections[each.partition('=')[0]]}.{each}" for each in more]
+        settings = load_settings(shop.project, split_overrides(overrides), 20)
+        assert ("without the linear memory" in summarize(shop.project, settings, "cllm4rec run shop")) == is_said
+
+
 def test_durations_are_readable() -> None:
     assert [duration(seconds) for seconds in (0.2, 59, 61, 3700)] == ["0 s", "59 s", "1 min 1 s", "1 h 1 min"]
 
