@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 
 from cllm4rec_dist.serving.web import create_app
 from tests.serving.browser import SHOP, add, running_browser, served
@@ -119,12 +119,37 @@ def test_a_product_of_unknown_words_is_told(context: BrowserContext, shop: Shop)
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
+def test_no_key_chooses_from_the_list_of_an_earlier_text(page: Page) -> None:
+    """Else who types on and presses Enter has another product in the basket."""
+    search = page.get_by_role("combobox")
+    search.fill("soap")
+    expect(page.get_by_role("option")).not_to_have_count(1)
+    expect(search).to_have_attribute("aria-busy", "false")
+    held: list[Route] = []
+    page.route("**/items?*", lambda route: held.append(route))  # a method of a list cannot be one
+    search.press("End")
+    page.keyboard.type(" rose honey")
+    expect(search).to_have_attribute("aria-busy", "true")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert search.input_value() == "soap rose honey"
+    assert search.get_attribute("aria-activedescendant") is None
+    while not held:
+        page.wait_for_timeout(20)
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("option")).to_have_count(1)
+    page.keyboard.press("Enter")
+    expect(page.locator("#basket li")).to_have_count(1)
+
+
 def test_everything_works_by_keyboard_alone(page: Page) -> None:
     search = page.get_by_role("combobox")
     expect(search).to_be_focused()
     page.keyboard.type("soap")
     expect(page.get_by_role("option").first).to_be_visible()
     expect(search).to_have_attribute("aria-expanded", "true")
+    expect(search).to_have_attribute("aria-busy", "false")
     num_options = page.get_by_role("option").count()
     assert num_options > 2
 

@@ -20,6 +20,7 @@ const state = {
   categories: [], // names of excluded categories
   options: [], // search results
   active: -1, // index into options
+  isSearching: false, // options are those of an earlier text
   checkpoint: null,
 };
 
@@ -76,14 +77,22 @@ function closeFound() {
   searching?.abort();
   state.options = [];
   state.active = -1;
+  setSearching(false);
   found.hidden = true;
   found.replaceChildren();
   search.setAttribute("aria-expanded", "false");
   search.removeAttribute("aria-activedescendant");
 }
 
+// Until its products come the list has those of an earlier text, which no key may choose.
+function setSearching(isSearching) {
+  state.isSearching = isSearching;
+  search.setAttribute("aria-busy", String(isSearching));
+}
+
 function showFound(items) {
   state.options = items;
+  setSearching(false);
   state.active = -1;
   search.removeAttribute("aria-activedescendant");
   found.replaceChildren(...items.map((item, index) => element(
@@ -129,16 +138,20 @@ async function find(text) {
     const answer = await request(`items?${new URLSearchParams({ query: text, limit: "10" })}`, { signal });
     if (!signal.aborted) showFound(answer.items.length ? answer.items : [newProduct(text)]);
   } catch (error) {
-    if (!signal.aborted) byId("search-note").textContent = error.message;
+    if (signal.aborted) return;
+    closeFound();
+    byId("search-note").textContent = error.message;
   }
 }
 
 search.addEventListener("input", () => {
   clearTimeout(searchTimer);
+  searching?.abort();
   byId("search-note").textContent = "";
   const text = search.value.trim();
-  if (text) searchTimer = setTimeout(() => find(text), SEARCH_PAUSE);
-  else closeFound();
+  if (!text) return closeFound();
+  setSearching(true);
+  searchTimer = setTimeout(() => find(text), SEARCH_PAUSE);
 });
 search.addEventListener("blur", closeFound);
 search.addEventListener("keydown", (event) => {
@@ -147,6 +160,8 @@ search.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
     if (!open) search.value = "";
     closeFound();
+  } else if (state.isSearching && ["Enter", "ArrowDown", "ArrowUp"].includes(event.key)) {
+    // pressed again when the products have come
   } else if (event.key === "Enter" && open) {
     choose(state.options[Math.max(state.active, 0)]);
   } else if (open && event.key === "ArrowDown") {
