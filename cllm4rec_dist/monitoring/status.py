@@ -174,8 +174,11 @@ def _read_run(run: Path, now: float) -> RunStatus:
         status.eta = None
     status.next = _next(status, run, has_config=bool(config))
     if status.stage == "finetune" and status.condition == "done" and status.best_checkpoint is not None:
-        state = _read_state(Store(store_of_run(str(run))), status.best_checkpoint.name)
-        status.chosen = chosen_settings(state, status.steps_per_epoch)
+        try:
+            state = _read_state(Store(store_of_run(str(run))), status.best_checkpoint.name)
+            status.chosen = chosen_settings(state, status.steps_per_epoch)
+        except CLLM4RecError as error:
+            status.problems.append(str(error))
     return status
 
 

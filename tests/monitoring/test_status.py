@@ -301,6 +301,11 @@ def test_what_validation_has_chosen_is_shown_as_settings(tmp_path: Path) -> None
     assert rows_of(read(run))["chosen"] == f"epochs=3 {linear} linear.dropout=0 head.new_item_offset=-2.75"
     write_record(run, make_record(state="interrupted"))
     assert "chosen" not in rows_of(read(run))
+    write_record(run, make_record(state="done"))
+    Path(store.path(name), "state.json").write_text(content.replace("42", "43"))  # of the same size
+    status = read(run)
+    assert (status.chosen, len(status.problems)) == ([], 1)
+    assert "is not what was committed" in status.problems[0]
 
 
 def test_an_untrained_project_names_the_next_command(tmp_path: Path) -> None:
