@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from cllm4rec_dist.corpus.manifest import FileEntry, Manifest
-from cllm4rec_dist.corpus.recipe import Preparation
+from tests.manifests import make_manifest
 
 RECIPE = """\
 name: shop
@@ -180,20 +179,6 @@ json.dump(answers, sys.stdout)
 
 
 def write_files(folder: Path) -> None:
-    entries = tuple(
-        FileEntry(path=f"{kind}.parquet", kind=kind, num_bytes=1, sha256="0" * 64) for kind in ("users", "items")
-    )
-    manifest = Manifest(
-        name="shop",
-        num_users=60,
-        num_items=40,
-        num_interactions={"train": 400, "valid": 60, "test": 60},
-        num_content={},
-        tokenizer_fingerprint="0",
-        preparation=Preparation(),
-        skipped={},
-        files=entries,
-    )
     contents: dict[str, str] = {
         "recipe.yaml": RECIPE,
         "run.yaml": RUN,
@@ -206,7 +191,7 @@ def write_files(folder: Path) -> None:
         "header.csv": "customer,sku,bought_at\n",
         "odd.csv": "a,b\n" + "".join(f"{index % 9},{index % 7}\n" for index in range(60)),
         "dates.csv": "customer,sku,bought_at\n" + "c1,s1,03/04/2025\nc2,s2,05/06/2025\nc1,s2,07/08/2025\n" * 5,
-        "corpus/manifest.json": manifest.to_bytes().decode(),
+        "corpus/manifest.json": make_manifest().to_bytes().decode(),
         "backbones/demo/config.json": '{"hidden_size": 64}',
         "backbones/demo/tokenizer.json": "{}",
         "runs/done/config.yaml": RUN,

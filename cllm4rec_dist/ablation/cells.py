@@ -120,7 +120,7 @@ def make_cells(files: RunFiles, variants: Sequence[Variant], seeds: Sequence[int
 
 def _require_order(files: RunFiles) -> None:
     """Refuse run files that are swapped: both are valid for either stage."""
-    starts = {stage: files.load(stage, []).init_from for stage in _STAGES}
+    starts = {stage: files.load(stage, files.overrides).init_from for stage in _STAGES}
     if starts["pretrain"] is not None and starts["finetune"] is None:
         what = "starts from another run (init_from), and the file of --finetune does not, so that they seem swapped"
         raise ConfigError("--pretrain", str(files.pretrain), what, "Give the file of the first stage as --pretrain.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
+from cllm4rec_dist.checkpointing.increments import STATE_FILE
 from cllm4rec_dist.checkpointing.run_folder import BEST, CONFIG_FILE, STEP, CheckpointKind, store_of_run
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.corpus.manifest import MANIFEST_NAME, load_manifest
@@ -44,6 +46,19 @@ def newest_step(run: Path) -> int:
     """Return the completed steps of a run's newest checkpoint; 0 if there is none yet."""
     names = Store(store_of_run(str(run))).names(STEP)
     return int(names[-1].removeprefix(STEP)) if names else 0
+
+
+def read_state(store: Store, name: str) -> dict[str, Any]:
+    """Read a checkpoint's `state.json` as plain values; empty if it has none.
+
+    Raises:
+        DamagedCheckpointError: if marker or state are damaged.
+        CheckpointError: if the store cannot be read.
+    """
+    files = store.marker(name).files
+    if STATE_FILE not in files:
+        return {}
+    return cast(dict[str, Any], json.loads(store.fetch(name, STATE_FILE, files[STATE_FILE]).read_bytes()))
 
 
 def corpus_in_project(store: Store, fingerprint: str | None) -> str | None:

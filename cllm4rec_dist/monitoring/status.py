@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from cllm4rec_dist.checkpointing.find_run import read_state
 from cllm4rec_dist.checkpointing.increments import STATE_FILE, read_base
 from cllm4rec_dist.checkpointing.run_folder import (
     BEST,
@@ -175,7 +176,7 @@ def _read_run(run: Path, now: float) -> RunStatus:
     status.next = _next(status, run, has_config=bool(config))
     if status.stage == "finetune" and status.condition == "done" and status.best_checkpoint is not None:
         try:
-            state = _read_state(Store(store_of_run(str(run))), status.best_checkpoint.name)
+            state = read_state(Store(store_of_run(str(run))), status.best_checkpoint.name)
             status.chosen = chosen_settings(state, status.steps_per_epoch)
         except CLLM4RecError as error:
             status.problems.append(str(error))
@@ -193,7 +194,7 @@ def _read_store(url: str, now: float) -> RunStatus:
             f"holds only damaged checkpoints: {', '.join(status.damaged)}" if status.damaged else "holds no checkpoint"
         )
         raise ConfigError("RUN", url, what, "Give the folder or URL that checkpoint.dir names.")
-    state = _read_state(store, newest.name)
+    state = read_state(store, newest.name)
     if not state:
         status.problems.append(f"{newest.name} holds no {STATE_FILE}")
         return status
@@ -201,14 +202,6 @@ def _read_store(url: str, now: float) -> RunStatus:
     status.stage = state["config"].get("stage")
     status.best, status.best_metric, status.best_step = (run.get(key) for key in ("best", "best_metric", "best_step"))
     return status
-
-
-def _read_state(store: Store, name: str) -> dict[str, Any]:
-    """Return the state of an intact checkpoint; empty if it has none."""
-    files = store.marker(name).files
-    if STATE_FILE not in files:
-        return {}
-    return cast(dict[str, Any], json.loads(store.fetch(name, STATE_FILE, files[STATE_FILE]).read_bytes()))
 
 
 def _read_settings(run: Path, status: RunStatus) -> dict[str, Any]:

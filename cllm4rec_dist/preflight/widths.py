@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cllm4rec_dist.checkpointing.find_run import find
-from cllm4rec_dist.checkpointing.increments import STATE_FILE
+from cllm4rec_dist.checkpointing.find_run import find, read_state
 from cllm4rec_dist.config import RunConfig
 from cllm4rec_dist.config.embedding_width import (
     can_have_same_width,
@@ -103,8 +102,7 @@ def _saved(path: str) -> _Saved | None:
         return None
     try:
         store, (name, *_) = find(path)
-        file = store.fetch(name, STATE_FILE, store.marker(name).files[STATE_FILE])
-        state = json.loads(file.read_bytes())
+        state = read_state(store, name)
         dim = state.get("embedding_width") or state["config"].get("embeddings", {}).get("dim")
         return _Saved(store.path(name), dim, state["num_users"] + state["num_items"])
     except (CheckpointError, KeyError, TypeError, ValueError):  # the run reports it, or uses another checkpoint

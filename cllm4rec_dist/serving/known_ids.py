@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find
+from cllm4rec_dist.checkpointing.find_run import corpus_in_project, find, read_state
 from cllm4rec_dist.checkpointing.store import Store
 from cllm4rec_dist.corpus.about import alike_ids
 from cllm4rec_dist.corpus.manifest import ItemColumns, OrderColumns, load_manifest
@@ -131,15 +130,10 @@ def _first_state(store: Store, names: Sequence[str]) -> dict[str, Any]:
     """Return the state of the first checkpoint in which it is intact, as loading it passes over damaged ones."""
     for name in names[:-1]:
         try:
-            return _state(store, name)
+            return read_state(store, name)
         except DamagedCheckpointError:
             continue  # the ranks report it
-    return _state(store, names[-1])
-
-
-def _state(store: Store, name: str) -> dict[str, Any]:
-    entry = store.marker(name).files["state.json"]
-    return cast(dict[str, Any], json.loads(store.fetch(name, "state.json", entry).read_bytes()))
+    return read_state(store, names[-1])
 
 
 def _table(url: str, kind: str) -> pl.DataFrame:

@@ -54,15 +54,10 @@ def read_new_items(path: str, recipe: ItemColumns | None = None) -> list[NewItem
     encodings = [find_encoding(file.path, "save it as UTF-8") for file in files]
     table = _find_columns(path, files[0], recipe, encodings[0])
     log = SkipLog()
-    try:
-        frames = [
-            _read(file, table.model_copy(update={"encoding": encoding}), log)
-            for file, encoding in zip(files, encodings, strict=True)
-        ]
-    except DataError as error:
-        if "recipe" not in error.cure:
-            raise
-        raise DataError(error.field, error.value, error.constraint, "Save the file as UTF-8.") from None
+    frames = [
+        _read(file, table.model_copy(update={"encoding": encoding}), log)
+        for file, encoding in zip(files, encodings, strict=True)
+    ]
     for reason, count in log.counts.items():
         logger.warning("%s: left out %d x %s", path, count, reason)
     rows = pl.concat(frames)

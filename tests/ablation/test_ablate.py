@@ -267,6 +267,13 @@ def test_settings_that_the_ablation_decides_are_refused(files: RunFiles, tmp_pat
         cells_of(RunFiles(files.pretrain, files.finetune, [override]), ["full"], [0], tmp_path)
 
 
+def test_overrides_may_give_what_the_run_files_lack(files: RunFiles, tmp_path: Path) -> None:
+    for path in (files.pretrain, files.finetune):
+        path.write_text(path.read_text().replace("corpus: corpus\n", ""))
+    (cell,) = cells_of(RunFiles(files.pretrain, files.finetune, ["corpus=given"]), ["full"], [0], tmp_path)
+    assert cell.pretrain.corpus == "given"
+
+
 def test_swapped_run_files_are_refused(files: RunFiles, tmp_path: Path) -> None:
     swapped = RunFiles(files.finetune, files.pretrain)
     with files.finetune.open("a") as file:

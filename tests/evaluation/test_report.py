@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 import polars as pl
 import pytest
 
-from cllm4rec_dist.corpus.manifest import FileEntry, LeftOut, Manifest
-from cllm4rec_dist.corpus.recipe import Preparation
+from cllm4rec_dist.corpus.manifest import LeftOut
 from cllm4rec_dist.errors import DataError
 from cllm4rec_dist.evaluation.report import Background, write_report
 from cllm4rec_dist.evaluation.results import (
@@ -20,6 +19,7 @@ from cllm4rec_dist.evaluation.results import (
     markdown_table,
 )
 from tests.evaluation.samples import make_items, make_values, results_of, write_values
+from tests.manifests import make_manifest
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac{1}$ {{ 7 * 7 }}"
 
@@ -47,21 +47,6 @@ def log(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line | {"time": 100.0 + line["step"]}) + "\n" for line in lines))
     return path
-
-
-def make_manifest(skipped: dict[str, LeftOut]) -> Manifest:
-    tables = [FileEntry(path=f"{kind}.parquet", kind=kind, num_bytes=1, sha256="0" * 64) for kind in ("users", "items")]
-    return Manifest(
-        name="demo",
-        num_users=60,
-        num_items=20,
-        num_interactions={"train": 300, "valid": 60, "test": 60},
-        num_content={},
-        tokenizer_fingerprint="0",
-        preparation=Preparation(),
-        skipped=skipped,
-        files=tuple(tables),
-    )
 
 
 def text_of(page: str) -> str:
@@ -247,7 +232,7 @@ def test_hostile_text_is_escaped(tmp_path):
 def test_what_was_left_out_has_its_count_share_and_first_place(tmp_path, results):
     reason = "users with too few items"
     left = LeftOut(count=1200, share=0.032, file="orders.csv", line=7, value="<b>")
-    manifest = make_manifest(skipped={reason: left})
+    manifest = make_manifest(num_items=20, num_interactions={"train": 300}, skipped={reason: left})
     shown = results.model_copy(update={"skipped": {reason: 1200}})
     text = text_of(write_report(tmp_path, shown, Background(manifest=manifest)).read_text(encoding="utf-8"))
     assert f"{reason} first: orders.csv line 7 '<b>' 1,200 3.2%" in text

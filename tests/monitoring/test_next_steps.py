@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cllm4rec_dist.corpus.manifest import FileEntry, Manifest, Preparation
 from cllm4rec_dist.monitoring.next_steps import next_commands, resume_command
+from tests.manifests import make_manifest
 
 CONFIG = "corpus: c\nbackbone: b\noutput: o\n"
 
@@ -78,20 +78,7 @@ def test_a_run_whose_corpus_holds_nothing_out_is_not_evaluated(run: Path, num_te
     for folder in (tuned, corpus):
         folder.mkdir()
     (tuned / "config.yaml").write_text(f"corpus: {corpus}\n")
-    files = tuple(
-        FileEntry(path=f"{kind}.parquet", kind=kind, num_bytes=1, sha256="0" * 64) for kind in ("users", "items")
-    )
-    manifest = Manifest(
-        name="shop",
-        num_users=2,
-        num_items=2,
-        num_interactions={"train": 4, "valid": 0, "test": num_test},
-        num_content={},
-        tokenizer_fingerprint="0",
-        preparation=Preparation(),
-        skipped={},
-        files=files,
-    )
+    manifest = make_manifest(num_interactions={"train": 400, "valid": 0, "test": num_test})
     (corpus / "manifest.json").write_bytes(manifest.to_bytes())
     assert next_commands("finetune", tuned) == [f"cllm4rec {name} 'my shop/runs/finetune'" for name in commands]
 

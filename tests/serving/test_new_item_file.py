@@ -86,6 +86,13 @@ def test_what_is_no_file_of_products_is_refused(
         read_new_items(str(path), RECIPE)
 
 
+def test_an_encoding_that_cannot_be_detected_is_refused_with_a_cure_that_helps(tmp_path: Path) -> None:
+    path = tmp_path / "new.csv"
+    path.write_bytes(b"item_id;title\nn;" + bytes(range(0x81, 0x9F)) * 3 + b"\n")
+    with pytest.raises(DataError, match=r"cannot be detected\. Save it as UTF-8\.$"):
+        read_new_items(str(path))
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--new-items: .*Give a file of new products"):
         read_new_items(str(tmp_path / "nothing.csv"))

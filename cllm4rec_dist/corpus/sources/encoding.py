@@ -49,7 +49,7 @@ def resolve_encoding(path: str, encoding: str, cure: str = "set encoding in the 
     A reader that opens a file several times resolves it once, so that a legacy encoding is reported once.
 
     Args:
-        cure: what to do if the detected one is wrong, for the warning.
+        cure: what to do if the detected one is wrong, or none is detected.
     """
     return find_encoding(path, cure) if encoding == "auto" else encoding
 
@@ -132,12 +132,13 @@ def _legacy_encoding(path: str, cure: str) -> str:
     name = _guess(b"".join(line for _, line in wrong))
     line_number, line = wrong[0]
     if name is None:
+        by_setting = "Set it in the recipe, as encoding: cp1252, or encoding: utf-8 to leave out such lines."
         raise DataError(
             f"{path} line {line_number}",
             line.decode("cp1252", errors="replace").strip()[:80],
             f"is the line read as cp1252: it is not UTF-8, like {num_wrong:,} lines of the file, and the encoding"
             " cannot be detected",
-            "Set it in the recipe, as encoding: cp1252, or encoding: utf-8 to leave out such lines.",
+            by_setting if "encoding" in cure else f"{cure[0].upper()}{cure[1:]}.",
         )
     logger.warning(
         "%s is not UTF-8 (%s lines) and is read as %s: line %d as %r. If that is wrong, %s.",
